@@ -1,0 +1,286 @@
+"""Upsample, noise, denoise: a picture far above a model's native size, through the pipeline's own call.
+
+    base stage at native size, the model's own attention
+    for each stage (x2 until the target):
+        Z_LU = bicubic(latent);  Z_RU = encode(bicubic(decode(latent)));  Z_ref = LFM(Z_RU, Z_LU)
+        x = add_noise(Z_ref, restart);  denoise from there with NPA on and SG at every step
+
+ScaleDiff, arXiv:2510.25818, section 3.
+
+Legend: B batch, C channels, Y x X latent grid.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scalediff.families import family_of
+from scalediff.hooks import denoiser_of, handle_of, original_call, patch_model
+from scalediff.schedule import Guidance, guided_scheduler
+from scalediff.settings import Attention, Settings, plan_sizes
+from scalediff_kernels import mix_frequencies
+
+Generators = torch.Generator | list[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One finished stage.
+
+    Attributes:
+        index, of: Its number from 1, and how many there are.
+        height, width: Pixels.
+        images: PIL pictures, one per prompt.
+        latents: `[B, C, Y, X]`, as the pipeline hands them out.
+        steps: Denoising steps run.
+        seconds: Wall-clock time, its decoding included.
+    """
+
+    index: int
+    of: int
+    height: int
+    width: int
+    images: list[Any]
+    latents: Tensor
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `generate` returns: the final pictures, every stage, and the settings that were used."""
+
+    images: list[Any]
+    stages: list[Stage]
+    settings: Settings
+
+
+def generate(
+    pipe: Any,
+    prompt: str | list[str],
+    *,
+    height: int,
+    width: int,
+    negative_prompt: str | list[str] | None = None,
+    generator: Generators | None = None,
+    steps: int | None = None,
+    restart: float | None = None,
+    guidance_scale: float | None = None,
+    attention: Attention | None = None,
+    lfm: bool | None = None,
+    sg: bool | None = None,
+    lfm_cutoff: float | None = None,
+    sg_cutoff: float | None = None,
+    on_stage: Callable[[Stage], None] | None = None,
+    progress: bool = False,
+) -> Result:
+    """Draw a picture above the model's native size.
+
+    Args:
+        pipe: A diffusers pipeline around a known denoiser, patched or not; it is left as it was found.
+        prompt: What to draw; a list makes a batch.
+        height, width: Target in pixels, at least the native area; any aspect ratio.
+        negative_prompt: As in the pipeline's own call.
+        generator: Makes the whole run reproducible; a fresh one with a random seed when None. The global RNG is not used.
+        steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the family's preset
+            where None.
+        on_stage: Called with every stage as it ends.
+        progress: Show the pipeline's progress bar, labelled by stage.
+
+    Returns:
+        A Result with `.images`, `.stages` and `.settings`.
+
+    Raises:
+        ValueError: a size or setting is out of range, or the pipeline is of no known family.
+        NotImplementedError: the pipeline's scheduler cannot be guided.
+
+    ScaleDiff, arXiv:2510.25818, section 3.
+    """
+    given: dict[str, Any] = {
+        "steps": steps, "restart": restart, "guidance_scale": guidance_scale, "attention": attention, "lfm": lfm, "sg": sg,
+        "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff,
+    }  # fmt: skip
+    settings = replace(preset(pipe), **{name: value for name, value in given.items() if value is not None})
+    arguments = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "generator": generator if generator is not None else _fresh_generator(),
+        "guidance_scale": settings.guidance_scale,
+        "num_inference_steps": settings.steps,
+    }
+    sizes = stage_sizes(pipe, height, width)
+    stages: list[Stage] = []
+
+    def keep(stage: Stage) -> None:
+        stages.append(stage)
+        if on_stage is not None:
+            on_stage(stage)
+
+    _run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress, output=_LATENT)
+    return Result(stages[-1].images, stages, settings)
+
+
+def preset(pipe: Any) -> Settings:
+    """The family's default settings for this pipeline."""
+    denoiser = denoiser_of(pipe)
+    return family_of(denoiser).preset(denoiser)
+
+
+def native_size(pipe: Any) -> tuple[int, int]:
+    """Pixels (height, width) that the model was trained at."""
+    denoiser = denoiser_of(pipe)
+    y, x = family_of(denoiser).native_grid(denoiser)
+    return y * pipe.vae_scale_factor, x * pipe.vae_scale_factor
+
+
+def stage_sizes(pipe: Any, height: int, width: int) -> list[tuple[int, int]]:
+    """The sizes of all stages up to a target, in pixels; raises as `plan_sizes`."""
+    multiple = max(family_of(denoiser_of(pipe)).size_multiple, pipe.vae_scale_factor)
+    return plan_sizes((height, width), native=native_size(pipe), multiple=multiple)
+
+
+def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
+    """A patched pipeline's call: its own at native size, the cascade above; arguments and return value are the pipeline's."""
+    native = native_size(pipe)
+    height, width = arguments.get("height") or native[0], arguments.get("width") or native[1]
+    if height <= native[0] and width <= native[1]:
+        return original_call(pipe)(pipe, **arguments)
+    settings = preset(pipe)
+    settings = replace(
+        settings,
+        steps=arguments.setdefault("num_inference_steps", settings.steps),
+        guidance_scale=arguments.setdefault("guidance_scale", settings.guidance_scale),
+    )
+    if arguments.get("generator") is None:
+        arguments["generator"] = _fresh_generator()
+    return _run(pipe, arguments, stage_sizes(pipe, height, width), settings)
+
+
+_LATENT = {"output_type": "latent", "return_dict": False}
+
+
+@torch.no_grad()
+def _run(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    sizes: list[tuple[int, int]],
+    settings: Settings,
+    *,
+    on_stage: Callable[[Stage], None] | None = None,
+    progress: bool | None = None,
+    output: Mapping[str, Any] | None = None,
+) -> Any:
+    """All stages; returns what the pipeline's call returned for the last one, called with `output` over `arguments`."""
+    base_scheduler = pipe.scheduler
+    call = original_call(pipe)
+    latents, decoded, result = arguments.get("latents"), None, None
+    for index, (height, width) in enumerate(sizes, start=1):
+        since = time.perf_counter()
+        last = index == len(sizes)
+        changes: dict[str, Any] = {"height": height, "width": width, **(_LATENT if not last else output or {})}
+        steps = settings.steps
+        if index > 1:
+            assert latents is not None
+            assert decoded is not None
+            grid = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+            reference = _reference(pipe, latents, decoded, grid, (height, width), settings)
+            steps = settings.stage_steps
+            guidance = Guidance(reference if settings.sg else None, settings.sg_cutoff)
+            pipe.scheduler = guided_scheduler(base_scheduler, steps=settings.steps, kept=steps, guidance=guidance)
+            changes["latents"] = _noised(pipe.scheduler, reference, steps, arguments["generator"])
+            changes["num_inference_steps"] = steps
+        try:
+            with (
+                _attention(pipe, "full" if index == 1 else settings.attention),
+                _labelled(pipe, progress, index, len(sizes), height, width),
+            ):
+                result = call(pipe, **{**arguments, **changes})
+        finally:
+            pipe.scheduler = base_scheduler
+        if last and on_stage is None:
+            return result
+        latents = result[0]
+        decoded = _decode(pipe, latents)
+        if on_stage is not None:
+            images = pipe.image_processor.postprocess(decoded, output_type="pil")
+            on_stage(Stage(index, len(sizes), height, width, images, latents, steps, time.perf_counter() - since))
+    return result
+
+
+def _reference(pipe: Any, latents: Tensor, decoded: Tensor, grid: tuple[int, int], size: tuple[int, int], settings: Settings) -> Tensor:
+    """The stage's clean reference: upsampled in RGB, its low band replaced by the latent's own (equation 5)."""
+    z_ru = _encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False))
+    if not settings.lfm:
+        return z_ru
+    z_lu = F.interpolate(latents, size=grid, mode="bicubic", align_corners=False)
+    return mix_frequencies(z_ru, z_lu.to(z_ru.dtype), cutoff=settings.lfm_cutoff)
+
+
+def _noised(scheduler: Any, reference: Tensor, steps: int, generator: Generators) -> Tensor:
+    """The reference at the noise level where the stage starts."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    scheduler.set_timesteps(steps)
+    start = scheduler.levels[0]
+    noise: Tensor = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
+    x: Tensor = start.signal * reference + start.noise * noise
+    return x
+
+
+def _decode(pipe: Any, latents: Tensor) -> Tensor:
+    """`[B, 3, height, width]` in [-1, 1]."""
+    config = pipe.vae.config
+    image: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0)).sample
+    return image
+
+
+def _encode(pipe: Any, image: Tensor) -> Tensor:
+    config = pipe.vae.config
+    latents: Tensor = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.mode()
+    return latents.sub(config.get("shift_factor") or 0).mul(config.scaling_factor)
+
+
+def _fresh_generator() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+@contextmanager
+def _attention(pipe: Any, attention: Attention) -> Iterator[None]:
+    """The stage's attention: on a pipeline that is not patched, a patch of the denoiser for this stage alone."""
+    handle = handle_of(pipe)
+    if handle is None:
+        with patch_model(denoiser_of(pipe)) if attention == "npa" else nullcontext():
+            yield
+        return
+    before, handle.attention = handle.attention, attention
+    try:
+        yield
+    finally:
+        handle.attention = before
+
+
+@contextmanager
+def _labelled(pipe: Any, progress: bool | None, index: int, of: int, height: int, width: int) -> Iterator[None]:
+    """The pipeline's progress bar with the stage in front; None leaves the bar to the pipeline."""
+    if progress is None:
+        yield
+        return
+    before = pipe.__dict__.get("_progress_bar_config")
+    pipe.set_progress_bar_config(desc=f"stage {index}/{of}  {height} x {width}", disable=not progress)
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

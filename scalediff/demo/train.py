@@ -1,0 +1,329 @@
+"""Train the embedded model: `python -m scalediff.demo.train all --workdir runs/demo --export scalediff/demo/model`.
+
+Three parts, each resumable from its last checkpoint and each a function of its seed: the autoencoder, the latent
+diffusion model (U-Net and text encoder together), and the export as an ordinary diffusers pipeline folder. Whole scenes
+are seen at every noise level; close-ups (crops of larger renders, under the words of their scene) only at the lower half,
+where the high-resolution stages work: composition is decided above it, from whole scenes alone.
+
+Legend: B batch, C latent channels, Y x X latent grid, T text tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from scalediff.demo.scenes import VOCABULARY, caption, describe, render
+
+NATIVE = 64  # pixels per side of a whole scene
+TEXT_TOKENS = 24
+CLOSE_UP_STEPS = 500  # training timesteps below which close-ups are seen
+HELD_OUT_SEED = 10_000_000  # scenes from here on are never trained on
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=NATIVE,
+        latent_channels=4,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """Self-attention at two levels, 16 x 16 and 8 x 8 tokens at native size."""
+    return UNet2DConditionModel(
+        sample_size=NATIVE // 4,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        attention_head_dim=(2, 4),  # diffusers reads this as the number of heads: D = 32 at both levels
+        cross_attention_dim=64,
+        norm_num_groups=8,
+    )
+
+
+def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_TOKENS,
+            projection_dim=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,  # the last step is pure noise, so that a night can be dark
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,
+        set_alpha_to_one=True,
+    )
+
+
+def tokenizer() -> CLIPTokenizer:
+    """Byte-pair tokens: every word of the vocabulary is one token, any other word falls into letters."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = dict.fromkeys([*letters, *(f"{c}</w>" for c in letters)])
+    merges: dict[tuple[str, str], None] = {}
+    for word in VOCABULARY:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges[parts[0], parts[1]] = None
+            parts = [parts[0] + parts[1], *parts[2:]]
+            tokens[parts[0]] = None
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=TEXT_TOKENS)
+
+
+def close_ups(seed: int, n: int, resolution: int, *, per_scene: int) -> Tensor:
+    """`[N * per_scene, 3, 64, 64]`: random native-size crops of larger renders, `per_scene` of each scene in a row."""
+    rng = torch.Generator().manual_seed(seed)
+    crops = []
+    for image in render(seed, n, resolution):
+        for top, left in torch.randint(0, resolution - NATIVE + 1, (per_scene, 2), generator=rng).tolist():
+            crops.append(image[:, top : top + NATIVE, left : left + NATIVE])
+    return torch.stack(crops)
+
+
+def dataset(workdir: Path, *, scenes: int) -> dict[str, Tensor]:
+    """uint8 pictures and the scene seed of each: `whole`, and `close` from 2x and 4x renders."""
+    path = workdir / f"pictures-{scenes}.pt"
+    if not path.exists():
+        quarter = scenes // 4
+        close = torch.cat([close_ups(0, quarter, 2 * NATIVE, per_scene=2), close_ups(quarter, quarter, 4 * NATIVE, per_scene=3)])
+        seeds = torch.cat([torch.arange(quarter).repeat_interleave(2), torch.arange(quarter, 2 * quarter).repeat_interleave(3)])
+        whole = render(0, scenes, NATIVE)
+        data = {"whole": _to_bytes(whole), "whole_seeds": torch.arange(scenes), "close": _to_bytes(close), "close_seeds": seeds}
+        _save(data, path)
+    pictures: dict[str, Tensor] = torch.load(path)
+    return pictures
+
+
+def train_autoencoder(workdir: Path, *, steps: int, batch: int, scenes: int, device: str) -> AutoencoderKL:
+    """L1 + L2 reconstruction with a small KL term; half whole scenes, half close-ups."""
+    data = dataset(workdir, scenes=scenes)
+    torch.manual_seed(0)
+    model = autoencoder().to(device, memory_format=torch.channels_last)
+
+    def loss(step: int) -> Tensor:
+        rng = torch.Generator().manual_seed(step)
+        pictures = torch.cat([_draw(data[kind], batch // 2, rng) for kind in ("whole", "close")])
+        x = _to_signed(pictures).to(device, memory_format=torch.channels_last)
+        posterior = model.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+        y = model.decode(posterior.mean + posterior.std * noise).sample
+        loss: Tensor = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        return loss
+
+    _fit("autoencoder", workdir, nn.ModuleDict({"vae": model}), loss, steps=steps, rate=1.5e-3, ema_decay=0.995)
+    held_out = render(HELD_OUT_SEED, 64, NATIVE)
+    with torch.no_grad():
+        restored = _autoencode(model, held_out)
+        latents = torch.cat([model.encode(_to_signed(data["whole"][:512]).to(device)).latent_dist.mean])
+    psnr = -10 * (restored - held_out).square().mean(dim=(1, 2, 3)).log10()
+    model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    _log(workdir, "autoencoder", psnr_db=round(psnr.mean().item(), 2), scaling_factor=model.config.scaling_factor)
+    return model
+
+
+def train_denoiser(
+    workdir: Path, vae: AutoencoderKL, *, steps: int, batch: int, scenes: int, device: str
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """v-prediction on cached latents, the text encoder trained along; 10 % empty prompts for classifier-free guidance."""
+    latents, seeds = _latents(workdir, vae, scenes=scenes, device=device)
+    torch.manual_seed(1)
+    words, noises = tokenizer(), scheduler()
+    models = nn.ModuleDict({"unet": unet().to(memory_format=torch.channels_last), "text": text_encoder(words)}).to(device)
+    share = batch // 3  # close-ups in a batch
+
+    def tokens(seed: int, draw: int, empty: bool) -> str:
+        return "" if empty else caption(describe(seed), draw=draw)
+
+    def loss(step: int) -> Tensor:
+        rng = torch.Generator().manual_seed(step)
+        picks = {kind: torch.randint(len(latents[kind]), (n,), generator=rng) for kind, n in (("whole", batch - share), ("close", share))}
+        x = torch.cat([latents[kind][index] for kind, index in picks.items()])
+        t = torch.cat([_timesteps(1000, batch - share, rng), _timesteps(CLOSE_UP_STEPS, share, rng)])
+        scene_seeds = torch.cat([seeds[kind][index] for kind, index in picks.items()]).tolist()
+        empty = (torch.rand(batch, generator=rng) < 0.1).tolist()
+        prompts = [tokens(seed, step, e) for seed, e in zip(scene_seeds, empty, strict=True)]
+        ids = words(prompts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt").input_ids
+        noise = torch.randn(x.shape, generator=rng)
+        noisy, target = noises.add_noise(x, noise, t), noises.get_velocity(x, noise, t)
+        states = models["text"](ids.to(device))[0]
+        v = models["unet"](noisy.to(device, memory_format=torch.channels_last), t.to(device), states).sample
+        return F.mse_loss(v, target.to(device))
+
+    _fit("denoiser", workdir, models, loss, steps=steps, rate=8e-4, ema_decay=0.999)
+    return models["unet"], models["text"]
+
+
+def export(workdir: Path, folder: Path, vae: AutoencoderKL, denoiser: UNet2DConditionModel, text: CLIPTextModel) -> None:
+    """Write an ordinary diffusers pipeline folder, with the training log beside the weights.
+
+    The U-Net and the autoencoder are stored in fp16: diffusers loads them as fp32 unless told otherwise. The text encoder is
+    stored in fp32, because transformers keeps the stored dtype.
+    """
+    pipe = StableDiffusionPipeline(
+        vae=vae.to("cpu", torch.float16),
+        unet=denoiser.to("cpu", torch.float16),
+        text_encoder=text.cpu(),
+        tokenizer=tokenizer(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)
+    (folder / "training.json").write_text((workdir / "training.json").read_text())
+
+
+def _fit(name: str, workdir: Path, models: nn.Module, loss: Callable[[int], Tensor], *, steps: int, rate: float, ema_decay: float) -> None:
+    """AdamW with warm-up and cosine decay; leaves the averaged weights in `models`. A batch is a function of its step."""
+    path = workdir / f"{name}.pt"
+    average = copy.deepcopy(models).requires_grad_(False)
+    optimizer = torch.optim.AdamW(models.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    state = {"step": 0, "seconds": 0.0}
+    if path.exists():
+        saved = torch.load(path)
+        state = saved["state"]
+        models.load_state_dict(saved["models"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+    recent, since, models_training = [], time.perf_counter(), models.train()
+    for step in range(int(state["step"]), steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        value = loss(step)
+        value.backward()
+        nn.utils.clip_grad_norm_(models_training.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - decay)
+        recent.append(value.item())
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            now = time.perf_counter()
+            state = {"step": step + 1, "seconds": state["seconds"] + now - since}
+            since = now
+            mean = sum(recent) / len(recent)
+            print(f"{name} {step + 1}/{steps} loss {mean:.4f} {state['seconds']:.0f} s", flush=True)
+            recent = []
+            _save(
+                {"state": state, "models": models.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}, path
+            )
+            _log(workdir, name, steps=step + 1, of=steps, seconds=round(state["seconds"]), loss=round(mean, 4))
+    models.load_state_dict(average.state_dict())
+    models.eval().requires_grad_(False)
+
+
+def _latents(workdir: Path, vae: AutoencoderKL, *, scenes: int, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    data = dataset(workdir, scenes=scenes)
+    path = workdir / f"latents-{scenes}.pt"
+    if not path.exists():
+        with torch.no_grad():
+            encoded = {
+                kind: torch.cat([vae.encode(_to_signed(b).to(device)).latent_dist.mean.cpu() for b in data[kind].split(64)])
+                for kind in ("whole", "close")
+            }
+        _save({kind: z * vae.config.scaling_factor for kind, z in encoded.items()}, path)
+    return torch.load(path), {"whole": data["whole_seeds"], "close": data["close_seeds"]}
+
+
+def _autoencode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    x = (pictures * 2 - 1).to(vae.device)
+    restored: Tensor = vae.decode(vae.encode(x).latent_dist.mean).sample.cpu()
+    return (restored / 2 + 0.5).clamp(0, 1)
+
+
+def _timesteps(below: int, n: int, rng: torch.Generator) -> Tensor:
+    """Stratified over [0, below): one draw from each of n equal strata, which lowers the variance of the loss."""
+    return ((torch.arange(n) + torch.rand(n, generator=rng)) * below / n).long()
+
+
+def _draw(pictures: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    return pictures[torch.randint(len(pictures), (n,), generator=rng)]
+
+
+def _to_bytes(pictures: Tensor) -> Tensor:
+    return (pictures * 255).round().to(torch.uint8)
+
+
+def _to_signed(pictures: Tensor) -> Tensor:
+    return pictures.float() / 127.5 - 1
+
+
+def _save(value: object, path: Path) -> None:
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    os.replace(part, path)
+
+
+def _log(workdir: Path, name: str, **facts: float) -> None:
+    path = workdir / "training.json"
+    log = json.loads(path.read_text()) if path.exists() else {}
+    log[name] = log.get(name, {}) | facts
+    log["machine"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+    }
+    path.write_text(json.dumps(log, indent=1) + "\n")
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, rendered pictures, log")
+    parser.add_argument("--export", type=Path, required=True, help="pipeline folder to write")
+    parser.add_argument("--scenes", type=int, default=8000)
+    parser.add_argument("--vae-steps", type=int, default=2500)
+    parser.add_argument("--vae-batch", type=int, default=16)
+    parser.add_argument("--unet-steps", type=int, default=6000)
+    parser.add_argument("--unet-batch", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    common = {"scenes": options.scenes, "device": options.device}
+    vae = train_autoencoder(options.workdir, steps=options.vae_steps, batch=options.vae_batch, **common)
+    denoiser, text = train_denoiser(options.workdir, vae, steps=options.unet_steps, batch=options.unet_batch, **common)
+    export(options.workdir, options.export, vae, denoiser, text)
+
+
+if __name__ == "__main__":
+    main()

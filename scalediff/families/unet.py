@@ -1,0 +1,63 @@
+"""diffusers' UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and the embedded model.
+
+Self-attention at several levels of the latent grid, text in cross-attention calls of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from scalediff.families.base import Family
+from scalediff.grid import AttentionSite, Grid
+from scalediff.settings import Settings
+
+# arXiv:2510.25818, section 4 and the authors' scripts: the setting for SDXL.
+_PAPER = Settings(steps=50, restart=0.4, guidance_scale=7.5, lfm_cutoff=0.125, sg_cutoff=0.125)
+# Measured on the embedded model, whose latent has 16 tokens a side: docs/benchmarks.md.
+_SMALL = Settings(steps=30, restart=0.3, guidance_scale=3.0, lfm_cutoff=0.25, sg_cutoff=0.25)
+
+
+def _sites(unet: nn.Module) -> tuple[AttentionSite, ...]:
+    deepest = len(unet.config.block_out_channels) - 1  # type: ignore[union-attr, arg-type]
+    return tuple(
+        AttentionSite(name, "cross" if module.is_cross_attention else "self", _level(name, deepest))
+        for name, module in unet.named_modules()
+        if type(module).__name__ == "Attention"
+    )
+
+
+def _level(name: str, deepest: int) -> int:
+    if down := re.match(r"down_blocks\.(\d+)\.", name):
+        return int(down[1])
+    if up := re.match(r"up_blocks\.(\d+)\.", name):
+        return deepest - int(up[1])
+    return deepest
+
+
+def _native_grid(unet: nn.Module) -> Grid:
+    size = unet.config.sample_size  # type: ignore[union-attr]
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))  # type: ignore[index]
+
+
+def _latent_grid(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
+    sample = args[0] if args else kwargs["sample"]
+    return int(sample.shape[-2]), int(sample.shape[-1])
+
+
+def _preset(unet: nn.Module) -> Settings:
+    return _PAPER if min(_native_grid(unet)) >= 32 else _SMALL
+
+
+UNET = Family(
+    denoiser="UNet2DConditionModel",
+    grid_source="sample.shape[-2:], halved per level",
+    size_multiple=8,
+    sites=_sites,
+    native_grid=_native_grid,
+    latent_grid=_latent_grid,
+    preset=_preset,
+)

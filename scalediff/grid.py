@@ -1,0 +1,45 @@
+"""Where the token grid of an attention call comes from.
+
+A call to scaled_dot_product_attention says how many tokens there are, never how they lie. What is missing comes from two
+places: the denoiser's input gives the latent grid of this forward pass, and the attention module gives the level it works at.
+
+Legend: B batch, H heads, Y x X token grid, D head dim, S = Y * X tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Grid = tuple[int, int]
+Role = Literal["self", "cross"]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a denoiser: its name, what it attends to, and how often its grid has been halved."""
+
+    name: str
+    role: Role
+    level: int
+
+
+def level_grid(latent: Grid, level: int) -> Grid:
+    """The token grid after `level` stride-2 convolutions with padding 1, each of which rounds up."""
+    y, x = latent
+    for _ in range(level):
+        y, x = (y + 1) // 2, (x + 1) // 2
+    return y, x
+
+
+def to_grid(x: Tensor, grid: Grid) -> Tensor:
+    """`[B, H, S, D]` as `[B, Y, X, H, D]`, a view whatever the strides."""
+    tokens: Tensor = x.transpose(1, 2)
+    return tokens.unflatten(1, grid)  # type: ignore[no-any-return]
+
+
+def from_grid(x: Tensor) -> Tensor:
+    """`[B, Y, X, H, D]` as `[B, H, S, D]`."""
+    return x.flatten(1, 2).transpose(1, 2)

@@ -1,0 +1,132 @@
+"""The guided scheduler: a pipeline's own scheduler, started part of the way down and drawn to a reference at every step.
+
+Every scheduler writes its sample as `x = a x0 + s eps`. With sigma = s / a the noise level, structure guidance moves the
+estimate x0 by a `delta`; because all of it is linear, that is a change of the model output, so multi-step schedulers keep a
+consistent history:
+
+    epsilon: eps - delta / sigma        v: v - delta / sin        sample: x0 + delta        (sin = sigma / sqrt(1 + sigma^2))
+
+Legend: B batch, C channels, Y x X latent grid; abar = 1 / (1 + sigma^2).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from scalediff_kernels import guide_structure
+
+# How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), or a = 1 ("noise added").
+_PRESERVING = {"DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
+_ADDED = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"}
+_PREDICTIONS = {"epsilon", "v_prediction", "sample"}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Structure guidance of one stage: `reference` is `[B, C, Y, X]`; None switches it off."""
+
+    reference: Tensor | None
+    cutoff: float
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """One step's noise: `x = signal * x0 + noise * eps`."""
+
+    signal: float
+    noise: float
+
+    @property
+    def alpha_bar(self) -> float:
+        return self.signal**2 / (self.signal**2 + self.noise**2)
+
+
+def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidance) -> Any:
+    """A copy of a diffusers scheduler that runs the last `kept` of `steps` steps with structure guidance.
+
+    It is a subclass of the scheduler's own class, made here, so that pipelines which look at types and signatures see what
+    they know. The pipeline asks it for `kept` steps; it lays out `steps` and starts at the restart point.
+
+    Raises:
+        NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
+
+    ScaleDiff, arXiv:2510.25818, section 3.4: gamma_t = (1 - abar_t) / (1 - abar_restart).
+    """
+    cls = type(scheduler)
+    if cls.__name__ not in _PRESERVING | _ADDED:
+        known = ", ".join(sorted(_PRESERVING | _ADDED))
+        raise NotImplementedError(f"high-resolution stages know the schedulers {known}, got {cls.__name__}")
+    prediction = scheduler.config.prediction_type
+    if prediction not in _PREDICTIONS or scheduler.config.get("use_flow_sigmas", False):
+        raise NotImplementedError(f"structure guidance knows the prediction types {', '.join(sorted(_PREDICTIONS))}, got {prediction=}")
+
+    @functools.wraps(cls.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        _lay_out(self, functools.partial(cls.set_timesteps, self), args, kwargs, steps=steps, kept=kept)
+
+    @functools.wraps(cls.step)
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        level = self.levels[self.steps_done]
+        self.steps_done += 1
+        model_output = _guide(model_output, sample, level, self.levels[0], guidance, prediction)
+        return cls.step(self, model_output, timestep, sample, *args, **kwargs)
+
+    members = {"set_timesteps": set_timesteps, "step": step, "init_noise_sigma": 1.0, "__module__": cls.__module__}
+    guided = copy.deepcopy(scheduler)
+    guided.__dict__.pop("init_noise_sigma", None)
+    guided.__class__ = type(cls.__name__, (cls,), members)
+    return guided
+
+
+def _lay_out(scheduler: Any, set_timesteps: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, steps: int, kept: int) -> None:
+    """Set the whole schedule, then keep its tail; afterwards `.levels` holds the noise of each kept step."""
+    asked = args[0] if args else kwargs.pop("num_inference_steps", None)
+    if asked != kept:
+        raise ValueError(f"this stage runs {kept} of {steps} steps; custom timesteps are not supported above the native size, got {asked=}")
+    set_timesteps(steps, *args[1:], **kwargs)
+    if len(scheduler.timesteps) != steps:
+        raise NotImplementedError(f"expected one model call per step, got {len(scheduler.timesteps)} timesteps for {steps=}")
+    scheduler.timesteps = scheduler.timesteps[steps - kept :]
+    if hasattr(scheduler, "sigmas"):
+        scheduler.sigmas = scheduler.sigmas[steps - kept :]
+    scheduler.levels = [_level(scheduler, i) for i in range(kept)]
+    scheduler.steps_done = 0
+
+
+def _level(scheduler: Any, index: int) -> NoiseLevel:
+    if hasattr(scheduler, "sigmas"):
+        sigma = float(scheduler.sigmas[index])
+        if type(scheduler).__name__ in _ADDED:
+            return NoiseLevel(1.0, sigma)
+        return NoiseLevel(1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2))
+    alpha_bar = float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])])
+    return NoiseLevel(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+
+
+def denoised(model_output: Tensor, sample: Tensor, level: NoiseLevel, prediction: str) -> Tensor:
+    """The estimate of x0 that a model output stands for, `[B, C, Y, X]`."""
+    if prediction == "sample":
+        return model_output
+    if prediction == "epsilon":
+        return (sample - level.noise * model_output) / level.signal
+    size = math.hypot(level.signal, level.noise)
+    return (level.signal * sample / size - level.noise * model_output) / size
+
+
+def _guide(output: Tensor, sample: Tensor, level: NoiseLevel, restart: NoiseLevel, guidance: Guidance, prediction: str) -> Tensor:
+    if guidance.reference is None:
+        return output
+    gamma = (1 - level.alpha_bar) / (1 - restart.alpha_bar)
+    x0 = denoised(output, sample, level, prediction)
+    delta = guide_structure(x0, guidance.reference.to(x0.dtype), gamma=gamma, cutoff=guidance.cutoff) - x0
+    if prediction == "sample":
+        return output + delta
+    if prediction == "epsilon":
+        return output - delta * (level.signal / level.noise)
+    return output - delta * (math.hypot(level.signal, level.noise) / level.noise)
