@@ -5,7 +5,7 @@
         Z_LU = bicubic(latent);  Z_RU = encode(bicubic(decode(latent)));  Z_ref = LFM(Z_RU, Z_LU)
         x = add_noise(Z_ref, restart);  denoise from there with NPA on and SG at every step
 
-ScaleDiff, arXiv:2510.25818, section 3.
+ScaleDiff, arXiv:2510.25818.
 
 Legend: B batch, C channels, Y x X latent grid.
 """
@@ -42,6 +42,7 @@ class Stage:
         latents: `[B, C, Y, X]`, as the pipeline hands them out.
         steps: Denoising steps run.
         seconds: Wall-clock time, its decoding included.
+        settings: What the run was asked for.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Stage:
     latents: Tensor
     steps: int
     seconds: float
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def generate(
         ValueError: a size or setting is out of range, or the pipeline is of no known family.
         NotImplementedError: the pipeline's scheduler cannot be guided.
 
-    ScaleDiff, arXiv:2510.25818, section 3.
+    ScaleDiff, arXiv:2510.25818.
     """
     given: dict[str, Any] = {
         "steps": steps, "restart": restart, "guidance_scale": guidance_scale, "attention": attention, "lfm": lfm, "sg": sg,
@@ -211,12 +213,12 @@ def _run(
         decoded = _decode(pipe, latents)
         if on_stage is not None:
             images = pipe.image_processor.postprocess(decoded, output_type="pil")
-            on_stage(Stage(index, len(sizes), height, width, images, latents, steps, time.perf_counter() - since))
+            on_stage(Stage(index, len(sizes), height, width, images, latents, steps, time.perf_counter() - since, settings))
     return result
 
 
 def _reference(pipe: Any, latents: Tensor, decoded: Tensor, grid: tuple[int, int], size: tuple[int, int], settings: Settings) -> Tensor:
-    """The stage's clean reference: upsampled in RGB, its low band replaced by the latent's own (equation 5)."""
+    """The stage's clean reference: upsampled in RGB, its low band replaced by the latent's own."""
     z_ru = _encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False))
     if not settings.lfm:
         return z_ru

@@ -56,7 +56,7 @@ def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidanc
     Raises:
         NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
 
-    ScaleDiff, arXiv:2510.25818, section 3.4: gamma_t = (1 - abar_t) / (1 - abar_restart).
+    ScaleDiff, arXiv:2510.25818.4: gamma_t = (1 - abar_t) / (1 - abar_restart).
     """
     cls = type(scheduler)
     if cls.__name__ not in _PRESERVING | _ADDED:

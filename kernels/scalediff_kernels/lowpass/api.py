@@ -34,7 +34,7 @@ def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize") -> Tensor:
         TypeError: x is not floating point.
         NotImplementedError: a kind of filter that this version lacks.
 
-    ScaleDiff, arXiv:2510.25818, section 3.3.
+    ScaleDiff, arXiv:2510.25818.
     """
     _check(x, kind)
     coarse = coarse_length(x.shape[2], cutoff), coarse_length(x.shape[3], cutoff)
@@ -52,7 +52,7 @@ def mix_frequencies(high: Tensor, low: Tensor, *, cutoff: float, kind: Kind = "r
     Raises:
         ValueError, TypeError, NotImplementedError: as `low_pass`; high and low disagree.
 
-    ScaleDiff, arXiv:2510.25818, section 3.3.
+    ScaleDiff, arXiv:2510.25818.
     """
     _check_same(high=high, low=low)
     return high + low_pass(low - high, cutoff=cutoff, kind=kind)
@@ -70,7 +70,7 @@ def guide_structure(x0: Tensor, reference: Tensor, *, gamma: float, cutoff: floa
     Raises:
         ValueError, TypeError, NotImplementedError: as `low_pass`; x0 and reference disagree, or gamma is not finite.
 
-    ScaleDiff, arXiv:2510.25818, section 3.4.
+    ScaleDiff, arXiv:2510.25818.
     """
     _check_same(x0=x0, reference=reference)
     if not math.isfinite(gamma):

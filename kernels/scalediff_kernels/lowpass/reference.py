@@ -13,7 +13,7 @@ from torch.nn import functional as F
 def low_pass_resize(x: Tensor, *, coarse: tuple[int, int]) -> Tensor:
     """Antialiased bilinear down to the `coarse` grid, bilinear back up: `[B, C, Y, X]` in at least fp32.
 
-    ScaleDiff, arXiv:2510.25818, section 3.3.
+    ScaleDiff, arXiv:2510.25818.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     down = F.interpolate(x, size=coarse, mode="bilinear", antialias=True, align_corners=False)

@@ -1,0 +1,67 @@
+"""The `scalediff` command: argument parsing only."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size is N or HxW in pixels, got {text!r}")
+    height = int(match[1])
+    return height, int(match[2] or height)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scalediff", description="Diffusion pictures far above the model's native size.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="draw a picture", description="Draw a picture; every finished stage is saved.")
+    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument("--negative-prompt", metavar="TEXT")
+    generate.add_argument("--model", default="demo", help="demo (embedded, default), a pipeline folder, or a Hugging Face model id")
+    generate.add_argument("--size", type=_size, metavar="N|HxW", help="pixels (default: 4x the model's native size)")
+    generate.add_argument("--seed", type=int, default=0, help="same seed, same machine: same picture (default: 0)")
+    generate.add_argument("--out", type=Path, metavar="FILE", help="PNG file (default: named after prompt and seed)")
+    generate.add_argument("--compare", action="store_true", help="also draw by direct inference and with full attention, side by side")
+    generate.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    generate.add_argument("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    generate.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    method = generate.add_argument_group("method", "defaults come from the model family's preset")
+    method.add_argument("--steps", type=int, help="steps of the whole schedule")
+    method.add_argument("--restart", type=float, help="share of the steps that a high-resolution stage runs, in (0, 1]")
+    method.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
+    method.add_argument("--attention", choices=("npa", "full"), help="neighborhood patch attention, or the model's own")
+    method.add_argument("--lfm", action=argparse.BooleanOptionalAction, help="latent frequency mixing")
+    method.add_argument("--sg", action=argparse.BooleanOptionalAction, help="structure guidance")
+    method.add_argument("--lfm-cutoff", type=float, help="kept fraction of Nyquist, in (0, 1]")
+    method.add_argument("--sg-cutoff", type=float, help="kept fraction of Nyquist, in (0, 1]")
+
+    info = commands.add_parser("info", help="print what made a picture", description="Print a picture's metadata as JSON.")
+    info.add_argument("file", type=Path, metavar="FILE")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when done, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    from scalediff import commands  # torch loads here, so that --help is quick
+
+    try:
+        {"generate": commands.generate_picture, "info": commands.show_info}[options.command](options)
+    except (commands.UsageError, ValueError, TypeError, NotImplementedError, OSError) as error:
+        print(f"scalediff: error: {commands.one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What the command line does, once its arguments are parsed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalediff.cascade import Result, Stage, generate, native_size, stage_sizes
+from scalediff.demo import load_demo
+from scalediff.pictures import check_writable, read_metadata, save_png, side_by_side
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SWITCHES = ("steps", "restart", "guidance_scale", "attention", "lfm", "sg", "lfm_cutoff", "sg_cutoff")
+
+
+class UsageError(Exception):
+    """Bad input in one line; the command ends with exit code 2."""
+
+
+def generate_picture(options: Namespace) -> None:
+    """Draw, save every stage as it ends, and compare if asked; an interruption says which files are there."""
+    out: Path = options.out or Path(f"{_slug(options.prompt)}-{options.seed}.png")
+    check_writable(out)
+    pipe = load_model(options.model, device=options.device, dtype=options.dtype)
+    native = native_size(pipe)
+    height, width = options.size or (4 * native[0], 4 * native[1])
+    sizes = stage_sizes(pipe, height, width)
+    _say(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {options.seed}, {_device_name(pipe)}")
+    written: list[Path] = []
+
+    def keep(stage: Stage) -> None:
+        last = stage.index == stage.of
+        path = out if last else out.with_name(f"{out.stem}.stage{stage.index}-{stage.height}x{stage.width}.png")
+        save_png(stage.images[0], path, metadata=_metadata(options, stage))
+        written.append(path)
+
+    try:
+        result = _draw(pipe, options, height, width, on_stage=keep)
+        seconds = sum(stage.seconds for stage in result.stages)
+        _say(f"{out}: {height} x {width} in {seconds:.1f} s, peak memory {_peak_memory()}")
+        if options.compare:
+            path = out.with_name(f"{out.stem}.compare.png")
+            save_png(_compare(pipe, options, result, seconds), path, metadata=_metadata(options, result.stages[-1]))
+            written.append(path)
+            _say(f"{path}: direct inference | full-attention cascade | ScaleDiff")
+    except KeyboardInterrupt:
+        _say("interrupted; finished: " + (", ".join(map(str, written)) or "nothing yet"))
+        raise
+
+
+def show_info(options: Namespace) -> None:
+    """Print the metadata of a picture as JSON."""
+    print(json.dumps(read_metadata(options.file), indent=2, ensure_ascii=False))
+
+
+def load_model(name: str, *, device: str, dtype: str) -> Any:
+    """The embedded model ("demo"), a pipeline folder or a Hugging Face model id, on a device.
+
+    Raises:
+        UsageError: diffusers is missing, or there is no such model.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise UsageError(f'drawing needs diffusers and transformers: pip install "scalediff[diffusers]" ({error})') from error
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "fp32" if device == "cpu" or name == "demo" else "bf16"
+    try:
+        pipe = load_demo() if name == "demo" else DiffusionPipeline.from_pretrained(name, dtype=_DTYPES[dtype])
+        return pipe.to(device, _DTYPES[dtype])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"--model must be demo, a pipeline folder or a model id that can be reached, got {name!r}: {one_line(error)}"
+        ) from error
+
+
+def _draw(pipe: Any, options: Namespace, height: int, width: int, **changes: Any) -> Result:
+    switches = {name: getattr(options, name) for name in _SWITCHES}
+    return generate(
+        pipe,
+        options.prompt,
+        height=height,
+        width=width,
+        negative_prompt=options.negative_prompt,
+        generator=torch.Generator().manual_seed(options.seed),
+        progress=not options.quiet,
+        **{**switches, **changes},
+    )
+
+
+def _compare(pipe: Any, options: Namespace, result: Result, seconds: float) -> Any:
+    """Direct inference, the cascade with full attention and the result, with times below."""
+    final, settings = result.stages[-1], result.settings
+    pipe.set_progress_bar_config(desc=f"direct  {final.height} x {final.width}", disable=options.quiet)
+    since = time.perf_counter()
+    direct = pipe(
+        options.prompt,
+        negative_prompt=options.negative_prompt,
+        height=final.height,
+        width=final.width,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=torch.Generator().manual_seed(options.seed),
+    ).images[0]
+    direct_seconds = time.perf_counter() - since
+    full = _draw(pipe, options, final.height, final.width, attention="full")
+    full_seconds = sum(stage.seconds for stage in full.stages)
+    labels = (f"direct {direct_seconds:.1f} s", f"full attention {full_seconds:.1f} s", f"ScaleDiff {seconds:.1f} s")
+    return side_by_side([direct, full.images[0], result.images[0]], labels)
+
+
+def _metadata(options: Namespace, stage: Stage) -> dict[str, Any]:
+    return {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative_prompt,
+        "seed": options.seed,
+        "model": options.model,
+        "height": stage.height,
+        "width": stage.width,
+        "stage": f"{stage.index}/{stage.of}",
+        "settings": asdict(stage.settings),
+        "seconds": round(stage.seconds, 3),
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in ("scalediff", "torch", "diffusers", "transformers")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _peak_memory() -> str:
+    """Of the process, or of the device where the picture was made on one."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on {torch.cuda.get_device_name()}"
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return "unknown on this system"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
+
+
+def _device_name(pipe: Any) -> str:
+    return torch.cuda.get_device_name() if pipe.device.type == "cuda" else f"{pipe.device.type}, {torch.get_num_threads()} threads"
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

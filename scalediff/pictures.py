@@ -1,0 +1,72 @@
+"""Pictures on disk: written whole or not at all, with the run that made them inside; and pictures side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_KEY = "scalediff"
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a target that could not be written, before anything is computed.
+
+    Raises:
+        ValueError: the file is no PNG, or its folder is missing or not writable.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the output must be a .png file, got {path}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the output must be a file in an existing, writable folder, got {path}")
+
+
+def save_png(image: Any, path: Path, *, metadata: Mapping[str, Any]) -> None:
+    """Write a PIL picture with its metadata as JSON in a text chunk; the file appears by rename."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt(_KEY, json.dumps(metadata, ensure_ascii=False))
+    part = path.with_suffix(".part")
+    try:
+        image.save(part, format="PNG", pnginfo=info)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata that `save_png` wrote.
+
+    Raises:
+        ValueError: the file is missing, no picture, or carries no such metadata.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(_KEY)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"expected a picture written by scalediff, got {path}: {error}") from error
+    if text is None:
+        raise ValueError(f"expected a picture written by scalediff, got {path}: it has no scalediff metadata")
+    metadata: dict[str, Any] = json.loads(text)
+    return metadata
+
+
+def side_by_side(images: Sequence[Any], labels: Sequence[str]) -> Any:
+    """One PIL picture: the given ones of one size in a row, each with its label below."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height = images[0].size
+    text = max(11, height // 18)
+    gap = max(4, height // 64)
+    sheet = Image.new("RGB", (len(images) * (width + gap) - gap, height + 2 * text), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left = i * (width + gap)
+        sheet.paste(image, (left, 0))
+        draw.text((left + width // 2, height + text), label, fill="black", anchor="mm", font=ImageFont.load_default(text))
+    return sheet
