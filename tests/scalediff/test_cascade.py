@@ -1,0 +1,224 @@
+"""The cascade: a hand-written loop gives the same picture, one seed gives one picture, and the pipeline is left as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import scalediff
+from scalediff.cascade import Stage, generate, native_size, preset, stage_sizes
+from scalediff_kernels import low_pass
+from tests.conftest import seeded
+
+PROMPT = "a full moon over snowy mountains at night"
+FAST = {"steps": 6, "restart": 0.5}
+
+
+def pixels(image: Any) -> Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+
+
+def latents_of(result: Any) -> Tensor:
+    latents: Tensor = result.stages[-1].latents
+    return latents
+
+
+@torch.no_grad()
+def hand_written(pipe: Any, *, npa: bool) -> Tensor:
+    """Base at 64, one stage to 128 by 6 DDIM steps, the last 3 run: the method spelled out, no scheduler, no hook of ours."""
+    rng, guidance = seeded(), 3.0
+    abar = pipe.scheduler.alphas_cumprod
+    timesteps = [1000 - 1 - round(i * 1000 / 6) for i in range(6)]
+    text = torch.cat([pipe.text_encoder(pipe.tokenizer(p, padding="max_length", return_tensors="pt").input_ids)[0] for p in ("", PROMPT)])
+
+    def ddim(x: Tensor, start: int, reference: Tensor | None) -> Tensor:
+        for t in timesteps[start:]:
+            v_empty, v_text = pipe.unet(torch.cat([x, x]), t, text).sample.chunk(2)
+            v = v_empty + guidance * (v_text - v_empty)
+            a, s = abar[t] ** 0.5, (1 - abar[t]) ** 0.5
+            x0, eps = a * x - s * v, a * v + s * x
+            if reference is not None:
+                gamma = float((1 - abar[t]) / (1 - abar[timesteps[start]]))
+                x0 = x0 + gamma * (low_pass(reference, cutoff=0.25) - low_pass(x0, cutoff=0.25))
+                eps = (x - a * x0) / s
+            after = t - 1000 // 6
+            a_next = abar[after] if after >= 0 else torch.tensor(1.0)
+            x = a_next**0.5 * x0 + (1 - a_next) ** 0.5 * eps
+        return x
+
+    base = ddim(torch.randn(1, 4, 16, 16, generator=rng), 0, None)
+    scale = pipe.vae.config.scaling_factor
+    rgb = F.interpolate(pipe.vae.decode(base / scale).sample, size=(128, 128), mode="bicubic")
+    z_ru = pipe.vae.encode(rgb).latent_dist.mean * scale
+    z_lu = F.interpolate(base, size=(32, 32), mode="bicubic")
+    reference = z_ru - low_pass(z_ru, cutoff=0.25) + low_pass(z_lu, cutoff=0.25)
+    start = abar[timesteps[3]]
+    x = start**0.5 * reference + (1 - start) ** 0.5 * torch.randn(reference.shape, generator=rng)
+    if not npa:
+        return ddim(x, 3, reference)
+    with scalediff.patch_model(pipe.unet):
+        return ddim(x, 3, reference)
+
+
+@pytest.mark.parametrize("attention", ["npa", "full"])
+def test_cascade_is_the_hand_written_loop(demo: Any, attention: str) -> None:
+    result = generate(
+        demo,
+        PROMPT,
+        height=128,
+        width=128,
+        generator=seeded(),
+        attention=attention,  # type: ignore[arg-type]
+        guidance_scale=3.0,
+        lfm_cutoff=0.25,
+        sg_cutoff=0.25,
+        **FAST,  # type: ignore[arg-type]
+    )
+    expected = hand_written(demo, npa=attention == "npa")
+    # fp32 both, the same network calls; 12 of them in sequence with guidance 3 amplify single roundings.
+    torch.testing.assert_close(latents_of(result), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_seed_is_one_picture(demo: Any) -> None:
+    first, again, other = (
+        generate(demo, PROMPT, height=128, width=128, generator=seeded(seed), **FAST)  # type: ignore[arg-type]
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(latents_of(first), latents_of(again))
+    assert torch.equal(pixels(first.images[0]), pixels(again.images[0]))
+    assert not torch.equal(latents_of(first), latents_of(other))
+
+
+def test_without_a_generator_every_run_differs_and_the_global_one_is_untouched(demo: Any) -> None:
+    state = torch.get_rng_state()
+    a, b = (generate(demo, PROMPT, height=128, width=128, steps=2, restart=0.5) for _ in range(2))
+    assert not torch.equal(latents_of(a), latents_of(b))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_patched_pipeline_call_is_generate(demo: Any) -> None:
+    settings = {"steps": 6, "guidance_scale": 3.0}
+    expected = generate(demo, PROMPT, height=128, width=128, generator=seeded(), **settings)  # type: ignore[arg-type]
+    with scalediff.patch_model(demo):
+        out = demo(PROMPT, height=128, width=128, num_inference_steps=6, guidance_scale=3.0, generator=seeded())
+        as_tuple = demo(
+            PROMPT, 128, 128, num_inference_steps=6, guidance_scale=3.0, generator=seeded(), output_type="latent", return_dict=False
+        )
+    assert type(out).__name__ == "StableDiffusionPipelineOutput"
+    assert out.images[0].size == (128, 128)
+    assert torch.equal(pixels(out.images[0]), pixels(expected.images[0]))
+    assert torch.equal(as_tuple[0], latents_of(expected))
+
+
+def test_patched_pipeline_at_native_size_is_the_pipeline(demo: Any) -> None:
+    def draw() -> Tensor:
+        images: Tensor = demo(PROMPT, num_inference_steps=3, generator=seeded(), output_type="pt").images
+        return images
+
+    before = draw()
+    with scalediff.patch_model(demo):
+        assert torch.equal(draw(), before)
+    assert torch.equal(draw(), before)
+
+
+def test_stages_are_reported_as_they_end(demo: Any) -> None:
+    seen: list[Stage] = []
+    result = generate(demo, PROMPT, height=256, width=192, generator=seeded(), on_stage=seen.append, steps=4, restart=0.5)
+    assert [(s.height, s.width) for s in seen] == stage_sizes(demo, 256, 192) == [(72, 56), (144, 112), (256, 192)]
+    assert [s.steps for s in seen] == [4, 2, 2]
+    assert [s.index for s in seen] == [1, 2, 3]
+    assert result.stages == seen
+    assert all(s.images[0].size == (s.width, s.height) and s.latents.shape[-2:] == (s.height // 4, s.width // 4) for s in seen)
+    assert result.images[0] is seen[-1].images[0]
+    assert all(s.seconds > 0 for s in seen)
+
+
+def test_every_switch_changes_the_picture_and_only_above_native(demo: Any) -> None:
+    def draw(**switch: Any) -> Any:
+        return generate(demo, PROMPT, height=128, width=128, generator=seeded(), **FAST, **switch)
+
+    default = draw()
+    for switch in ({"attention": "full"}, {"lfm": False}, {"sg": False}, {"lfm_cutoff": 0.5}, {"sg_cutoff": 0.5}, {"restart": 0.9}):
+        changed = (
+            draw(**{**switch})
+            if "restart" not in switch
+            else generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=6, restart=0.9)
+        )
+        assert torch.equal(changed.stages[0].latents, default.stages[0].latents), switch
+        assert not torch.equal(latents_of(changed), latents_of(default)), switch
+
+
+def test_batches_with_a_generator_each(demo: Any) -> None:
+    prompts = [PROMPT, "the sun over green hills at noon"]
+    both = generate(demo, prompts, height=128, width=128, generator=[seeded(1), seeded(2)], **FAST)  # type: ignore[arg-type]
+    assert len(both.images) == 2
+    for i, prompt in enumerate(prompts):
+        alone = generate(demo, prompt, height=128, width=128, generator=seeded(i + 1), **FAST)  # type: ignore[arg-type]
+        torch.testing.assert_close(latents_of(both)[i : i + 1], latents_of(alone), rtol=1e-3, atol=1e-3)
+
+
+def test_the_pipeline_is_left_as_it_was(demo: Any) -> None:
+    scheduler, cls, attributes = demo.scheduler, type(demo), {k: v for k, v in demo.__dict__.items() if k != "_interrupt"}
+    config = dict(demo.config)
+    generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
+    assert demo.scheduler is scheduler
+    assert type(demo) is cls
+    assert dict(demo.config) == config
+    assert set(attributes) <= set(demo.__dict__)
+    assert demo._progress_bar_config == attributes["_progress_bar_config"]
+    assert not demo.unet._forward_hooks
+
+
+def test_the_scheduler_comes_back_after_an_error(demo: Any) -> None:
+    scheduler = demo.scheduler
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if tensors["latents"].shape[-1] == 32:
+            raise KeyboardInterrupt
+        return {}
+
+    with scalediff.patch_model(demo) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            demo(PROMPT, height=128, width=128, num_inference_steps=2, generator=seeded(), callback_on_step_end=stop)
+        assert demo.scheduler is scheduler
+        assert handle.attention == "npa"
+
+
+def test_callbacks_are_called_in_every_stage(demo: Any) -> None:
+    sizes = []
+
+    def note(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        sizes.append(tensors["latents"].shape[-1])
+        return {}
+
+    with scalediff.patch_model(demo):
+        demo(PROMPT, height=128, width=128, num_inference_steps=10, generator=seeded(), callback_on_step_end=note)
+    assert sizes == [16] * 10 + [32] * preset(demo).__class__(steps=10, restart=preset(demo).restart).stage_steps
+
+
+def test_euler_and_multistep_schedulers_draw_too(demo: Any) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    own = demo.scheduler
+    try:
+        for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+            demo.scheduler = getattr(diffusers, name).from_config(own.config)
+            result = generate(demo, PROMPT, height=128, width=128, generator=seeded(), **FAST)  # type: ignore[arg-type]
+            assert latents_of(result).isfinite().all()
+    finally:
+        demo.scheduler = own
+
+
+def test_bad_input_is_named(demo: Any) -> None:
+    assert native_size(demo) == (64, 64)
+    with pytest.raises(ValueError, match=r"multiples of 8, got height=130, width=128"):
+        generate(demo, PROMPT, height=130, width=128)
+    with pytest.raises(ValueError, match=r"at least the model's native 64 x 64, got height=32"):
+        generate(demo, PROMPT, height=32, width=32)
+    with pytest.raises(ValueError, match=r"restart must lie in \(0, 1\]"):
+        generate(demo, PROMPT, height=128, width=128, restart=0)
+    with pytest.raises(TypeError, match=r"pipeline or an nn.Module, got str"):
+        generate("demo", PROMPT, height=128, width=128)

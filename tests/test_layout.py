@@ -1,0 +1,78 @@
+"""The tree keeps its shape: top-level names, the direction of dependencies, a small public surface, no work at import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import scalediff
+import scalediff_kernels
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*(ROOT / "scalediff").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
+MODEL_LIBRARIES = {"diffusers", "transformers", "accelerate", "safetensors", "PIL"}
+
+
+def imports(path: Path, *, eager_only: bool) -> set[str]:
+    """Top-level packages that a file imports; with `eager_only`, at module level alone."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if eager_only else list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}
+
+
+def test_top_level_is_exactly_what_the_readme_promises() -> None:
+    visible = {p.name for p in ROOT.iterdir() if not p.name.startswith((".", "__")) and p.suffix not in (".png", ".part")}
+    assert visible - {"build", "dist", "runs"} == {"pyproject.toml", "README.md", "kernels", "scalediff", "bench", "tests", "docs"}
+
+
+def test_kernels_folder_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_dependencies_point_one_way(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0]
+    used = imports(path, eager_only=False)
+    if layer == "kernels":
+        assert used.isdisjoint({"scalediff", "bench", "tests", "einops"} | MODEL_LIBRARIES)
+        assert "triton" not in used or path.name in ("kernel.py", "_common.py")
+    if layer == "scalediff":
+        assert used.isdisjoint({"bench", "tests", "triton"})
+        assert imports(path, eager_only=True).isdisjoint(MODEL_LIBRARIES) or path.name == "train.py"
+    if path.name == "geometry.py":
+        assert "torch" not in used
+    if path.name == "reference.py":
+        assert "triton" not in used
+        assert "kernel" not in path.read_text().replace("scalediff_kernels", "")
+
+
+def test_public_names_are_pinned() -> None:
+    assert scalediff.__all__ == ["Handle", "Result", "generate", "load_demo", "patch_model", "unpatch_model"]
+    assert scalediff_kernels.__all__ == ["guide_structure", "low_pass", "mix_frequencies", "neighborhood_patch_attention"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import scalediff_kernels", MODEL_LIBRARIES | {"scalediff", "triton"}),
+        ("import scalediff", MODEL_LIBRARIES | {"triton"}),
+        ("from scalediff.cli import main", MODEL_LIBRARIES | {"triton"}),
+    ],
+)
+def test_import_is_light(statement: str, absent: set[str]) -> None:
+    """In a fresh process; what torch itself has loaded by then is not counted."""
+    code = f"import sys, torch; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert absent.isdisjoint(loaded)
+
+
+def test_files_stay_readable() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long, f"split these: {long}"
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
