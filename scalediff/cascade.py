@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scalediff.families import family_of
-from scalediff.hooks import denoiser_of, handle_of, original_call, patch_model
+from scalediff.hooks import Handle, denoiser_of, handle_of, original_call, patch_model
 from scalediff.schedule import Guidance, guided_scheduler
 from scalediff.settings import Attention, Settings, plan_sizes
 from scalediff_kernels import mix_frequencies
@@ -126,7 +126,7 @@ def generate(
         if on_stage is not None:
             on_stage(stage)
 
-    _run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress, output=_LATENT)
+    _run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress)
     return Result(stages[-1].images, stages, settings)
 
 
@@ -178,63 +178,78 @@ def _run(
     *,
     on_stage: Callable[[Stage], None] | None = None,
     progress: bool | None = None,
-    output: Mapping[str, Any] | None = None,
 ) -> Any:
-    """All stages; returns what the pipeline's call returned for the last one, called with `output` over `arguments`."""
-    base_scheduler = pipe.scheduler
-    call = original_call(pipe)
-    latents, decoded, result = arguments.get("latents"), None, None
-    for index, (height, width) in enumerate(sizes, start=1):
-        since = time.perf_counter()
-        last = index == len(sizes)
-        changes: dict[str, Any] = {"height": height, "width": width, **(_LATENT if not last else output or {})}
-        steps = settings.steps
-        if index > 1:
-            assert latents is not None
-            assert decoded is not None
-            grid = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-            reference = _reference(pipe, latents, decoded, grid, (height, width), settings)
-            steps = settings.stage_steps
-            guidance = Guidance(reference if settings.sg else None, settings.sg_cutoff)
-            pipe.scheduler = guided_scheduler(base_scheduler, steps=settings.steps, kept=steps, guidance=guidance)
-            changes["latents"] = _noised(pipe.scheduler, reference, steps, arguments["generator"])
-            changes["num_inference_steps"] = steps
+    """All stages. With `on_stage` every one is decoded for it; without, the last call's own return value is returned."""
+    call, scheduler = original_call(pipe), pipe.scheduler
+    latents = decoded = torch.empty(0)
+    with _borrowed(pipe, settings) as handle:
+        for index, (height, width) in enumerate(sizes, start=1):
+            since = time.perf_counter()
+            changes: dict[str, Any] = {"height": height, "width": width}
+            if index > 1:
+                changes |= _restart(pipe, scheduler, latents, decoded, (height, width), settings, arguments["generator"])
+            if handle is not None:
+                handle.attention = settings.attention if index > 1 else "full"
+            if progress is not None:
+                pipe.set_progress_bar_config(desc=f"stage {index}/{len(sizes)}  {height} x {width}", disable=not progress)
+            if index == len(sizes) and on_stage is None:
+                return call(pipe, **{**arguments, **changes})
+            latents = call(pipe, **{**arguments, **changes, **_LATENT})[0]
+            decoded = _decode(pipe, latents)
+            if on_stage is not None:
+                images = pipe.image_processor.postprocess(decoded, output_type="pil")
+                steps = changes.get("num_inference_steps", settings.steps)
+                on_stage(Stage(index, len(sizes), height, width, images, latents, steps, time.perf_counter() - since, settings))
+    return None
+
+
+@contextmanager
+def _borrowed(pipe: Any, settings: Settings) -> Iterator[Handle | None]:
+    """Give the pipeline back as it was; inside, the handle whose attention the stages switch (None: nothing is patched).
+
+    A pipeline that is not patched gets its denoiser patched for the run, before anything is drawn, so that a model with
+    nothing to patch is known at once.
+    """
+    scheduler, bar = pipe.scheduler, pipe.__dict__.get("_progress_bar_config")
+    handle = handle_of(pipe)
+    with nullcontext(handle) if handle is not None or settings.attention == "full" else patch_model(denoiser_of(pipe)) as handle:
+        attention = handle.attention if handle is not None else None
         try:
-            with (
-                _attention(pipe, "full" if index == 1 else settings.attention),
-                _labelled(pipe, progress, index, len(sizes), height, width),
-            ):
-                result = call(pipe, **{**arguments, **changes})
+            yield handle
         finally:
-            pipe.scheduler = base_scheduler
-        if last and on_stage is None:
-            return result
-        latents = result[0]
-        decoded = _decode(pipe, latents)
-        if on_stage is not None:
-            images = pipe.image_processor.postprocess(decoded, output_type="pil")
-            on_stage(Stage(index, len(sizes), height, width, images, latents, steps, time.perf_counter() - since, settings))
-    return result
+            pipe.scheduler = scheduler
+            pipe.set_progress_bar_config(**(bar or {}))
+            if bar is None:
+                del pipe._progress_bar_config
+            if handle is not None and attention is not None:
+                handle.attention = attention
 
 
-def _reference(pipe: Any, latents: Tensor, decoded: Tensor, grid: tuple[int, int], size: tuple[int, int], settings: Settings) -> Tensor:
-    """The stage's clean reference: upsampled in RGB, its low band replaced by the latent's own."""
-    z_ru = _encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False))
-    if not settings.lfm:
-        return z_ru
-    z_lu = F.interpolate(latents, size=grid, mode="bicubic", align_corners=False)
-    return mix_frequencies(z_ru, z_lu.to(z_ru.dtype), cutoff=settings.lfm_cutoff)
-
-
-def _noised(scheduler: Any, reference: Tensor, steps: int, generator: Generators) -> Tensor:
-    """The reference at the noise level where the stage starts."""
+def _restart(
+    pipe: Any, scheduler: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings, generator: Generators
+) -> dict[str, Any]:
+    """Hand the pipeline this stage's guided scheduler; returns the latents and steps that its call starts from."""
     from diffusers.utils.torch_utils import randn_tensor
 
-    scheduler.set_timesteps(steps)
-    start = scheduler.levels[0]
-    noise: Tensor = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
-    x: Tensor = start.signal * reference + start.noise * noise
-    return x
+    reference = _reference(pipe, latents, decoded, size, settings)
+    steps = settings.stage_steps
+    guidance = Guidance(reference if settings.sg else None, settings.sg_cutoff)
+    pipe.scheduler = guided_scheduler(scheduler, steps=settings.steps, kept=steps, guidance=guidance)
+    pipe.scheduler.set_timesteps(steps)
+    start = pipe.scheduler.levels[0]
+    noise = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
+    return {"latents": start.signal * reference + start.noise * noise, "num_inference_steps": steps}
+
+
+def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
+    """The stage's clean reference `[B, C, Y, X]`: upsampled in RGB, its low band replaced by the latent's own."""
+    z_ru = _encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False))
+    if not z_ru.isfinite().all():
+        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
+    if not settings.lfm:
+        return z_ru
+    z_lu = F.interpolate(latents, size=z_ru.shape[-2:], mode="bicubic", align_corners=False)
+    return mix_frequencies(z_ru, z_lu.to(z_ru.dtype), cutoff=settings.lfm_cutoff)
 
 
 def _decode(pipe: Any, latents: Tensor) -> Tensor:
@@ -254,35 +269,3 @@ def _fresh_generator() -> torch.Generator:
     generator = torch.Generator()
     generator.seed()
     return generator
-
-
-@contextmanager
-def _attention(pipe: Any, attention: Attention) -> Iterator[None]:
-    """The stage's attention: on a pipeline that is not patched, a patch of the denoiser for this stage alone."""
-    handle = handle_of(pipe)
-    if handle is None:
-        with patch_model(denoiser_of(pipe)) if attention == "npa" else nullcontext():
-            yield
-        return
-    before, handle.attention = handle.attention, attention
-    try:
-        yield
-    finally:
-        handle.attention = before
-
-
-@contextmanager
-def _labelled(pipe: Any, progress: bool | None, index: int, of: int, height: int, width: int) -> Iterator[None]:
-    """The pipeline's progress bar with the stage in front; None leaves the bar to the pipeline."""
-    if progress is None:
-        yield
-        return
-    before = pipe.__dict__.get("_progress_bar_config")
-    pipe.set_progress_bar_config(desc=f"stage {index}/{of}  {height} x {width}", disable=not progress)
-    try:
-        yield
-    finally:
-        if before is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before

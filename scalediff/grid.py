@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from einops import rearrange
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -36,10 +37,9 @@ def level_grid(latent: Grid, level: int) -> Grid:
 
 def to_grid(x: Tensor, grid: Grid) -> Tensor:
     """`[B, H, S, D]` as `[B, Y, X, H, D]`, a view whatever the strides."""
-    tokens: Tensor = x.transpose(1, 2)
-    return tokens.unflatten(1, grid)  # type: ignore[no-any-return]
+    return rearrange(x, "b h (y x) d -> b y x h d", y=grid[0], x=grid[1])
 
 
 def from_grid(x: Tensor) -> Tensor:
     """`[B, Y, X, H, D]` as `[B, H, S, D]`."""
-    return x.flatten(1, 2).transpose(1, 2)
+    return rearrange(x, "b y x h d -> b h (y x) d")

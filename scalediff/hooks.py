@@ -24,6 +24,7 @@ from scalediff.families import family_of
 from scalediff.families.base import Family
 from scalediff.grid import AttentionSite, Grid, from_grid, level_grid, to_grid
 from scalediff.report import Report, Row
+from scalediff.settings import Attention
 from scalediff_kernels import neighborhood_patch_attention
 from scalediff_kernels.neighborhood.api import Impl
 
@@ -102,7 +103,7 @@ class Handle:
     """
 
     def __init__(self, model: Any, denoiser: nn.Module, family: Family, impl: Impl) -> None:
-        self.attention = "npa"
+        self.attention: Attention = "npa"
         self._model, self._denoiser, self._family, self._impl = model, denoiser, family, impl
         self._native = family.native_grid(denoiser)
         self._sites = {site.name: site for site in family.sites(denoiser)}

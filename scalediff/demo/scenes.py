@@ -19,6 +19,8 @@ TIMES = ("dawn", "day", "dusk", "night")
 TERRAINS = ("hills", "mountains")
 PLACES = ("left", "middle", "right")
 
+HELD_OUT_SEED = 10_000_000  # scenes from this seed on are never trained on
+
 # The stream numbers below name independent random fields of one scene.
 _LAYOUT, _FAR, _NEAR, _CLOUDS, _ROCK, _WATER, _CAPTION = range(7)
 
@@ -91,7 +93,7 @@ def render(seed: int, n: int, resolution: int) -> Tensor:
     """Render `n` scenes with seeds `seed .. seed + n - 1`.
 
     Args:
-        seed: First seed, >= 0. Picture i depends on `seed + i` and on the resolution alone.
+        seed: First seed, >= 0. Picture i depends on `seed + i` and on the resolution alone (to fp32 rounding).
         n: Number of pictures, >= 1.
         resolution: Pixels per side, >= 16.
 

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from scalediff.demo.scenes import VOCABULARY, caption, describe, render
+from scalediff.demo.scenes import HELD_OUT_SEED, VOCABULARY, caption, describe, render
 
 NATIVE = 64  # pixels per side of a whole scene
 TEXT_TOKENS = 24
 CLOSE_UP_STEPS = 500  # training timesteps below which close-ups are seen
-HELD_OUT_SEED = 10_000_000  # scenes from here on are never trained on
 
 
 def autoencoder() -> AutoencoderKL:
@@ -212,43 +211,57 @@ def export(workdir: Path, folder: Path, vae: AutoencoderKL, denoiser: UNet2DCond
     (folder / "training.json").write_text((workdir / "training.json").read_text())
 
 
-def _fit(name: str, workdir: Path, models: nn.Module, loss: Callable[[int], Tensor], *, steps: int, rate: float, ema_decay: float) -> None:
+def _fit(
+    name: str,
+    workdir: Path,
+    models: nn.Module,
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    ema_decay: float,
+    save_every: int = 50,
+) -> None:
     """AdamW with warm-up and cosine decay; leaves the averaged weights in `models`. A batch is a function of its step."""
     path = workdir / f"{name}.pt"
     average = copy.deepcopy(models).requires_grad_(False)
     optimizer = torch.optim.AdamW(models.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    state = {"step": 0, "seconds": 0.0}
+    done, seconds = 0, 0.0
     if path.exists():
         saved = torch.load(path)
-        state = saved["state"]
+        done, seconds = saved["state"]["step"], saved["state"]["seconds"]
         models.load_state_dict(saved["models"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
-    recent, since, models_training = [], time.perf_counter(), models.train()
-    for step in range(int(state["step"]), steps):
+    models.train()
+    recent, since = [], time.perf_counter()
+    for step in range(done, steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = rate * _rate_share(step, steps)
         value = loss(step)
         value.backward()
-        nn.utils.clip_grad_norm_(models_training.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - decay)
         recent.append(value.item())
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             now = time.perf_counter()
-            state = {"step": step + 1, "seconds": state["seconds"] + now - since}
-            since = now
-            mean = sum(recent) / len(recent)
-            print(f"{name} {step + 1}/{steps} loss {mean:.4f} {state['seconds']:.0f} s", flush=True)
-            recent = []
-            _save(
-                {"state": state, "models": models.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}, path
-            )
-            _log(workdir, name, steps=step + 1, of=steps, seconds=round(state["seconds"]), loss=round(mean, 4))
+            seconds, since = seconds + now - since, now
+            mean, recent = sum(recent) / len(recent), []
+            print(f"{name} {step + 1}/{steps} loss {mean:.4f} {seconds:.0f} s", flush=True)
+            state = {"step": step + 1, "seconds": seconds}
+            weights = {"models": models.state_dict(), "average": average.state_dict()}
+            _save({"state": state, "optimizer": optimizer.state_dict()} | weights, path)
+            _log(workdir, name, steps=step + 1, of=steps, seconds=round(seconds), loss=round(mean, 4))
     models.load_state_dict(average.state_dict())
     models.eval().requires_grad_(False)
+
+
+def _rate_share(step: int, steps: int) -> float:
+    """Warm-up over 100 steps, then half a cosine down to 2 %."""
+    return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _latents(workdir: Path, vae: AutoencoderKL, *, scenes: int, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -314,7 +327,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=8000)
     parser.add_argument("--vae-steps", type=int, default=2500)
     parser.add_argument("--vae-batch", type=int, default=16)
-    parser.add_argument("--unet-steps", type=int, default=6000)
+    parser.add_argument("--unet-steps", type=int, default=3800)
     parser.add_argument("--unet-batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(None if arguments is None else list(arguments))

@@ -17,7 +17,7 @@ from scalediff.settings import Settings
 
 # arXiv:2510.25818 and the authors' scripts: the setting for SDXL.
 _PAPER = Settings(steps=50, restart=0.4, guidance_scale=7.5, lfm_cutoff=0.125, sg_cutoff=0.125)
-# Measured on the embedded model, whose latent has 16 tokens a side: docs/benchmarks.md.
+# Measured on the embedded model, whose latent has 16 tokens a side: docs/quality.md.
 _SMALL = Settings(steps=30, restart=0.3, guidance_scale=3.0, lfm_cutoff=0.25, sg_cutoff=0.25)
 
 

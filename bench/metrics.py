@@ -1,0 +1,243 @@
+"""What a set of pictures says without any trained network: discs counted, patches, spectra and seams compared.
+
+All pictures are `[N, 3, Y, X]` in [0, 1]; spectra and seams look at their Rec. 601 luma. The definitions are those usual
+in the literature, taken weight-free so that a machine without downloads gives the same numbers.
+
+Legend: N pictures, Y x X pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scalediff.demo.scenes import luminance
+
+# Between the brightest pixel outside a disc of a true render, 0.80, and the dimmest disc, 0.93 (both at any resolution).
+_DISC_EDGE, _DISC_CORE = 0.83, 0.865
+_SMALLEST_RADIUS = 0.065  # of a true disc, in picture sides
+_BINOMIAL3 = (0.25, 0.5, 0.25)
+_BINOMIAL5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+
+_BAND = (0.02, 0.5)  # cycles per pixel: below it the window's own spectrum, above it the corners of the plane
+_HIGH_BAND = (0.25, 0.5)
+_CONTROLS = (0.75, 0.875, 0.9375, 1.0625, 1.125, 1.25)  # control periods over the period
+
+
+def count_discs(images: Tensor, *, native: int = 64) -> Tensor:
+    """Number of suns or moons in each picture of a scene of `scalediff.demo.scenes`.
+
+    A disc is an 8-connected region of the slightly blurred luma (binomial, 3 x 3) that is above 0.83, reaches 0.865 and has
+    at least a quarter of the area of a disc of half the smallest native radius. So a disc drawn at its native size in pixels counts
+    as one drawn at its true size does, and a speck does not.
+
+    Args:
+        images: `[N, 3, Y, X]`, any size.
+        native: Pixels per side of the native picture, which sets the smallest area.
+
+    Returns:
+        `[N]` int64.
+
+    Raises:
+        ValueError: images are not of that shape.
+    """
+    _check(images=images)
+    luma = _blur(luminance(images)[:, None], _BINOMIAL3)[:, 0]
+    labels = _components(luma > _DISC_EDGE).flatten(1)
+    area = torch.zeros(labels.shape[0], labels.shape[1] + 1, device=labels.device)  # the first cell: outside every region
+    area.scatter_add_(1, labels, torch.ones_like(labels, dtype=area.dtype))
+    peak = torch.zeros_like(area).scatter_reduce_(1, labels, luma.flatten(1).to(area.dtype), "amax")
+    smallest = 0.25 * math.pi * (0.5 * _SMALLEST_RADIUS * native) ** 2
+    return ((area >= smallest) & (peak > _DISC_CORE))[:, 1:].sum(1)
+
+
+def laplacian_swd(a: Tensor, b: Tensor, *, generator: torch.Generator) -> dict[int, float]:
+    """Sliced Wasserstein distance between the patches of two sets of pictures, per level of their Laplacian pyramids.
+
+    From every level of every picture 128 patches of 7 x 7 x 3 at random places (the same in both sets); every colour channel
+    standardised over the set b; projected on 512 random unit directions; the mean absolute difference of the sorted
+    projections, times 1000. Fine levels speak of texture, coarse ones of layout; the coarsest is the low-pass residual.
+
+    Args:
+        a, b: `[N, 3, Y, X]`, of one shape. b is the reference: with statistics of its own, a set would hide lost contrast.
+        generator: For places and directions; the same state makes two calls comparable.
+
+    Returns:
+        Shorter side of the level, in pixels, to distance, from the finest level to 16.
+
+    Raises:
+        ValueError: shapes disagree, or a side is below 16 pixels.
+
+    Karras et al., arXiv:1710.10196, section 5; there each set is standardised by itself.
+    """
+    _check(a=a, b=b)
+    if a.shape != b.shape or min(a.shape[2:]) < 16:
+        raise ValueError(f"a and b must be of one shape with sides of at least 16, got {tuple(a.shape)=}, {tuple(b.shape)=}")
+    distances = {}
+    for level_a, level_b in zip(_laplacian(a), _laplacian(b), strict=True):
+        places = _places(level_a, 128, generator)
+        patches_a, patches_b = _patches(level_a, places), _patches(level_b, places)
+        std, mean = torch.std_mean(patches_b, dim=(0, 2, 3), keepdim=True)
+        std = std.clamp(min=1e-8)
+        flat_a, flat_b = (((p - mean) / std).flatten(1) for p in (patches_a, patches_b))
+        directions = F.normalize(torch.randn(512, flat_a.shape[1], generator=generator)).to(flat_a)
+        gap = (directions @ flat_a.T).sort().values - (directions @ flat_b.T).sort().values  # a sort along rows is far faster
+        distances[min(level_a.shape[2:])] = 1e3 * gap.abs().mean().item()
+    return distances
+
+
+def spectrum_distance(a: Tensor, b: Tensor) -> float:
+    """Distance of two radial power spectra: the mean of `|log10 P_a - log10 P_b|` over 0.02 to 0.5 cycles per pixel.
+
+    P is the power of the luma, its mean removed and a Hann window applied on both axes, averaged over the pictures and over
+    rings of integer radius. 0.3 is a factor of 2 in power.
+
+    Args:
+        a, b: `[N, 3, Y, X]`; of the same size, in any number.
+
+    Raises:
+        ValueError: sizes disagree.
+    """
+    _check(a=a, b=b)
+    if a.shape[2:] != b.shape[2:]:
+        raise ValueError(f"a and b must be of one size, got {tuple(a.shape)=}, {tuple(b.shape)=}")
+    rings = _rings(a.shape[2], a.shape[3]).to(a.device)
+    side = min(a.shape[2:])
+    kept = slice(math.ceil(_BAND[0] * side), math.floor(_BAND[1] * side) + 1)
+    spectra = [_power(x).mean(0).flatten() for x in (a, b)]
+    counts = torch.bincount(rings.flatten()).double()
+    radial_a, radial_b = ((torch.bincount(rings.flatten(), p) / counts).clamp(min=1e-30).log10() for p in spectra)
+    return (radial_a - radial_b)[kept].abs().mean().item()
+
+
+def high_frequency_ratio(images: Tensor) -> float:
+    """Share of the power between 0.02 and 0.5 cycles per pixel that lies above 0.25, averaged over the pictures.
+
+    P as in `spectrum_distance`. Smoothed pictures have a low ratio, noisy ones a high one; the truth lies between.
+    """
+    _check(images=images)
+    frequency = _frequency(images.shape[2], images.shape[3]).to(images.device)
+    power = _power(images)
+    high, whole = (power[:, (low <= frequency) & (frequency <= top)].sum(1) for low, top in (_HIGH_BAND, _BAND))
+    return (high / whole.clamp(min=1e-30)).mean().item()
+
+
+def seam_score(images: Tensor, *, period: int) -> dict[int, float]:
+    """How much steeper pictures are at multiples of a period than elsewhere, in robust standard deviations.
+
+    Along an axis, g(x) is the mean over the other axis of `|Y(x + 1) - Y(x)|`, less its moving median over three periods,
+    averaged over x modulo the period. The score is the value at the border (between pixels kP - 1 and kP), less the median of
+    all phases, over 1.4826 times their median absolute deviation; it is averaged over the pictures and both axes. A seam
+    stands out of the same score at control periods, 0.75 to 1.25 of the period, by 3 or more.
+
+    Args:
+        images: `[N, 3, Y, X]`.
+        period: Pixels between borders, the first at 0; at least 16.
+
+    Returns:
+        Period to score: the period itself first, then the controls.
+
+    Raises:
+        ValueError: the period is below 16, or a side is below two of the longest control period.
+    """
+    _check(images=images)
+    controls = [round(period * factor) for factor in _CONTROLS]
+    if period < 16 or min(images.shape[2:]) < 2 * max(controls):
+        raise ValueError(f"the period must be at least 16 and the sides twice {max(controls)}, got {period=}, {tuple(images.shape)=}")
+    luma = luminance(images.double())
+    steps = luma.diff(dim=1).abs().mean(2), luma.diff(dim=2).abs().mean(1)
+    return {p: sum(_border_z(g, p) for g in steps) / 2 for p in (period, *controls)}
+
+
+def _border_z(g: Tensor, period: int) -> float:
+    """Mean over the pictures of `[N, L]` steps of the robust z of phase `period - 1`."""
+    reach = 3 * period // 2
+    around = F.pad(g[:, None], (reach, reach), mode="replicate")[:, 0].unfold(1, 2 * reach + 1, 1)
+    rest = g - around.median(2).values
+    phases = torch.arange(g.shape[1], device=g.device) % period
+    folded = torch.zeros(g.shape[0], period, dtype=g.dtype, device=g.device).index_add_(1, phases, rest) / phases.bincount()
+    centred = folded - folded.median(1, keepdim=True).values
+    spread = 1.4826 * centred.abs().median(1).values
+    return (centred[:, -1] / spread.clamp(min=1e-12)).mean().item()
+
+
+def _components(mask: Tensor) -> Tensor:
+    """`[N, Y, X]` int64: 0 outside the mask, else a number from 1 to Y * X that an 8-connected region shares.
+
+    A pixel takes the largest number around it, then the number of the pixel it now points at: regions of any shape settle in
+    some log2 of their length instead of their length.
+    """
+    n, height, width = mask.shape
+    own = torch.arange(1, height * width + 1, dtype=torch.float64, device=mask.device).view(1, height, width)
+    labels = own * mask
+    while True:
+        spread = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * mask
+        table = F.pad(spread.flatten(1), (1, 0))
+        jumped = table.gather(1, spread.long().flatten(1)).view(n, height, width)
+        if torch.equal(jumped, labels):
+            return labels.long()
+        labels = jumped
+
+
+def _blur(images: Tensor, taps: tuple[float, ...]) -> Tensor:
+    """Separable filter of every channel, mirrored at the borders."""
+    channels, reach = images.shape[1], len(taps) // 2
+    kernel = images.new_tensor(taps).expand(channels, 1, -1)
+    padded = F.pad(images, (reach,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, kernel[:, :, None], groups=channels), kernel[:, :, :, None], groups=channels)
+
+
+def _laplacian(images: Tensor) -> list[Tensor]:
+    """Band-pass levels from the finest on, and the low-pass residual, whose shorter side is the last one not below 16."""
+    levels = []
+    while min(images.shape[2:]) >= 32:
+        coarse = _blur(images, _BINOMIAL5)[:, :, ::2, ::2]
+        spread = torch.zeros_like(images)
+        spread[:, :, ::2, ::2] = 4 * coarse
+        levels.append(images - _blur(spread, _BINOMIAL5))
+        images = coarse
+    return [*levels, images]
+
+
+def _places(level: Tensor, per_image: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`[N, per_image]` top rows and left columns of 7 x 7 patches inside the level."""
+    y, x = (torch.randint(0, n - 6, (level.shape[0], per_image), generator=generator).to(level.device) for n in level.shape[2:])
+    return y, x
+
+
+def _patches(level: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    """`[N * per_image, 3, 7, 7]`."""
+    reach = torch.arange(7, device=level.device)
+    y = places[0][:, :, None, None] + reach[:, None]
+    x = places[1][:, :, None, None] + reach
+    picture = torch.arange(level.shape[0], device=level.device)[:, None, None, None]
+    return level.permute(0, 2, 3, 1)[picture, y, x].flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _power(images: Tensor) -> Tensor:
+    """`[N, Y, X]` fp64 power of the windowed luma: smooth pictures fall to 1e-10 of their peak, below what fp32 resolves."""
+    luma = luminance(images.double())
+    window_y, window_x = (torch.hann_window(n, periodic=False, dtype=luma.dtype, device=luma.device) for n in luma.shape[1:])
+    windowed = (luma - luma.mean((1, 2), keepdim=True)) * window_y[:, None] * window_x
+    power: Tensor = torch.fft.fft2(windowed).abs().square()
+    return power
+
+
+def _frequency(height: int, width: int) -> Tensor:
+    """`[Y, X]` distance from zero frequency, in cycles per pixel."""
+    y, x = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.fftfreq(width, dtype=torch.float64)
+    return torch.hypot(*torch.meshgrid(y, x, indexing="ij"))
+
+
+def _rings(height: int, width: int) -> Tensor:
+    """`[Y, X]` int64: frequency as an integer radius, in cycles per shorter side."""
+    return (_frequency(height, width) * min(height, width)).round().long()
+
+
+def _check(**images: Tensor) -> None:
+    for name, x in images.items():
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
+            raise ValueError(f"{name} must be [N, 3, Y, X], floating point and not empty, got {tuple(x.shape)} {x.dtype}")

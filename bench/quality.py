@@ -1,0 +1,308 @@
+"""What each part of the method does for the picture, on the embedded model: `python -m bench.quality`.
+
+The captions are those of held-out scenes, so the true picture of every prompt exists at the target size and is the
+reference of every column. All rows share prompts and seeds, hence their base pictures. A row goes to the CSV and to the
+markdown table as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import scalediff
+from bench import harness
+from bench.metrics import count_discs, high_frequency_ratio, laplacian_swd, seam_score, spectrum_distance
+from scalediff.cascade import native_size, preset, stage_sizes
+from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
+from scalediff.families import family_of
+from scalediff.grid import level_grid
+from scalediff.hooks import denoiser_of, patch_model
+from scalediff_kernels.neighborhood.geometry import attention_flops
+
+FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the prompts
+BATCH = 4
+
+# Keyword arguments of scalediff.generate for every row that the cascade draws.
+ABLATION: dict[str, dict[str, Any]] = {
+    "full": {"attention": "full"},
+    "npa": {"attention": "npa"},
+    "npa-no-lfm": {"attention": "npa", "lfm": False},
+    "npa-no-sg": {"attention": "npa", "sg": False},
+    "npa-alone": {"attention": "npa", "lfm": False, "sg": False},
+}
+SWEEP: dict[str, dict[str, Any]] = {
+    f"restart-{restart}-cutoff-{cutoff}": {"attention": "npa", "restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
+    for restart in (0.2, 0.3, 0.4, 0.5)
+    for cutoff in (0.125, 0.25, 0.5)
+}
+CASCADES = ABLATION | SWEEP
+LABELS = {
+    "direct": "direct inference",
+    "full": "full attention + LFM + SG",
+    "npa": "NPA + LFM + SG",
+    "npa-no-lfm": "NPA without LFM",
+    "npa-no-sg": "NPA without SG",
+    "npa-alone": "NPA without both",
+    "autoencoded": "true renders, autoencoded",
+    "true": "true renders",
+    "native": "native size",
+    "native-true": "true renders, native size",
+}
+TABLES = {
+    "The parts of the method": ("direct", *ABLATION, "autoencoded", "true"),
+    "Restart and cutoff": tuple(SWEEP),
+    "At native size": ("native", "native-true"),
+}
+
+# Field, heading, format.
+COLUMNS = (
+    ("n", "pictures", "{:.0f}"),
+    ("size", "pixels", "{:.0f}"),
+    ("one_disc", "exactly one disc", "{:.1%}"),
+    ("discs", "discs", "{:.2f}"),
+    ("swd", "SWD, all levels", "{:.1f}"),
+    ("swd_fine", "SWD, finest", "{:.1f}"),
+    ("spectrum", "spectrum distance", "{:.3f}"),
+    ("hf_ratio", "HF ratio", "{:.4f}"),
+    ("seam", "seam z", "{:+.2f}"),
+    ("seam_control", "control z", "{:+.2f}"),
+    ("seconds", "s per picture", "{:.2f}"),
+    ("gflops", "attention GFLOPs", "{:.2f}"),
+)
+FACTS = ("command", "model", *harness.FACTS)
+FIELDS = ("row", *(field for field, _, _ in COLUMNS), *FACTS)
+LEGEND = f"""Every row has the same seeds and the same captions, those of the held-out scenes from seed {HELD_OUT_SEED} on, whose true
+renders are the reference. Discs: a true picture has one. SWD: sliced Wasserstein distance per Laplacian level, x 1000; spectrum
+distance: mean |log10| ratio of radial power; both are best low. HF ratio: share of the power above 0.25 cycles per pixel, best
+where the true renders have it. Seam z: steepness at the borders of the query patches, beside the largest of six other periods; a
+seam is 3 above them. Seconds: p50 over batches of {BATCH}, a batch's time shared out. Attention GFLOPs: useful FLOPs of
+self-attention for one picture, all stages and both passes of guidance, 2 per multiply-add. The last rows are scenes other than
+the reference, so they are the floor of the distances, which falls with the number of pictures; autoencoded, they went once
+through the model's autoencoder: the floor for anything that it decodes."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all rows share."""
+
+    pipe: Any
+    n: int
+    size: int
+    seed: int
+
+    @property
+    def prompts(self) -> list[str]:
+        return [caption(describe(HELD_OUT_SEED + i)) for i in range(self.n)]
+
+
+def draw(task: Task, row: str) -> tuple[Tensor, float]:
+    """The row's pictures, `[N, 3, size, size]` in 256 levels, and its median seconds per picture."""
+    images: list[Tensor] = []
+    seconds: list[float] = []
+    task.pipe.set_progress_bar_config(disable=True)
+    for first in range(0, task.n, BATCH):
+        prompts = task.prompts[first : first + BATCH]
+        generators = [torch.Generator().manual_seed(task.seed + first + i) for i in range(len(prompts))]
+        since = time.perf_counter()
+        if row in CASCADES:
+            drawn = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **CASCADES[row]).images
+        else:
+            settings = preset(task.pipe)
+            drawn = task.pipe(
+                prompts,
+                height=task.size,
+                width=task.size,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                generator=generators,
+            ).images
+        seconds.append((time.perf_counter() - since) / len(prompts))
+        images += [torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in drawn]
+        print(f"{row}: {len(images)}/{task.n} pictures, {seconds[-1]:.2f} s each", file=sys.stderr, flush=True)
+    return torch.stack(images), statistics.median(seconds)
+
+
+def work(pipe: Any, size: int, overrides: Mapping[str, Any] | None) -> int:
+    """Useful FLOPs of self-attention for one square picture: of the cascade, or of direct inference where overrides is None."""
+    settings = replace(preset(pipe), **overrides or {})
+    base, *above = stage_sizes(pipe, size, size) if overrides is not None else [(size, size)]
+    stages = [(base, settings.steps, "full"), *((stage, settings.stage_steps, settings.attention) for stage in above)]
+    passes = 2 if settings.guidance_scale > 1 else 1
+    denoiser = denoiser_of(pipe)
+    total = 0
+    with patch_model(denoiser) as handle:
+        for (height, width), steps, attention in stages:
+            latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+            for site in family_of(denoiser).sites(denoiser):
+                if site.role == "self":
+                    grid = level_grid(latent, site.level)
+                    window = handle.window(site.level) if attention == "npa" else grid
+                    module: Any = denoiser.get_submodule(site.name)
+                    head_dim = module.to_q.out_features // module.heads
+                    total += steps * attention_flops(grid=grid, window=window, heads=module.heads, head_dim=head_dim, batch=passes)
+    return total
+
+
+def measure(task: Task, row: str, reference: Tensor) -> tuple[dict[str, float], Tensor]:
+    """The columns of one row of the ablation or the sweep, and its pictures."""
+    columns: dict[str, float] = {}
+    if row in ("true", "autoencoded"):
+        images = _quantised(render(FLOOR_SEED, task.n, task.size))
+        if row == "autoencoded":
+            images = torch.cat([_autoencoded(task.pipe, batch) for batch in images.split(BATCH)])
+    else:
+        images, seconds = draw(task, row)
+        columns = {"seconds": seconds, "gflops": work(task.pipe, task.size, CASCADES.get(row)) / 1e9}
+    swd = laplacian_swd(images, reference, generator=torch.Generator().manual_seed(0))
+    with patch_model(denoiser_of(task.pipe)) as handle:
+        border = handle.patch(0)[0] * task.pipe.vae_scale_factor
+    seam, *controls = seam_score(images, period=border).values()
+    columns |= _discs(images, task.pipe) | {
+        "swd": statistics.mean(swd.values()),
+        "swd_fine": swd[max(swd)],
+        "spectrum": spectrum_distance(images, reference),
+        "hf_ratio": high_frequency_ratio(images),
+        "seam": seam,
+        "seam_control": max(controls),
+    }
+    return columns, images
+
+
+def native_rows(pipe: Any, *, n: int, seed: int) -> dict[str, dict[str, float]]:
+    """Discs in `n` pictures drawn at native size, and in 512 true renders, where they say how good the detector is."""
+    native = native_size(pipe)[0]
+    images, seconds = draw(Task(pipe, n, native, seed), "native")
+    return {"native": _discs(images, pipe) | {"seconds": seconds}, "native-true": _discs(render(FLOOR_SEED, 512, native), pipe)}
+
+
+def _discs(images: Tensor, pipe: Any) -> dict[str, float]:
+    discs = count_discs(images, native=native_size(pipe)[0])
+    shape = {"n": len(images), "size": images.shape[-1]}
+    return {**shape, "one_disc": (discs == 1).double().mean().item(), "discs": discs.double().mean().item()}
+
+
+@torch.no_grad()
+def _autoencoded(pipe: Any, images: Tensor) -> Tensor:
+    latents = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
+    restored: Tensor = pipe.vae.decode(latents).sample
+    return _quantised((restored / 2 + 0.5).clamp(0, 1))
+
+
+def _quantised(images: Tensor) -> Tensor:
+    """As a picture file has it: what the pipeline draws is rounded too, and spectra of dark skies see that."""
+    return (images * 255).round() / 255
+
+
+def _command(options: argparse.Namespace, row: str) -> str:
+    what = f"--native {options.native}" if options.native else f"--n {options.n} --size {options.size}" + " --sweep" * (row in SWEEP)
+    return f"python -m bench.quality {what} --seed {options.seed}"
+
+
+def markdown(records: Mapping[str, Mapping[str, str]]) -> str:
+    """One table per group of rows that has been measured, and under it what each was measured with."""
+    lines = ["# Picture quality on the embedded model", "", LEGEND]
+    for title, names in TABLES.items():
+        rows = [records[name] for name in names if name in records]
+        shown = [column for column in COLUMNS if any(row[column[0]] for row in rows)]
+        if rows:
+            lines += ["", f"## {title}", "", " | ".join(["", "row", *(heading for _, heading, _ in shown), ""]).strip()]
+            lines.append("|---|" + "--:|" * len(shown))
+        for row in rows:
+            cells = [form.format(float(row[field])) if row[field] else "-" for field, _, form in shown]
+            lines.append(" | ".join(["", LABELS.get(row["row"], row["row"]), *cells, ""]).strip())
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row[fact] for fact in FACTS), []).append(row["row"])
+        for (command, model, *versions), members in groups.items():
+            which = "" if len(groups) == 1 else f" ({', '.join(members)})"
+            torch_version, diffusers_version, machine, threads, commit = versions
+            lines += ["", f"`{command}`{which}: model {model}, torch {torch_version}, diffusers {diffusers_version},"]
+            lines.append(f"{machine}, {threads} threads, commit {commit}.")
+    return "\n".join(lines) + "\n"
+
+
+def write_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = 6) -> None:
+    """A contact sheet: one labelled row of pictures per method."""
+    size, header = next(iter(rows.values())).shape[-1], 14
+    count = min(columns, max(len(images) for images in rows.values()))
+    sheet = Image.new("RGB", (count * (size + 2) - 2, len(rows) * (size + header)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (name, images) in enumerate(rows.items()):
+        top = row * (size + header)
+        pen.text((2, top + 1), LABELS.get(name, name), fill="black")
+        for column, image in enumerate(images[:count]):
+            pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0)
+            sheet.paste(Image.fromarray(pixels.numpy()), (column * (size + 2), top + header))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    default = TABLES["The parts of the method"]
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--n", type=int, default=16, help="pictures per row (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="pixels per side (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="folder of another pipeline (default: the embedded model)")
+    parser.add_argument("--rows", default="", help=f"rows to measure, of {','.join((*default, *SWEEP))}")
+    parser.add_argument("--sweep", action="store_true", help="measure restart x cutoff instead of the ablation")
+    parser.add_argument("--native", type=int, default=0, metavar="N", help="only count the discs of N pictures of native size")
+    parser.add_argument("--out", type=Path, default=harness.ROOT / "docs" / "quality.md", help="markdown table")
+    results = f"quality-{harness.slug(harness.machine())}.csv"
+    parser.add_argument("--csv", type=Path, default=harness.ROOT / "bench" / "results" / results, help="results by row")
+    parser.add_argument("--sheet", type=Path, help="contact sheet (PNG)")
+    options = parser.parse_args(arguments)
+    options.rows = options.rows.split(",") if options.rows else list(SWEEP if options.sweep else default)
+    if unknown := [row for row in options.rows if row not in (*default, *SWEEP)]:
+        parser.error(f"--rows takes {', '.join((*default, *SWEEP))}, got {', '.join(unknown)}")
+    if options.n < 1 or options.native < 0:
+        parser.error(f"--n must be at least 1 and --native at least 0, got {options.n} and {options.native}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    if options.model:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(options.model, local_files_only=True)
+    else:
+        pipe = scalediff.load_demo()
+    measured_with = {"model": options.model.name if options.model else "embedded", **harness.facts()}
+
+    def keep(row: str, columns: Mapping[str, float]) -> None:
+        cells = {field: f"{columns[field]:.6g}" if field in columns else "" for field, _, _ in COLUMNS}
+        record = {"row": row, **cells, "command": _command(options, row), **measured_with}
+        records = {**harness.read_rows(options.csv), row: record}
+        harness.write_rows(options.csv, FIELDS, [records[name] for names in TABLES.values() for name in names if name in records])
+        harness.write_text(options.out, markdown(records))
+        print(", ".join([row, *(f"{heading} {form.format(columns[f])}" for f, heading, form in COLUMNS if f in columns)]), flush=True)
+
+    if options.native:
+        for row, columns in native_rows(pipe, n=options.native, seed=options.seed).items():
+            keep(row, columns)
+        return
+    task = Task(pipe, options.n, options.size, options.seed)
+    reference = _quantised(render(HELD_OUT_SEED, task.n, task.size))
+    pictures = {"true renders of the captions": reference}
+    for row in options.rows:
+        columns, pictures[row] = measure(task, row, reference)
+        keep(row, columns)
+        if options.sheet:
+            write_sheet(options.sheet, pictures)
+
+
+if __name__ == "__main__":
+    main()
