@@ -27,8 +27,8 @@ from bench.metrics import count_discs, high_frequency_ratio, laplacian_swd, seam
 from scalediff.cascade import native_size, preset, stage_sizes
 from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
 from scalediff.families import family_of
-from scalediff.grid import level_grid
-from scalediff.hooks import denoiser_of, patch_model
+from scalediff.grid import level_grid, patch_of, window_of
+from scalediff.hooks import denoiser_of
 from scalediff_kernels.neighborhood.geometry import attention_flops
 
 FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the prompts
@@ -141,17 +141,17 @@ def work(pipe: Any, size: int, overrides: Mapping[str, Any] | None) -> int:
     stages = [(base, settings.steps, "full"), *((stage, settings.stage_steps, settings.attention) for stage in above)]
     passes = 2 if settings.guidance_scale > 1 else 1
     denoiser = denoiser_of(pipe)
+    family = family_of(denoiser)
     total = 0
-    with patch_model(denoiser) as handle:
-        for (height, width), steps, attention in stages:
-            latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-            for site in family_of(denoiser).sites(denoiser):
-                if site.role == "self":
-                    grid = level_grid(latent, site.level)
-                    window = handle.window(site.level) if attention == "npa" else grid
-                    module: Any = denoiser.get_submodule(site.name)
-                    head_dim = module.to_q.out_features // module.heads
-                    total += steps * attention_flops(grid=grid, window=window, heads=module.heads, head_dim=head_dim, batch=passes)
+    for (height, width), steps, attention in stages:
+        latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+        for site in family.sites(denoiser):
+            if site.role == "self":
+                grid = level_grid(latent, site.level)
+                window = window_of(family.native_grid(denoiser), site.level) if attention == "npa" else grid
+                module: Any = denoiser.get_submodule(site.name)
+                head_dim = module.to_q.out_features // module.heads
+                total += steps * attention_flops(grid=grid, window=window, heads=module.heads, head_dim=head_dim, batch=passes)
     return total
 
 
@@ -166,8 +166,8 @@ def measure(task: Task, row: str, reference: Tensor) -> tuple[dict[str, float], 
         images, seconds = draw(task, row)
         columns = {"seconds": seconds, "gflops": work(task.pipe, task.size, CASCADES.get(row)) / 1e9}
     swd = laplacian_swd(images, reference, generator=torch.Generator().manual_seed(0))
-    with patch_model(denoiser_of(task.pipe)) as handle:
-        border = handle.patch(0)[0] * task.pipe.vae_scale_factor
+    denoiser = denoiser_of(task.pipe)
+    border = patch_of(family_of(denoiser).native_grid(denoiser), 0)[0] * task.pipe.vae_scale_factor
     seam, *controls = seam_score(images, period=border).values()
     columns |= _discs(images, task.pipe) | {
         "swd": statistics.mean(swd.values()),

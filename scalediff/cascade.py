@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scalediff.families import family_of
-from scalediff.hooks import Handle, denoiser_of, handle_of, original_call, patch_model
-from scalediff.schedule import Guidance, guided_scheduler
+from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, original_call, patch_model
+from scalediff.schedule import Guidance, check_scheduler, guided_scheduler
 from scalediff.settings import Attention, Settings, plan_sizes
 from scalediff_kernels import mix_frequencies
+from scalediff_kernels.lowpass.geometry import coarse_length
 
 Generators = torch.Generator | list[torch.Generator]
 
@@ -102,6 +103,7 @@ def generate(
 
     Raises:
         ValueError: a size or setting is out of range, or the pipeline is of no known family.
+        TypeError: not a text-to-image pipeline.
         NotImplementedError: the pipeline's scheduler cannot be guided.
 
     ScaleDiff, arXiv:2510.25818.
@@ -150,16 +152,17 @@ def stage_sizes(pipe: Any, height: int, width: int) -> list[tuple[int, int]]:
 
 
 def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
-    """A patched pipeline's call: its own at native size, the cascade above; arguments and return value are the pipeline's."""
+    """A patched pipeline's call: its own up to the native size, the cascade above; arguments and return value are the pipeline's."""
     native = native_size(pipe)
     height, width = arguments.get("height") or native[0], arguments.get("width") or native[1]
-    if height <= native[0] and width <= native[1]:
+    if (height <= native[0] and width <= native[1]) or height * width <= native[0] * native[1]:
         return original_call(pipe)(pipe, **arguments)
-    settings = preset(pipe)
+    settings, handle = preset(pipe), handle_of(pipe)
     settings = replace(
         settings,
         steps=arguments.setdefault("num_inference_steps", settings.steps),
         guidance_scale=arguments.setdefault("guidance_scale", settings.guidance_scale),
+        attention=handle.attention if handle is not None else settings.attention,
     )
     if arguments.get("generator") is None:
         arguments["generator"] = _fresh_generator()
@@ -180,6 +183,7 @@ def _run(
     progress: bool | None = None,
 ) -> Any:
     """All stages. With `on_stage` every one is decoded for it; without, the last call's own return value is returned."""
+    _check(pipe, arguments, sizes, settings)
     call, scheduler = original_call(pipe), pipe.scheduler
     latents = decoded = torch.empty(0)
     with _borrowed(pipe, settings) as handle:
@@ -197,10 +201,25 @@ def _run(
             latents = call(pipe, **{**arguments, **changes, **_LATENT})[0]
             decoded = _decode(pipe, latents)
             if on_stage is not None:
-                images = pipe.image_processor.postprocess(decoded, output_type="pil")
                 steps = changes.get("num_inference_steps", settings.steps)
-                on_stage(Stage(index, len(sizes), height, width, images, latents, steps, time.perf_counter() - since, settings))
+                seconds = time.perf_counter() - since
+                on_stage(Stage(index, len(sizes), height, width, _pictures(pipe, decoded), latents, steps, seconds, settings))
     return None
+
+
+def _check(pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings) -> None:
+    """Refuse before anything is drawn what a later stage would refuse."""
+    if not is_text_to_image(pipe):
+        raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
+    factor = pipe.vae_scale_factor
+    if len(sizes) > 1:
+        check_scheduler(pipe.scheduler)
+    for height, width in sizes[1:]:
+        for cutoff in (settings.lfm_cutoff, settings.sg_cutoff):
+            coarse_length(min(height, width) // factor, cutoff)
+    latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
+    if latents is not None and tuple(latents.shape[-2:]) != base:
+        raise ValueError(f"latents are those of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
 
 
 @contextmanager
@@ -218,9 +237,10 @@ def _borrowed(pipe: Any, settings: Settings) -> Iterator[Handle | None]:
             yield handle
         finally:
             pipe.scheduler = scheduler
-            pipe.set_progress_bar_config(**(bar or {}))
-            if bar is None:
-                del pipe._progress_bar_config
+            if bar is not None:
+                pipe._progress_bar_config = bar
+            else:
+                pipe.__dict__.pop("_progress_bar_config", None)
             if handle is not None and attention is not None:
                 handle.attention = attention
 
@@ -243,26 +263,47 @@ def _restart(
 
 def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
     """The stage's clean reference `[B, C, Y, X]`: upsampled in RGB, its low band replaced by the latent's own."""
-    z_ru = _encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False))
+    z_ru = _encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False)).to(latents.dtype)
     if not z_ru.isfinite().all():
-        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
+        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline's vae in bfloat16 or float32")
     if not settings.lfm:
         return z_ru
     z_lu = F.interpolate(latents, size=z_ru.shape[-2:], mode="bicubic", align_corners=False)
-    return mix_frequencies(z_ru, z_lu.to(z_ru.dtype), cutoff=settings.lfm_cutoff)
+    return mix_frequencies(z_ru, z_lu, cutoff=settings.lfm_cutoff)
 
 
 def _decode(pipe: Any, latents: Tensor) -> Tensor:
     """`[B, 3, height, width]` in [-1, 1]."""
-    config = pipe.vae.config
-    image: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0)).sample
+    mean, std = _latent_statistics(pipe.vae, latents)
+    latents = latents * std / pipe.vae.config.scaling_factor + mean
+    image: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
     return image
 
 
 def _encode(pipe: Any, image: Tensor) -> Tensor:
-    config = pipe.vae.config
     latents: Tensor = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.mode()
-    return latents.sub(config.get("shift_factor") or 0).mul(config.scaling_factor)
+    mean, std = _latent_statistics(pipe.vae, latents)
+    return latents.sub(mean).mul(pipe.vae.config.scaling_factor).div(std)
+
+
+def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[1, C or 1, 1, 1]` that the autoencoder's config gives for its latents."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [config.get("shift_factor") or 0.0], [1.0]
+    mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return mean, std
+
+
+def _pictures(pipe: Any, decoded: Tensor) -> list[Any]:
+    """PIL pictures, through the pipeline's safety checker where it has one."""
+    flagged = None
+    if getattr(pipe, "safety_checker", None) is not None:
+        decoded, flagged = pipe.run_safety_checker(decoded, decoded.device, decoded.dtype)
+    denormalise = [not flag for flag in flagged] if flagged is not None else None
+    pictures: list[Any] = pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=denormalise)
+    return pictures
 
 
 def _fresh_generator() -> torch.Generator:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+
+from scalediff import commands
+from scalediff.commands import SCHEDULERS
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -15,6 +21,13 @@ def _size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"a size is N or HxW in pixels, got {text!r}")
     height = int(match[1])
     return height, int(match[2] or height)
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"a seed lies in [0, 2^63), got {seed}")
+    return seed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,11 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--negative-prompt", metavar="TEXT")
     generate.add_argument("--model", default="demo", help="demo (embedded, default), a pipeline folder, or a Hugging Face model id")
     generate.add_argument("--size", type=_size, metavar="N|HxW", help="pixels (default: 4x the model's native size)")
-    generate.add_argument("--seed", type=int, default=0, help="same seed, same machine: same picture (default: 0)")
+    generate.add_argument("--seed", type=_seed, default=0, help="same seed, same machine: same picture (default: 0)")
     generate.add_argument("--out", type=Path, metavar="FILE", help="PNG file (default: named after prompt and seed)")
     generate.add_argument("--compare", action="store_true", help="also draw by direct inference and with full attention, side by side")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     generate.add_argument("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    generate.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="instead of the model's own")
     generate.add_argument("--quiet", action="store_true", help="no progress bars")
 
     method = generate.add_argument_group("method", "defaults come from the model family's preset")
@@ -49,13 +63,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when done, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    from scalediff import commands  # torch loads here, so that --help is quick
+    """Run the command; 0 when done, 2 on bad input (one line on stderr), 130 on Ctrl-C.
 
+    With SCALEDIFF_DEBUG set, errors keep their traceback.
+    """
+    options = _parser().parse_args(arguments)
     try:
         {"generate": commands.generate_picture, "info": commands.show_info}[options.command](options)
+    except torch.OutOfMemoryError as error:
+        print(f"scalediff: error: out of memory: try a smaller --size or --dtype bf16 ({commands.one_line(error)})", file=sys.stderr)
+        return 1
     except (commands.UsageError, ValueError, TypeError, NotImplementedError, OSError) as error:
+        if os.environ.get("SCALEDIFF_DEBUG"):
+            raise
         print(f"scalediff: error: {commands.one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

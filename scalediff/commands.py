@@ -18,8 +18,18 @@ import torch
 from scalediff.cascade import Result, Stage, generate, native_size, stage_sizes
 from scalediff.demo import load_demo
 from scalediff.pictures import check_writable, read_metadata, save_png, side_by_side
+from scalediff.settings import Settings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The schedulers that high-resolution stages know, by their usual short names.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
 _SWITCHES = ("steps", "restart", "guidance_scale", "attention", "lfm", "sg", "lfm_cutoff", "sg_cutoff")
 
 
@@ -31,7 +41,7 @@ def generate_picture(options: Namespace) -> None:
     """Draw, save every stage as it ends, and compare if asked; an interruption says which files are there."""
     out: Path = options.out or Path(f"{_slug(options.prompt)}-{options.seed}.png")
     check_writable(out)
-    pipe = load_model(options.model, device=options.device, dtype=options.dtype)
+    pipe = load_model(options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler)
     native = native_size(pipe)
     height, width = options.size or (4 * native[0], 4 * native[1])
     sizes = stage_sizes(pipe, height, width)
@@ -41,7 +51,7 @@ def generate_picture(options: Namespace) -> None:
     def keep(stage: Stage) -> None:
         last = stage.index == stage.of
         path = out if last else out.with_name(f"{out.stem}.stage{stage.index}-{stage.height}x{stage.width}.png")
-        save_png(stage.images[0], path, metadata=_metadata(options, stage))
+        save_png(stage.images[0], path, metadata=_metadata(pipe, options, sizes, stage.settings) | _of_stage(stage))
         written.append(path)
 
     try:
@@ -50,9 +60,11 @@ def generate_picture(options: Namespace) -> None:
         _say(f"{out}: {height} x {width} in {seconds:.1f} s, peak memory {_peak_memory()}")
         if options.compare:
             path = out.with_name(f"{out.stem}.compare.png")
-            save_png(_compare(pipe, options, result, seconds), path, metadata=_metadata(options, result.stages[-1]))
+            panels = _compare(pipe, options, result, seconds)
+            metadata = _metadata(pipe, options, sizes, result.settings) | {"kind": "comparison", "panels": list(panels)}
+            save_png(side_by_side(list(panels.values()), list(panels)), path, metadata=metadata)
             written.append(path)
-            _say(f"{path}: direct inference | full-attention cascade | ScaleDiff")
+            _say(f"{path}: {' | '.join(panels)}")
     except KeyboardInterrupt:
         _say("interrupted; finished: " + (", ".join(map(str, written)) or "nothing yet"))
         raise
@@ -63,14 +75,14 @@ def show_info(options: Namespace) -> None:
     print(json.dumps(read_metadata(options.file), indent=2, ensure_ascii=False))
 
 
-def load_model(name: str, *, device: str, dtype: str) -> Any:
+def load_model(name: str, *, device: str, dtype: str, scheduler: str | None = None) -> Any:
     """The embedded model ("demo"), a pipeline folder or a Hugging Face model id, on a device.
 
     Raises:
-        UsageError: diffusers is missing, or there is no such model.
+        UsageError: diffusers is missing, there is no such model, or no such device.
     """
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
@@ -79,17 +91,30 @@ def load_model(name: str, *, device: str, dtype: str) -> Any:
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = _device(device)
     if dtype == "auto":
-        dtype = "fp32" if device == "cpu" or name == "demo" else "bf16"
+        dtype = "fp32" if place.type == "cpu" or name == "demo" else "bf16"
     try:
-        pipe = load_demo() if name == "demo" else DiffusionPipeline.from_pretrained(name, dtype=_DTYPES[dtype])
-        return pipe.to(device, _DTYPES[dtype])
-    except (OSError, ValueError, RuntimeError) as error:
+        pipe = load_demo() if name == "demo" else diffusers.DiffusionPipeline.from_pretrained(name, dtype=_DTYPES[dtype])
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"--model must be demo, a pipeline folder or a model id that can be reached, got {name!r}: {one_line(error)}"
         ) from error
+    if scheduler is not None:
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
+    return pipe.to(place, _DTYPES[dtype])
+
+
+def _device(name: str) -> torch.device:
+    """A device that can hold a tensor; "auto" is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch built without CUDA asserts
+        raise UsageError(f"--device must be a device of this machine, got {name!r}: {one_line(error)}") from error
+    return device
 
 
 def _draw(pipe: Any, options: Namespace, height: int, width: int, **changes: Any) -> Result:
@@ -106,8 +131,8 @@ def _draw(pipe: Any, options: Namespace, height: int, width: int, **changes: Any
     )
 
 
-def _compare(pipe: Any, options: Namespace, result: Result, seconds: float) -> Any:
-    """Direct inference, the cascade with full attention and the result, with times below."""
+def _compare(pipe: Any, options: Namespace, result: Result, seconds: float) -> dict[str, Any]:
+    """Label to picture: direct inference, the cascade with full attention, and the result, each with its time."""
     final, settings = result.stages[-1], result.settings
     pipe.set_progress_bar_config(desc=f"direct  {final.height} x {final.width}", disable=options.quiet)
     since = time.perf_counter()
@@ -123,24 +148,39 @@ def _compare(pipe: Any, options: Namespace, result: Result, seconds: float) -> A
     direct_seconds = time.perf_counter() - since
     full = _draw(pipe, options, final.height, final.width, attention="full")
     full_seconds = sum(stage.seconds for stage in full.stages)
-    labels = (f"direct {direct_seconds:.1f} s", f"full attention {full_seconds:.1f} s", f"ScaleDiff {seconds:.1f} s")
-    return side_by_side([direct, full.images[0], result.images[0]], labels)
+    return {
+        f"direct {direct_seconds:.1f} s": direct,
+        f"full attention {full_seconds:.1f} s": full.images[0],
+        f"{_name(settings)} {seconds:.1f} s": result.images[0],
+    }
 
 
-def _metadata(options: Namespace, stage: Stage) -> dict[str, Any]:
+def _name(settings: Settings) -> str:
+    """ScaleDiff, or which of its parts were switched off."""
+    off = [name for name, on in (("NPA", settings.attention == "npa"), ("LFM", settings.lfm), ("SG", settings.sg)) if not on]
+    return "ScaleDiff" + (f" without {', '.join(off)}" if off else "")
+
+
+def _metadata(pipe: Any, options: Namespace, sizes: list[tuple[int, int]], settings: Settings) -> dict[str, Any]:
+    """What made a picture: everything that the command needs to make it again."""
     return {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
         "seed": options.seed,
         "model": options.model,
-        "height": stage.height,
-        "width": stage.width,
-        "stage": f"{stage.index}/{stage.of}",
-        "settings": asdict(stage.settings),
-        "seconds": round(stage.seconds, 3),
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "sizes": [f"{height}x{width}" for height, width in sizes],
+        "settings": asdict(settings),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("scalediff", "torch", "diffusers", "transformers")},
     }
+
+
+def _of_stage(stage: Stage) -> dict[str, Any]:
+    place = f"{stage.index}/{stage.of}"
+    return {"stage": place, "height": stage.height, "width": stage.width, "steps": stage.steps, "seconds": round(stage.seconds, 3)}
 
 
 def _version(package: str) -> str:

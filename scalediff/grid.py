@@ -20,11 +20,19 @@ Role = Literal["self", "cross"]
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention module of a denoiser: its name, what it attends to, and how often its grid has been halved."""
+    """One attention module of a denoiser.
+
+    Attributes:
+        name: Its path in the denoiser.
+        role: What it attends to.
+        level: How often its grid has been halved.
+        obstacle: Why its self-attention cannot be intercepted; empty where it can.
+    """
 
     name: str
     role: Role
     level: int
+    obstacle: str = ""
 
 
 def level_grid(latent: Grid, level: int) -> Grid:
@@ -33,6 +41,17 @@ def level_grid(latent: Grid, level: int) -> Grid:
     for _ in range(level):
         y, x = (y + 1) // 2, (x + 1) // 2
     return y, x
+
+
+def window_of(native: Grid, level: int) -> Grid:
+    """The key window in tokens: the model's native token grid at that level."""
+    return level_grid(native, level)
+
+
+def patch_of(native: Grid, level: int) -> Grid:
+    """The query patch in tokens: half the window, as in the paper."""
+    y, x = window_of(native, level)
+    return max(1, y // 2), max(1, x // 2)
 
 
 def to_grid(x: Tensor, grid: Grid) -> Tensor:

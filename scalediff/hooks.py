@@ -1,8 +1,9 @@
 """Change the attention of a model, and undo it: the only file that touches foreign modules.
 
-`torch.nn.functional.scaled_dot_product_attention` is replaced only while a patched denoiser's forward runs, and even then
-another thread, another model or a call that is not image self-attention reaches the original. Hooks on the denoiser and on
-its attention modules say which grid and which module a call belongs to; no module's forward or processor is replaced.
+`torch.nn.functional.scaled_dot_product_attention` is replaced only while a patched denoiser runs, and even then another thread,
+another model or a call that is not image self-attention reaches the original. The denoiser's class becomes a subclass whose
+call opens and closes the pass, whatever is raised inside; hooks on its attention modules say which of them a call belongs to.
+No forward and no processor is replaced.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from scalediff.families import family_of
 from scalediff.families.base import Family
-from scalediff.grid import AttentionSite, Grid, from_grid, level_grid, to_grid
+from scalediff.grid import AttentionSite, Grid, from_grid, level_grid, patch_of, to_grid, window_of
 from scalediff.report import Report, Row
 from scalediff.settings import Attention
 from scalediff_kernels import neighborhood_patch_attention
@@ -38,11 +40,16 @@ class _Pass:
     handle: Handle
     latent: Grid
     site: AttentionSite | None = None
+    reached: bool = False  # the site has called scaled_dot_product_attention
 
 
 @dataclass
 class _Passes(threading.local):
     stack: list[_Pass] = field(default_factory=list)
+
+    def of(self, handle: Handle) -> _Pass | None:
+        """The innermost pass of this thread, if it is this handle's."""
+        return self.stack[-1] if self.stack and self.stack[-1].handle is handle else None
 
 
 class _Interception:
@@ -55,7 +62,7 @@ class _Interception:
 
     def acquire(self) -> None:
         with self._lock:
-            if self._users == 0:
+            if F.scaled_dot_product_attention is not _attend:  # somebody who saved it during a pass may have put it back
                 self.original = F.scaled_dot_product_attention
                 F.scaled_dot_product_attention = _attend
             self._users += 1
@@ -83,12 +90,14 @@ def _attend(
 ) -> Tensor:
     """Stands in for `F.scaled_dot_product_attention`: same contract, `[B, H, S, D]` in and out."""
     current = _passes.stack[-1] if _passes.stack else None
-    if current is not None and current.site is not None and attn_mask is None and not is_causal and dropout_p == 0.0:
-        handle, site = current.handle, current.site
-        grid = level_grid(current.latent, site.level)
-        if query.shape == key.shape == value.shape and query.shape[-2] == grid[0] * grid[1]:
-            return handle._attend(site, grid, query, key, value, scale)
-        handle._warn_once(site, grid, tuple(query.shape))
+    if current is not None and current.site is not None:
+        current.reached = True
+        if attn_mask is None and not is_causal and dropout_p == 0.0:
+            handle, site = current.handle, current.site
+            grid = level_grid(current.latent, site.level)
+            if query.shape == key.shape == value.shape and query.shape[-2] == grid[0] * grid[1]:
+                return handle._attend(site, grid, query, key, value, scale)
+            handle._warn_once(site, f"q, k and v must be of one shape with {grid[0]} x {grid[1]} tokens, got q {tuple(query.shape)}")
     options = {"enable_gqa": True} if enable_gqa else {}
     out: Tensor = _interception.original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
     return out
@@ -99,19 +108,30 @@ class Handle:
 
     Attributes:
         report: Every attention module with its role, window and whether it is patched.
-        attention: `"npa"`, or `"full"` to let calls through for a while without unpatching.
     """
 
-    def __init__(self, model: Any, denoiser: nn.Module, family: Family, impl: Impl) -> None:
-        self.attention: Attention = "npa"
-        self._model, self._denoiser, self._family, self._impl = model, denoiser, family, impl
-        self._native = family.native_grid(denoiser)
-        self._sites = {site.name: site for site in family.sites(denoiser)}
+    def __init__(self, model: Any, denoiser: nn.Module, impl: Impl) -> None:
+        self._model, self._denoiser, self._impl = model, denoiser, impl
+        self._family: Family = family_of(denoiser)
+        self._native = self._family.native_grid(denoiser)
+        self._attention: Attention = "npa"
         self._warned: set[str] = set()
         self._removers: list[RemovableHandle] = []
         self.report = self._describe()
         if not self.report.patched:
-            raise ValueError(f"patch_model found no self-attention to patch in {type(denoiser).__name__}:\n{self.report}")
+            reasons = sorted({row.why for row in self.report.rows}) or ["it has no attention modules"]
+            raise ValueError(f"patch_model found no self-attention to patch in {type(denoiser).__name__}: {'; '.join(reasons)}")
+
+    @property
+    def attention(self) -> Attention:
+        """`"npa"`, or `"full"` to let all calls through for a while without unpatching."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, value: Attention) -> None:
+        if value not in get_args(Attention):
+            raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {value!r}")
+        self._attention = value
 
     def __enter__(self) -> Handle:
         return self
@@ -120,116 +140,87 @@ class Handle:
         self.remove()
 
     def remove(self) -> None:
-        """Undo the patch; a second call does nothing."""
+        """Undo the patch; a second call, or one after a later patch has replaced this one, does nothing."""
         for remover in self._removers:
             remover.remove()
         self._removers.clear()
-        if isinstance(self._model, _Cascading):
-            self._model.__class__ = type(self._model).__mro__[2]
         for owner in (self._model, self._denoiser):
             if owner.__dict__.get(_ATTRIBUTE) is self:
                 del owner.__dict__[_ATTRIBUTE]
-
-    def window(self, level: int) -> Grid:
-        """The key window in tokens: the model's native token grid at that level."""
-        return level_grid(self._native, level)
-
-    def patch(self, level: int) -> Grid:
-        """The query patch in tokens: half the window, as in the paper."""
-        y, x = self.window(level)
-        return max(1, y // 2), max(1, x // 2)
+                _restore_class(owner)
 
     def _install(self) -> None:
-        self._model.__dict__[_ATTRIBUTE] = self._denoiser.__dict__[_ATTRIBUTE] = self
-        add = self._removers.append
-        add(self._denoiser.register_forward_pre_hook(self._enter_denoiser, with_kwargs=True))
-        add(self._denoiser.register_forward_hook(self._leave_denoiser, always_call=True))
-        for name, module in self._denoiser.named_modules():
-            if name in self._sites and self._sites[name].role == "self":
-                add(module.register_forward_pre_hook(_SiteHook(self, self._sites[name])))
-                add(module.register_forward_hook(_SiteHook(self, None), always_call=True))
-        if self._model is not self._denoiser:
+        for owner in (self._model, self._denoiser):
+            owner.__dict__[_ATTRIBUTE] = self
+        self._denoiser.__class__ = _attending(type(self._denoiser))
+        if self._model is not self._denoiser and is_text_to_image(self._model):
             self._model.__class__ = _cascading(type(self._model))
+        for site in self._family.sites(self._denoiser):
+            if site.role == "self":
+                module = self._denoiser.get_submodule(site.name)
+                self._removers.append(module.register_forward_pre_hook(functools.partial(self._enter_site, site)))
+                self._removers.append(module.register_forward_hook(functools.partial(self._leave_site, site)))
 
-    def _enter_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    @contextmanager
+    def _pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
         latent = self._family.latent_grid(args, kwargs)
-        if self.attention == "npa" and (latent[0] > self._native[0] or latent[1] > self._native[1]):
-            _passes.stack.append(_Pass(self, latent))
-            _interception.acquire()
-
-    def _leave_denoiser(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if _passes.stack and _passes.stack[-1].handle is self:
+        if self._attention == "full" or (latent[0] <= self._native[0] and latent[1] <= self._native[1]):
+            yield
+            return
+        _interception.acquire()
+        _passes.stack.append(_Pass(self, latent))
+        try:
+            yield
+        finally:
             _passes.stack.pop()
             _interception.release()
 
+    def _enter_site(self, site: AttentionSite, module: nn.Module, args: object) -> None:
+        if current := _passes.of(self):
+            current.site, current.reached = site, False
+
+    def _leave_site(self, site: AttentionSite, module: nn.Module, args: object, output: object) -> None:
+        if current := _passes.of(self):
+            if not current.reached:
+                self._warn_once(site, "its processor does not call scaled_dot_product_attention")
+            current.site = None
+
     def _attend(self, site: AttentionSite, grid: Grid, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         q, k, v = (to_grid(x, grid) for x in (query, key, value))
-        out = neighborhood_patch_attention(
-            q, k, v, window=self.window(site.level), patch=self.patch(site.level), scale=scale, impl=self._impl
-        )
-        return from_grid(out)
+        window, patch = window_of(self._native, site.level), patch_of(self._native, site.level)
+        return from_grid(neighborhood_patch_attention(q, k, v, window=window, patch=patch, scale=scale, impl=self._impl))
 
-    def _warn_once(self, site: AttentionSite, grid: Grid, shape: tuple[int, ...]) -> None:
+    def _warn_once(self, site: AttentionSite, why: str) -> None:
         if site.name not in self._warned:
             self._warned.add(site.name)
-            warnings.warn(
-                f"scalediff: {site.name} runs full attention: q, k and v must be of one shape with "
-                f"{grid[0]} x {grid[1]} tokens, got q {shape}",
-                stacklevel=3,
-            )
+            warnings.warn(f"scalediff: {site.name} runs full attention: {why}", stacklevel=3)
 
     def _describe(self) -> Report:
         rows = []
-        for site in self._sites.values():
-            if site.role == "self":
-                row = Row(site.name, "self", self._family.grid_source, "-", self.window(site.level), self.patch(site.level), "patched")
+        for site in self._family.sites(self._denoiser):
+            if site.role == "self" and not site.obstacle:
+                window, patch = window_of(self._native, site.level), patch_of(self._native, site.level)
+                rows.append(Row(site.name, "self", self._family.grid_source, "-", window, patch, "patched"))
+            elif site.role == "self":
+                rows.append(Row(site.name, "self", self._family.grid_source, "-", None, None, "untouched", site.obstacle))
             else:
-                row = Row(site.name, "cross", "-", "keys", None, None, "untouched", "text cross-attention")
-            rows.append(row)
-        return Report(type(self._denoiser).__name__, tuple(rows))
-
-
-class _SiteHook:
-    """Names the attention module that runs, for the calls made inside it (`site=None`: it has ended)."""
-
-    def __init__(self, handle: Handle, site: AttentionSite | None) -> None:
-        self._handle, self._site = handle, site
-
-    def __call__(self, module: nn.Module, *_: object) -> None:
-        if _passes.stack and _passes.stack[-1].handle is self._handle:
-            _passes.stack[-1].site = self._site
-
-
-class _Cascading:
-    """Marks a pipeline class made by `_cascading`."""
-
-
-def _cascading(cls: type) -> type:
-    """A subclass whose call runs the cascade above the native size; name and module stay, so that saving works as before."""
-    original = cls.__call__
-
-    @functools.wraps(original)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from scalediff import cascade  # it imports this module
-
-        bound = inspect.signature(functools.partial(original, self)).bind(*args, **kwargs)
-        return cascade.call_pipeline(self, bound.kwargs | dict(zip(bound.signature.parameters, bound.args, strict=False)))
-
-    return type(cls.__name__, (_Cascading, cls), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
-def original_call(pipe: Any) -> Callable[..., Any]:
-    """The pipeline class's own `__call__`, patched or not; the pipeline is its first argument."""
-    call: Callable[..., Any] = type(pipe).__call__
-    return call.__wrapped__ if isinstance(pipe, _Cascading) else call  # type: ignore[attr-defined]
+                rows.append(Row(site.name, "cross", "-", "keys", None, None, "untouched", "text cross-attention"))
+        if self._model is self._denoiser:
+            call = "its own sampling loop is yours"
+        elif is_text_to_image(self._model):
+            call = f"{type(self._model).__name__} runs the cascade above the native size"
+        else:
+            call = f"{type(self._model).__name__} takes a picture: its call stays as it is"
+        return Report(type(self._denoiser).__name__, tuple(rows), call)
 
 
 def patch_model(model: Any, *, impl: Impl = "auto") -> Handle:
     """Give a model neighborhood patch attention above its native size; at native size it computes the same bits as before.
 
     Args:
-        model: A diffusers pipeline, whose call then runs the whole cascade where `height` and `width` exceed the native size,
-            or a denoiser (`UNet2DConditionModel`), for a sampling loop of one's own.
+        model: A diffusers pipeline, whose text-to-image call then runs the whole cascade where `height` x `width` exceeds the
+            native size (with the family's preset for what the call does not name, `scalediff.cascade.preset`), or a
+            denoiser (`UNet2DConditionModel`), for a sampling loop of one's own.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
 
     Returns:
@@ -237,12 +228,17 @@ def patch_model(model: Any, *, impl: Impl = "auto") -> Handle:
         later arguments.
 
     Raises:
-        ValueError: the model is of no known family or has nothing to patch.
+        ValueError: the model is of no known family, has nothing to patch, or is patched through another pipeline.
+        TypeError: the model is neither a module nor a pipeline.
 
     ScaleDiff, arXiv:2510.25818.
     """
     denoiser = denoiser_of(model)
-    handle = Handle(model, denoiser, family_of(denoiser), impl)
+    handle = Handle(model, denoiser, impl)
+    earlier = handle_of(denoiser)
+    if earlier is not None and earlier._model not in (model, denoiser):
+        owner, name = type(earlier._model).__name__, type(denoiser).__name__
+        raise ValueError(f"this {name} is already patched through a {owner}: unpatch_model that pipeline first")
     unpatch_model(model)
     handle._install()
     return handle
@@ -254,6 +250,8 @@ def unpatch_model(model: Any) -> None:
         handle = owner.__dict__.get(_ATTRIBUTE)
         if handle is not None:
             handle.remove()
+            if owner.__dict__.pop(_ATTRIBUTE, None) is not None:  # a shallow copy of the pipeline that was patched
+                _restore_class(owner)
 
 
 def handle_of(model: Any) -> Handle | None:
@@ -275,3 +273,57 @@ def denoiser_of(model: Any) -> nn.Module:
         if isinstance(part, nn.Module):
             return part
     raise TypeError(f"expected a diffusers pipeline or an nn.Module, got {type(model).__name__}")
+
+
+def is_text_to_image(pipe: Any) -> bool:
+    """Whether a pipeline's call takes a prompt, a size and latents, and no picture: then it can run a stage."""
+    names = set(inspect.signature(original_call(pipe)).parameters)
+    return {"prompt", "height", "width", "latents"} <= names and names.isdisjoint({"image", "mask_image"})
+
+
+def original_call(pipe: Any) -> Callable[..., Any]:
+    """The pipeline class's own `__call__`, patched or not; the pipeline is its first argument."""
+    call: Callable[..., Any] = _own_class(type(pipe)).__call__
+    return call
+
+
+class _Patched:
+    """Marks the subclasses made here; their second base is the class that they stand for."""
+
+
+def _own_class(cls: type) -> type:
+    return cls.__mro__[2] if issubclass(cls, _Patched) else cls
+
+
+def _restore_class(owner: Any) -> None:
+    owner.__class__ = _own_class(type(owner))
+
+
+def _subclass(cls: type, call: Callable[..., Any]) -> type:
+    """A subclass with another call; name and module stay, so that saving and printing are as before."""
+    return type(cls.__name__, (_Patched, cls), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _attending(cls: type[nn.Module]) -> type:
+    """A denoiser class whose call is a pass of its handle."""
+
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle: Handle | None = self.__dict__.get(_ATTRIBUTE)
+        with handle._pass(args, kwargs) if handle else nullcontext():  # None: another thread has just removed it
+            return cls.__call__(self, *args, **kwargs)
+
+    return _subclass(cls, call)
+
+
+def _cascading(cls: type) -> type:
+    """A pipeline class whose call runs the cascade above the native size."""
+
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from scalediff import cascade  # it imports this module
+
+        bound = inspect.signature(functools.partial(cls.__call__, self)).bind(*args, **kwargs)
+        return cascade.call_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
+
+    return _subclass(cls, call)

@@ -29,7 +29,7 @@ def save_png(image: Any, path: Path, *, metadata: Mapping[str, Any]) -> None:
 
     info = PngInfo()
     info.add_itxt(_KEY, json.dumps(metadata, ensure_ascii=False))
-    part = path.with_suffix(".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         image.save(part, format="PNG", pnginfo=info)
         os.replace(part, path)
@@ -43,16 +43,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, no picture, or carries no such metadata.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(_KEY)
-    except (OSError, UnidentifiedImageError) as error:
+            text = getattr(image, "text", {})[_KEY]
+        metadata: dict[str, Any] = json.loads(text)
+    except KeyError:
+        raise ValueError(f"expected a picture written by scalediff, got {path}: it has no scalediff metadata") from None
+    except (OSError, Image.DecompressionBombError, json.JSONDecodeError) as error:
         raise ValueError(f"expected a picture written by scalediff, got {path}: {error}") from error
-    if text is None:
-        raise ValueError(f"expected a picture written by scalediff, got {path}: it has no scalediff metadata")
-    metadata: dict[str, Any] = json.loads(text)
     return metadata
 
 

@@ -26,10 +26,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one patched model; printing it gives the table."""
+    """The rows of one patched model; printing it gives the table. `call` says what becomes of the model's own call."""
 
     model: str
     rows: tuple[Row, ...]
+    call: str
 
     @property
     def patched(self) -> tuple[Row, ...]:
@@ -43,7 +44,7 @@ class Report:
         ]
         widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [heads, *cells]]
-        return "\n".join([f"{self.model}: {len(self.patched)} of {len(self.rows)} attention modules patched", *lines])
+        return "\n".join([f"{self.model}: {len(self.patched)} of {len(self.rows)} attention modules patched; {self.call}", *lines])
 
 
 def _size(grid: Grid | None) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scalediff_kernels import guide_structure
+from scalediff_kernels import low_pass
 
 # How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), or a = 1 ("noise added").
 _PRESERVING = {"DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
@@ -58,13 +58,8 @@ def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidanc
 
     ScaleDiff, arXiv:2510.25818.4: gamma_t = (1 - abar_t) / (1 - abar_restart).
     """
-    cls = type(scheduler)
-    if cls.__name__ not in _PRESERVING | _ADDED:
-        known = ", ".join(sorted(_PRESERVING | _ADDED))
-        raise NotImplementedError(f"high-resolution stages know the schedulers {known}, got {cls.__name__}")
-    prediction = scheduler.config.prediction_type
-    if prediction not in _PREDICTIONS or scheduler.config.get("use_flow_sigmas", False):
-        raise NotImplementedError(f"structure guidance knows the prediction types {', '.join(sorted(_PREDICTIONS))}, got {prediction=}")
+    check_scheduler(scheduler)
+    cls, prediction = type(scheduler), scheduler.config.prediction_type
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -82,6 +77,21 @@ def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidanc
     guided.__dict__.pop("init_noise_sigma", None)
     guided.__class__ = type(cls.__name__, (cls,), members)
     return guided
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler before anything is drawn.
+
+    Raises:
+        NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
+    """
+    name, prediction = type(scheduler).__name__, scheduler.config.prediction_type
+    if name not in _PRESERVING | _ADDED:
+        known = ", ".join(sorted(_PRESERVING | _ADDED))
+        raise NotImplementedError(f"high-resolution stages know the schedulers {known}, got {name}")
+    known_predictions = _PREDICTIONS - ({"sample"} if name in _ADDED else set())
+    if prediction not in known_predictions or scheduler.config.get("use_flow_sigmas", False):
+        raise NotImplementedError(f"structure guidance knows {', '.join(sorted(known_predictions))} with {name}, got {prediction=}")
 
 
 def _lay_out(scheduler: Any, set_timesteps: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, steps: int, kept: int) -> None:
@@ -124,7 +134,8 @@ def _guide(output: Tensor, sample: Tensor, level: NoiseLevel, restart: NoiseLeve
         return output
     gamma = (1 - level.alpha_bar) / (1 - restart.alpha_bar)
     x0 = denoised(output, sample, level, prediction)
-    delta = guide_structure(x0, guidance.reference.to(x0.dtype), gamma=gamma, cutoff=guidance.cutoff) - x0
+    # guide_structure(x0, ...) - x0, without the rounding of adding and subtracting x0, which signal / noise would enlarge.
+    delta = gamma * low_pass(guidance.reference.to(x0.dtype) - x0, cutoff=guidance.cutoff)
     if prediction == "sample":
         return output + delta
     if prediction == "epsilon":

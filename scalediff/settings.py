@@ -68,11 +68,11 @@ def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: in
     factor = math.sqrt(height * width / (native[0] * native[1]))
     if factor < 1 or min(height, width) < multiple:
         raise ValueError(f"height x width must be at least the model's native {native[0]} x {native[1]}, got {height=}, {width=}")
+    hops = math.ceil(math.log2(factor))
 
-    def scaled(side: int, by: float) -> int:
-        return max(multiple, round(side * by / multiple) * multiple)
+    def base(side: int) -> int:
+        """Near side / factor, but large enough for `hops` doublings to reach the side."""
+        return max(round(side / factor / multiple), math.ceil(side / (1 << hops) / multiple)) * multiple
 
-    sizes = [(height, width)] if factor == 1 else [(scaled(height, 1 / factor), scaled(width, 1 / factor))]
-    while 2 * sizes[-1][0] < height or 2 * sizes[-1][1] < width:
-        sizes.append((2 * sizes[-1][0], 2 * sizes[-1][1]))
-    return sizes if sizes[-1] == target else [*sizes, target]
+    stages = [(min(height, base(height) << k), min(width, base(width) << k)) for k in range(hops)]
+    return [*stages, target]

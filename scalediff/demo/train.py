@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m scalediff.demo.train all --workdir runs/demo --export scalediff/demo/model`.
+"""Train the embedded model: `python -m scalediff.demo.train --workdir runs/demo --export scalediff/demo/model`.
 
 Three parts, each resumable from its last checkpoint and each a function of its seed: the autoencoder, the latent
 diffusion model (U-Net and text encoder together), and the export as an ordinary diffusers pipeline folder. Whole scenes
@@ -138,21 +138,21 @@ def train_autoencoder(workdir: Path, *, steps: int, batch: int, scenes: int, dev
     torch.manual_seed(0)
     model = autoencoder().to(device, memory_format=torch.channels_last)
 
-    def loss(step: int) -> Tensor:
+    def reconstruction(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(step)
         pictures = torch.cat([_draw(data[kind], batch // 2, rng) for kind in ("whole", "close")])
         x = _to_signed(pictures).to(device, memory_format=torch.channels_last)
         posterior = model.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
         y = model.decode(posterior.mean + posterior.std * noise).sample
-        loss: Tensor = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        return loss
+        total: Tensor = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        return total
 
-    _fit("autoencoder", workdir, nn.ModuleDict({"vae": model}), loss, steps=steps, rate=1.5e-3, ema_decay=0.995)
+    _fit("autoencoder", workdir, nn.ModuleDict({"vae": model}), reconstruction, steps=steps, rate=1.5e-3, ema_decay=0.995)
     held_out = render(HELD_OUT_SEED, 64, NATIVE)
     with torch.no_grad():
         restored = _autoencode(model, held_out)
-        latents = torch.cat([model.encode(_to_signed(data["whole"][:512]).to(device)).latent_dist.mean])
+        latents = model.encode(_to_signed(data["whole"][:512]).to(device)).latent_dist.mean
     psnr = -10 * (restored - held_out).square().mean(dim=(1, 2, 3)).log10()
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     _log(workdir, "autoencoder", psnr_db=round(psnr.mean().item(), 2), scaling_factor=model.config.scaling_factor)
@@ -169,7 +169,7 @@ def train_denoiser(
     models = nn.ModuleDict({"unet": unet().to(memory_format=torch.channels_last), "text": text_encoder(words)}).to(device)
     share = batch // 3  # close-ups in a batch
 
-    def tokens(seed: int, draw: int, empty: bool) -> str:
+    def prompt(seed: int, draw: int, empty: bool) -> str:
         return "" if empty else caption(describe(seed), draw=draw)
 
     def loss(step: int) -> Tensor:
@@ -179,7 +179,7 @@ def train_denoiser(
         t = torch.cat([_timesteps(1000, batch - share, rng), _timesteps(CLOSE_UP_STEPS, share, rng)])
         scene_seeds = torch.cat([seeds[kind][index] for kind, index in picks.items()]).tolist()
         empty = (torch.rand(batch, generator=rng) < 0.1).tolist()
-        prompts = [tokens(seed, step, e) for seed, e in zip(scene_seeds, empty, strict=True)]
+        prompts = [prompt(seed, step, e) for seed, e in zip(scene_seeds, empty, strict=True)]
         ids = words(prompts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt").input_ids
         noise = torch.randn(x.shape, generator=rng)
         noisy, target = noises.add_noise(x, noise, t), noises.get_velocity(x, noise, t)
@@ -228,7 +228,7 @@ def _fit(
     optimizer = torch.optim.AdamW(models.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     done, seconds = 0, 0.0
     if path.exists():
-        saved = torch.load(path)
+        saved = torch.load(path, map_location=next(models.parameters()).device)
         done, seconds = saved["state"]["step"], saved["state"]["seconds"]
         models.load_state_dict(saved["models"])
         average.load_state_dict(saved["average"])
@@ -266,7 +266,7 @@ def _rate_share(step: int, steps: int) -> float:
 
 def _latents(workdir: Path, vae: AutoencoderKL, *, scenes: int, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     data = dataset(workdir, scenes=scenes)
-    path = workdir / f"latents-{scenes}.pt"
+    path = workdir / f"latents-{scenes}-{vae.config.scaling_factor}.pt"  # another autoencoder has another scale
     if not path.exists():
         with torch.no_grad():
             encoded = {

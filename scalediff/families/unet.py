@@ -24,10 +24,16 @@ _SMALL = Settings(steps=30, restart=0.3, guidance_scale=3.0, lfm_cutoff=0.25, sg
 def _sites(unet: nn.Module) -> tuple[AttentionSite, ...]:
     deepest = len(unet.config.block_out_channels) - 1  # type: ignore[union-attr, arg-type]
     return tuple(
-        AttentionSite(name, "cross" if module.is_cross_attention else "self", _level(name, deepest))
+        AttentionSite(name, "cross" if module.is_cross_attention else "self", _level(name, deepest), _obstacle(module))
         for name, module in unet.named_modules()
         if type(module).__name__ == "Attention"
     )
+
+
+def _obstacle(attention: nn.Module) -> str:
+    """diffusers marks the processors that call scaled_dot_product_attention, torch 2's, by their names."""
+    processor = type(attention.processor).__name__
+    return "" if "2_0" in processor else f"{processor} does not call scaled_dot_product_attention"
 
 
 def _level(name: str, deepest: int) -> int:
@@ -39,8 +45,10 @@ def _level(name: str, deepest: int) -> int:
 
 
 def _native_grid(unet: nn.Module) -> Grid:
-    size = unet.config.sample_size  # type: ignore[union-attr]
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))  # type: ignore[index]
+    size: Any = unet.config.sample_size  # type: ignore[union-attr]
+    if size is None:
+        raise ValueError("the U-Net's config must name its native latent size, got sample_size=None")
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _latent_grid(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:

@@ -93,6 +93,21 @@ def test_a_query_sees_its_window_and_nothing_else(impl: str) -> None:
             assert torch.equal(out[:, y0:y1, x0:x1], clean[:, y0:y1, x0:x1])
 
 
+def test_one_sdpa_per_window_and_one_window_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counting(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        calls.append((tuple(q.shape), tuple(k.shape)))
+        return F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("scalediff_kernels.neighborhood.windowed_sdpa._sdpa", counting)
+    q, k, v = attention_inputs((2, 12, 10, 3, 4), dtype=torch.float32)
+    neighborhood_patch_attention(q, k, v, window=(6, 4), patch=(3, 2), offset=(1, 1), impl="sdpa")
+    rows, columns = windows(12, 6, 3, 1), windows(10, 4, 2, 1)
+    assert [key for _, key in calls] == [(2, 3, 24, 4)] * (len(rows) * len(columns))
+    assert sum(query[2] for query, _ in calls) == 120
+
+
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
 def test_any_strides(impl: str) -> None:
     """Views of `[B, H, S, D]` and of a packed qkv, as models hand them over, give what contiguous tensors give."""

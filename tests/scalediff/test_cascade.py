@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
-from scalediff.cascade import Stage, generate, native_size, preset, stage_sizes
+from scalediff.cascade import Stage, _decode, _encode, generate, native_size, preset, stage_sizes
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 
@@ -139,15 +140,11 @@ def test_stages_are_reported_as_they_end(demo: Any) -> None:
 
 def test_every_switch_changes_the_picture_and_only_above_native(demo: Any) -> None:
     def draw(**switch: Any) -> Any:
-        return generate(demo, PROMPT, height=128, width=128, generator=seeded(), **FAST, **switch)
+        return generate(demo, PROMPT, height=128, width=128, generator=seeded(), **{**FAST, **switch})
 
     default = draw()
     for switch in ({"attention": "full"}, {"lfm": False}, {"sg": False}, {"lfm_cutoff": 0.5}, {"sg_cutoff": 0.5}, {"restart": 0.9}):
-        changed = (
-            draw(**{**switch})
-            if "restart" not in switch
-            else generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=6, restart=0.9)
-        )
+        changed = draw(**switch)
         assert torch.equal(changed.stages[0].latents, default.stages[0].latents), switch
         assert not torch.equal(latents_of(changed), latents_of(default)), switch
 
@@ -162,15 +159,20 @@ def test_batches_with_a_generator_each(demo: Any) -> None:
 
 
 def test_the_pipeline_is_left_as_it_was(demo: Any) -> None:
-    scheduler, cls, attributes = demo.scheduler, type(demo), {k: v for k, v in demo.__dict__.items() if k != "_interrupt"}
-    config = dict(demo.config)
-    generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
-    assert demo.scheduler is scheduler
-    assert type(demo) is cls
-    assert dict(demo.config) == config
-    assert set(attributes) <= set(demo.__dict__)
-    assert demo._progress_bar_config == attributes["_progress_bar_config"]
-    assert not demo.unet._forward_hooks
+    demo(PROMPT, num_inference_steps=1, generator=seeded())  # the pipeline's own call leaves attributes of its own
+    scheduler, cls, config = demo.scheduler, type(demo), dict(demo.config)
+    attributes, hooks = dict(demo.__dict__), len(demo.unet._forward_hooks)
+    for bar in (demo._progress_bar_config, None):
+        if bar is None:
+            del demo._progress_bar_config, attributes["_progress_bar_config"]
+        generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
+        assert demo.scheduler is scheduler
+        assert type(demo) is cls
+        assert dict(demo.config) == config
+        assert demo.__dict__.keys() == attributes.keys()
+        assert demo.__dict__.get("_progress_bar_config") == bar
+        assert len(demo.unet._forward_hooks) == hooks
+    demo.set_progress_bar_config(disable=True)
 
 
 def test_the_scheduler_comes_back_after_an_error(demo: Any) -> None:
@@ -197,19 +199,128 @@ def test_callbacks_are_called_in_every_stage(demo: Any) -> None:
 
     with scalediff.patch_model(demo):
         demo(PROMPT, height=128, width=128, num_inference_steps=10, generator=seeded(), callback_on_step_end=note)
-    assert sizes == [16] * 10 + [32] * preset(demo).__class__(steps=10, restart=preset(demo).restart).stage_steps
+    assert sizes == [16] * 10 + [32] * replace(preset(demo), steps=10).stage_steps
 
 
 def test_euler_and_multistep_schedulers_draw_too(demo: Any) -> None:
     diffusers = pytest.importorskip("diffusers")
     own = demo.scheduler
     try:
+        demo.scheduler = diffusers.PNDMScheduler.from_config(own.config)
+        with pytest.raises(NotImplementedError, match="got PNDMScheduler"):
+            generate(demo, PROMPT, height=128, width=128, on_stage=lambda stage: pytest.fail("nothing may be drawn"))
         for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
             demo.scheduler = getattr(diffusers, name).from_config(own.config)
             result = generate(demo, PROMPT, height=128, width=128, generator=seeded(), **FAST)  # type: ignore[arg-type]
             assert latents_of(result).isfinite().all()
     finally:
         demo.scheduler = own
+
+
+def test_a_patched_call_follows_its_handle(demo: Any) -> None:
+    settings = {"steps": 4, "guidance_scale": 3.0}
+    expected = generate(demo, PROMPT, height=128, width=128, generator=seeded(), attention="full", **settings)  # type: ignore[arg-type]
+    with scalediff.patch_model(demo) as handle:
+        handle.attention = "full"
+        out = demo(PROMPT, height=128, width=128, num_inference_steps=4, guidance_scale=3.0, generator=seeded())
+        assert handle.attention == "full"
+    assert torch.equal(pixels(out.images[0]), pixels(expected.images[0]))
+
+
+def test_a_small_picture_with_one_long_side_is_the_pipelines_own(demo: Any) -> None:
+    def draw() -> Tensor:
+        images: Tensor = demo(PROMPT, height=32, width=96, num_inference_steps=2, generator=seeded(), output_type="pt").images
+        return images
+
+    before = draw()
+    with scalediff.patch_model(demo) as handle:
+        handle.attention = "full"
+        assert torch.equal(draw(), before)
+
+
+def test_an_autoencoder_in_another_precision(demo: Any) -> None:
+    demo.unet.bfloat16()
+    demo.text_encoder.bfloat16()
+    try:
+        result = generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
+        assert latents_of(result).dtype == torch.bfloat16
+        assert latents_of(result).isfinite().all()
+    finally:
+        demo.unet.float()
+        demo.text_encoder.float()
+
+
+def test_an_overflowing_autoencoder_is_named(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = demo.vae.decode
+
+    def overflow(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = decode(latents, *args, **kwargs)
+        out.sample.fill_(float("nan"))
+        return out
+
+    monkeypatch.setattr(demo.vae, "decode", overflow)
+    with (
+        pytest.raises(ValueError, match=r"the autoencoder overflows in torch.float32"),
+        pytest.warns(RuntimeWarning, match="invalid value"),
+    ):
+        generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
+
+
+def test_latent_statistics_of_the_autoencoder_are_used(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standardised latents of an autoencoder that gives its statistics: the same pictures, by the formula of the pipelines."""
+    latents = torch.randn(1, 4, 8, 8, generator=seeded())
+    scale = demo.vae.config.scaling_factor
+    plain = _decode(demo, latents)
+    mean, std = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1), torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
+    own = dict(demo.vae.config)
+    try:
+        demo.vae.register_to_config(latents_mean=mean.flatten().tolist(), latents_std=std.flatten().tolist())
+        torch.testing.assert_close(_decode(demo, (latents / scale - mean) * scale / std), plain, rtol=1e-4, atol=1e-4)
+        again = _encode(demo, plain) * std / scale + mean
+        torch.testing.assert_close(again, demo.vae.encode(plain).latent_dist.mode(), rtol=1e-5, atol=1e-5)
+    finally:
+        demo.vae.register_to_config(**{name: own.get(name) for name in ("latents_mean", "latents_std")})
+
+
+def test_pipelines_that_take_a_picture_keep_their_call(demo: Any) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    other = diffusers.StableDiffusionImg2ImgPipeline(**demo.components, requires_safety_checker=False)
+    cls = type(other)
+    with pytest.raises(TypeError, match=r"needs a text-to-image pipeline, got StableDiffusionImg2ImgPipeline"):
+        generate(other, PROMPT, height=128, width=128)
+    with scalediff.patch_model(other) as handle:
+        assert type(other) is cls
+        assert "takes a picture: its call stays as it is" in str(handle.report)
+
+
+def test_stable_diffusion_xl(demo: Any) -> None:
+    """A small one of random weights: two text encoders, size conditioning, attention at its lower levels alone."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(demo.tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=24, projection_dim=16, eos_token_id=demo.tokenizer.eos_token_id,
+    )  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=8, attention_head_dim=(1, 2, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=demo.vae, unet=unet, text_encoder=transformers.CLIPTextModel(text).eval(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text).eval(), tokenizer=demo.tokenizer, tokenizer_2=demo.tokenizer,
+        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    with scalediff.patch_model(pipe) as handle:
+        assert {row.window for row in handle.report.patched} == {(8, 8), (4, 4)}
+        out = pipe(PROMPT, height=128, width=192, num_inference_steps=4, generator=seeded(), output_type="latent").images
+    expected = generate(pipe, PROMPT, height=128, width=192, steps=4, generator=seeded())
+    assert out.shape == (1, 4, 32, 48)
+    assert torch.equal(out, latents_of(expected))
 
 
 def test_bad_input_is_named(demo: Any) -> None:
@@ -220,5 +331,9 @@ def test_bad_input_is_named(demo: Any) -> None:
         generate(demo, PROMPT, height=32, width=32)
     with pytest.raises(ValueError, match=r"restart must lie in \(0, 1\]"):
         generate(demo, PROMPT, height=128, width=128, restart=0)
+    with pytest.raises(ValueError, match=r"at least one coarse pixel, got cutoff=0.01"):
+        generate(demo, PROMPT, height=128, width=128, lfm_cutoff=0.01)
+    with pytest.raises(ValueError, match=r"latents are those of the base stage, 16 x 16, got.*32, 32"), scalediff.patch_model(demo):
+        demo(PROMPT, height=128, width=128, latents=torch.zeros(1, 4, 32, 32))
     with pytest.raises(TypeError, match=r"pipeline or an nn.Module, got str"):
         generate("demo", PROMPT, height=128, width=128)

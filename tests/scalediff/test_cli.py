@@ -17,6 +17,7 @@ from scalediff.cli import main
 from scalediff.pictures import read_metadata, save_png, side_by_side
 
 Image = pytest.importorskip("PIL.Image")
+PngInfo = pytest.importorskip("PIL.PngImagePlugin").PngInfo
 
 FAST = ["--size", "128", "--steps", "4", "--restart", "0.5", "--quiet"]
 
@@ -46,6 +47,8 @@ def test_a_picture_with_its_stages_and_its_story(tmp_path: Path, capsys: pytest.
     assert (told["height"], told["width"], told["stage"]) == (128, 128, "2/2")
     assert told["settings"]["sg"] is False
     assert told["settings"]["steps"] == 4
+    assert told["sizes"] == ["64x64", "128x128"]
+    assert (told["scheduler"], told["dtype"], told["device"]) == ("DDIMScheduler", "float32", "cpu")
     assert told["versions"]["torch"] == torch.__version__
     assert read_metadata(tmp_path / "moon.stage1-64x64.png")["height"] == 64
 
@@ -58,11 +61,14 @@ def test_the_same_command_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def test_compare_writes_three_pictures_with_times(tmp_path: Path) -> None:
-    assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), "--compare", *FAST]) == 0
+    assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), "--compare", "--no-sg", *FAST]) == 0
     assert files(tmp_path) == ["x.compare.png", "x.png", "x.stage1-64x64.png"]
     with Image.open(tmp_path / "x.compare.png") as sheet:
         assert sheet.width > 3 * 128
         assert sheet.height > 128
+    told = read_metadata(tmp_path / "x.compare.png")
+    assert told["kind"] == "comparison"
+    assert [panel.rsplit(" ", 2)[0] for panel in told["panels"]] == ["direct", "full attention", "ScaleDiff without SG"]
 
 
 def test_the_default_name_says_prompt_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +87,8 @@ def test_the_default_name_says_prompt_and_seed(tmp_path: Path, monkeypatch: pyte
         (["--steps", "0"], "steps must be at least 1"),
         (["--lfm-cutoff", "0.01"], "at least one coarse pixel, got cutoff=0.01"),
         (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or a model id that can be reached, got 'no/such/folder'"),
-        (["--device", "tpu9"], "tpu9"),
+        (["--device", "tpu9"], "--device must be a device of this machine, got 'tpu9'"),
+        (["--device", "meta"], "--device must be a device of this machine, got 'meta'"),
         (["--out", "missing/folder/x.png"], "existing, writable folder, got missing/folder/x.png"),
         (["--out", "x.gif"], "must be a .png file, got x.gif"),
     ],
@@ -95,10 +102,21 @@ def test_bad_input_is_one_line_and_exit_code_2(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scalediff: error: ")]
     assert len(error) == 1
     assert message in error[0]
-    assert all("stage1" in name for name in files(tmp_path)), "nothing but finished stages may be there"
+    assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("arguments", [["generate"], ["generate", "x", "--size", "big"], ["generate", "x", "--size", "12x"], ["paint"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", "x", "--seed", "-1"],
+        ["generate", "x", "--seed", "9" * 30],
+        ["generate", "x", "--size", "big"],
+        ["generate", "x", "--size", "12x"],
+        ["paint"],
+        [],
+    ],
+)
 def test_bad_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -126,6 +144,30 @@ def test_ctrl_c_keeps_finished_stages_and_says_where(
     assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), *FAST]) == 130
     assert files(tmp_path) == ["x.stage1-64x64.png"]
     assert f"interrupted; finished: {tmp_path / 'x.stage1-64x64.png'}" in capsys.readouterr().err
+    assert torch.nn.functional.scaled_dot_product_attention.__module__ != "scalediff.hooks"
+
+
+def test_another_scheduler(tmp_path: Path, demo: Any) -> None:
+    own = demo.scheduler
+    try:
+        assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), "--scheduler", "euler", *FAST]) == 0
+    finally:
+        demo.scheduler = own
+    assert read_metadata(tmp_path / "x.png")["scheduler"] == "EulerDiscreteScheduler"
+
+
+def test_debugging_keeps_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALEDIFF_DEBUG", "1")
+    with pytest.raises(ValueError, match="multiples of 8"):
+        main(["generate", "a moon", "--out", str(tmp_path / "x.png"), "--size", "100"])
+
+
+def test_without_diffusers_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), *FAST]) == 2
+    assert 'pip install "scalediff[diffusers]"' in capsys.readouterr().err
 
 
 def test_a_model_without_anything_to_patch(
@@ -143,7 +185,10 @@ def test_a_model_without_anything_to_patch(
 def test_info_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "foreign.png")
     (tmp_path / "text.png").write_text("no picture")
-    for name in ("foreign.png", "text.png", "missing.png"):
+    broken = PngInfo()
+    broken.add_itxt("scalediff", "{no json")
+    Image.new("RGB", (4, 4)).save(tmp_path / "broken.png", pnginfo=broken)
+    for name in ("foreign.png", "text.png", "missing.png", "broken.png"):
         assert main(["info", str(tmp_path / name)]) == 2
         assert f"expected a picture written by scalediff, got {tmp_path / name}" in capsys.readouterr().err
 

@@ -48,10 +48,10 @@ def state_of(module: nn.Module) -> dict[str, Any]:
 
 
 def test_native_size_bit_equality(unet: nn.Module) -> None:
-    before = forward(unet, (16, 16))
+    before, smaller = forward(unet, (16, 16)), forward(unet, (8, 12))
     with scalediff.patch_model(unet):
         assert torch.equal(forward(unet, (16, 16)), before)
-        assert torch.equal(forward(unet, (8, 12)), forward(unet, (8, 12)))
+        assert torch.equal(forward(unet, (8, 12)), smaller)
 
 
 def test_exact_unpatch(demo: Any) -> None:
@@ -80,18 +80,48 @@ def test_patching_twice_is_patching_once(demo: Any) -> None:
     assert torch.equal(forward(demo.unet, (32, 32)), once)
     first.remove()  # it has been replaced: removing it again must not touch the second
     assert torch.equal(forward(demo.unet, (32, 32)), once)
+    assert type(demo) is not cls
     second.remove()
     assert type(demo) is cls
     assert state_of(demo.unet) == state
 
 
-def test_patching_pipeline_and_denoiser_leaves_one_patch(demo: Any) -> None:
+def test_a_denoiser_has_one_owner(demo: Any) -> None:
+    diffusers = pytest.importorskip("diffusers")
     cls, state = type(demo), state_of(demo.unet)
+    second = diffusers.StableDiffusionPipeline(**demo.components, requires_safety_checker=False)
     scalediff.patch_model(demo)
-    scalediff.patch_model(demo.unet)
-    assert type(demo) is cls, "patching the denoiser replaces the pipeline's patch"
+    for other in (second, demo.unet):
+        with pytest.raises(ValueError, match="this UNet2DConditionModel is already patched through a StableDiffusionPipeline"):
+            scalediff.patch_model(other)
+    assert type(demo) is not cls
     scalediff.unpatch_model(demo)
+    scalediff.patch_model(demo.unet)
+    scalediff.patch_model(demo)  # from the denoiser alone to its pipeline
+    scalediff.unpatch_model(demo)
+    assert type(demo) is cls
     assert state_of(demo.unet) == state
+
+
+def test_a_shallow_copy_can_be_unpatched(demo: Any) -> None:
+    cls = type(demo)
+    scalediff.patch_model(demo)
+    twin = copy.copy(demo)
+    scalediff.unpatch_model(twin)
+    scalediff.unpatch_model(demo)
+    assert type(twin) is type(demo) is cls
+    assert "_scalediff_handle" not in twin.__dict__
+
+
+def test_a_deep_copy_stays_patched_by_itself(unet: nn.Module) -> None:
+    plain = forward(unet, (32, 32))
+    with scalediff.patch_model(unet):
+        patched = forward(unet, (32, 32))
+        twin = copy.deepcopy(unet)
+    assert torch.equal(forward(unet, (32, 32)), plain)
+    assert torch.equal(forward(twin, (32, 32)), patched)
+    scalediff.unpatch_model(twin)
+    assert torch.equal(forward(twin, (32, 32)), plain)
 
 
 def test_every_self_attention_gets_its_window(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,21 +204,69 @@ def test_outside_the_denoiser_nothing_is_replaced(demo: Any) -> None:
     assert all(seen)
 
 
-def test_an_exception_in_the_forward_restores_the_attribute(unet: nn.Module) -> None:
-    class Boom(Exception):
-        pass
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_whatever_is_raised_in_the_forward_the_attribute_is_restored(unet: nn.Module, error: type[BaseException]) -> None:
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1  # type: ignore[index, union-attr]
 
     def explode(*_: object) -> None:
-        raise Boom
+        raise error
 
     with scalediff.patch_model(unet):
         expected = forward(unet, (32, 32))
-        remover = unet.mid_block.register_forward_pre_hook(explode)  # type: ignore[union-attr]
-        with pytest.raises(Boom):
+        remover = attention.to_v.register_forward_hook(explode)
+        with pytest.raises(error):
             forward(unet, (32, 32))
         remover.remove()
         assert F.scaled_dot_product_attention is SDPA
         assert torch.equal(forward(unet, (32, 32)), expected)
+
+
+def test_unpatching_during_a_forward_restores_the_attribute(unet: nn.Module) -> None:
+    state = state_of(unet)
+    handle = scalediff.patch_model(unet)
+    remover = unet.mid_block.register_forward_pre_hook(lambda *_: handle.remove())  # type: ignore[union-attr]
+    forward(unet, (32, 32))
+    remover.remove()
+    assert F.scaled_dot_product_attention is SDPA
+    assert state_of(unet) == state
+
+
+def test_another_library_may_save_and_restore_the_attribute(unet: nn.Module) -> None:
+    saved = []
+    with scalediff.patch_model(unet):
+        remover = unet.mid_block.register_forward_pre_hook(lambda *_: saved.append(F.scaled_dot_product_attention))  # type: ignore[union-attr]
+        expected = forward(unet, (32, 32))
+        remover.remove()
+        F.scaled_dot_product_attention = saved[0]  # put back after the pass: ours, out of its time
+        assert torch.equal(forward(unet, (32, 32)), expected)
+    q = torch.randn(1, 1, 4, 4)
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), SDPA(q, q, q))
+    F.scaled_dot_product_attention = SDPA
+
+
+def test_a_processor_that_never_calls_sdpa_is_reported(unet: nn.Module) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    own = unet.attn_processors
+    try:
+        unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())  # type: ignore[operator]
+        with pytest.raises(ValueError, match=r"no self-attention to patch.*AttnProcessor does not call scaled_dot_product_attention"):
+            scalediff.patch_model(unet)
+        unet.set_attn_processor(dict(own))  # type: ignore[operator]
+        with scalediff.patch_model(unet):
+            unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())  # type: ignore[operator]
+            with pytest.warns(UserWarning, match=r"attn1 runs full attention: its processor does not call"):
+                forward(unet, (32, 32))
+    finally:
+        unet.set_attn_processor(dict(own))  # type: ignore[operator]
+
+
+def test_a_handle_can_let_calls_through(unet: nn.Module) -> None:
+    plain = forward(unet, (32, 32))
+    with scalediff.patch_model(unet) as handle:
+        handle.attention = "full"
+        assert torch.equal(forward(unet, (32, 32)), plain)
+        with pytest.raises(ValueError, match="attention must be one of npa, full, got 'half'"):
+            handle.attention = "half"  # type: ignore[assignment]
 
 
 def test_two_models_in_two_threads_do_not_meet(unet: nn.Module) -> None:
@@ -250,6 +328,9 @@ def test_a_model_with_nothing_to_patch_is_an_error() -> None:
     diffusers = pytest.importorskip("diffusers")
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
     bare = diffusers.UNet2DConditionModel(sample_size=16, block_out_channels=(8,), norm_num_groups=8, layers_per_block=1, **blocks)
-    with pytest.raises(ValueError, match=r"no self-attention to patch in UNet2DConditionModel"):
+    with pytest.raises(ValueError, match=r"no self-attention to patch in UNet2DConditionModel: it has no attention modules"):
         scalediff.patch_model(bare)
     assert "_scalediff_handle" not in bare.__dict__
+    nameless = diffusers.UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=8, layers_per_block=1, **blocks)
+    with pytest.raises(ValueError, match=r"must name its native latent size, got sample_size=None"):
+        scalediff.patch_model(nameless)

@@ -145,8 +145,12 @@ def test_what_is_not_known_is_refused_by_name() -> None:
     guidance = Guidance(None, 0.25)
     with pytest.raises(NotImplementedError, match=r"know the schedulers DDIMScheduler.*got HeunDiscreteScheduler"):
         guided_scheduler(make("HeunDiscreteScheduler", "epsilon"), steps=10, kept=4, guidance=guidance)
-    with pytest.raises(NotImplementedError, match=r"prediction types.*got prediction='flow_prediction'"):
+    with pytest.raises(
+        NotImplementedError, match=r"structure guidance knows epsilon, sample, v_prediction with DPM.*got prediction='flow_prediction'"
+    ):
         guided_scheduler(make("DPMSolverMultistepScheduler", "flow_prediction", use_flow_sigmas=True), steps=10, kept=4, guidance=guidance)
+    with pytest.raises(NotImplementedError, match=r"knows epsilon, v_prediction with EulerDiscreteScheduler, got prediction='sample'"):
+        guided_scheduler(make("EulerDiscreteScheduler", "sample"), steps=10, kept=4, guidance=guidance)
     guided = guided_scheduler(make("DDIMScheduler", "epsilon"), steps=10, kept=4, guidance=guidance)
     with pytest.raises(ValueError, match=r"this stage runs 4 of 10 steps.*got asked=7"):
         guided.set_timesteps(7)

@@ -24,7 +24,8 @@ def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize") -> Tensor:
     Args:
         x: `[B, C, Y, X]`, floating point; filtered in fp32, or in fp64 if it is fp64.
         cutoff: Kept fraction of the Nyquist frequency, in (0, 1]; the paper takes 0.125 for SDXL, 0.25 for FLUX.
-        kind: `"resize"`: antialiased bilinear down to `int(length * cutoff)` pixels, bilinear up, as in the paper.
+        kind: `"resize"` is the paper's: antialiased bilinear down to `int(length * cutoff)` pixels, bilinear up.
+            `"gaussian"` and `"butterworth"` are refused until they are there.
 
     Returns:
         `[B, C, Y, X]` in the dtype of x.
@@ -49,12 +50,15 @@ def mix_frequencies(high: Tensor, low: Tensor, *, cutoff: float, kind: Kind = "r
         low: The same shape, dtype and device; the latent upsampled as it is.
         cutoff, kind: As in `low_pass`.
 
+    Returns:
+        `[B, C, Y, X]` in the dtype of high.
+
     Raises:
         ValueError, TypeError, NotImplementedError: as `low_pass`; high and low disagree.
 
     ScaleDiff, arXiv:2510.25818.
     """
-    _check_same(high=high, low=low)
+    _check_same("high", high, "low", low)
     return high + low_pass(low - high, cutoff=cutoff, kind=kind)
 
 
@@ -67,12 +71,15 @@ def guide_structure(x0: Tensor, reference: Tensor, *, gamma: float, cutoff: floa
         gamma: Strength, finite; 0 leaves x0 as it is, 1 replaces its low band (to the filter's own roll-off).
         cutoff, kind: As in `low_pass`.
 
+    Returns:
+        `[B, C, Y, X]` in the dtype of x0.
+
     Raises:
         ValueError, TypeError, NotImplementedError: as `low_pass`; x0 and reference disagree, or gamma is not finite.
 
     ScaleDiff, arXiv:2510.25818.
     """
-    _check_same(x0=x0, reference=reference)
+    _check_same("x0", x0, "reference", reference)
     if not math.isfinite(gamma):
         raise ValueError(f"gamma must be finite, got {gamma=}")
     return x0 + gamma * low_pass(reference - x0, cutoff=cutoff, kind=kind)
@@ -89,8 +96,7 @@ def _check(x: Tensor, kind: str) -> None:
         raise TypeError(f"x must be floating point, got {x.dtype=}")
 
 
-def _check_same(**tensors: Tensor) -> None:
-    (a_name, a), (b_name, b) = tensors.items()
+def _check_same(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         raise ValueError(
             f"{a_name} and {b_name} must agree in shape, dtype and device, "

@@ -51,13 +51,20 @@ def windows(length: int, window: int, patch: int, offset: int = 0) -> tuple[Patc
 
 
 def attention_flops(*, grid: tuple[int, int], window: tuple[int, int], heads: int, head_dim: int, batch: int = 1, text: int = 0) -> int:
-    """Useful FLOPs of the image queries: `4 B H D (Y X) (W_y W_x + T)`, the window cut to the grid; padding never counts."""
+    """Useful FLOPs of the image queries: `4 B H D (Y X) (W_y W_x + T)`; padding never counts.
+
+    Args:
+        grid: Tokens, `(Y, X)`.
+        window: Key window in tokens, `(Y, X)`, cut to the grid; the grid itself for full attention.
+        heads, head_dim, batch: H, D and B.
+        text: T, text tokens that every image query attends to as well.
+    """
     keys = prod(min(w, n) for w, n in zip(window, grid, strict=True)) + text
     return 4 * batch * heads * head_dim * prod(grid) * keys
 
 
 def attention_bytes(*, grid: tuple[int, int], heads: int, head_dim: int, itemsize: int, batch: int = 1) -> int:
-    """Compulsory traffic: q, k, v read once and the output written once."""
+    """Compulsory traffic in bytes: q, k, v read once and the output written once, `itemsize` bytes an element."""
     return 4 * batch * heads * head_dim * prod(grid) * itemsize
 
 
@@ -72,7 +79,10 @@ def window_bytes(
     offset: tuple[int, int] = (0, 0),
     batch: int = 1,
 ) -> int:
-    """Bytes of K and V over all windows, overlaps counted each time: what an implementation that copies windows moves."""
+    """Bytes of K and V over all windows, overlaps counted each time: what an implementation that copies windows moves.
+
+    Arguments as in `windows`, per axis `(Y, X)`, and as in `attention_bytes`.
+    """
     axes = [windows(n, w, p, o) for n, w, p, o in zip(grid, window, patch, offset, strict=True)]
     keys = prod(sum(span.key_stop - span.key_start for span in axis) for axis in axes)
     return 2 * batch * heads * head_dim * keys * itemsize
