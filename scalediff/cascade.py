@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from scalediff.families import family_of
 from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, original_call, patch_model
+from scalediff.latents import decode, encode, pictures_of
 from scalediff.schedule import Guidance, check_scheduler, guided_scheduler
 from scalediff.settings import Attention, Settings, plan_sizes
 from scalediff_kernels import mix_frequencies
@@ -199,12 +200,21 @@ def _run(
             if index == len(sizes) and on_stage is None:
                 return call(pipe, **{**arguments, **changes})
             latents = call(pipe, **{**arguments, **changes, **_LATENT})[0]
-            decoded = _decode(pipe, latents)
+            decoded = decode(pipe, latents)
             if on_stage is not None:
                 steps = changes.get("num_inference_steps", settings.steps)
                 seconds = time.perf_counter() - since
-                on_stage(Stage(index, len(sizes), height, width, _pictures(pipe, decoded), latents, steps, seconds, settings))
+                on_stage(Stage(index, len(sizes), height, width, pictures_of(pipe, decoded), latents, steps, seconds, settings))
+            if getattr(pipe, "interrupt", False):  # diffusers' flag, set by a callback: this stage is the last
+                return None if on_stage is not None else _as_they_are(pipe, arguments, scheduler, latents, height, width)
     return None
+
+
+def _as_they_are(pipe: Any, arguments: Mapping[str, Any], scheduler: Any, latents: Tensor, height: int, width: int) -> Any:
+    """The pipeline's own return value for these latents: its call, with a schedule of no steps."""
+    pipe.scheduler = guided_scheduler(scheduler, steps=1, kept=0, guidance=Guidance(None, 1.0))
+    changes = {"height": height, "width": width, "latents": latents, "num_inference_steps": 0}
+    return original_call(pipe)(pipe, **{**arguments, **changes})
 
 
 def _check(pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings) -> None:
@@ -263,47 +273,13 @@ def _restart(
 
 def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
     """The stage's clean reference `[B, C, Y, X]`: upsampled in RGB, its low band replaced by the latent's own."""
-    z_ru = _encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False)).to(latents.dtype)
+    z_ru = encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False)).to(latents.dtype)
     if not z_ru.isfinite().all():
         raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline's vae in bfloat16 or float32")
     if not settings.lfm:
         return z_ru
     z_lu = F.interpolate(latents, size=z_ru.shape[-2:], mode="bicubic", align_corners=False)
     return mix_frequencies(z_ru, z_lu, cutoff=settings.lfm_cutoff)
-
-
-def _decode(pipe: Any, latents: Tensor) -> Tensor:
-    """`[B, 3, height, width]` in [-1, 1]."""
-    mean, std = _latent_statistics(pipe.vae, latents)
-    latents = latents * std / pipe.vae.config.scaling_factor + mean
-    image: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
-    return image
-
-
-def _encode(pipe: Any, image: Tensor) -> Tensor:
-    latents: Tensor = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.mode()
-    mean, std = _latent_statistics(pipe.vae, latents)
-    return latents.sub(mean).mul(pipe.vae.config.scaling_factor).div(std)
-
-
-def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[1, C or 1, 1, 1]` that the autoencoder's config gives for its latents."""
-    config = vae.config
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
-        mean, std = [config.get("shift_factor") or 0.0], [1.0]
-    mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    return mean, std
-
-
-def _pictures(pipe: Any, decoded: Tensor) -> list[Any]:
-    """PIL pictures, through the pipeline's safety checker where it has one."""
-    flagged = None
-    if getattr(pipe, "safety_checker", None) is not None:
-        decoded, flagged = pipe.run_safety_checker(decoded, decoded.device, decoded.dtype)
-    denormalise = [not flag for flag in flagged] if flagged is not None else None
-    pictures: list[Any] = pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=denormalise)
-    return pictures
 
 
 def _fresh_generator() -> torch.Generator:

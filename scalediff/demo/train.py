@@ -21,91 +21,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from scalediff.demo.scenes import HELD_OUT_SEED, VOCABULARY, caption, describe, render
+from scalediff.demo.architecture import NATIVE, TEXT_TOKENS, autoencoder, scheduler, text_encoder, tokenizer, unet
+from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
 
-NATIVE = 64  # pixels per side of a whole scene
-TEXT_TOKENS = 24
 CLOSE_UP_STEPS = 500  # training timesteps below which close-ups are seen
-
-
-def autoencoder() -> AutoencoderKL:
-    return AutoencoderKL(
-        sample_size=NATIVE,
-        latent_channels=4,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-    )
-
-
-def unet() -> UNet2DConditionModel:
-    """Self-attention at two levels, 16 x 16 and 8 x 8 tokens at native size."""
-    return UNet2DConditionModel(
-        sample_size=NATIVE // 4,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(64, 128),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        attention_head_dim=(2, 4),  # diffusers reads this as the number of heads: D = 32 at both levels
-        cross_attention_dim=64,
-        norm_num_groups=8,
-    )
-
-
-def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_TOKENS,
-            projection_dim=64,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,  # the last step is pure noise, so that a night can be dark
-        timestep_spacing="trailing",
-        clip_sample=False,
-        steps_offset=1,
-        set_alpha_to_one=True,
-    )
-
-
-def tokenizer() -> CLIPTokenizer:
-    """Byte-pair tokens: every word of the vocabulary is one token, any other word falls into letters."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = dict.fromkeys([*letters, *(f"{c}</w>" for c in letters)])
-    merges: dict[tuple[str, str], None] = {}
-    for word in VOCABULARY:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            merges[parts[0], parts[1]] = None
-            parts = [parts[0] + parts[1], *parts[2:]]
-            tokens[parts[0]] = None
-    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=TEXT_TOKENS)
 
 
 def close_ups(seed: int, n: int, resolution: int, *, per_scene: int) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
-from scalediff.cascade import Stage, _decode, _encode, generate, native_size, preset, stage_sizes
+from scalediff.cascade import Stage, generate, native_size, preset, stage_sizes
+from scalediff.latents import decode, encode
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 
@@ -202,6 +203,18 @@ def test_callbacks_are_called_in_every_stage(demo: Any) -> None:
     assert sizes == [16] * 10 + [32] * replace(preset(demo), steps=10).stage_steps
 
 
+@pytest.mark.parametrize("stop_at", [16, 32])
+def test_the_interrupt_flag_ends_the_cascade_with_what_there_is(demo: Any, stop_at: int) -> None:
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if tensors["latents"].shape[-1] == stop_at:
+            pipe._interrupt = True
+        return {}
+
+    with scalediff.patch_model(demo):
+        out = demo(PROMPT, height=256, width=256, num_inference_steps=3, generator=seeded(), callback_on_step_end=stop)
+    assert out.images[0].size == (4 * stop_at, 4 * stop_at)
+
+
 def test_euler_and_multistep_schedulers_draw_too(demo: Any) -> None:
     diffusers = pytest.importorskip("diffusers")
     own = demo.scheduler
@@ -270,13 +283,13 @@ def test_latent_statistics_of_the_autoencoder_are_used(demo: Any, monkeypatch: p
     """Standardised latents of an autoencoder that gives its statistics: the same pictures, by the formula of the pipelines."""
     latents = torch.randn(1, 4, 8, 8, generator=seeded())
     scale = demo.vae.config.scaling_factor
-    plain = _decode(demo, latents)
+    plain = decode(demo, latents)
     mean, std = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1), torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
     own = dict(demo.vae.config)
     try:
         demo.vae.register_to_config(latents_mean=mean.flatten().tolist(), latents_std=std.flatten().tolist())
-        torch.testing.assert_close(_decode(demo, (latents / scale - mean) * scale / std), plain, rtol=1e-4, atol=1e-4)
-        again = _encode(demo, plain) * std / scale + mean
+        torch.testing.assert_close(decode(demo, (latents / scale - mean) * scale / std), plain, rtol=1e-4, atol=1e-4)
+        again = encode(demo, plain) * std / scale + mean
         torch.testing.assert_close(again, demo.vae.encode(plain).latent_dist.mode(), rtol=1e-5, atol=1e-5)
     finally:
         demo.vae.register_to_config(**{name: own.get(name) for name in ("latents_mean", "latents_std")})

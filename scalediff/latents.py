@@ -1,0 +1,45 @@
+"""Between the denoiser's latents and pictures, through a pipeline's own autoencoder.
+
+Legend: B batch, C channels, Y x X latent grid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """`[B, 3, height, width]` in [-1, 1]."""
+    mean, std = _latent_statistics(pipe.vae, latents)
+    latents = latents * std / pipe.vae.config.scaling_factor + mean
+    image: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+    return image
+
+
+def encode(pipe: Any, image: Tensor) -> Tensor:
+    """`[B, C, Y, X]`, the mode of the posterior; the inverse of `decode` as far as the autoencoder goes."""
+    latents: Tensor = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.mode()
+    mean, std = _latent_statistics(pipe.vae, latents)
+    return latents.sub(mean).mul(pipe.vae.config.scaling_factor).div(std)
+
+
+def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[1, C or 1, 1, 1]` that the autoencoder's config gives for its latents."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [config.get("shift_factor") or 0.0], [1.0]
+    mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return mean, std
+
+
+def pictures_of(pipe: Any, decoded: Tensor) -> list[Any]:
+    """PIL pictures, through the pipeline's safety checker where it has one."""
+    flagged = None
+    if getattr(pipe, "safety_checker", None) is not None:
+        decoded, flagged = pipe.run_safety_checker(decoded, decoded.device, decoded.dtype)
+    denormalise = [not flag for flag in flagged] if flagged is not None else None
+    pictures: list[Any] = pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=denormalise)
+    return pictures
