@@ -202,9 +202,9 @@ def _run(
             latents = call(pipe, **{**arguments, **changes, **_LATENT})[0]
             decoded = decode(pipe, latents)
             if on_stage is not None:
-                steps = changes.get("num_inference_steps", settings.steps)
+                steps, images = changes.get("num_inference_steps", settings.steps), pictures_of(pipe, decoded)
                 seconds = time.perf_counter() - since
-                on_stage(Stage(index, len(sizes), height, width, pictures_of(pipe, decoded), latents, steps, seconds, settings))
+                on_stage(Stage(index, len(sizes), height, width, images, latents, steps, seconds, settings))
             if getattr(pipe, "interrupt", False):  # diffusers' flag, set by a callback: this stage is the last
                 return None if on_stage is not None else _as_they_are(pipe, arguments, scheduler, latents, height, width)
     return None
