@@ -13,6 +13,8 @@ from scalediff_kernels.testing import assert_within_budget, attention_inputs, po
 
 Pair = tuple[int, int]
 
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"))
+
 # grid, window, patch, offset
 PROBLEMS: list[tuple[Pair, Pair, Pair, Pair]] = [
     ((16, 16), (8, 8), (4, 4), (0, 0)),
@@ -59,15 +61,18 @@ def test_reference_is_masked_dense_attention(grid: Pair, window: Pair, patch: Pa
 @pytest.mark.parametrize(("grid", "window", "patch", "offset"), PROBLEMS, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("impl", ["sdpa", "auto", "reference"])
-def test_implementations_keep_the_error_budget(grid: Pair, window: Pair, patch: Pair, offset: Pair, dtype: torch.dtype, impl: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_implementations_keep_the_error_budget(
+    grid: Pair, window: Pair, patch: Pair, offset: Pair, dtype: torch.dtype, impl: str, device: str
+) -> None:
     q, k, v = attention_inputs((2, *grid, 3, 12), dtype=dtype)
     arguments = {"window": window, "patch": patch, "offset": offset}
     exact = neighborhood_patch_attention(q.double(), k.double(), v.double(), **arguments, impl="reference")  # type: ignore[arg-type]
     eager = masked_dense(q, k, v, window, patch, offset, 12**-0.5)
     with poisoned_memory():
-        out = neighborhood_patch_attention(q, k, v, **arguments, impl=impl)  # type: ignore[arg-type]
+        out = neighborhood_patch_attention(*(x.to(device) for x in (q, k, v)), **arguments, impl=impl)  # type: ignore[arg-type]
     assert out.shape == q.shape
-    assert_within_budget(out, eager, exact)
+    assert_within_budget(out.cpu(), eager, exact)
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (5, 7)])
