@@ -28,7 +28,7 @@ from scalediff.grid import AttentionSite, Grid, from_grid, level_grid, patch_of,
 from scalediff.report import Report, Row
 from scalediff.settings import Attention
 from scalediff_kernels import neighborhood_patch_attention
-from scalediff_kernels.neighborhood.api import Impl
+from scalediff_kernels.neighborhood.api import Impl, check_impl
 
 _ATTRIBUTE = "_scalediff_handle"
 
@@ -230,9 +230,11 @@ def patch_model(model: Any, *, impl: Impl = "auto") -> Handle:
     Raises:
         ValueError: the model is of no known family, has nothing to patch, or is patched through another pipeline.
         TypeError: the model is neither a module nor a pipeline.
+        NotImplementedError: `impl="triton"`.
 
     ScaleDiff, arXiv:2510.25818.
     """
+    check_impl(impl)
     denoiser = denoiser_of(model)
     handle = Handle(model, denoiser, impl)
     earlier = handle_of(denoiser)

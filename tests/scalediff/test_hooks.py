@@ -334,3 +334,11 @@ def test_a_model_with_nothing_to_patch_is_an_error() -> None:
     nameless = diffusers.UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=8, layers_per_block=1, **blocks)
     with pytest.raises(ValueError, match=r"must name its native latent size, got sample_size=None"):
         scalediff.patch_model(nameless)
+
+
+def test_an_implementation_is_checked_when_it_is_named(unet: nn.Module) -> None:
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, sdpa, triton, got impl='fast'"):
+        scalediff.patch_model(unet, impl="fast")  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="impl='triton'"):
+        scalediff.patch_model(unet, impl="triton")
+    assert "_scalediff_handle" not in unet.__dict__

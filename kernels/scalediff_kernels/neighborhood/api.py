@@ -59,12 +59,22 @@ def neighborhood_patch_attention(
         scale = q.shape[-1] ** -0.5
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale=}")
-    if impl == "triton":
-        raise NotImplementedError("the fused Triton kernel is not in this version: use impl='sdpa' or impl='auto', got impl='triton'")
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl=}")
+    check_impl(impl)
     run = neighborhood_patch_attention_reference if impl == "reference" else neighborhood_patch_attention_sdpa
     return run(q, k, v, window=window, patch=patch, offset=offset, scale=float(scale))
+
+
+def check_impl(impl: str) -> None:
+    """Refuse an implementation that cannot run, for callers who name it long before the first call.
+
+    Raises:
+        ValueError: no such implementation.
+        NotImplementedError: `"triton"`.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl=}")
+    if impl == "triton":
+        raise NotImplementedError("the fused Triton kernel is not in this version: use impl='sdpa' or impl='auto', got impl='triton'")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
