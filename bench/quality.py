@@ -206,8 +206,9 @@ def _quantised(images: Tensor) -> Tensor:
 
 
 def _command(options: argparse.Namespace, row: str) -> str:
+    """The command that measures this row again."""
     what = f"--native {options.native}" if options.native else f"--n {options.n} --size {options.size}" + " --sweep" * (row in SWEEP)
-    return f"python -m bench.quality {what} --seed {options.seed}"
+    return f"python -m bench.quality {what} --seed {options.seed}" + (f" --model {options.model}" if options.model else "")
 
 
 def markdown(records: Mapping[str, Mapping[str, str]]) -> str:

@@ -113,6 +113,7 @@ def generate(
         "steps": steps, "restart": restart, "guidance_scale": guidance_scale, "attention": attention, "lfm": lfm, "sg": sg,
         "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff,
     }  # fmt: skip
+    _check_call(pipe)
     settings = replace(preset(pipe), **{name: value for name, value in given.items() if value is not None})
     arguments = {
         "prompt": prompt,
@@ -217,13 +218,20 @@ def _as_they_are(pipe: Any, arguments: Mapping[str, Any], scheduler: Any, latent
     return original_call(pipe)(pipe, **{**arguments, **changes})
 
 
+def _check_call(pipe: Any) -> None:
+    denoiser_of(pipe)
+    if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(pipe):
+        raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
+
+
 def _check(pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings) -> None:
     """Refuse before anything is drawn what a later stage would refuse."""
-    if not is_text_to_image(pipe):
-        raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
     factor = pipe.vae_scale_factor
     if len(sizes) > 1:
         check_scheduler(pipe.scheduler)
+        for name in ("timesteps", "sigmas", "denoising_end"):
+            if arguments.get(name) is not None:
+                raise ValueError(f"stages above the native size lay out their own schedule, got {name}={arguments[name]}")
     for height, width in sizes[1:]:
         for cutoff in (settings.lfm_cutoff, settings.sg_cutoff):
             coarse_length(min(height, width) // factor, cutoff)
@@ -275,7 +283,7 @@ def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int
     """The stage's clean reference `[B, C, Y, X]`: upsampled in RGB, its low band replaced by the latent's own."""
     z_ru = encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False)).to(latents.dtype)
     if not z_ru.isfinite().all():
-        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline's vae in bfloat16 or float32")
+        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
     if not settings.lfm:
         return z_ru
     z_lu = F.interpolate(latents, size=z_ru.shape[-2:], mode="bicubic", align_corners=False)

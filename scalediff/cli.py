@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"scalediff: error: out of memory: try a smaller --size or --dtype bf16 ({commands.one_line(error)})", file=sys.stderr)
         return 1
-    except (commands.UsageError, ValueError, TypeError, NotImplementedError, OSError) as error:
+    except (commands.UsageError, ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
         if os.environ.get("SCALEDIFF_DEBUG"):
             raise
         print(f"scalediff: error: {commands.one_line(error)}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
@@ -96,7 +97,9 @@ def load_model(name: str, *, device: str, dtype: str, scheduler: str | None = No
         dtype = "fp32" if place.type == "cpu" or name == "demo" else "bf16"
     try:
         pipe = load_demo() if name == "demo" else diffusers.DiffusionPipeline.from_pretrained(name, dtype=_DTYPES[dtype])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # foreign code on a foreign folder: whatever it stumbles over, the model could not be had
+        if os.environ.get("SCALEDIFF_DEBUG"):
+            raise
         raise UsageError(
             f"--model must be demo, a pipeline folder or a model id that can be reached, got {name!r}: {one_line(error)}"
         ) from error
@@ -162,7 +165,7 @@ def _name(settings: Settings) -> str:
 
 
 def _metadata(pipe: Any, options: Namespace, sizes: list[tuple[int, int]], settings: Settings) -> dict[str, Any]:
-    """What made a picture: everything that the command needs to make it again."""
+    """What made a picture; the same machine, versions and threads make it again."""
     return {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
@@ -170,7 +173,7 @@ def _metadata(pipe: Any, options: Namespace, sizes: list[tuple[int, int]], setti
         "model": options.model,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
+        "device": _device_name(pipe),
         "sizes": [f"{height}x{width}" for height, width in sizes],
         "settings": asdict(settings),
         "versions": {"python": platform.python_version()}

@@ -12,6 +12,7 @@ import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class _Pass:
 @dataclass
 class _Passes(threading.local):
     stack: list[_Pass] = field(default_factory=list)
+    through: bool = False  # a call is on its way to whatever stood in our place
 
     def of(self, handle: Handle) -> _Pass | None:
         """The innermost pass of this thread, if it is this handle's."""
@@ -58,7 +60,8 @@ class _Interception:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self.original: Any = F.scaled_dot_product_attention
+        self.first: Any = F.scaled_dot_product_attention
+        self.original = self.first
 
     def acquire(self) -> None:
         with self._lock:
@@ -99,7 +102,13 @@ def _attend(
                 return handle._attend(site, grid, query, key, value, scale)
             handle._warn_once(site, f"q, k and v must be of one shape with {grid[0]} x {grid[1]} tokens, got q {tuple(query.shape)}")
     options = {"enable_gqa": True} if enable_gqa else {}
-    out: Tensor = _interception.original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+    # Whoever wrapped the attribute during a pass, and stayed, may lead back here: then it is torch's own turn.
+    target = _interception.first if _passes.through else _interception.original
+    before, _passes.through = _passes.through, True
+    try:
+        out: Tensor = target(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+    finally:
+        _passes.through = before
     return out
 
 
@@ -111,13 +120,14 @@ class Handle:
     """
 
     def __init__(self, model: Any, denoiser: nn.Module, impl: Impl) -> None:
-        self._model, self._denoiser, self._impl = model, denoiser, impl
+        self._owner = weakref.ref(model)  # weak: a U-Net must neither keep its pipeline alive nor copy it along
+        self._denoiser, self._impl = denoiser, impl
         self._family: Family = family_of(denoiser)
         self._native = self._family.native_grid(denoiser)
         self._attention: Attention = "npa"
         self._warned: set[str] = set()
         self._removers: list[RemovableHandle] = []
-        self.report = self._describe()
+        self.report = self._describe(model)
         if not self.report.patched:
             reasons = sorted({row.why for row in self.report.rows}) or ["it has no attention modules"]
             raise ValueError(f"patch_model found no self-attention to patch in {type(denoiser).__name__}: {'; '.join(reasons)}")
@@ -144,17 +154,22 @@ class Handle:
         for remover in self._removers:
             remover.remove()
         self._removers.clear()
-        for owner in (self._model, self._denoiser):
-            if owner.__dict__.get(_ATTRIBUTE) is self:
+        for owner in (self._owner(), self._denoiser):
+            if owner is not None and owner.__dict__.get(_ATTRIBUTE) is self:
                 del owner.__dict__[_ATTRIBUTE]
                 _restore_class(owner)
 
-    def _install(self) -> None:
-        for owner in (self._model, self._denoiser):
+    @property
+    def active(self) -> bool:
+        """False once removed."""
+        return bool(self._removers)
+
+    def _install(self, model: Any) -> None:
+        for owner in (model, self._denoiser):
             owner.__dict__[_ATTRIBUTE] = self
         self._denoiser.__class__ = _attending(type(self._denoiser))
-        if self._model is not self._denoiser and is_text_to_image(self._model):
-            self._model.__class__ = _cascading(type(self._model))
+        if model is not self._denoiser and is_text_to_image(model):
+            model.__class__ = _cascading(type(model))
         for site in self._family.sites(self._denoiser):
             if site.role == "self":
                 module = self._denoiser.get_submodule(site.name)
@@ -164,7 +179,7 @@ class Handle:
     @contextmanager
     def _pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
         latent = self._family.latent_grid(args, kwargs)
-        if self._attention == "full" or (latent[0] <= self._native[0] and latent[1] <= self._native[1]):
+        if self._attention == "full" or latent[0] * latent[1] <= self._native[0] * self._native[1]:
             yield
             return
         _interception.acquire()
@@ -195,7 +210,7 @@ class Handle:
             self._warned.add(site.name)
             warnings.warn(f"scalediff: {site.name} runs full attention: {why}", stacklevel=3)
 
-    def _describe(self) -> Report:
+    def _describe(self, model: Any) -> Report:
         rows = []
         for site in self._family.sites(self._denoiser):
             if site.role == "self" and not site.obstacle:
@@ -205,17 +220,17 @@ class Handle:
                 rows.append(Row(site.name, "self", self._family.grid_source, "-", None, None, "untouched", site.obstacle))
             else:
                 rows.append(Row(site.name, "cross", "-", "keys", None, None, "untouched", "text cross-attention"))
-        if self._model is self._denoiser:
-            call = "its own sampling loop is yours"
-        elif is_text_to_image(self._model):
-            call = f"{type(self._model).__name__} runs the cascade above the native size"
+        if model is self._denoiser:
+            call = "the sampling loop is yours"
+        elif is_text_to_image(model):
+            call = f"{type(model).__name__} runs the cascade above the native size"
         else:
-            call = f"{type(self._model).__name__} takes a picture: its call stays as it is"
+            call = f"{type(model).__name__} takes a picture: its call stays as it is"
         return Report(type(self._denoiser).__name__, tuple(rows), call)
 
 
 def patch_model(model: Any, *, impl: Impl = "auto") -> Handle:
-    """Give a model neighborhood patch attention above its native size; at native size it computes the same bits as before.
+    """Give a model neighborhood patch attention above its native area; up to there it computes the same bits as before.
 
     Args:
         model: A diffusers pipeline, whose text-to-image call then runs the whole cascade where `height` x `width` exceeds the
@@ -238,11 +253,13 @@ def patch_model(model: Any, *, impl: Impl = "auto") -> Handle:
     denoiser = denoiser_of(model)
     handle = Handle(model, denoiser, impl)
     earlier = handle_of(denoiser)
-    if earlier is not None and earlier._model not in (model, denoiser):
-        owner, name = type(earlier._model).__name__, type(denoiser).__name__
-        raise ValueError(f"this {name} is already patched through a {owner}: unpatch_model that pipeline first")
+    owner = earlier._owner() if earlier is not None else None
+    if owner is not None and owner not in (model, denoiser) and owner.__dict__.get(_ATTRIBUTE) is earlier:
+        raise ValueError(
+            f"this {type(denoiser).__name__} is already patched through a {type(owner).__name__}: unpatch_model that pipeline first"
+        )
     unpatch_model(model)
-    handle._install()
+    handle._install(model)
     return handle
 
 
@@ -294,11 +311,14 @@ class _Patched:
 
 
 def _own_class(cls: type) -> type:
-    return cls.__mro__[2] if issubclass(cls, _Patched) else cls
+    """The class that a patched one stands for, also below classes that others have put on top."""
+    order = cls.__mro__
+    return order[order.index(_Patched) + 1] if _Patched in order else cls
 
 
 def _restore_class(owner: Any) -> None:
-    owner.__class__ = _own_class(type(owner))
+    if _Patched in type(owner).__bases__:  # a class that others have put on top stays: our call does nothing without a handle
+        owner.__class__ = _own_class(type(owner))
 
 
 def _subclass(cls: type, call: Callable[..., Any]) -> type:
@@ -312,7 +332,7 @@ def _attending(cls: type[nn.Module]) -> type:
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle: Handle | None = self.__dict__.get(_ATTRIBUTE)
-        with handle._pass(args, kwargs) if handle else nullcontext():  # None: another thread has just removed it
+        with handle._pass(args, kwargs) if handle is not None and handle.active else nullcontext():
             return cls.__call__(self, *args, **kwargs)
 
     return _subclass(cls, call)
@@ -325,6 +345,9 @@ def _cascading(cls: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         from scalediff import cascade  # it imports this module
 
+        handle: Handle | None = self.__dict__.get(_ATTRIBUTE)
+        if handle is None or not handle.active:  # another pipeline of the same class, or a copy of one since unpatched
+            return cls.__call__(self, *args, **kwargs)
         bound = inspect.signature(functools.partial(cls.__call__, self)).bind(*args, **kwargs)
         return cascade.call_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
 

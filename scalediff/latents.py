@@ -5,8 +5,11 @@ Legend: B batch, C channels, Y x X latent grid.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -14,15 +17,30 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     """`[B, 3, height, width]` in [-1, 1]."""
     mean, std = _latent_statistics(pipe.vae, latents)
     latents = latents * std / pipe.vae.config.scaling_factor + mean
-    image: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+    with _in_range(pipe.vae) as vae:
+        image: Tensor = vae.decode(latents.to(vae.dtype)).sample
     return image
 
 
 def encode(pipe: Any, image: Tensor) -> Tensor:
     """`[B, C, Y, X]`, the mode of the posterior; the inverse of `decode` as far as the autoencoder goes."""
-    latents: Tensor = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.mode()
+    with _in_range(pipe.vae) as vae:
+        latents: Tensor = vae.encode(image.to(vae.dtype)).latent_dist.mode()
     mean, std = _latent_statistics(pipe.vae, latents)
     return latents.sub(mean).mul(pipe.vae.config.scaling_factor).div(std)
+
+
+@contextmanager
+def _in_range(vae: Any) -> Iterator[Any]:
+    """diffusers' rule: an fp16 autoencoder whose config says `force_upcast` overflows, and runs in fp32."""
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield vae
+    finally:
+        if upcast:
+            vae.to(torch.float16)
 
 
 def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +57,7 @@ def pictures_of(pipe: Any, decoded: Tensor) -> list[Any]:
     """PIL pictures, through the pipeline's safety checker where it has one."""
     flagged = None
     if getattr(pipe, "safety_checker", None) is not None:
-        decoded, flagged = pipe.run_safety_checker(decoded, decoded.device, decoded.dtype)
+        decoded, flagged = pipe.run_safety_checker(decoded.clone(), decoded.device, decoded.dtype)  # it blackens in place
     denormalise = [not flag for flag in flagged] if flagged is not None else None
     pictures: list[Any] = pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=denormalise)
     return pictures

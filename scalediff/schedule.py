@@ -85,7 +85,7 @@ def check_scheduler(scheduler: Any) -> None:
     Raises:
         NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
     """
-    name, prediction = type(scheduler).__name__, scheduler.config.prediction_type
+    name, prediction = type(scheduler).__name__, scheduler.config.get("prediction_type")
     if name not in _PRESERVING | _ADDED:
         known = ", ".join(sorted(_PRESERVING | _ADDED))
         raise NotImplementedError(f"high-resolution stages know the schedulers {known}, got {name}")

@@ -75,4 +75,4 @@ def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: in
         return max(round(side / factor / multiple), math.ceil(side / (1 << hops) / multiple)) * multiple
 
     stages = [(min(height, base(height) << k), min(width, base(width) << k)) for k in range(hops)]
-    return [*stages, target]
+    return [*(stage for stage in stages if stage != target), target]

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -79,7 +80,7 @@ def train_autoencoder(workdir: Path, *, steps: int, batch: int, scenes: int, dev
         latents = model.encode(_to_signed(data["whole"][:512]).to(device)).latent_dist.mean
     psnr = -10 * (restored - held_out).square().mean(dim=(1, 2, 3)).log10()
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    _log(workdir, "autoencoder", psnr_db=round(psnr.mean().item(), 2), scaling_factor=model.config.scaling_factor)
+    _log(workdir, "autoencoder", model.device, psnr_db=round(psnr.mean().item(), 2), scaling_factor=model.config.scaling_factor)
     return model
 
 
@@ -150,9 +151,9 @@ def _fit(
     path = workdir / f"{name}.pt"
     average = copy.deepcopy(models).requires_grad_(False)
     optimizer = torch.optim.AdamW(models.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    done, seconds = 0, 0.0
+    done, seconds, device = 0, 0.0, next(models.parameters()).device
     if path.exists():
-        saved = torch.load(path, map_location=next(models.parameters()).device)
+        saved = torch.load(path, map_location=device)
         done, seconds = saved["state"]["step"], saved["state"]["seconds"]
         models.load_state_dict(saved["models"])
         average.load_state_dict(saved["average"])
@@ -168,7 +169,8 @@ def _fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - decay)
         recent.append(value.item())
         if (step + 1) % save_every == 0 or step + 1 == steps:
             now = time.perf_counter()
@@ -178,7 +180,7 @@ def _fit(
             state = {"step": step + 1, "seconds": seconds}
             weights = {"models": models.state_dict(), "average": average.state_dict()}
             _save({"state": state, "optimizer": optimizer.state_dict()} | weights, path)
-            _log(workdir, name, steps=step + 1, of=steps, seconds=round(seconds), loss=round(mean, 4))
+            _log(workdir, name, device, steps=step + 1, of=steps, seconds=round(seconds), loss=round(mean, 4))
     models.load_state_dict(average.state_dict())
     models.eval().requires_grad_(False)
 
@@ -230,7 +232,7 @@ def _save(value: object, path: Path) -> None:
     os.replace(part, path)
 
 
-def _log(workdir: Path, name: str, **facts: float) -> None:
+def _log(workdir: Path, name: str, device: torch.device, **facts: float) -> None:
     path = workdir / "training.json"
     log = json.loads(path.read_text()) if path.exists() else {}
     log[name] = log.get(name, {}) | facts
@@ -242,6 +244,12 @@ def _log(workdir: Path, name: str, **facts: float) -> None:
         else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
     }
     path.write_text(json.dumps(log, indent=1) + "\n")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

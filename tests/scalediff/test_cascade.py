@@ -246,8 +246,7 @@ def test_a_small_picture_with_one_long_side_is_the_pipelines_own(demo: Any) -> N
         return images
 
     before = draw()
-    with scalediff.patch_model(demo) as handle:
-        handle.attention = "full"
+    with scalediff.patch_model(demo):
         assert torch.equal(draw(), before)
 
 
@@ -277,6 +276,32 @@ def test_an_overflowing_autoencoder_is_named(demo: Any, monkeypatch: pytest.Monk
         pytest.warns(RuntimeWarning, match="invalid value"),
     ):
         generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
+
+
+def test_an_fp16_autoencoder_that_would_overflow_runs_in_fp32(demo: Any) -> None:
+    latents = torch.randn(1, 4, 8, 8, generator=seeded())
+    expected = decode(demo, latents)
+    assert demo.vae.config.force_upcast
+    demo.vae.half()
+    try:
+        torch.testing.assert_close(decode(demo, latents), expected, rtol=1e-2, atol=1e-2)  # the weights were fp16 before
+        assert demo.vae.dtype == torch.float16
+    finally:
+        demo.vae.float()
+
+
+def test_the_safety_checker_sees_copies(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It blackens what it is given; the next stage must start from the picture all the same."""
+
+    def blacken(image: Tensor, device: Any, dtype: Any) -> tuple[Tensor, list[bool]]:
+        return image.zero_(), [True]
+
+    free = generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
+    monkeypatch.setattr(demo, "safety_checker", object())
+    monkeypatch.setattr(demo, "run_safety_checker", blacken)
+    checked = generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
+    assert torch.equal(latents_of(checked), latents_of(free))
+    assert pixels(checked.images[0]).max() == 0
 
 
 def test_latent_statistics_of_the_autoencoder_are_used(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,5 +373,9 @@ def test_bad_input_is_named(demo: Any) -> None:
         generate(demo, PROMPT, height=128, width=128, lfm_cutoff=0.01)
     with pytest.raises(ValueError, match=r"latents are those of the base stage, 16 x 16, got.*32, 32"), scalediff.patch_model(demo):
         demo(PROMPT, height=128, width=128, latents=torch.zeros(1, 4, 32, 32))
+    with pytest.raises(ValueError, match=r"lay out their own schedule, got timesteps=\[500, 1\]"), scalediff.patch_model(demo):
+        demo(PROMPT, height=128, width=128, timesteps=[500, 1])
+    with pytest.raises(TypeError, match=r"needs a text-to-image pipeline, got UNet2DConditionModel"):
+        generate(demo.unet, PROMPT, height=128, width=128)
     with pytest.raises(TypeError, match=r"pipeline or an nn.Module, got str"):
         generate("demo", PROMPT, height=128, width=128)

@@ -48,7 +48,7 @@ def test_a_picture_with_its_stages_and_its_story(tmp_path: Path, capsys: pytest.
     assert told["settings"]["sg"] is False
     assert told["settings"]["steps"] == 4
     assert told["sizes"] == ["64x64", "128x128"]
-    assert (told["scheduler"], told["dtype"], told["device"]) == ("DDIMScheduler", "float32", "cpu")
+    assert (told["scheduler"], told["dtype"], told["device"]) == ("DDIMScheduler", "float32", f"cpu, {torch.get_num_threads()} threads")
     assert told["versions"]["torch"] == torch.__version__
     assert read_metadata(tmp_path / "moon.stage1-64x64.png")["height"] == 64
 

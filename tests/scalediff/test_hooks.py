@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -242,6 +244,67 @@ def test_another_library_may_save_and_restore_the_attribute(unet: nn.Module) -> 
     q = torch.randn(1, 1, 4, 4)
     assert torch.equal(F.scaled_dot_product_attention(q, q, q), SDPA(q, q, q))
     F.scaled_dot_product_attention = SDPA
+
+
+def test_another_library_may_wrap_the_attribute_during_a_pass_and_stay(unet: nn.Module) -> None:
+    def wrap(*_: object) -> None:
+        inner = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = lambda *args, **kwargs: inner(*args, **kwargs)
+
+    q = torch.randn(1, 1, 4, 4)
+    try:
+        with scalediff.patch_model(unet):
+            remover = unet.mid_block.register_forward_pre_hook(wrap)  # type: ignore[union-attr]
+            expected = forward(unet, (32, 32))
+            remover.remove()
+            for _ in range(2):
+                assert torch.equal(forward(unet, (32, 32)), expected)
+                assert torch.equal(F.scaled_dot_product_attention(q, q, q), SDPA(q, q, q))
+        assert torch.equal(F.scaled_dot_product_attention(q, q, q), SDPA(q, q, q))
+    finally:
+        F.scaled_dot_product_attention = SDPA
+
+
+def test_a_class_put_on_top_of_ours_survives_unpatching(unet: nn.Module) -> None:
+    plain, cls = forward(unet, (32, 32)), type(unet)
+    try:
+        with scalediff.patch_model(unet):
+            patched = forward(unet, (32, 32))
+            on_top = type("OnTop", (type(unet),), {})
+            unet.__class__ = on_top
+            assert torch.equal(forward(unet, (32, 32)), patched)
+        assert type(unet) is on_top
+        assert torch.equal(forward(unet, (32, 32)), plain)
+    finally:
+        unet.__class__ = cls
+
+
+def test_a_pipeline_made_from_a_patched_one_is_not_patched(demo: Any) -> None:
+    size = {"height": 128, "width": 128, "num_inference_steps": 1, "output_type": "latent"}
+    plain = demo("a moon", generator=seeded(), **size).images
+    with scalediff.patch_model(demo) as handle:
+        other = type(demo)(**demo.components, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        handle.attention = "full"
+        assert torch.equal(other("a moon", generator=seeded(), **size).images, plain)
+        twin = copy.copy(demo)
+    assert torch.equal(twin("a moon", generator=seeded(), **size).images, plain)
+
+
+def test_a_denoiser_neither_keeps_nor_copies_its_pipeline(demo: Any) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline(**demo.components, requires_safety_checker=False)
+    unet = pipe.unet
+    scalediff.patch_model(pipe)
+    twin = copy.deepcopy(unet)
+    assert twin.__dict__["_scalediff_handle"]._owner() is pipe
+    gone = weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert gone() is None
+    scalediff.patch_model(twin)  # its own copy: no owner stands in the way
+    scalediff.unpatch_model(unet)
+    assert F.scaled_dot_product_attention is SDPA
 
 
 def test_a_processor_that_never_calls_sdpa_is_reported(unet: nn.Module) -> None:
