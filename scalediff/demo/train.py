@@ -239,9 +239,7 @@ def _log(workdir: Path, name: str, device: torch.device, **facts: float) -> None
     log["machine"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads",
     }
     path.write_text(json.dumps(log, indent=1) + "\n")
 
