@@ -88,9 +88,10 @@ renders are the reference. Discs: a true picture has one. SWD: sliced Wasserstei
 distance: mean |log10| ratio of radial power; both are best low. HF ratio: share of the power above 0.25 cycles per pixel, best
 where the true renders have it. Seam z: steepness at the borders of the query patches, beside the largest of six other periods; a
 seam is 3 above them. Seconds: p50 over batches of {BATCH}, a batch's time shared out. Attention GFLOPs: useful FLOPs of
-self-attention for one picture, all stages and both passes of guidance, 2 per multiply-add. The last rows are scenes other than
-the reference, so they are the floor of the distances, which falls with the number of pictures; autoencoded, they went once
-through the model's autoencoder: the floor for anything that it decodes."""
+self-attention for one picture, all stages and both passes of guidance, 2 per multiply-add. The last rows are true pictures of
+other scenes: what the distances are where only the distribution agrees. The rows above share hour, terrain and place with the
+reference and can come nearer on the coarse levels. Autoencoded: true pictures that went once through the model's autoencoder,
+the best texture that anything it decodes can have."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,16 @@ def markdown(records: Mapping[str, Mapping[str, str]]) -> str:
             lines += ["", f"`{command}`{which}: model {model}, torch {torch_version}, diffusers {diffusers_version},"]
             lines.append(f"{machine}, {threads} threads, commit {commit}.")
     return "\n".join(lines) + "\n"
+
+
+def summary(records: Mapping[str, Mapping[str, str]]) -> str:
+    """The README's table: the main columns of the ablation."""
+    shown = [column for column in COLUMNS if column[0] in ("one_disc", "discs", "swd", "seconds", "gflops")]
+    lines = ["| | " + " | ".join(heading for _, heading, _ in shown) + " |", "|---|" + "--:|" * len(shown)]
+    for row in ("direct", *ABLATION):
+        cells = [form.format(float(records[row][field])) for field, _, form in shown]
+        lines.append("| " + " | ".join([LABELS[row], *cells]) + " |")
+    return "\n".join(lines)
 
 
 def write_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = 6) -> None:

@@ -50,3 +50,10 @@ def test_unknown_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main(["--rows", "magic"])
     assert "got magic" in capsys.readouterr().err
+
+
+def test_the_tables_in_docs_and_readme_are_those_of_the_results() -> None:
+    (results,) = (harness.ROOT / "bench" / "results").glob("quality-*.csv")
+    records = harness.read_rows(results)
+    assert quality.summary(records) in (harness.ROOT / "README.md").read_text()
+    assert quality.markdown(records) == (harness.ROOT / "docs" / "quality.md").read_text()
