@@ -19,8 +19,19 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise ValueError(f"the output must be a .png file, got {path}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the output must be a file in an existing, writable folder, got {path}")
+    part = _part(path)
+    try:
+        part.touch()  # permissions and file systems say more by doing than by os.access
+        part.unlink()
+    except OSError as error:
+        raise ValueError(f"the output must be a file in an existing, writable folder, got {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise ValueError(f"the output must be a file, got the folder {path}")
+
+
+def _part(path: Path) -> Path:
+    """Where a picture is written before it gets its name; another process writes to another place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def save_png(image: Any, path: Path, *, metadata: Mapping[str, Any]) -> None:
@@ -29,7 +40,7 @@ def save_png(image: Any, path: Path, *, metadata: Mapping[str, Any]) -> None:
 
     info = PngInfo()
     info.add_itxt(_KEY, json.dumps(metadata, ensure_ascii=False))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part(path)
     try:
         image.save(part, format="PNG", pnginfo=info)
         os.replace(part, path)

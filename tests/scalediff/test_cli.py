@@ -91,18 +91,21 @@ def test_the_default_name_says_prompt_and_seed(tmp_path: Path, monkeypatch: pyte
         (["--device", "meta"], "--device must be a device of this machine, got 'meta'"),
         (["--out", "missing/folder/x.png"], "existing, writable folder, got missing/folder/x.png"),
         (["--out", "x.gif"], "must be a .png file, got x.gif"),
+        (["--out", "folder.png"], "must be a file, got the folder folder.png"),
+        (["--out", "/proc/x.png"], "writable folder, got /proc/x.png"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["generate", "a moon", "--size", "128", "--steps", "2", "--quiet", *arguments]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scalediff: error: ")]
     assert len(error) == 1
     assert message in error[0]
-    assert files(tmp_path) == []
+    assert files(tmp_path) == ["folder.png"]
 
 
 @pytest.mark.parametrize(
