@@ -54,6 +54,20 @@ def count_discs(images: Tensor, *, native: int = 64) -> Tensor:
     return ((area >= smallest) & (peak > _DISC_CORE))[:, 1:].sum(1)
 
 
+def disc_columns(images: Tensor) -> Tensor:
+    """`[N]` horizontal centre of what is bright as a disc, in picture sides; NaN where nothing is."""
+    _check(images=images)
+    bright = (_blur(luminance(images)[:, None], _BINOMIAL3)[:, 0] > _DISC_EDGE).to(images.dtype).sum(1)
+    x = (torch.arange(images.shape[3], dtype=images.dtype, device=images.device) + 0.5) / images.shape[3]
+    return (bright * x).sum(1) / bright.sum(1)
+
+
+def sky_colors(images: Tensor) -> Tensor:
+    """`[N, 3]` median colour of the upper half: where the hour of a scene shows."""
+    _check(images=images)
+    return images[:, :, : images.shape[2] // 2].flatten(2).median(2).values
+
+
 def laplacian_swd(a: Tensor, b: Tensor, *, generator: torch.Generator) -> dict[int, float]:
     """Sliced Wasserstein distance between the patches of two sets of pictures, per level of their Laplacian pyramids.
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import scalediff
 from bench import harness
-from bench.metrics import count_discs, high_frequency_ratio, laplacian_swd, seam_score, spectrum_distance
+from bench.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
 from scalediff.cascade import native_size, preset, stage_sizes
-from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
+from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
 from scalediff.families import family_of
 from scalediff.grid import level_grid, patch_of, window_of
 from scalediff.hooks import denoiser_of
@@ -59,11 +59,13 @@ LABELS = {
     "true": "true renders",
     "native": "native size",
     "native-true": "true renders, native size",
+    "words": "prompts of an hour and a place",
 }
 TABLES = {
     "The parts of the method": ("direct", *ABLATION, "autoencoded", "true"),
     "Restart and cutoff": tuple(SWEEP),
     "At native size": ("native", "native-true"),
+    "Words": ("words",),
 }
 
 # Field, heading, format.
@@ -71,6 +73,8 @@ COLUMNS = (
     ("n", "pictures", "{:.0f}"),
     ("size", "pixels", "{:.0f}"),
     ("one_disc", "exactly one disc", "{:.1%}"),
+    ("hour", "hour as prompted", "{:.1%}"),
+    ("place", "place as prompted", "{:.1%}"),
     ("discs", "discs", "{:.2f}"),
     ("swd", "SWD, all levels", "{:.1f}"),
     ("swd_fine", "SWD, finest", "{:.1f}"),
@@ -130,7 +134,7 @@ def draw(task: Task, row: str) -> tuple[Tensor, float]:
                 generator=generators,
             ).images
         seconds.append((time.perf_counter() - since) / len(prompts))
-        images += [torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in drawn]
+        images += [_to_tensor(picture) for picture in drawn]
         print(f"{row}: {len(images)}/{task.n} pictures, {seconds[-1]:.2f} s each", file=sys.stderr, flush=True)
     return torch.stack(images), statistics.median(seconds)
 
@@ -188,6 +192,31 @@ def native_rows(pipe: Any, *, n: int, seed: int) -> dict[str, dict[str, float]]:
     return {"native": _discs(images, pipe) | {"seconds": seconds}, "native-true": _discs(render(FLOOR_SEED, 512, native), pipe)}
 
 
+def word_rows(pipe: Any, *, n: int, seed: int) -> dict[str, dict[str, float]]:
+    """How often native pictures show the hour and the place that their prompt names; `n` pictures of each of the 12 pairs.
+
+    The hour is that of the true scenes whose mean sky colour is nearest; the place is the third of the picture that the
+    disc's centre lies in.
+    """
+    wanted = [(time, place) for time in TIMES for place in PLACES for _ in range(n)]
+    prompts = [f"a {'moon' if t == 'night' else 'sun'} {PHRASES[p][0]} over hills {PHRASES[t][0]}" for t, p in wanted]
+    settings, images = preset(pipe), []
+    pipe.set_progress_bar_config(disable=True)
+    for first in range(0, len(prompts), 4 * BATCH):
+        batch = prompts[first : first + 4 * BATCH]
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(batch))]
+        options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+        images += [_to_tensor(picture) for picture in pipe(batch, generator=generators, **options).images]
+    drawn = torch.stack(images)
+    true, scenes = render(FLOOR_SEED, 256, native_size(pipe)[0]), [describe(FLOOR_SEED + i) for i in range(256)]
+    sky = torch.stack([sky_colors(true[[scene.time == time for scene in scenes]]).mean(0) for time in TIMES])
+    hours = [TIMES[int(i)] for i in torch.cdist(sky_colors(drawn), sky).argmin(1)]
+    places = [PLACES[min(2, int(3 * x))] if x == x else "none" for x in disc_columns(drawn).tolist()]
+    hour_share = statistics.mean(hour == time for hour, (time, _) in zip(hours, wanted, strict=True))
+    place_share = statistics.mean(seen == place for seen, (_, place) in zip(places, wanted, strict=True))
+    return {"words": {"n": len(wanted), "size": native_size(pipe)[0], "hour": hour_share, "place": place_share}}
+
+
 def _discs(images: Tensor, pipe: Any) -> dict[str, float]:
     discs = count_discs(images, native=native_size(pipe)[0])
     shape = {"n": len(images), "size": images.shape[-1]}
@@ -201,6 +230,10 @@ def _autoencoded(pipe: Any, images: Tensor) -> Tensor:
     return _quantised((restored / 2 + 0.5).clamp(0, 1))
 
 
+def _to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
 def _quantised(images: Tensor) -> Tensor:
     """As a picture file has it: what the pipeline draws is rounded too, and spectra of dark skies see that."""
     return (images * 255).round() / 255
@@ -208,6 +241,10 @@ def _quantised(images: Tensor) -> Tensor:
 
 def _command(options: argparse.Namespace, row: str) -> str:
     """The command that measures this row again."""
+    if row == "words":
+        return f"python -m bench.quality --words {options.words} --seed {options.seed}" + (
+            f" --model {options.model}" if options.model else ""
+        )
     what = f"--native {options.native}" if options.native else f"--n {options.n} --size {options.size}" + " --sweep" * (row in SWEEP)
     return f"python -m bench.quality {what} --seed {options.seed}" + (f" --model {options.model}" if options.model else "")
 
@@ -217,12 +254,12 @@ def markdown(records: Mapping[str, Mapping[str, str]]) -> str:
     lines = ["# Picture quality on the embedded model", "", LEGEND]
     for title, names in TABLES.items():
         rows = [records[name] for name in names if name in records]
-        shown = [column for column in COLUMNS if any(row[column[0]] for row in rows)]
+        shown = [column for column in COLUMNS if any(row.get(column[0]) for row in rows)]
         if rows:
             lines += ["", f"## {title}", "", " | ".join(["", "row", *(heading for _, heading, _ in shown), ""]).strip()]
             lines.append("|---|" + "--:|" * len(shown))
         for row in rows:
-            cells = [form.format(float(row[field])) if row[field] else "-" for field, _, form in shown]
+            cells = [form.format(float(row[field])) if row.get(field) else "-" for field, _, form in shown]
             lines.append(" | ".join(["", LABELS.get(row["row"], row["row"]), *cells, ""]).strip())
         groups: dict[tuple[str, ...], list[str]] = {}
         for row in rows:
@@ -271,6 +308,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default="", help=f"rows to measure, of {','.join((*default, *SWEEP))}")
     parser.add_argument("--sweep", action="store_true", help="measure restart x cutoff instead of the ablation")
     parser.add_argument("--native", type=int, default=0, metavar="N", help="only count the discs of N pictures of native size")
+    parser.add_argument("--words", type=int, default=0, metavar="N", help="only check the words of N pictures per hour and place")
     parser.add_argument("--out", type=Path, default=harness.ROOT / "docs" / "quality.md", help="markdown table")
     results = f"quality-{harness.slug(harness.machine())}.csv"
     parser.add_argument("--csv", type=Path, default=harness.ROOT / "bench" / "results" / results, help="results by row")
@@ -302,6 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         harness.write_text(options.out, markdown(records))
         print(", ".join([row, *(f"{heading} {form.format(columns[f])}" for f, heading, form in COLUMNS if f in columns)]), flush=True)
 
+    if options.words:
+        for row, columns in word_rows(pipe, n=options.words, seed=options.seed).items():
+            keep(row, columns)
+        return
     if options.native:
         for row, columns in native_rows(pipe, n=options.native, seed=options.seed).items():
             keep(row, columns)

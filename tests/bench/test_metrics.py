@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.metrics import _components, count_discs, high_frequency_ratio, laplacian_swd, seam_score, spectrum_distance
-from scalediff.demo.scenes import render
+from bench.metrics import (
+    _components,
+    count_discs,
+    disc_columns,
+    high_frequency_ratio,
+    laplacian_swd,
+    seam_score,
+    sky_colors,
+    spectrum_distance,
+)
+from scalediff.demo.scenes import TIMES, describe, render
 
 SEED = 10_500_000
 
@@ -160,3 +169,17 @@ def test_what_is_refused() -> None:
         spectrum_distance(images, images[:, :, :32])
     with pytest.raises(ValueError, match="period must be at least 16 and the sides twice 10, got period=8"):
         seam_score(images, period=8)
+
+
+def test_the_disc_is_found_where_the_scene_has_it(small: Tensor) -> None:
+    true = torch.tensor([describe(SEED + i).disc_x for i in range(len(small))])
+    assert (disc_columns(small) - true).abs().max() < 0.5 / 64
+    assert disc_columns(0.5 * small).isnan().all()
+
+
+def test_the_sky_tells_the_hour(small: Tensor) -> None:
+    """Nearest mean colour of other scenes: no true picture is taken for another hour."""
+    others, hours = render(0, 128, 64), [describe(i).time for i in range(128)]
+    centres = torch.stack([sky_colors(others[[hour == time for hour in hours]]).mean(0) for time in TIMES])
+    told = [TIMES[int(i)] for i in torch.cdist(sky_colors(small), centres).argmin(1)]
+    assert told == [describe(SEED + i).time for i in range(len(small))]

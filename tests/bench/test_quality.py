@@ -46,6 +46,13 @@ def test_a_row_reaches_the_csv_and_the_table(tmp_path: Path, demo: Any, monkeypa
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_words_are_counted(demo: Any) -> None:
+    (row,) = quality.word_rows(demo, n=1, seed=0).values()
+    assert row["n"] == 12
+    assert row["hour"] >= 11 / 12
+    assert 0 <= row["place"] <= 1
+
+
 def test_unknown_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main(["--rows", "magic"])
