@@ -116,7 +116,7 @@ def caption(scene: Scene, *, draw: int = 0) -> str:
         return PHRASES[kind][rng.integers(len(PHRASES[kind]))]
 
     words = [f"{pick('article')} {scene.disc}" if rng.random() < 0.85 else "a landscape"]
-    if words[0] != "a landscape" and rng.random() < 0.7:
+    if words[0] != "a landscape" and rng.random() < 0.85:
         words.append(pick(scene.place))
     if rng.random() < 0.85:
         words.append(f"{pick('joint')} {pick(scene.terrain)}")

@@ -2,8 +2,9 @@
 
 Three parts, each resumable from its last checkpoint and each a function of its seed: the autoencoder, the latent
 diffusion model (U-Net and text encoder together), and the export as an ordinary diffusers pipeline folder. Whole scenes
-are seen at every noise level; close-ups (crops of larger renders, under the words of their scene) only at the lower half,
-where the high-resolution stages work: composition is decided above it, from whole scenes alone.
+are seen at every noise level, and a third of them near pure noise, where the words alone say what stands where; the
+first steps see nothing else. Close-ups (crops of larger renders, under the words of their scene) come only at the lower
+half, where the high-resolution stages work: composition is decided above it, from whole scenes alone.
 
 Legend: B batch, C latent channels, Y x X latent grid, T text tokens.
 """
@@ -31,6 +32,8 @@ from scalediff.demo.architecture import NATIVE, TEXT_TOKENS, autoencoder, schedu
 from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
 
 CLOSE_UP_STEPS = 500  # training timesteps below which close-ups are seen
+LAYOUT_STEPS = 900  # training timesteps from which the words decide the layout
+LAYOUT_FIRST = 500  # optimizer steps on those alone, before anything else is learned
 
 
 def close_ups(seed: int, n: int, resolution: int, *, per_scene: int) -> Tensor:
@@ -84,6 +87,14 @@ def train_autoencoder(workdir: Path, *, steps: int, batch: int, scenes: int, dev
     return model
 
 
+def batch_parts(step: int, batch: int) -> list[tuple[str, int, int, int]]:
+    """What a batch is made of: kind of picture, how many, timesteps from (inclusive), to (exclusive)."""
+    if step < LAYOUT_FIRST:
+        return [("whole", batch, LAYOUT_STEPS, 1000)]
+    close, layout = batch // 3, batch // 4
+    return [("whole", batch - close - layout, 0, 1000), ("whole", layout, LAYOUT_STEPS, 1000), ("close", close, 0, CLOSE_UP_STEPS)]
+
+
 def train_denoiser(
     workdir: Path, vae: AutoencoderKL, *, steps: int, batch: int, scenes: int, device: str
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
@@ -92,17 +103,19 @@ def train_denoiser(
     torch.manual_seed(1)
     words, noises = tokenizer(), scheduler()
     models = nn.ModuleDict({"unet": unet().to(memory_format=torch.channels_last), "text": text_encoder(words)}).to(device)
-    share = batch // 3  # close-ups in a batch
 
     def prompt(seed: int, draw: int, empty: bool) -> str:
         return "" if empty else caption(describe(seed), draw=draw)
 
     def loss(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(step)
-        picks = {kind: torch.randint(len(latents[kind]), (n,), generator=rng) for kind, n in (("whole", batch - share), ("close", share))}
-        x = torch.cat([latents[kind][index] for kind, index in picks.items()])
-        t = torch.cat([_timesteps(1000, batch - share, rng), _timesteps(CLOSE_UP_STEPS, share, rng)])
-        scene_seeds = torch.cat([seeds[kind][index] for kind, index in picks.items()]).tolist()
+        samples, timesteps, scene_seeds = [], [], []
+        for kind, n, start, stop in batch_parts(step, batch):
+            picks = torch.randint(len(latents[kind]), (n,), generator=rng)
+            samples.append(latents[kind][picks])
+            timesteps.append(_timesteps(start, stop, n, rng))
+            scene_seeds += seeds[kind][picks].tolist()
+        x, t = torch.cat(samples), torch.cat(timesteps)
         empty = (torch.rand(batch, generator=rng) < 0.1).tolist()
         prompts = [prompt(seed, step, e) for seed, e in zip(scene_seeds, empty, strict=True)]
         ids = words(prompts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt").input_ids
@@ -209,9 +222,9 @@ def _autoencode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return (restored / 2 + 0.5).clamp(0, 1)
 
 
-def _timesteps(below: int, n: int, rng: torch.Generator) -> Tensor:
-    """Stratified over [0, below): one draw from each of n equal strata, which lowers the variance of the loss."""
-    return ((torch.arange(n) + torch.rand(n, generator=rng)) * below / n).long()
+def _timesteps(start: int, stop: int, n: int, rng: torch.Generator) -> Tensor:
+    """Stratified over [start, stop): one draw from each of n equal strata, which lowers the variance of the loss."""
+    return (start + (torch.arange(n) + torch.rand(n, generator=rng)) * (stop - start) / n).long()
 
 
 def _draw(pictures: Tensor, n: int, rng: torch.Generator) -> Tensor:
@@ -257,7 +270,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=8000)
     parser.add_argument("--vae-steps", type=int, default=2500)
     parser.add_argument("--vae-batch", type=int, default=16)
-    parser.add_argument("--unet-steps", type=int, default=3800)
+    parser.add_argument("--unet-steps", type=int, default=3400)
     parser.add_argument("--unet-batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(None if arguments is None else list(arguments))

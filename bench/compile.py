@@ -1,0 +1,226 @@
+"""Compile the kernels for GPUs that are not there, and read the binaries: `python -m bench.compile --csv bench/results/compile.csv`.
+
+Every launch that `launch_config` can choose is built by the library's own launch code on meta tensors, compiled by Triton with
+a target in place of a driver, and disassembled with the tools in Triton's wheel. Gates: no spills; on sm_90 and newer
+matrix instructions of the generation and TMA; in the main loop no trip of keys or values through registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from bench.harness import write_rows
+from scalediff_kernels.neighborhood.kernel import Launch, image_launch, text_launch
+
+TARGETS = {
+    **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+HEAD_DIMS = {torch.bfloat16: (8, 40, 64, 96, 128, 160, 256), torch.float32: (40, 64, 128, 256)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch to compile: the FLUX grid at 4096 px unless said."""
+
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    text: int = 0
+    queries: str = "image"
+    grid: tuple[int, int] = (256, 256)
+    window: tuple[int, int] = (64, 64)
+    patch: tuple[int, int] = (32, 32)
+    heads: int = 24
+    batch: int = 1
+    aligned: bool = True  # False: strides that no descriptor takes
+
+    def launch(self, device: str) -> Launch:
+        pad = 0 if self.aligned else 1
+
+        def tokens(*shape: int) -> torch.Tensor:
+            return torch.empty(self.batch, *shape, self.heads, self.head_dim + pad, dtype=self.dtype, device="meta")[..., : self.head_dim]
+
+        q, k, v = (tokens(*self.grid) for _ in range(3))
+        text_q, text_k, text_v = (tokens(self.text) for _ in range(3)) if self.text else (None, None, None)
+        rope = (torch.empty(64, self.head_dim // 2, device="meta"),) * 2 if self.text else None
+        arguments: dict[str, Any] = {
+            "window": self.window, "patch": self.patch, "offset": (0, 0), "scale": self.head_dim**-0.5, "device": device,
+        }  # fmt: skip
+        if self.queries == "image":
+            return image_launch(torch.empty_like(q), q, k, v, text_k, text_v, rope, **arguments)
+        assert text_q is not None
+        assert text_k is not None
+        assert text_v is not None
+        return text_launch(torch.empty_like(text_q), text_q, k, v, text_k, text_v, rope, **arguments)
+
+
+def cases() -> Iterator[Case]:
+    """Every head dim with windows that boxes tile and windows that they do not, text even and ragged, both kernels, both paths."""
+    for dtype, dims in HEAD_DIMS.items():
+        for dim in dims:
+            yield Case(dim, dtype)
+            yield Case(dim, dtype, window=(52, 76), patch=(26, 38), text=77)
+            yield Case(dim, dtype, text=512)
+            yield Case(dim, dtype, text=512, queries="text")
+            yield Case(dim, dtype, window=(52, 76), patch=(26, 38), text=77, queries="text")
+            yield Case(dim, dtype, text=77, aligned=False)
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What the compiler made: `counts` holds instructions of the whole program, `loop` those of the main loop, in order."""
+
+    registers: int
+    spills: int
+    shared: int
+    code: str
+    loop: tuple[str, ...]
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.code))
+
+
+class _Absent:
+    """Stands for the driver of a GPU that is not there: Triton asks it for nothing but the target."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}-{self.target.arch}"  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+def compile_launch(launch: Launch, target: str) -> Binary:
+    """Compile for `target`, without running; the active driver is replaced for good, so do it in a process of its own."""
+    driver.set_active(_Absent(TARGETS[target]))
+    compiled = launch.kernel.warmup(grid=(launch.programs,), **launch.arguments)
+    shared = compiled.metadata.shared
+    if TARGETS[target].backend == "hip":
+        code = compiled.asm["amdgcn"]
+        facts = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", code)}
+        return Binary(facts["vgpr_count"], facts["vgpr_spill_count"] + facts["sgpr_spill_count"], shared, code, ())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run("cuobjdump", "-res-usage", cubin.name)
+        code = _run("nvdisasm", "-c", cubin.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers, usage
+    return Binary(int(registers[1]), len(re.findall(r"\b(?:STL|LDL)\b", code)), shared, code, tuple(main_loop(code)))
+
+
+def main_loop(code: str) -> list[str]:
+    """Instructions of the loop with the most matrix products, from nvdisasm's listing: a label up to the branch back to it."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.+?)\s*;", line):
+            instructions.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels:
+                loops.append(instructions[labels[back[1]] :])
+    inner = [loop for loop in loops if _products(loop)]
+    return max(inner, key=lambda loop: _products(loop) / len(loop), default=[])  # an outer loop holds more besides
+
+
+def _products(loop: list[str]) -> int:
+    return sum(bool(re.search(r"\b(?:HGMMA|HMMA|UTCHMMA|FFMA)\b", i)) for i in loop)
+
+
+def check(case: Case, target: str, launch: Launch, binary: Binary) -> list[str]:
+    """What is wrong with a binary."""
+    faults = []
+    if binary.spills:
+        faults.append(f"{binary.spills} spills")
+    descriptors = launch.config.path == "descriptor"
+    if descriptors and not binary.count(r"\bUTMALDG"):
+        faults.append("no TMA")
+    if case.dtype is torch.float32:
+        return faults
+    if case.aligned and target in ("sm_90", "sm_100") and not descriptors:
+        faults.append("not on the descriptor path")
+    generation = {"sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "gfx942": "v_mfma"}
+    wide = prod(launch.config.query_box) >= 64  # a matrix instruction of sm_90 and sm_100 takes 64 rows
+    product = generation.get(target, r"\bHMMA") if wide or target == "gfx942" else r"\bHMMA"
+    if not binary.count(product):
+        faults.append(f"no {product}")
+    if target == "sm_90" and descriptors and wide and any(re.search(r"\b(?:LDSM|STSM|STS|LDS)\b", i) for i in binary.loop):
+        faults.append("keys or values go through registers in the main loop")
+    return faults
+
+
+def row(case: Case, target: str) -> dict[str, Any]:
+    launch = case.launch(target)
+    config = launch.config
+    facts = {
+        "triton": triton.__version__, "target": target, "queries": case.queries, "dtype": str(case.dtype).removeprefix("torch."),
+        "head_dim": case.head_dim, "window": "x".join(map(str, case.window)), "text": case.text, "path": config.path,
+        "query_box": "x".join(map(str, config.query_box)),
+        "key_box": "x".join(map(str, config.key_box)), "warps": launch.arguments["num_warps"], "stages": config.num_stages,
+    }  # fmt: skip
+    try:
+        binary = compile_launch(launch, target)
+    except Exception as error:  # a compiler that gives up is a result: it belongs into the table
+        return facts | {"registers": "", "spills": "", "shared": "", "faults": f"does not compile: {str(error).splitlines()[0][:80]}"}
+    return facts | {
+        "registers": binary.registers,
+        "spills": binary.spills,
+        "shared": binary.shared,
+        "faults": "; ".join(check(case, target, launch, binary)),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _rows_of(target: str) -> list[dict[str, Any]]:
+    return [row(case, target) for case in cases()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--csv", type=Path, help="where to write the rows")
+    options = parser.parse_args()
+    rows = []
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for target, result in zip(options.targets, pool.map(_rows_of, options.targets), strict=True):
+            rows += result
+            broken = [r for r in result if r["faults"]]
+            print(f"triton {triton.__version__} {target}: {len(result)} kernels, {len(broken)} with faults", flush=True)
+            for r in broken:
+                print("  ", *(f"{key}={value}" for key, value in r.items() if key not in ("triton", "target")), flush=True)
+    if options.csv:
+        write_rows(options.csv, list(rows[0]), rows)
+    raise SystemExit(any(r["faults"] for r in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Device functions that several kernels use: loading boxes of tokens, one step of the online softmax, a rotation.
+
+Strides come in units of VECTOR elements: the compiler then knows how wide an aligned load may be.
+
+Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim, M x N query x key block.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_step(
+    b_q,  # [M, D]
+    b_k,  # [N, D]
+    b_v,  # [N, D]
+    keep,  # [N], read where MASKED
+    top,  # [M], running maximum, in units of log2
+    total,  # [M], running sum
+    acc,  # [M, D]
+    scale,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys through the online softmax. `scale` carries log2(e); fp32 throughout, weights rounded to v's dtype."""
+    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(keep[None, :], scores * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+    else:  # the maximum of the scaled scores is the scaled maximum, scale >= 0: one fused multiply-add an element
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
+def load_box(
+    ref, strides, batch, y, x, head, limit_y, limit_x,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    BOXES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`[ROWS * COLUMNS, BLOCK_D]` of one head from (y, x); zero above D and, where MASKED, outside `[0, limit)`."""
+    if BOXES:
+        return ref.load([batch, y, x, head, 0]).reshape(ROWS * COLUMNS, BLOCK_D)
+    else:
+        offs_y = tl.arange(0, ROWS * COLUMNS) // COLUMNS
+        offs_x = tl.arange(0, ROWS * COLUMNS) % COLUMNS
+        offs_d = tl.arange(0, BLOCK_D)
+        place = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+        offs = offs_y.to(tl.int64) * strides[1] + offs_x.to(tl.int64) * strides[2]
+        ptrs = ref + place * VECTOR + (offs * VECTOR)[:, None] + offs_d[None, :]
+        m_d = offs_d < D
+        if MASKED:
+            m_n = (y + offs_y >= 0) & (y + offs_y < limit_y) & (x + offs_x >= 0) & (x + offs_x < limit_x)
+            return tl.load(ptrs, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        elif D == BLOCK_D:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=m_d[None, :], other=0.0)
+
+
+@triton.jit
+def load_text(
+    ref, strides, batch, t, head, text,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, BOXES: tl.constexpr,
+):  # fmt: skip
+    """`[N, BLOCK_D]` of one head from text token t on; zero beyond the text and above D."""
+    if BOXES:
+        return ref.load([batch, t, head, 0]).reshape(N, BLOCK_D)
+    else:
+        offs_t = t + tl.arange(0, N)
+        offs_d = tl.arange(0, BLOCK_D)
+        place = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+        ptrs = ref + place * VECTOR + (offs_t.to(tl.int64) * strides[1] * VECTOR)[:, None] + offs_d[None, :]
+        return tl.load(ptrs, mask=(offs_t < text)[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def rotate(b_q, cos_ptr, sin_ptr, window, INVERSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Turn the adjacent pairs of `[M, D]` by the angles of one window, forwards or back."""
+    offs = tl.arange(0, BLOCK_D // 2)
+    cos = tl.load(cos_ptr + window * (D // 2) + offs, mask=offs < D // 2, other=1.0)[None, :]
+    sin = tl.load(sin_ptr + window * (D // 2) + offs, mask=offs < D // 2, other=0.0)[None, :]
+    if INVERSE:
+        sin = -sin
+    even, odd = tl.split(b_q.to(tl.float32).reshape(b_q.shape[0], BLOCK_D // 2, 2))
+    return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(b_q.shape[0], BLOCK_D).to(b_q.dtype)

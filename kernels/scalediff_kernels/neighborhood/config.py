@@ -1,0 +1,172 @@
+"""Which program runs a problem: block shapes, warps and pipeline depth, chosen from integers alone.
+
+No autotuner: the choice is a pure function, so that it can be tested, compiled ahead and read on a machine without a GPU.
+
+Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim. A box is `(rows, columns)` of tokens of one head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, NamedTuple
+
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may use
+SMALL_SHARED_MEMORY = 101_376  # sm_86, sm_89, sm_120 and whatever is not named above
+
+MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What decides a launch. `descriptors`: whether all strides and addresses suit tensor descriptors (`kernel.launch` asks)."""
+
+    grid: tuple[int, int]
+    window: tuple[int, int]  # cut to the grid
+    patch: tuple[int, int]
+    head_dim: int
+    itemsize: int  # bytes of an element
+    text: int = 0
+    queries: Literal["image", "text"] = "image"
+    descriptors: bool = True
+    vector: int = 8  # elements that every stride is a multiple of
+
+
+class LaunchConfig(NamedTuple):
+    """How one kernel is launched.
+
+    path: `"descriptor"` reads boxes by tensor descriptors (TMA), `"pointer"` by addresses and masks.
+    query_box: tokens of one query tile, powers of two; for text queries `(1, tokens)`.
+    key_box: tokens of one block of keys, powers of two.
+    text_block: text tokens of one block of keys.
+    num_warps, num_stages: as Triton means them.
+    """
+
+    path: Literal["descriptor", "pointer"]
+    query_box: tuple[int, int]
+    key_box: tuple[int, int]
+    text_block: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_config(problem: Problem, device: str) -> LaunchConfig:
+    """Choose the launch of `problem` on `device` (`"sm_90"`, `"gfx942"`, ...): a pure function, no GPU needed.
+
+    Raises:
+        NotImplementedError: the head dim is no multiple of 8 in [8, 256].
+    """
+    if problem.head_dim % 8 or not 8 <= problem.head_dim <= 256:
+        raise NotImplementedError(f"the Triton kernel takes head dims from 8 to 256 in multiples of 8, got {problem.head_dim=}")
+    descriptors = problem.descriptors and problem.itemsize == 2 and has_descriptors(device)  # fp32 products read registers
+    blocks = _blocks(problem, device, descriptors=True) if descriptors else None
+    if blocks is None or not fits_inside(key_box(problem.window, blocks.keys), problem.window):
+        descriptors = False  # no entry, or a box would read keys outside the window
+        blocks = _blocks(problem, device, descriptors=False)
+        assert blocks is not None
+    keys = key_box(problem.window, blocks.keys)
+    text = ceil_power_of_two(max(problem.text, MIN_BLOCK))
+    return LaunchConfig(
+        path="descriptor" if descriptors else "pointer",
+        query_box=query_box(problem.patch, blocks.queries) if problem.queries == "image" else (1, min(blocks.queries, text)),
+        key_box=keys,
+        text_block=min(blocks.keys, text),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+
+
+def has_descriptors(device: str) -> bool:
+    """TMA came with sm_90."""
+    return device.startswith("sm_") and int(device[3:].rstrip("af")) >= 90
+
+
+class Blocks(NamedTuple):
+    """Queries and keys of a block, warps of a program, blocks of keys in flight."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# By kind of program and of queries, for registers of 64, 128 and 256 channels. Text programs hold a second accumulator, the
+# mean over the windows, so their blocks are smaller. Nothing here spills: `python -m bench.compile` compiles every entry.
+_BLOCKS = {
+    ("wgmma", "image"): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
+    ("wgmma", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
+    ("tma", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3), None),
+    ("tma", "text"): (Blocks(64, 32, 4, 3), Blocks(32, 32, 8, 2), None),
+    ("cp.async", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
+    ("cp.async", "text"): (Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 2), Blocks(16, 32, 8, 2)),
+    ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(64, 16, 8, 2)),
+    ("narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    ("mfma", "image"): (Blocks(128, 32, 4, 1), Blocks(128, 32, 4, 1), Blocks(64, 32, 4, 1)),
+    ("mfma", "text"): (Blocks(64, 32, 4, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
+    ("fp32", "image"): (Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 1), Blocks(16, 32, 16, 1)),
+    ("fp32", "text"): (Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 1), Blocks(16, 32, 16, 1)),
+    ("mfma fp32", "image"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    ("mfma fp32", "text"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+}
+
+
+def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks | None:
+    """The row of the table, None where it has no entry."""
+    if device.startswith("gfx"):
+        kind = "mfma" if problem.itemsize == 2 else "mfma fp32"
+    elif problem.itemsize == 4:  # exact fp32 products do not use the tensor cores
+        kind = "fp32"
+    elif descriptors:
+        kind = "tma" if device.startswith("sm_12") else "wgmma"  # sm_120 has TMA, but the matrix instructions of sm_80
+    else:
+        kind = "cp.async" if problem.vector >= 8 else "narrow"
+    return _BLOCKS[kind, problem.queries][0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2]
+
+
+def query_box(patch: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """The box of at most `tokens` tokens whose tiles waste least on a patch; of equals the largest, then the squarest.
+
+    A square box also wastes least on the cut patches that an offset leaves at the border: whole tiles fall outside.
+    """
+
+    def cost(box: tuple[int, int]) -> tuple[int, int, int]:
+        return _covered(patch, box), -prod(box), max(box)
+
+    smallest = min(tokens, max(MIN_BLOCK, ceil_power_of_two(patch[0]) * ceil_power_of_two(patch[1])))
+    return min(_boxes(smallest, tokens), key=cost)
+
+
+def key_box(window: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """The box of at most `tokens` tokens, inside the window if any is, that reads least more than the window.
+
+    Of equals the largest, then the widest: its rows are the longest runs in memory.
+    """
+
+    def cost(box: tuple[int, int]) -> tuple[bool, int, int, int]:
+        steps = _covered(window, box) // prod(box)
+        return not fits_inside(box, window), steps * (prod(box) + tokens // 8), -prod(box), -box[1]  # a step costs more than its keys
+
+    return min(_boxes(MIN_BLOCK, tokens), key=cost)
+
+
+def fits_inside(box: tuple[int, int], window: tuple[int, int]) -> bool:
+    return all(b <= w for b, w in zip(box, window, strict=True))
+
+
+def shared_memory(device: str) -> int:
+    """Bytes of shared memory that one program may use."""
+    return SHARED_MEMORY.get(device, SMALL_SHARED_MEMORY)
+
+
+def ceil_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _covered(area: tuple[int, int], box: tuple[int, int]) -> int:
+    """Tokens of the boxes that tile an area."""
+    return prod(-(-a // b) * b for a, b in zip(area, box, strict=True))
+
+
+def _boxes(at_least: int, at_most: int) -> list[tuple[int, int]]:
+    powers = [1 << i for i in range(at_most.bit_length())]
+    return [(r, c) for r in powers for c in powers if at_least <= r * c <= at_most and c <= 256 and r <= 256]

@@ -1,0 +1,407 @@
+"""Neighborhood patch attention as one flash attention: a query tile reads its window where it lies, text in the same softmax.
+
+A window is a box of the grid. Blocks of keys tile it; where they do not tile it evenly, the last block moves back inside the
+window and the keys that came before are masked, so that no key outside the window is ever read. Nothing is gathered,
+permuted or allocated beside the result.
+
+Two kernels, each compiled for one of two paths: `"descriptor"` (TMA boxes straight into shared memory, zero-filled outside
+the grid and above the head dim) and `"pointer"` (addresses and masks). The text keys of a window are rotated by the
+window's rotary angle; since a rotation moves from one factor of a dot product to the other, the queries turn instead, once.
+
+Legend: B batch, H query heads, G key heads, Y x X token grid, T text tokens, D head dim, M x N query x key block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from scalediff_kernels._common import load_box, load_text, rotate, softmax_step
+from scalediff_kernels.neighborhood.config import MIN_BLOCK, LaunchConfig, Problem, ceil_power_of_two, launch_config
+
+
+@triton.jit
+def _window_block(
+    b_q, state, refs, strides, place, block_y, block_x, scale,
+    BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    BOXES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One box of keys, `block_y` and `block_x` its tokens from the window's corner. MASKED: it may reach over the far sides."""
+    ROWS: tl.constexpr = BOX[0]
+    COLUMNS: tl.constexpr = BOX[1]
+    WINDOW_Y: tl.constexpr = WINDOW[0]
+    WINDOW_X: tl.constexpr = WINDOW[1]
+    OVERHANG: tl.constexpr = (ROWS > WINDOW_Y) or (COLUMNS > WINDOW_X)
+    batch, head, start_y, start_x = place
+    y, x = block_y, block_x
+    if MASKED:  # move back inside the window; what the blocks before have seen is masked
+        y = tl.maximum(tl.minimum(block_y, WINDOW_Y - ROWS), 0)
+        x = tl.maximum(tl.minimum(block_x, WINDOW_X - COLUMNS), 0)
+    limit_y, limit_x = start_y + WINDOW_Y, start_x + WINDOW_X
+    b_k = load_box(
+        refs[0], strides[0], batch, start_y + y, start_x + x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, OVERHANG
+    )
+    b_v = load_box(
+        refs[1], strides[1], batch, start_y + y, start_x + x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, OVERHANG
+    )
+    key_y = y + tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    key_x = x + tl.arange(0, ROWS * COLUMNS) % COLUMNS
+    keep = (key_y >= block_y) & (key_y < WINDOW_Y) & (key_x >= block_x) & (key_x < WINDOW_X)
+    return softmax_step(b_q, b_k, b_v, keep, state[0], state[1], state[2], scale, MASKED, PRECISION)
+
+
+@triton.jit
+def _attend_window(
+    b_q, state, refs, strides, place, scale,
+    BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All keys of one window: first the boxes that lie wholly inside, without a mask, then its far column and row."""
+    FULL_Y: tl.constexpr = WINDOW[0] // BOX[0]
+    FULL_X: tl.constexpr = WINDOW[1] // BOX[1]
+    BLOCKS_Y: tl.constexpr = (WINDOW[0] + BOX[0] - 1) // BOX[0]
+    BLOCKS_X: tl.constexpr = (WINDOW[1] + BOX[1] - 1) // BOX[1]
+    FAR_COLUMN: tl.constexpr = BLOCKS_Y if BLOCKS_X > FULL_X else 0  # boxes in it, the corner among them
+    FAR_ROW: tl.constexpr = FULL_X if BLOCKS_Y > FULL_Y else 0
+    top, total, acc = state
+    for i in tl.range(0, FULL_Y * FULL_X, num_stages=STAGES):
+        top, total, acc = _window_block(
+            b_q, (top, total, acc), refs, strides, place, i // FULL_X * BOX[0], i % FULL_X * BOX[1], scale,
+            BOX, WINDOW, D, BLOCK_D, VECTOR, BOXES, PRECISION, False,
+        )  # fmt: skip
+    if FAR_COLUMN + FAR_ROW > 0:
+        for i in tl.range(0, FAR_COLUMN + FAR_ROW, num_stages=1):
+            block_y = tl.where(i < FAR_COLUMN, i, BLOCKS_Y - 1) * BOX[0]
+            block_x = tl.where(i < FAR_COLUMN, BLOCKS_X - 1, i - FAR_COLUMN) * BOX[1]
+            top, total, acc = _window_block(
+                b_q, (top, total, acc), refs, strides, place, block_y, block_x, scale,
+                BOX, WINDOW, D, BLOCK_D, VECTOR, BOXES, PRECISION, True,
+            )  # fmt: skip
+    return top, total, acc
+
+
+@triton.jit
+def _attend_text(
+    b_q, state, refs, strides, batch, head, text, scale,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, BOXES: tl.constexpr,
+    PRECISION: tl.constexpr, RAGGED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All text keys; masked only where the last block is ragged."""
+    top, total, acc = state
+    for t in tl.range(0, text, N, num_stages=STAGES):
+        b_k = load_text(refs[0], strides[0], batch, t, head, text, N, D, BLOCK_D, VECTOR, BOXES)
+        b_v = load_text(refs[1], strides[1], batch, t, head, text, N, D, BLOCK_D, VECTOR, BOXES)
+        keep = t + tl.arange(0, N) < text
+        top, total, acc = softmax_step(b_q, b_k, b_v, keep, top, total, acc, scale, RAGGED, PRECISION)
+    return top, total, acc
+
+
+@triton.jit
+def _start(M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Running maximum, sum and accumulator before the first key."""
+    return tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, BLOCK_D], tl.float32)
+
+
+@triton.jit
+def _window_start(patch, length, offset, PATCH: tl.constexpr, WINDOW: tl.constexpr):
+    """First key of a patch's window along one axis: centred on the patch, moved into the grid."""
+    return tl.maximum(tl.minimum(patch * PATCH - offset + PATCH // 2 - WINDOW // 2, length - WINDOW), 0)
+
+
+@triton.jit(do_not_specialize=["grid_y", "grid_x", "patches_y", "patches_x", "offset_y", "offset_x", "heads", "text"])
+def _image_kernel(
+    q_ref,  # [B, Y, X, H, D]
+    k_ref,  # [B, Y, X, G, D]
+    v_ref,  # [B, Y, X, G, D]
+    out_ref,  # [B, Y, X, H, D]
+    text_k_ref,  # [B, T, G, D]
+    text_v_ref,  # [B, T, G, D]
+    cos_ptr,  # [patches_y * patches_x, D / 2]
+    sin_ptr,  # [patches_y * patches_x, D / 2]
+    q_strides, k_strides, v_strides, out_strides, text_k_strides, text_v_strides,
+    grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale,
+    QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
+    RAGGED_TEXT: tl.constexpr, ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, STORE_BOXES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one patch. Tiles of a patch are neighbours, then patches along x, along y, heads, batch: what runs at
+    one time shares windows in L2."""
+    ROWS: tl.constexpr = QUERY_BOX[0]
+    COLUMNS: tl.constexpr = QUERY_BOX[1]
+    TILES_Y: tl.constexpr = (PATCH[0] + ROWS - 1) // ROWS
+    TILES_X: tl.constexpr = (PATCH[1] + COLUMNS - 1) // COLUMNS
+    M: tl.constexpr = ROWS * COLUMNS
+    pid = tl.program_id(0)
+    tile = pid % (TILES_Y * TILES_X)
+    pid = pid // (TILES_Y * TILES_X)
+    patch_x = pid % patches_x
+    pid = pid // patches_x
+    patch_y = pid % patches_y
+    pid = pid // patches_y
+    head = pid % heads
+    batch = pid // heads
+    y = patch_y * PATCH[0] - offset_y + tile // TILES_X * ROWS
+    x = patch_x * PATCH[1] - offset_x + tile % TILES_X * COLUMNS
+    if (y + ROWS <= 0) | (y >= grid_y) | (x + COLUMNS <= 0) | (x >= grid_x):
+        return  # a cut patch at the border has tiles outside the grid
+
+    state = _start(M, BLOCK_D)
+    if HAS_TEXT:
+        b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
+        if NEGATE:
+            b_q = -b_q
+        if ROPE:
+            b_q = rotate(b_q, cos_ptr, sin_ptr, patch_y * patches_x + patch_x, True, D, BLOCK_D)
+        state = _attend_text(
+            b_q, state, (text_k_ref, text_v_ref), (text_k_strides, text_v_strides), batch, head // GROUP, text, scale,
+            TEXT_BLOCK, D, BLOCK_D, VECTOR, BOXES, PRECISION, RAGGED_TEXT, STAGES,
+        )  # fmt: skip
+    b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
+    if NEGATE:
+        b_q = -b_q
+    start_y = _window_start(patch_y, grid_y, offset_y, PATCH[0], WINDOW[0])
+    start_x = _window_start(patch_x, grid_x, offset_x, PATCH[1], WINDOW[1])
+    place = (batch, head // GROUP, start_y, start_x)
+    state = _attend_window(
+        b_q, state, (k_ref, v_ref), (k_strides, v_strides), place, scale,
+        KEY_BOX, WINDOW, D, BLOCK_D, VECTOR, BOXES, PRECISION, STAGES,
+    )  # fmt: skip
+    b_out = (state[2] / state[1][:, None]).to(b_q.dtype)
+
+    if STORE_BOXES:  # no tile reaches over its patch: only the grid can clip it, and the store does
+        out_ref.store([batch, y, x, head, 0], b_out.reshape(1, ROWS, COLUMNS, 1, BLOCK_D))
+    else:
+        offs_y = y + tl.arange(0, M) // COLUMNS
+        offs_x = x + tl.arange(0, M) % COLUMNS
+        offs_d = tl.arange(0, BLOCK_D)
+        stop_y = tl.minimum((patch_y + 1) * PATCH[0] - offset_y, grid_y)
+        stop_x = tl.minimum((patch_x + 1) * PATCH[1] - offset_x, grid_x)
+        m_m = (offs_y >= 0) & (offs_y < stop_y) & (offs_x >= 0) & (offs_x < stop_x)
+        place = batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[3]
+        offs = offs_y.to(tl.int64) * out_strides[1] + offs_x.to(tl.int64) * out_strides[2]
+        ptrs = out_ref + place * VECTOR + (offs * VECTOR)[:, None] + offs_d[None, :]
+        tl.store(ptrs, b_out, mask=m_m[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["grid_y", "grid_x", "patches_y", "patches_x", "offset_y", "offset_x", "heads", "text"])
+def _text_kernel(
+    text_q_ref,  # [B, T, H, D]
+    k_ref,  # [B, Y, X, G, D]
+    v_ref,  # [B, Y, X, G, D]
+    text_k_ref,  # [B, T, G, D]
+    text_v_ref,  # [B, T, G, D]
+    cos_ptr,  # [patches_y * patches_x, D / 2]
+    sin_ptr,  # [patches_y * patches_x, D / 2]
+    out_ptr,  # [B, T, H, D]
+    text_q_strides, k_strides, v_strides, text_k_strides, text_v_strides, out_strides,
+    grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale,
+    TEXT_ROWS: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
+    ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Text queries: text and one window at a time, the results averaged over the windows. One window over the grid is the
+    global rule. The mean is summed in registers, in the order of the windows: no buffer, no atomics, the same bits every run."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(text, TEXT_ROWS)
+    t = pid % tiles * TEXT_ROWS
+    pid = pid // tiles
+    head = pid % heads
+    batch = pid // heads
+    mean = tl.zeros([TEXT_ROWS, BLOCK_D], tl.float32)
+    for i in range(0, patches_y * patches_x):
+        b_q = load_text(text_q_ref, text_q_strides, batch, t, head, text, TEXT_ROWS, D, BLOCK_D, VECTOR, BOXES)
+        if NEGATE:
+            b_q = -b_q
+        if ROPE:
+            b_q = rotate(b_q, cos_ptr, sin_ptr, i, False, D, BLOCK_D)
+        start_y = _window_start(i // patches_x, grid_y, offset_y, PATCH[0], WINDOW[0])
+        start_x = _window_start(i % patches_x, grid_x, offset_x, PATCH[1], WINDOW[1])
+        place = (batch, head // GROUP, start_y, start_x)
+        state = _attend_window(
+            b_q, _start(TEXT_ROWS, BLOCK_D), (k_ref, v_ref), (k_strides, v_strides), place, scale,
+            KEY_BOX, WINDOW, D, BLOCK_D, VECTOR, BOXES, PRECISION, STAGES,
+        )  # fmt: skip
+        b_q = load_text(text_q_ref, text_q_strides, batch, t, head, text, TEXT_ROWS, D, BLOCK_D, VECTOR, BOXES)
+        if NEGATE:
+            b_q = -b_q
+        state = _attend_text(
+            b_q, state, (text_k_ref, text_v_ref), (text_k_strides, text_v_strides), batch, head // GROUP, text, scale,
+            TEXT_BLOCK, D, BLOCK_D, VECTOR, BOXES, PRECISION, RAGGED_TEXT, STAGES,
+        )  # fmt: skip
+        mean += state[2] / state[1][:, None]
+    b_out = (mean / (patches_y * patches_x)).to(out_ptr.dtype.element_ty)
+    offs_t = t + tl.arange(0, TEXT_ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    place = batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[2]
+    ptrs = out_ptr + place * VECTOR + (offs_t.to(tl.int64) * out_strides[1] * VECTOR)[:, None] + offs_d[None, :]
+    tl.store(ptrs, b_out, mask=(offs_t < text)[:, None] & (offs_d < D)[None, :])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with everything it is called with: run it, or compile it for a device that is not there."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    config: LaunchConfig
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments)
+
+
+def image_launch(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor | None = None,
+    text_v: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    scale: float,
+    device: str,
+) -> Launch:
+    """The image queries: fills `out`, contiguous `[B, Y, X, H, D]`. Arguments as in `api`, already validated."""
+    batch, _, _, heads, _ = q.shape
+    text = None if text_k is None or text_v is None else (text_k, text_v)
+    config, shared = _shared_arguments(
+        "image", q, (k, v), text, rope, window=window, patch=patch, offset=offset, scale=scale, device=device
+    )
+    rows, columns = config.query_box
+    tiles = -(-patch[0] // rows) * -(-patch[1] // columns)
+    store_boxes = config.path == "descriptor" and patch[0] % rows == 0 and patch[1] % columns == 0
+    arguments = _references({"q": (q, (1, rows, columns, 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
+    arguments |= _references({"out": (out, (1, rows, columns, 1))}, shared["VECTOR"], boxes=store_boxes)
+    arguments |= {"QUERY_BOX": config.query_box, "HAS_TEXT": text is not None, "STORE_BOXES": store_boxes}
+    return Launch(_image_kernel, batch * heads * shared["patches_y"] * shared["patches_x"] * tiles, shared | arguments, config)
+
+
+def text_launch(
+    out: Tensor,
+    text_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    rope: tuple[Tensor, Tensor] | None = None,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    scale: float,
+    device: str,
+) -> Launch:
+    """The text queries, averaged over the windows: fills `out`, contiguous `[B, T, H, D]`. Window = patch = grid is the global rule."""
+    batch, text, heads, _ = text_q.shape
+    config, shared = _shared_arguments(
+        "text", text_q, (k, v), (text_k, text_v), rope, window=window, patch=patch, offset=offset, scale=scale, device=device
+    )
+    arguments = _references({"text_q": (text_q, (1, config.query_box[1], 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
+    arguments |= {"out_ptr": out, "out_strides": _in_vectors(out, shared["VECTOR"]), "TEXT_ROWS": config.query_box[1]}
+    return Launch(_text_kernel, batch * heads * -(-text // config.query_box[1]), shared | arguments, config)
+
+
+def _shared_arguments(
+    queries: Literal["image", "text"],
+    q: Tensor,
+    keys: tuple[Tensor, Tensor],
+    text: tuple[Tensor, Tensor] | None,
+    rope: tuple[Tensor, Tensor] | None,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    scale: float,
+    device: str,
+) -> tuple[LaunchConfig, dict[str, Any]]:
+    """What both kernels take, and the choice of the launch."""
+    height, width, groups, head_dim = keys[0].shape[1:]
+    window = min(window[0], height), min(window[1], width)
+    tokens = 0 if text is None else text[0].shape[1]
+    tensors = (q, *keys, *(text or ()))
+    descriptors = all(_suits_descriptor(x) for x in tensors)
+    vector = 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1]) else 1
+    problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, vector)
+    config = launch_config(problem, device)
+    rows, columns = config.key_box
+    references = {name: (x, (1, rows, columns, 1)) for name, x in zip("kv", keys, strict=True)}
+    references |= {f"text_{n}": (x, (1, config.text_block, 1)) for n, x in zip("kv", text or (None, None), strict=True)}
+    return config, _references(references, vector, boxes=config.path == "descriptor") | {
+        "cos_ptr": rope and rope[0],
+        "sin_ptr": rope and rope[1],
+        "grid_y": height,
+        "grid_x": width,
+        "patches_y": -(-(height + offset[0]) // patch[0]),
+        "patches_x": -(-(width + offset[1]) // patch[1]),
+        "offset_y": offset[0],
+        "offset_x": offset[1],
+        "heads": q.shape[-2],
+        "text": tokens,
+        "scale": abs(scale) * math.log2(math.e),
+        "KEY_BOX": config.key_box,
+        "WINDOW": window,
+        "PATCH": patch,
+        "GROUP": q.shape[-2] // groups,
+        "D": head_dim,
+        "BLOCK_D": max(MIN_BLOCK, ceil_power_of_two(head_dim)),
+        "VECTOR": vector,
+        "TEXT_BLOCK": config.text_block,
+        "RAGGED_TEXT": tokens % config.text_block != 0,
+        "ROPE": rope is not None,
+        "NEGATE": scale < 0,
+        "BOXES": config.path == "descriptor",
+        "PRECISION": "ieee",
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _references(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]], vector: int, *, boxes: bool) -> dict[str, Any]:
+    """`name_ref` and `name_strides` of each tensor: a descriptor of boxes of one head, or the tensor itself."""
+    arguments: dict[str, Any] = {}
+    for name, (x, box) in tensors.items():
+        arguments[f"{name}_ref"] = x
+        arguments[f"{name}_strides"] = None if x is None else _in_vectors(x, vector)
+        if x is not None and boxes:
+            block = [*box, max(MIN_BLOCK, ceil_power_of_two(x.shape[-1]))]
+            arguments[f"{name}_ref"] = TensorDescriptor(x, list(x.shape), _descriptor_strides(x), block)
+    return arguments
+
+
+def _in_vectors(x: Tensor, vector: int) -> tuple[int, ...]:
+    return tuple(stride // vector for stride in x.stride()[:-1])
+
+
+def _descriptor_strides(x: Tensor) -> list[int]:
+    """An axis of one element may carry any stride; the descriptor wants multiples of 16 bytes."""
+    return [s if n > 1 else max(16, x.shape[-1]) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1]
+
+
+def _suits_descriptor(x: Tensor) -> bool:
+    """The rules of TMA: 16-byte base and strides, none of them zero."""
+    strides = _descriptor_strides(x)[:-1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
+
+
+def device_name(device: torch.device) -> str:
+    """`"sm_90"` or `"gfx942"`; the interpreter runs on the CPU and stands for a GPU without descriptors."""
+    if device.type == "cpu":
+        return "sm_80"
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
