@@ -1,20 +1,24 @@
 """Neighborhood patch attention: what users call. Meaning and checks here, integers in geometry, truth in reference.
 
-Legend: B batch, H heads, Y x X token grid, D head dim.
+Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
 """
 
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from scalediff_kernels.neighborhood.geometry import windows
-from scalediff_kernels.neighborhood.reference import neighborhood_patch_attention_reference
-from scalediff_kernels.neighborhood.windowed_sdpa import neighborhood_patch_attention_sdpa
+from scalediff_kernels.neighborhood import op
+from scalediff_kernels.neighborhood.geometry import check_axis
+from scalediff_kernels.neighborhood.reference import joint_neighborhood_patch_attention_reference, neighborhood_patch_attention_reference
+from scalediff_kernels.neighborhood.windowed_sdpa import joint_neighborhood_patch_attention_sdpa, neighborhood_patch_attention_sdpa
 
 Impl = Literal["auto", "reference", "sdpa", "triton"]
+TextQueries = Literal["window", "global"]
 
 
 def neighborhood_patch_attention(
@@ -31,37 +35,97 @@ def neighborhood_patch_attention(
     """Attend from every query patch to the one clamped key/value window around it.
 
     Args:
-        q, k, v: `[B, Y, X, H, D]`, one shape, floating dtype and device for the three, any strides.
+        q: `[B, Y, X, H, D]`, any strides; floating point.
+        k, v: `[B, Y, X, G, D]`, like q; G divides H, and head h of q reads head h * G // H of k and v.
         window: Key/value window in tokens, `(Y, X)`; shifted into the grid at its borders, and the whole grid where it is
             larger: then the result is that of `F.scaled_dot_product_attention`.
         patch: Query patch in tokens, `(Y, X)`, at most the window. The paper takes half the window.
         offset: How far the patch grid is moved towards the origin, `(Y, X)` in `[0, patch)`. Border patches are smaller.
         scale: Factor on the scores; `D ** -0.5` when None.
-        impl: `"reference"` is eager torch (fp64 stays fp64), `"sdpa"` one SDPA per window, `"auto"` the fastest there is
-            for the device, `"triton"` the fused kernel. A named implementation is used or refused, never replaced.
+        impl: `"triton"` is the fused kernel (16-bit or fp32, D a multiple of 8 up to 256, contiguous last axis, no gradients),
+            `"sdpa"` one SDPA per window, `"reference"` eager torch (fp64 stays fp64). `"auto"` takes the kernel for 16-bit
+            tensors on a GPU, and SDPA for what the kernel does not do and where one window covers the grid. A named
+            implementation is used or refused, never replaced.
 
     Returns:
-        `[B, Y, X, H, D]` in the dtype of q.
+        `[B, Y, X, H, D]` in the dtype of q; under autocast `"triton"` and `"sdpa"` compute and return its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, patch exceeds window, offset outside the patch, scale not finite.
         TypeError: a tensor is not floating point.
-        NotImplementedError: `impl="triton"`.
+        NotImplementedError: `impl="triton"` for what the kernel does not do.
 
     ScaleDiff, arXiv:2510.25818, section 3.2; equal to NATTEN's generalized neighborhood attention with
     kernel_size=window, stride=patch (arXiv:2504.16922) at offset 0.
     """
-    _check_tensors(q, k, v)
-    window, patch, offset = _pair("window", window), _pair("patch", patch), _pair("offset", offset)
-    for axis in (0, 1):
-        windows(q.shape[1 + axis], window[axis], patch[axis], offset[axis])
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale=}")
-    check_impl(impl)
-    run = neighborhood_patch_attention_reference if impl == "reference" else neighborhood_patch_attention_sdpa
-    return run(q, k, v, window=window, patch=patch, offset=offset, scale=float(scale))
+    _check_image(q, k, v)
+    window, patch, offset, scale = _check_numbers(q, window, patch, offset, scale)
+    chosen = _choose(impl, (q, k, v), covers=window[0] >= q.shape[1] and window[1] >= q.shape[2])
+    if chosen == "triton":
+        out: Tensor = op.image_attention(q, k, v, None, None, None, None, window, patch, offset, scale)
+        return out
+    run = neighborhood_patch_attention_reference if chosen == "reference" else neighborhood_patch_attention_sdpa
+    return run(q, k, v, window=window, patch=patch, offset=offset, scale=scale)
+
+
+def joint_neighborhood_patch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int] = (0, 0),
+    scale: float | None = None,
+    text_rope: tuple[Tensor, Tensor] | None = None,
+    text_queries: TextQueries | None = "window",
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Neighborhood patch attention with text tokens in the same softmax: image queries attend to text and their window.
+
+    Args:
+        q, k, v, window, patch, offset, scale, impl: As in `neighborhood_patch_attention`; D even.
+        text_q: `[B, T, H, D]`, like q.
+        text_k, text_v: `[B, T, G, D]`.
+        text_rope: (cos, sin), each `[patches_y, patches_x, D / 2]` floating point: the angles by which the text keys, and under the rule
+            `"window"` the text queries, of each patch's window are rotated first. Channels 2c and 2c + 1 turn by angle c. The
+            authors take the rotary angle of the window's top-left token, which keeps text-image offsets in the trained range.
+        text_queries: `"window"`: each text token attends to text and window, for every window, and the results are averaged
+            (the authors' rule). `"global"`: once, to text and all image tokens, not rotated. None: no text output.
+
+    Returns:
+        The image, `[B, Y, X, H, D]`, and the text, `[B, T, H, D]` or None.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as there; also text tensors or tables of other shapes, unknown rule.
+
+    ScaleDiff, arXiv:2510.25818, section 3.2 and its released code for the text rule.
+    """
+    _check_image(q, k, v)
+    _check_text(q, k, text_q, text_k, text_v)
+    window, patch, offset, scale = _check_numbers(q, window, patch, offset, scale)
+    if text_queries not in (*get_args(TextQueries), None):
+        raise ValueError(f"text_queries must be 'window', 'global' or None, got {text_queries=}")
+    if text_rope is not None:
+        _check_rope(q, text_rope, patch, offset)
+    chosen = _choose(impl, (q, k, v, text_q, text_k, text_v), covers=False)
+    if chosen != "triton":
+        run = joint_neighborhood_patch_attention_reference if chosen == "reference" else joint_neighborhood_patch_attention_sdpa
+        return run(
+            q, k, v, text_q, text_k, text_v,
+            window=window, patch=patch, offset=offset, scale=scale, text_rope=text_rope, text_queries=text_queries,
+        )  # fmt: skip
+    cos, sin = text_rope or (None, None)
+    out = op.image_attention(q, k, v, text_k, text_v, cos, sin, window, patch, offset, scale)
+    if text_queries is None:
+        return out, None
+    if text_queries == "window":
+        return out, op.text_attention(text_q, k, v, text_k, text_v, cos, sin, window, patch, offset, scale)
+    grid = (q.shape[1], q.shape[2])  # the global rule is one window over the grid
+    return out, op.text_attention(text_q, k, v, text_k, text_v, None, None, grid, grid, (0, 0), scale)
 
 
 def check_impl(impl: str) -> None:
@@ -69,28 +133,94 @@ def check_impl(impl: str) -> None:
 
     Raises:
         ValueError: no such implementation.
-        NotImplementedError: `"triton"`.
+        NotImplementedError: `"triton"` where the triton package is missing.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl=}")
+    if impl == "triton" and not _has_triton():
+        raise NotImplementedError("impl='triton' needs the triton package, which is not installed: use impl='auto', got impl='triton'")
+
+
+def _choose(impl: str, tensors: tuple[Tensor, ...], *, covers: bool) -> str:
+    """The implementation that runs; refuses a named one that cannot."""
+    check_impl(impl)
+    if impl in ("reference", "sdpa"):
+        return impl
+    refusal = op.refusal(tensors)
     if impl == "triton":
-        raise NotImplementedError("the fused Triton kernel is not in this version: use impl='sdpa' or impl='auto', got impl='triton'")
+        if refusal:
+            raise NotImplementedError(f"impl='triton': {refusal}")
+        return "triton"
+    sixteen_bit = op.dtype_under_autocast(tensors[0]).itemsize == 2
+    on_gpu = tensors[0].device.type == "cuda"
+    return "triton" if on_gpu and sixteen_bit and not covers and not refusal and _has_triton() else "sdpa"
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _check_numbers(
+    q: Tensor, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float | None
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], float]:
+    window, patch, offset = _pair("window", window), _pair("patch", patch), _pair("offset", offset)
+    for axis in (0, 1):
+        check_axis(q.shape[1 + axis], window[axis], patch[axis], offset[axis])
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale=}")
+    return window, patch, offset, float(scale)
+
+
+def _check_image(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 5 or 0 in q.shape:
         raise ValueError(f"q, k and v must be [B, Y, X, H, D] with no empty axis, got {tuple(q.shape)=}")
-    if not q.shape == k.shape == v.shape:
-        raise ValueError(f"q, k and v must have one shape, got {tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype=}, {k.dtype=}, {v.dtype=}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device=}, {k.device=}, {v.device=}")
-    if not q.is_floating_point():
-        raise TypeError(f"q, k and v must be floating point, got {q.dtype=}")
+    if k.shape != v.shape or k.ndim != 5 or (*k.shape[:3], k.shape[4]) != (*q.shape[:3], q.shape[4]):
+        raise ValueError(f"q, k and v must have one shape but for the heads, got {tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}")
+    if k.shape[3] == 0 or q.shape[3] % k.shape[3]:
+        raise ValueError(f"the heads of q must be a multiple of those of k and v, got {q.shape[3]=}, {k.shape[3]=}")
+    _check_kind("q, k and v", {"q": q, "k": k, "v": v})
+
+
+def _check_text(q: Tensor, k: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor) -> None:
+    batch, heads, groups, dim = q.shape[0], q.shape[3], k.shape[3], q.shape[4]
+    tokens = text_q.shape[1] if text_q.ndim == 4 else 0
+    expected = [(batch, tokens, n, dim) for n in (heads, groups, groups)]
+    shapes = [tuple(x.shape) for x in (text_q, text_k, text_v)]
+    if tokens == 0 or shapes != expected:
+        raise ValueError(
+            f"text_q must be [B, T, H, D] and text_k, text_v [B, T, G, D] with T >= 1 for B, H, G, D = {batch}, {heads}, {groups}, {dim}, "
+            f"got {shapes[0]}, {shapes[1]}, {shapes[2]}"
+        )
+    _check_kind("image and text", {"q": q, "text_q": text_q, "text_k": text_k, "text_v": text_v})
+
+
+def _check_kind(subject: str, tensors: dict[str, Tensor]) -> None:
+    if len({x.dtype for x in tensors.values()}) > 1:
+        raise ValueError(f"{subject} must have one dtype, got " + ", ".join(f"{name}.dtype={x.dtype}" for name, x in tensors.items()))
+    if len({x.device for x in tensors.values()}) > 1:
+        raise ValueError(f"{subject} must be on one device, got " + ", ".join(f"{name}.device={x.device}" for name, x in tensors.items()))
+    first = next(iter(tensors.values()))
+    if not first.is_floating_point():
+        raise TypeError(f"{subject} must be floating point, got {first.dtype}")
+
+
+def _check_rope(q: Tensor, rope: tuple[Tensor, Tensor], patch: tuple[int, int], offset: tuple[int, int]) -> None:
+    if not isinstance(rope, tuple | list) or len(rope) != 2 or not all(isinstance(x, Tensor) for x in rope):
+        raise TypeError(f"text_rope must be a pair of tensors (cos, sin), got {type(rope)}")
+    patches = [-(-(n + o) // p) for n, o, p in zip(q.shape[1:3], offset, patch, strict=True)]
+    expected = (*patches, q.shape[-1] // 2)
+    if q.shape[-1] % 2 or any(tuple(x.shape) != expected for x in rope):
+        raise ValueError(
+            f"text_rope must be two tables [patches_y, patches_x, D / 2] = {expected} with an even D, "
+            f"got {tuple(rope[0].shape)}, {tuple(rope[1].shape)}, D={q.shape[-1]}"
+        )
+    if any(x.device != q.device or not x.is_floating_point() for x in rope):
+        raise ValueError(f"text_rope must be floating point on {q.device}, got {[(x.dtype, x.device) for x in rope]}")
 
 
 def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(n, int) for n in value):
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(n, int | torch.SymInt) for n in value):
         raise TypeError(f"{name} must be a pair of integers (Y, X), got {name}={value!r}")
     return value[0], value[1]

@@ -19,7 +19,7 @@ MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides a launch. `descriptors`: whether all strides and addresses suit tensor descriptors (`kernel.launch` asks)."""
+    """What decides a launch. `descriptors`: whether all strides and addresses suit tensor descriptors (`launch` asks)."""
 
     grid: tuple[int, int]
     window: tuple[int, int]  # cut to the grid
@@ -99,12 +99,14 @@ _BLOCKS = {
     ("tma", "text"): (Blocks(64, 32, 4, 3), Blocks(32, 32, 8, 2), None),
     ("cp.async", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
     ("cp.async", "text"): (Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 2), Blocks(16, 32, 8, 2)),
-    ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(64, 16, 8, 2)),
+    ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 16, 4, 2)),
     ("narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma", "image"): (Blocks(128, 32, 4, 1), Blocks(128, 32, 4, 1), Blocks(64, 32, 4, 1)),
     ("mfma", "text"): (Blocks(64, 32, 4, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
-    ("fp32", "image"): (Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 1), Blocks(16, 32, 16, 1)),
-    ("fp32", "text"): (Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 1), Blocks(16, 32, 16, 1)),
+    ("mfma narrow", "image"): (Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
+    ("mfma narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    ("fp32", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 16, 1)),
+    ("fp32", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("mfma fp32", "image"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma fp32", "text"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
@@ -113,7 +115,7 @@ _BLOCKS = {
 def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks | None:
     """The row of the table, None where it has no entry."""
     if device.startswith("gfx"):
-        kind = "mfma" if problem.itemsize == 2 else "mfma fp32"
+        kind = "mfma fp32" if problem.itemsize == 4 else "mfma" if problem.vector >= 8 else "mfma narrow"
     elif problem.itemsize == 4:  # exact fp32 products do not use the tensor cores
         kind = "fp32"
     elif descriptors:

@@ -36,18 +36,23 @@ def windows(length: int, window: int, patch: int, offset: int = 0) -> tuple[Patc
     ScaleDiff, arXiv:2510.25818, section 3.2; at offset 0 the windows of NATTEN with kernel_size=window, stride=patch
     (arXiv:2504.16922).
     """
-    if length < 1 or window < 1 or patch < 1:
-        raise ValueError(f"length, window and patch must be at least 1, got {length=}, {window=}, {patch=}")
-    if patch > window:
-        raise ValueError(f"a patch must not exceed its window, got {patch=}, {window=}")
-    if not 0 <= offset < patch:
-        raise ValueError(f"offset must lie in [0, patch), got {offset=}, {patch=}")
+    check_axis(length, window, patch, offset)
     kept = min(window, length)
     spans = []
     for origin in range(-offset, length, patch):
         start = min(max(origin + patch // 2 - window // 2, 0), length - kept)
         spans.append(PatchWindow(max(origin, 0), min(origin + patch, length), start, start + kept))
     return tuple(spans)
+
+
+def check_axis(length: int, window: int, patch: int, offset: int) -> None:
+    """Refuse sizes that `windows` cannot cut; raises as that does."""
+    if length < 1 or window < 1 or patch < 1:
+        raise ValueError(f"length, window and patch must be at least 1, got {length=}, {window=}, {patch=}")
+    if patch > window:
+        raise ValueError(f"a patch must not exceed its window, got {patch=}, {window=}")
+    if not 0 <= offset < patch:
+        raise ValueError(f"offset must lie in [0, patch), got {offset=}, {patch=}")
 
 
 def attention_flops(*, grid: tuple[int, int], window: tuple[int, int], heads: int, head_dim: int, batch: int = 1, text: int = 0) -> int:

@@ -1,6 +1,6 @@
 """Neighborhood patch attention as it is defined: eager torch, one window after the other; fp64 stays fp64.
 
-Legend: B batch, H heads, Y x X token grid, D head dim.
+Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim, K window tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,66 @@ def neighborhood_patch_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float
 ) -> Tensor:
     """The oracle of every faster implementation; arguments as in `api.neighborhood_patch_attention`, already validated."""
-    compute = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty_like(q)
     rows = windows(q.shape[1], window[0], patch[0], offset[0])
     columns = windows(q.shape[2], window[1], patch[1], offset[1])
-    out = torch.empty_like(q)
     for y0, y1, key_y0, key_y1 in rows:
         for x0, x1, key_x0, key_x1 in columns:
-            b_q = q[:, y0:y1, x0:x1].flatten(1, 2).to(compute)
-            b_k = k[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2).to(compute)
-            b_v = v[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2).to(compute)
-            weights = torch.einsum("bqhd,bkhd->bhqk", b_q * scale, b_k).softmax(dim=-1)
-            b_out = torch.einsum("bhqk,bkhd->bqhd", weights, b_v)
+            keys, values = (x[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2) for x in (k, v))
+            b_out = attend(q[:, y0:y1, x0:x1].flatten(1, 2), keys, values, scale)
             out[:, y0:y1, x0:x1] = b_out.unflatten(1, (y1 - y0, x1 - x0)).to(q.dtype)
     return out
+
+
+def joint_neighborhood_patch_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    scale: float,
+    text_rope: tuple[Tensor, Tensor] | None,
+    text_queries: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments as in `api.joint_neighborhood_patch_attention`, already validated. The text keys of a window are rotated as they are
+    defined to be, and so are the text queries: nothing is moved to the other factor."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    out, text_sum = torch.empty_like(q), torch.zeros_like(text_q, dtype=compute)
+    rows = windows(q.shape[1], window[0], patch[0], offset[0])
+    columns = windows(q.shape[2], window[1], patch[1], offset[1])
+    for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
+        for j, (x0, x1, key_x0, key_x1) in enumerate(columns):
+            turned_q, turned_k = (rotate_pairs(x.to(compute), text_rope, i, j) for x in (text_q, text_k))
+            keys = torch.cat([turned_k, k[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2).to(compute)], dim=1)
+            values = torch.cat([text_v, v[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2)], dim=1)
+            b_out = attend(q[:, y0:y1, x0:x1].flatten(1, 2), keys, values, scale)
+            out[:, y0:y1, x0:x1] = b_out.unflatten(1, (y1 - y0, x1 - x0)).to(q.dtype)
+            if text_queries == "window":
+                text_sum += attend(turned_q, keys, values, scale)
+    if text_queries == "global":
+        keys, values = torch.cat([text_k, k.flatten(1, 2)], dim=1), torch.cat([text_v, v.flatten(1, 2)], dim=1)
+        return out, attend(text_q, keys, values, scale).to(q.dtype)
+    return out, (text_sum / (len(rows) * len(columns))).to(q.dtype) if text_queries == "window" else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Softmax attention of `[B, S, H, D]` queries over `[B, K, G, D]` keys, in fp32 or better and not rounded."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(compute), k.to(compute), v.to(compute)
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q * scale, k).softmax(dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def rotate_pairs(x: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, j: int) -> Tensor:
+    """Turn channels 2c and 2c + 1 of `[..., D]` by the angle of window (i, j); `rope` as in the api."""
+    if rope is None:
+        return x
+    cos, sin = (table[i, j].to(x.dtype) for table in rope)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

@@ -1,0 +1,180 @@
+"""Tensors and sizes to kernel launches: descriptors or strides, the grid of programs, the constants.
+
+Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from scalediff_kernels.neighborhood.config import MIN_BLOCK, LaunchConfig, Problem, ceil_power_of_two, launch_config
+from scalediff_kernels.neighborhood.kernel import image_kernel, text_kernel
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with everything it is called with: run it, or compile it for a device that is not there."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    config: LaunchConfig
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments)
+
+
+def image_launch(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor | None = None,
+    text_v: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    scale: float,
+    device: str,
+) -> Launch:
+    """The image queries: fills `out`, contiguous `[B, Y, X, H, D]`. Arguments as in `api`, already validated."""
+    batch, _, _, heads, _ = q.shape
+    text = None if text_k is None or text_v is None else (text_k, text_v)
+    config, shared = _shared_arguments(
+        "image", q, (k, v), text, rope, window=window, patch=patch, offset=offset, scale=scale, device=device
+    )
+    rows, columns = config.query_box
+    tiles = -(-patch[0] // rows) * -(-patch[1] // columns)
+    store_boxes = config.path == "descriptor" and patch[0] % rows == 0 and patch[1] % columns == 0
+    arguments = _references({"q": (q, (1, rows, columns, 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
+    arguments |= _references({"out": (out, (1, rows, columns, 1))}, shared["VECTOR"], boxes=store_boxes)
+    arguments |= {"QUERY_BOX": config.query_box, "HAS_TEXT": text is not None, "STORE_BOXES": store_boxes}
+    return Launch(image_kernel, batch * heads * shared["patches_y"] * shared["patches_x"] * tiles, shared | arguments, config)
+
+
+def text_launch(
+    out: Tensor,
+    text_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    rope: tuple[Tensor, Tensor] | None = None,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    scale: float,
+    device: str,
+) -> Launch:
+    """The text queries, averaged over the windows: fills `out`, contiguous `[B, T, H, D]`. Window = patch = grid is the global rule."""
+    batch, text, heads, _ = text_q.shape
+    config, shared = _shared_arguments(
+        "text", text_q, (k, v), (text_k, text_v), rope, window=window, patch=patch, offset=offset, scale=scale, device=device
+    )
+    arguments = _references({"text_q": (text_q, (1, config.query_box[1], 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
+    arguments |= {"out_ptr": out, "out_strides": _in_vectors(out, shared["VECTOR"]), "TEXT_ROWS": config.query_box[1]}
+    return Launch(text_kernel, batch * heads * -(-text // config.query_box[1]), shared | arguments, config)
+
+
+def _shared_arguments(
+    queries: Literal["image", "text"],
+    q: Tensor,
+    keys: tuple[Tensor, Tensor],
+    text: tuple[Tensor, Tensor] | None,
+    rope: tuple[Tensor, Tensor] | None,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    scale: float,
+    device: str,
+) -> tuple[LaunchConfig, dict[str, Any]]:
+    """What both kernels take, and the choice of the launch."""
+    height, width, groups, head_dim = keys[0].shape[1:]
+    window = min(window[0], height), min(window[1], width)
+    tokens = 0 if text is None else text[0].shape[1]
+    tensors = (q, *keys, *(text or ()))
+    descriptors = all(_suits_descriptor(x) for x in tensors)
+    vector = 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1]) else 1
+    problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, vector)
+    config = launch_config(problem, device)
+    rows, columns = config.key_box
+    references: dict[str, tuple[Tensor | None, tuple[int, ...]]]
+    references = {name: (x, (1, rows, columns, 1)) for name, x in zip("kv", keys, strict=True)}
+    references |= {f"text_{n}": (x, (1, config.text_block, 1)) for n, x in zip("kv", text or (None, None), strict=True)}
+    return config, _references(references, vector, boxes=config.path == "descriptor") | {
+        "cos_ptr": rope and rope[0],
+        "sin_ptr": rope and rope[1],
+        "grid_y": height,
+        "grid_x": width,
+        "patches_y": -(-(height + offset[0]) // patch[0]),
+        "patches_x": -(-(width + offset[1]) // patch[1]),
+        "offset_y": offset[0],
+        "offset_x": offset[1],
+        "heads": q.shape[-2],
+        "text": tokens,
+        "scale": abs(scale) * math.log2(math.e),
+        "KEY_BOX": config.key_box,
+        "WINDOW": window,
+        "PATCH": patch,
+        "GROUP": q.shape[-2] // groups,
+        "D": head_dim,
+        "BLOCK_D": max(MIN_BLOCK, ceil_power_of_two(head_dim)),
+        "VECTOR": vector,
+        "TEXT_BLOCK": config.text_block,
+        "RAGGED_TEXT": tokens % config.text_block != 0,
+        "ROPE": rope is not None,
+        "NEGATE": scale < 0,
+        "BOXES": config.path == "descriptor",
+        "PRECISION": "ieee",
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _references(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]], vector: int, *, boxes: bool) -> dict[str, Any]:
+    """`name_ref` and `name_strides` of each tensor: a descriptor of boxes of one head, or the tensor itself."""
+    arguments: dict[str, Any] = {}
+    for name, (x, box) in tensors.items():
+        arguments[f"{name}_ref"] = x
+        arguments[f"{name}_strides"] = None if x is None else _in_vectors(x, vector)
+        if x is not None and boxes:
+            block = [*box, max(MIN_BLOCK, ceil_power_of_two(x.shape[-1]))]
+            arguments[f"{name}_ref"] = TensorDescriptor(x, list(x.shape), _descriptor_strides(x), block)
+    return arguments
+
+
+def _in_vectors(x: Tensor, vector: int) -> tuple[int, ...]:
+    return tuple(stride // vector for stride in x.stride()[:-1])
+
+
+def _descriptor_strides(x: Tensor) -> list[int]:
+    """An axis of one element may carry any stride; the descriptor wants multiples of 16 bytes."""
+    return [s if n > 1 else max(16, x.shape[-1]) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1]
+
+
+def _suits_descriptor(x: Tensor) -> bool:
+    """The rules of TMA: 16-byte base and strides, none of them zero."""
+    strides = _descriptor_strides(x)[:-1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
+
+
+def device_name(device: torch.device) -> str:
+    """`"sm_90"` or `"gfx942"`; the interpreter runs on the CPU and stands for a GPU without descriptors."""
+    if device.type == "cpu":
+        return "sm_80"
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -1,0 +1,138 @@
+"""The Triton kernels as torch operators: `torch.ops.scalediff.image_attention` and `text_attention`.
+
+One opaque operator each, so that torch.compile keeps a single graph, FakeTensors know the shapes, and autocast applies.
+
+Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@torch.library.custom_op("scalediff::image_attention", mutates_args=())
+def image_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    window: Sequence[int],
+    patch: Sequence[int],
+    offset: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """Image queries; arguments as in `api.joint_neighborhood_patch_attention`, already validated."""
+    from scalediff_kernels.neighborhood import launch
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with _on(q):
+        launch.image_launch(
+            out, q, k, v, text_k, text_v, _tables(cos, sin),
+            window=_two(window), patch=_two(patch), offset=_two(offset), scale=scale, device=launch.device_name(q.device),
+        ).run()  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("scalediff::text_attention", mutates_args=())
+def text_attention(
+    text_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    window: Sequence[int],
+    patch: Sequence[int],
+    offset: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """Text queries, averaged over the windows; arguments as above."""
+    from scalediff_kernels.neighborhood import launch
+
+    out = torch.empty(text_q.shape, dtype=text_q.dtype, device=text_q.device)
+    with _on(text_q):
+        launch.text_launch(
+            out, text_q, k, v, text_k, text_v, _tables(cos, sin),
+            window=_two(window), patch=_two(patch), offset=_two(offset), scale=scale, device=launch.device_name(text_q.device),
+        ).run()  # fmt: skip
+    return out
+
+
+@image_attention.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@text_attention.register_fake
+def _(text_q: Tensor, *_: Any) -> Tensor:
+    return text_q.new_empty(text_q.shape)
+
+
+def refusal(tensors: tuple[Tensor, ...]) -> str | None:
+    """Why the kernels cannot take these tensors, in words; None where they can."""
+    q = tensors[0]
+    if q.device.type != "cuda" and not _interpreted():
+        return f"the kernel needs a CUDA or ROCm device (or TRITON_INTERPRET=1 to try it slowly on the CPU), got {q.device=}"
+    if dtype_under_autocast(q) not in DTYPES:
+        return f"the kernel takes fp16, bf16 and fp32, got {q.dtype=}"
+    if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256:
+        return f"the kernel takes head dims from 8 to 256 in multiples of 8, got D={q.shape[-1]}"
+    if any(x.stride(-1) != 1 for x in tensors):
+        return f"the kernel needs a contiguous last axis, got strides {[x.stride() for x in tensors]}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "the kernel has no backward pass and a tensor requires gradients: use torch.no_grad() or impl='auto'"
+    return None
+
+
+def dtype_under_autocast(x: Tensor) -> torch.dtype:
+    """The dtype that autocast makes of x; its own outside autocast, and always its own in fp64."""
+    kind = x.device.type
+    cast = torch.is_autocast_enabled(kind) and x.dtype in DTYPES
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
+def _autocast_rule(operator: Callable[..., Tensor], key: torch._C.DispatchKey) -> Callable[..., Tensor]:
+    """Cast image and text tensors, but not the tables of angles, then call below autocast."""
+
+    def rule(*arguments: Any) -> Tensor:
+        cast = [x.to(dtype_under_autocast(x)) if isinstance(x, Tensor) and i < 5 else x for i, x in enumerate(arguments)]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return operator(*cast)
+
+    return rule
+
+
+_library = torch.library.Library("scalediff", "FRAGMENT")
+for _name in ("image_attention", "text_attention"):
+    for _key in (torch._C.DispatchKey.AutocastCUDA, torch._C.DispatchKey.AutocastCPU):
+        _library.impl(_name, _autocast_rule(getattr(torch.ops.scalediff, _name), _key), _key.name)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _on(x: Tensor) -> Any:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if cos is None or sin is None:
+        return None
+    return cos.float().contiguous(), sin.float().contiguous()
+
+
+def _two(pair: Sequence[int]) -> tuple[int, int]:
+    return int(pair[0]), int(pair[1])
