@@ -168,7 +168,7 @@ def _check_numbers(
         check_axis(q.shape[1 + axis], window[axis], patch[axis], offset[axis])
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch.compile traces comparisons, not math.isfinite
         raise ValueError(f"scale must be finite, got {scale=}")
     return window, patch, offset, float(scale)
 

@@ -95,6 +95,8 @@ class Blocks(NamedTuple):
 _BLOCKS = {
     ("wgmma", "image"): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
     ("wgmma", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
+    ("tcgen05", "image"): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    ("tcgen05", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
     ("tma", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3), None),
     ("tma", "text"): (Blocks(64, 32, 4, 3), Blocks(32, 32, 8, 2), None),
     ("cp.async", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
@@ -105,7 +107,7 @@ _BLOCKS = {
     ("mfma", "text"): (Blocks(64, 32, 4, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
     ("mfma narrow", "image"): (Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
     ("mfma narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
-    ("fp32", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 16, 1)),
+    ("fp32", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("fp32", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("mfma fp32", "image"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma fp32", "text"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
@@ -119,7 +121,7 @@ def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks | Non
     elif problem.itemsize == 4:  # exact fp32 products do not use the tensor cores
         kind = "fp32"
     elif descriptors:
-        kind = "tma" if device.startswith("sm_12") else "wgmma"  # sm_120 has TMA, but the matrix instructions of sm_80
+        kind = {"9": "wgmma", "10": "tcgen05"}.get(device[3:-1], "tma")  # sm_120 has TMA, but the matrix instructions of sm_80
     else:
         kind = "cp.async" if problem.vector >= 8 else "narrow"
     return _BLOCKS[kind, problem.queries][0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2]
