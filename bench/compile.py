@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from bench.harness import write_rows
+from scalediff_kernels.neighborhood.config import shared_memory
 from scalediff_kernels.neighborhood.launch import Launch, image_launch, text_launch
 
 TARGETS = {
@@ -145,21 +146,25 @@ def main_loop(code: str) -> list[str]:
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
             if back and back[1] in labels:
                 loops.append(instructions[labels[back[1]] :])
-    inner = [loop for loop in loops if _products(loop)]
-    return max(inner, key=lambda loop: _products(loop) / len(loop), default=[])  # an outer loop holds more besides
+    product = r"\b(?:HGMMA|HMMA|UTCHMMA)\b" if re.search(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code) else r"\bFFMA\b"
+
+    def share(loop: list[str]) -> float:
+        return sum(bool(re.search(product, i)) for i in loop) / len(loop)
+
+    return max((loop for loop in loops if share(loop)), key=share, default=[])  # an outer loop holds more besides
 
 
 def _spills(instructions: Iterable[str]) -> int:
     return sum(bool(re.search(r"\b(?:STL|LDL)\b", i)) for i in instructions)
 
 
-def _products(loop: list[str]) -> int:
-    return sum(bool(re.search(r"\b(?:HGMMA|HMMA|UTCHMMA|FFMA)\b", i)) for i in loop)
-
-
 def check(case: Case, target: str, launch: Launch, binary: Binary) -> list[str]:
     """What is wrong with a binary."""
     faults = []
+    if target.startswith("sm_") and not binary.loop:
+        faults.append("no main loop found")
+    if binary.shared > shared_memory(target):
+        faults.append(f"{binary.shared} bytes of shared memory, {shared_memory(target)} there")
     spills = _spills(binary.loop) if case.dtype is torch.float32 and binary.loop else binary.spills
     if spills:
         faults.append(f"{spills} spills")

@@ -98,3 +98,12 @@ def test_native_samples_show_exactly_one_disc(demo: Any) -> None:
     drawn, true = native_rows(demo, n=64, seed=0).values()
     assert drawn["one_disc"] >= 0.9
     assert true["one_disc"] >= 0.99
+
+
+@pytest.mark.slow
+def test_pictures_show_the_hour_and_the_place_of_their_words(demo: Any) -> None:
+    from bench.quality import word_rows
+
+    (heeded,) = word_rows(demo, n=4, seed=0).values()
+    assert heeded["hour"] >= 0.9
+    assert heeded["place"] >= 0.75  # chance is a third

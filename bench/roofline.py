@@ -1,0 +1,139 @@
+"""Rank launch configurations without a GPU: `python -m bench.roofline`, from the disassembly of the main loop.
+
+Per block of keys a program needs the tensor cores, the exponential unit and issue slots. Inside one program they follow each
+other (the softmax waits for its scores, the second product for the softmax); programs that share a multiprocessor
+overlap. So a block takes, in cycles of a multiprocessor,
+
+    max(matrix, other, (matrix + other) / programs)      other = max(exponentials, issue)
+
+It ranks; it does not predict: memory, L2, latencies and clocks are not in it. Measurements replace it where there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.compile import Binary, Case, compile_launch
+from bench.harness import write_rows
+from scalediff_kernels.neighborhood import config, launch
+
+# Per multiprocessor and clock, of sm_90 (NVIDIA, "Hopper Tuning Guide" and the H100 data sheet: 989.5 TFLOP/s dense at 132 x 1.83 GHz).
+MATRIX_FLOPS, EXPONENTIALS, SCHEDULERS, REGISTERS, THREADS = 4096, 16, 4, 65_536, 2048
+PEAK_TFLOPS = 989.5
+
+SHAPES = {
+    "FLUX 4096 px": Case(128, torch.bfloat16, heads=24),
+    "SDXL 4096 px, 256^2": Case(64, torch.float16, heads=10, batch=2),
+    "SDXL 4096 px, 128^2": Case(64, torch.float16, grid=(128, 128), window=(32, 32), patch=(16, 16), heads=20, batch=2),
+}
+CANDIDATES = [
+    config.Blocks(queries, keys, warps, stages)
+    for queries, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
+    for keys in (32, 64, 128)
+    for stages in (2, 3)
+]
+
+
+class Cycles(NamedTuple):
+    """Of one multiprocessor, for one block of keys of one program."""
+
+    matrix: float
+    exponentials: float
+    issue: float
+    programs: int
+
+    @property
+    def total(self) -> float:
+        other = max(self.exponentials, self.issue)
+        return max(self.matrix, other, (self.matrix + other) / self.programs)
+
+
+def cycles(binary: Binary, num_warps: int) -> Cycles:
+    """The model above, from the main loop's instructions. One pass of the loop is one block of keys."""
+    flops = 0
+    for instruction in binary.loop:
+        if shape := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", instruction):  # issued by four warps together
+            flops += 2 * prod(map(int, shape.groups())) * num_warps // 4
+    exponentials = sum("MUFU.EX2" in i for i in binary.loop) * num_warps * 32
+    programs = min(
+        REGISTERS // (-(-binary.registers // 8) * 8 * 32 * num_warps),
+        (config.shared_memory("sm_90") + 1024) // (binary.shared + 1024),
+        THREADS // (32 * num_warps),
+    )
+    return Cycles(flops / MATRIX_FLOPS, exponentials / EXPONENTIALS, len(binary.loop) * num_warps / SCHEDULERS, programs)
+
+
+def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
+    with _table_entry(case, blocks):
+        problem = case.launch("sm_90")
+    facts = {"shape": name} | blocks._asdict()
+    try:
+        binary = compile_launch(problem, "sm_90")
+    except Exception as error:
+        return facts | {"note": f"does not compile: {str(error).splitlines()[0][:60]}"}
+    c = cycles(binary, blocks.num_warps)
+    facts |= {"registers": binary.registers, "spills": binary.spills, "shared": binary.shared, "programs": c.programs}
+    if binary.spills or c.programs == 0 or c.matrix == 0:
+        return facts | {"note": "spills" if binary.spills else "does not fit" if c.programs == 0 else "no HGMMA"}
+    shown = {"matrix": c.matrix, "exponentials": c.exponentials, "issue": c.issue, "total": c.total}
+    bound = PEAK_TFLOPS * c.matrix / c.total
+    return facts | {key: f"{value:.0f}" for key, value in shown.items()} | {"bound": f"{bound:.0f}"}
+
+
+@contextmanager
+def _table_entry(case: Case, blocks: config.Blocks) -> Iterator[None]:
+    """Launch with `blocks` in place of the table's entry."""
+    original = launch.launch_config
+
+    def chosen(problem: config.Problem, device: str) -> config.LaunchConfig:
+        return original(problem, device)._replace(
+            query_box=config.query_box(problem.patch, blocks.queries),
+            key_box=config.key_box(problem.window, blocks.keys),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+
+    launch.launch_config = chosen
+    try:
+        yield
+    finally:
+        launch.launch_config = original
+
+
+FIELDS = (
+    "shape", "queries", "keys", "num_warps", "num_stages", "registers", "spills", "shared", "programs", "matrix", "exponentials",
+    "issue", "total", "bound", "note",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
+    parser.add_argument("--csv", type=Path, help="where to write the rows")
+    options = parser.parse_args()
+    rows = []
+    for name in options.shape:
+        case = replace(SHAPES[name])
+        shipped = case.launch("sm_90").config
+        ranked = sorted((row(name, case, blocks) for blocks in CANDIDATES), key=lambda r: -float(r.get("bound", 0)))
+        print(name, *(f"{f}" for f in FIELDS[1:]), sep="\t")
+        for r in ranked:
+            used = prod(shipped.query_box), prod(shipped.key_box), shipped.num_warps, shipped.num_stages
+            mark = "shipped" if (r["queries"], r["keys"], r["num_warps"], r["num_stages"]) == used else ""
+            print(mark, *(str(r.get(f, "")) for f in FIELDS[1:]), sep="\t", flush=True)
+        rows += [dict.fromkeys(FIELDS, "") | r for r in ranked]
+    if options.csv:
+        write_rows(options.csv, FIELDS, rows)
+
+
+if __name__ == "__main__":
+    main()
