@@ -9,10 +9,11 @@ sm_90 no trip of keys or values through registers.
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -25,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from bench.harness import write_rows
+from bench.harness import ROOT, write_rows, write_text
 from scalediff_kernels.neighborhood.config import shared_memory
 from scalediff_kernels.neighborhood.launch import Launch, image_launch, text_launch
 
@@ -35,6 +36,12 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HEAD_DIMS = {torch.bfloat16: (8, 40, 64, 96, 128, 160, 256), torch.float32: (40, 64, 128, 256)}
+
+
+LEGEND = """Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32, 24
+heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown. Faults are what the
+gates of `bench.compile` find. Made on a CPU by `python -m bench.compile --csv bench/results/compile-VERSION.csv`, by each Triton in turn
+(`pip install --target DIR --no-deps "triton==3.6.*"` and `PYTHONPATH=DIR` for the oldest), and `--doc docs/compiled.md`."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,24 @@ def row(case: Case, target: str) -> dict[str, Any]:
     }
 
 
+def markdown(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
+    """docs/compiled.md from the rows of each Triton version, oldest first."""
+    lines = ["# What the compiler makes of the attention kernel", "", LEGEND]
+    for version, rows in tables.items():
+        broken = sum(bool(r["faults"]) for r in rows)
+        lines += ["", f"## Triton {version}: {len(rows)} kernels, {broken} with faults", ""]
+        targets = list(dict.fromkeys(r["target"] for r in rows))
+        lines += ["| queries | dtype | D | text | " + " | ".join(targets) + " |", "|---|---|--:|--:|" + "--:|" * len(targets)]
+        cells: dict[tuple[str, ...], dict[str, str]] = {}
+        for r in rows:
+            if r["window"] == "64x64" and r["text"] != "77":
+                path = "" if r["path"] == "descriptor" else "p "
+                cell = f"{path}{r['registers']}/{-(-int(r['shared']) // 1024)}" if r["registers"] else "does not compile"
+                cells.setdefault((r["queries"], r["dtype"], r["head_dim"], r["text"]), {})[r["target"]] = cell
+        lines += ["| " + " | ".join([*key, *(row.get(t, "") for t in targets)]) + " |" for key, row in cells.items()]
+    return "\n".join(lines) + "\n"
+
+
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
@@ -219,7 +244,11 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--csv", type=Path, help="where to write the rows")
+    parser.add_argument("--doc", type=Path, help="compile nothing, write this page from the committed rows")
     options = parser.parse_args()
+    if options.doc:
+        write_text(options.doc, markdown(committed()))
+        return
     rows = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for target, result in zip(options.targets, pool.map(_rows_of, options.targets), strict=True):
@@ -231,6 +260,15 @@ def main() -> None:
     if options.csv:
         write_rows(options.csv, list(rows[0]), rows)
     raise SystemExit(any(r["faults"] for r in rows))
+
+
+def committed() -> dict[str, list[dict[str, str]]]:
+    """Rows by Triton version, oldest first."""
+    tables = {}
+    for path in sorted((ROOT / "bench" / "results").glob("compile-*.csv")):
+        with path.open(newline="") as file:
+            tables[path.stem.removeprefix("compile-")] = list(csv.DictReader(file))
+    return tables
 
 
 if __name__ == "__main__":

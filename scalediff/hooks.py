@@ -245,7 +245,8 @@ def patch_model(model: Any, *, impl: Impl = "auto") -> Handle:
     Raises:
         ValueError: the model is of no known family, has nothing to patch, or is patched through another pipeline.
         TypeError: the model is neither a module nor a pipeline.
-        NotImplementedError: `impl="triton"`.
+        NotImplementedError: `impl="triton"` where the triton package is missing. A model that is not on a GPU is refused by the
+            first call above its native area.
 
     ScaleDiff, arXiv:2510.25818.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff_kernels import neighborhood_patch_attention
+from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels.neighborhood.geometry import windows
 from scalediff_kernels.testing import assert_within_budget, attention_inputs, poisoned_memory
 
@@ -143,7 +143,7 @@ def call(q: Tensor | None = None, k: Tensor | None = None, **changes: object) ->
     [
         ({"q": torch.zeros(1, 64, 2, 4)}, ValueError, r"must be \[B, Y, X, H, D\].*\(1, 64, 2, 4\)"),
         ({"q": torch.zeros(1, 0, 8, 2, 4)}, ValueError, r"no empty axis"),
-        ({"k": torch.zeros(1, 8, 9, 2, 4)}, ValueError, r"one shape.*\(1, 8, 9, 2, 4\)"),
+        ({"k": torch.zeros(1, 8, 9, 2, 4)}, ValueError, r"one shape but for the heads.*\(1, 8, 9, 2, 4\)"),
         ({"k": torch.zeros(1, 8, 8, 2, 4, dtype=torch.float16)}, ValueError, r"one dtype.*k.dtype=torch.float16"),
         ({"k": torch.zeros(1, 8, 8, 2, 4, device="meta")}, ValueError, r"one device.*meta"),
         ({"q": torch.zeros(1, 8, 8, 2, 4, dtype=torch.int32), "k": torch.zeros(1, 8, 8, 2, 4, dtype=torch.int32)}, TypeError, r"int32"),
@@ -153,10 +153,116 @@ def call(q: Tensor | None = None, k: Tensor | None = None, **changes: object) ->
         ({"patch": (2.0, 2)}, TypeError, r"patch must be a pair"),
         ({"scale": float("nan")}, ValueError, r"scale must be finite, got scale=nan"),
         ({"scale": float("inf")}, ValueError, r"scale must be finite"),
-        ({"impl": "triton"}, NotImplementedError, r"impl='triton'"),
+        ({"impl": "triton"}, NotImplementedError, r"impl='triton'.*multiples of 8, got D=4|impl='triton'.*needs a CUDA"),
         ({"impl": "cuda"}, ValueError, r"impl must be one of auto, reference, sdpa, triton, got impl='cuda'"),
     ],
 )
 def test_bad_input_is_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(**changes)  # type: ignore[arg-type]
+
+
+def joint_inputs(
+    grid: Pair, heads: int, groups: int, dim: int, text: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(2, *tokens, n, dim) for tokens in (grid, (text,)) for n in (heads, groups, groups)]
+    q, k, v, text_q, text_k, text_v = (torch.randn(shape, generator=rng).to(dtype) for shape in shapes)
+    return q, k, v, text_q, text_k, text_v
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_grouped_heads_are_repeated_heads(impl: str) -> None:
+    q, k, v, *_ = joint_inputs((7, 6), 6, 2, 8, 1)
+    arguments = {"window": (4, 3), "patch": (2, 2), "offset": (1, 0), "impl": impl}
+    grouped = neighborhood_patch_attention(q, k, v, **arguments)  # type: ignore[arg-type]
+    repeated = neighborhood_patch_attention(q, *(x.repeat_interleave(3, dim=3) for x in (k, v)), **arguments)  # type: ignore[arg-type]
+    torch.testing.assert_close(grouped, repeated, rtol=1e-12, atol=1e-13)
+
+
+def masked_joint(
+    q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, rope: tuple[Tensor, Tensor] | None, rule: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same said differently: every query over the whole sequence, one dense masked softmax per window; window 4, patch 2."""
+    batch, height, width, heads, dim = q.shape
+
+    def turn(x: Tensor, i: int, j: int) -> Tensor:
+        if rope is None:
+            return x
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(rope[0][i, j], rope[1][i, j])
+        return torch.view_as_real(turned).flatten(-2)
+
+    def dense(queries: Tensor, text_keys: Tensor, allowed: Tensor) -> Tensor:
+        keys, values = torch.cat([text_keys, k.flatten(1, 2)], 1), torch.cat([text_v, v.flatten(1, 2)], 1)
+        mask = torch.cat([torch.ones(text_k.shape[1], dtype=torch.bool), allowed.flatten()])
+        scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) * dim**-0.5
+        return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), values)
+
+    out, texts = torch.zeros_like(q), []
+    for i in range(-(-height // 2)):
+        for j in range(-(-width // 2)):
+            y, x = (max(0, min(2 * n + 1 - 2, length - 4)) for n, length in ((i, height), (j, width)))
+            allowed = torch.zeros(height, width, dtype=torch.bool)
+            allowed[y : y + 4, x : x + 4] = True
+            piece = q[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            out[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = dense(piece.flatten(1, 2), turn(text_k, i, j), allowed).view(piece.shape)
+            texts.append(dense(turn(text_q, i, j), turn(text_k, i, j), allowed))
+    if rule == "global":
+        return out, dense(text_q, text_k, torch.ones(height, width, dtype=torch.bool))
+    return out, torch.stack(texts).mean(0) if rule == "window" else None
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "auto"])
+@pytest.mark.parametrize("rule", ["window", "global", None])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_joint_attention_is_masked_dense_attention(impl: str, rule: str | None, rotated: bool) -> None:
+    tensors = joint_inputs((7, 6), 3, 3, 8, 5)
+    angles = torch.rand(4, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 6.3
+    rope = (angles.cos(), angles.sin()) if rotated else None
+    with poisoned_memory():
+        results = joint_neighborhood_patch_attention(
+            *tensors,
+            window=(4, 4),
+            patch=(2, 2),
+            text_rope=rope,
+            text_queries=rule,
+            impl=impl,  # type: ignore[arg-type]
+        )
+    for result, expected in zip(results, masked_joint(*tensors, rope, rule), strict=True):
+        assert (result is None) == (expected is None)
+        if result is not None and expected is not None:
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_flow_through_joint_attention() -> None:
+    tensors = tuple(x.requires_grad_() for x in joint_inputs((4, 3), 2, 1, 4, 2))
+    angles = torch.rand(2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        out, text = joint_neighborhood_patch_attention(*tensors, window=(3, 2), patch=(2, 2), text_rope=(angles.cos(), angles.sin()))
+        assert text is not None
+        return out, text
+
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"text_q": torch.zeros(2, 5, 3, 8)}, ValueError, r"text_q must be \[B, T, H, D\].*got \(2, 5, 3, 8\), \(2, 4, 2, 8\)"),
+        ({"text_k": torch.zeros(2, 4, 4, 8)}, ValueError, r"B, H, G, D = 2, 4, 2, 8.*\(2, 4, 4, 8\)"),
+        ({"text_v": torch.zeros(2, 4, 2, 8, dtype=torch.float16)}, ValueError, r"one dtype.*text_v.dtype=torch.float16"),
+        ({"k": torch.zeros(2, 6, 6, 3, 8), "v": torch.zeros(2, 6, 6, 3, 8)}, ValueError, r"heads of q must be a multiple.*=4, .*=3"),
+        ({"text_queries": "mean"}, ValueError, r"must be 'window', 'global' or None, got text_queries='mean'"),
+        ({"text_rope": torch.zeros(3, 3, 4)}, TypeError, r"pair of tensors \(cos, sin\)"),
+        ({"text_rope": (torch.zeros(2, 3, 4), torch.zeros(3, 3, 4))}, ValueError, r"= \(3, 3, 4\) with an even D, got \(2, 3, 4\)"),
+        ({"text_rope": (torch.zeros(3, 3, 4).long(), torch.zeros(3, 3, 4))}, ValueError, r"floating point on cpu, got .*int64"),
+    ],
+)
+def test_bad_text_is_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    names = ("q", "k", "v", "text_q", "text_k", "text_v")
+    arguments = (
+        dict(zip(names, joint_inputs((6, 6), 4, 2, 8, 4, torch.float32), strict=True)) | {"window": (4, 4), "patch": (2, 2)} | changes
+    )
+    with pytest.raises(error, match=message):
+        joint_neighborhood_patch_attention(**arguments)  # type: ignore[arg-type]

@@ -230,6 +230,17 @@ def test_a_model_with_nothing_to_patch_is_an_error() -> None:
 def test_an_implementation_is_checked_when_it_is_named(unet: nn.Module) -> None:
     with pytest.raises(ValueError, match="impl must be one of auto, reference, sdpa, triton, got impl='fast'"):
         scalediff.patch_model(unet, impl="fast")  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="impl='triton'"):
-        scalediff.patch_model(unet, impl="triton")
     assert "_scalediff_handle" not in unet.__dict__
+
+
+def test_the_kernel_is_used_or_refused(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    with scalediff.patch_model(unet, impl="sdpa"):
+        expected = forward(unet, (20, 18), batch=1)
+    with scalediff.patch_model(unet, impl="triton"):
+        if not torch.cuda.is_available():  # then the interpreter runs it
+            torch.testing.assert_close(forward(unet, (20, 18), batch=1), expected, rtol=1e-3, atol=1e-4)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(NotImplementedError, match=r"impl='triton': the kernel needs a CUDA or ROCm device"):
+            forward(unet, (20, 18), batch=1)
+        monkeypatch.undo()

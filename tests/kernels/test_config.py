@@ -1,0 +1,61 @@
+"""The choice of a launch: pure integers, the same on every machine."""
+
+from __future__ import annotations
+
+import itertools
+from math import prod
+
+import pytest
+
+from scalediff_kernels.neighborhood.config import MIN_BLOCK, Problem, has_descriptors, key_box, launch_config, query_box
+
+DEVICES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "path", "query", "key", "warps"),
+    [
+        (Problem((256, 256), (64, 64), (32, 32), 128, 2, text=512), "sm_90", "descriptor", (8, 16), (1, 64), 8),
+        (Problem((256, 256), (64, 64), (32, 32), 128, 2, text=512), "sm_80", "pointer", (8, 16), (1, 32), 8),
+        (Problem((256, 256), (64, 64), (32, 32), 128, 2, descriptors=False), "sm_90", "pointer", (8, 16), (1, 32), 8),
+        (Problem((256, 256), (64, 64), (32, 32), 160, 2), "sm_120", "pointer", (8, 8), (1, 32), 8),
+        (Problem((256, 256), (64, 64), (32, 32), 64, 4), "sm_90", "pointer", (4, 8), (1, 16), 8),
+        (Problem((128, 128), (3, 3), (2, 2), 64, 2), "sm_90", "pointer", (4, 4), (4, 4), 8),  # no box of 16 tokens is inside
+        (Problem((256, 256), (64, 64), (32, 32), 128, 2, text=512, queries="text"), "sm_90", "descriptor", (1, 64), (1, 64), 8),
+    ],
+)
+def test_choices_are_pinned(problem: Problem, device: str, path: str, query: tuple[int, int], key: tuple[int, int], warps: int) -> None:
+    config = launch_config(problem, device)
+    assert (config.path, config.query_box, config.key_box, config.num_warps) == (path, query, key, warps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_problem_has_a_launch_that_fits_its_rules(device: str) -> None:
+    sizes = [(1, 1), (3, 5), (7, 64), (26, 38), (52, 76), (64, 64)]
+    for window, patch, dim, itemsize, text, queries in itertools.product(
+        sizes, sizes, (8, 40, 72, 160, 256), (2, 4), (0, 77), ("image", "text")
+    ):
+        problem = Problem((128, 128), window, patch, dim, itemsize, text, queries)  # type: ignore[arg-type]
+        config = launch_config(problem, device)
+        for box in (config.query_box, config.key_box):
+            assert all(n & (n - 1) == 0 and 1 <= n <= 256 for n in box), "a block has a power of two on every axis, TMA 256 at most"
+            assert prod(box) >= MIN_BLOCK
+        assert config.text_block >= MIN_BLOCK
+        if config.path == "descriptor":
+            assert has_descriptors(device)
+            assert all(b <= w for b, w in zip(config.key_box, window, strict=True)), "a descriptor's box must lie inside the window"
+
+
+def test_boxes_waste_little() -> None:
+    assert query_box((32, 32), 128) == (8, 16)  # square: of a cut patch at the border whole tiles fall outside
+    assert query_box((3, 2), 128) == (4, 4)
+    assert query_box((1, 40), 64) == (2, 8)
+    assert key_box((64, 64), 128) == (2, 64)  # long runs in memory
+    assert key_box((52, 76), 64) == (4, 16)
+    assert key_box((2, 3), 64) == (4, 4)
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 264, 0])
+def test_other_head_dims_are_refused(head_dim: int) -> None:
+    with pytest.raises(NotImplementedError, match=f"from 8 to 256 in multiples of 8, got problem.head_dim={head_dim}"):
+        launch_config(Problem((8, 8), (4, 4), (2, 2), head_dim, 2), "sm_90")
