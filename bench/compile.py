@@ -38,10 +38,11 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HEAD_DIMS = {torch.bfloat16: (8, 40, 64, 96, 128, 160, 256), torch.float32: (40, 64, 128, 256)}
 
 
-LEGEND = """Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32, 24
-heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown. Faults are what the
-gates of `bench.compile` find. Made on a CPU by `python -m bench.compile --csv bench/results/compile-VERSION.csv`, by each Triton in turn
-(`pip install --target DIR --no-deps "triton==3.6.*"` and `PYTHONPATH=DIR` for the oldest), and `--doc docs/compiled.md`."""
+LEGEND = """Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
+24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown. Faults
+are what the gates of `bench.compile` find. Made on a CPU by `python -m bench.compile --csv bench/results/compile-VERSION.csv`, once
+by each Triton (`pip install --target DIR --no-deps "triton==3.6.*"` and `PYTHONPATH=DIR` for the oldest), and then
+`python -m bench.compile --doc docs/compiled.md`."""
 
 
 @dataclass(frozen=True)

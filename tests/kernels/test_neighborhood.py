@@ -184,7 +184,7 @@ def masked_joint(
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, rope: tuple[Tensor, Tensor] | None, rule: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """The same said differently: every query over the whole sequence, one dense masked softmax per window; window 4, patch 2."""
-    batch, height, width, heads, dim = q.shape
+    _, height, width, _, dim = q.shape
 
     def turn(x: Tensor, i: int, j: int) -> Tensor:
         if rope is None:

@@ -1,0 +1,78 @@
+"""The compilation gates and the static roofline: one kernel by default, every kernel among the slow gates (`.ci/run`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from bench.compile import Binary, Case, check, committed, main_loop, markdown
+from bench.roofline import cycles
+
+ROOT = Path(__file__).parents[2]
+DOC = ROOT / "docs" / "compiled.md"
+
+LISTING = """
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24 ;
+        /*0040*/                   MUFU.EX2 R7, R6 ;
+        /*0050*/              @!P0 BRA `(.L_x_1) ;
+        /*0060*/                   STG.E.128 desc[UR6][R2.64], R8 ;
+        /*0070*/              @!P1 BRA `(.L_x_0) ;
+"""
+
+
+def test_the_main_loop_is_the_innermost_with_the_products() -> None:
+    loop = main_loop(LISTING)
+    assert [i.split()[0] for i in loop] == ["HGMMA.64x64x16.F32.BF16", "HGMMA.64x128x16.F32.BF16", "MUFU.EX2", "@!P0"]
+    assert main_loop("nothing here") == []
+
+
+def test_cycles_follow_from_the_instructions() -> None:
+    binary = Binary(registers=168, spills=0, shared=60_000, code=LISTING, loop=tuple(main_loop(LISTING)))
+    counted = cycles(binary, num_warps=8)
+    assert counted.matrix == 2 * (2 * 64 * 64 * 16 + 2 * 64 * 128 * 16) / 4096
+    assert counted.exponentials == 8 * 32 / 16
+    assert counted.issue == 4 * 8 / 4
+    assert counted.programs == 1  # 168 registers x 256 threads, twice, are more than 65,536
+    assert counted.total == counted.matrix + counted.exponentials
+
+
+def test_faults_are_named() -> None:
+    case = Case(128)
+    launch = case.launch("sm_90")
+    broken = Binary(registers=255, spills=3, shared=300_000, code="HMMA", loop=("LDSM R1 ;",))
+    assert check(case, "sm_90", launch, broken) == [
+        "300000 bytes of shared memory, 232448 there",
+        "3 spills",
+        "no TMA",
+        r"no \bHGMMA",
+        "keys or values go through registers in the main loop",
+    ]
+    assert check(case, "sm_80", case.launch("sm_80"), Binary(200, 0, 1000, "HMMA", ())) == ["no main loop found"]
+
+
+def test_the_page_is_that_of_the_committed_rows() -> None:
+    assert DOC.read_text() == markdown(committed())
+    assert all(not row["faults"] for rows in committed().values() for row in rows)
+
+
+def test_a_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
+    """In a process of its own, out of the interpreter: the FLUX shape for sm_90, gated."""
+    code = (
+        "from bench.compile import Case, check, compile_launch; case = Case(128, text=512); launch = case.launch('sm_90');"
+        "binary = compile_launch(launch, 'sm_90'); print(check(case, 'sm_90', launch, binary), len(binary.loop) > 50)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
+    assert out.strip() == "[] True"
