@@ -1,12 +1,12 @@
 """Rank launch configurations without a GPU: `python -m bench.roofline`, from the disassembly of the main loop.
 
-Per block of keys a program needs the tensor cores, the exponential unit and issue slots. Inside one program they follow each
-other (the softmax waits for its scores, the second product for the softmax); programs that share a multiprocessor
-overlap. So a block takes, in cycles of a multiprocessor,
+Per block of keys a program needs the tensor cores, the exponential unit, issue slots, and the block itself out of L2. Inside one
+program products and softmax follow each other (the softmax waits for its scores, the second product for the softmax); programs
+that share a multiprocessor overlap, and so do loads. A block takes, in cycles of a multiprocessor,
 
-    max(matrix, other, (matrix + other) / programs)      other = max(exponentials, issue)
+    max(matrix, other, l2, (matrix + other) / programs)      other = max(exponentials, issue)
 
-It ranks; it does not predict: memory, L2, latencies and clocks are not in it. Measurements replace it where there are any.
+It ranks; it does not predict: latencies and clocks are not in it. Measurements replace it where there are any.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from scalediff_kernels.neighborhood import config, launch
 
 # Per multiprocessor and clock, of sm_90 (NVIDIA, "Hopper Tuning Guide" and the H100 data sheet: 989.5 TFLOP/s dense at 132 x 1.83 GHz).
 MATRIX_FLOPS, EXPONENTIALS, SCHEDULERS, REGISTERS, THREADS = 4096, 16, 4, 65_536, 2048
+L2_BYTES = 24  # assumed: 5.6 TB/s over 132 multiprocessors at 1.75 GHz; not measured yet
 PEAK_TFLOPS = 989.5
 
 SHAPES = {
@@ -49,16 +50,17 @@ class Cycles(NamedTuple):
     matrix: float
     exponentials: float
     issue: float
+    l2: float
     programs: int
 
     @property
     def total(self) -> float:
         other = max(self.exponentials, self.issue)
-        return max(self.matrix, other, (self.matrix + other) / self.programs)
+        return max(self.matrix, other, self.l2, (self.matrix + other) / self.programs)
 
 
-def cycles(binary: Binary, num_warps: int) -> Cycles:
-    """The model above, from the main loop's instructions. One pass of the loop is one block of keys."""
+def cycles(binary: Binary, num_warps: int, block_bytes: int) -> Cycles:
+    """The model above, from the main loop's instructions. One pass of the loop is one block of keys, `block_bytes` of K and V."""
     flops = 0
     for instruction in binary.loop:
         if shape := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", instruction):  # issued by four warps together
@@ -69,7 +71,8 @@ def cycles(binary: Binary, num_warps: int) -> Cycles:
         (config.shared_memory("sm_90") + 1024) // (binary.shared + 1024),
         THREADS // (32 * num_warps),
     )
-    return Cycles(flops / MATRIX_FLOPS, exponentials / EXPONENTIALS, len(binary.loop) * num_warps / SCHEDULERS, programs)
+    issue = len(binary.loop) * num_warps / SCHEDULERS
+    return Cycles(flops / MATRIX_FLOPS, exponentials / EXPONENTIALS, issue, block_bytes / L2_BYTES, programs)
 
 
 def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
@@ -80,11 +83,11 @@ def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
         binary = compile_launch(problem, "sm_90")
     except Exception as error:
         return facts | {"note": f"does not compile: {str(error).splitlines()[0][:60]}"}
-    c = cycles(binary, blocks.num_warps)
+    c = cycles(binary, blocks.num_warps, 2 * blocks.keys * case.head_dim * case.dtype.itemsize)
     facts |= {"registers": binary.registers, "spills": binary.spills, "shared": binary.shared, "programs": c.programs}
     if binary.spills or c.programs == 0 or c.matrix == 0:
         return facts | {"note": "spills" if binary.spills else "does not fit" if c.programs == 0 else "no HGMMA"}
-    shown = {"matrix": c.matrix, "exponentials": c.exponentials, "issue": c.issue, "total": c.total}
+    shown = {"matrix": c.matrix, "exponentials": c.exponentials, "issue": c.issue, "l2": c.l2, "total": c.total}
     bound = PEAK_TFLOPS * c.matrix / c.total
     return facts | {key: f"{value:.0f}" for key, value in shown.items()} | {"bound": f"{bound:.0f}"}
 
@@ -111,7 +114,7 @@ def _table_entry(case: Case, blocks: config.Blocks) -> Iterator[None]:
 
 FIELDS = (
     "shape", "queries", "keys", "num_warps", "num_stages", "registers", "spills", "shared", "programs", "matrix", "exponentials",
-    "issue", "total", "bound", "note",
+    "issue", "l2", "total", "bound", "note",
 )  # fmt: skip
 
 
@@ -124,7 +127,9 @@ def main() -> None:
     for name in options.shape:
         case = replace(SHAPES[name])
         shipped = case.launch("sm_90").config
-        ranked = sorted((row(name, case, blocks) for blocks in CANDIDATES), key=lambda r: -float(r.get("bound", 0)))
+        ranked = sorted(
+            (row(name, case, blocks) for blocks in CANDIDATES), key=lambda r: (-float(r.get("bound", 0)), float(r.get("issue", 0)))
+        )
         print(name, *(f"{f}" for f in FIELDS[1:]), sep="\t")
         for r in ranked:
             used = prod(shipped.query_box), prod(shipped.key_box), shipped.num_warps, shipped.num_stages

@@ -39,12 +39,14 @@ def test_the_main_loop_is_the_innermost_with_the_products() -> None:
 
 def test_cycles_follow_from_the_instructions() -> None:
     binary = Binary(registers=168, spills=0, shared=60_000, code=LISTING, loop=tuple(main_loop(LISTING)))
-    counted = cycles(binary, num_warps=8)
+    counted = cycles(binary, num_warps=8, block_bytes=240)
     assert counted.matrix == 2 * (2 * 64 * 64 * 16 + 2 * 64 * 128 * 16) / 4096
     assert counted.exponentials == 8 * 32 / 16
     assert counted.issue == 4 * 8 / 4
     assert counted.programs == 1  # 168 registers x 256 threads, twice, are more than 65,536
+    assert counted.l2 == 10
     assert counted.total == counted.matrix + counted.exponentials
+    assert counted._replace(l2=1000.0).total == 1000
 
 
 def test_faults_are_named() -> None:

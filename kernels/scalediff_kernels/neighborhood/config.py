@@ -59,11 +59,10 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
     if problem.head_dim % 8 or not 8 <= problem.head_dim <= 256:
         raise NotImplementedError(f"the Triton kernel takes head dims from 8 to 256 in multiples of 8, got {problem.head_dim=}")
     descriptors = problem.descriptors and problem.itemsize == 2 and has_descriptors(device)  # fp32 products read registers
-    blocks = _blocks(problem, device, descriptors=True) if descriptors else None
-    if blocks is None or not fits_inside(key_box(problem.window, blocks.keys), problem.window):
-        descriptors = False  # no entry, or a box would read keys outside the window
+    blocks = _blocks(problem, device, descriptors=descriptors)
+    if descriptors and not fits_inside(key_box(problem.window, blocks.keys), problem.window):
+        descriptors = False  # a box would read keys outside the window
         blocks = _blocks(problem, device, descriptors=False)
-        assert blocks is not None
     keys = key_box(problem.window, blocks.keys)
     text = ceil_power_of_two(max(problem.text, MIN_BLOCK))
     return LaunchConfig(
@@ -77,8 +76,11 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
 
 
 def has_descriptors(device: str) -> bool:
-    """TMA came with sm_90."""
-    return device.startswith("sm_") and int(device[3:].rstrip("af")) >= 90
+    """Where matrix instructions read what TMA wrote: sm_90 and sm_100.
+
+    sm_120 has TMA too, but the matrix instructions of sm_80, and Triton 3.6 spills there on the descriptor path.
+    """
+    return device.startswith("sm_") and device[3:-1] in ("9", "10")
 
 
 class Blocks(NamedTuple):
@@ -90,40 +92,46 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# By kind of program and of queries, for registers of 64, 128 and 256 channels. Text programs hold a second accumulator, the
-# mean over the windows, so their blocks are smaller. Nothing here spills: `python -m bench.compile` compiles every entry.
+# By kind of program and of queries, for registers of 64, 128 and 256 channels. Narrow: strides that allow no wide loads. Text
+# programs hold a second accumulator, the mean over the windows, so their blocks are smaller. `python -m bench.compile`
+# compiles every entry and refuses spills.
 _BLOCKS = {
-    ("wgmma", "image"): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
+    ("wgmma", "image"): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 8, 2)),
     ("wgmma", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
     ("tcgen05", "image"): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
     ("tcgen05", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
-    ("tma", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3), None),
-    ("tma", "text"): (Blocks(64, 32, 4, 3), Blocks(32, 32, 8, 2), None),
     ("cp.async", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
-    ("cp.async", "text"): (Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 2), Blocks(16, 32, 8, 2)),
+    ("cp.async", "text"): (Blocks(64, 32, 8, 3), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2)),
+    ("cp.async, 99 KB", "image"): (Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 16, 8, 2)),
+    ("cp.async, 99 KB", "text"): (Blocks(64, 32, 8, 3), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2)),
     ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 16, 4, 2)),
     ("narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma", "image"): (Blocks(128, 32, 4, 1), Blocks(128, 32, 4, 1), Blocks(64, 32, 4, 1)),
     ("mfma", "text"): (Blocks(64, 32, 4, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
     ("mfma narrow", "image"): (Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
     ("mfma narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
-    ("fp32", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
+    ("fp32", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 16, 1)),
+    ("fp32 narrow", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
+    ("fp32 narrow", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("fp32", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("mfma fp32", "image"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma fp32", "text"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
 
 
-def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks | None:
-    """The row of the table, None where it has no entry."""
+def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
+    """The entry of the table."""
+    narrow = " narrow" if problem.vector < 8 else ""
     if device.startswith("gfx"):
-        kind = "mfma fp32" if problem.itemsize == 4 else "mfma" if problem.vector >= 8 else "mfma narrow"
+        kind = "mfma fp32" if problem.itemsize == 4 else "mfma" + narrow
     elif problem.itemsize == 4:  # exact fp32 products do not use the tensor cores
-        kind = "fp32"
+        kind = "fp32" + narrow
     elif descriptors:
-        kind = {"9": "wgmma", "10": "tcgen05"}.get(device[3:-1], "tma")  # sm_120 has TMA, but the matrix instructions of sm_80
+        kind = "wgmma" if device[3:-1] == "9" else "tcgen05"
+    elif narrow:
+        kind = "narrow"
     else:
-        kind = "cp.async" if problem.vector >= 8 else "narrow"
+        kind = "cp.async" if device in SHARED_MEMORY else "cp.async, 99 KB"
     return _BLOCKS[kind, problem.queries][0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2]
 
 
