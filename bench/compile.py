@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from bench.harness import ROOT, write_rows, write_text
-from scalediff_kernels.neighborhood.config import shared_memory
+from scalediff_kernels.neighborhood.config import LaunchConfig, shared_memory
 from scalediff_kernels.neighborhood.launch import Launch, image_launch, text_launch
 
 TARGETS = {
@@ -60,7 +60,7 @@ class Case:
     batch: int = 1
     aligned: bool = True  # False: strides that no descriptor takes
 
-    def launch(self, device: str) -> Launch:
+    def launch(self, device: str, config: LaunchConfig | None = None) -> Launch:
         pad = 0 if self.aligned else 1
 
         def tokens(*shape: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ class Case:
         text_q, text_k, text_v = (tokens(self.text) for _ in range(3)) if self.text else (None, None, None)
         rope = (torch.empty(64, self.head_dim // 2, device="meta"),) * 2 if self.text else None
         arguments: dict[str, Any] = {
-            "window": self.window, "patch": self.patch, "offset": (0, 0), "scale": self.head_dim**-0.5, "device": device,
+            "window": self.window, "patch": self.patch, "offset": (0, 0), "scale": self.head_dim**-0.5, "device": device, "config": config,
         }  # fmt: skip
         if self.queries == "image":
             return image_launch(torch.empty_like(q), q, k, v, text_k, text_v, rope, **arguments)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from scalediff_kernels.neighborhood.geometry import attention_bytes, attention_flops, window_bytes, windows
+from scalediff_kernels.neighborhood.geometry import attention_bytes, attention_flops, text_attention_flops, window_bytes, windows
 
 AXES = [
     (256, 64, 32, 0),
@@ -96,3 +96,15 @@ def test_copied_windows_move_four_times_the_keys_at_half_window_patches() -> Non
     common = {"grid": (256, 256), "heads": 1, "head_dim": 1, "itemsize": 2}
     copied = window_bytes(**common, window=(64, 64), patch=(32, 32))  # type: ignore[arg-type]
     assert copied / (attention_bytes(**common) / 2) == 4  # type: ignore[arg-type]
+
+
+def test_text_queries_of_flux_at_4096_pixels() -> None:
+    """57 blocks: 211 TFLOP for the image queries and 106 more for the authors' text rule, an exact global rule a tenth of that."""
+    flux = {"grid": (256, 256), "window": (64, 64), "heads": 24, "head_dim": 128, "text": 512}
+    image = 57 * attention_flops(**flux)  # type: ignore[arg-type]
+    window, whole = (57 * text_attention_flops(**flux, patch=(32, 32), rule=rule) for rule in ("window", "global"))  # type: ignore[arg-type]
+    assert round(image / 1e12, 1) == 211.5
+    assert window * 2 == image
+    assert round(whole / 1e12, 1) == 23.7
+    with pytest.raises(ValueError, match="rule must be 'window' or 'global', got rule='mean'"):
+        text_attention_flops(**flux, patch=(32, 32), rule="mean")  # type: ignore[arg-type]

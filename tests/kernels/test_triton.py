@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -353,6 +356,19 @@ def test_a_cpu_tensor_is_refused_without_the_interpreter(monkeypatch: pytest.Mon
         neighborhood_patch_attention(x, x, x, window=(2, 2), patch=(1, 1), impl="triton")
 
 
+SANITIZED = """
+import torch
+from scalediff_kernels import joint_neighborhood_patch_attention as joint
+half, brain = torch.float16, torch.bfloat16
+for dim, dtype, window in ((64, half, (8, 8)), (40, brain, (7, 5)), (128, brain, (8, 8)), (16, torch.float32, (5, 6))):
+    q, k, v = (torch.randn(1, 19, 14, 2, dim, device="cuda", dtype=dtype) for _ in range(3))
+    text = [torch.randn(1, 9, 2, dim, device="cuda", dtype=dtype) for _ in range(3)]
+    for rule in ("window", "global"):
+        joint(q, k, v, *text, window=window, patch=(4, 4), offset=(1, 3), text_queries=rule, impl="triton")
+torch.cuda.synchronize()
+"""
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device")
 class TestOnTheGpu:
@@ -390,6 +406,14 @@ class TestOnTheGpu:
         out.zero_()
         graph.replay()
         assert torch.equal(out, expected)
+
+    @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+    def test_compute_sanitizer(self, tool: str) -> None:
+        if shutil.which("compute-sanitizer") is None:
+            pytest.skip("compute-sanitizer is not installed")
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
     def test_no_memory_beyond_the_result(self) -> None:
         q, k, v = Problem((128, 128), (64, 64), (32, 32), (0, 0), 64, heads=8, groups=8, dtype=torch.float16).inputs()

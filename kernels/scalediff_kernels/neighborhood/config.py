@@ -102,7 +102,7 @@ _BLOCKS = {
     ("tcgen05", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
     ("cp.async", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
     ("cp.async", "text"): (Blocks(64, 32, 8, 3), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2)),
-    ("cp.async, 99 KB", "image"): (Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 16, 8, 2)),
+    ("cp.async, 99 KB", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 16, 8, 3), Blocks(64, 16, 8, 2)),
     ("cp.async, 99 KB", "text"): (Blocks(64, 32, 8, 3), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2)),
     ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 16, 4, 2)),
     ("narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),

@@ -68,6 +68,38 @@ def attention_flops(*, grid: tuple[int, int], window: tuple[int, int], heads: in
     return 4 * batch * heads * head_dim * prod(grid) * keys
 
 
+def text_attention_flops(
+    *,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    heads: int,
+    head_dim: int,
+    text: int,
+    rule: str,
+    offset: tuple[int, int] = (0, 0),
+    batch: int = 1,
+) -> int:
+    """Useful FLOPs of the text queries: `4 B H D T (K + T)`, K the grid (`"global"`) or all windows, T counted with each (`"window"`).
+
+    Args:
+        grid, window, patch, offset: As in `windows`, per axis `(Y, X)`.
+        heads, head_dim, batch: H, D and B.
+        text: T, queries and keys alike.
+        rule: `"window"` or `"global"`, as in `joint_neighborhood_patch_attention`.
+
+    Raises:
+        ValueError: another rule.
+    """
+    if rule not in ("window", "global"):
+        raise ValueError(f"rule must be 'window' or 'global', got {rule=}")
+    count, keys = 1, prod(grid)
+    if rule == "window":
+        count = prod(len(windows(n, w, p, o)) for n, w, p, o in zip(grid, window, patch, offset, strict=True))
+        keys = prod(min(w, n) for w, n in zip(window, grid, strict=True))
+    return 4 * batch * heads * head_dim * text * count * (keys + text)
+
+
 def attention_bytes(*, grid: tuple[int, int], heads: int, head_dim: int, itemsize: int, batch: int = 1) -> int:
     """Compulsory traffic in bytes: q, k, v read once and the output written once, `itemsize` bytes an element."""
     return 4 * batch * heads * head_dim * prod(grid) * itemsize

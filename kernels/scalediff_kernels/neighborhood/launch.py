@@ -44,12 +44,16 @@ def image_launch(
     offset: tuple[int, int],
     scale: float,
     device: str,
+    config: LaunchConfig | None = None,
 ) -> Launch:
-    """The image queries: fills `out`, contiguous `[B, Y, X, H, D]`. Arguments as in `api`, already validated."""
+    """The image queries: fills `out`, contiguous `[B, Y, X, H, D]`. Arguments as in `api`, already validated.
+
+    `config` takes the place of the table's, for whoever tunes.
+    """
     batch, _, _, heads, _ = q.shape
     text = None if text_k is None or text_v is None else (text_k, text_v)
     config, shared = _shared_arguments(
-        "image", q, (k, v), text, rope, window=window, patch=patch, offset=offset, scale=scale, device=device
+        "image", q, (k, v), text, rope, window=window, patch=patch, offset=offset, scale=scale, device=device, config=config
     )
     rows, columns = config.query_box
     tiles = -(-patch[0] // rows) * -(-patch[1] // columns)
@@ -74,11 +78,12 @@ def text_launch(
     offset: tuple[int, int],
     scale: float,
     device: str,
+    config: LaunchConfig | None = None,
 ) -> Launch:
     """The text queries, averaged over the windows: fills `out`, contiguous `[B, T, H, D]`. Window = patch = grid is the global rule."""
     batch, text, heads, _ = text_q.shape
     config, shared = _shared_arguments(
-        "text", text_q, (k, v), (text_k, text_v), rope, window=window, patch=patch, offset=offset, scale=scale, device=device
+        "text", text_q, (k, v), (text_k, text_v), rope, window=window, patch=patch, offset=offset, scale=scale, device=device, config=config
     )
     arguments = _references({"text_q": (text_q, (1, config.query_box[1], 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
     arguments |= {"out_ptr": out, "out_strides": _in_vectors(out, shared["VECTOR"]), "TEXT_ROWS": config.query_box[1]}
@@ -97,6 +102,7 @@ def _shared_arguments(
     offset: tuple[int, int],
     scale: float,
     device: str,
+    config: LaunchConfig | None,
 ) -> tuple[LaunchConfig, dict[str, Any]]:
     """What both kernels take, and the choice of the launch."""
     height, width, groups, head_dim = keys[0].shape[1:]
@@ -106,7 +112,7 @@ def _shared_arguments(
     descriptors = all(_suits_descriptor(x) for x in tensors)
     vector = 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1]) else 1
     problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, vector)
-    config = launch_config(problem, device)
+    config = config or launch_config(problem, device)
     rows, columns = config.key_box
     references: dict[str, tuple[Tensor | None, tuple[int, ...]]]
     references = {name: (x, (1, rows, columns, 1)) for name, x in zip("kv", keys, strict=True)}
