@@ -58,13 +58,14 @@ class Case:
     patch: tuple[int, int] = (32, 32)
     heads: int = 24
     batch: int = 1
-    aligned: bool = True  # False: strides that no descriptor takes
+    layout: str = "contiguous"  # "odd": strides that allow no wide loads; "expanded": one batch seen twice, which no descriptor takes
 
     def launch(self, device: str, config: LaunchConfig | None = None) -> Launch:
-        pad = 0 if self.aligned else 1
 
         def tokens(*shape: int) -> torch.Tensor:
-            return torch.empty(self.batch, *shape, self.heads, self.head_dim + pad, dtype=self.dtype, device="meta")[..., : self.head_dim]
+            pad = self.layout == "odd"
+            x = torch.empty(self.batch, *shape, self.heads, self.head_dim + pad, dtype=self.dtype, device="meta")[..., : self.head_dim]
+            return x.expand(2, *x.shape[1:]) if self.layout == "expanded" else x
 
         q, k, v = (tokens(*self.grid) for _ in range(3))
         text_q, text_k, text_v = (tokens(self.text) for _ in range(3)) if self.text else (None, None, None)
@@ -81,26 +82,30 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every head dim with windows that boxes tile and windows that they do not, text even and ragged, both kernels, both paths."""
+    """Every head dim: windows that boxes tile, and that they do not; text none, even, ragged; both kernels, every layout."""
     for dtype, dims in HEAD_DIMS.items():
         for dim in dims:
             yield Case(dim, dtype)
-            yield Case(dim, dtype, window=(52, 76), patch=(26, 38), text=77)
             yield Case(dim, dtype, text=512)
             yield Case(dim, dtype, text=512, queries="text")
+            for window, patch in (((52, 76), (26, 38)), ((27, 15), (13, 7))):
+                yield Case(dim, dtype, window=window, patch=patch, text=77)
             yield Case(dim, dtype, window=(52, 76), patch=(26, 38), text=77, queries="text")
-            yield Case(dim, dtype, text=77, aligned=False)
+            yield Case(dim, dtype, window=(3, 3), patch=(2, 2), text=77)
+            for layout in ("odd", "expanded"):
+                yield Case(dim, dtype, text=77, layout=layout)
+                yield Case(dim, dtype, text=77, queries="text", layout=layout)
 
 
 @dataclass(frozen=True)
 class Binary:
-    """What the compiler made: `counts` holds instructions of the whole program, `loop` those of the main loop, in order."""
+    """What the compiler made; `loops` holds the instructions of the innermost loops with products, the main loop first."""
 
     registers: int
     spills: int
     shared: int
     code: str
-    loop: tuple[str, ...]
+    loops: tuple[tuple[str, ...], ...]
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.code))
@@ -138,14 +143,17 @@ def compile_launch(launch: Launch, target: str) -> Binary:
         code = _run("nvdisasm", "-c", cubin.name)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage
-    return Binary(int(registers[1]), _spills(code.splitlines()), shared, code, tuple(main_loop(code)))
+    return Binary(int(registers[1]), _spills(code.splitlines()), shared, code, tuple(map(tuple, main_loops(code))))
 
 
-def main_loop(code: str) -> list[str]:
-    """Instructions of the loop with the most matrix products, from nvdisasm's listing: a label up to the branch back to it."""
+def main_loops(code: str) -> list[list[str]]:
+    """Instructions of the innermost loops with matrix products, from nvdisasm's listing: a label up to the branch back to it.
+
+    The loop with the largest share of products comes first.
+    """
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[list[str]] = []
+    spans: list[tuple[int, int]] = []
     for line in code.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
@@ -153,27 +161,25 @@ def main_loop(code: str) -> list[str]:
             instructions.append(instruction[1])
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
             if back and back[1] in labels:
-                loops.append(instructions[labels[back[1]] :])
+                spans.append((labels[back[1]], len(instructions)))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     product = r"\b(?:HGMMA|HMMA|UTCHMMA)\b" if re.search(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code) else r"\bFFMA\b"
 
     def share(loop: list[str]) -> float:
         return sum(bool(re.search(product, i)) for i in loop) / len(loop)
 
-    return max((loop for loop in loops if share(loop)), key=share, default=[])  # an outer loop holds more besides
-
-
-def _spills(instructions: Iterable[str]) -> int:
-    return sum(bool(re.search(r"\b(?:STL|LDL)\b", i)) for i in instructions)
+    loops = [instructions[start:stop] for start, stop in spans if (start, stop) in inner]
+    return sorted((loop for loop in loops if share(loop)), key=share, reverse=True)
 
 
 def check(case: Case, target: str, launch: Launch, binary: Binary) -> list[str]:
     """What is wrong with a binary."""
     faults = []
-    if target.startswith("sm_") and not binary.loop:
+    if target.startswith("sm_") and not binary.loops:
         faults.append("no main loop found")
     if binary.shared > shared_memory(target):
         faults.append(f"{binary.shared} bytes of shared memory, {shared_memory(target)} there")
-    spills = _spills(binary.loop) if case.dtype is torch.float32 and binary.loop else binary.spills
+    spills = sum(map(_spills, binary.loops)) if case.dtype is torch.float32 and binary.loops else binary.spills
     if spills:
         faults.append(f"{spills} spills")
     descriptors = launch.config.path == "descriptor"
@@ -181,16 +187,28 @@ def check(case: Case, target: str, launch: Launch, binary: Binary) -> list[str]:
         faults.append("no TMA")
     if case.dtype is torch.float32:
         return faults
-    if case.aligned and target in ("sm_90", "sm_100") and not descriptors:
+    if case.layout == "contiguous" and min(case.window) >= 4 and target in ("sm_90", "sm_100") and not descriptors:
         faults.append("not on the descriptor path")
     generation = {"sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "gfx942": "v_mfma"}
     wide = prod(launch.config.query_box) >= 64  # a matrix instruction of sm_90 and sm_100 takes 64 rows
     product = generation.get(target, r"\bHMMA") if wide or target == "gfx942" else r"\bHMMA"
     if not binary.count(product):
         faults.append(f"no {product}")
-    if target == "sm_90" and descriptors and wide and any(re.search(r"\b(?:LDSM|STSM|STS|LDS)\b", i) for i in binary.loop):
+    if target == "sm_90" and descriptors and wide and _moves(binary):
         faults.append("keys or values go through registers in the main loop")
+    wide_loads = case.layout != "odd" and launch.config.num_stages > 1
+    if target.startswith("sm_") and not descriptors and wide_loads and not binary.count(r"\bLDGSTS"):
+        faults.append("no cp.async")
     return faults
+
+
+def _spills(instructions: Iterable[str]) -> int:
+    return sum(bool(re.search(r"\b(?:STL|LDL)\b", i)) for i in instructions)
+
+
+def _moves(binary: Binary) -> bool:
+    """Whether a loop moves anything between registers and shared memory."""
+    return any(re.search(r"\b(?:LDSM|STSM|STS|LDS)\b", i) for loop in binary.loops for i in loop)
 
 
 def row(case: Case, target: str) -> dict[str, Any]:
@@ -198,7 +216,7 @@ def row(case: Case, target: str) -> dict[str, Any]:
     config = launch.config
     facts = {
         "triton": triton.__version__, "target": target, "queries": case.queries, "dtype": str(case.dtype).removeprefix("torch."),
-        "head_dim": case.head_dim, "window": "x".join(map(str, case.window)), "text": case.text, "path": config.path,
+        "head_dim": case.head_dim, "layout": case.layout, "window": "x".join(map(str, case.window)), "text": case.text, "path": config.path,
         "query_box": "x".join(map(str, config.query_box)),
         "key_box": "x".join(map(str, config.key_box)), "warps": launch.arguments["num_warps"], "stages": config.num_stages,
     }  # fmt: skip
@@ -224,7 +242,7 @@ def markdown(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
         lines += ["| queries | dtype | D | text | " + " | ".join(targets) + " |", "|---|---|--:|--:|" + "--:|" * len(targets)]
         cells: dict[tuple[str, ...], dict[str, str]] = {}
         for r in rows:
-            if r["window"] == "64x64" and r["text"] != "77":
+            if r["window"] == "64x64" and r["text"] != "77" and r["layout"] == "contiguous":
                 path = "" if r["path"] == "descriptor" else "p "
                 cell = f"{path}{r['registers']}/{-(-int(r['shared']) // 1024)}" if r["registers"] else "does not compile"
                 cells.setdefault((r["queries"], r["dtype"], r["head_dim"], r["text"]), {})[r["target"]] = cell

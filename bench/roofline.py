@@ -63,16 +63,16 @@ class Cycles(NamedTuple):
 def cycles(binary: Binary, num_warps: int, block_bytes: int) -> Cycles:
     """The model above, from the main loop's instructions. One pass of the loop is one block of keys, `block_bytes` of K and V."""
     flops = 0
-    for instruction in binary.loop:
+    for instruction in binary.loops[0]:
         if shape := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", instruction):  # issued by four warps together
             flops += 2 * prod(map(int, shape.groups())) * num_warps // 4
-    exponentials = sum("MUFU.EX2" in i for i in binary.loop) * num_warps * 32
+    exponentials = sum("MUFU.EX2" in i for i in binary.loops[0]) * num_warps * 32
     programs = min(
         REGISTERS // (-(-binary.registers // 8) * 8 * 32 * num_warps),
         (config.shared_memory("sm_90") + 1024) // (binary.shared + 1024),
         THREADS // (32 * num_warps),
     )
-    issue = len(binary.loop) * num_warps / SCHEDULERS
+    issue = len(binary.loops[0]) * num_warps / SCHEDULERS
     return Cycles(flops / MATRIX_FLOPS, exponentials / EXPONENTIALS, issue, block_bytes / L2_BYTES, programs)
 
 

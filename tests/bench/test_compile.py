@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from bench.compile import Binary, Case, check, committed, main_loop, markdown
+from bench.compile import Binary, Case, check, committed, main_loops, markdown
 from bench.roofline import cycles
 
 ROOT = Path(__file__).parents[2]
@@ -32,13 +32,13 @@ LISTING = """
 
 
 def test_the_main_loop_is_the_innermost_with_the_products() -> None:
-    loop = main_loop(LISTING)
+    (loop,) = main_loops(LISTING)
     assert [i.split()[0] for i in loop] == ["HGMMA.64x64x16.F32.BF16", "HGMMA.64x128x16.F32.BF16", "MUFU.EX2", "@!P0"]
-    assert main_loop("nothing here") == []
+    assert main_loops("nothing here") == []
 
 
 def test_cycles_follow_from_the_instructions() -> None:
-    binary = Binary(registers=168, spills=0, shared=60_000, code=LISTING, loop=tuple(main_loop(LISTING)))
+    binary = Binary(registers=168, spills=0, shared=60_000, code=LISTING, loops=tuple(map(tuple, main_loops(LISTING))))
     counted = cycles(binary, num_warps=8, block_bytes=240)
     assert counted.matrix == 2 * (2 * 64 * 64 * 16 + 2 * 64 * 128 * 16) / 4096
     assert counted.exponentials == 8 * 32 / 16
@@ -52,7 +52,7 @@ def test_cycles_follow_from_the_instructions() -> None:
 def test_faults_are_named() -> None:
     case = Case(128)
     launch = case.launch("sm_90")
-    broken = Binary(registers=255, spills=3, shared=300_000, code="HMMA", loop=("LDSM R1 ;",))
+    broken = Binary(registers=255, spills=3, shared=300_000, code="HMMA", loops=(("LDSM R1 ;",),))
     assert check(case, "sm_90", launch, broken) == [
         "300000 bytes of shared memory, 232448 there",
         "3 spills",
@@ -60,7 +60,7 @@ def test_faults_are_named() -> None:
         r"no \bHGMMA",
         "keys or values go through registers in the main loop",
     ]
-    assert check(case, "sm_80", case.launch("sm_80"), Binary(200, 0, 1000, "HMMA", ())) == ["no main loop found"]
+    assert check(case, "sm_80", case.launch("sm_80"), Binary(200, 0, 1000, "HMMA", ())) == ["no main loop found", "no cp.async"]
 
 
 def test_the_page_is_that_of_the_committed_rows() -> None:
@@ -72,7 +72,7 @@ def test_a_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
     """In a process of its own, out of the interpreter: the FLUX shape for sm_90, gated."""
     code = (
         "from bench.compile import Case, check, compile_launch; case = Case(128, text=512); launch = case.launch('sm_90');"
-        "binary = compile_launch(launch, 'sm_90'); print(check(case, 'sm_90', launch, binary), len(binary.loop) > 50)"
+        "binary = compile_launch(launch, 'sm_90'); print(check(case, 'sm_90', launch, binary), len(binary.loops[0]) > 50)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"

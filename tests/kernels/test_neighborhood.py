@@ -256,7 +256,7 @@ def test_gradients_flow_through_joint_attention() -> None:
         ({"text_queries": "mean"}, ValueError, r"must be 'window', 'global' or None, got text_queries='mean'"),
         ({"text_rope": torch.zeros(3, 3, 4)}, TypeError, r"pair of tensors \(cos, sin\)"),
         ({"text_rope": (torch.zeros(2, 3, 4), torch.zeros(3, 3, 4))}, ValueError, r"= \(3, 3, 4\) with an even D, got \(2, 3, 4\)"),
-        ({"text_rope": (torch.zeros(3, 3, 4).long(), torch.zeros(3, 3, 4))}, ValueError, r"floating point on cpu, got .*int64"),
+        ({"text_rope": (torch.zeros(3, 3, 4).long(), torch.zeros(3, 3, 4))}, ValueError, r"fp32 or fp64 on cpu, got .*int64"),
     ],
 )
 def test_bad_text_is_named(changes: dict[str, object], error: type[Exception], message: str) -> None:

@@ -90,9 +90,10 @@ def joint_neighborhood_patch_attention(
         q, k, v, window, patch, offset, scale, impl: As in `neighborhood_patch_attention`; D even.
         text_q: `[B, T, H, D]`, like q.
         text_k, text_v: `[B, T, G, D]`.
-        text_rope: (cos, sin), each `[patches_y, patches_x, D / 2]` floating point: the angles by which the text keys, and under the rule
-            `"window"` the text queries, of each patch's window are rotated first. Channels 2c and 2c + 1 turn by angle c. The
-            authors take the rotary angle of the window's top-left token, which keeps text-image offsets in the trained range.
+        text_rope: (cos, sin), each `[patches_y, patches_x, D / 2]`, fp32 or fp64, cos^2 + sin^2 = 1: the angles by which the text
+            keys, and under the rule `"window"` the text queries, of each patch's window are rotated first. Channels 2c and
+            2c + 1 turn by angle c. The authors take the rotary angle of the window's top-left token, which keeps
+            text-image offsets in the trained range.
         text_queries: `"window"`: each text token attends to text and window, for every window, and the results are averaged
             (the authors' rule). `"global"`: once, to text and all image tokens, not rotated. None: no text output.
 
@@ -151,9 +152,9 @@ def _choose(impl: str, tensors: tuple[Tensor, ...], *, covers: bool) -> str:
         if refusal:
             raise NotImplementedError(f"impl='triton': {refusal}")
         return "triton"
-    sixteen_bit = op.dtype_under_autocast(tensors[0]).itemsize == 2
-    on_gpu = tensors[0].device.type == "cuda"
-    return "triton" if on_gpu and sixteen_bit and not covers and not refusal and _has_triton() else "sdpa"
+    if tensors[0].device.type != "cuda" or covers or refusal or not _has_triton():
+        return "sdpa"
+    return "triton" if op.dtype_under_autocast(tensors[0]).itemsize == 2 else "sdpa"
 
 
 def _has_triton() -> bool:
@@ -216,8 +217,8 @@ def _check_rope(q: Tensor, rope: tuple[Tensor, Tensor], patch: tuple[int, int], 
             f"text_rope must be two tables [patches_y, patches_x, D / 2] = {expected} with an even D, "
             f"got {tuple(rope[0].shape)}, {tuple(rope[1].shape)}, D={q.shape[-1]}"
         )
-    if any(x.device != q.device or not x.is_floating_point() for x in rope):
-        raise ValueError(f"text_rope must be floating point on {q.device}, got {[(x.dtype, x.device) for x in rope]}")
+    if any(x.device != q.device or x.dtype not in (torch.float32, torch.float64) for x in rope):
+        raise ValueError(f"text_rope must be fp32 or fp64 on {q.device}, got {[(x.dtype, x.device) for x in rope]}")
 
 
 def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:

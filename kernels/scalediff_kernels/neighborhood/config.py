@@ -7,7 +7,8 @@ Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim. A box is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -50,6 +51,7 @@ class LaunchConfig(NamedTuple):
     num_stages: int
 
 
+@cache
 def launch_config(problem: Problem, device: str) -> LaunchConfig:
     """Choose the launch of `problem` on `device` (`"sm_90"`, `"gfx942"`, ...): a pure function, no GPU needed.
 
@@ -60,14 +62,16 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
         raise NotImplementedError(f"the Triton kernel takes head dims from 8 to 256 in multiples of 8, got {problem.head_dim=}")
     descriptors = problem.descriptors and problem.itemsize == 2 and has_descriptors(device)  # fp32 products read registers
     blocks = _blocks(problem, device, descriptors=descriptors)
-    if descriptors and not fits_inside(key_box(problem.window, blocks.keys), problem.window):
-        descriptors = False  # a box would read keys outside the window
-        blocks = _blocks(problem, device, descriptors=False)
+    if not fits_inside(key_box(problem.window, blocks.keys), problem.window):  # the box reaches outside: addresses and masks
+        descriptors = False
+        blocks = _blocks(replace(problem, vector=1), device, descriptors=False)
     keys = key_box(problem.window, blocks.keys)
     text = ceil_power_of_two(max(problem.text, MIN_BLOCK))
     return LaunchConfig(
         path="descriptor" if descriptors else "pointer",
-        query_box=query_box(problem.patch, blocks.queries) if problem.queries == "image" else (1, min(blocks.queries, text)),
+        query_box=query_box(_cut(problem.patch, problem.grid), blocks.queries)
+        if problem.queries == "image"
+        else (1, min(blocks.queries, text)),
         key_box=keys,
         text_block=min(blocks.keys, text),
         num_warps=blocks.num_warps,
@@ -92,11 +96,12 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# By kind of program and of queries, for registers of 64, 128 and 256 channels. Narrow: strides that allow no wide loads. Text
-# programs hold a second accumulator, the mean over the windows, so their blocks are smaller. `python -m bench.compile`
-# compiles every entry and refuses spills.
+# By kind of program and of queries, for registers of 64, 128 and 256 channels. Ragged: windows with far sides, whose loop is there
+# twice. Narrow: no wide loads, or masks on every load. Text programs hold a second accumulator, the mean over the windows,
+# so their blocks are smaller. `python -m bench.compile` compiles every entry and refuses spills.
 _BLOCKS = {
     ("wgmma", "image"): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 8, 2)),
+    ("wgmma ragged", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
     ("wgmma", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
     ("tcgen05", "image"): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
     ("tcgen05", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
@@ -105,15 +110,15 @@ _BLOCKS = {
     ("cp.async, 99 KB", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 16, 8, 3), Blocks(64, 16, 8, 2)),
     ("cp.async, 99 KB", "text"): (Blocks(64, 32, 8, 3), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2)),
     ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 16, 4, 2)),
-    ("narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    ("narrow", "text"): (Blocks(16, 16, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma", "image"): (Blocks(128, 32, 4, 1), Blocks(128, 32, 4, 1), Blocks(64, 32, 4, 1)),
     ("mfma", "text"): (Blocks(64, 32, 4, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
     ("mfma narrow", "image"): (Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
     ("mfma narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("fp32", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 16, 1)),
+    ("fp32", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("fp32 narrow", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("fp32 narrow", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
-    ("fp32", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("mfma fp32", "image"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma fp32", "text"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
@@ -121,6 +126,7 @@ _BLOCKS = {
 
 def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
     """The entry of the table."""
+    column = 0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2
     narrow = " narrow" if problem.vector < 8 else ""
     if device.startswith("gfx"):
         kind = "mfma fp32" if problem.itemsize == 4 else "mfma" + narrow
@@ -128,11 +134,14 @@ def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
         kind = "fp32" + narrow
     elif descriptors:
         kind = "wgmma" if device[3:-1] == "9" else "tcgen05"
+        box = key_box(problem.window, _BLOCKS[kind, problem.queries][column].keys)
+        if (f"{kind} ragged", problem.queries) in _BLOCKS and any(w % b for w, b in zip(problem.window, box, strict=True)):
+            kind += " ragged"
     elif narrow:
         kind = "narrow"
     else:
         kind = "cp.async" if device in SHARED_MEMORY else "cp.async, 99 KB"
-    return _BLOCKS[kind, problem.queries][0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2]
+    return _BLOCKS[kind, problem.queries][column]
 
 
 def query_box(patch: tuple[int, int], tokens: int) -> tuple[int, int]:
@@ -159,6 +168,10 @@ def key_box(window: tuple[int, int], tokens: int) -> tuple[int, int]:
         return not fits_inside(box, window), steps * (prod(box) + tokens // 8), -prod(box), -box[1]  # a step costs more than its keys
 
     return min(_boxes(MIN_BLOCK, tokens), key=cost)
+
+
+def _cut(patch: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    return min(patch[0], grid[0]), min(patch[1], grid[1])
 
 
 def fits_inside(box: tuple[int, int], window: tuple[int, int]) -> bool:

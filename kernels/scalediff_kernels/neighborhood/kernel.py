@@ -119,7 +119,7 @@ def image_kernel(
     sin_ptr,  # [patches_y * patches_x, D / 2]
     q_strides, k_strides, v_strides, out_strides, text_k_strides, text_v_strides,
     grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale,
-    QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
+    QUERY_BOX: tl.constexpr, TILES: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
     RAGGED_TEXT: tl.constexpr, ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, STORE_BOXES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -128,37 +128,36 @@ def image_kernel(
     one time shares windows in L2."""
     ROWS: tl.constexpr = QUERY_BOX[0]
     COLUMNS: tl.constexpr = QUERY_BOX[1]
-    TILES_Y: tl.constexpr = (PATCH[0] + ROWS - 1) // ROWS
-    TILES_X: tl.constexpr = (PATCH[1] + COLUMNS - 1) // COLUMNS
     M: tl.constexpr = ROWS * COLUMNS
     pid = tl.program_id(0)
-    tile = pid % (TILES_Y * TILES_X)
-    pid = pid // (TILES_Y * TILES_X)
+    tile = pid % (TILES[0] * TILES[1])
+    pid = pid // (TILES[0] * TILES[1])
     patch_x = pid % patches_x
     pid = pid // patches_x
     patch_y = pid % patches_y
     pid = pid // patches_y
     head = pid % heads
     batch = pid // heads
-    y = patch_y * PATCH[0] - offset_y + tile // TILES_X * ROWS
-    x = patch_x * PATCH[1] - offset_x + tile % TILES_X * COLUMNS
+    y = patch_y * PATCH[0] - offset_y + tile // TILES[1] * ROWS
+    x = patch_x * PATCH[1] - offset_x + tile % TILES[1] * COLUMNS
     if (y + ROWS <= 0) | (y >= grid_y) | (x + COLUMNS <= 0) | (x >= grid_x):
         return  # a cut patch at the border has tiles outside the grid
 
     state = _start(M, BLOCK_D)
+    b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
+    if NEGATE:
+        b_q = -b_q
     if HAS_TEXT:
-        b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
-        if NEGATE:
-            b_q = -b_q
         if ROPE:
             b_q = rotate(b_q, cos_ptr, sin_ptr, patch_y * patches_x + patch_x, True, D, BLOCK_D)
         state = _attend_text(
             b_q, state, (text_k_ref, text_v_ref), (text_k_strides, text_v_strides), batch, head // GROUP, text, scale,
             TEXT_BLOCK, D, BLOCK_D, VECTOR, BOXES, PRECISION, RAGGED_TEXT, STAGES,
         )  # fmt: skip
-    b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
-    if NEGATE:
-        b_q = -b_q
+        if ROPE:  # read again rather than kept: registers are dearer than one tile out of L2
+            b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
+            if NEGATE:
+                b_q = -b_q
     start_y = _window_start(patch_y, grid_y, offset_y, PATCH[0], WINDOW[0])
     start_x = _window_start(patch_x, grid_x, offset_x, PATCH[1], WINDOW[1])
     place = (batch, head // GROUP, start_y, start_x)

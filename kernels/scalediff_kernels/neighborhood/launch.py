@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -56,12 +57,13 @@ def image_launch(
         "image", q, (k, v), text, rope, window=window, patch=patch, offset=offset, scale=scale, device=device, config=config
     )
     rows, columns = config.query_box
-    tiles = -(-patch[0] // rows) * -(-patch[1] // columns)
+    reach = [min(p, n + o) for p, n, o in zip(patch, q.shape[1:3], offset, strict=True)]  # a patch may be larger than the grid
+    tiles = -(-reach[0] // rows), -(-reach[1] // columns)
     store_boxes = config.path == "descriptor" and patch[0] % rows == 0 and patch[1] % columns == 0
     arguments = _references({"q": (q, (1, rows, columns, 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
     arguments |= _references({"out": (out, (1, rows, columns, 1))}, shared["VECTOR"], boxes=store_boxes)
-    arguments |= {"QUERY_BOX": config.query_box, "HAS_TEXT": text is not None, "STORE_BOXES": store_boxes}
-    return Launch(image_kernel, batch * heads * shared["patches_y"] * shared["patches_x"] * tiles, shared | arguments, config)
+    arguments |= {"QUERY_BOX": config.query_box, "TILES": tiles, "HAS_TEXT": text is not None, "STORE_BOXES": store_boxes}
+    return Launch(image_kernel, batch * heads * shared["patches_y"] * shared["patches_x"] * prod(tiles), shared | arguments, config)
 
 
 def text_launch(
@@ -110,7 +112,7 @@ def _shared_arguments(
     tokens = 0 if text is None else text[0].shape[1]
     tensors = (q, *keys, *(text or ()))
     descriptors = all(_suits_descriptor(x) for x in tensors)
-    vector = 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1]) else 1
+    vector = 8 if all(_suits_vectors(x) for x in tensors) else 1
     problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, vector)
     config = config or launch_config(problem, device)
     rows, columns = config.key_box
@@ -159,6 +161,11 @@ def _references(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]], vecto
             block = [*box, max(MIN_BLOCK, ceil_power_of_two(x.shape[-1]))]
             arguments[f"{name}_ref"] = TensorDescriptor(x, list(x.shape), _descriptor_strides(x), block)
     return arguments
+
+
+def _suits_vectors(x: Tensor) -> bool:
+    """Every row of D elements starts at a multiple of eight elements, 16 bytes at least."""
+    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
 
 
 def _in_vectors(x: Tensor, vector: int) -> tuple[int, ...]:

@@ -83,8 +83,10 @@ def _(text_q: Tensor, *_: Any) -> Tensor:
 def refusal(tensors: tuple[Tensor, ...]) -> str | None:
     """Why the kernels cannot take these tensors, in words; None where they can."""
     q = tensors[0]
-    if q.device.type != "cuda" and not _interpreted():
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and _interpreted()):
         return f"the kernel needs a CUDA or ROCm device (or TRITON_INTERPRET=1 to try it slowly on the CPU), got {q.device=}"
+    if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return f"the kernel needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability(q.device)}"
     if dtype_under_autocast(q) not in DTYPES:
         return f"the kernel takes fp16, bf16 and fp32, got {q.dtype=}"
     if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256:
@@ -99,12 +101,15 @@ def refusal(tensors: tuple[Tensor, ...]) -> str | None:
 def dtype_under_autocast(x: Tensor) -> torch.dtype:
     """The dtype that autocast makes of x; its own outside autocast, and always its own in fp64."""
     kind = x.device.type
-    cast = torch.is_autocast_enabled(kind) and x.dtype in DTYPES
+    cast = x.dtype in DTYPES and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 def _autocast_rule(operator: Callable[..., Tensor], key: torch._C.DispatchKey) -> Callable[..., Tensor]:
-    """Cast image and text tensors, but not the tables of angles, then call below autocast."""
+    """Cast image and text tensors to autocast's dtype, whichever it is, but not the tables of angles; then call below autocast.
+
+    `torch.library.register_autocast` casts every argument, and to one dtype that is named beforehand.
+    """
 
     def rule(*arguments: Any) -> Tensor:
         cast = [x.to(dtype_under_autocast(x)) if isinstance(x, Tensor) and i < 5 else x for i, x in enumerate(arguments)]

@@ -5,6 +5,8 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -67,8 +69,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     compute = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    weights = torch.einsum("bqhd,bkhd->bhqk", q * scale, k).softmax(dim=-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    with torch.autocast(q.device.type, enabled=False) if torch.amp.is_autocast_available(q.device.type) else nullcontext():
+        weights = torch.einsum("bqhd,bkhd->bhqk", q * scale, k).softmax(dim=-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 def rotate_pairs(x: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, j: int) -> Tensor:

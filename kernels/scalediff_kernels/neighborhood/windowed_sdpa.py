@@ -76,7 +76,7 @@ def joint_neighborhood_patch_attention_sdpa(
     if text_queries == "global":
         b_k, b_v = torch.cat([text_k, k.flatten(2, 3)], dim=2), torch.cat([text_v, v.flatten(2, 3)], dim=2)
         return out, _attend(text_q, b_k, b_v, scale).transpose(1, 2)
-    return out, (text_sum / (len(rows) * len(columns))).to(q.dtype).transpose(1, 2) if tokens else None
+    return out, (text_sum / (len(rows) * len(columns))).to(out.dtype).transpose(1, 2) if tokens else None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
