@@ -131,7 +131,7 @@ def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
     if device.startswith("gfx"):
         kind = "mfma fp32" if problem.itemsize == 4 else "mfma" + narrow
     elif problem.itemsize == 4:  # exact fp32 products do not use the tensor cores
-        kind = "fp32" + narrow
+        kind = "fp32" if not narrow and device[3:-1] != "10" else "fp32 narrow"  # sm_100 spills with sixteen warps
     elif descriptors:
         kind = "wgmma" if device[3:-1] == "9" else "tcgen05"
         box = key_box(problem.window, _BLOCKS[kind, problem.queries][column].keys)
