@@ -257,9 +257,11 @@ def test_natten_agrees(seed: int) -> None:
     exact = natten.na2d(*(x.cpu().float() for x in (q, k, v)), kernel_size=problem.window, stride=problem.patch, scale=scale)
     target = TARGETS[seed % len(TARGETS)]
     ours = run(problem, target)[0].cpu()
-    if seed % 2:
+    if problem.dtype is torch.float32:  # theirs is rounded as ours is: torch's own tolerance for fp32
+        torch.testing.assert_close(ours, exact)
+    else:
         assert_path(target)
-    assert_within_budget(ours, expected(problem, exact=False)[0].cpu(), exact.double())
+        assert_within_budget(ours, expected(problem, exact=False)[0].cpu(), exact.double())
 
 
 @pytest.mark.parametrize("target", TARGETS)
