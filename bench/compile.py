@@ -1,9 +1,9 @@
 """Compile the kernels for GPUs that are not there, and read the binaries: `python -m bench.compile --csv bench/results/compile.csv`.
 
-Every launch that `launch_config` can choose is built by the library's own launch code on meta tensors, compiled by Triton with
-a target in place of a driver, and disassembled with the tools in Triton's wheel. Gates: no spills (fp32, which runs beside the
-tensor cores: none in the main loop); on sm_90 and newer the generation's matrix instructions and TMA; in the main loop of
-sm_90 no trip of keys or values through registers.
+Every entry of `launch_config`'s table, at a full and a padded head dim, is built by the library's own launch code on meta tensors,
+compiled by Triton with a target in place of a driver, and disassembled with the tools in Triton's wheel. Gates: no spills (fp32,
+which runs beside the tensor cores: none in the main loops); the generation's matrix instructions; TMA on the descriptor path,
+cp.async on the pointer path; no trip of keys or values through registers in the main loops of sm_90.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ TARGETS = {
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HEAD_DIMS = {torch.bfloat16: (40, 64, 128, 160), torch.float32: (64, 160)}  # every column of the table, full and padded
 
-
 LEGEND = """Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
 24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown. Faults
 are what the gates of `bench.compile` find. Made on a CPU by `python -m bench.compile --csv bench/results/compile-VERSION.csv`, once
@@ -61,7 +60,6 @@ class Case:
     layout: str = "contiguous"  # "odd": strides that allow no wide loads; "expanded": one batch seen twice, which no descriptor takes
 
     def launch(self, device: str, config: LaunchConfig | None = None) -> Launch:
-
         def tokens(*shape: int) -> torch.Tensor:
             pad = self.layout == "odd"
             x = torch.empty(self.batch, *shape, self.heads, self.head_dim + pad, dtype=self.dtype, device="meta")[..., : self.head_dim]

@@ -147,12 +147,11 @@ def _choose(impl: str, tensors: tuple[Tensor, ...], *, covers: bool) -> str:
     check_impl(impl)
     if impl in ("reference", "sdpa"):
         return impl
-    refusal = op.refusal(tensors)
     if impl == "triton":
-        if refusal:
+        if refusal := op.refusal(tensors):
             raise NotImplementedError(f"impl='triton': {refusal}")
         return "triton"
-    if tensors[0].device.type != "cuda" or covers or refusal or not _has_triton():
+    if tensors[0].device.type != "cuda" or covers or not _has_triton() or op.refusal(tensors):
         return "sdpa"
     return "triton" if op.dtype_under_autocast(tensors[0]).itemsize == 2 else "sdpa"
 

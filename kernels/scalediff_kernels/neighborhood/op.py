@@ -33,15 +33,7 @@ def image_attention(
     scale: float,
 ) -> Tensor:
     """Image queries; arguments as in `api.joint_neighborhood_patch_attention`, already validated."""
-    from scalediff_kernels.neighborhood import launch
-
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with _on(q):
-        launch.image_launch(
-            out, q, k, v, text_k, text_v, _tables(cos, sin),
-            window=_two(window), patch=_two(patch), offset=_two(offset), scale=scale, device=launch.device_name(q.device),
-        ).run()  # fmt: skip
-    return out
+    return _launched("image_launch", q, k, v, text_k, text_v, cos, sin, window, patch, offset, scale)
 
 
 @torch.library.custom_op("scalediff::text_attention", mutates_args=())
@@ -59,15 +51,7 @@ def text_attention(
     scale: float,
 ) -> Tensor:
     """Text queries, averaged over the windows; arguments as above."""
-    from scalediff_kernels.neighborhood import launch
-
-    out = torch.empty(text_q.shape, dtype=text_q.dtype, device=text_q.device)
-    with _on(text_q):
-        launch.text_launch(
-            out, text_q, k, v, text_k, text_v, _tables(cos, sin),
-            window=_two(window), patch=_two(patch), offset=_two(offset), scale=scale, device=launch.device_name(text_q.device),
-        ).run()  # fmt: skip
-    return out
+    return _launched("text_launch", text_q, k, v, text_k, text_v, cos, sin, window, patch, offset, scale)
 
 
 @image_attention.register_fake
@@ -125,18 +109,33 @@ for _name in ("image_attention", "text_attention"):
         _library.impl(_name, _autocast_rule(getattr(torch.ops.scalediff, _name), _key), _key.name)
 
 
+def _launched(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    window: Sequence[int],
+    patch: Sequence[int],
+    offset: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """The result of one of `launch`'s two launches; Triton is imported by the first call."""
+    from scalediff_kernels.neighborhood import launch
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
+    numbers = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        getattr(launch, name)(out, q, k, v, text_k, text_v, rope, **numbers, device=launch.device_name(q.device)).run()
+    return out
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-
-
-def _on(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
-def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if cos is None or sin is None:
-        return None
-    return cos.float().contiguous(), sin.float().contiguous()
 
 
 def _two(pair: Sequence[int]) -> tuple[int, int]:
