@@ -1,0 +1,104 @@
+"""What only a device can show of the attention kernels: bf16, determinism, CUDA graphs, inductor, compute-sanitizer, memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
+from tests.kernels.problems import CHOSEN, GPU, Problem, assert_right, run
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device")]
+
+SANITIZED = """
+import torch
+from scalediff_kernels import joint_neighborhood_patch_attention as joint
+half, brain = torch.float16, torch.bfloat16
+for dim, dtype, window in ((64, half, (8, 8)), (40, brain, (7, 5)), (128, brain, (8, 8)), (16, torch.float32, (5, 6))):
+    q, k, v = (torch.randn(1, 19, 14, 2, dim, device="cuda", dtype=dtype) for _ in range(3))
+    text = [torch.randn(1, 9, 2, dim, device="cuda", dtype=dtype) for _ in range(3)]
+    for rule in ("window", "global"):
+        joint(q, k, v, *text, window=window, patch=(4, 4), offset=(1, 3), text_queries=rule, impl="triton")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("problem", CHOSEN, ids=lambda p: f"{p.grid[0]}x{p.grid[1]}-D{p.dim}-T{p.text}")
+def test_every_dtype(problem: Problem, dtype: torch.dtype) -> None:
+    assert_right(Problem(**(vars(problem) | {"dtype": dtype})), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [40, 64, 72, 80, 96, 128, 160, 256])
+def test_windows_of_the_paper(dim: int, dtype: torch.dtype) -> None:
+    assert_right(Problem((96, 80), (64, 64), (32, 32), (5, 17), dim, text=77, rope=True, rule="window", dtype=dtype), None)
+
+
+def test_the_same_bits_every_run() -> None:
+    problem = Problem((96, 96), (64, 64), (32, 32), (0, 0), 64, text=77, rope=True, rule="window", dtype=torch.bfloat16)
+    first = run(problem, None)
+    for _ in range(5):
+        for a, b in zip(first, run(problem, None), strict=True):
+            assert a is not None
+            assert b is not None
+            assert torch.equal(a, b)
+
+
+def test_cuda_graphs_capture_it() -> None:
+    tensors = Problem((64, 64), (32, 32), (16, 16), (0, 0), 64, text=77, dtype=torch.float16).inputs()
+
+    def call() -> tuple[Tensor, Tensor | None]:
+        return joint_neighborhood_patch_attention(*tensors, window=(32, 32), patch=(16, 16), impl="triton")
+
+    expected = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for out in captured:
+        assert out is not None
+        out.zero_()
+    graph.replay()
+    for out, plain in zip(captured, expected, strict=True):
+        assert out is not None
+        assert plain is not None
+        assert torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor(dynamic: bool) -> None:
+    def double(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * neighborhood_patch_attention(q + 0, k, v, window=(8, 8), patch=(4, 4), impl="triton")
+
+    compiled = torch.compile(double, fullgraph=True, dynamic=dynamic)
+    for grid in ((16, 16), (24, 20)):
+        q, k, v = Problem(grid, (8, 8), (4, 4), (0, 0), 64, dtype=torch.float16).inputs()
+        assert torch.equal(compiled(q, k, v), double(q, k, v))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    # Without torch's caching allocator, so that every tensor has borders; with this checkout on the path.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_no_memory_beyond_the_result() -> None:
+    q, k, v = Problem((128, 128), (64, 64), (32, 32), (0, 0), 64, heads=8, groups=8, dtype=torch.float16).inputs()
+    neighborhood_patch_attention(q, k, v, window=(64, 64), patch=(32, 32), impl="triton")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = neighborhood_patch_attention(q, k, v, window=(64, 64), patch=(32, 32), impl="triton")
+    assert torch.cuda.max_memory_allocated() - before == out.nbytes
