@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -66,6 +67,24 @@ def test_faults_are_named() -> None:
 def test_the_page_is_that_of_the_committed_rows() -> None:
     assert DOC.read_text() == markdown(committed())
     assert all(not row["faults"] for rows in committed().values() for row in rows)
+
+
+def test_the_roofline_shown_is_that_of_the_committed_rows() -> None:
+    """Every line of the table in docs/kernels.md is a line of the CSV: blocks, programs, cycles, bound."""
+    with (ROOT / "bench" / "results" / "static-roofline-sm_90.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ("programs", "matrix", "exponentials", "issue", "l2", "total", "bound")
+    measured = {
+        (r["shape"][:4], f"{r['queries']} x {r['keys']}, {r['num_warps']}, {r['num_stages']}", *(r[c] for c in columns)) for r in rows
+    }
+    shown, shape = set(), ""
+    for line in (ROOT / "docs" / "kernels.md").read_text().splitlines():
+        cells = [cell.strip(" *") for cell in line.split("|")[1:-1]]
+        if len(cells) == 2 + len(columns) and cells[1][:1].isdigit():
+            shape = cells[0][:4] or shape
+            shown.add((shape, *cells[1:]))
+    assert len(shown) == 7
+    assert shown <= measured
 
 
 def test_a_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
