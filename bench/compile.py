@@ -27,8 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from bench.harness import ROOT, write_rows, write_text
+from scalediff_kernels._launch import Launch
 from scalediff_kernels.neighborhood.config import LaunchConfig, shared_memory
-from scalediff_kernels.neighborhood.launch import Launch, image_launch, text_launch
+from scalediff_kernels.neighborhood.launch import image_launch, text_launch
 
 TARGETS = {
     **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)},

@@ -124,7 +124,7 @@ def run(problem: Problem, target: str | None, inputs: tuple[Tensor, ...] | None 
     with pytest.MonkeyPatch.context() as patched, poisoned_memory():
         patched.setattr(launch, "launch_config", noted)
         if target:
-            patched.setattr("scalediff_kernels.neighborhood.launch.device_name", lambda device: target)
+            patched.setattr("scalediff_kernels.neighborhood.op.device_name", lambda device: target)
         if problem.text:
             return joint_neighborhood_patch_attention(
                 *tensors, **problem.arguments, text_rope=problem.tables(), text_queries=problem.rule, impl="triton"

@@ -6,29 +6,15 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from scalediff_kernels._launch import Launch
 from scalediff_kernels.neighborhood.config import MIN_BLOCK, LaunchConfig, Problem, ceil_power_of_two, launch_config
 from scalediff_kernels.neighborhood.kernel import image_kernel, text_kernel
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with everything it is called with: run it, or compile it for a device that is not there."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    config: LaunchConfig
-
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments)
 
 
 def image_launch(
@@ -181,13 +167,3 @@ def _suits_descriptor(x: Tensor) -> bool:
     """The rules of TMA: 16-byte base and strides, none of them zero."""
     strides = _descriptor_strides(x)[:-1]
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
-
-
-def device_name(device: torch.device) -> str:
-    """`"sm_90"` or `"gfx942"`; the interpreter runs on the CPU and stands for a GPU without descriptors."""
-    if device.type == "cpu":
-        return "sm_80"
-    if torch.version.hip:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

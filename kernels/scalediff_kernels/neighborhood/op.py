@@ -7,7 +7,6 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from scalediff_kernels._launch import DTYPES, device_name, device_refusal
 
 
 @torch.library.custom_op("scalediff::image_attention", mutates_args=())
@@ -67,10 +66,8 @@ def _(text_q: Tensor, *_: Any) -> Tensor:
 def refusal(tensors: tuple[Tensor, ...]) -> str | None:
     """Why the kernels cannot take these tensors, in words; None where they can."""
     q = tensors[0]
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and _interpreted()):
-        return f"the kernel needs a CUDA or ROCm device (or TRITON_INTERPRET=1 to try it slowly on the CPU), got {q.device=}"
-    if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return f"the kernel needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability(q.device)}"
+    if refused := device_refusal(q.device):
+        return refused
     if dtype_under_autocast(q) not in DTYPES:
         return f"the kernel takes fp16, bf16 and fp32, got {q.dtype=}"
     if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256:
@@ -130,12 +127,8 @@ def _launched(
     rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
     numbers = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        getattr(launch, name)(out, q, k, v, text_k, text_v, rope, **numbers, device=launch.device_name(q.device)).run()
+        getattr(launch, name)(out, q, k, v, text_k, text_v, rope, **numbers, device=device_name(q.device)).run()
     return out
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def _two(pair: Sequence[int]) -> tuple[int, int]:
