@@ -1,12 +1,9 @@
 """The guided scheduler: a pipeline's own scheduler, started part of the way down and drawn to a reference at every step.
 
-Every scheduler writes its sample as `x = a x0 + s eps`. With sigma = s / a the noise level, structure guidance moves the
-estimate x0 by a `delta`; because all of it is linear, that is a change of the model output, so multi-step schedulers keep a
-consistent history:
+Every scheduler writes its sample as `x = a x0 + s eps`. Structure guidance moves the estimate x0; because all of it is linear, that is
+a change of the model output, so multi-step schedulers keep a consistent history.
 
-    epsilon: eps - delta / sigma        v: v - delta / sin        sample: x0 + delta        (sin = sigma / sqrt(1 + sigma^2))
-
-Legend: B batch, C channels, Y x X latent grid; abar = 1 / (1 + sigma^2).
+Legend: B batch, C channels, Y x X latent grid; abar = a^2 / (a^2 + s^2).
 """
 
 from __future__ import annotations
@@ -19,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from scalediff_kernels import low_pass
+from scalediff_kernels import GuidedStep, NoiseLevel
 
 # How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), or a = 1 ("noise added").
 _PRESERVING = {"DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
-_ADDED = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"}
+_ADDED = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"}
 _PREDICTIONS = {"epsilon", "v_prediction", "sample"}
 
 
@@ -33,18 +30,6 @@ class Guidance:
 
     reference: Tensor | None
     cutoff: float
-
-
-@dataclass(frozen=True)
-class NoiseLevel:
-    """One step's noise: `x = signal * x0 + noise * eps`."""
-
-    signal: float
-    noise: float
-
-    @property
-    def alpha_bar(self) -> float:
-        return self.signal**2 / (self.signal**2 + self.noise**2)
 
 
 def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidance) -> Any:
@@ -59,7 +44,10 @@ def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidanc
     ScaleDiff, arXiv:2510.25818.4: gamma_t = (1 - abar_t) / (1 - abar_restart).
     """
     check_scheduler(scheduler)
-    cls, prediction = type(scheduler), scheduler.config.prediction_type
+    cls, reference = type(scheduler), guidance.reference
+    guide = None
+    if reference is not None:
+        guide = GuidedStep(reference, cutoff=guidance.cutoff, prediction=scheduler.config.prediction_type)
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,9 +55,11 @@ def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidanc
 
     @functools.wraps(cls.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        level = self.levels[self.steps_done]
-        self.steps_done += 1
-        model_output = _guide(model_output, sample, level, self.levels[0], guidance, prediction)
+        level, restart = self.levels[self.calls_done], self.levels[0]
+        self.calls_done += 1
+        if guide is not None:
+            gamma = (1 - level.alpha_bar) / (1 - restart.alpha_bar)
+            model_output = guide(sample, model_output, level=level, gamma=gamma)
         return cls.step(self, model_output, timestep, sample, *args, **kwargs)
 
     members = {"set_timesteps": set_timesteps, "step": step, "init_noise_sigma": 1.0, "__module__": cls.__module__}
@@ -95,49 +85,28 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def _lay_out(scheduler: Any, set_timesteps: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, steps: int, kept: int) -> None:
-    """Set the whole schedule, then keep its tail; afterwards `.levels` holds the noise of each kept step."""
+    """Set the whole schedule, then keep its tail; afterwards `.levels` holds the noise at each call of the model.
+
+    A scheduler of order 2 (Heun) calls the model twice a step, but for the last: at sigma_0, then at sigma_1, sigma_1, sigma_2, ...
+    """
     asked = args[0] if args else kwargs.pop("num_inference_steps", None)
     if asked != kept:
         raise ValueError(f"this stage runs {kept} of {steps} steps; custom timesteps are not supported above the native size, got {asked=}")
     set_timesteps(steps, *args[1:], **kwargs)
-    if len(scheduler.timesteps) != steps:
-        raise NotImplementedError(f"expected one model call per step, got {len(scheduler.timesteps)} timesteps for {steps=}")
-    scheduler.timesteps = scheduler.timesteps[steps - kept :]
+    order = scheduler.order
+    if len(scheduler.timesteps) != order * (steps - 1) + 1:
+        raise NotImplementedError(f"expected {order} model calls a step but for the last, got {len(scheduler.timesteps)} for {steps=}")
+    scheduler.timesteps = scheduler.timesteps[order * (steps - kept) :]
     if hasattr(scheduler, "sigmas"):
-        scheduler.sigmas = scheduler.sigmas[steps - kept :]
-    scheduler.levels = [_level(scheduler, i) for i in range(kept)]
-    scheduler.steps_done = 0
+        scheduler.sigmas = scheduler.sigmas[order * (steps - kept) :]
+    scheduler.levels = [_level(scheduler, i) for i in range(len(scheduler.timesteps))]
+    scheduler.calls_done = 0
 
 
 def _level(scheduler: Any, index: int) -> NoiseLevel:
     if hasattr(scheduler, "sigmas"):
         sigma = float(scheduler.sigmas[index])
         if type(scheduler).__name__ in _ADDED:
-            return NoiseLevel(1.0, sigma)
+            return NoiseLevel.of_sigma(sigma)
         return NoiseLevel(1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2))
-    alpha_bar = float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])])
-    return NoiseLevel(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
-
-
-def denoised(model_output: Tensor, sample: Tensor, level: NoiseLevel, prediction: str) -> Tensor:
-    """The estimate of x0 that a model output stands for, `[B, C, Y, X]`."""
-    if prediction == "sample":
-        return model_output
-    if prediction == "epsilon":
-        return (sample - level.noise * model_output) / level.signal
-    size = math.hypot(level.signal, level.noise)
-    return (level.signal * sample / size - level.noise * model_output) / size
-
-
-def _guide(output: Tensor, sample: Tensor, level: NoiseLevel, restart: NoiseLevel, guidance: Guidance, prediction: str) -> Tensor:
-    if guidance.reference is None:
-        return output
-    gamma = (1 - level.alpha_bar) / (1 - restart.alpha_bar)
-    x0 = denoised(output, sample, level, prediction)
-    # guide_structure(x0, ...) - x0, without the rounding of adding and subtracting x0, which signal / noise would enlarge.
-    delta = gamma * low_pass(guidance.reference.to(x0.dtype) - x0, cutoff=guidance.cutoff)
-    if prediction == "sample":
-        return output + delta
-    if prediction == "epsilon":
-        return output - delta * (level.signal / level.noise)
-    return output - delta * (math.hypot(level.signal, level.noise) / level.noise)
+    return NoiseLevel.of_alpha_bar(float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])]))

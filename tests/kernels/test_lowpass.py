@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from scalediff_kernels import guide_structure, low_pass, mix_frequencies
-from scalediff_kernels.lowpass.geometry import coarse_length
+from scalediff_kernels import LowPass, guide_structure, low_pass, mix_frequencies, packed_view
+from scalediff_kernels.lowpass.geometry import SMALLEST_RESPONSE, coarse_length
+from scalediff_kernels.lowpass.operators import band, factor
+from scalediff_kernels.testing import assert_within_budget
 
 SHAPES = [(16, 16), (12, 20), (17, 23), (64, 33)]
+KINDS = ["resize", "gaussian", "butterworth"]
+CPU = torch.device("cpu")
 
 
 def resize_matrix(n_in: int, n_out: int, *, antialias: bool) -> Tensor:
@@ -34,22 +39,91 @@ def picture(shape: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.parametrize(("length", "cutoff"), [(1, 1.0), (7, 0.15), (16, 0.7), (33, 0.25), (40, 0.99), (512, 0.125)])
+def test_resize_factors_are_the_triangles_of_the_definition(length: int, cutoff: float) -> None:
+    axis = LowPass(length, cutoff)
+    torch.testing.assert_close(axis.down, resize_matrix(length, axis.coarse, antialias=True), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(axis.up, resize_matrix(axis.coarse, length, antialias=False), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("impl", ["matmul", "reference"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cutoff", [0.125, 0.25, 0.5, 0.7, 1.0])
-def test_resize_is_two_matrices_per_axis(shape: tuple[int, int], cutoff: float) -> None:
+def test_resize_is_two_matrices_per_axis(shape: tuple[int, int], cutoff: float, impl: Any) -> None:
     x = picture(shape)
     axes = []
     for n in shape:
         m = int(n * cutoff)
         axes.append(resize_matrix(m, n, antialias=False) @ resize_matrix(n, m, antialias=True))
-    torch.testing.assert_close(low_pass(x, cutoff=cutoff), axes[0] @ x @ axes[1].T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(low_pass(x, cutoff=cutoff, impl=impl), axes[0] @ x @ axes[1].T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cutoff", [0.1, 0.125, 0.25, 0.5, 0.9])
-def test_dc_gain_is_one(shape: tuple[int, int], cutoff: float) -> None:
+def test_dc_gain_is_one(shape: tuple[int, int], cutoff: float, kind: Any) -> None:
     x = torch.full((1, 2, *shape), -3.7, dtype=torch.float64)
-    torch.testing.assert_close(low_pass(x, cutoff=cutoff), x, rtol=1e-13, atol=0)
+    torch.testing.assert_close(low_pass(x, cutoff=cutoff, kind=kind), x, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "butterworth"])
+@pytest.mark.parametrize("cutoff", [0.07, 0.125, 0.25, 0.8])
+@pytest.mark.parametrize("place", [31, 5, 0])
+def test_the_impulse_response_has_the_frequencies_of_the_definition(kind: Any, cutoff: float, place: int) -> None:
+    """One pixel in a row of 63: the response at frequency k / 63 of Nyquist, by a cosine sum written out here."""
+    n = 63
+    impulse = torch.zeros(1, 1, 1, n, dtype=torch.float64)
+    impulse[..., place] = 1
+    out = low_pass(impulse, cutoff=cutoff, kind=kind, impl="matmul")[0, 0, 0]
+    for k in range(n):
+        cosine = torch.cos(math.pi * k * (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+        ratio = k / n / cutoff
+        gain = 0.5 ** (ratio**2) if kind == "gaussian" else 1 / (1 + ratio**8)
+        gain = gain if gain >= SMALLEST_RESPONSE else 0.0
+        assert (out @ cosine).item() == pytest.approx(gain * cosine[place].item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "butterworth"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cutoff", [0.05, 0.25, 1.0])
+def test_the_matrices_are_the_fourier_filter(kind: Any, shape: tuple[int, int], cutoff: float) -> None:
+    x = picture(shape)
+    exact = low_pass(x, cutoff=cutoff, kind=kind, impl="reference")
+    torch.testing.assert_close(low_pass(x, cutoff=cutoff, kind=kind, impl="matmul"), exact, rtol=1e-12, atol=1e-12)
+
+
+def test_half_of_the_amplitude_is_left_at_the_cutoff() -> None:
+    n = 64
+    wave = torch.cos(math.pi * 16 * (torch.arange(n, dtype=torch.float64) + 0.5) / n).expand(1, 1, n, n)
+    for kind in ("gaussian", "butterworth"):
+        torch.testing.assert_close(low_pass(wave, cutoff=0.25, kind=kind), 0.5 * wave, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("side", ["down", "up"])
+@pytest.mark.parametrize("axis", [LowPass(97, 0.13), LowPass(64, 0.25), LowPass(20, 0.3, "gaussian"), LowPass(5, 1.0)])
+@pytest.mark.parametrize(("rows", "block", "align"), [(16, 16, 16), (4, 16, 1), (1, 1, 1), (64, 32, 16)])
+def test_tiles_hold_the_whole_factor(axis: LowPass, side: Any, rows: int, block: int, align: int) -> None:
+    tiled = band(axis, side, CPU, rows=rows, block=block, align=align)
+    full = factor(axis, side, CPU, torch.float64)
+    assert tiled.span % block == 0
+    assert (tiled.starts % align == 0).all()
+    assert tiled.weights.dtype == torch.float32
+    out = torch.zeros(tiled.weights.shape[0] * rows, full.shape[1] + tiled.span, dtype=torch.float64)
+    for i, start in enumerate(tiled.starts.tolist()):
+        out[i * rows : (i + 1) * rows, start : start + tiled.span] = tiled.weights[i]
+    assert torch.equal(out[: full.shape[0], : full.shape[1]], full.float().double())
+    assert not out[full.shape[0] :].any()
+    assert not out[:, full.shape[1] :].any()
+
+
+def test_a_resize_row_reads_a_few_pixels() -> None:
+    axis = LowPass(512, 0.125)
+    assert band(axis, "down", CPU, rows=1, block=1, align=1).span == 16
+    assert band(axis, "up", CPU, rows=1, block=1, align=1).span == 2
+
+
+def test_factors_are_built_once() -> None:
+    assert factor(LowPass(40, 0.25), "down", CPU, torch.float32) is factor(LowPass(40, 0.25), "down", CPU, torch.float32)
 
 
 def test_cutoff_one_keeps_everything() -> None:
@@ -66,14 +140,54 @@ def test_low_frequencies_pass_and_high_ones_do_not() -> None:
         assert low <= gain <= high + 1e-9
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_is_filtered_in_fp32(dtype: torch.dtype) -> None:
+def test_low_precision_keeps_the_error_budget(dtype: torch.dtype, kind: Any) -> None:
     x = picture((17, 23)).to(dtype)
-    out = low_pass(x, cutoff=0.25)
-    exact = low_pass(x.double(), cutoff=0.25)
-    assert out.dtype == dtype
-    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 32 * torch.finfo(torch.float32).eps  # one rounding, and fp32 sums of <= 32 taps
-    assert ((out.double() - exact).abs() <= bound).all()
+    exact = low_pass(x.double(), cutoff=0.25, kind=kind, impl="reference")
+    assert_within_budget(low_pass(x, cutoff=0.25, kind=kind), low_pass(x, cutoff=0.25, kind=kind, impl="reference"), exact)
+
+
+@pytest.mark.parametrize("impl", ["matmul", "reference"])
+def test_any_layout_keeps_its_values_and_strides(impl: Any) -> None:
+    x = picture((16, 12)).float()
+    expected = low_pass(x, cutoff=0.25, impl="reference")
+    last = x.to(memory_format=torch.channels_last)
+    for view in (last, x.transpose(2, 3).contiguous().transpose(2, 3), x[..., :-4].repeat(1, 1, 1, 2)[..., :12]):
+        out = low_pass(view, cutoff=0.25, impl=impl)
+        torch.testing.assert_close(out, low_pass(view.contiguous(), cutoff=0.25, impl="reference"))
+    torch.testing.assert_close(low_pass(last, cutoff=0.25, impl=impl), expected)
+    if impl == "matmul":
+        assert low_pass(last, cutoff=0.25, impl=impl).stride() == last.stride()
+
+
+def test_packed_latents_are_pictures() -> None:
+    tokens = torch.randn(2, 8 * 6, 3 * 4, generator=torch.Generator().manual_seed(0))
+    view = packed_view(tokens, grid=(8, 6))
+    assert view.data_ptr() == tokens.data_ptr()
+    flat = tokens.view(2, 8, 6, 3, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 16, 12)
+    out = low_pass(view, cutoff=0.25)
+    assert out.stride() == view.stride()
+    torch.testing.assert_close(out.reshape(2, 3, 16, 12), low_pass(flat, cutoff=0.25))
+    with pytest.raises(
+        ValueError, match=r"tokens must be \[B, 40, C \* 4\] for grid=\(8, 5\) and patch=2, got tuple\(tokens.shape\)=\(2, 48, 12\)"
+    ):
+        packed_view(tokens, grid=(8, 5))
+
+
+def test_gradients_flow_or_are_refused() -> None:
+    x = picture((16, 12)).requires_grad_()
+    low_pass(x, cutoff=0.25).sum().backward()
+    assert x.grad is not None
+    with pytest.raises(NotImplementedError, match=r"impl='matmul' has no backward pass"):
+        low_pass(x, cutoff=0.25, impl="matmul")
+
+
+def test_autocast_changes_nothing() -> None:
+    x = picture((16, 12)).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = low_pass(x, cutoff=0.25)
+    assert torch.equal(inside, low_pass(x, cutoff=0.25))
 
 
 def test_mixing_takes_the_low_band_of_one_and_the_high_band_of_the_other() -> None:
@@ -113,8 +227,14 @@ def test_bad_input_is_named() -> None:
         low_pass(x[0, 0], cutoff=0.5)
     with pytest.raises(ValueError, match=r"kind must be one of resize, gaussian, butterworth, got kind='box'"):
         low_pass(x, cutoff=0.5, kind="box")  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match=r"got kind='gaussian'"):
-        low_pass(x, cutoff=0.5, kind="gaussian")
+    with pytest.raises(ValueError, match=r"impl must be one of auto, reference, matmul, triton, got impl='fft'"):
+        low_pass(x, cutoff=0.5, impl="fft")  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match=r"impl='triton': the kernel takes fp16, bf16 and fp32, got .*float64"):
+        low_pass(x.double(), cutoff=0.5, impl="triton")
+    with pytest.raises(ValueError, match=r"x must be .*\(1, 1, 4, 2, 2, 4\)"):
+        low_pass(torch.zeros(1, 1, 4, 2, 2, 4), cutoff=0.5)
+    with pytest.raises(ValueError, match=r"cutoff must leave at least one coarse pixel"):
+        LowPass(7, 0.125)
     with pytest.raises(ValueError, match=r"high and low must agree.*\(1, 1, 8, 8\).*\(1, 1, 8, 9\)"):
         mix_frequencies(x, torch.zeros(1, 1, 8, 9), cutoff=0.5)
     with pytest.raises(ValueError, match=r"x0 and reference must agree.*float64"):

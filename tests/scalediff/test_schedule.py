@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalediff.schedule import Guidance, NoiseLevel, denoised, guided_scheduler
+from scalediff.schedule import Guidance, guided_scheduler
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 
@@ -24,9 +24,11 @@ SCHEDULERS = [
     "UniPCMultistepScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
 ]
+ADDED = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")  # x0 + sigma eps
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
-SUPPORTED = [(s, p) for s in SCHEDULERS for p in PREDICTIONS if not (s.startswith("Euler") and p == "sample")]
+SUPPORTED = [(s, p) for s in SCHEDULERS for p in PREDICTIONS if not (s in ADDED and p == "sample")]
 
 
 def make(name: str, prediction: str, **more: Any) -> Any:
@@ -67,16 +69,17 @@ def test_every_step_moves_the_estimate_by_the_definition(name: str, prediction: 
     guided.set_timesteps(KEPT)
     whole = make(name, prediction)
     whole.set_timesteps(STEPS)
-    assert torch.equal(guided.timesteps, whole.timesteps[STEPS - KEPT :])
+    first = whole.order * (STEPS - KEPT)  # of the model calls
+    assert torch.equal(guided.timesteps, whole.timesteps[first:])
 
     x = latents(0)
-    alpha_bars = [1 / (1 + float(s) ** 2) for s in whole.sigmas[STEPS - KEPT :]] if hasattr(whole, "sigmas") else None
+    alpha_bars = [1 / (1 + float(s) ** 2) for s in whole.sigmas[first:]] if hasattr(whole, "sigmas") else None
     for i, (t, output) in enumerate(zip(guided.timesteps, outputs(), strict=False)):
         guided.scale_model_input(x, t)
         alpha_bar = alpha_bars[i] if alpha_bars else float(whole.alphas_cumprod[t])
         start = alpha_bars[0] if alpha_bars else float(whole.alphas_cumprod[guided.timesteps[0]])
         signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-        preserved = x * signal if name.startswith("Euler") else x  # Euler's sample is x0 + sigma eps
+        preserved = x * signal if name in ADDED else x
 
         def estimate(value: Tensor, signal: float = signal, noise: float = noise, x_t: Tensor = preserved) -> Tensor:
             if prediction == "epsilon":
@@ -97,9 +100,10 @@ def test_without_guidance_the_tail_is_the_schedulers_own(name: str, prediction: 
     guided.set_timesteps(KEPT)
     whole = make(name, prediction)
     whole.set_timesteps(STEPS)
-    tail = whole.timesteps[STEPS - KEPT :]
+    first = whole.order * (STEPS - KEPT)
+    tail = whole.timesteps[first:]
     if hasattr(whole, "set_begin_index"):
-        whole.set_begin_index(STEPS - KEPT)
+        whole.set_begin_index(first)
     torch.testing.assert_close(run(guided, latents(0), guided.timesteps), run(whole, latents(0), tail), rtol=0, atol=0)
 
 
@@ -124,27 +128,14 @@ def test_pipelines_see_the_scheduler_they_know(name: str) -> None:
     assert guided.init_noise_sigma == 1.0
     assert guided.config == base.config
     guided.set_timesteps(KEPT)
-    assert len(guided.timesteps) == KEPT
-    assert base.num_inference_steps is None, "the pipeline's own scheduler is left as it was"
-
-
-def test_noise_levels_agree_between_scalings() -> None:
-    level = NoiseLevel(1.0, 2.0)
-    assert level.alpha_bar == pytest.approx(0.2)
-    x0, eps = latents(0), latents(1)
-    for scale in (1.0, 5**-0.5):
-        signal, noise = level.signal * scale, level.noise * scale
-        x = signal * x0 + noise * eps
-        a, s = 0.2**0.5, 0.8**0.5
-        torch.testing.assert_close(denoised(eps, x, NoiseLevel(signal, noise), "epsilon"), x0)
-        torch.testing.assert_close(denoised(a * eps - s * x0, x, NoiseLevel(signal, noise), "v_prediction"), x0)
-        torch.testing.assert_close(denoised(x0, x, NoiseLevel(signal, noise), "sample"), x0)
+    assert len(guided.timesteps) == base.order * (KEPT - 1) + 1
+    assert base.num_inference_steps == make(name, "epsilon").num_inference_steps, "the pipeline's own scheduler is left as it was"
 
 
 def test_what_is_not_known_is_refused_by_name() -> None:
     guidance = Guidance(None, 0.25)
-    with pytest.raises(NotImplementedError, match=r"know the schedulers DDIMScheduler.*got HeunDiscreteScheduler"):
-        guided_scheduler(make("HeunDiscreteScheduler", "epsilon"), steps=10, kept=4, guidance=guidance)
+    with pytest.raises(NotImplementedError, match=r"know the schedulers DDIMScheduler.*got PNDMScheduler"):
+        guided_scheduler(make("PNDMScheduler", "epsilon"), steps=10, kept=4, guidance=guidance)
     with pytest.raises(
         NotImplementedError, match=r"structure guidance knows epsilon, sample, v_prediction with DPM.*got prediction='flow_prediction'"
     ):

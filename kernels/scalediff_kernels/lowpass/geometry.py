@@ -1,21 +1,61 @@
-"""How many coarse pixels a cutoff leaves: integers only, no torch."""
+"""Cutoffs and frequency responses: numbers only, no torch.
+
+A frequency is a fraction of Nyquist: 1 alternates from pixel to pixel.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Literal, get_args
 
-def coarse_length(length: int, cutoff: float) -> int:
-    """Pixels of the coarse axis: `int(length * cutoff)`, at least 1.
+Kind = Literal["resize", "gaussian", "butterworth"]
+
+BUTTERWORTH_ORDER = 4
+SMALLEST_RESPONSE = 1e-4  # below it a response counts as zero: under the rounding of fp16, and the coarse grid stays small
+
+
+def check_filter(cutoff: float, kind: str) -> None:
+    """Refuse what is no filter.
+
+    Raises:
+        ValueError: the cutoff is outside (0, 1], or no such kind.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind=}")
+    if not 0 < cutoff <= 1:  # also refuses NaN
+        raise ValueError(f"cutoff must lie in (0, 1], got {cutoff=}")
+
+
+def coarse_length(length: int, cutoff: float, kind: Kind = "resize") -> int:
+    """Samples of the coarse axis: `int(length * cutoff)` pixels for `"resize"`, else the cosine modes that the response keeps.
 
     Args:
         length: Pixels along the axis.
         cutoff: Kept fraction of the Nyquist frequency, in (0, 1].
+        kind: As in `low_pass`.
 
     Raises:
-        ValueError: the cutoff is outside (0, 1] or leaves no coarse pixel.
+        ValueError: the cutoff is outside (0, 1] or leaves no coarse pixel, or no such kind.
     """
-    if not 0 < cutoff <= 1:  # also refuses NaN
-        raise ValueError(f"cutoff must lie in (0, 1], got {cutoff=}")
-    coarse = int(length * cutoff)
+    check_filter(cutoff, kind)
+    if kind != "resize":
+        return min(length, 1 + math.floor(length * cutoff * _reach(kind)))
+    coarse = math.floor(length * cutoff)
     if coarse < 1:
         raise ValueError(f"cutoff must leave at least one coarse pixel, got {cutoff=} for {length=}")
     return coarse
+
+
+def response(frequency: float, cutoff: float, kind: Kind) -> float:
+    """Gain of `"gaussian"`, `2^-(f / cutoff)^2`, or `"butterworth"`, `1 / (1 + (f / cutoff)^8)`: 1 at DC, 1/2 at the cutoff."""
+    ratio = frequency / cutoff
+    if ratio > _reach(kind):
+        return 0.0
+    return 2.0 ** -(ratio**2) if kind == "gaussian" else 1 / (1 + ratio ** (2 * BUTTERWORTH_ORDER))
+
+
+def _reach(kind: Kind) -> float:
+    """The frequency, in cutoffs, at which the response falls below the smallest that counts."""
+    if kind == "gaussian":
+        return math.sqrt(math.log2(1 / SMALLEST_RESPONSE))
+    return float((1 / SMALLEST_RESPONSE - 1) ** (0.5 / BUTTERWORTH_ORDER))

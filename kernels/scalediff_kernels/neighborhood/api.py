@@ -6,12 +6,12 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from scalediff_kernels._launch import has_triton
 from scalediff_kernels.neighborhood import op
 from scalediff_kernels.neighborhood.geometry import check_axis
 from scalediff_kernels.neighborhood.reference import joint_neighborhood_patch_attention_reference, neighborhood_patch_attention_reference
@@ -138,7 +138,7 @@ def check_impl(impl: str) -> None:
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl=}")
-    if impl == "triton" and not _has_triton():
+    if impl == "triton" and not has_triton():
         raise NotImplementedError("impl='triton' needs the triton package, which is not installed: use impl='auto', got impl='triton'")
 
 
@@ -151,13 +151,9 @@ def _choose(impl: str, tensors: tuple[Tensor, ...], *, covers: bool) -> str:
         if refusal := op.refusal(tensors):
             raise NotImplementedError(f"impl='triton': {refusal}")
         return "triton"
-    if tensors[0].device.type != "cuda" or covers or not _has_triton() or op.refusal(tensors):
+    if tensors[0].device.type != "cuda" or covers or not has_triton() or op.refusal(tensors):
         return "sdpa"
     return "triton" if op.dtype_under_autocast(tensors[0]).itemsize == 2 else "sdpa"
-
-
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _check_numbers(

@@ -1,0 +1,103 @@
+"""Pictures and filters to kernel launches: strides, the tiles of the factors, the grid of programs.
+
+Legend: B batch, C channels, Y x X pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalediff_kernels._launch import Launch
+from scalediff_kernels.lowpass.config import LaunchConfig, Problem, launch_config
+from scalediff_kernels.lowpass.kernel import separable_kernel
+from scalediff_kernels.lowpass.operators import LowPass, Side, band
+
+ALIGN = 16  # columns: a tile begins where an aligned load may
+
+
+def separable_launch(
+    out: Tensor,
+    inputs: Sequence[Tensor],
+    input_weights: Sequence[float],
+    axes: tuple[LowPass, LowPass],
+    side: Side,
+    addends: Sequence[Tensor] = (),
+    addend_weights: Sequence[float] = (),
+    *,
+    device: str,
+    config: LaunchConfig | None = None,
+) -> Launch:
+    """`out = sum addends + W_y (sum inputs) W_x^T`, weighted, W the `side` of each axis.
+
+    Pictures are `[B, C, Y, X]`, or `[B, C, Y / P, P, X / P, P]` with one P for all; `out` is dense, its own memory or an addend's.
+    `config` takes the place of the table's, for whoever tunes.
+    """
+    batch, channels = out.shape[:2]
+    rows, columns = (tuple(a.coarse if s == side else a.length for a in axes) for s in ("down", "up"))
+    taps = tuple(band(axis, side, _CPU, rows=1, block=1, align=1).span for axis in axes)
+    pictures = out if side == "up" else inputs[0]
+    pack = max(x.shape[3] if x.ndim == 6 else 1 for x in (out, *inputs, *addends))
+    problem = Problem(rows, columns, taps, pictures.element_size(), channels, _is_channels_last(pictures))  # type: ignore[arg-type]
+    config = config or launch_config(problem, device)
+    bands = [
+        band(axis, side, out.device, rows=n, block=step, align=align)
+        for axis, n, step, align in zip(axes, config.tile, config.steps, (1, ALIGN), strict=True)
+    ]
+    tiles = tuple(-(-n // t) for n, t in zip(rows, config.tile, strict=True))
+    arguments: dict[str, Any] = {
+        "out_ptr": out,
+        "inputs": tuple(inputs),
+        "addends": tuple(addends),
+        "starts_y_ptr": bands[0].starts,
+        "weights_y_ptr": bands[0].weights,
+        "starts_x_ptr": bands[1].starts,
+        "weights_x_ptr": bands[1].weights,
+        "input_weights": tuple(map(float, input_weights)),
+        "addend_weights": tuple(map(float, addend_weights)),
+        "out_strides": _strides(out, pack),
+        "input_strides": tuple(_strides(x, pack) for x in inputs),
+        "addend_strides": tuple(_strides(x, pack) for x in addends),
+        "channels": channels,
+        "length_y": columns[0],
+        "length_x": columns[1],
+        "rows_y": rows[0],
+        "rows_x": rows[1],
+        "tiles_y": tiles[0],
+        "tiles_x": tiles[1],
+        "COUNT": len(inputs),
+        "ADDENDS": len(addends),
+        "PACK": pack,
+        "TILE_Y": config.tile[0],
+        "TILE_X": config.tile[1],
+        "CHANNELS": config.channels,
+        "SPAN_Y": bands[0].span,
+        "SPAN_X": bands[1].span,
+        "STEP_Y": config.steps[0],
+        "STEP_X": config.steps[1],
+        "ALIGN_X": ALIGN,
+        "PRECISION": config.precision,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return Launch(separable_kernel, batch * -(-channels // config.channels) * prod(tiles), arguments, config)
+
+
+_CPU = torch.device("cpu")
+
+
+def _strides(x: Tensor, pack: int) -> tuple[int, ...]:
+    """Of batch, channel, outer and inner row, outer and inner column; an axis of one element may be given any."""
+    if x.ndim == 6:
+        return x.stride()
+    b, c, y, column = x.stride()
+    return b, c, pack * y, y, pack * column, column
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.shape[1] > 1 and x.stride(1) < x.stride(-1)

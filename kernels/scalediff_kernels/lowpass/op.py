@@ -1,0 +1,125 @@
+"""The two directions of a filter as torch operators: `torch.ops.scalediff.low_pass_coarse` and `low_pass_expand`.
+
+One opaque operator each, so that torch.compile keeps a single graph and FakeTensors know the shapes. Sums are fp32 under autocast too.
+
+Legend: B batch, C channels, Y x X pixels; pictures may be packed, `[B, C, Y / P, P, X / P, P]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from scalediff_kernels._launch import device_name
+from scalediff_kernels.lowpass.geometry import coarse_length
+from scalediff_kernels.lowpass.matmul import accumulator, coarse_matmul, expand_matmul
+from scalediff_kernels.lowpass.operators import LowPass
+
+
+@torch.library.custom_op("scalediff::low_pass_coarse", mutates_args=())
+def low_pass_coarse(
+    inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None, cutoff: float, kind: str, triton: bool
+) -> Tensor:
+    """`offset + D_y (sum weights * inputs) D_x^T`: `[B, C, m_y, m_x]` in fp32, or in fp64 for fp64 inputs."""
+    axes = _axes(picture_size(inputs[0]), cutoff, kind)
+    if not triton:
+        with _without_autocast(inputs[0]):
+            return coarse_matmul([flat(x) for x in inputs], weights, axes, offset)
+    from scalediff_kernels.lowpass.launch import separable_launch
+
+    out = inputs[0].new_empty(inputs[0].shape[0], inputs[0].shape[1], axes[0].coarse, axes[1].coarse, dtype=torch.float32)
+    addends = () if offset is None else (offset,)
+    with _on(out):
+        separable_launch(out, inputs, weights, axes, "down", addends, (1.0,) * len(addends), device=device_name(out.device)).run()
+    return out
+
+
+@low_pass_coarse.register_fake
+def _(inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None, cutoff: float, kind: str, triton: bool) -> Tensor:
+    x = inputs[0]
+    coarse = [coarse_length(n, cutoff, kind) for n in picture_size(x)]  # type: ignore[arg-type]
+    return x.new_empty(x.shape[0], x.shape[1], *coarse, dtype=accumulator(x))
+
+
+@torch.library.custom_op("scalediff::low_pass_expand", mutates_args=())
+def low_pass_expand(
+    like: Tensor, coarse: Tensor, gain: float, addends: Sequence[Tensor], weights: Sequence[float], cutoff: float, kind: str, triton: bool
+) -> Tensor:
+    """`sum weights * addends + gain U_y coarse U_x^T`, a new picture of the shape, strides and dtype of `like`."""
+    axes = _axes(picture_size(like), cutoff, kind)
+    if triton:
+        out = torch.empty_like(like)
+        _launch_expand(out, coarse, gain, axes, addends, weights)
+        return out
+    picture = _expand_matmul(like, coarse, gain, axes, addends, weights)
+    return picture if like.is_contiguous() else torch.empty_like(like).copy_(picture)
+
+
+@low_pass_expand.register_fake
+def _(
+    like: Tensor, coarse: Tensor, gain: float, addends: Sequence[Tensor], weights: Sequence[float], cutoff: float, kind: str, triton: bool
+) -> Tensor:
+    return torch.empty_like(like)
+
+
+@torch.library.custom_op("scalediff::low_pass_expand_", mutates_args=("out",))
+def low_pass_expand_(
+    out: Tensor,
+    weight: float,
+    coarse: Tensor,
+    gain: float,
+    addends: Sequence[Tensor],
+    weights: Sequence[float],
+    cutoff: float,
+    kind: str,
+    triton: bool,
+) -> None:
+    """In place: `out <- weight * out + sum weights * addends + gain U_y coarse U_x^T`."""
+    axes = _axes(picture_size(out), cutoff, kind)
+    if triton:
+        _launch_expand(out, coarse, gain, axes, [out, *addends], [weight, *weights])
+    else:
+        out.copy_(_expand_matmul(out, coarse, gain, axes, [out, *addends], [weight, *weights]))
+
+
+Axes = tuple[LowPass, LowPass]
+
+
+def _launch_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> None:
+    from scalediff_kernels.lowpass.launch import separable_launch
+
+    with _on(out):
+        separable_launch(out, [coarse], [gain], axes, "up", addends, weights, device=device_name(out.device)).run()
+
+
+def _expand_matmul(like: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """A new, contiguous picture of the shape and dtype of `like`."""
+    pictures = [flat(x) for x in addends]
+    with _without_autocast(like):
+        return expand_matmul(coarse, gain, axes, pictures, weights, dtype=like.dtype).view(like.shape)
+
+
+def flat(x: Tensor) -> Tensor:
+    """A picture as `[B, C, Y, X]`: a copy where it is packed."""
+    return x.reshape(*x.shape[:2], *picture_size(x))
+
+
+def picture_size(x: Tensor) -> tuple[int, int]:
+    """(Y, X) of a picture, packed or not."""
+    return (x.shape[2] * x.shape[3], x.shape[4] * x.shape[5]) if x.ndim == 6 else (x.shape[2], x.shape[3])
+
+
+def _axes(size: tuple[int, int], cutoff: float, kind: str) -> tuple[LowPass, LowPass]:
+    return LowPass(size[0], cutoff, kind), LowPass(size[1], cutoff, kind)  # type: ignore[arg-type]
+
+
+def _without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _on(x: Tensor) -> torch.cuda.device | nullcontext[None]:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

@@ -1,0 +1,124 @@
+"""Structure guidance folded into the model output: two kernels a step.
+
+Legend: B batch, C channels, Y x X grid.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from scalediff_kernels.lowpass import op
+from scalediff_kernels.lowpass.api import Impl, check_gamma, check_picture, choose
+from scalediff_kernels.lowpass.geometry import Kind, check_filter, coarse_length
+from scalediff_kernels.steps.geometry import NoiseLevel, Prediction, check_prediction, output_change, x0_weights
+
+
+class GuidedStep:
+    """Structure guidance of one stage: from x and a model output, the output that stands for a guided x0.
+
+    `x0 <- x0 + gamma (LP(reference) - LP(x0))` is linear, so it is a change of the model output, and a multi-step solver's history
+    holds guided estimates. The reference's coarse grid is computed once; a step is one pass over x and the output, and one over the
+    output: two kernels on a GPU, four matrix products elsewhere.
+
+    Args:
+        reference: The stage's clean reference, `[B, C, Y, X]` of any strides or packed (`packed_view`); floating point.
+        cutoff, kind, impl: As in `low_pass`; without `"reference"`, and without gradients.
+        prediction: What the model predicts, for `x = signal * x0 + noise * eps`: `"epsilon"`: eps.
+            `"v_prediction"`: `(signal * eps - noise * x0) / sqrt(signal^2 + noise^2)`. `"flow_prediction"`: `eps - x0`. `"sample"`: x0.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `low_pass`; unknown prediction.
+
+    ScaleDiff, arXiv:2510.25818; docs/math/guidance.md derives the weights.
+    """
+
+    def __init__(self, reference: Tensor, *, cutoff: float, prediction: Prediction, kind: Kind = "resize", impl: Impl = "auto") -> None:
+        check_picture("reference", reference)
+        check_filter(cutoff, kind)
+        check_prediction(prediction)
+        for length in op.picture_size(reference):
+            coarse_length(length, cutoff, kind)
+        if impl == "reference":
+            raise ValueError("GuidedStep has the implementations auto, matmul and triton, got impl='reference'")
+        self.cutoff, self.kind, self.prediction, self.impl = cutoff, kind, prediction, impl
+        self._shape, self._device = _picture_shape(reference), reference.device
+        triton = choose(impl, [reference.detach()]) == "triton"
+        self._coarse: Tensor = op.low_pass_coarse([reference.detach()], [1.0], None, cutoff, kind, triton)
+
+    def __call__(
+        self,
+        x: Tensor,
+        output: Tensor,
+        *,
+        level: NoiseLevel,
+        gamma: float,
+        unconditional: Tensor | None = None,
+        guidance_scale: float | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Correct a model output.
+
+        Args:
+            x: The sample the model saw, unscaled; shape and device of the reference, packed or not, any floating dtype.
+            output: The model output, like x; with `unconditional`, that of the conditional pass.
+            level: The noise in x: `NoiseLevel.of_alpha_bar`, `of_sigma`, `of_flow`.
+            gamma: Strength, finite; the paper takes `(1 - abar) / (1 - abar_restart)` for SDXL, sigma for FLUX.
+            unconditional: The output of the unconditional pass; classifier-free guidance is then done on the way.
+            guidance_scale: Of classifier-free guidance, `unconditional + scale (output - unconditional)`.
+            inplace: Write the result into `output`.
+
+        Returns:
+            Shape, strides and dtype of output; summed in fp32 (fp64), rounded once.
+
+        Raises:
+            ValueError: shapes or devices disagree, gamma or the scale is not finite, one of unconditional and its scale is missing, no
+                noise to guide, or a batch that overlaps itself in memory is to be changed in place.
+            TypeError: a tensor is not floating point.
+            NotImplementedError: a tensor requires gradients.
+        """
+        tensors = {"x": x, "output": output} | ({} if unconditional is None else {"unconditional": unconditional})
+        self._check(tensors, gamma, guidance_scale, inplace=inplace)
+        chosen = choose(self.impl, [self._coarse, *tensors.values()])
+        if chosen == "reference":
+            raise NotImplementedError("a guided step has no backward pass and a tensor requires gradients: use torch.no_grad()")
+        triton = chosen == "triton"
+        of_x, of_output = x0_weights(level, self.prediction)
+        gain = gamma * output_change(level, self.prediction)
+        outputs, shares = [output], [1.0]
+        if unconditional is not None and guidance_scale is not None:
+            outputs, shares = [output, unconditional], [guidance_scale, 1 - guidance_scale]
+        terms = [(output, -of_output * share) for output, share in zip(outputs, shares, strict=True)]
+        terms += [(x, -of_x)] if of_x else []
+        pictures, weights = zip(*terms, strict=True)
+        difference = op.low_pass_coarse(pictures, weights, self._coarse, self.cutoff, self.kind, triton)  # coarse(reference - x0)
+        if inplace:
+            op.low_pass_expand_(output, shares[0], difference, gain, outputs[1:], shares[1:], self.cutoff, self.kind, triton)
+            return output
+        guided: Tensor = op.low_pass_expand(output, difference, gain, outputs, shares, self.cutoff, self.kind, triton)
+        return guided
+
+    def _check(self, tensors: dict[str, Tensor], gamma: float, guidance_scale: float | None, *, inplace: bool) -> None:
+        for name, tensor in tensors.items():
+            check_picture(name, tensor)
+            if _picture_shape(tensor) != self._shape or tensor.device != self._device:
+                raise ValueError(
+                    f"{name} must have the reference's shape {self._shape} and device {self._device}, "
+                    f"got {tuple(tensor.shape)} on {tensor.device}"
+                )
+        if len({tensor.shape[3] for tensor in tensors.values() if tensor.ndim == 6}) > 1:
+            raise ValueError(f"packed tensors must be packed alike, got {[tuple(tensor.shape) for tensor in tensors.values()]}")
+        check_gamma(gamma)
+        if ("unconditional" in tensors) != (guidance_scale is not None):
+            raise ValueError(
+                f"classifier-free guidance takes unconditional and guidance_scale together, "
+                f"got {guidance_scale=} {'with' if 'unconditional' in tensors else 'without'} unconditional"
+            )
+        if guidance_scale is not None and not abs(guidance_scale) < float("inf"):
+            raise ValueError(f"guidance_scale must be finite, got {guidance_scale=}")
+        if inplace and any(n > 1 and s == 0 for n, s in zip(tensors["output"].shape, tensors["output"].stride(), strict=True)):
+            raise ValueError(f"an expanded output cannot be changed in place, got strides {tensors['output'].stride()}")
+
+
+def _picture_shape(x: Tensor) -> tuple[int, ...]:
+    """`(B, C, Y, X)`, packed or not."""
+    return (x.shape[0], x.shape[1], *op.picture_size(x))
