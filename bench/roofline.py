@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.compile import Binary, Case, compile_launch
+from bench.binary import Binary, compile_launch
+from bench.compile_attention import Case
 from bench.harness import write_rows
 from scalediff_kernels.neighborhood import config
 

@@ -12,7 +12,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from bench.compile import Binary, Case, check, committed, main_loops, markdown
+from bench import compile_lowpass
+from bench.binary import Binary, main_loops
+from bench.compile import committed, markdown
+from bench.compile_attention import Case
 from bench.roofline import cycles
 
 ROOT = Path(__file__).parents[2]
@@ -54,14 +57,14 @@ def test_faults_are_named() -> None:
     case = Case(128)
     launch = case.launch("sm_90")
     broken = Binary(registers=255, spills=3, shared=300_000, code="HMMA", loops=(("LDSM R1 ;",),))
-    assert check(case, "sm_90", launch, broken) == [
+    assert case.faults("sm_90", launch, broken) == [
         "300000 bytes of shared memory, 232448 there",
         "3 spills",
         "no TMA",
         r"no \bHGMMA",
         "keys or values go through registers in the main loop",
     ]
-    assert check(case, "sm_80", case.launch("sm_80"), Binary(200, 0, 1000, "HMMA", ())) == ["no main loop found", "no cp.async"]
+    assert case.faults("sm_80", case.launch("sm_80"), Binary(200, 0, 1000, "HMMA", ())) == ["no main loop found", "no cp.async"]
 
 
 def test_the_page_is_that_of_the_committed_rows() -> None:
@@ -87,13 +90,32 @@ def test_the_roofline_shown_is_that_of_the_committed_rows() -> None:
     assert shown <= measured
 
 
-def test_a_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
-    """In a process of its own, out of the interpreter: the FLUX shape for sm_90, gated."""
-    code = (
-        "from bench.compile import Case, check, compile_launch; case = Case(128, text=512); launch = case.launch('sm_90');"
-        "binary = compile_launch(launch, 'sm_90'); print(check(case, 'sm_90', launch, binary), len(binary.loops[0]) > 50)"
-    )
+COMPILED = """
+from bench import compile_attention, compile_lowpass
+from bench.binary import compile_launch
+cases = [compile_attention.Case(128, text=512), compile_lowpass.Case("down", "latent", pictures=3)]
+launches = [case.launch("sm_90") for case in cases]
+binaries = [compile_launch(launch, "sm_90") for launch in launches]
+print([case.faults("sm_90", launch, binary) for case, launch, binary in zip(cases, launches, binaries)], len(binaries[0].loops[0]) > 50)
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    """In a process of its own, out of the interpreter: the FLUX shape, and the coarse grid of a guided step, for sm_90, gated."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
-    assert out.strip() == "[] True"
+    command = [sys.executable, "-c", COMPILED]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
+    assert out.strip() == "[[], []] True"
+
+
+def test_faults_of_the_filters_are_named() -> None:
+    case = compile_lowpass.Case("up", "latent")
+    launch = case.launch("sm_90")
+    assert case.faults("sm_90", launch, Binary(255, 3, 300_000, "FFMA", ())) == [
+        "300000 bytes of shared memory, 232448 there",
+        "3 spills",
+        r"no \b(?:HMMA|HGMMA|UTC\w*MMA)\S*TF32",
+        "no loads of 16 bytes",
+        "no stores of 16 bytes",
+    ]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import NamedTuple
 
-MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
 SECTOR = 32  # bytes that memory moves at least
 
 
@@ -20,9 +20,11 @@ class Problem:
     rows: tuple[int, int]
     columns: tuple[int, int]
     taps: tuple[int, int]
-    itemsize: int  # bytes of an element of the largest pictures
+    itemsize: int  # bytes of an element of the pictures
+    planes: int = 1  # batch times channels
     channels: int = 1
     channels_last: bool = False  # channels, not columns, are neighbours in memory
+    packed: bool = False
 
 
 class LaunchConfig(NamedTuple):
@@ -46,21 +48,43 @@ class LaunchConfig(NamedTuple):
 @cache
 def launch_config(problem: Problem, device: str) -> LaunchConfig:
     """Choose the launch of `problem` on `device` (`"sm_90"`, `"gfx942"`, ...): a pure function, no GPU needed."""
-    precision = "ieee" if device.startswith("gfx") else "tf32x3"
-    dense = any(t > 2 * _ratio(c, r) + 2 for r, c, t in zip(problem.rows, problem.columns, problem.taps, strict=True))
-    reduces = problem.rows[0] * problem.rows[1] <= problem.columns[0] * problem.columns[1]
-    channels = min(SECTOR // problem.itemsize, _ceil_power_of_two(problem.channels)) if problem.channels_last else 1
-    if channels > 1:
-        return LaunchConfig((16, 16), channels, (16, 16), precision, 4, 2)
-    if dense:
-        return LaunchConfig((64, 64), 1, (16, 32), precision, 8, 2)
-    if reduces:
-        return LaunchConfig((16, 16), 1, (16, 64), precision, 4, 3)
-    return LaunchConfig((32, 64), 1, (16, 16), precision, 4, 1)
+    amd = device.startswith("gfx")
+    precision = "ieee" if amd else "tf32x3"  # AMD has exact fp32 matrix instructions
+    channels = min(SECTOR // problem.itemsize, _ceil_power_of_two(problem.channels)) if problem.channels_last and not problem.packed else 1
+    tile, steps, warps, stages = _BLOCKS[_kind(problem, channels)]
+    if channels > 8:
+        warps *= 2
+    if amd:  # a warp has 64 threads, and shared memory is small
+        warps, stages = min(warps, 4), 1
+    return LaunchConfig(tile, channels, steps, precision, warps, stages)
 
 
-def _ratio(columns: int, rows: int) -> int:
-    return -(-columns // rows)
+# Tile, steps, warps, stages. Small: few programs, so long steps; large: wide tiles, which read little twice.
+_BLOCKS = {
+    "reduce small": ((16, 16), (32, 64), 8, 3),
+    "reduce large": ((16, 64), (16, 64), 8, 3),
+    "expand": ((32, 64), (16, 16), 8, 1),
+    "dense reduce": ((32, 32), (16, 64), 8, 2),
+    "dense expand": ((32, 64), (16, 32), 8, 1),
+    "packed reduce": ((16, 16), (16, 32), 4, 2),
+    "packed expand": ((16, 32), (16, 16), 4, 1),
+    "channels reduce": ((16, 16), (16, 16), 4, 2),
+    "channels expand": ((16, 16), (16, 16), 4, 1),
+}
+ENOUGH_PROGRAMS = 1024  # several for each multiprocessor of the largest devices
+
+
+def _kind(problem: Problem, channels: int) -> str:
+    direction = "expand" if prod(problem.rows) >= prod(problem.columns) else "reduce"
+    if channels > 1 or problem.packed:
+        return f"{'packed' if problem.packed else 'channels'} {direction}"
+    if any(t > 2 * -(-c // r) + 2 for r, c, t in zip(problem.rows, problem.columns, problem.taps, strict=True)):
+        return f"dense {direction}"
+    if direction == "expand":
+        return "expand"
+    tile = _BLOCKS["reduce large"][0]
+    programs = problem.planes * prod(-(-r // t) for r, t in zip(problem.rows, tile, strict=True))
+    return "reduce large" if programs >= ENOUGH_PROGRAMS else "reduce small"
 
 
 def _ceil_power_of_two(n: int) -> int:

@@ -5,7 +5,8 @@ are pictures and so is the result. A factor comes in tiles of rows, each with th
 matrices, fp32 to its last bits (on NVIDIA three TF32 products). Neither an intermediate picture nor a Fourier transform is stored.
 
 Every axis of a picture may have any stride. Packed latents are pictures too: pixel y = PACK * i + j of an axis lies at
-`i * outer + j * inner`. Several channels go through one program where they, and not the columns, are neighbours in memory.
+`i * outer + j * inner`. Offsets within a batch have 32 bits unless WIDE. Several channels go through one program where they, and not
+the columns, are neighbours in memory.
 
 Legend: B batch, C channels, Y x X pixels in, M rows x columns of an output tile, K pixels of a step, S span.
 """
@@ -17,24 +18,32 @@ import triton.language as tl
 
 
 @triton.jit
-def _offsets(strides, batch, offs_c, offs_y, offs_x, PACK: tl.constexpr):
-    """`[Y, C, X]` in elements; strides of batch, channel, outer and inner row, outer and inner column."""
-    y = (offs_y // PACK).to(tl.int64) * strides[2] + (offs_y % PACK).to(tl.int64) * strides[3]
-    x = (offs_x // PACK).to(tl.int64) * strides[4] + (offs_x % PACK).to(tl.int64) * strides[5]
-    base = batch.to(tl.int64) * strides[0]
-    return base + y[:, None, None] + (offs_c.to(tl.int64) * strides[1])[None, :, None] + x[None, None, :]
+def _offsets(strides, offs_c, offs_y, offs_x, PACK: tl.constexpr, WIDE: tl.constexpr):
+    """`[Y, C, X]` in elements, from the start of a batch; strides of batch, channel, outer and inner row, outer and inner column."""
+    if WIDE:
+        offs_c, offs_y, offs_x = offs_c.to(tl.int64), offs_y.to(tl.int64), offs_x.to(tl.int64)
+    y = offs_y // PACK * strides[2] + offs_y % PACK * strides[3]
+    x = offs_x // PACK * strides[4] + offs_x % PACK * strides[5]
+    return y[:, None, None] + (offs_c * strides[1])[None, :, None] + x[None, None, :]
 
 
 @triton.jit
-def _weighted_sum(refs, weights, strides, batch, offs_c, offs_y, offs_x, mask, COUNT: tl.constexpr, PACK: tl.constexpr):
-    """`sum_i weights_i refs_i`, `[Y, C, X]` in fp32, zero outside the mask."""
-    b_sum = tl.load(refs[0] + _offsets(strides[0], batch, offs_c, offs_y, offs_x, PACK), mask=mask, other=0.0).to(tl.float32) * weights[0]
+def _load(ref, strides, batch, offs_c, offs_y, offs_x, mask, PACK: tl.constexpr, WIDE: tl.constexpr):
+    """`[Y, C, X]` of a picture in fp32, zero outside the mask."""
+    ptrs = ref + batch.to(tl.int64) * strides[0] + _offsets(strides, offs_c, offs_y, offs_x, PACK, WIDE)
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weighted_sum(
+    refs, weights, strides, batch, offs_c, offs_y, offs_x, mask, COUNT: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """`sum_i weights_i refs_i`, `[Y, C, X]` in fp32, zero outside the mask; one to three pictures."""
+    b_sum = _load(refs[0], strides[0], batch, offs_c, offs_y, offs_x, mask, PACK, WIDE) * weights[0]
     if COUNT > 1:
-        b_next = tl.load(refs[1] + _offsets(strides[1], batch, offs_c, offs_y, offs_x, PACK), mask=mask, other=0.0)
-        b_sum += b_next.to(tl.float32) * weights[1]
+        b_sum += _load(refs[1], strides[1], batch, offs_c, offs_y, offs_x, mask, PACK, WIDE) * weights[1]
     if COUNT > 2:
-        b_next = tl.load(refs[2] + _offsets(strides[2], batch, offs_c, offs_y, offs_x, PACK), mask=mask, other=0.0)
-        b_sum += b_next.to(tl.float32) * weights[2]
+        b_sum += _load(refs[2], strides[2], batch, offs_c, offs_y, offs_x, mask, PACK, WIDE) * weights[2]
     return b_sum
 
 
@@ -44,14 +53,14 @@ def separable_kernel(
     inputs,  # COUNT times [B, C, Y, X]
     addends,  # ADDENDS times [B, C, rows_y, rows_x]
     starts_y_ptr,  # [tiles_y]
-    weights_y_ptr,  # [tiles_y, TILE_Y, SPAN_Y]
+    weights_y_ptr,  # [tiles_y, TILE_Y, span_y]
     starts_x_ptr,  # [tiles_x]
-    weights_x_ptr,  # [tiles_x, TILE_X, SPAN_X]
+    weights_x_ptr,  # [tiles_x, TILE_X, span_x]
     input_weights, addend_weights, out_strides, input_strides, addend_strides,
-    channels, length_y, length_x, rows_y, rows_x, tiles_y, tiles_x,
+    channels, length_y, length_x, rows_y, rows_x, tiles_y, tiles_x, span_y, span_x,
     COUNT: tl.constexpr, ADDENDS: tl.constexpr, PACK: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
-    CHANNELS: tl.constexpr, SPAN_Y: tl.constexpr, SPAN_X: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr,
-    ALIGN_X: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CHANNELS: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr, ALIGN_X: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, for CHANNELS channels. Tiles along x are neighbours, then along y, channels, batch: what runs at one time
     shares the pixels that two tiles read."""
@@ -65,28 +74,32 @@ def separable_kernel(
     batch = pid // channel_tiles
     start_y = tl.load(starts_y_ptr + tile_y)
     start_x = tl.multiple_of(tl.load(starts_x_ptr + tile_x), ALIGN_X)
-    weights_y_ptr += tile_y.to(tl.int64) * (TILE_Y * SPAN_Y)
-    weights_x_ptr += tile_x.to(tl.int64) * (TILE_X * SPAN_X)
+    weights_y_ptr += tile_y.to(tl.int64) * TILE_Y * span_y
+    weights_x_ptr += tile_x.to(tl.int64) * TILE_X * span_x
     offs_my, offs_mx = tl.arange(0, TILE_Y), tl.arange(0, TILE_X)
 
+    out_y, out_x = tile_y * TILE_Y + offs_my, tile_x * TILE_X + offs_mx
+    m_out = (out_y < rows_y)[:, None, None] & (offs_c < channels)[None, :, None] & (out_x < rows_x)[None, None, :]
+    if ADDENDS > 0:  # on their way while the products are summed
+        b_add = _weighted_sum(addends, addend_weights, addend_strides, batch, offs_c, out_y, out_x, m_out, ADDENDS, PACK, WIDE)
+
     acc = tl.zeros([TILE_Y * CHANNELS, TILE_X], tl.float32)
-    for step_x in tl.static_range(0, SPAN_X, STEP_X):
+    for step_x in tl.range(0, span_x, STEP_X, num_stages=1):
         offs_x = start_x + step_x + tl.arange(0, STEP_X)
         acc_rows = tl.zeros([TILE_Y, CHANNELS * STEP_X], tl.float32)
-        for step_y in tl.range(0, SPAN_Y, STEP_Y, num_stages=STAGES):
+        for step_y in tl.range(0, span_y, STEP_Y, num_stages=STAGES):
             offs_ky = step_y + tl.arange(0, STEP_Y)
             offs_y = start_y + offs_ky
             mask = (offs_y < length_y)[:, None, None] & (offs_c < channels)[None, :, None] & (offs_x < length_x)[None, None, :]
-            b_in = _weighted_sum(inputs, input_weights, input_strides, batch, offs_c, offs_y, offs_x, mask, COUNT, PACK)
-            b_wy = tl.load(weights_y_ptr + offs_my[:, None] * SPAN_Y + offs_ky[None, :])  # [TILE_Y, STEP_Y]
+            b_in = _weighted_sum(inputs, input_weights, input_strides, batch, offs_c, offs_y, offs_x, mask, COUNT, PACK, WIDE)
+            b_wy = tl.load(weights_y_ptr + offs_my[:, None] * span_y + offs_ky[None, :])  # [TILE_Y, STEP_Y]
             acc_rows = tl.dot(b_wy, b_in.reshape(STEP_Y, CHANNELS * STEP_X), acc_rows, input_precision=PRECISION)
         offs_kx = step_x + tl.arange(0, STEP_X)
-        b_wx = tl.load(weights_x_ptr + offs_mx[None, :] * SPAN_X + offs_kx[:, None])  # [STEP_X, TILE_X]
+        b_wx = tl.load(weights_x_ptr + offs_mx[None, :] * span_x + offs_kx[:, None])  # [STEP_X, TILE_X]
         acc = tl.dot(acc_rows.reshape(TILE_Y * CHANNELS, STEP_X), b_wx, acc, input_precision=PRECISION)
 
-    offs_y, offs_x = tile_y * TILE_Y + offs_my, tile_x * TILE_X + offs_mx
-    mask = (offs_y < rows_y)[:, None, None] & (offs_c < channels)[None, :, None] & (offs_x < rows_x)[None, None, :]
     b_out = acc.reshape(TILE_Y, CHANNELS, TILE_X)
     if ADDENDS > 0:
-        b_out += _weighted_sum(addends, addend_weights, addend_strides, batch, offs_c, offs_y, offs_x, mask, ADDENDS, PACK)
-    tl.store(out_ptr + _offsets(out_strides, batch, offs_c, offs_y, offs_x, PACK), b_out.to(out_ptr.dtype.element_ty), mask=mask)
+        b_out += b_add
+    out_ptr += batch.to(tl.int64) * out_strides[0]
+    tl.store(out_ptr + _offsets(out_strides, offs_c, out_y, out_x, PACK, WIDE), b_out.to(out_ptr.dtype.element_ty), mask=m_out)

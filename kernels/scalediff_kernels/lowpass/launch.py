@@ -42,7 +42,7 @@ def separable_launch(
     taps = tuple(band(axis, side, _CPU, rows=1, block=1, align=1).span for axis in axes)
     pictures = out if side == "up" else inputs[0]
     pack = max(x.shape[3] if x.ndim == 6 else 1 for x in (out, *inputs, *addends))
-    problem = Problem(rows, columns, taps, pictures.element_size(), channels, _is_channels_last(pictures))  # type: ignore[arg-type]
+    problem = Problem(rows, columns, taps, pictures.element_size(), batch * channels, channels, _is_channels_last(pictures), pack > 1)  # type: ignore[arg-type]
     config = config or launch_config(problem, device)
     bands = [
         band(axis, side, out.device, rows=n, block=step, align=align)
@@ -75,13 +75,14 @@ def separable_launch(
         "TILE_Y": config.tile[0],
         "TILE_X": config.tile[1],
         "CHANNELS": config.channels,
-        "SPAN_Y": bands[0].span,
-        "SPAN_X": bands[1].span,
+        "span_y": bands[0].span,
+        "span_x": bands[1].span,
         "STEP_Y": config.steps[0],
         "STEP_X": config.steps[1],
         "ALIGN_X": ALIGN,
         "PRECISION": config.precision,
         "STAGES": config.num_stages,
+        "WIDE": any(_reach(x) >= 2**31 for x in (out, *inputs, *addends)),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -97,6 +98,11 @@ def _strides(x: Tensor, pack: int) -> tuple[int, ...]:
         return x.stride()
     b, c, y, column = x.stride()
     return b, c, pack * y, y, pack * column, column
+
+
+def _reach(x: Tensor) -> int:
+    """The largest offset within a batch, in elements."""
+    return sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
 
 
 def _is_channels_last(x: Tensor) -> bool:
