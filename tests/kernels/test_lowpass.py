@@ -14,7 +14,7 @@ from scalediff_kernels.lowpass.geometry import SMALLEST_RESPONSE, coarse_length
 from scalediff_kernels.lowpass.operators import band, factor
 from scalediff_kernels.testing import assert_within_budget
 
-SHAPES = [(16, 16), (12, 20), (17, 23), (64, 33)]
+SHAPES = [(16, 16), (12, 20), (17, 23), (64, 33), (20, 10)]
 KINDS = ["resize", "gaussian", "butterworth"]
 CPU = torch.device("cpu")
 
@@ -56,6 +56,15 @@ def test_resize_is_two_matrices_per_axis(shape: tuple[int, int], cutoff: float, 
         m = int(n * cutoff)
         axes.append(resize_matrix(m, n, antialias=False) @ resize_matrix(n, m, antialias=True))
     torch.testing.assert_close(low_pass(x, cutoff=cutoff, impl=impl), axes[0] @ x @ axes[1].T, rtol=1e-12, atol=1e-12)
+
+
+def test_a_single_coarse_column_is_right() -> None:
+    """One call of `F.interpolate` for both axes is not, on a CPU: docs/postmortems/0003."""
+    x = picture((33, 5))
+    axes = [resize_matrix(n, m, antialias=True) for n, m in ((33, 8), (5, 1))]
+    exact = resize_matrix(8, 33, antialias=False) @ (axes[0] @ x @ axes[1].T).expand(-1, -1, -1, 5)
+    for impl in ("matmul", "reference"):
+        torch.testing.assert_close(low_pass(x, cutoff=0.25, impl=impl), exact, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)

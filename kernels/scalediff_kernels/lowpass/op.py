@@ -30,7 +30,7 @@ def low_pass_coarse(
             return coarse_matmul([flat(x) for x in inputs], weights, axes, offset)
     from scalediff_kernels.lowpass.launch import separable_launch
 
-    out = inputs[0].new_empty(inputs[0].shape[0], inputs[0].shape[1], axes[0].coarse, axes[1].coarse, dtype=torch.float32)
+    out = torch.empty(*inputs[0].shape[:2], axes[0].coarse, axes[1].coarse, dtype=torch.float32, device=inputs[0].device)
     addends = () if offset is None else (offset,)
     with _on(out):
         separable_launch(out, inputs, weights, axes, "down", addends, (1.0,) * len(addends), device=device_name(out.device)).run()

@@ -15,11 +15,15 @@ from scalediff_kernels.lowpass.geometry import Kind, coarse_length, response
 def low_pass_reference(x: Tensor, *, cutoff: float, kind: Kind) -> Tensor:
     """`LP(x)`, `[B, C, Y, X]` in at least fp32: ScaleDiff's filter (arXiv:2510.25818), or the named frequency response per axis."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if kind == "resize":
-        coarse = coarse_length(x.shape[2], cutoff), coarse_length(x.shape[3], cutoff)
-        down = F.interpolate(x, size=coarse, mode="bilinear", antialias=True, align_corners=False)
-        return F.interpolate(down, size=x.shape[-2:], mode="bilinear", align_corners=False)
-    return _respond(_respond(x, cutoff, kind).transpose(2, 3), cutoff, kind).transpose(2, 3)
+    one_axis = _resize if kind == "resize" else _respond
+    return one_axis(one_axis(x, cutoff, kind).transpose(2, 3), cutoff, kind).transpose(2, 3)
+
+
+def _resize(x: Tensor, cutoff: float, kind: Kind) -> Tensor:
+    """Antialiased bilinear down and bilinear up along the last axis. Both axes in one call is wrong on CPUs for a single coarse column."""
+    height, width = x.shape[2:]
+    down = F.interpolate(x, size=(height, coarse_length(width, cutoff, kind)), mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(down, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def _respond(x: Tensor, cutoff: float, kind: Kind) -> Tensor:

@@ -1,0 +1,204 @@
+"""The low-pass kernel against the fp64 definition, in the interpreter or on a GPU; torch's operators around it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scalediff_kernels import guide_structure, low_pass, mix_frequencies, packed_view
+from scalediff_kernels.lowpass.config import Problem, launch_config
+from scalediff_kernels.lowpass.geometry import Kind
+from scalediff_kernels.testing import assert_within_budget, poisoned_memory
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int, int, int]
+    cutoff: float
+    kind: Kind = "resize"
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+
+    def pictures(self) -> list[Tensor]:
+        return [self._laid_out(torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+    def _laid_out(self, rng: torch.Generator) -> Tensor:
+        batch, channels, height, width = self.shape
+        if self.layout == "packed":
+            tokens = torch.randn(batch, height * width // 4, 4 * channels, generator=rng).to(DEVICE, self.dtype)
+            return packed_view(tokens, grid=(height // 2, width // 2))
+        x = torch.randn(self.shape, generator=rng).to(DEVICE, self.dtype)
+        if self.layout == "channels last":
+            return x.to(memory_format=torch.channels_last)
+        if self.layout == "transposed":
+            return x.transpose(2, 3).contiguous().transpose(2, 3)
+        if self.layout == "cut out":  # of a larger picture, NaN around it
+            return torch.nn.functional.pad(x, (3, 2, 1, 1), value=float("nan"))[..., 1:-1, 3:-2]
+        if self.layout == "expanded":
+            return x[:, :1].expand(self.shape)
+        return x
+
+
+def draw(seed: int) -> Case:
+    rng = random.Random(seed)
+    layout = rng.choice(["contiguous", "contiguous", "channels last", "packed", "transposed", "cut out", "expanded"])
+    sides = [rng.randint(2, 70) * (2 if layout == "packed" else 1) for _ in range(2)]
+    channels = rng.choice([1, 2, 3, 4, 9, 16]) if layout == "channels last" else rng.choice([1, 3])
+    kind: Kind = rng.choice(["resize", "resize", "resize", "gaussian", "butterworth"])
+    cutoff = rng.choice([1 / min(sides), 0.125, 0.25, rng.uniform(0.05, 1), 1.0])
+    cutoff = max(cutoff, 1.01 / min(sides)) if kind == "resize" else cutoff
+    return Case((rng.choice([1, 2]), channels, *sides), min(cutoff, 1.0), kind, rng.choice([torch.float32, torch.float16]), layout)  # type: ignore[arg-type]
+
+
+CALLS: dict[str, Any] = {
+    "low_pass": lambda a, b, **how: low_pass(a, **how),
+    "mix_frequencies": mix_frequencies,
+    "guide_structure": lambda a, b, **how: guide_structure(a, b, gamma=0.7, **how),
+}
+
+
+def assert_right(case: Case, name: str) -> None:
+    a, b = case.pictures()
+    how: dict[str, Any] = {"cutoff": case.cutoff, "kind": case.kind}
+    with poisoned_memory():
+        result = CALLS[name](a, b, **how, impl="triton")
+    eager = CALLS[name](a, b, **how, impl="reference")
+    exact = CALLS[name](a.double(), b.double(), **how, impl="reference")
+    assert result.shape == a.shape
+    if case.layout in ("contiguous", "channels last", "packed", "transposed"):
+        assert result.stride() == a.stride()
+    assert_within_budget(result, eager, exact)
+
+
+CHOSEN = [
+    Case((1, 4, 64, 64), 0.125),
+    Case((2, 3, 40, 33), 0.25, dtype=torch.float16),
+    Case((1, 16, 32, 48), 0.25, layout="packed", dtype=torch.float16),
+    Case((2, 20, 37, 24), 0.125, layout="channels last", dtype=torch.float16),
+    Case((1, 5, 24, 90), 0.3, layout="channels last"),
+    Case((1, 1, 7, 300), 0.15),
+    Case((1, 2, 1, 1), 1.0),
+    Case((1, 2, 30, 50), 1.0),
+    Case((1, 2, 90, 70), 0.2, "gaussian", torch.float16),
+    Case((1, 2, 70, 31), 0.9, "butterworth"),
+    Case((1, 20, 16, 20), 0.1, "gaussian", layout="channels last"),
+]
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda c: f"{c.shape[2]}x{c.shape[3]}-{c.kind}-{c.layout}")
+def test_chosen_problems_keep_the_error_budget(case: Case, name: str) -> None:
+    assert_right(case, name)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_drawn_problems_keep_the_error_budget(seed: int) -> None:
+    assert_right(draw(seed), list(CALLS)[seed % 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(6))
+def test_many_drawn_problems_keep_the_error_budget(block: int) -> None:
+    for seed in range(1000 + 50 * block, 1050 + 50 * block):
+        assert_right(draw(seed), list(CALLS)[seed % 3])
+
+
+def test_many_planes_take_wide_tiles() -> None:
+    case = Case((40, 26, 16, 24), 0.5)
+    problem = Problem((8, 12), (16, 24), (4, 4), 4, planes=1040, channels=26)
+    assert launch_config(problem, "sm_80") != launch_config(Problem((8, 12), (16, 24), (4, 4), 4), "sm_80")
+    assert_right(case, "low_pass")
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows more than 2^31 / 16 elements apart: the storage between them is never touched, so it costs address space and no memory."""
+    if GPU and torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("needs 10 GB of GPU memory")
+    x = Case((1, 2, 17, 20), 0.3, dtype=torch.float16).pictures()[0]
+    far = torch.empty(17 * 2**27 + 4096, dtype=x.dtype, device=DEVICE).as_strided(x.shape, (0, 20, 2**27 + 8, 1))
+    far.copy_(x)
+    assert torch.equal(low_pass(far, cutoff=0.3, impl="triton"), low_pass(x, cutoff=0.3, impl="triton"))
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_opcheck(triton: bool) -> None:
+    a, b = Case((2, 3, 12, 10), 0.25).pictures()
+    ops = torch.ops.scalediff
+    coarse = ops.low_pass_coarse([a, b], [1.0, -0.5], None, 0.25, "resize", triton)
+    torch.library.opcheck(ops.low_pass_coarse.default, ([a, b], [1.0, -0.5], coarse, 0.25, "resize", triton))
+    torch.library.opcheck(ops.low_pass_expand.default, (a, coarse, 0.5, [a, b], [1.0, 2.0], 0.25, "resize", triton))
+    torch.library.opcheck(ops.low_pass_expand_.default, (a.clone(), 1.0, coarse, 0.5, [b], [2.0], 0.25, "resize", triton))
+
+
+@pytest.mark.parametrize("impl", ["matmul", "triton", "reference"])
+@pytest.mark.parametrize("kind", ["resize", "gaussian"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic: bool, kind: Any, impl: Any) -> None:
+    def mixed(a: Tensor, b: Tensor) -> Tensor:
+        return 2 * mix_frequencies(a + 0, b, cutoff=0.25, kind=kind, impl=impl)
+
+    torch._dynamo.reset()  # every parametrization recompiles the same code
+    compiled = torch.compile(mixed, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((16, 12), (20, 8), (13, 19)):
+        a, b = Case((1, 2, *size), 0.25).pictures()
+        torch.testing.assert_close(compiled(a, b), mixed(a, b))
+
+
+def test_works_on_meta_tensors() -> None:
+    x = torch.empty(1, 4, 32, 32, device="meta")
+    for kind in ("resize", "gaussian"):
+        assert low_pass(x, cutoff=0.25, kind=kind).shape == x.shape  # type: ignore[arg-type]
+
+
+def test_inference_mode_leaves_no_inference_tensors_behind() -> None:
+    x = Case((1, 1, 22, 26), 0.25).pictures()[0]
+    with torch.inference_mode():
+        inside = low_pass(x, cutoff=0.25, impl="triton")
+    assert torch.equal(inside, low_pass(x, cutoff=0.25, impl="triton"))
+
+
+def test_a_cpu_tensor_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match=r"needs a CUDA or ROCm device.*device\(type='cpu'\)"):
+        low_pass(torch.zeros(1, 1, 8, 8), cutoff=0.5, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device")
+class TestOnTheGpu:
+    """What only a device can show."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("case", CHOSEN, ids=lambda c: f"{c.shape[2]}x{c.shape[3]}-{c.kind}-{c.layout}")
+    def test_every_dtype(self, case: Case, dtype: torch.dtype) -> None:
+        for name in CALLS:
+            assert_right(Case(**(vars(case) | {"dtype": dtype})), name)
+
+    @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_feature_maps(self, dtype: torch.dtype, layout: str) -> None:
+        assert_right(Case((1, 320, 256, 256), 0.25, dtype=dtype, layout=layout), "mix_frequencies")
+
+    def test_the_same_bits_every_run(self) -> None:
+        x = Case((1, 16, 512, 512), 0.125, dtype=torch.bfloat16).pictures()[0]
+        first = low_pass(x, cutoff=0.125, impl="triton")
+        assert all(torch.equal(first, low_pass(x, cutoff=0.125, impl="triton")) for _ in range(5))
+
+    def test_cuda_graphs_capture_it(self) -> None:
+        a, b = Case((1, 4, 128, 128), 0.125).pictures()
+        expected = mix_frequencies(a, b, cutoff=0.125)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = mix_frequencies(a, b, cutoff=0.125)
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
