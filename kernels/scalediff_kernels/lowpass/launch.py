@@ -39,13 +39,13 @@ def separable_launch(
     """
     batch, channels = out.shape[:2]
     rows, columns = (tuple(a.coarse if s == side else a.length for a in axes) for s in ("down", "up"))
-    taps = tuple(band(axis, side, _CPU, rows=1, block=1, align=1).span for axis in axes)
+    taps = tuple(band(axis, side, _CPU, torch.float32, rows=1).span for axis in axes)
     pictures = out if side == "up" else inputs[0]
     pack = max(x.shape[3] if x.ndim == 6 else 1 for x in (out, *inputs, *addends))
     problem = Problem(rows, columns, taps, pictures.element_size(), batch * channels, channels, _is_channels_last(pictures), pack > 1)  # type: ignore[arg-type]
     config = config or launch_config(problem, device)
     bands = [
-        band(axis, side, out.device, rows=n, block=step, align=align)
+        band(axis, side, out.device, torch.float32, rows=n, block=step, align=align)
         for axis, n, step, align in zip(axes, config.tile, config.steps, (1, ALIGN), strict=True)
     ]
     tiles = tuple(-(-n // t) for n, t in zip(rows, config.tile, strict=True))

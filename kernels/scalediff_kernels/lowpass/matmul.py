@@ -1,43 +1,85 @@
-"""The filters as matrix products, on any device: two per direction, in fp32, or in fp64 for fp64.
+"""The filters as small matrix products on any device, in fp32, or in fp64 for fp64.
 
-Legend: B batch, C channels, Y x X pixels.
+The factors are cut into tiles of rows as for the kernel, so that few zeros are multiplied. On a CPU a few planes
+at a time go through all of it, from cache to cache.
+
+Legend: B batch, C channels, Y x X pixels, K planes of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from scalediff_kernels.lowpass.operators import LowPass, factor
+from scalediff_kernels.lowpass.operators import Band, LowPass, band
+
+DOWN_ROWS, UP_ROWS = 16, 64  # of a tile: the product per row grows with the tile, the calls with their number
+CHUNK_BYTES = 4 * 2**20  # of planes at a time, in a CPU's cache
+
+Axes = tuple[LowPass, LowPass]
 
 
-def coarse_matmul(inputs: Sequence[Tensor], weights: Sequence[float], axes: tuple[LowPass, LowPass], offset: Tensor | None) -> Tensor:
+def coarse_matmul(inputs: Sequence[Tensor], weights: Sequence[float], axes: Axes, offset: Tensor | None) -> Tensor:
     """`offset + D_y (sum weights * inputs) D_x^T`, `[B, C, m_y, m_x]`; inputs `[B, C, Y, X]`."""
-    dtype = accumulator(inputs[0])
-    total = _weighted_sum(inputs, weights, dtype)
-    down_y, down_x = (factor(axis, "down", total.device, dtype) for axis in axes)
-    rows = total.reshape(-1, total.shape[-1]) @ down_x.T  # one plain product over all rows of all pictures
-    coarse = torch.matmul(down_y, rows.view(*total.shape[:-1], -1))
+    like, dtype = inputs[0], accumulator(inputs[0])
+    down_y, down_x = (band(axis, "down", like.device, dtype, rows=DOWN_ROWS) for axis in axes)
+    coarse = torch.empty(*like.shape[:2], axes[0].coarse, axes[1].coarse, dtype=dtype, device=like.device)
+    for planes in _chunks(like, dtype):
+        picture = _weighted_sum([x[planes] for x in inputs], weights, dtype).contiguous()
+        rows = picture.new_empty(picture.shape[0], axes[0].coarse, picture.shape[2])
+        for tile, columns, place in _tiles(down_y, axes[0].coarse):
+            torch.bmm(tile.expand(picture.shape[0], -1, -1), picture[:, columns], out=rows[:, place])
+        _times_transposed(rows, down_x, coarse[planes])
     return coarse if offset is None else coarse.add_(offset)
 
 
 def expand_matmul(
-    coarse: Tensor, gain: float, axes: tuple[LowPass, LowPass], addends: Sequence[Tensor], weights: Sequence[float], *, dtype: torch.dtype
-) -> Tensor:
-    """`sum weights * addends + gain U_y coarse U_x^T`, `[B, C, Y, X]` in `dtype`; addends of that shape."""
-    up_y, up_x = (factor(axis, "up", coarse.device, coarse.dtype) for axis in axes)
-    rows = torch.matmul(up_y, coarse)  # [B, C, Y, m_x]
-    flat = rows.view(-1, rows.shape[-1])
-    if not addends:
-        return torch.mm(flat * gain, up_x.T).view(*rows.shape[:-1], -1).to(dtype)
-    total = _weighted_sum(addends, weights, coarse.dtype)
-    return torch.addmm(total.reshape(-1, total.shape[-1]), flat, up_x.T, alpha=gain).view(total.shape).to(dtype)
+    out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float], *, dtype: torch.dtype
+) -> None:
+    """`out <- sum weights * addends + gain U_y coarse U_x^T`, pictures `[B, C, Y, X]`; out may be an addend. Sums in `dtype`."""
+    up_y, up_x = (band(axis, "up", out.device, dtype, rows=UP_ROWS) for axis in axes)
+    for planes in _chunks(out, dtype):
+        small = gain * coarse[planes].to(dtype)
+        rows = small.new_empty(small.shape[0], axes[0].coarse, axes[1].length)
+        _times_transposed(small, up_x, rows)
+        addend = _weighted_sum([x[planes] for x in addends], weights, dtype) if addends else None
+        for tile, columns, place in _tiles(up_y, axes[0].length):
+            product, target = (tile.expand(rows.shape[0], -1, -1), rows[:, columns]), out[planes][:, place]
+            into = target if out.dtype == dtype else None
+            summed = torch.bmm(*product, out=into) if addend is None else torch.baddbmm(addend[:, place], *product, out=into)
+            if into is None:
+                target.copy_(summed)  # rounded here
+
+
+def _times_transposed(x: Tensor, tiled: Band, out: Tensor) -> None:
+    """`out <- x W^T` along the last axis, W in tiles; x and out contiguous."""
+    flat, flat_out = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    for tile, columns, place in _tiles(tiled, out.shape[-1]):
+        flat_out[:, place] = flat[:, columns] @ tile.T
 
 
 def accumulator(x: Tensor) -> torch.dtype:
+    """In what sums are done: fp32, or fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _chunks(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice]]:
+    """Batch and channels of the planes that are worked on together."""
+    plane = x.shape[2] * x.shape[3] * dtype.itemsize
+    step = max(1, CHUNK_BYTES // plane) if x.device.type == "cpu" else x.shape[1]
+    for batch in range(x.shape[0]):
+        for start in range(0, x.shape[1], step):
+            yield batch, slice(start, start + step)
+
+
+def _tiles(tiled: Band, rows: int) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Every tile's weights `[rows, columns]`, the columns it reads and the rows it makes."""
+    tile_rows = tiled.weights.shape[1]
+    for i, (start, stop) in enumerate(tiled.ranges):
+        place = slice(i * tile_rows, min((i + 1) * tile_rows, rows))
+        yield tiled.weights[i, : place.stop - place.start, : stop - start], slice(start, stop), place
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -45,10 +87,7 @@ def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], dtype: to
     first = tensors[0].to(dtype)
     if len(tensors) == 1:
         return first if weights[0] == 1 else first * weights[0]
-    if weights[0] == 1:
-        total = torch.add(first, tensors[1].to(dtype), alpha=weights[1])
-    else:
-        total = (first * weights[0]).add_(tensors[1].to(dtype), alpha=weights[1])
-    for x, weight in zip(tensors[2:], weights[2:], strict=True):
+    total = first * weights[0]
+    for x, weight in zip(tensors[1:], weights[1:], strict=True):
         total.add_(x.to(dtype), alpha=weight)
     return total

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scalediff_kernels._launch import device_name
 from scalediff_kernels.lowpass.geometry import coarse_length
-from scalediff_kernels.lowpass.matmul import accumulator, coarse_matmul, expand_matmul
+from scalediff_kernels.lowpass.matmul import Axes, accumulator, coarse_matmul, expand_matmul
 from scalediff_kernels.lowpass.operators import LowPass
 
 
@@ -49,13 +49,10 @@ def low_pass_expand(
     like: Tensor, coarse: Tensor, gain: float, addends: Sequence[Tensor], weights: Sequence[float], cutoff: float, kind: str, triton: bool
 ) -> Tensor:
     """`sum weights * addends + gain U_y coarse U_x^T`, a new picture of the shape, strides and dtype of `like`."""
-    axes = _axes(picture_size(like), cutoff, kind)
-    if triton:
-        out = torch.empty_like(like)
-        _launch_expand(out, coarse, gain, axes, addends, weights)
-        return out
-    picture = _expand_matmul(like, coarse, gain, axes, addends, weights)
-    return picture if like.is_contiguous() else torch.empty_like(like).copy_(picture)
+    out = torch.empty_like(like)
+    expand = _launch_expand if triton else _matmul_expand
+    expand(out, coarse, gain, _axes(picture_size(like), cutoff, kind), addends, weights)
+    return out
 
 
 @low_pass_expand.register_fake
@@ -78,14 +75,8 @@ def low_pass_expand_(
     triton: bool,
 ) -> None:
     """In place: `out <- weight * out + sum weights * addends + gain U_y coarse U_x^T`."""
-    axes = _axes(picture_size(out), cutoff, kind)
-    if triton:
-        _launch_expand(out, coarse, gain, axes, [out, *addends], [weight, *weights])
-    else:
-        out.copy_(_expand_matmul(out, coarse, gain, axes, [out, *addends], [weight, *weights]))
-
-
-Axes = tuple[LowPass, LowPass]
+    expand = _launch_expand if triton else _matmul_expand
+    expand(out, coarse, gain, _axes(picture_size(out), cutoff, kind), [out, *addends], [weight, *weights])
 
 
 def _launch_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> None:
@@ -95,11 +86,12 @@ def _launch_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends
         separable_launch(out, [coarse], [gain], axes, "up", addends, weights, device=device_name(out.device)).run()
 
 
-def _expand_matmul(like: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """A new, contiguous picture of the shape and dtype of `like`."""
-    pictures = [flat(x) for x in addends]
-    with _without_autocast(like):
-        return expand_matmul(coarse, gain, axes, pictures, weights, dtype=like.dtype).view(like.shape)
+def _matmul_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> None:
+    picture = out if out.ndim == 4 else torch.empty_like(flat(out))
+    with _without_autocast(out):
+        expand_matmul(picture, coarse, gain, axes, [flat(x) for x in addends], weights, dtype=coarse.dtype)
+    if picture is not out:
+        out.copy_(picture.view(out.shape))
 
 
 def flat(x: Tensor) -> Tensor:
@@ -112,7 +104,7 @@ def picture_size(x: Tensor) -> tuple[int, int]:
     return (x.shape[2] * x.shape[3], x.shape[4] * x.shape[5]) if x.ndim == 6 else (x.shape[2], x.shape[3])
 
 
-def _axes(size: tuple[int, int], cutoff: float, kind: str) -> tuple[LowPass, LowPass]:
+def _axes(size: tuple[int, int], cutoff: float, kind: str) -> Axes:
     return LowPass(size[0], cutoff, kind), LowPass(size[1], cutoff, kind)  # type: ignore[arg-type]
 
 

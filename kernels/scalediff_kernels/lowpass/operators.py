@@ -57,14 +57,16 @@ class LowPass:
 
 @dataclass(frozen=True)
 class Band:
-    """A factor in tiles of rows: tile i reads `span` columns from `starts[i]` on; what lies outside is zero.
+    """A factor in tiles of rows: tile i reads columns from `starts[i]` on; what lies outside its span is zero.
 
-    starts: `[tiles]`, int32; may be such that the last columns lie beyond the factor.
-    weights: `[tiles, rows, span]`, fp32.
+    starts: `[tiles]`, int32; may be such that the last columns of a span lie beyond the factor.
+    weights: `[tiles, rows, span]`.
+    ranges: First column and end of what each tile reads inside the factor.
     """
 
     starts: Tensor
     weights: Tensor
+    ranges: tuple[tuple[int, int], ...]
 
     @property
     def span(self) -> int:
@@ -80,20 +82,21 @@ def factor(axis: LowPass, side: Side, device: torch.device, dtype: torch.dtype) 
 
 
 @lru_cache(maxsize=256)
-def band(axis: LowPass, side: Side, device: torch.device, *, rows: int, block: int, align: int) -> Band:
+def band(axis: LowPass, side: Side, device: torch.device, dtype: torch.dtype, *, rows: int, block: int = 1, align: int = 1) -> Band:
     """A factor in tiles of `rows`; starts are multiples of `align`, the span is a multiple of `block`."""
     full = factor(axis, side, torch.device("cpu"), torch.float64)
     with torch.inference_mode(False), torch.device("cpu"):
-        tiles = -(-full.shape[0] // rows)
+        tiles, length = -(-full.shape[0] // rows), full.shape[1]
         full = torch.nn.functional.pad(full, (0, 0, 0, tiles * rows - full.shape[0])).unflatten(0, (tiles, rows))
         used = full.ne(0).any(dim=1)  # [tiles, columns]
         starts = used.int().argmax(dim=1) // align * align
-        stops = used.shape[1] - used.flip(1).int().argmax(dim=1)
+        stops = length - used.flip(1).int().argmax(dim=1)
         span = -(-int((stops - starts).max()) // block) * block
         columns = starts[:, None] + torch.arange(span)
-        full = torch.nn.functional.pad(full, (0, int(columns.max()) + 1))
+        full = torch.nn.functional.pad(full, (0, max(0, int(columns.max()) + 1 - length)))
         weights = full.gather(2, columns[:, None, :].expand(-1, rows, -1))
-        return Band(starts.to(device, torch.int32), weights.to(device, torch.float32).contiguous())
+        ranges = tuple((start, min(start + span, length)) for start in starts.tolist())
+        return Band(starts.to(device, torch.int32), weights.to(device, dtype).contiguous(), ranges)
 
 
 def _resize(axis: LowPass, side: Side) -> Tensor:
