@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 FACTS = ("torch", "diffusers", "machine", "threads", "commit")
 
 
-def facts() -> dict[str, str]:
-    """Versions, machine and commit of this run; take it once, before measuring, for files may change meanwhile."""
+def facts(device: str = "cpu") -> dict[str, str]:
+    """Versions, machine (of a GPU its name) and commit of this run; take it once, before measuring, for files may change meanwhile."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
@@ -27,11 +27,19 @@ def facts() -> dict[str, str]:
     changed = git("status", "--porcelain", "--", "scalediff", "kernels", "bench/*.py")
     return {
         "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-        "machine": machine(),
+        "diffusers": package_version("diffusers"),
+        "machine": torch.cuda.get_device_name() if device == "cuda" else machine(),
         "threads": str(torch.get_num_threads()),
         "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
     }
+
+
+def package_version(package: str) -> str:
+    """Of an installed package; "absent" where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def machine() -> str:
