@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scalediff_kernels.lowpass.operators import Band, LowPass, band
 
-DOWN_ROWS, UP_ROWS = 16, 64  # of a tile: the product per row grows with the tile, the calls with their number
+TILE = 16  # coarse samples that a tile makes or, twice as many, reads: larger, and zeros are multiplied; smaller, and calls are many
 CHUNK_BYTES = 4 * 2**20  # of planes at a time, in a CPU's cache
 
 Axes = tuple[LowPass, LowPass]
@@ -24,7 +24,7 @@ Axes = tuple[LowPass, LowPass]
 def coarse_matmul(inputs: Sequence[Tensor], weights: Sequence[float], axes: Axes, offset: Tensor | None) -> Tensor:
     """`offset + D_y (sum weights * inputs) D_x^T`, `[B, C, m_y, m_x]`; inputs `[B, C, Y, X]`."""
     like, dtype = inputs[0], accumulator(inputs[0])
-    down_y, down_x = (band(axis, "down", like.device, dtype, rows=DOWN_ROWS) for axis in axes)
+    down_y, down_x = (band(axis, "down", like.device, dtype, rows=TILE) for axis in axes)
     coarse = torch.empty(*like.shape[:2], axes[0].coarse, axes[1].coarse, dtype=dtype, device=like.device)
     for planes in _chunks(like, dtype):
         picture = _weighted_sum([x[planes] for x in inputs], weights, dtype).contiguous()
@@ -39,7 +39,7 @@ def expand_matmul(
     out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float], *, dtype: torch.dtype
 ) -> None:
     """`out <- sum weights * addends + gain U_y coarse U_x^T`, pictures `[B, C, Y, X]`; out may be an addend. Sums in `dtype`."""
-    up_y, up_x = (band(axis, "up", out.device, dtype, rows=UP_ROWS) for axis in axes)
+    up_y, up_x = (band(axis, "up", out.device, dtype, rows=2 * TILE * axis.length // axis.coarse) for axis in axes)
     for planes in _chunks(out, dtype):
         small = gain * coarse[planes].to(dtype)
         rows = small.new_empty(small.shape[0], axes[0].coarse, axes[1].length)
