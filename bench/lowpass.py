@@ -103,7 +103,7 @@ def _fft_mask(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _blurs() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Gaussian blurs of other libraries, where installed, with half of the amplitude at the cutoff."""
+    """Gaussian blurs of other libraries, where installed and working, with half of the amplitude at the cutoff."""
     std = math.sqrt(2 * math.log(2)) / (math.pi * CUTOFF)
     taps = 2 * math.ceil(4 * std) + 1
     blurs: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -111,13 +111,13 @@ def _blurs() -> dict[str, Callable[[Tensor], Tensor]]:
         from torchvision.transforms.functional import gaussian_blur
 
         blurs["torchvision gaussian_blur"] = lambda x: gaussian_blur(x, [taps, taps], [std, std])
-    except ImportError:
+    except (ImportError, RuntimeError):  # torchvision's operators may be built for another torch
         pass
     try:
         from kornia.filters import gaussian_blur2d
 
         blurs["kornia gaussian_blur2d"] = lambda x: gaussian_blur2d(x, (taps, taps), (std, std))
-    except ImportError:
+    except (ImportError, RuntimeError):
         pass
     return blurs
 
