@@ -66,11 +66,11 @@ CALLS: dict[str, Any] = {
 }
 
 
-def assert_right(case: Case, name: str) -> None:
+def assert_right(case: Case, name: str, impl: str = "triton") -> None:
     a, b = case.pictures()
     how: dict[str, Any] = {"cutoff": case.cutoff, "kind": case.kind}
     with poisoned_memory():
-        result = CALLS[name](a, b, **how, impl="triton")
+        result = CALLS[name](a, b, **how, impl=impl)
     eager = CALLS[name](a, b, **how, impl="reference")
     exact = CALLS[name](a.double(), b.double(), **how, impl="reference")
     assert result.shape == a.shape
@@ -103,6 +103,11 @@ def test_chosen_problems_keep_the_error_budget(case: Case, name: str) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_drawn_problems_keep_the_error_budget(seed: int) -> None:
     assert_right(draw(seed), list(CALLS)[seed % 3])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_matrix_products_keep_the_error_budget(seed: int) -> None:
+    assert_right(draw(seed), list(CALLS)[seed % 3], "matmul")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torch import Tensor
 from scalediff_kernels._launch import Launch
 from scalediff_kernels.lowpass.config import LaunchConfig, Problem, launch_config
 from scalediff_kernels.lowpass.kernel import separable_kernel
+from scalediff_kernels.lowpass.matmul import is_channels_last
 from scalediff_kernels.lowpass.operators import LowPass, Side, band
 
 ALIGN = 16  # columns: a tile begins where an aligned load may
@@ -42,7 +43,7 @@ def separable_launch(
     taps = tuple(band(axis, side, _CPU, torch.float32, rows=1).span for axis in axes)
     pictures = out if side == "up" else inputs[0]
     pack = max(x.shape[3] if x.ndim == 6 else 1 for x in (out, *inputs, *addends))
-    problem = Problem(rows, columns, taps, pictures.element_size(), batch * channels, channels, _is_channels_last(pictures), pack > 1)  # type: ignore[arg-type]
+    problem = Problem(rows, columns, taps, pictures.element_size(), batch * channels, channels, is_channels_last(pictures), pack > 1)  # type: ignore[arg-type]
     config = config or launch_config(problem, device)
     bands = [
         band(axis, side, out.device, torch.float32, rows=n, block=step, align=align)
@@ -103,7 +104,3 @@ def _strides(x: Tensor, pack: int) -> tuple[int, ...]:
 def _reach(x: Tensor) -> int:
     """The largest offset within a batch, in elements."""
     return sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.shape[1] > 1 and x.stride(1) < x.stride(-1)

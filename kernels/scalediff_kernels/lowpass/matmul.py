@@ -1,9 +1,9 @@
 """The filters as small matrix products on any device, in fp32, or in fp64 for fp64.
 
-The factors are cut into tiles of rows as for the kernel, so that few zeros are multiplied. On a CPU a few planes
-at a time go through all of it, from cache to cache.
+The factors are cut into tiles of rows as for the kernel, so that few zeros are multiplied. On a CPU a part of the picture at a time goes
+through the long axis, from cache to cache: a few planes, or, where channels are neighbours in memory, a few columns of all channels.
 
-Legend: B batch, C channels, Y x X pixels, K planes of a chunk.
+Legend: B batch, C channels, Y x X pixels, K planes of a part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from scalediff_kernels.lowpass.operators import Band, LowPass, band
 
 TILE = 16  # coarse samples that a tile makes or, twice as many, reads: larger, and zeros are multiplied; smaller, and calls are many
-CHUNK_BYTES = 4 * 2**20  # of planes at a time, in a CPU's cache
+PART_BYTES = 4 * 2**20  # of a picture at a time, in a CPU's cache
 
 Axes = tuple[LowPass, LowPass]
 
@@ -26,12 +26,18 @@ def coarse_matmul(inputs: Sequence[Tensor], weights: Sequence[float], axes: Axes
     like, dtype = inputs[0], accumulator(inputs[0])
     down_y, down_x = (band(axis, "down", like.device, dtype, rows=TILE) for axis in axes)
     coarse = torch.empty(*like.shape[:2], axes[0].coarse, axes[1].coarse, dtype=dtype, device=like.device)
-    for planes in _chunks(like, dtype):
-        picture = _weighted_sum([x[planes] for x in inputs], weights, dtype).contiguous()
-        rows = picture.new_empty(picture.shape[0], axes[0].coarse, picture.shape[2])
-        for tile, columns, place in _tiles(down_y, axes[0].coarse):
-            torch.bmm(tile.expand(picture.shape[0], -1, -1), picture[:, columns], out=rows[:, place])
-        _times_transposed(rows, down_x, coarse[planes])
+    for batch, out in enumerate(coarse):
+        pictures = [x[batch] for x in inputs]
+        if is_channels_last(like):
+            rows = out.new_empty(axes[0].coarse, axes[1].length, like.shape[1])  # [m_y, X, C]
+            for part in _parts(axes[1].length, like.shape[1] * axes[0].length, out):
+                picture = _weighted_sum([x[:, :, part].permute(1, 2, 0) for x in pictures], weights, dtype)
+                rows[:, part] = _times(down_y, picture.flatten(1)[None], axes[0].coarse)[0].unflatten(1, picture.shape[1:])
+            out.copy_(_times(down_x, rows, axes[1].coarse).permute(2, 0, 1))
+        else:
+            for part in _parts(like.shape[1], axes[0].length * axes[1].length, out):
+                picture = _weighted_sum([x[part] for x in pictures], weights, dtype).contiguous()
+                _times_transposed(_times(down_y, picture, axes[0].coarse), down_x, out[part])
     return coarse if offset is None else coarse.add_(offset)
 
 
@@ -40,17 +46,35 @@ def expand_matmul(
 ) -> None:
     """`out <- sum weights * addends + gain U_y coarse U_x^T`, pictures `[B, C, Y, X]`; out may be an addend. Sums in `dtype`."""
     up_y, up_x = (band(axis, "up", out.device, dtype, rows=2 * TILE * axis.length // axis.coarse) for axis in axes)
-    for planes in _chunks(out, dtype):
-        small = gain * coarse[planes].to(dtype)
-        rows = small.new_empty(small.shape[0], axes[0].coarse, axes[1].length)
-        _times_transposed(small, up_x, rows)
-        addend = _weighted_sum([x[planes] for x in addends], weights, dtype) if addends else None
-        for tile, columns, place in _tiles(up_y, axes[0].length):
-            product, target = (tile.expand(rows.shape[0], -1, -1), rows[:, columns]), out[planes][:, place]
-            into = target if out.dtype == dtype else None
-            summed = torch.bmm(*product, out=into) if addend is None else torch.baddbmm(addend[:, place], *product, out=into)
-            if into is None:
-                target.copy_(summed)  # rounded here
+    for batch, target in enumerate(out):
+        small, pictures = gain * coarse[batch].to(dtype), [x[batch] for x in addends]
+        if is_channels_last(out):
+            rows = _times(up_x, small.permute(1, 2, 0).contiguous(), axes[1].length)  # [m_y, X, C]
+            for part in _parts(axes[1].length, out.shape[1] * axes[0].length, small):
+                addend = _weighted_sum([x[:, :, part].permute(1, 2, 0) for x in pictures], weights, dtype) if pictures else None
+                columns = rows[:, part]
+                flat = None if addend is None else addend.flatten(1)[None]
+                summed = _times(up_y, columns.flatten(1)[None], axes[0].length, flat)[0].unflatten(1, columns.shape[1:])
+                target[:, :, part] = summed.permute(2, 0, 1)
+        else:
+            for part in _parts(out.shape[1], axes[0].length * axes[1].length, small):
+                rows = small.new_empty(small[part].shape[0], axes[0].coarse, axes[1].length)
+                _times_transposed(small[part], up_x, rows)
+                addend = _weighted_sum([x[part] for x in pictures], weights, dtype) if pictures else None
+                _times(up_y, rows, axes[0].length, addend, target[part])
+
+
+def _times(tiled: Band, x: Tensor, rows: int, addend: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`addend + W x` for every matrix of the batch `[K, columns, N]`, W in tiles; rounded into `out`, where given, one tile at a time."""
+    if out is None:
+        out = x.new_empty(x.shape[0], rows, x.shape[2])
+    for tile, columns, place in _tiles(tiled, rows):
+        product, target = (tile.expand(x.shape[0], -1, -1), x[:, columns]), out[:, place]
+        into = target if out.dtype == x.dtype else None
+        summed = torch.bmm(*product, out=into) if addend is None else torch.baddbmm(addend[:, place], *product, out=into)
+        if into is None:
+            target.copy_(summed)
+    return out
 
 
 def _times_transposed(x: Tensor, tiled: Band, out: Tensor) -> None:
@@ -60,18 +84,21 @@ def _times_transposed(x: Tensor, tiled: Band, out: Tensor) -> None:
         flat_out[:, place] = flat[:, columns] @ tile.T
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether channels, not columns, are neighbours in memory."""
+    return x.shape[1] > 1 and x.stride(1) < x.stride(-1)
+
+
 def accumulator(x: Tensor) -> torch.dtype:
     """In what sums are done: fp32, or fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _chunks(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice]]:
-    """Batch and channels of the planes that are worked on together."""
-    plane = x.shape[2] * x.shape[3] * dtype.itemsize
-    step = max(1, CHUNK_BYTES // plane) if x.device.type == "cpu" else x.shape[1]
-    for batch in range(x.shape[0]):
-        for start in range(0, x.shape[1], step):
-            yield batch, slice(start, start + step)
+def _parts(length: int, elements: int, like: Tensor) -> Iterator[slice]:
+    """An axis in parts of so many `elements` per step that they stay in a CPU's cache; whole elsewhere."""
+    step = max(1, PART_BYTES // (elements * like.element_size())) if like.device.type == "cpu" else length
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def _tiles(tiled: Band, rows: int) -> Iterator[tuple[Tensor, slice, slice]]:
