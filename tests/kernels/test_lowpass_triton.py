@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalediff_kernels import guide_structure, low_pass, mix_frequencies, packed_view
+from scalediff_kernels import LowPass, guide_structure, low_pass, mix_frequencies, packed_view
 from scalediff_kernels.lowpass.config import Problem, launch_config
 from scalediff_kernels.lowpass.geometry import Kind
+from scalediff_kernels.lowpass.operators import band
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -118,10 +119,31 @@ def test_many_drawn_problems_keep_the_error_budget(block: int) -> None:
 
 
 def test_many_planes_take_wide_tiles() -> None:
-    case = Case((40, 26, 16, 24), 0.5)
-    problem = Problem((8, 12), (16, 24), (4, 4), 4, planes=1040, channels=26)
-    assert launch_config(problem, "sm_80") != launch_config(Problem((8, 12), (16, 24), (4, 4), 4), "sm_80")
-    assert_right(case, "low_pass")
+    assert_right(Case((40, 26, 16, 24), 0.5), "low_pass")
+
+
+DOWN, UP = {"rows": (64, 64), "columns": (512, 512)}, {"rows": (512, 512), "columns": (64, 64)}
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "tile", "channels", "warps"),
+    [
+        (Problem(**DOWN, itemsize=4, planes=4, channels=4), "sm_90", (16, 16), 1, 8),
+        (Problem(**DOWN, itemsize=2, planes=320, channels=320), "sm_90", (16, 64), 1, 8),
+        (Problem(**DOWN, itemsize=2, planes=320, channels=320, channels_last=True), "sm_90", (16, 16), 16, 8),
+        (Problem(**DOWN, itemsize=4, planes=320, channels=320, channels_last=True), "sm_80", (16, 16), 8, 4),
+        (Problem(**DOWN, itemsize=4, planes=3, channels=3, channels_last=True), "sm_80", (16, 16), 4, 4),
+        (Problem(**UP, itemsize=4, planes=4, channels=4), "sm_90", (32, 64), 1, 8),
+        (Problem(**UP, itemsize=4, planes=4, channels=4, dense=True), "sm_90", (32, 64), 1, 8),
+        (Problem(**DOWN, itemsize=4, planes=4, channels=4, dense=True), "gfx942", (32, 32), 1, 4),
+        (Problem(**UP, itemsize=2, planes=16, channels=16, packed=True), "sm_90", (16, 32), 1, 4),
+    ],
+)
+def test_choices_are_pinned(problem: Problem, device: str, tile: tuple[int, int], channels: int, warps: int) -> None:
+    config = launch_config(problem, device)
+    assert (config.tile, config.channels, config.num_warps) == (tile, channels, warps)
+    assert config.precision == ("ieee" if device == "gfx942" else "tf32x3")
+    assert all(n & (n - 1) == 0 and n >= 16 for n in (*config.tile, *config.steps)), "the sides of matrix products in Triton"
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -168,6 +190,7 @@ def test_inference_mode_leaves_no_inference_tensors_behind() -> None:
     x = Case((1, 1, 22, 26), 0.25).pictures()[0]
     with torch.inference_mode():
         inside = low_pass(x, cutoff=0.25, impl="triton")
+        assert not band(LowPass(22, 0.25), "down", x.device, torch.float32, rows=16).weights.is_inference()
     assert torch.equal(inside, low_pass(x, cutoff=0.25, impl="triton"))
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from scalediff_kernels import GuidedStep, NoiseLevel, packed_view
+from scalediff_kernels._launch import has_triton
 from scalediff_kernels.steps.geometry import output_change, x0_weights
 from scalediff_kernels.steps.reference import guided_step_reference
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
 PREDICTIONS: list[Any] = ["epsilon", "v_prediction", "flow_prediction", "sample"]
 LEVELS = [NoiseLevel.of_alpha_bar(0.3), NoiseLevel.of_sigma(2.5), NoiseLevel.of_flow(0.6)]
-IMPLS = ["matmul", pytest.param("triton", marks=pytest.mark.skipif("not __import__('importlib').util.find_spec('triton')"))]
+IMPLS = ["matmul", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="Triton has no build for this platform"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -92,6 +93,23 @@ def test_in_place_gives_the_same_bits_in_the_same_memory(impl: Any, layout: str,
     assert torch.equal(output, new)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 16, 12), (2, 3, 16, 1), (2, 3, 1, 12), (1, 1, 1, 1)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_in_place_whatever_the_strides_of_single_elements(shape: tuple[int, ...], impl: Any) -> None:
+    x, output, reference, _ = pictures(shape, torch.float32)
+    for turn in (lambda t: t, lambda t: t.to(memory_format=torch.channels_last), lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
+        step = GuidedStep(reference, cutoff=1.0, prediction="epsilon", impl=impl)
+        new = step(x, turn(output), level=LEVELS[0], gamma=0.5)
+        assert torch.equal(step(x, turn(output).clone(), level=LEVELS[0], gamma=0.5, inplace=True), new)
+
+
+def test_one_reference_serves_every_batch() -> None:
+    x, output, reference, _ = pictures(dtype=torch.float32)
+    step = GuidedStep(reference[:1], cutoff=0.25, prediction="epsilon")
+    whole = GuidedStep(reference[:1].expand(2, -1, -1, -1), cutoff=0.25, prediction="epsilon")
+    assert torch.equal(step(x, output, level=LEVELS[0], gamma=0.5), whole(x, output, level=LEVELS[0], gamma=0.5))
+
+
 def test_packed_and_plain_agree() -> None:
     tokens = [t.reshape(2, 12 * 16, 12) for t in pictures(dtype=torch.float32)]
     packed = [packed_view(t, grid=(12, 16)) for t in tokens]
@@ -150,6 +168,8 @@ def test_levels() -> None:
     assert NoiseLevel(1.0, 2.0).alpha_bar == pytest.approx(0.2)
     for level in (NoiseLevel.of_alpha_bar(0.2), NoiseLevel.of_sigma(2.0), NoiseLevel.of_flow(2 / 3)):
         assert level.alpha_bar == pytest.approx(0.2)
+    assert NoiseLevel.of_sigma(1e200).alpha_bar == 0
+    assert NoiseLevel(1e-200, 1e-200).alpha_bar == pytest.approx(0.5)
     for make, value, message in (
         (NoiseLevel.of_alpha_bar, 1.5, r"alpha_bar must lie in \[0, 1\], got alpha_bar=1.5"),
         (NoiseLevel.of_flow, -0.1, r"sigma of a flow must lie in \[0, 1\], got sigma=-0.1"),
@@ -174,7 +194,7 @@ def test_what_cannot_be_guided_is_refused() -> None:
         step(x, output[..., 1:], **how)
     with pytest.raises(ValueError, match=r"x must have the reference's shape.*on meta"):
         step(x.to("meta"), output, **how)
-    with pytest.raises(TypeError, match=r"output must be floating point, got x.dtype=torch.int64"):
+    with pytest.raises(TypeError, match=r"output must be floating point .*got x.dtype=torch.int64"):
         step(x, output.long(), **how)
     with pytest.raises(ValueError, match=r"unconditional and guidance_scale together, got guidance_scale=None with unconditional"):
         step(x, output, unconditional=unconditional, **how)
@@ -182,9 +202,12 @@ def test_what_cannot_be_guided_is_refused() -> None:
         step(x, output, guidance_scale=2.0, **how)
     with pytest.raises(ValueError, match=r"guidance_scale must be finite, got guidance_scale=nan"):
         step(x, output, unconditional=unconditional, guidance_scale=float("nan"), **how)
-    with pytest.raises(ValueError, match=r"an expanded output cannot be changed in place, got strides"):
-        step(x, output[:1].expand(2, -1, -1, -1), inplace=True, **how)
-    with pytest.raises(NotImplementedError, match=r"no backward pass and a tensor requires gradients"):
+    for overlapping in (output[:1].expand(2, -1, -1, -1), output.as_strided((2, 3, 24, 32), (600, 200, 8, 1))):
+        with pytest.raises(ValueError, match=r"an output that overlaps itself cannot be changed in place, got .* with strides"):
+            step(x, overlapping, inplace=True, **how)
+    with pytest.raises(ValueError, match=r"must be finite in fp32, got gain=-?1e\+300"):
+        GuidedStep(reference, cutoff=0.25, prediction="sample")(x, output, level=LEVELS[0], gamma=1e300)
+    with pytest.raises(NotImplementedError, match=r"no derivative and one is wanted"):
         step(x, output.requires_grad_(), **how)
     with torch.no_grad():
         step(x, output, **how)

@@ -26,8 +26,8 @@ def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "a
     """Keep the low frequencies of a picture.
 
     Args:
-        x: `[B, C, Y, X]` of any strides, or a view of packed latents, `[B, C, Y / P, P, X / P, P]` (`packed_view`). Floating point;
-            filtered in fp32, or in fp64 if it is fp64.
+        x: `[B, C, Y, X]` of any strides, or a view of packed latents, `[B, C, Y / P, P, X / P, P]` (`packed_view`). fp16, bf16, fp32
+            or fp64; filtered in fp32, or in fp64 if it is fp64.
         cutoff: Kept fraction of the Nyquist frequency, in (0, 1]; the paper takes 0.125 for SDXL, 0.25 for FLUX.
         kind: `"resize"` is the paper's: antialiased bilinear down to `int(length * cutoff)` pixels, bilinear up.
             `"gaussian"`, `2^-(f / cutoff)^2`, and `"butterworth"`, `1 / (1 + (f / cutoff)^8)`, are gains per axis at
@@ -37,11 +37,11 @@ def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "a
             the reference where gradients are required, else matmul.
 
     Returns:
-        A picture of the shape, strides and dtype of x.
+        A picture of the shape and dtype of x, and of its strides where it is dense.
 
     Raises:
         ValueError: the cutoff is outside (0, 1] or leaves no coarse pixel, or x has another shape; unknown kind or impl.
-        TypeError: x is not floating point.
+        TypeError: x is of another dtype.
         NotImplementedError: a named implementation that cannot run here, or not with gradients.
 
     ScaleDiff, arXiv:2510.25818.
@@ -59,7 +59,7 @@ def mix_frequencies(high: Tensor, low: Tensor, *, cutoff: float, kind: Kind = "r
         cutoff, kind, impl: As in `low_pass`.
 
     Returns:
-        A picture of the shape, strides and dtype of high; summed in fp32 (fp64), rounded once.
+        A picture like high; summed in fp32 (fp64), rounded once.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `low_pass`; high and low disagree.
@@ -82,7 +82,7 @@ def guide_structure(x0: Tensor, reference: Tensor, *, gamma: float, cutoff: floa
         cutoff, kind, impl: As in `low_pass`.
 
     Returns:
-        A picture of the shape, strides and dtype of x0; summed in fp32 (fp64), rounded once.
+        A picture like x0; summed in fp32 (fp64), rounded once.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `low_pass`; x0 and reference disagree, or gamma is not finite.
@@ -106,8 +106,10 @@ def packed_view(tokens: Tensor, *, grid: tuple[int, int], patch: int = 2) -> Ten
         A view `[B, C, Y / patch, patch, X / patch, patch]`, a picture for every function here.
 
     Raises:
-        ValueError: the shape does not fit the grid and patch.
+        ValueError: the shape does not fit the grid and patch, or these are not positive.
     """
+    if min(*grid, patch) < 1:
+        raise ValueError(f"grid and patch must be positive, got {grid=} and {patch=}")
     if tokens.ndim != 3 or tokens.shape[1] != grid[0] * grid[1] or tokens.shape[2] % patch**2:
         raise ValueError(f"tokens must be [B, {grid[0] * grid[1]}, C * {patch**2}] for {grid=} and {patch=}, got {tuple(tokens.shape)=}")
     view: Tensor = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, grid).permute(0, 3, 1, 4, 2, 5)
@@ -133,9 +135,10 @@ def choose(impl: str, tensors: Sequence[Tensor]) -> str:
     """The implementation that runs; refuses a named one that cannot."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl=}")
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    gradients = forward_mode or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     if gradients and impl in ("matmul", "triton"):
-        raise NotImplementedError(f"{impl=} has no backward pass and a tensor requires gradients: use torch.no_grad() or impl='auto'")
+        raise NotImplementedError(f"{impl=} has no derivative and one is wanted: use torch.no_grad() or impl='auto'")
     refused = "the kernel takes fp16, bf16 and fp32" if any(x.dtype not in DTYPES for x in tensors) else device_refusal(tensors[0].device)
     if impl == "triton" and (refused or not has_triton()):
         raise NotImplementedError(f"impl='triton': {refused or 'the triton package is not installed'}, got {tensors[0].dtype=}")
@@ -166,7 +169,7 @@ def _apply(
         terms = [w * op.flat(x).to(torch.promote_types(x.dtype, torch.float32)) for x, w in zip(inputs, weights, strict=True)]
         out = gain * low_pass_reference(sum(terms[1:], terms[0]), cutoff=cutoff, kind=kind)
         out = out if addend is None else op.flat(addend) + out
-        return out.to(like.dtype).view(like.shape)
+        return torch.empty_like(like).copy_(out.reshape(like.shape))
     triton = chosen == "triton"
     coarse = op.low_pass_coarse(inputs, weights, None, cutoff, kind, triton)
     addends = [] if addend is None else [addend]
@@ -179,5 +182,5 @@ def check_picture(name: str, x: Tensor) -> None:
     packed = x.ndim == 6 and x.shape[3] == x.shape[5]
     if (x.ndim != 4 and not packed) or 0 in x.shape:
         raise ValueError(f"{name} must be [B, C, Y, X], or [B, C, Y / P, P, X / P, P], with no empty axis, got {tuple(x.shape)=}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype=}")
+    if x.dtype not in (*DTYPES, torch.float64):
+        raise TypeError(f"{name} must be floating point (fp16, bf16, fp32 or fp64), got {x.dtype=}")

@@ -1,6 +1,6 @@
 """Which program computes a separable map: tiles and steps, chosen from integers alone.
 
-Legend: a map takes `columns` pixels of an axis to `rows`; `taps` is the most that one row reads.
+Legend: a map takes `columns` pixels of an axis to `rows`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Problem:
 
     rows: tuple[int, int]
     columns: tuple[int, int]
-    taps: tuple[int, int]
     itemsize: int  # bytes of an element of the pictures
     planes: int = 1  # batch times channels
     channels: int = 1
     channels_last: bool = False  # channels, not columns, are neighbours in memory
     packed: bool = False
+    dense: bool = False  # every row of the factors reads every pixel
 
 
 class LaunchConfig(NamedTuple):
@@ -78,7 +78,7 @@ def _kind(problem: Problem, channels: int) -> str:
     direction = "expand" if prod(problem.rows) >= prod(problem.columns) else "reduce"
     if channels > 1 or problem.packed:
         return f"{'packed' if problem.packed else 'channels'} {direction}"
-    if any(t > 2 * -(-c // r) + 2 for r, c, t in zip(problem.rows, problem.columns, problem.taps, strict=True)):
+    if problem.dense:
         return f"dense {direction}"
     if direction == "expand":
         return "expand"

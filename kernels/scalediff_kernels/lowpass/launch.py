@@ -39,11 +39,14 @@ def separable_launch(
     `config` takes the place of the table's, for whoever tunes.
     """
     batch, channels = out.shape[:2]
-    rows, columns = (tuple(a.coarse if s == side else a.length for a in axes) for s in ("down", "up"))
-    taps = tuple(band(axis, side, _CPU, torch.float32, rows=1).span for axis in axes)
+    coarse, length = (axes[0].coarse, axes[1].coarse), (axes[0].length, axes[1].length)
+    rows, columns = (coarse, length) if side == "down" else (length, coarse)
     pictures = out if side == "up" else inputs[0]
     pack = max(x.shape[3] if x.ndim == 6 else 1 for x in (out, *inputs, *addends))
-    problem = Problem(rows, columns, taps, pictures.element_size(), batch * channels, channels, is_channels_last(pictures), pack > 1)  # type: ignore[arg-type]
+    dense = any(axis.kind != "resize" for axis in axes)
+    problem = Problem(
+        rows, columns, pictures.element_size(), batch * channels, channels, is_channels_last(pictures), packed=pack > 1, dense=dense
+    )
     config = config or launch_config(problem, device)
     bands = [
         band(axis, side, out.device, torch.float32, rows=n, block=step, align=align)
@@ -88,9 +91,6 @@ def separable_launch(
         "num_stages": config.num_stages,
     }
     return Launch(separable_kernel, batch * -(-channels // config.channels) * prod(tiles), arguments, config)
-
-
-_CPU = torch.device("cpu")
 
 
 def _strides(x: Tensor, pack: int) -> tuple[int, ...]:

@@ -24,44 +24,65 @@ Axes = tuple[LowPass, LowPass]
 def coarse_matmul(inputs: Sequence[Tensor], weights: Sequence[float], axes: Axes, offset: Tensor | None) -> Tensor:
     """`offset + D_y (sum weights * inputs) D_x^T`, `[B, C, m_y, m_x]`; inputs `[B, C, Y, X]`."""
     like, dtype = inputs[0], accumulator(inputs[0])
-    down_y, down_x = (band(axis, "down", like.device, dtype, rows=TILE) for axis in axes)
     coarse = torch.empty(*like.shape[:2], axes[0].coarse, axes[1].coarse, dtype=dtype, device=like.device)
-    for batch, out in enumerate(coarse):
-        pictures = [x[batch] for x in inputs]
-        if is_channels_last(like):
-            rows = out.new_empty(axes[0].coarse, axes[1].length, like.shape[1])  # [m_y, X, C]
-            for part in _parts(axes[1].length, like.shape[1] * axes[0].length, out):
-                picture = _weighted_sum([x[:, :, part].permute(1, 2, 0) for x in pictures], weights, dtype)
-                rows[:, part] = _times(down_y, picture.flatten(1)[None], axes[0].coarse)[0].unflatten(1, picture.shape[1:])
-            out.copy_(_times(down_x, rows, axes[1].coarse).permute(2, 0, 1))
-        else:
-            for part in _parts(like.shape[1], axes[0].length * axes[1].length, out):
-                picture = _weighted_sum([x[part] for x in pictures], weights, dtype).contiguous()
-                _times_transposed(_times(down_y, picture, axes[0].coarse), down_x, out[part])
+    reduce = _reduce_pixels if is_channels_last(like) else _reduce_planes
+    bands = [band(axis, "down", like.device, dtype, rows=TILE) for axis in axes]
+    for out, *pictures in zip(*_by_batch(coarse, *inputs), strict=True):
+        reduce(out, pictures, weights, bands)
     return coarse if offset is None else coarse.add_(offset)
 
 
-def expand_matmul(
-    out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float], *, dtype: torch.dtype
-) -> None:
-    """`out <- sum weights * addends + gain U_y coarse U_x^T`, pictures `[B, C, Y, X]`; out may be an addend. Sums in `dtype`."""
-    up_y, up_x = (band(axis, "up", out.device, dtype, rows=2 * TILE * axis.length // axis.coarse) for axis in axes)
-    for batch, target in enumerate(out):
-        small, pictures = gain * coarse[batch].to(dtype), [x[batch] for x in addends]
-        if is_channels_last(out):
-            rows = _times(up_x, small.permute(1, 2, 0).contiguous(), axes[1].length)  # [m_y, X, C]
-            for part in _parts(axes[1].length, out.shape[1] * axes[0].length, small):
-                addend = _weighted_sum([x[:, :, part].permute(1, 2, 0) for x in pictures], weights, dtype) if pictures else None
-                columns = rows[:, part]
-                flat = None if addend is None else addend.flatten(1)[None]
-                summed = _times(up_y, columns.flatten(1)[None], axes[0].length, flat)[0].unflatten(1, columns.shape[1:])
-                target[:, :, part] = summed.permute(2, 0, 1)
-        else:
-            for part in _parts(out.shape[1], axes[0].length * axes[1].length, small):
-                rows = small.new_empty(small[part].shape[0], axes[0].coarse, axes[1].length)
-                _times_transposed(small[part], up_x, rows)
-                addend = _weighted_sum([x[part] for x in pictures], weights, dtype) if pictures else None
-                _times(up_y, rows, axes[0].length, addend, target[part])
+def expand_matmul(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """`out <- sum weights * addends + gain U_y coarse U_x^T`, pictures `[B, C, Y, X]`; out may be an addend. Sums in coarse's dtype."""
+    expand = _expand_pixels if is_channels_last(out) else _expand_planes
+    bands = [band(axis, "up", out.device, coarse.dtype, rows=2 * TILE * axis.length // axis.coarse) for axis in axes]
+    for target, small, *pictures in zip(*_by_batch(out, coarse, *addends), strict=True):
+        expand(target, gain * small, pictures, weights, bands)
+
+
+def _reduce_planes(out: Tensor, pictures: list[Tensor], weights: Sequence[float], bands: list[Band]) -> None:
+    """`[C, Y, X]` to `[C, m_y, m_x]`, some planes at a time."""
+    planes, height, width = pictures[0].shape
+    for part in _parts(planes, height * width, out):
+        picture = _weighted_sum([x[part] for x in pictures], weights, out.dtype).contiguous()
+        _times_transposed(_times(bands[0], picture, out.shape[1]), bands[1], out[part])
+
+
+def _expand_planes(out: Tensor, small: Tensor, pictures: list[Tensor], weights: Sequence[float], bands: list[Band]) -> None:
+    planes, height, width = out.shape
+    for part in _parts(planes, height * width, small):
+        rows = small.new_empty(small[part].shape[0], small.shape[1], width)
+        _times_transposed(small[part], bands[1], rows)
+        addend = _weighted_sum([x[part] for x in pictures], weights, small.dtype) if pictures else None
+        _times(bands[0], rows, height, addend, out[part])
+
+
+def _reduce_pixels(out: Tensor, pictures: list[Tensor], weights: Sequence[float], bands: list[Band]) -> None:
+    """The same where channels are neighbours in memory, some columns of all channels at a time."""
+    channels, height, width = pictures[0].shape
+    rows = out.new_empty(out.shape[1], width, channels)
+    for part in _parts(width, channels * height, out):
+        picture = _weighted_sum([x[:, :, part].permute(1, 2, 0) for x in pictures], weights, out.dtype)  # [Y, columns, C]
+        rows[:, part] = _times(bands[0], picture.flatten(1)[None], out.shape[1])[0].unflatten(1, picture.shape[1:])
+    out.copy_(_times(bands[1], rows, out.shape[2]).permute(2, 0, 1))
+
+
+def _expand_pixels(out: Tensor, small: Tensor, pictures: list[Tensor], weights: Sequence[float], bands: list[Band]) -> None:
+    channels, height, width = out.shape
+    rows = _times(bands[1], small.permute(1, 2, 0).contiguous(), width)  # [m_y, X, C]
+    for part in _parts(width, channels * height, small):
+        columns, addend = rows[:, part], None
+        if pictures:
+            addend = _weighted_sum([x[:, :, part].permute(1, 2, 0) for x in pictures], weights, small.dtype).flatten(1)[None]
+        summed = _times(bands[0], columns.flatten(1)[None], height, addend)[0].unflatten(1, columns.shape[1:])
+        out[:, :, part] = summed.permute(2, 0, 1)
+
+
+def _by_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Iterate over `[C, Y, X]` of each batch; one batch of all planes where memory allows it."""
+    if all(x.is_contiguous() for x in tensors):
+        return tuple(x.view(1, -1, *x.shape[2:]) for x in tensors)
+    return tensors
 
 
 def _times(tiled: Band, x: Tensor, rows: int, addend: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -70,8 +91,8 @@ def _times(tiled: Band, x: Tensor, rows: int, addend: Tensor | None = None, out:
         out = x.new_empty(x.shape[0], rows, x.shape[2])
     for tile, columns, place in _tiles(tiled, rows):
         product, target = (tile.expand(x.shape[0], -1, -1), x[:, columns]), out[:, place]
-        into = target if out.dtype == x.dtype else None
-        summed = torch.bmm(*product, out=into) if addend is None else torch.baddbmm(addend[:, place], *product, out=into)
+        into = target if out.dtype == x.dtype and addend is None else None  # the addend may be out itself
+        summed = torch.bmm(*product, out=into) if addend is None else torch.baddbmm(addend[:, place], *product)
         if into is None:
             target.copy_(summed)
     return out

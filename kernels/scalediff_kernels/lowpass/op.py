@@ -89,7 +89,7 @@ def _launch_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends
 def _matmul_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> None:
     picture = out if out.ndim == 4 else torch.empty_like(flat(out))
     with _without_autocast(out):
-        expand_matmul(picture, coarse, gain, axes, [flat(x) for x in addends], weights, dtype=coarse.dtype)
+        expand_matmul(picture, coarse, gain, axes, [flat(x) for x in addends], weights)
     if picture is not out:
         out.copy_(picture.view(out.shape))
 

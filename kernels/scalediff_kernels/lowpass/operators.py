@@ -3,7 +3,7 @@
 `"resize"`: antialiased bilinear down, bilinear up; a row holds a few pixels. `"gaussian"` and `"butterworth"`: the cosine
 modes (DCT-II) that the response keeps, weighted by it; exact at every mode, reflecting at the border.
 
-Built in fp64, kept per device and dtype. For the kernel a factor is cut into tiles of rows, each with the columns it reads.
+Built in fp64. What computes gets a factor in tiles of rows, each with the columns it reads, kept per device and dtype.
 
 Legend: n pixels, m coarse samples of one axis.
 """
@@ -37,6 +37,8 @@ class LowPass:
     kind: Kind = "resize"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"length must be a positive integer, got {self.length=}")
         coarse_length(self.length, self.cutoff, self.kind)
 
     @property
@@ -46,13 +48,13 @@ class LowPass:
 
     @property
     def down(self) -> Tensor:
-        """`[m, n]`, fp64."""
-        return factor(self, "down", torch.device("cpu"), torch.float64)
+        """`[m, n]`, fp64, built anew."""
+        return _factor(self, "down")
 
     @property
     def up(self) -> Tensor:
-        """`[n, m]`, fp64."""
-        return factor(self, "up", torch.device("cpu"), torch.float64)
+        """`[n, m]`, fp64, built anew."""
+        return _factor(self, "up")
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,9 @@ class Band:
 
 
 @lru_cache(maxsize=256)
-def factor(axis: LowPass, side: Side, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One factor on a device: built once, to be read only."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        build = _resize if axis.kind == "resize" else _modes
-        return build(axis, side).to(device, dtype)
-
-
-@lru_cache(maxsize=256)
 def band(axis: LowPass, side: Side, device: torch.device, dtype: torch.dtype, *, rows: int, block: int = 1, align: int = 1) -> Band:
-    """A factor in tiles of `rows`; starts are multiples of `align`, the span is a multiple of `block`."""
-    full = factor(axis, side, torch.device("cpu"), torch.float64)
+    """A factor in tiles of `rows`, kept; starts are multiples of `align`, the span is a multiple of `block`."""
+    full = _factor(axis, side)
     with torch.inference_mode(False), torch.device("cpu"):
         tiles, length = -(-full.shape[0] // rows), full.shape[1]
         full = torch.nn.functional.pad(full, (0, 0, 0, tiles * rows - full.shape[0])).unflatten(0, (tiles, rows))
@@ -97,6 +91,12 @@ def band(axis: LowPass, side: Side, device: torch.device, dtype: torch.dtype, *,
         weights = full.gather(2, columns[:, None, :].expand(-1, rows, -1))
         ranges = tuple((start, min(start + span, length)) for start in starts.tolist())
         return Band(starts.to(device, torch.int32), weights.to(device, dtype).contiguous(), ranges)
+
+
+def _factor(axis: LowPass, side: Side) -> Tensor:
+    """In fp64 on the CPU, whatever modes and default devices the caller is in."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _resize(axis, side) if axis.kind == "resize" else _modes(axis, side)
 
 
 def _resize(axis: LowPass, side: Side) -> Tensor:

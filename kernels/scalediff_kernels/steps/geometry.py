@@ -48,7 +48,8 @@ class NoiseLevel:
 
     @property
     def alpha_bar(self) -> float:
-        return self.signal**2 / (self.signal**2 + self.noise**2)
+        """Share of the signal: `signal^2 / (signal^2 + noise^2)`."""
+        return (self.signal / math.hypot(self.signal, self.noise)) ** 2
 
 
 def x0_weights(level: NoiseLevel, prediction: Prediction) -> tuple[float, float]:
@@ -66,7 +67,7 @@ def x0_weights(level: NoiseLevel, prediction: Prediction) -> tuple[float, float]
         return 0.0, 1.0
     if prediction == "v_prediction":
         r = math.hypot(a, s)
-        return a / r**2, -s / r
+        return a / r / r, -s / r
     if prediction == "flow_prediction":
         return 1 / (a + s), -s / (a + s)
     if a == 0:
