@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +98,7 @@ CHOSEN = [
     Case((1, 2, 70, 31), 0.9, "butterworth"),
     Case((1, 20, 16, 20), 0.1, "gaussian", layout="channels last"),
 ]
+LATENTS = [Case((1, 4, 512, 512), cutoff) for cutoff in (0.125, 0.25)]  # sums at their real lengths
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -128,15 +134,15 @@ DOWN, UP = {"rows": (64, 64), "columns": (512, 512)}, {"rows": (512, 512), "colu
 @pytest.mark.parametrize(
     ("problem", "device", "tile", "channels", "warps"),
     [
-        (Problem(**DOWN, itemsize=4, planes=4, channels=4), "sm_90", (16, 16), 1, 8),
+        (Problem(**DOWN, itemsize=4, planes=4, channels=4), "sm_90", (16, 16), 1, 4),
         (Problem(**DOWN, itemsize=2, planes=320, channels=320), "sm_90", (16, 64), 1, 8),
-        (Problem(**DOWN, itemsize=2, planes=320, channels=320, channels_last=True), "sm_90", (16, 16), 16, 8),
-        (Problem(**DOWN, itemsize=4, planes=320, channels=320, channels_last=True), "sm_80", (16, 16), 8, 4),
-        (Problem(**DOWN, itemsize=4, planes=3, channels=3, channels_last=True), "sm_80", (16, 16), 4, 4),
+        (Problem(**DOWN, itemsize=2, planes=320, channels=320, channels_last=True), "sm_90", (16, 16), 16, 16),
+        (Problem(**DOWN, itemsize=4, planes=320, channels=320, channels_last=True), "sm_80", (16, 16), 8, 8),
+        (Problem(**DOWN, itemsize=4, planes=3, channels=3, channels_last=True), "sm_80", (16, 16), 4, 8),
         (Problem(**UP, itemsize=4, planes=4, channels=4), "sm_90", (32, 64), 1, 8),
         (Problem(**UP, itemsize=4, planes=4, channels=4, dense=True), "sm_90", (32, 64), 1, 8),
         (Problem(**DOWN, itemsize=4, planes=4, channels=4, dense=True), "gfx942", (32, 32), 1, 4),
-        (Problem(**UP, itemsize=2, planes=16, channels=16, packed=True), "sm_90", (16, 32), 1, 4),
+        (Problem(**UP, itemsize=2, planes=16, channels=16, scattered=True), "sm_90", (16, 32), 1, 4),
     ],
 )
 def test_choices_are_pinned(problem: Problem, device: str, tile: tuple[int, int], channels: int, warps: int) -> None:
@@ -200,6 +206,18 @@ def test_a_cpu_tensor_is_refused_without_the_interpreter(monkeypatch: pytest.Mon
         low_pass(torch.zeros(1, 1, 8, 8), cutoff=0.5, impl="triton")
 
 
+SANITIZED = """
+import torch
+from scalediff_kernels import low_pass, mix_frequencies
+for shape, kind, last in (((1, 3, 70, 45), "resize", False), ((2, 20, 33, 40), "resize", True), ((1, 2, 50, 64), "gaussian", False)):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(shape, device="cuda", dtype=dtype)
+        x = x.to(memory_format=torch.channels_last) if last else x
+        mix_frequencies(x, low_pass(x, cutoff=0.3, kind=kind), cutoff=0.2, kind=kind)
+torch.cuda.synchronize()
+"""
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device")
 class TestOnTheGpu:
@@ -210,6 +228,12 @@ class TestOnTheGpu:
     def test_every_dtype(self, case: Case, dtype: torch.dtype) -> None:
         for name in CALLS:
             assert_right(Case(**(vars(case) | {"dtype": dtype})), name)
+
+    @pytest.mark.parametrize("case", LATENTS, ids=lambda c: str(c.cutoff))
+    def test_latents(self, case: Case) -> None:
+        """In fp32, which three TF32 products must reach; the interpreter has no TF32."""
+        for name in CALLS:
+            assert_right(case, name)
 
     @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -230,3 +254,28 @@ class TestOnTheGpu:
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, expected)
+
+    def test_inductor(self) -> None:
+        def mixed(a: Tensor, b: Tensor) -> Tensor:
+            return 2 * mix_frequencies(a + 0, b, cutoff=0.25)
+
+        torch._dynamo.reset()
+        a, b = Case((1, 4, 64, 48), 0.25, dtype=torch.float16).pictures()
+        torch.testing.assert_close(torch.compile(mixed, fullgraph=True)(a, b), mixed(a, b))
+
+    def test_no_memory_beyond_the_result_and_the_coarse_grid(self) -> None:
+        x = Case((1, 64, 256, 256), 0.125, dtype=torch.float16).pictures()[0]
+        low_pass(x, cutoff=0.125)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = low_pass(x, cutoff=0.125)
+        assert torch.cuda.max_memory_allocated() - before <= out.nbytes + 64 * 32 * 32 * 4
+
+    @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+    def test_compute_sanitizer(self, tool: str) -> None:
+        if shutil.which("compute-sanitizer") is None:
+            pytest.skip("compute-sanitizer is not installed")
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -23,7 +23,7 @@ class Problem:
     planes: int = 1  # batch times channels
     channels: int = 1
     channels_last: bool = False  # channels, not columns, are neighbours in memory
-    packed: bool = False
+    scattered: bool = False  # packed, or rows that begin where no aligned load may
     dense: bool = False  # every row of the factors reads every pixel
 
 
@@ -50,7 +50,7 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
     """Choose the launch of `problem` on `device` (`"sm_90"`, `"gfx942"`, ...): a pure function, no GPU needed."""
     amd = device.startswith("gfx")
     precision = "ieee" if amd else "tf32x3"  # AMD has exact fp32 matrix instructions
-    channels = min(SECTOR // problem.itemsize, _ceil_power_of_two(problem.channels)) if problem.channels_last and not problem.packed else 1
+    channels = min(SECTOR // problem.itemsize, _ceil_power_of_two(problem.channels)) if problem.channels_last else 1
     tile, steps, warps, stages = _BLOCKS[_kind(problem, channels)]
     if channels > 8:
         warps *= 2
@@ -61,14 +61,14 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
 
 # Tile, steps, warps, stages. Small: few programs, so long steps; large: wide tiles, which read little twice.
 _BLOCKS = {
-    "reduce small": ((16, 16), (32, 64), 8, 3),
+    "reduce small": ((16, 16), (16, 64), 4, 2),
     "reduce large": ((16, 64), (16, 64), 8, 3),
     "expand": ((32, 64), (16, 16), 8, 1),
     "dense reduce": ((32, 32), (16, 64), 8, 2),
     "dense expand": ((32, 64), (16, 32), 8, 1),
-    "packed reduce": ((16, 16), (16, 32), 4, 2),
-    "packed expand": ((16, 32), (16, 16), 4, 1),
-    "channels reduce": ((16, 16), (16, 16), 4, 2),
+    "scattered reduce": ((16, 16), (16, 32), 8, 2),
+    "scattered expand": ((16, 32), (16, 16), 4, 1),
+    "channels reduce": ((16, 16), (16, 16), 8, 2),
     "channels expand": ((16, 16), (16, 16), 4, 1),
 }
 ENOUGH_PROGRAMS = 1024  # several for each multiprocessor of the largest devices
@@ -76,8 +76,10 @@ ENOUGH_PROGRAMS = 1024  # several for each multiprocessor of the largest devices
 
 def _kind(problem: Problem, channels: int) -> str:
     direction = "expand" if prod(problem.rows) >= prod(problem.columns) else "reduce"
-    if channels > 1 or problem.packed:
-        return f"{'packed' if problem.packed else 'channels'} {direction}"
+    if channels > 1:
+        return f"channels {direction}"
+    if problem.scattered and not problem.dense:
+        return f"scattered {direction}"
     if problem.dense:
         return f"dense {direction}"
     if direction == "expand":

@@ -1,0 +1,59 @@
+"""The filters' benchmark: one small run through every row, and the page that shows the committed rows."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import lowpass
+from bench.timing import launches, measure
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_that_of_the_committed_rows() -> None:
+    assert (ROOT / "docs" / "filters-measured.md").read_text() == lowpass.markdown(lowpass.committed())
+
+
+def test_a_run_gates_and_times_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lowpass, "LATENTS", [lowpass.Case("small", (1, 2, 32, 32))])
+    monkeypatch.setattr(lowpass, "FEATURES", [])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with pytest.raises(SystemExit) as stop:
+        lowpass.main(["--device", "cpu", "--seconds", "0.01", "--csv", str(tmp_path / "rows.csv")])
+    assert stop.value.code == 0
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ours = [r for r in rows if r["implementation"] == "scalediff"]
+    assert [r["operation"] for r in ours] == ["guided step", "mix frequencies", "low pass"]
+    assert all(float(r["p50_ms"]) > 0 and float(r["error"]) < 1e-5 for r in ours)
+    assert {"torchvision gaussian_blur", "kornia gaussian_blur2d"} <= {r["implementation"] for r in rows}, "absent or not, they are named"
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lowpass, "LATENTS", [lowpass.Case("small", (1, 2, 32, 32))])
+    monkeypatch.setattr(lowpass, "FEATURES", [])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    own = lowpass.low_pass
+
+    def wrong(x: Any, **how: Any) -> Any:
+        return own(x, **how) + 1e-3
+
+    monkeypatch.setattr(lowpass, "low_pass", wrong)
+    with pytest.raises(SystemExit) as stop:
+        lowpass.main(["--device", "cpu", "--seconds", "0.01", "--csv", str(tmp_path / "rows.csv")])
+    assert stop.value.code == 1
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        (row,) = [r for r in csv.DictReader(file) if (r["implementation"], r["operation"]) == ("scalediff", "low pass")]
+    assert row["p50_ms"] == ""
+    assert "exceeds the budget" in row["note"]
+
+
+def test_percentiles_are_in_order() -> None:
+    timing = measure(lambda: sum(range(1000)), "cpu", seconds=0.01)
+    assert 0 < timing.p20 <= timing.p50 <= timing.p80
+    assert launches(lambda: None, "cpu") is None
