@@ -103,6 +103,13 @@ def test_in_place_whatever_the_strides_of_single_elements(shape: tuple[int, ...]
         assert torch.equal(step(x, turn(output).clone(), level=LEVELS[0], gamma=0.5, inplace=True), new)
 
 
+def test_a_guidance_scale_of_zero_is_the_unconditional_output() -> None:
+    x, output, reference, unconditional = pictures()
+    step = GuidedStep(reference, cutoff=0.25, prediction="epsilon")
+    out = step(x, output, level=LEVELS[0], gamma=0.5, unconditional=unconditional, guidance_scale=0.0)
+    torch.testing.assert_close(out, step(x, unconditional, level=LEVELS[0], gamma=0.5))
+
+
 def test_one_reference_serves_every_batch() -> None:
     x, output, reference, _ = pictures(dtype=torch.float32)
     step = GuidedStep(reference[:1], cutoff=0.25, prediction="epsilon")

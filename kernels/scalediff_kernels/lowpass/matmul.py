@@ -27,8 +27,10 @@ def coarse_matmul(inputs: Sequence[Tensor], weights: Sequence[float], axes: Axes
     coarse = torch.empty(*like.shape[:2], axes[0].coarse, axes[1].coarse, dtype=dtype, device=like.device)
     reduce = _reduce_pixels if is_channels_last(like) else _reduce_planes
     bands = [band(axis, "down", like.device, dtype, rows=TILE) for axis in axes]
+    scale = weights[0] or 1.0  # of the small result: the first picture need not be scaled
     for out, *pictures in zip(*_by_batch(coarse, *inputs), strict=True):
-        reduce(out, pictures, weights, bands)
+        reduce(out, pictures, [weight / scale for weight in weights], bands)
+    coarse.mul_(scale)
     return coarse if offset is None else coarse.add_(offset)
 
 
@@ -91,11 +93,15 @@ def _times(tiled: Band, x: Tensor, rows: int, addend: Tensor | None = None, out:
         out = x.new_empty(x.shape[0], rows, x.shape[2])
     for tile, columns, place in _tiles(tiled, rows):
         product, target = (tile.expand(x.shape[0], -1, -1), x[:, columns]), out[:, place]
-        into = target if out.dtype == x.dtype and addend is None else None  # the addend may be out itself
-        summed = torch.bmm(*product, out=into) if addend is None else torch.baddbmm(addend[:, place], *product)
+        into = target if out.dtype == x.dtype and (addend is None or not _share_memory(addend, out)) else None
+        summed = torch.bmm(*product, out=into) if addend is None else torch.baddbmm(addend[:, place], *product, out=into)
         if into is None:
             target.copy_(summed)
     return out
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _times_transposed(x: Tensor, tiled: Band, out: Tensor) -> None:
@@ -135,7 +141,8 @@ def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], dtype: to
     first = tensors[0].to(dtype)
     if len(tensors) == 1:
         return first if weights[0] == 1 else first * weights[0]
-    total = first * weights[0]
-    for x, weight in zip(tensors[1:], weights[1:], strict=True):
+    second = tensors[1].to(dtype)
+    total = torch.add(first, second, alpha=weights[1]) if weights[0] == 1 else (first * weights[0]).add_(second, alpha=weights[1])
+    for x, weight in zip(tensors[2:], weights[2:], strict=True):
         total.add_(x.to(dtype), alpha=weight)
     return total
