@@ -57,3 +57,20 @@ def test_percentiles_are_in_order() -> None:
     timing = measure(lambda: sum(range(1000)), "cpu", seconds=0.01)
     assert 0 < timing.p20 <= timing.p50 <= timing.p80
     assert launches(lambda: None, "cpu") is None
+
+
+def test_the_ratios_in_prose_are_those_of_the_committed_rows() -> None:
+    """docs/filters.md: guided steps on latents, against the definition line by line and against one filter a step."""
+    (rows,) = (rows for rows in lowpass.committed().values() if not rows[0]["launches"])
+    ratios: dict[str, list[float]] = {"eager": [], "eager, line by line": []}
+    for case in {r["case"] for r in rows if r["case"].startswith("latent")}:
+        times = {r["implementation"]: float(r["p50_ms"]) for r in rows if (r["case"], r["operation"]) == (case, "guided step")}
+        for name, found in ratios.items():
+            found.append(times[name] / times["scalediff"])
+    by_line, (worst, *others) = sorted(ratios["eager, line by line"]), sorted(ratios["eager"])
+    prose = (ROOT / "docs" / "filters.md").read_text()
+    assert (
+        f"{by_line[0]:.1f}x to {by_line[-1]:.1f}x; against one filter per step, written by hand, {others[0]:.1f}x to {others[-1]:.1f}x"
+        in prose
+    )
+    assert f"but {worst:.1f}x for a single latent of four channels" in prose

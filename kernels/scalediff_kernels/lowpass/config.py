@@ -78,10 +78,10 @@ def _kind(problem: Problem, channels: int) -> str:
     direction = "expand" if prod(problem.rows) >= prod(problem.columns) else "reduce"
     if channels > 1:
         return f"channels {direction}"
-    if problem.scattered and not problem.dense:
-        return f"scattered {direction}"
     if problem.dense:
         return f"dense {direction}"
+    if problem.scattered:
+        return f"scattered {direction}"
     if direction == "expand":
         return "expand"
     tile = _BLOCKS["reduce large"][0]

@@ -1,8 +1,8 @@
 """A separable linear map in one pass: `out = sum_i b_i B_i + W_y (sum_i a_i A_i) W_x^T`.
 
-Reducing, W is `down` and the A are pictures: every pixel is read once. Expanding, W is `up` and the one A is the coarse grid, the B
-are pictures and so is the result. A factor comes in tiles of rows, each with the columns it reads: a program multiplies small dense
-matrices, fp32 to its last bits (on NVIDIA three TF32 products). Neither an intermediate picture nor a Fourier transform is stored.
+Reducing, W is `down` and the A are pictures; what two tiles need is read by both. Expanding, W is `up` and the one A is the coarse grid,
+the B are pictures and so is the result. A factor comes in tiles of rows, each with the columns it reads: a program multiplies small
+dense matrices, fp32 by three TF32 products (exactly on AMD). Neither an intermediate picture nor a Fourier transform is stored.
 
 Every axis of a picture may have any stride. Packed latents are pictures too: pixel y = PACK * i + j of an axis lies at
 `i * outer + j * inner`. Offsets within a batch have 32 bits unless WIDE. Several channels go through one program where they, and not
