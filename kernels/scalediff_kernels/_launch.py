@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -46,6 +47,11 @@ def device_refusal(device: torch.device) -> str | None:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
+    """Make a GPU the current one for a launch."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def has_triton() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scalediff_kernels._launch import DTYPES, device_refusal, has_triton
 from scalediff_kernels.lowpass import op
-from scalediff_kernels.lowpass.geometry import Kind, check_filter, coarse_length
+from scalediff_kernels.lowpass.geometry import Kind, coarse_length
 from scalediff_kernels.lowpass.reference import low_pass_reference
 
 Impl = Literal["auto", "reference", "matmul", "triton"]
@@ -160,7 +160,6 @@ def _apply(
     impl: Impl,
 ) -> Tensor:
     """`addend + gain LP(sum weights * inputs)`, like the last input."""
-    check_filter(cutoff, kind)
     like = inputs[-1]
     for length in op.picture_size(like):
         coarse_length(length, cutoff, kind)

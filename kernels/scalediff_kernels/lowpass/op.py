@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from scalediff_kernels._launch import device_name
+from scalediff_kernels._launch import device_name, on
 from scalediff_kernels.lowpass.geometry import coarse_length
 from scalediff_kernels.lowpass.matmul import Axes, accumulator, coarse_matmul, expand_matmul
 from scalediff_kernels.lowpass.operators import LowPass
@@ -32,7 +32,7 @@ def low_pass_coarse(
 
     out = torch.empty(*inputs[0].shape[:2], axes[0].coarse, axes[1].coarse, dtype=torch.float32, device=inputs[0].device)
     addends = () if offset is None else (offset,)
-    with _on(out):
+    with on(out.device):
         separable_launch(out, inputs, weights, axes, "down", addends, (1.0,) * len(addends), device=device_name(out.device)).run()
     return out
 
@@ -82,7 +82,7 @@ def low_pass_expand_(
 def _launch_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> None:
     from scalediff_kernels.lowpass.launch import separable_launch
 
-    with _on(out):
+    with on(out.device):
         separable_launch(out, [coarse], [gain], axes, "up", addends, weights, device=device_name(out.device)).run()
 
 
@@ -111,7 +111,3 @@ def _axes(size: tuple[int, int], cutoff: float, kind: str) -> Axes:
 def _without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-def _on(x: Tensor) -> torch.cuda.device | nullcontext[None]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

@@ -8,13 +8,12 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalediff_kernels._launch import DTYPES, device_name, device_refusal
+from scalediff_kernels._launch import DTYPES, device_name, device_refusal, on
 
 
 @torch.library.custom_op("scalediff::image_attention", mutates_args=())
@@ -32,7 +31,7 @@ def image_attention(
     scale: float,
 ) -> Tensor:
     """Image queries; arguments as in `api.joint_neighborhood_patch_attention`, already validated."""
-    return _launched("image_launch", q, k, v, text_k, text_v, cos, sin, window, patch, offset, scale)
+    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
 
 
 @torch.library.custom_op("scalediff::text_attention", mutates_args=())
@@ -50,7 +49,7 @@ def text_attention(
     scale: float,
 ) -> Tensor:
     """Text queries, averaged over the windows; arguments as above."""
-    return _launched("text_launch", text_q, k, v, text_k, text_v, cos, sin, window, patch, offset, scale)
+    return _launched("text_launch", (text_q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
 
 
 @image_attention.register_fake
@@ -108,26 +107,21 @@ for _name in ("image_attention", "text_attention"):
 
 def _launched(
     name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_k: Tensor | None,
-    text_v: Tensor | None,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     cos: Tensor | None,
     sin: Tensor | None,
-    window: Sequence[int],
-    patch: Sequence[int],
-    offset: Sequence[int],
-    scale: float,
+    numbers: tuple[Sequence[int], Sequence[int], Sequence[int], float],
 ) -> Tensor:
     """The result of one of `launch`'s two launches; Triton is imported by the first call."""
     from scalediff_kernels.neighborhood import launch
 
+    q = tensors[0]
+    window, patch, offset, scale = numbers
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
-    numbers = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        getattr(launch, name)(out, q, k, v, text_k, text_v, rope, **numbers, device=device_name(q.device)).run()
+    how = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
+    with on(q.device):
+        getattr(launch, name)(out, *tensors, rope, **how, device=device_name(q.device)).run()
     return out
 
 

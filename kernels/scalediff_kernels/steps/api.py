@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scalediff_kernels.lowpass import op
 from scalediff_kernels.lowpass.api import Impl, check_gamma, check_picture, choose
-from scalediff_kernels.lowpass.geometry import Kind, check_filter, coarse_length
+from scalediff_kernels.lowpass.geometry import Kind, coarse_length
 from scalediff_kernels.steps.geometry import NoiseLevel, Prediction, check_prediction, output_change, x0_weights
 
 
@@ -38,7 +38,6 @@ class GuidedStep:
 
     def __init__(self, reference: Tensor, *, cutoff: float, prediction: Prediction, kind: Kind = "resize", impl: Impl = "auto") -> None:
         check_picture("reference", reference)
-        check_filter(cutoff, kind)
         check_prediction(prediction)
         for length in op.picture_size(reference):
             coarse_length(length, cutoff, kind)
