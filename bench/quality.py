@@ -146,18 +146,24 @@ def work(pipe: Any, size: int, overrides: Mapping[str, Any] | None) -> int:
     stages = [(base, settings.steps, "full"), *((stage, settings.stage_steps, settings.attention) for stage in above)]
     passes = 2 if settings.guidance_scale > 1 else 1
     denoiser = denoiser_of(pipe)
-    family = family_of(denoiser)
+    family, native = family_of(denoiser), _native_grid(pipe)
+    assert family is not None  # stage_sizes has refused others
     total = 0
     for (height, width), steps, attention in stages:
         latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
         for site in family.sites(denoiser):
             if site.role == "self":
                 grid = level_grid(latent, site.level)
-                window = window_of(family.native_grid(denoiser), site.level) if attention == "npa" else grid
+                window = window_of(native, site.level) if attention == "npa" else grid
                 module: Any = denoiser.get_submodule(site.name)
                 head_dim = module.to_q.out_features // module.heads
                 total += steps * attention_flops(grid=grid, window=window, heads=module.heads, head_dim=head_dim, batch=passes)
     return total
+
+
+def _native_grid(pipe: Any) -> tuple[int, int]:
+    height, width = native_size(pipe)
+    return height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
 
 
 def measure(task: Task, row: str, reference: Tensor) -> tuple[dict[str, float], Tensor]:
@@ -171,8 +177,7 @@ def measure(task: Task, row: str, reference: Tensor) -> tuple[dict[str, float], 
         images, seconds = draw(task, row)
         columns = {"seconds": seconds, "gflops": work(task.pipe, task.size, CASCADES.get(row)) / 1e9}
     swd = laplacian_swd(images, reference, generator=torch.Generator().manual_seed(0))
-    denoiser = denoiser_of(task.pipe)
-    border = patch_of(family_of(denoiser).native_grid(denoiser), 0)[0] * task.pipe.vae_scale_factor
+    border = patch_of(_native_grid(task.pipe), 0)[0] * task.pipe.vae_scale_factor
     seam, *controls = seam_score(images, period=border).values()
     columns |= _discs(images, task.pipe) | {
         "swd": statistics.mean(swd.values()),

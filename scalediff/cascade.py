@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalediff.families import family_of
+from scalediff.families import FAMILIES, family_of
+from scalediff.families.base import Cascade, Family
 from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, original_call, patch_model
 from scalediff.latents import decode, encode, pictures_of
 from scalediff.schedule import Guidance, check_scheduler, guided_scheduler
@@ -137,19 +138,27 @@ def generate(
 def preset(pipe: Any) -> Settings:
     """The family's default settings for this pipeline."""
     denoiser = denoiser_of(pipe)
-    return family_of(denoiser).preset(denoiser)
+    return _family(denoiser)[1].preset(denoiser)
+
+
+def _family(denoiser: nn.Module) -> tuple[Family, Cascade]:
+    family = family_of(denoiser)
+    if family is None or family.cascade is None:
+        known = ", ".join(sorted(name for name, one in FAMILIES.items() if one.cascade is not None))
+        raise ValueError(f"the cascade knows pipelines around {known}, got {type(denoiser).__name__}")
+    return family, family.cascade
 
 
 def native_size(pipe: Any) -> tuple[int, int]:
     """Pixels (height, width) that the model was trained at."""
     denoiser = denoiser_of(pipe)
-    y, x = family_of(denoiser).native_grid(denoiser)
+    y, x = _family(denoiser)[0].native_grid(denoiser) or (0, 0)
     return y * pipe.vae_scale_factor, x * pipe.vae_scale_factor
 
 
 def stage_sizes(pipe: Any, height: int, width: int) -> list[tuple[int, int]]:
     """The sizes of all stages up to a target, in pixels; raises as `plan_sizes`."""
-    multiple = max(family_of(denoiser_of(pipe)).size_multiple, pipe.vae_scale_factor)
+    multiple = max(_family(denoiser_of(pipe))[1].size_multiple, pipe.vae_scale_factor)
     return plan_sizes((height, width), native=native_size(pipe), multiple=multiple)
 
 
@@ -220,7 +229,7 @@ def _as_they_are(pipe: Any, arguments: Mapping[str, Any], scheduler: Any, latent
 
 def _check_call(pipe: Any) -> None:
     denoiser_of(pipe)
-    if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(pipe):
+    if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
         raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
 
 

@@ -1,21 +1,19 @@
-"""Where the token grid of an attention call comes from.
+"""Where the tokens of an attention call lie on the picture.
 
-A call to scaled_dot_product_attention says how many tokens there are, never how they lie. What is missing comes from two
-places: the denoiser's input gives the latent grid of this forward pass, and the attention module gives the level it works at.
+A call to scaled_dot_product_attention says how many tokens there are, never how they lie. A `Layout` says it for one forward
+pass: the denoiser's arguments give the token grid and the text, and a call is recognised by the lengths of its sequences.
 
-Legend: B batch, H heads, Y x X token grid, D head dim, S = Y * X tokens.
+Legend: B batch, Y x X token grid, S tokens of a sequence.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from einops import rearrange
-from torch import Tensor
+from typing import Literal, NamedTuple
 
 Grid = tuple[int, int]
-Role = Literal["self", "cross"]
+Role = Literal["self", "joint", "cross", "text"]
+Side = Literal["prefix", "suffix"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +22,106 @@ class AttentionSite:
 
     Attributes:
         name: Its path in the denoiser.
-        role: What it attends to.
+        role: What it attends to: the image (`"self"`), image and text in one softmax (`"joint"`), text from the image
+            (`"cross"`), text alone (`"text"`).
         level: How often its grid has been halved.
-        obstacle: Why its self-attention cannot be intercepted; empty where it can.
+        obstacle: Why its calls cannot be intercepted; empty where they can.
     """
 
     name: str
     role: Role
-    level: int
+    level: int = 0
     obstacle: str = ""
+
+
+class Span(NamedTuple):
+    """Samples `[first, last)` of a batch, whose text is tokens `[text_start, text_stop)` and whose image begins at `image`."""
+
+    first: int
+    last: int
+    text_start: int
+    text_stop: int
+    image: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One kind of token sequence in a forward pass: the image, row by row, and the tokens in the same softmax.
+
+    Those are called text, and may be registers or padding that the model attends to as well.
+
+    Attributes:
+        grid: Image tokens.
+        level: How often the grid has been halved.
+        side: Where the text stands.
+        text: Text tokens as they lie in the sequence, padding included; None for whatever a call has beside the image.
+        real: Of each sample, how many of them are real, the first ones: padding is neither attended to nor computed. Empty:
+            all of them in every sample.
+        ragged: The image follows each sample's real text at once, and the padding stands at the end of the sequence.
+        queries: `"all"`, or `"image"` where text is among the keys alone.
+    """
+
+    grid: Grid
+    level: int = 0
+    side: Side = "prefix"
+    text: int | None = 0
+    real: tuple[int, ...] = ()
+    ragged: bool = False
+    queries: Literal["all", "image"] = "all"
+
+    @property
+    def area(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def lengths(self) -> tuple[int, int] | None:
+        """Tokens of its queries and keys; None where a call decides."""
+        if self.text is None:
+            return None
+        keys = self.area + self.text
+        return (keys if self.queries == "all" else self.area), keys
+
+    def spans(self, batch: int, keys: int) -> tuple[Span, ...]:
+        """Where text and image lie in every sample, neighbours that are alike as one.
+
+        Raises:
+            ValueError: `real` is of another batch.
+        """
+        text = keys - self.area
+        start = 0 if self.side == "prefix" else self.area
+        if not self.real:
+            return (Span(0, batch, start, start + text, 0 if self.side == "suffix" else text),)
+        if len(self.real) != batch:
+            raise ValueError(f"the text lengths are those of {len(self.real)} samples, got a batch of {batch}")
+        spans: list[Span] = []
+        for sample, count in enumerate(self.real):
+            image = 0 if self.side == "suffix" else (count if self.ragged else text)
+            span = Span(sample, sample + 1, start, start + count, image)
+            if spans and spans[-1][2:] == span[2:]:
+                span = span._replace(first=spans.pop().first)
+            spans.append(span)
+        return tuple(spans)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of one forward pass lie.
+
+    Attributes:
+        grid: Image tokens of the finest level.
+        sequences: What attends to itself and holds the image.
+        others: Lengths of the sequences that do not: text that attends to itself or is attended to. A call is told from
+            them by its length alone, so a sequence of one of these lengths is left to full attention.
+        masked: Attention masks of these calls say no more than `real` does.
+    """
+
+    grid: Grid
+    sequences: tuple[Sequence, ...]
+    others: tuple[int, ...] = ()
+    masked: bool = False
+
+
+class Unreadable(Exception):
+    """A forward pass whose tokens cannot be laid out, and why: it runs full attention."""
 
 
 def level_grid(latent: Grid, level: int) -> Grid:
@@ -54,11 +143,7 @@ def patch_of(native: Grid, level: int) -> Grid:
     return max(1, y // 2), max(1, x // 2)
 
 
-def to_grid(x: Tensor, grid: Grid) -> Tensor:
-    """`[B, H, S, D]` as `[B, Y, X, H, D]`, a view whatever the strides."""
-    return rearrange(x, "b h (y x) d -> b y x h d", y=grid[0], x=grid[1])
-
-
-def from_grid(x: Tensor) -> Tensor:
-    """`[B, Y, X, H, D]` as `[B, H, S, D]`."""
-    return rearrange(x, "b y x h d -> b h (y x) d")
+def offset_of(native: Grid, level: int, fraction: tuple[float, float]) -> Grid:
+    """How far the patch grid is moved: a fraction of the patch in [0, 1), per axis, the same at every level."""
+    patch = patch_of(native, level)
+    return int(fraction[0] * patch[0]), int(fraction[1] * patch[1])

@@ -1,136 +1,51 @@
-"""Change the attention of a model, and undo it: the only file that touches foreign modules.
+"""Change the attention of a model, and undo it.
 
-`torch.nn.functional.scaled_dot_product_attention` is replaced only while a patched denoiser runs, and even then another thread,
-another model or a call that is not image self-attention reaches the original. The denoiser's class becomes a subclass whose
-call opens and closes the pass, whatever is raised inside; hooks on its attention modules say which of them a call belongs to.
-No forward and no processor is replaced.
+A denoiser's class becomes a subclass whose call opens and closes a pass, whatever is raised inside; within a pass, attention
+calls are intercepted (`scalediff.interception`). No forward, no processor and no submodule is replaced.
 """
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
-import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
+import torch
+from torch import nn
 
 from scalediff.families import family_of
 from scalediff.families.base import Family
-from scalediff.grid import AttentionSite, Grid, from_grid, level_grid, patch_of, to_grid, window_of
-from scalediff.report import Report, Row
+from scalediff.families.unlisted import GridSource, TextSource, unlisted
+from scalediff.grid import Grid
+from scalediff.plan import Options
+from scalediff.report import Report
 from scalediff.settings import Attention
-from scalediff_kernels import neighborhood_patch_attention
-from scalediff_kernels.neighborhood.api import Impl, check_impl
+from scalediff.target import CONTEXT_PARALLEL, Jitter, Target, is_context_parallel
+from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
 
-_ATTRIBUTE = "_scalediff_handle"
-
-
-@dataclass
-class _Pass:
-    """One forward pass of one patched denoiser in one thread."""
-
-    handle: Handle
-    latent: Grid
-    site: AttentionSite | None = None
-    reached: bool = False  # the site has called scaled_dot_product_attention
-
-
-@dataclass
-class _Passes(threading.local):
-    stack: list[_Pass] = field(default_factory=list)
-    through: bool = False  # a call is on its way to whatever stood in our place
-
-    def of(self, handle: Handle) -> _Pass | None:
-        """The innermost pass of this thread, if it is this handle's."""
-        return self.stack[-1] if self.stack and self.stack[-1].handle is handle else None
-
-
-class _Interception:
-    """The replaced attribute, counted: the first pass in any thread puts it in, the last one takes it out."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self.first: Any = F.scaled_dot_product_attention
-        self.original = self.first
-
-    def acquire(self) -> None:
-        with self._lock:
-            if F.scaled_dot_product_attention is not _attend:  # somebody who saved it during a pass may have put it back
-                self.original = F.scaled_dot_product_attention
-                F.scaled_dot_product_attention = _attend
-            self._users += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and F.scaled_dot_product_attention is _attend:
-                F.scaled_dot_product_attention = self.original
-
-
-_passes = _Passes()
-_interception = _Interception()
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Stands in for `F.scaled_dot_product_attention`: same contract, `[B, H, S, D]` in and out."""
-    current = _passes.stack[-1] if _passes.stack else None
-    if current is not None and current.site is not None:
-        current.reached = True
-        if attn_mask is None and not is_causal and dropout_p == 0.0:
-            handle, site = current.handle, current.site
-            grid = level_grid(current.latent, site.level)
-            if query.shape == key.shape == value.shape and query.shape[-2] == grid[0] * grid[1]:
-                return handle._attend(site, grid, query, key, value, scale)
-            handle._warn_once(site, f"q, k and v must be of one shape with {grid[0]} x {grid[1]} tokens, got q {tuple(query.shape)}")
-    options = {"enable_gqa": True} if enable_gqa else {}
-    # Whoever wrapped the attribute during a pass, and stayed, may lead back here: then it is torch's own turn.
-    target = _interception.first if _passes.through else _interception.original
-    before, _passes.through = _passes.through, True
-    try:
-        out: Tensor = target(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
-    finally:
-        _passes.through = before
-    return out
+_ATTRIBUTE = "_scalediff"
 
 
 class Handle:
-    """A patched model: `.report` says what was done, `.remove()` or leaving a `with` block undoes it.
+    """A patched model: `.report` says what was done, `.remove()` or leaving a `with` block undoes it."""
 
-    Attributes:
-        report: Every attention module with its role, window and whether it is patched.
-    """
-
-    def __init__(self, model: Any, denoiser: nn.Module, impl: Impl) -> None:
-        self._owner = weakref.ref(model)  # weak: a U-Net must neither keep its pipeline alive nor copy it along
-        self._denoiser, self._impl = denoiser, impl
-        self._family: Family = family_of(denoiser)
-        self._native = self._family.native_grid(denoiser)
+    def __init__(self, model: Any, targets: list[Target]) -> None:
+        self._model = weakref.ref(model)  # weak: a denoiser must neither keep its pipeline alive nor copy it along
+        self._kind = type(model)
+        self._targets = targets
         self._attention: Attention = "npa"
-        self._warned: set[str] = set()
-        self._removers: list[RemovableHandle] = []
-        self.report = self._describe(model)
-        if not self.report.patched:
-            reasons = sorted({row.why for row in self.report.rows}) or ["it has no attention modules"]
-            raise ValueError(f"patch_model found no self-attention to patch in {type(denoiser).__name__}: {'; '.join(reasons)}")
+
+    @property
+    def report(self) -> Report:
+        """Every attention module with its role, window and whether it is patched; of an unlisted model, those seen so far."""
+        rows = tuple(row for target in self._targets for row in target.rows())
+        known = all(target.family.listed for target in self._targets)
+        return Report(self._targets[0].family.denoiser, rows, _fate_of_the_call(self._kind, self._targets[0].family), known)
 
     @property
     def attention(self) -> Attention:
@@ -142,6 +57,8 @@ class Handle:
         if value not in get_args(Attention):
             raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {value!r}")
         self._attention = value
+        for target in self._targets:
+            target.attention = value
 
     def __enter__(self) -> Handle:
         return self
@@ -151,91 +68,72 @@ class Handle:
 
     def remove(self) -> None:
         """Undo the patch; a second call, or one after a later patch has replaced this one, does nothing."""
-        for remover in self._removers:
-            remover.remove()
-        self._removers.clear()
-        for owner in (self._owner(), self._denoiser):
-            if owner is not None and owner.__dict__.get(_ATTRIBUTE) is self:
-                del owner.__dict__[_ATTRIBUTE]
-                _restore_class(owner)
+        for target in self._targets:
+            target.active = False
+            _forget(target.module(), target)
+        _forget(self._model(), self)
+
+    @property
+    def model(self) -> Any:
+        """The pipeline or module that was patched; None once it is gone."""
+        return self._model()
 
     @property
     def active(self) -> bool:
         """False once removed."""
-        return bool(self._removers)
+        return any(target.active for target in self._targets)
 
-    def _install(self, model: Any) -> None:
-        for owner in (model, self._denoiser):
-            owner.__dict__[_ATTRIBUTE] = self
-        self._denoiser.__class__ = _attending(type(self._denoiser))
-        if model is not self._denoiser and is_text_to_image(model):
-            model.__class__ = _cascading(type(model))
-        for site in self._family.sites(self._denoiser):
-            if site.role == "self":
-                module = self._denoiser.get_submodule(site.name)
-                self._removers.append(module.register_forward_pre_hook(functools.partial(self._enter_site, site)))
-                self._removers.append(module.register_forward_hook(functools.partial(self._leave_site, site)))
-
-    @contextmanager
-    def _pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        latent = self._family.latent_grid(args, kwargs)
-        if self._attention == "full" or latent[0] * latent[1] <= self._native[0] * self._native[1]:
-            yield
-            return
-        _interception.acquire()
-        _passes.stack.append(_Pass(self, latent))
-        try:
-            yield
-        finally:
-            _passes.stack.pop()
-            _interception.release()
-
-    def _enter_site(self, site: AttentionSite, module: nn.Module, args: object) -> None:
-        if current := _passes.of(self):
-            current.site, current.reached = site, False
-
-    def _leave_site(self, site: AttentionSite, module: nn.Module, args: object, output: object) -> None:
-        if current := _passes.of(self):
-            if not current.reached:
-                self._warn_once(site, "its processor does not call scaled_dot_product_attention")
-            current.site = None
-
-    def _attend(self, site: AttentionSite, grid: Grid, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        q, k, v = (to_grid(x, grid) for x in (query, key, value))
-        window, patch = window_of(self._native, site.level), patch_of(self._native, site.level)
-        return from_grid(neighborhood_patch_attention(q, k, v, window=window, patch=patch, scale=scale, impl=self._impl))
-
-    def _warn_once(self, site: AttentionSite, why: str) -> None:
-        if site.name not in self._warned:
-            self._warned.add(site.name)
-            warnings.warn(f"scalediff: {site.name} runs full attention: {why}", stacklevel=3)
-
-    def _describe(self, model: Any) -> Report:
-        rows = []
-        for site in self._family.sites(self._denoiser):
-            if site.role == "self" and not site.obstacle:
-                window, patch = window_of(self._native, site.level), patch_of(self._native, site.level)
-                rows.append(Row(site.name, "self", self._family.grid_source, "-", window, patch, "patched"))
-            elif site.role == "self":
-                rows.append(Row(site.name, "self", self._family.grid_source, "-", None, None, "untouched", site.obstacle))
-            else:
-                rows.append(Row(site.name, "cross", "-", "keys", None, None, "untouched", "text cross-attention"))
-        if model is self._denoiser:
-            call = "the sampling loop is yours"
-        elif is_text_to_image(model):
-            call = f"{type(model).__name__} runs the cascade above the native size"
-        else:
-            call = f"{type(model).__name__} takes a picture: its call stays as it is"
-        return Report(type(self._denoiser).__name__, tuple(rows), call)
+    def _install(self) -> None:
+        for target in self._targets:
+            module = target.module()
+            assert module is not None
+            module.__dict__[_ATTRIBUTE] = target
+            target.handle = self
+            target.active = True
+            module.__class__ = _attending(type(module))
+        model = self._model()
+        if not isinstance(model, nn.Module) and model is not None:
+            model.__dict__[_ATTRIBUTE] = self
+            if _cascades(type(model), self._targets[0].family):
+                model.__class__ = _cascading(type(model))
 
 
-def patch_model(model: Any, *, impl: Impl = "auto") -> Handle:
+def patch_model(
+    model: Any,
+    *,
+    grid: GridSource | None = None,
+    patch_size: int | None = None,
+    text: TextSource | None = None,
+    window: Grid | None = None,
+    text_queries: TextQueries = "window",
+    text_rope: bool = True,
+    jitter: Jitter = "none",
+    seed: int = 0,
+    strict: bool = True,
+    impl: Impl = "auto",
+) -> Handle:
     """Give a model neighborhood patch attention above its native area; up to there it computes the same bits as before.
 
     Args:
-        model: A diffusers pipeline, whose text-to-image call then runs the whole cascade where `height` x `width` exceeds the
-            native size (with the family's preset for what the call does not name, `scalediff.cascade.preset`), or a
-            denoiser (`UNet2DConditionModel`), for a sampling loop of one's own.
+        model: A diffusers pipeline, its denoiser (docs/models.md lists the known ones), or any module whose attention
+            reaches `F.scaled_dot_product_attention`. A pipeline's ControlNets are patched with it. Where the cascade knows the
+            family, the pipeline's text-to-image call then runs it when `height` x `width` exceeds the native size, with the
+            family's preset for what the call does not name.
+        grid: For a module of no known family: the tokens `(Y, X)` of its forward passes, or a function from their named
+            arguments to that.
+        patch_size: For such a module, instead of `grid`: latents or pixels per token of its first `[B, C, H, W]` argument; found
+            by itself where the module, its config or its `patch_embed` names one.
+        text: For such a module with text in the same softmax: `("prefix" | "suffix", T)`, where T is a number of tokens or the
+            name of the argument `[B, T, C]` that has them.
+        window: Key/value window in tokens `(Y, X)` of the finest level; the model's native token grid when None.
+        text_queries: In joint attention, `"window"` (the authors' rule) or `"global"`, as in
+            `scalediff_kernels.joint_neighborhood_patch_attention`.
+        text_rope: Turn text for each window where the family is rotary and known (the authors' rule).
+        jitter: `"none"`; `"alternate"` moves the patch grid by half a patch at every second step; `"random"` by a random part
+            of a patch at every step. Passes with the same input tensor are one step.
+        seed: Of the random offsets, drawn from a generator of their own.
+        strict: Raise when a self-attention module cannot be patched, or an unlisted model has no call to take in its first
+            large pass; otherwise warn.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
 
     Returns:
@@ -243,61 +141,60 @@ def patch_model(model: Any, *, impl: Impl = "auto") -> Handle:
         later arguments.
 
     Raises:
-        ValueError: the model is of no known family, has nothing to patch, or is patched through another pipeline.
-        TypeError: the model is neither a module nor a pipeline.
-        NotImplementedError: `impl="triton"` where the triton package is missing. A model that is not on a GPU is refused by the
-            first call above its native area.
+        ValueError: nothing to patch, or under `strict` only a part; a module of no known family without a grid or window; the
+            model is patched through another pipeline; an argument is out of range.
+        TypeError: the model is neither a module nor a pipeline with a denoiser, or is a traced graph.
+        NotImplementedError: the model is a video model, or runs diffusers' context parallelism; `impl="triton"` where the
+            triton package is missing. A model that is not on a GPU is refused by the first call above its native area.
 
     ScaleDiff, arXiv:2510.25818.
     """
     check_impl(impl)
-    denoiser = denoiser_of(model)
-    handle = Handle(model, denoiser, impl)
-    earlier = handle_of(denoiser)
-    owner = earlier._owner() if earlier is not None else None
-    if owner is not None and owner not in (model, denoiser) and owner.__dict__.get(_ATTRIBUTE) is earlier:
-        raise ValueError(
-            f"this {type(denoiser).__name__} is already patched through a {type(owner).__name__}: unpatch_model that pipeline first"
-        )
+    for name, value, allowed in (("jitter", jitter, Jitter), ("text_queries", text_queries, TextQueries)):
+        if value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {name}={value!r}")
+    options = Options(impl, text_queries, text_rope)
+    targets: list[Target] = []
+    for prefix, net in _nets(model):
+        family = _family(net, grid, patch_size, text)
+        native = _window(net, family, window, targets[0].native if targets else None)
+        parameters = tuple(inspect.signature(net.forward).parameters)
+        how = {"options": options, "jitter": jitter, "seed": seed, "strict": strict}
+        targets.append(Target(net, family, native, prefix=prefix, parameters=parameters, **how))  # type: ignore[arg-type]
+        _refuse_a_second_owner(net, model)
+    handle = Handle(_uncompiled(model), targets)
+    _check(handle, strict)
     unpatch_model(model)
-    handle._install(model)
+    handle._install()
     return handle
 
 
 def unpatch_model(model: Any) -> None:
     """Undo `patch_model` on this pipeline or denoiser, to the bit; a model that is not patched is left alone."""
-    for owner in (model, denoiser_of(model)):
-        handle = owner.__dict__.get(_ATTRIBUTE)
-        if handle is not None:
-            handle.remove()
-            if owner.__dict__.pop(_ATTRIBUTE, None) is not None:  # a shallow copy of the pipeline that was patched
-                _restore_class(owner)
+    for owner in (_uncompiled(model), *(net for _, net in _nets(model))):
+        mark = owner.__dict__.get(_ATTRIBUTE)
+        if mark is not None:
+            (mark if isinstance(mark, Handle) else mark.handle).remove()
 
 
 def handle_of(model: Any) -> Handle | None:
     """The handle of a patched pipeline or denoiser."""
-    handle: Handle | None = denoiser_of(model).__dict__.get(_ATTRIBUTE)
-    return handle
+    mark: Target | None = denoiser_of(model).__dict__.get(_ATTRIBUTE)
+    return cast(Handle, mark.handle) if mark is not None else None
 
 
 def denoiser_of(model: Any) -> nn.Module:
-    """The network that a pipeline calls at every step; a module is its own denoiser.
+    """The network that a pipeline calls at every step; a module is its own denoiser, a compiled one that within.
 
     Raises:
         TypeError: neither a module nor a pipeline with a `unet` or `transformer`.
     """
-    if isinstance(model, nn.Module):
-        return model
-    for name in ("unet", "transformer"):
-        part = getattr(model, name, None)
-        if isinstance(part, nn.Module):
-            return part
-    raise TypeError(f"expected a diffusers pipeline or an nn.Module, got {type(model).__name__}")
+    return next(net for _, net in _nets(model))
 
 
-def is_text_to_image(pipe: Any) -> bool:
-    """Whether a pipeline's call takes a prompt, a size and latents, and no picture: then it can run a stage."""
-    names = set(inspect.signature(original_call(pipe)).parameters)
+def is_text_to_image(kind: type) -> bool:
+    """Whether calls of a pipeline class take a prompt, a size and latents, and no picture: then they can run a stage."""
+    names = set(inspect.signature(_own_class(kind).__call__).parameters)
     return {"prompt", "height", "width", "latents"} <= names and names.isdisjoint({"image", "mask_image"})
 
 
@@ -307,8 +204,101 @@ def original_call(pipe: Any) -> Callable[..., Any]:
     return call
 
 
+def _nets(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The denoiser of a pipeline and then its ControlNets, with their names in reports."""
+    if isinstance(model, nn.Module):
+        yield "", _uncompiled(model)
+        return
+    denoisers = [part for name in ("unet", "transformer") if isinstance(part := getattr(model, name, None), nn.Module)]
+    if not denoisers:
+        raise TypeError(f"expected an nn.Module or a diffusers pipeline with a unet or transformer, got {type(model).__name__}")
+    yield "", _uncompiled(denoisers[0])
+    control = getattr(model, "controlnet", None)
+    if isinstance(control, nn.Module):
+        control = _uncompiled(control)
+        parts = [(f"controlnet.nets.{i}.", net) for i, net in enumerate(getattr(control, "nets", ()))] or [("controlnet.", control)]
+        yield from parts
+
+
+def _uncompiled(model: Any) -> Any:
+    """The module within torch.compile's wrapper; the wrapper calls it, so a patch of it is a patch of both."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _family(net: nn.Module, grid: GridSource | None, patch_size: int | None, text: TextSource | None) -> Family:
+    if isinstance(net, torch.fx.GraphModule | torch.jit.ScriptModule):
+        raise TypeError(f"a traced graph has its attention calls built in: patch the module it was made from, got {type(net).__name__}")
+    known = family_of(net)
+    if known is None:
+        return unlisted(net, grid=grid, patch_size=patch_size, text=text)
+    if known.refusal:
+        kind = ValueError if "linear" in known.refusal else NotImplementedError
+        raise kind(f"{type(net).__name__} is not patched: {known.refusal}")
+    given = {"grid": grid, "patch_size": patch_size, "text": text}
+    if any(value is not None for value in given.values()):
+        names = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        raise ValueError(f"{type(net).__name__} is a known family, which reads its tokens from {known.grid_source}: got {names}")
+    if is_context_parallel(net):
+        raise NotImplementedError(CONTEXT_PARALLEL)
+    return known
+
+
+def _window(net: nn.Module, family: Family, window: Grid | None, of_the_denoiser: Grid | None) -> Grid:
+    """The native token grid: what the caller says, else that of the pipeline's denoiser, else the family's own."""
+    own = family.native_grid(net)
+    if window is not None:
+        if len(window) != 2 or not all(isinstance(n, int) and n > 0 for n in window):
+            raise ValueError(f"window must be two positive numbers of tokens (Y, X), got {window=}")
+        if own is not None and (window[0] > own[0] or window[1] > own[1]):
+            why = f"{window=} exceeds the {own[0]} x {own[1]} tokens that {type(net).__name__} was trained on: expect repeated subjects"
+            warnings.warn(f"scalediff: {why}", stacklevel=3)
+        return window
+    native = of_the_denoiser or own
+    if native is None:
+        raise ValueError(f"{type(net).__name__} does not name the size that it was trained at: say window=(Y, X) in tokens")
+    return native
+
+
+def _refuse_a_second_owner(net: nn.Module, model: Any) -> None:
+    earlier: Target | None = net.__dict__.get(_ATTRIBUTE)
+    owner = earlier.handle.model if earlier is not None else None
+    if owner is not None and owner is not model and not isinstance(owner, nn.Module):
+        raise ValueError(
+            f"this {type(net).__name__} is already patched through a {type(owner).__name__}: unpatch_model that pipeline first"
+        )
+
+
+def _check(handle: Handle, strict: bool) -> None:
+    """Refuse, or say, that a model has nothing to patch or only a part."""
+    report = handle.report
+    missed = [row for row in report.rows if row.role in ("self", "joint") and row.status == "untouched"]
+    if report.known and not report.patched:
+        reasons = sorted({row.why for row in missed}) or ["it has no attention modules"]
+        problem = f"patch_model found no self-attention to patch in {report.model}: {'; '.join(reasons)}"
+    elif missed:
+        names = ", ".join(row.module for row in missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
+        problem = f"patch_model can patch only a part of {report.model}, not {names}: {'; '.join(sorted({row.why for row in missed}))}"
+    else:
+        return
+    if strict:
+        raise ValueError(problem + "; strict=False patches what there is")
+    warnings.warn(f"scalediff: {problem}", stacklevel=3)
+
+
+def _cascades(kind: type, family: Family) -> bool:
+    return family.cascade is not None and is_text_to_image(kind)
+
+
 class _Patched:
-    """Marks the subclasses made here; their second base is the class that they stand for."""
+    """Marks the subclasses made here; their second base is the class that they stand for. Copies and pickles are of that class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            function, arguments = object.__new__, (_own_class(type(self)),)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: value for name, value in rest[0].items() if name != _ATTRIBUTE}
+        return function, arguments, *rest
 
 
 def _own_class(cls: type) -> type:
@@ -317,26 +307,36 @@ def _own_class(cls: type) -> type:
     return order[order.index(_Patched) + 1] if _Patched in order else cls
 
 
-def _restore_class(owner: Any) -> None:
-    if _Patched in type(owner).__bases__:  # a class that others have put on top stays: our call does nothing without a handle
-        owner.__class__ = _own_class(type(owner))
+def _forget(owner: Any, mark: object) -> None:
+    if owner is not None and owner.__dict__.get(_ATTRIBUTE) is mark:
+        del owner.__dict__[_ATTRIBUTE]
+        if _Patched in type(owner).__bases__:  # a class that others have put on top stays: our call does nothing without a mark
+            owner.__class__ = _own_class(type(owner))
 
 
-def _subclass(cls: type, call: Callable[..., Any]) -> type:
-    """A subclass with another call; name and module stay, so that saving and printing are as before."""
-    return type(cls.__name__, (_Patched, cls), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+def _subclass(cls: type, calls: dict[str, Callable[..., Any]]) -> type:
+    """A subclass with other calls; name and module stay, so that saving and printing are as before."""
+    return type(cls.__name__, (_Patched, cls), {**calls, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def _attending(cls: type[nn.Module]) -> type:
-    """A denoiser class whose call is a pass of its handle."""
+    """A denoiser class whose call is a pass of its target.
 
-    @functools.wraps(cls.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle: Handle | None = self.__dict__.get(_ATTRIBUTE)
-        with handle._pass(args, kwargs) if handle is not None and handle.active else nullcontext():
-            return cls.__call__(self, *args, **kwargs)
+    torch.compile may have taken hold of `__call__` before (then it still asks the module for `_call_impl`), or of `_call_impl`
+    (then the module is called as usual): one of the two is always ours, and a pass within itself does nothing.
+    """
 
-    return _subclass(cls, call)
+    def within(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            target: Target | None = self.__dict__.get(_ATTRIBUTE)
+            return forward(self, *args, **kwargs) if target is None else target.run(forward, self, args, kwargs)
+
+        # torch.compile steps over the opening of the pass and compiles what is within.
+        stepped_over: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
+        return stepped_over
+
+    return _subclass(cls, {"__call__": within(cls.__call__), "_call_impl": within(cls._call_impl)})
 
 
 def _cascading(cls: type) -> type:
@@ -352,4 +352,15 @@ def _cascading(cls: type) -> type:
         bound = inspect.signature(functools.partial(cls.__call__, self)).bind(*args, **kwargs)
         return cascade.call_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
 
-    return _subclass(cls, call)
+    return _subclass(cls, {"__call__": call})
+
+
+def _fate_of_the_call(kind: type, family: Family) -> str:
+    """For the report: what becomes of the model's own call."""
+    if issubclass(kind, nn.Module):
+        return "the sampling loop is yours"
+    if not is_text_to_image(kind):
+        return f"{kind.__name__} takes a picture: its call stays as it is"
+    if family.cascade is None:
+        return f"the cascade does not know {family.denoiser} yet: the call of {kind.__name__} stays as it is"
+    return f"{kind.__name__} runs the cascade above the native size"

@@ -26,11 +26,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one patched model; printing it gives the table. `call` says what becomes of the model's own call."""
+    """The rows of one patched model; printing it gives the table.
+
+    Attributes:
+        model: Class name of the denoiser.
+        rows: Its attention modules, and those of the ControlNets beside it.
+        call: What becomes of the model's own call.
+        known: The rows are all there are. Of an unlisted model they are the callers of attention seen in its first large pass.
+    """
 
     model: str
     rows: tuple[Row, ...]
     call: str
+    known: bool = True
 
     @property
     def patched(self) -> tuple[Row, ...]:
@@ -44,7 +52,10 @@ class Report:
         ]
         widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [heads, *cells]]
-        return "\n".join([f"{self.model}: {len(self.patched)} of {len(self.rows)} attention modules patched; {self.call}", *lines])
+        if not self.known and not self.rows:
+            return f"{self.model}: attention is intercepted from the first pass above the window's area on; {self.call}"
+        count = f"{len(self.patched)} of {len(self.rows)}" if self.known else f"{len(self.patched)} seen"
+        return "\n".join([f"{self.model}: {count} attention modules patched; {self.call}", *lines])
 
 
 def _size(grid: Grid | None) -> str:

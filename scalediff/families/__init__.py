@@ -1,24 +1,26 @@
-"""What the hook and the cascade must know of a model family, as data: a new family is one file and one row here."""
+"""What the hook and the cascade must know of a model family, as data: a new family is a row in one of these files."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from scalediff.families.base import Family
-from scalediff.families.unet import UNET
+from scalediff.families.flux import FLUX
+from scalediff.families.hidream import HIDREAM
+from scalediff.families.latents import LATENTS
+from scalediff.families.qwen import QWEN
+from scalediff.families.refused import REFUSED
+from scalediff.families.unet import UNETS
+from scalediff.families.z_image import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (UNET,)
+FAMILIES: dict[str, Family] = {
+    family.denoiser: family for family in (*UNETS, *FLUX, *LATENTS, *QWEN, *HIDREAM, *Z_IMAGE, *REFUSED)
+}  # fmt: skip
 
 
-def family_of(denoiser: nn.Module) -> Family:
-    """The family that knows this denoiser, recognised by class name so that no model library is imported.
-
-    Raises:
-        ValueError: no family knows it.
-    """
-    names = {cls.__name__ for cls in type(denoiser).__mro__}
-    for family in FAMILIES:
-        if family.denoiser in names:
-            return family
-    known = ", ".join(family.denoiser for family in FAMILIES)
-    raise ValueError(f"patch_model knows the denoisers {known} and pipelines around them, got {type(denoiser).__name__}")
+def family_of(denoiser: nn.Module) -> Family | None:
+    """The family that knows this denoiser, recognised by class name so that no model library is imported; None where none does."""
+    for cls in type(denoiser).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    return None

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import re
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from scalediff.grid import AttentionSite, Grid
+from scalediff.grid import AttentionSite, Grid, Layout, Role
+from scalediff.rotation import TextRotation
 from scalediff.settings import Settings
+
+Arguments = Mapping[str, Any]
+T = TypeVar("T")
+
+
+class Reader:
+    """Values read out of tensors, once per tensor: a pipeline hands the same ids and masks to every step, and reading waits for the GPU."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int, str], tuple[weakref.ref[Tensor], Any]] = {}
+
+    def __call__(self, tensor: Tensor, what: Callable[[Tensor], T]) -> T:
+        """`what(tensor)`, remembered under the function's name for as long as the tensor lives unchanged."""
+        key = (id(tensor), 0 if tensor.is_inference() else tensor._version, what.__name__)
+        known = self._known.get(key)
+        if known is not None and known[0]() is tensor:
+            value: T = known[1]
+            return value
+        if len(self._known) > 64:
+            self._known = {k: v for k, v in self._known.items() if v[0]() is not None}
+        value = what(tensor)
+        self._known[key] = (weakref.ref(tensor), value)
+        return value
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """What the cascade must know of a family.
+
+    Attributes:
+        size_multiple: Pixels that a pipeline of this family wants its sizes to be a multiple of, beside the VAE's factor.
+        preset: The default settings for a denoiser.
+    """
+
+    size_multiple: int
+    preset: Callable[[nn.Module], Settings]
+
+
+def _no_rotation(denoiser: nn.Module) -> TextRotation | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -18,18 +61,49 @@ class Family:
 
     Attributes:
         denoiser: Class name of the denoiser.
-        grid_source: For the report: where `latent_grid` reads the grid.
-        size_multiple: Pixels that a pipeline of this family wants its sizes to be a multiple of, beside the VAE's factor.
-        sites: The attention modules of a denoiser.
-        native_grid: The latent grid that the denoiser was trained on.
-        latent_grid: The latent grid of one forward pass, from its arguments.
-        preset: The cascade's default settings for this denoiser.
+        grid_source: For people: where `layout` reads the grid.
+        text: For people: how text enters.
+        native_grid: The token grid that a denoiser was trained on, at its finest level; None where it does not say.
+        layout: How the tokens of a forward pass lie, from its arguments; raises `Unreadable`.
+        roles: Patterns of module names, and what the modules attend to; the first that is found counts.
+        role: What the others attend to.
+        level: How often the grid of a module has been halved.
+        rotation: How a denoiser rotates, where text is turned for each window.
+        cascade: None where only the hook knows the family.
+        refusal: Why a denoiser of this class is not patched, in a sentence; empty where it is.
+        listed: Its attention modules are those with a processor; of other models they are known when they call.
     """
 
     denoiser: str
-    grid_source: str
-    size_multiple: int
-    sites: Callable[[nn.Module], tuple[AttentionSite, ...]]
-    native_grid: Callable[[nn.Module], Grid]
-    latent_grid: Callable[[tuple[Any, ...], Mapping[str, Any]], Grid]
-    preset: Callable[[nn.Module], Settings]
+    grid_source: str = ""
+    text: str = ""
+    native_grid: Callable[[nn.Module], Grid | None] = field(default=lambda denoiser: None)
+    layout: Callable[[nn.Module, Arguments, Reader], Layout] = field(default=lambda denoiser, arguments, read: Layout((0, 0), ()))
+    roles: tuple[tuple[str, Role], ...] = ()
+    role: Role = "self"
+    level: Callable[[nn.Module, str], int] = field(default=lambda denoiser, name: 0)
+    rotation: Callable[[nn.Module], TextRotation | None] = _no_rotation
+    cascade: Cascade | None = None
+    refusal: str = ""
+    listed: bool = True
+
+    def sites(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
+        """The attention modules of a denoiser, as far as they are known before they call."""
+        if not self.listed:
+            return ()
+        found = []
+        for name, module in denoiser.named_modules():
+            if hasattr(module, "processor") and hasattr(module, "set_processor"):
+                role = next((role for pattern, role in self.roles if re.search(pattern, name)), self.role)
+                found.append(AttentionSite(name, role, self.level(denoiser, name), _obstacle(module)))
+        return tuple(found)
+
+
+_ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+
+
+def _obstacle(attention: nn.Module) -> str:
+    """A processor that names neither of the two in its call computes attention by itself."""
+    processor = type(attention.processor)
+    names = set(getattr(getattr(processor.__call__, "__code__", None), "co_names", _ATTENTION))
+    return "" if names & _ATTENTION else f"{processor.__name__} does not call scaled_dot_product_attention"

@@ -6,14 +6,13 @@ Self-attention at several levels of the latent grid, text in cross-attention cal
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from scalediff.families.base import Family
-from scalediff.grid import AttentionSite, Grid
+from scalediff.families.base import Arguments, Cascade, Family, Reader
+from scalediff.grid import Grid, Layout, Sequence, level_grid
 from scalediff.settings import Settings
 
 # arXiv:2510.25818 and the authors' scripts: the setting for SDXL.
@@ -23,22 +22,8 @@ _PAPER = Settings(steps=50, restart=0.4, guidance_scale=7.5, lfm_cutoff=0.125, s
 _SMALL = replace(_PAPER, steps=30, restart=0.3, guidance_scale=1.5)
 
 
-def _sites(unet: nn.Module) -> tuple[AttentionSite, ...]:
-    deepest = len(unet.config.block_out_channels) - 1  # type: ignore[union-attr, arg-type]
-    return tuple(
-        AttentionSite(name, "cross" if module.is_cross_attention else "self", _level(name, deepest), _obstacle(module))
-        for name, module in unet.named_modules()
-        if type(module).__name__ == "Attention"
-    )
-
-
-def _obstacle(attention: nn.Module) -> str:
-    """diffusers marks the processors that call scaled_dot_product_attention, torch 2's, by their names."""
-    processor = type(attention.processor).__name__
-    return "" if "2_0" in processor else f"{processor} does not call scaled_dot_product_attention"
-
-
-def _level(name: str, deepest: int) -> int:
+def _level(unet: nn.Module, name: str) -> int:
+    deepest = _deepest(unet)
     if down := re.match(r"down_blocks\.(\d+)\.", name):
         return int(down[1])
     if up := re.match(r"up_blocks\.(\d+)\.", name):
@@ -53,21 +38,42 @@ def _native_grid(unet: nn.Module) -> Grid:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _latent_grid(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
-    sample = args[0] if args else kwargs["sample"]
-    return int(sample.shape[-2]), int(sample.shape[-1])
+def _layout(unet: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    y, x = arguments["sample"].shape[-2:]
+    text = arguments.get("encoder_hidden_states")
+    levels = (Sequence(level_grid((y, x), level), level) for level in range(_deepest(unet) + 1))
+    return Layout((y, x), tuple(levels), () if text is None else (text.shape[1],))
+
+
+def _union_layout(unet: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    """The conditions attend to one another, a token each, and one for the picture."""
+    layout = _layout(unet, arguments, read)
+    return replace(layout, others=(*layout.others, len(arguments["controlnet_cond"]) + 1))
+
+
+def _deepest(unet: nn.Module) -> int:
+    return len(unet.config.block_out_channels) - 1  # type: ignore[union-attr, arg-type]
 
 
 def _preset(unet: nn.Module) -> Settings:
     return _PAPER if min(_native_grid(unet)) >= 32 else _SMALL
 
 
-UNET = Family(
+_UNET = Family(
     denoiser="UNet2DConditionModel",
     grid_source="sample.shape[-2:], halved per level",
-    size_multiple=8,
-    sites=_sites,
+    text="cross-attention",
     native_grid=_native_grid,
-    latent_grid=_latent_grid,
-    preset=_preset,
+    layout=_layout,
+    roles=((r"\.attn2$", "cross"),),
+    level=_level,
+    cascade=Cascade(size_multiple=8, preset=_preset),
 )
+
+
+def _nothing_said(denoiser: nn.Module) -> None:
+    return None
+
+
+_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_nothing_said, cascade=None)  # its U-Net's size
+UNETS = (_UNET, _CONTROL, replace(_CONTROL, denoiser="ControlNetUnionModel", layout=_union_layout))

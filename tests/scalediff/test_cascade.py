@@ -377,5 +377,5 @@ def test_bad_input_is_named(demo: Any) -> None:
         demo(PROMPT, height=128, width=128, timesteps=[500, 1])
     with pytest.raises(TypeError, match=r"needs a text-to-image pipeline, got UNet2DConditionModel"):
         generate(demo.unet, PROMPT, height=128, width=128)
-    with pytest.raises(TypeError, match=r"pipeline or an nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"nn.Module or a diffusers pipeline with a unet or transformer, got str"):
         generate("demo", PROMPT, height=128, width=128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import warnings
 import weakref
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-from scalediff.grid import from_grid, level_grid, to_grid
+from bench.zoo import ZOO
+from scalediff.grid import level_grid
 from scalediff_kernels import neighborhood_patch_attention
 from tests.conftest import forward, seeded, state_of
 
@@ -77,25 +79,27 @@ def test_a_denoiser_has_one_owner(demo: Any) -> None:
     assert state_of(demo.unet) == state
 
 
-def test_a_shallow_copy_can_be_unpatched(demo: Any) -> None:
+def test_a_shallow_copy_shares_the_denoiser_and_nothing_else(demo: Any) -> None:
     cls = type(demo)
     scalediff.patch_model(demo)
     twin = copy.copy(demo)
-    scalediff.unpatch_model(twin)
-    scalediff.unpatch_model(demo)
-    assert type(twin) is type(demo) is cls
-    assert "_scalediff_handle" not in twin.__dict__
+    assert type(twin) is cls
+    assert "_scalediff" not in twin.__dict__
+    scalediff.unpatch_model(twin)  # through the denoiser, which the two share
+    assert type(demo) is cls
+    assert "_scalediff" not in demo.__dict__
 
 
-def test_a_deep_copy_stays_patched_by_itself(unet: nn.Module) -> None:
-    plain = forward(unet, (32, 32))
+def test_copies_and_pickles_are_not_patched(unet: nn.Module) -> None:
+    plain, cls, attributes = forward(unet, (32, 32)), type(unet), sorted(unet.__dict__)
     with scalediff.patch_model(unet):
-        patched = forward(unet, (32, 32))
-        twin = copy.deepcopy(unet)
+        twins = [copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))]
+        assert not torch.equal(forward(unet, (32, 32)), plain)
+    for twin in twins:
+        assert type(twin) is cls
+        assert sorted(twin.__dict__) == attributes
+        assert torch.equal(forward(twin, (32, 32)), plain)
     assert torch.equal(forward(unet, (32, 32)), plain)
-    assert torch.equal(forward(twin, (32, 32)), patched)
-    scalediff.unpatch_model(twin)
-    assert torch.equal(forward(twin, (32, 32)), plain)
 
 
 def test_every_self_attention_gets_its_window(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +113,7 @@ def test_every_self_attention_gets_its_window(unet: nn.Module, monkeypatch: pyte
         return neighborhood_patch_attention(q, k, v, **arguments)
 
     with scalediff.patch_model(unet) as handle:
-        monkeypatch.setattr("scalediff.hooks.neighborhood_patch_attention", recording)
+        monkeypatch.setattr("scalediff.plan.neighborhood_patch_attention", recording)
         forward(unet, (40, 24))
     assert sorted(calls) == sorted(row.window for row in handle.report.patched if row.window)
 
@@ -119,14 +123,6 @@ def test_odd_grids_round_up_per_level(unet: nn.Module) -> None:
     with scalediff.patch_model(unet), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert forward(unet, (35, 17)).shape[-2:] == (35, 17)
-
-
-def test_grid_views_are_inverse() -> None:
-    x = torch.randn(2, 3, 20, 5)
-    grid = to_grid(x, (4, 5))
-    assert grid.shape == (2, 4, 5, 3, 5)
-    assert grid.data_ptr() == x.data_ptr()
-    assert torch.equal(from_grid(grid), x)
 
 
 def test_a_class_put_on_top_of_ours_survives_unpatching(unet: nn.Module) -> None:
@@ -155,19 +151,29 @@ def test_a_pipeline_made_from_a_patched_one_is_not_patched(demo: Any) -> None:
     assert torch.equal(twin("a moon", generator=seeded(), **size).images, plain)
 
 
-def test_a_denoiser_neither_keeps_nor_copies_its_pipeline(demo: Any) -> None:
+def test_a_denoiser_does_not_keep_its_pipeline_alive(demo: Any) -> None:
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline(**demo.components, requires_safety_checker=False)
     unet = pipe.unet
     scalediff.patch_model(pipe)
-    twin = copy.deepcopy(unet)
-    assert twin.__dict__["_scalediff_handle"]._owner() is pipe
     gone = weakref.ref(pipe)
     del pipe
     gc.collect()
     assert gone() is None
-    scalediff.patch_model(twin)  # its own copy: no owner stands in the way
+    scalediff.patch_model(unet)  # no owner stands in the way any more
     scalediff.unpatch_model(unet)
+    assert F.scaled_dot_product_attention is SDPA
+
+
+def test_a_handle_does_not_keep_its_model_alive() -> None:
+    pytest.importorskip("diffusers")
+    unet = ZOO["SD1.5"].build()
+    handle = scalediff.patch_model(unet)
+    gone = weakref.ref(unet)
+    del unet
+    gc.collect()
+    assert gone() is None
+    handle.remove()
     assert F.scaled_dot_product_attention is SDPA
 
 
@@ -209,9 +215,9 @@ def test_report_names_every_attention_module(demo: Any) -> None:
 
 
 def test_unknown_models_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"knows the denoisers UNet2DConditionModel.*got Linear"):
+    with pytest.raises(ValueError, match=r"Linear is of no known family: say where its token grid comes from"):
         scalediff.patch_model(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"pipeline or an nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"nn.Module or a diffusers pipeline with a unet or transformer, got dict"):
         scalediff.patch_model({})
 
 
@@ -221,7 +227,7 @@ def test_a_model_with_nothing_to_patch_is_an_error() -> None:
     bare = diffusers.UNet2DConditionModel(sample_size=16, block_out_channels=(8,), norm_num_groups=8, layers_per_block=1, **blocks)
     with pytest.raises(ValueError, match=r"no self-attention to patch in UNet2DConditionModel: it has no attention modules"):
         scalediff.patch_model(bare)
-    assert "_scalediff_handle" not in bare.__dict__
+    assert "_scalediff" not in bare.__dict__
     nameless = diffusers.UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=8, layers_per_block=1, **blocks)
     with pytest.raises(ValueError, match=r"must name its native latent size, got sample_size=None"):
         scalediff.patch_model(nameless)
@@ -230,7 +236,7 @@ def test_a_model_with_nothing_to_patch_is_an_error() -> None:
 def test_an_implementation_is_checked_when_it_is_named(unet: nn.Module) -> None:
     with pytest.raises(ValueError, match="impl must be one of auto, reference, sdpa, triton, got impl='fast'"):
         scalediff.patch_model(unet, impl="fast")  # type: ignore[arg-type]
-    assert "_scalediff_handle" not in unet.__dict__
+    assert "_scalediff" not in unet.__dict__
 
 
 def test_the_kernel_is_used_or_refused(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

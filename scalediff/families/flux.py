@@ -1,0 +1,76 @@
+"""FLUX.1, FLUX.2 and the models that keep their convention: packed latents, the picture in `img_ids`, text before the image.
+
+Double blocks and single blocks alike attend to `[text, image]` in one softmax, rotated as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalediff.families.base import Arguments, Family, Reader
+from scalediff.grid import Grid, Layout, Sequence, Unreadable
+from scalediff.rotation import TextRotation
+
+
+def _extent(ids: Tensor) -> Grid:
+    """The token grid `(Y, X)` of `[S, axes]` or `[1, S, axes]` position ids; (0, 0) where they are not one picture, row by row."""
+    rows, columns = (ids[0] if ids.ndim == 3 else ids)[:, 1:3].long().unbind(-1)
+    y, x = rows - rows.min(), columns - columns.min()
+    grid = int(y.max()) + 1, int(x.max()) + 1
+    in_order = bool((y * grid[1] + x == torch.arange(y.numel(), device=y.device)).all())
+    return grid if in_order and y.numel() == grid[0] * grid[1] else (0, 0)
+
+
+def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    tokens, text = arguments["hidden_states"].shape[1], arguments["encoder_hidden_states"].shape[1]
+    if arguments.get("kv_cache_mode") is not None:
+        raise Unreadable("reference tokens in a key/value cache have no place on the grid")
+    grid = read(arguments["img_ids"], _extent)
+    if grid[0] * grid[1] != tokens:
+        raise Unreadable(f"img_ids must be those of one picture, row by row, for {tokens} tokens, got {tuple(arguments['img_ids'].shape)}")
+    return Layout(grid, (Sequence(grid, text=text),))
+
+
+def _uniform(mask: Tensor) -> bool:
+    return bool((mask == mask.flatten()[0]).all())
+
+
+def _chroma_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    """Chroma adds its mask of 0 and 1, as a square, to the scores: without padding it adds one number to all."""
+    mask = arguments.get("attention_mask")
+    if mask is not None and not read(mask, _uniform):
+        raise Unreadable("the prompt is padded, and the model adds its mask to the scores as numbers")
+    layout = _layout(denoiser, arguments, read)
+    return Layout(layout.grid, layout.sequences, masked=True)
+
+
+def _rotation(denoiser: Any) -> TextRotation:
+    return TextRotation(tuple(denoiser.config.axes_dims_rope), float(getattr(denoiser.config, "rope_theta", 10000)))
+
+
+def _native(denoiser: nn.Module) -> Grid:
+    return 64, 64  # 1024 pixels; the config does not say
+
+
+_FLUX = Family(
+    denoiser="FluxTransformer2DModel",
+    grid_source="img_ids",
+    text="joint, before the image",
+    native_grid=_native,
+    layout=_layout,
+    role="joint",
+    rotation=_rotation,
+)
+_SAME = (
+    "FluxControlNetModel", "Flux2Transformer2DModel", "BriaTransformer2DModel", "BriaFiboTransformer2DModel",
+    "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
+)  # fmt: skip
+FLUX = (
+    _FLUX,
+    *(replace(_FLUX, denoiser=name) for name in _SAME),
+    replace(_FLUX, denoiser="ChromaTransformer2DModel", layout=_chroma_layout),
+)

@@ -1,0 +1,64 @@
+"""Qwen-Image: packed latents, the picture in `img_shapes`, text before the image, positions that count from the picture's middle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from scalediff.families.base import Arguments, Family, Reader
+from scalediff.families.latents import lengths
+from scalediff.grid import Grid, Layout, Sequence, Unreadable
+from scalediff.rotation import TextRotation
+
+
+def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    shapes = {shape if isinstance(shape[0], int) else tuple(shape) for shape in map(_hashable, arguments["img_shapes"])}
+    pictures = [p for shape in shapes for p in ([shape] if isinstance(shape[0], int) else shape)]
+    if len(shapes) != 1 or len(pictures) != 1 or pictures[0][0] != 1:
+        raise Unreadable(f"img_shapes must be one picture of one size for all samples, got {arguments['img_shapes']}")
+    grid, text = (int(pictures[0][1]), int(pictures[0][2])), int(arguments["encoder_hidden_states"].shape[1])
+    mask = arguments.get("encoder_hidden_states_mask")
+    if mask is None:
+        return Layout(grid, (Sequence(grid, text=text),))
+    real = read(mask, lengths)
+    if not real:
+        raise Unreadable("the real tokens of a prompt must come first in encoder_hidden_states_mask")
+    return Layout(grid, (Sequence(grid, text=text, real=real),), masked=True)
+
+
+def _hashable(shape: Any) -> Any:
+    return tuple(map(_hashable, shape)) if isinstance(shape, list | tuple) else int(shape)
+
+
+def _native(denoiser: nn.Module) -> Grid:
+    return 64, 64  # 1024 pixels; the config does not say
+
+
+def _shift(grid: Grid, native: Grid) -> tuple[int, int]:
+    """Text begins where the larger half of the picture ends, on both axes; the picture's rows and columns begin at minus their half."""
+
+    def of(axis: int) -> int:
+        text, start = max(n // 2 for n in grid), -(grid[axis] - grid[axis] // 2)
+        native_text, native_start = max(n // 2 for n in native), -(native[axis] - native[axis] // 2)
+        return (native_text - native_start) - (text - start)
+
+    return of(0), of(1)
+
+
+def _rotation(denoiser: Any) -> TextRotation:
+    return TextRotation(tuple(denoiser.config.axes_dims_rope), 10000.0, shift=_shift)
+
+
+QWEN = tuple(
+    Family(
+        denoiser=name,
+        grid_source="img_shapes",
+        text="joint, before the image",
+        native_grid=_native,
+        layout=_layout,
+        role="joint",
+        rotation=_rotation,
+    )
+    for name in ("QwenImageTransformer2DModel", "QwenImageControlNetModel")
+)

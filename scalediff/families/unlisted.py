@@ -1,0 +1,95 @@
+"""A model that nobody listed, from what its user says: where the grid comes from, and where text stands.
+
+Nothing is guessed from a number of tokens: 4096 of them may be 64 x 64 or 32 x 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from scalediff.families.base import Arguments, Family, Reader
+from scalediff.grid import Grid, Layout, Sequence, Side, Unreadable
+
+GridSource = Grid | Callable[[Arguments], Grid]
+TextSource = tuple[Side, int | str]
+
+
+def unlisted(model: nn.Module, *, grid: GridSource | None, patch_size: int | None, text: TextSource | None) -> Family:
+    """The family of one model.
+
+    Args:
+        model: Any module whose attention reaches `F.scaled_dot_product_attention`.
+        grid: Tokens `(Y, X)` of every forward pass, or a function of its named arguments; None to read them from the first
+            `[B, C, H, W]` argument and the patch size.
+        patch_size: Pixels or latents per token; the model's own `patch_size` when None.
+        text: Side and number of the text tokens in the same softmax, or the name of the argument `[B, T, C]` that has them.
+
+    Raises:
+        ValueError: neither a grid nor a patch size is given or found, or the text has another form.
+    """
+    if text is not None and (len(text) != 2 or text[0] not in get_args(Side) or not isinstance(text[1], int | str)):
+        raise ValueError(f'text must be ("prefix" or "suffix", a number of tokens or the name of an argument [B, T, C]), got {text!r}')
+    if isinstance(grid, tuple) and (len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid)):
+        raise ValueError(f"grid must be two positive numbers of tokens (Y, X), got {grid!r}")
+    size = patch_size if patch_size is not None else _patch_size(model)
+    if grid is None and size is None:
+        raise ValueError(
+            f"{type(model).__name__} is of no known family: say where its token grid comes from, by grid=(Y, X), by a function "
+            f"grid=lambda arguments: (Y, X), or by patch_size= where an argument is [B, C, H, W]; see docs/models.md"
+        )
+
+    def layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+        tokens = grid(arguments) if callable(grid) else grid or _from_picture(arguments, size or 1)
+        if text is None:
+            return Layout(tokens, (Sequence(tokens),))
+        side, of = text
+        count = of if isinstance(of, int) else int(arguments[of].shape[-2])
+        return Layout(tokens, (Sequence(tokens, side=side, text=count), Sequence(tokens)), (count,))
+
+    source = "grid=" if grid is not None else f"first [B, C, H, W] argument // {size}"
+    return Family(
+        denoiser=type(model).__name__,
+        grid_source=source,
+        text="-" if text is None else f"joint, {text[0]} of {text[1]}",
+        native_grid=lambda denoiser: _native(denoiser, size),
+        layout=layout,
+        listed=False,
+    )
+
+
+def _from_picture(arguments: Arguments, size: int) -> Grid:
+    for value in arguments.values():
+        if isinstance(value, Tensor) and value.ndim == 4:
+            return value.shape[-2] // size, value.shape[-1] // size
+    raise Unreadable("no argument is [B, C, H, W]: say grid=")
+
+
+def _places(model: Any) -> list[Any]:
+    parts = (getattr(model, name, None) for name in ("config", "patch_embed", "x_embedder"))
+    return [model, *(part for part in parts if part is not None)]
+
+
+def _patch_size(model: nn.Module) -> int | None:
+    """The model's own, where it is one number; `timm` and the research repositories name it so."""
+    for place in _places(model):
+        size = getattr(place, "patch_size", None)
+        if isinstance(size, tuple | list) and len(size) == 2 and size[0] == size[1]:
+            size = size[0]
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def _native(model: nn.Module, size: int | None) -> Grid | None:
+    """The token grid of the position embedding (`timm`'s `grid_size`), or `sample_size` in patches."""
+    for place in _places(model):
+        grid = getattr(place, "grid_size", None)
+        if isinstance(grid, tuple | list) and len(grid) == 2:
+            return int(grid[0]), int(grid[1])
+        sample = getattr(place, "sample_size", None)
+        if isinstance(sample, int) and size:
+            return sample // size, sample // size
+    return None

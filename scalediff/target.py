@@ -1,0 +1,220 @@
+"""One patched denoiser: what its forward passes look like, what becomes of their calls, and what there is to report."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from scalediff.families.base import Family, Reader
+from scalediff.grid import Grid, Unreadable, patch_of, window_of
+from scalediff.interception import Pass, current, open_pass
+from scalediff.plan import Call, Options, Plan
+from scalediff.report import Row
+from scalediff.settings import Attention
+
+Jitter = Literal["none", "alternate", "random"]
+_PLANS = 64  # kept per denoiser: sizes in use, times the offsets of the jitter
+
+
+class Handle(Protocol):
+    """Who removes the patch."""
+
+    @property
+    def model(self) -> Any: ...
+
+    def remove(self) -> None: ...
+
+
+class Offsets:
+    """How far the patch grid of a pass is moved, in patches: one offset per step, which is told by its input tensor.
+
+    The passes of one step, with and without the prompt, see the same grid: guidance would amplify the difference.
+    """
+
+    def __init__(self, jitter: Jitter, seed: int) -> None:
+        self._jitter, self._random = jitter, random.Random(seed)
+        self._of: weakref.ref[Tensor] | None = None
+        self._fraction = (0.0, 0.0)
+        self._steps = 0
+
+    def next(self, of: Tensor) -> tuple[float, float]:
+        if self._jitter != "none" and (self._of is None or self._of() is not of):
+            self._of = weakref.ref(of)
+            if self._jitter == "random":
+                self._fraction = self._random.random(), self._random.random()
+            else:
+                self._fraction = (0.5, 0.5) if self._steps % 2 else (0.0, 0.0)
+            self._steps += 1
+        return self._fraction
+
+
+class Target:
+    """A patched denoiser, seen by the passes it runs.
+
+    Args:
+        denoiser: The network; held weakly.
+        family: How its passes are laid out.
+        native: Its native token grid.
+        prefix: Its name in the pipeline, for the report.
+        options: What `patch_model` was asked for.
+        jitter, seed: How the patch grid moves from step to step.
+        strict: An unlisted model whose first large pass has no call to take raises; otherwise it warns.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        family: Family,
+        native: Grid,
+        *,
+        prefix: str,
+        parameters: tuple[str, ...],
+        options: Options,
+        jitter: Jitter,
+        seed: int,
+        strict: bool,
+    ) -> None:
+        self.module = weakref.ref(denoiser)
+        self.handle: Handle = None  # type: ignore[assignment]  # until the handle installs it
+        self.family, self.native, self.prefix, self._parameters, self._options, self._strict = (
+            family, native, prefix, parameters, options, strict,
+        )  # fmt: skip
+        self.attention: Attention = "npa"
+        self.active = False
+        self.sites = {site.name: site for site in family.sites(denoiser)}
+        self.seen: dict[str, Call] = {}
+        self._rotation = family.rotation(denoiser)
+        self._offsets = Offsets(jitter, seed)
+        self._read = Reader()
+        self._plans: dict[Any, Plan] = {}
+        self._warned: set[str] = set()
+        self._taken = -1  # calls of the pass before
+
+    def run(self, forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The denoiser's forward: within a pass above the native area, untouched up to there."""
+        entered = current()
+        if not self.active or self.attention == "full" or (entered is not None and entered.owner is self):
+            return forward(module, *args, **kwargs)
+        plan = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        if plan is None:
+            return forward(module, *args, **kwargs)
+        with open_pass(Pass(self, plan)) as entered:
+            result = forward(module, *args, **kwargs)
+        self._conclude(module, entered)
+        return result
+
+    def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> Plan | None:
+        if is_context_parallel(module):
+            raise NotImplementedError(CONTEXT_PARALLEL)
+        try:
+            layout = self.family.layout(module, arguments, self._read)
+        except Unreadable as why:
+            self._warn_once(type(module).__name__, str(why))
+            return None
+        except KeyError as name:
+            self._warn_once(type(module).__name__, f"its forward pass has no argument {name}")
+            return None
+        if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
+            return None
+        like = next(x for x in _tensors(arguments.values()) if x.is_floating_point())
+        fraction = self._offsets.next(like)
+        key = (layout, fraction, like.device, like.dtype)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(layout, self.native, fraction, self._rotation, like, self._options)
+        return plan
+
+    def took(self, entered: Pass, call: Call) -> None:
+        """A call is about to be computed in windows."""
+        entered.taken += 1
+        if self._taken < 0:
+            self.seen.setdefault(self._caller(), call)
+
+    def left(self, entered: Pass, why: str) -> None:
+        """A call that looks like self-attention runs full attention."""
+        entered.left = True
+        self._warn_once(self._caller(), why)
+
+    def _conclude(self, module: nn.Module, entered: Pass) -> None:
+        """What a whole pass has shown, where it was not compiled."""
+        if entered.taken != self._taken and not entered.traced:
+            self._name_obstacles(module)
+            if entered.taken == 0 and not entered.left and not self._warned:
+                why = f"no call of scaled_dot_product_attention had the tokens of {entered.plan.grids}"
+                if self._strict and not self.family.listed:
+                    raise ValueError(f"nothing was patched: {why}, in {type(module).__name__}; its output was that of full attention")
+                self._warn_once(type(module).__name__, why)
+        self._taken = entered.taken
+
+    def _name_obstacles(self, module: nn.Module) -> None:
+        """Processors may have been replaced since the model was patched."""
+        for site in self.family.sites(module):
+            if site.obstacle and site.role in ("self", "joint"):
+                self._warn_once(self.prefix + site.name, site.obstacle)
+
+    def _warn_once(self, name: str, why: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(f"scalediff: {name} runs full attention: {why}", stacklevel=3)
+
+    def _caller(self) -> str:
+        """The module whose forward is running: the innermost attention module on the stack, or the innermost module of ours."""
+        denoiser = self.module()
+        names = {id(module): name for name, module in denoiser.named_modules()} if denoiser is not None else {}
+        innermost: str = ""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            name: str = names.get(id(frame.f_locals.get("self")), "")
+            if name in self.sites:
+                return self.prefix + name
+            innermost = innermost or name
+            frame = frame.f_back
+        return self.prefix + (innermost or type(denoiser).__name__)
+
+    def rows(self) -> list[Row]:
+        """For the report: the attention modules, or the callers that have been seen where nobody listed them."""
+        rows = []
+        for site in self.sites.values():
+            name, grid_source, text = self.prefix + site.name, self.family.grid_source, "-" if site.role == "self" else self.family.text
+            if site.role in ("cross", "text"):
+                why = "text cross-attention" if site.role == "cross" else "text alone"
+                rows.append(Row(name, site.role, "-", "-", None, None, "untouched", why))
+            elif site.obstacle:
+                rows.append(Row(name, site.role, grid_source, text, None, None, "untouched", site.obstacle))
+            else:
+                window, patch = window_of(self.native, site.level), patch_of(self.native, site.level)
+                rows.append(Row(name, site.role, grid_source, text, window, patch, "patched"))
+        if not self.family.listed:
+            for name, call in self.seen.items():
+                role = "joint" if call.sequence.text else "self"
+                text = self.family.text if call.sequence.text else "-"
+                rows.append(Row(name, role, self.family.grid_source, text, call.window, call.patch, "patched"))
+        return rows
+
+
+CONTEXT_PARALLEL = (
+    "context parallelism splits text and image over the ranks and joins them interleaved, where no window can be cut: "
+    "patch_model does not work with it yet"
+)
+
+
+def is_context_parallel(module: nn.Module) -> bool:
+    """Whether diffusers' context parallelism is on."""
+    return getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
