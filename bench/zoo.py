@@ -209,6 +209,50 @@ def _union(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
     return _unet(draw, grid, batch) | control
 
 
+def _dit(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+    latents = {"hidden_states": draw(batch, 4, 2 * grid[0], 2 * grid[1]), "timestep": torch.full((batch,), 500)}
+    return latents | {"class_labels": torch.arange(batch), "cross_attention_kwargs": {}}
+
+
+def _glm(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+    size, tokens = torch.tensor([[256.0, 256.0]] * batch), grid[0] * grid[1]
+    prior = {
+        "prior_token_id": torch.zeros(batch, tokens, dtype=torch.long),
+        "prior_token_drop": torch.zeros(batch, tokens, dtype=torch.bool),
+    }
+    return _latents(draw, grid, batch) | prior | {"target_size": size, "crop_coords": torch.zeros(batch, 2)}
+
+
+def _falling(batch: int, text: int = 6) -> Tensor:
+    """A mask `[B, T]` over prompts, each one token shorter than the one before."""
+    return torch.arange(text)[None, :] < text - torch.arange(batch)[:, None]
+
+
+def _prx(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+    return _latents(draw, grid, batch) | {"attention_mask": _falling(batch)}
+
+
+def _ernie(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+    latents = {"hidden_states": draw(batch, 4, *grid), "timestep": torch.full((batch,), 500.0)}
+    return latents | {"text_bth": draw(batch, 6, 24), "text_lens": _falling(batch).sum(1)}
+
+
+def _hunyuan_image(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": draw(batch, 4, *grid), "timestep": torch.full((batch,), 500.0), "encoder_hidden_states": draw(batch, 6, 32),
+        "encoder_attention_mask": _falling(batch), "encoder_hidden_states_2": draw(batch, 3, 16),
+        "encoder_attention_mask_2": torch.ones(batch, 3, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def _krea(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": draw(batch, grid[0] * grid[1], 16), "encoder_hidden_states": draw(batch, 6, 3, 32),
+        "timestep": torch.full((batch,), 0.5), "position_ids": torch.cat([torch.zeros(6, 3), ids(grid)]),
+        "encoder_attention_mask": _falling(batch),
+    }  # fmt: skip
+
+
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 _BLOCKS = {"num_layers": 1, "num_single_layers": 2}
 _FLUX = {"in_channels": 16, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6), **_HEADS, **_BLOCKS}
@@ -289,6 +333,38 @@ ZOO: dict[str, Specimen] = {
     "HunyuanDiT ControlNet": Specimen("HunyuanDiT2DControlNetModel", _HUNYUAN | {"transformer_num_layers": 4}, _hunyuan_control),
     "CogView3-Plus": Specimen("CogView3PlusTransformer2DModel", _COGVIEW, _cogview, text=6),
     "CogView4": Specimen("CogView4Transformer2DModel", _COGVIEW | {"rope_axes_dim": (16, 16)}, _cogview, text=6),
+    "DiT": Specimen(
+        "DiTTransformer2DModel", {"in_channels": 4, "num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 10, **_HEADS}, _dit,
+    ),
+    "GLM-Image": Specimen(
+        "GlmImageTransformer2DModel",
+        {"in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32, "time_embed_dim": 16, "condition_dim": 8,
+         "prior_vq_quantizer_codebook_size": 8, **_HEADS},
+        _glm, text=6,
+    ),
+    "PRX": Specimen(
+        "PRXTransformer2DModel",
+        {"in_channels": 4, "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "depth": 2, "axes_dim": [8, 8]}, _prx, text=6,
+    ),
+    "ERNIE-Image": Specimen(
+        "ErnieImageTransformer2DModel",
+        {"hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 48, "in_channels": 4, "out_channels": 4,
+         "text_in_dim": 24, "rope_axes_dim": (4, 6, 6)},
+        _ernie, text=6,
+    ),
+    "HunyuanImage 2.1": Specimen(
+        "HunyuanImageTransformer2DModel",
+        {"in_channels": 4, "out_channels": 4, "num_refiner_layers": 1, "text_embed_dim": 32, "text_embed_2_dim": 16,
+         "rope_axes_dim": (8, 8), **_HEADS, **_BLOCKS},
+        _hunyuan_image, text=9,
+    ),
+    "Krea 2": Specimen(
+        "Krea2Transformer2DModel",
+        {"in_channels": 16, "num_layers": 2, "num_key_value_heads": 1, "intermediate_size": 48, "timestep_embed_dim": 16,
+         "text_hidden_dim": 32, "num_text_layers": 3, "text_num_attention_heads": 2, "text_num_key_value_heads": 2,
+         "text_intermediate_size": 48, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "axes_dims_rope": (4, 6, 6), **_HEADS},
+        _krea, text=6,
+    ),
     "Qwen-Image": Specimen("QwenImageTransformer2DModel", _QWEN, _qwen, text=6),
     "Qwen-Image ControlNet": Specimen("QwenImageControlNetModel", _QWEN, _qwen_control, text=6),
     "HiDream-I1": Specimen(

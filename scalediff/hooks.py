@@ -326,13 +326,25 @@ def _attending(cls: type[nn.Module]) -> type:
     (then the module is called as usual): one of the two is always ours, and a pass within itself does nothing.
     """
 
+    # torch.compile steps over the call itself, does not look into opening and closing, and compiles what lies between.
+    begin, end = torch.compiler.disable(Target.begin), torch.compiler.disable(Target.end)
+
     def within(forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             target: Target | None = self.__dict__.get(_ATTRIBUTE)
-            return forward(self, *args, **kwargs) if target is None else target.run(forward, self, args, kwargs)
+            if target is None:
+                return forward(self, *args, **kwargs)
+            entered, finished = None, False
+            try:
+                entered = begin(target, self, args, kwargs)
+                result = forward(self, *args, **kwargs)
+                finished = True
+            finally:
+                if entered is not None:
+                    end(target, self, entered, finished)
+            return result
 
-        # torch.compile steps over the opening of the pass and compiles what is within.
         stepped_over: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
         return stepped_over
 

@@ -34,10 +34,10 @@ class Owner(Protocol):
 class Pass:
     """One forward pass of one patched denoiser in one thread."""
 
-    def __init__(self, owner: Owner, plan: Plan) -> None:
-        self.owner, self.plan = owner, plan
+    def __init__(self, owner: Owner, plan: Plan, around: Pass | None) -> None:
+        self.owner, self.plan, self.around = owner, plan, around
         self.taken = 0
-        self.left = False  # a call that might have been taken was not
+        self.left: dict[str, str] = {}  # callers that were not taken, and why
         self.traced = False  # a call was taken inside a compiled graph, where nothing is counted
 
 
@@ -54,20 +54,18 @@ def current() -> Pass | None:
     return _passes.current
 
 
-class open_pass:
-    """Inside, this thread's attention calls belong to the pass; passes may nest, and the inner one counts."""
+def open_pass(owner: Owner, plan: Plan) -> Pass:
+    """From here on this thread's attention calls belong to a new pass; passes may nest, and the inner one counts."""
+    _swap.acquire()
+    entered = Pass(owner, plan, _passes.current)
+    _passes.current = entered
+    return entered
 
-    def __init__(self, entered: Pass) -> None:
-        self._pass = entered
 
-    def __enter__(self) -> Pass:
-        _swap.acquire()
-        self._before, _passes.current = _passes.current, self._pass
-        return self._pass
-
-    def __exit__(self, *error: object) -> None:
-        _passes.current = self._before
-        _swap.release()
+def close_pass(entered: Pass) -> None:
+    """The calls belong to the pass around this one again, or to nobody."""
+    _passes.current = entered.around
+    _swap.release()
 
 
 class _Swap:

@@ -6,7 +6,7 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scalediff.families.base import Family, Reader
 from scalediff.grid import Grid, Unreadable, patch_of, window_of
-from scalediff.interception import Pass, current, open_pass
+from scalediff.interception import Pass, close_pass, current, open_pass
 from scalediff.plan import Call, Options, Plan
 from scalediff.report import Row
 from scalediff.settings import Attention
@@ -87,7 +87,6 @@ class Target:
             family, native, prefix, parameters, options, strict,
         )  # fmt: skip
         self.attention: Attention = "npa"
-        self.active = False
         self.sites = {site.name: site for site in family.sites(denoiser)}
         self.seen: dict[str, Call] = {}
         self._rotation = family.rotation(denoiser)
@@ -97,18 +96,28 @@ class Target:
         self._warned: set[str] = set()
         self._taken = -1  # calls of the pass before
 
-    def run(self, forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The denoiser's forward: within a pass above the native area, untouched up to there."""
+    @property
+    def active(self) -> bool:
+        """Whether its denoiser is patched by it."""
+        return self in _active
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        (_active.add if value else _active.discard)(self)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
+        """Open the pass of a forward that exceeds the native area; None where the forward is to run as it is."""
         entered = current()
         if not self.active or self.attention == "full" or (entered is not None and entered.owner is self):
-            return forward(module, *args, **kwargs)
+            return None
         plan = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
-        if plan is None:
-            return forward(module, *args, **kwargs)
-        with open_pass(Pass(self, plan)) as entered:
-            result = forward(module, *args, **kwargs)
-        self._conclude(module, entered)
-        return result
+        return None if plan is None else open_pass(self, plan)
+
+    def end(self, module: nn.Module, entered: Pass, finished: bool) -> None:
+        """Close the pass, whatever was raised in it; of a finished one see what it has shown."""
+        close_pass(entered)
+        if finished:
+            self._conclude(module, entered)
 
     def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> Plan | None:
         if is_context_parallel(module):
@@ -140,19 +149,30 @@ class Target:
             self.seen.setdefault(self._caller(), call)
 
     def left(self, entered: Pass, why: str) -> None:
-        """A call that looks like self-attention runs full attention."""
-        entered.left = True
-        self._warn_once(self._caller(), why)
+        """A call that looks like self-attention runs full attention; that is said at once, unless an error may be due."""
+        if self._on_trial:
+            entered.left.setdefault(self._caller(), why)
+        else:
+            self._warn_once(self._caller(), why)
+
+    @property
+    def _on_trial(self) -> bool:
+        """In the first large pass of an unlisted model under `strict`."""
+        return self._strict and not self.family.listed and self._taken < 0
 
     def _conclude(self, module: nn.Module, entered: Pass) -> None:
         """What a whole pass has shown, where it was not compiled."""
         if entered.taken != self._taken and not entered.traced:
             self._name_obstacles(module)
-            if entered.taken == 0 and not entered.left and not self._warned:
-                why = f"no call of scaled_dot_product_attention had the tokens of {entered.plan.grids}"
-                if self._strict and not self.family.listed:
-                    raise ValueError(f"nothing was patched: {why}, in {type(module).__name__}; its output was that of full attention")
-                self._warn_once(type(module).__name__, why)
+            none = f"no call of scaled_dot_product_attention had the tokens of {entered.plan.grids}"
+            if entered.taken == 0 and self._on_trial:
+                self._taken = 0
+                why = next(iter(entered.left.values()), none)
+                raise ValueError(f"nothing was patched: {why}, in {type(module).__name__}; the pass ran full attention")
+            for name, why in entered.left.items():
+                self._warn_once(name, why)
+            if entered.taken == 0 and not self._warned:
+                self._warn_once(type(module).__name__, none)
         self._taken = entered.taken
 
     def _name_obstacles(self, module: nn.Module) -> None:
@@ -199,6 +219,14 @@ class Target:
                 text = self.family.text if call.sequence.text else "-"
                 rows.append(Row(name, role, self.family.grid_source, text, call.window, call.patch, "patched"))
         return rows
+
+
+_active: weakref.WeakSet[Target] = weakref.WeakSet()
+
+
+def any_active() -> bool:
+    """Whether a model is patched, anywhere in the process."""
+    return len(_active) > 0
 
 
 CONTEXT_PARALLEL = (

@@ -22,18 +22,18 @@ class Reader:
     """Values read out of tensors, once per tensor: a pipeline hands the same ids and masks to every step, and reading waits for the GPU."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int, str], tuple[weakref.ref[Tensor], Any]] = {}
+        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Any]] = {}
 
-    def __call__(self, tensor: Tensor, what: Callable[[Tensor], T]) -> T:
-        """`what(tensor)`, remembered under the function's name for as long as the tensor lives unchanged."""
-        key = (id(tensor), 0 if tensor.is_inference() else tensor._version, what.__name__)
+    def __call__(self, tensor: Tensor, what: Callable[..., T], *arguments: int) -> T:
+        """`what(tensor, *arguments)`, remembered for as long as the tensor lives unchanged."""
+        key = (id(tensor), 0 if tensor.is_inference() else tensor._version, what, *arguments)
         known = self._known.get(key)
         if known is not None and known[0]() is tensor:
             value: T = known[1]
             return value
         if len(self._known) > 64:
             self._known = {k: v for k, v in self._known.items() if v[0]() is not None}
-        value = what(tensor)
+        value = what(tensor, *arguments)
         self._known[key] = (weakref.ref(tensor), value)
         return value
 

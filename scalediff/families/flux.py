@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Family, Reader
+from scalediff.families.latents import lengths
 from scalediff.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.rotation import TextRotation
 
 
-def _extent(ids: Tensor) -> Grid:
-    """The token grid `(Y, X)` of `[S, axes]` or `[1, S, axes]` position ids; (0, 0) where they are not one picture, row by row."""
-    rows, columns = (ids[0] if ids.ndim == 3 else ids)[:, 1:3].long().unbind(-1)
+def _extent(ids: Tensor, text: int = 0) -> Grid:
+    """The token grid `(Y, X)` of `[S, axes]` or `[1, S, axes]` position ids, after those of the text; (0, 0) where they are not one
+    picture, row by row."""
+    rows, columns = (ids[0] if ids.ndim == 3 else ids)[text:, 1:3].long().unbind(-1)
     y, x = rows - rows.min(), columns - columns.min()
     grid = int(y.max()) + 1, int(x.max()) + 1
     in_order = bool((y * grid[1] + x == torch.arange(y.numel(), device=y.device)).all())
@@ -48,6 +50,20 @@ def _chroma_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> L
     return Layout(layout.grid, layout.sequences, masked=True)
 
 
+def _krea_layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
+    """Krea 2: text and image in one table of ids, and padded text under a mask."""
+    stack = arguments["encoder_hidden_states"]
+    text, mask = int(stack.shape[1]), arguments.get("encoder_attention_mask")
+    grid = read(arguments["position_ids"], _extent, text)
+    tokens = arguments["hidden_states"].shape[1]
+    if grid[0] * grid[1] != tokens:
+        raise Unreadable(f"position_ids must end with those of one picture, row by row, for {tokens} tokens")
+    real = () if mask is None else read(mask, lengths)
+    if mask is not None and not real:
+        raise Unreadable("the real tokens of a prompt must come first in encoder_attention_mask")
+    return Layout(grid, (Sequence(grid, text=text, real=real),), (text, int(stack.shape[2])), masked=True)
+
+
 def _rotation(denoiser: Any) -> TextRotation:
     return TextRotation(tuple(denoiser.config.axes_dims_rope), float(getattr(denoiser.config, "rope_theta", 10000)))
 
@@ -73,4 +89,12 @@ FLUX = (
     _FLUX,
     *(replace(_FLUX, denoiser=name) for name in _SAME),
     replace(_FLUX, denoiser="ChromaTransformer2DModel", layout=_chroma_layout),
+    replace(
+        _FLUX,
+        denoiser="Krea2Transformer2DModel",
+        grid_source="position_ids",
+        native_grid=lambda denoiser: None,
+        layout=_krea_layout,
+        roles=((r"^text_fusion\.", "text"),),
+    ),
 )

@@ -15,8 +15,11 @@ _SHAPE = "hidden_states.shape[-2:] // patch_size"
 
 
 def _grid(denoiser: Any, arguments: Arguments) -> Grid:
-    y, x = arguments["hidden_states"].shape[-2:]
-    return y // denoiser.config.patch_size, x // denoiser.config.patch_size
+    hidden, size = arguments["hidden_states"], denoiser.config.patch_size
+    if hidden.ndim != 4:
+        raise Unreadable(f"hidden_states must be latents [B, C, H, W], got {tuple(hidden.shape)}")
+    y, x = size if isinstance(size, list | tuple) else (size, size)
+    return hidden.shape[-2] // y, hidden.shape[-1] // x
 
 
 def _native(denoiser: Any) -> Grid:
@@ -25,11 +28,12 @@ def _native(denoiser: Any) -> Grid:
 
 
 def _native_64(denoiser: nn.Module) -> Grid:
-    return 64, 64  # 1024 pixels; the config names another size
+    return 64, 64  # what it was trained at; the config names another size, or none
 
 
 def _text(arguments: Arguments) -> int:
-    return int(arguments["encoder_hidden_states"].shape[1])
+    text = arguments.get("encoder_hidden_states")
+    return 0 if text is None else int(text.shape[1])
 
 
 def _cross(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
@@ -79,9 +83,7 @@ def lengths(mask: Tensor) -> tuple[int, ...]:
 
 def _lumina2(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     grid, mask = _grid(denoiser, arguments), arguments["encoder_attention_mask"]
-    real = read(mask, lengths)
-    if not real:
-        raise Unreadable("the real tokens of a prompt must come first in encoder_attention_mask")
+    real = _first(read(mask, lengths), "encoder_attention_mask")
     joint = Sequence(grid, text=max(real), real=real, ragged=True)
     return Layout(grid, (joint, Sequence(grid)), (int(mask.shape[1]),), masked=True)
 
@@ -90,7 +92,73 @@ def _lumina2_rotation(denoiser: Any) -> TextRotation:
     return TextRotation(tuple(denoiser.config.axes_dim_rope), 10000.0)
 
 
+def _class_labels(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    grid = _grid(denoiser, arguments)
+    return Layout(grid, (Sequence(grid),))
+
+
+def _glm(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    if arguments.get("kv_caches") is not None:
+        raise Unreadable("reference tokens in a key/value cache have no place on the grid")
+    return _cogview4(denoiser, arguments, read)
+
+
+def _prx(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
+    """Text is among the keys alone."""
+    grid, text, mask = _grid(denoiser, arguments), _text(arguments), arguments.get("attention_mask")
+    real = () if mask is None else _first(read(mask, lengths), "attention_mask")
+    return Layout(grid, (Sequence(grid, text=text, real=real, queries="image"),), masked=True)
+
+
+def _first(real: tuple[int, ...], name: str) -> tuple[int, ...]:
+    if not real:
+        raise Unreadable(f"the real tokens of a prompt must come first in {name}")
+    return real
+
+
+def _counts(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.bool().sum(dim=1).tolist())
+
+
+def _hunyuan_image(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    """A second text is merged with the first, real tokens of both before the padding; each is refined alone before."""
+    grid, mask, second = _grid(denoiser, arguments), arguments["encoder_attention_mask"], arguments.get("encoder_attention_mask_2")
+    if second is None or arguments.get("encoder_hidden_states_2") is None:
+        real, text = _first(read(mask, lengths), "encoder_attention_mask"), int(mask.shape[1])
+    else:
+        real = tuple(a + b for a, b in zip(read(mask, _counts), read(second, _counts), strict=True))
+        text = int(mask.shape[1] + second.shape[1])
+    return Layout(grid, (Sequence(grid, side="suffix", text=text, real=real),), (int(mask.shape[1]),), masked=True)
+
+
+def _hunyuan_image_rotation(denoiser: Any) -> TextRotation:
+    return TextRotation(tuple(denoiser.config.rope_axes_dim), float(denoiser.config.rope_theta), y=0, x=1)
+
+
+def _ernie(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    grid, text = _grid(denoiser, arguments), int(arguments["text_bth"].shape[1])
+    return Layout(grid, (Sequence(grid, side="suffix", text=text, real=read(arguments["text_lens"], _numbers)),), masked=True)
+
+
+def _numbers(x: Tensor) -> tuple[int, ...]:
+    return tuple(int(n) for n in x.tolist())
+
+
+def _unsaid(denoiser: nn.Module) -> None:
+    return None
+
+
+def _prx_rotation(denoiser: Any) -> TextRotation:
+    return TextRotation(tuple(denoiser.pe_embedder.axes_dim), float(denoiser.pe_embedder.theta), y=0, x=1)
+
+
 LATENTS = (
+    Family("DiTTransformer2DModel", _SHAPE, "none: classes", _native, _class_labels),
+    Family("GlmImageTransformer2DModel", _SHAPE, "joint, before the image", _unsaid, _glm, role="joint"),
+    Family("PRXTransformer2DModel", _SHAPE, "joint, before the image, keys alone", _unsaid, _prx, role="joint", rotation=_prx_rotation),
+    Family("ErnieImageTransformer2DModel", _SHAPE, "joint, after the image", _unsaid, _ernie, role="joint"),
+    Family("HunyuanImageTransformer2DModel", _SHAPE, "joint, after the image", _native_64, _hunyuan_image, role="joint",
+           roles=((r"^context_embedder", "text"),), rotation=_hunyuan_image_rotation),
     Family("SD3Transformer2DModel", _SHAPE, "joint, after the image; image alone in dual layers", _native, _joint("suffix"), role="joint",
            roles=((r"\.attn2$", "self"),)),
     Family("SD3ControlNetModel", _SHAPE, "joint, after the image; image alone in dual layers", _native, _joint("suffix"), role="joint",

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from scalediff.families.base import Family
 
-_VIDEO = "it is a video model: attention over frames needs a third window axis, which is not there yet"
+_FRAMES = "it attends over frames, as video models do, and windows have no third axis yet"
 _LINEAR = "its self-attention is linear in the number of tokens already: there is nothing to patch"
-_VIDEOS = (
+_OF_FRAMES = (
     "AllegroTransformer3DModel", "AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "ChronoEditTransformer3DModel",
     "CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel", "CosmosTransformer3DModel", "CosmosControlNetModel",
     "EasyAnimateTransformer3DModel", "HeliosTransformer3DModel", "HunyuanVideo15Transformer3DModel",
     "HunyuanVideoFramepackTransformer3DModel", "HunyuanVideoTransformer3DModel", "JoyImageEditPlusTransformer3DModel",
     "JoyImageEditTransformer3DModel", "Kandinsky5Transformer3DModel", "Kandinsky6SRTransformer3DModel", "Kandinsky6Transformer3DModel",
     "LTX2VideoTransformer3DModel", "LTXVideoTransformer3DModel", "LatteTransformer3DModel", "MiniMaxH3Transformer3DModel",
-    "MochiTransformer3DModel", "MotifVideoTransformer3DModel", "SkyReelsV2Transformer3DModel", "SparseControlNetModel",
+    "MochiTransformer3DModel", "MotifVideoTransformer3DModel", "SanaWMLTX2RefinerTransformer3DModel",
+    "SkyReelsV2Transformer3DModel", "SparseControlNetModel",
     "UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel", "WanAnimate2Transformer3DModel",
     "WanAnimateTransformer3DModel", "WanTransformer3DModel", "WanVACETransformer3DModel",
 )  # fmt: skip
 _LINEARS = (
     "SanaTransformer2DModel", "SanaControlNetModel", "SanaVideoTransformer3DModel", "SanaWMTransformer3DModel",
-    "SanaWMLTX2RefinerTransformer3DModel",
 )  # fmt: skip
 REFUSED = (
-    *(Family(denoiser=name, refusal=_VIDEO) for name in _VIDEOS),
+    *(Family(denoiser=name, refusal=_FRAMES) for name in _OF_FRAMES),
     *(Family(denoiser=name, refusal=_LINEAR) for name in _LINEARS),
 )

@@ -25,7 +25,7 @@ from tests.conftest import state_of
 pytest.importorskip("diffusers", reason="the families are diffusers' classes")
 
 SDPA = F.scaled_dot_product_attention
-SUFFIX = {"SD3", "SD3 ControlNet", "HiDream-I1", "Z-Image"}
+SUFFIX = {"SD3", "SD3 ControlNet", "HiDream-I1", "Z-Image", "ERNIE-Image", "HunyuanImage 2.1"}
 _built: dict[str, nn.Module] = {}
 
 
@@ -36,7 +36,7 @@ def specimen(name: str) -> tuple[Specimen, nn.Module]:
 
 
 def grid_of(name: str) -> tuple[int, int]:
-    return (8, 8) if name == "HiDream-I1" else (9, 6)  # HiDream takes oblong pictures in a test of its own
+    return (8, 8) if name in ("DiT", "HiDream-I1") else (9, 6)  # DiT is square; HiDream's oblong pictures have a test of their own
 
 
 def run(name: str, model: nn.Module, grid: tuple[int, int], *, batch: int = 2) -> Tensor:
@@ -82,7 +82,8 @@ class Masked:
     ) -> Tensor:
         tokens = key.shape[-2]
         text_alone = self.name == "Z-Image" and tokens == 96  # the longer caption, in the refiner
-        if query.shape[-2] != tokens or (tokens not in self.grids and tokens < self.area) or text_alone:
+        keys_alone = self.name == "PRX" and query.shape[-2] == self.area  # text is among the keys alone
+        if (query.shape[-2] != tokens and not keys_alone) or (tokens not in self.grids and tokens < self.area) or text_alone:
             return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **rest)
         self.calls += 1
         grid, level = self.grids.get(tokens, self.grids[self.area])
@@ -95,7 +96,7 @@ class Masked:
             mask = torch.ones(tokens, tokens, dtype=torch.bool)
             mask[first : first + len(inside), first : first + len(inside)] = inside
             masks.append(mask)
-        mask = torch.stack(masks)[:, None]
+        mask = torch.stack(masks)[:, None, -query.shape[-2] :]
         if attn_mask is not None:
             mask = mask & attn_mask
         return SDPA(query, key, value, mask | ~mask.any(-1, keepdim=True), scale=rest.get("scale"))
@@ -147,9 +148,9 @@ def test_every_family_has_a_specimen() -> None:
     ("kind", "error", "message"),
     [
         ("SanaTransformer2DModel", ValueError, "its self-attention is linear in the number of tokens already"),
-        ("WanTransformer3DModel", NotImplementedError, "WanTransformer3DModel is not patched: it is a video model"),
-        ("LTXVideoTransformer3DModel", NotImplementedError, "it is a video model"),
-        ("HunyuanVideoTransformer3DModel", NotImplementedError, "it is a video model"),
+        ("WanTransformer3DModel", NotImplementedError, "WanTransformer3DModel is not patched: it attends over frames, as video models do"),
+        ("LTXVideoTransformer3DModel", NotImplementedError, "it attends over frames, as video models do"),
+        ("HunyuanVideoTransformer3DModel", NotImplementedError, "it attends over frames, as video models do"),
     ],
 )
 def test_linear_and_video_models_are_refused_in_a_sentence(kind: str, error: type[Exception], message: str) -> None:

@@ -135,6 +135,21 @@ def _hidream_angles(model: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return of(torch.zeros(1, 3)), of(ids(grid))
 
 
+def _prx_angles(model: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    turn = model.pe_embedder(ids(grid)[None, :, 1:])[0, 0]  # [S, D / 2, 2, 2]
+    image = torch.complex(turn[..., 0, 0].float(), turn[..., 1, 0].float())
+    return torch.ones_like(image[:1]), image  # text is not rotated: it stands at zero
+
+
+def _hunyuan_image_angles(model: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    image = _of(model.rope(torch.zeros(1, 4, *grid)))
+    return torch.ones_like(image[:1]), image
+
+
+def _krea_angles(model: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return _of(model.rotary_emb(torch.zeros(1, 3))), _of(model.rotary_emb(ids(grid)))
+
+
 ROTARY: dict[str, Callable[[Any, tuple[int, int]], tuple[Tensor, Tensor]]] = {
     "FLUX.1": _flux_angles,
     "FLUX.1 ControlNet": _flux_angles,
@@ -149,6 +164,9 @@ ROTARY: dict[str, Callable[[Any, tuple[int, int]], tuple[Tensor, Tensor]]] = {
     "Qwen-Image ControlNet": _qwen_angles,
     "HiDream-I1": _hidream_angles,
     "Z-Image": _z_image_angles,
+    "PRX": _prx_angles,
+    "HunyuanImage 2.1": _hunyuan_image_angles,
+    "Krea 2": _krea_angles,
 }
 
 
