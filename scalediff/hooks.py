@@ -6,7 +6,6 @@ calls are intercepted (`scalediff.interception`). No forward, no processor and n
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 import warnings
@@ -25,10 +24,9 @@ from scalediff.grid import Grid
 from scalediff.plan import Options
 from scalediff.report import Report
 from scalediff.settings import Attention
+from scalediff.subclass import ATTRIBUTE, own_class, subclass, unmark
 from scalediff.target import CONTEXT_PARALLEL, Jitter, Target, is_context_parallel
 from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
-
-_ATTRIBUTE = "_scalediff"
 
 
 class Handle:
@@ -70,8 +68,8 @@ class Handle:
         """Undo the patch; a second call, or one after a later patch has replaced this one, does nothing."""
         for target in self._targets:
             target.active = False
-            _forget(target.module(), target)
-        _forget(self._model(), self)
+            unmark(target.module(), target)
+        unmark(self._model(), self)
 
     @property
     def model(self) -> Any:
@@ -87,13 +85,13 @@ class Handle:
         for target in self._targets:
             module = target.module()
             assert module is not None
-            module.__dict__[_ATTRIBUTE] = target
+            module.__dict__[ATTRIBUTE] = target
             target.handle = self
             target.active = True
             module.__class__ = _attending(type(module))
         model = self._model()
         if not isinstance(model, nn.Module) and model is not None:
-            model.__dict__[_ATTRIBUTE] = self
+            model.__dict__[ATTRIBUTE] = self
             if _cascades(type(model), self._targets[0].family):
                 model.__class__ = _cascading(type(model))
 
@@ -172,14 +170,14 @@ def patch_model(
 def unpatch_model(model: Any) -> None:
     """Undo `patch_model` on this pipeline or denoiser, to the bit; a model that is not patched is left alone."""
     for owner in (_uncompiled(model), *(net for _, net in _nets(model))):
-        mark = owner.__dict__.get(_ATTRIBUTE)
+        mark = owner.__dict__.get(ATTRIBUTE)
         if mark is not None:
             (mark if isinstance(mark, Handle) else mark.handle).remove()
 
 
 def handle_of(model: Any) -> Handle | None:
     """The handle of a patched pipeline or denoiser."""
-    mark: Target | None = denoiser_of(model).__dict__.get(_ATTRIBUTE)
+    mark: Target | None = denoiser_of(model).__dict__.get(ATTRIBUTE)
     return cast(Handle, mark.handle) if mark is not None else None
 
 
@@ -194,13 +192,13 @@ def denoiser_of(model: Any) -> nn.Module:
 
 def is_text_to_image(kind: type) -> bool:
     """Whether calls of a pipeline class take a prompt, a size and latents, and no picture: then they can run a stage."""
-    names = set(inspect.signature(_own_class(kind).__call__).parameters)
+    names = set(inspect.signature(own_class(kind).__call__).parameters)
     return {"prompt", "height", "width", "latents"} <= names and names.isdisjoint({"image", "mask_image"})
 
 
 def original_call(pipe: Any) -> Callable[..., Any]:
     """The pipeline class's own `__call__`, patched or not; the pipeline is its first argument."""
-    call: Callable[..., Any] = _own_class(type(pipe)).__call__
+    call: Callable[..., Any] = own_class(type(pipe)).__call__
     return call
 
 
@@ -260,7 +258,7 @@ def _window(net: nn.Module, family: Family, window: Grid | None, of_the_denoiser
 
 
 def _refuse_a_second_owner(net: nn.Module, model: Any) -> None:
-    earlier: Target | None = net.__dict__.get(_ATTRIBUTE)
+    earlier: Target | None = net.__dict__.get(ATTRIBUTE)
     owner = earlier.handle.model if earlier is not None else None
     if owner is not None and owner is not model and not isinstance(owner, nn.Module):
         raise ValueError(
@@ -289,36 +287,6 @@ def _cascades(kind: type, family: Family) -> bool:
     return family.cascade is not None and is_text_to_image(kind)
 
 
-class _Patched:
-    """Marks the subclasses made here; their second base is the class that they stand for. Copies and pickles are of that class."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
-        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            function, arguments = object.__new__, (_own_class(type(self)),)
-        if rest and isinstance(rest[0], dict):
-            rest[0] = {name: value for name, value in rest[0].items() if name != _ATTRIBUTE}
-        return function, arguments, *rest
-
-
-def _own_class(cls: type) -> type:
-    """The class that a patched one stands for, also below classes that others have put on top."""
-    order = cls.__mro__
-    return order[order.index(_Patched) + 1] if _Patched in order else cls
-
-
-def _forget(owner: Any, mark: object) -> None:
-    if owner is not None and owner.__dict__.get(_ATTRIBUTE) is mark:
-        del owner.__dict__[_ATTRIBUTE]
-        if _Patched in type(owner).__bases__:  # a class that others have put on top stays: our call does nothing without a mark
-            owner.__class__ = _own_class(type(owner))
-
-
-def _subclass(cls: type, calls: dict[str, Callable[..., Any]]) -> type:
-    """A subclass with other calls; name and module stay, so that saving and printing are as before."""
-    return type(cls.__name__, (_Patched, cls), {**calls, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
 def _attending(cls: type[nn.Module]) -> type:
     """A denoiser class whose call is a pass of its target.
 
@@ -332,7 +300,7 @@ def _attending(cls: type[nn.Module]) -> type:
     def within(forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            target: Target | None = self.__dict__.get(_ATTRIBUTE)
+            target: Target | None = self.__dict__.get(ATTRIBUTE)
             if target is None:
                 return forward(self, *args, **kwargs)
             entered, finished = None, False
@@ -348,7 +316,7 @@ def _attending(cls: type[nn.Module]) -> type:
         stepped_over: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
         return stepped_over
 
-    return _subclass(cls, {"__call__": within(cls.__call__), "_call_impl": within(cls._call_impl)})
+    return subclass(cls, {"__call__": within(cls.__call__), "_call_impl": within(cls._call_impl)})
 
 
 def _cascading(cls: type) -> type:
@@ -358,13 +326,13 @@ def _cascading(cls: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         from scalediff import cascade  # it imports this module
 
-        handle: Handle | None = self.__dict__.get(_ATTRIBUTE)
+        handle: Handle | None = self.__dict__.get(ATTRIBUTE)
         if handle is None or not handle.active:  # another pipeline of the same class, or a copy of one since unpatched
             return cls.__call__(self, *args, **kwargs)
         bound = inspect.signature(functools.partial(cls.__call__, self)).bind(*args, **kwargs)
         return cascade.call_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
 
-    return _subclass(cls, {"__call__": call})
+    return subclass(cls, {"__call__": call})
 
 
 def _fate_of_the_call(kind: type, family: Family) -> str:

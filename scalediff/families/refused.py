@@ -14,13 +14,11 @@ _OF_FRAMES = (
     "JoyImageEditTransformer3DModel", "Kandinsky5Transformer3DModel", "Kandinsky6SRTransformer3DModel", "Kandinsky6Transformer3DModel",
     "LTX2VideoTransformer3DModel", "LTXVideoTransformer3DModel", "LatteTransformer3DModel", "MiniMaxH3Transformer3DModel",
     "MochiTransformer3DModel", "MotifVideoTransformer3DModel", "SanaWMLTX2RefinerTransformer3DModel",
-    "SkyReelsV2Transformer3DModel", "SparseControlNetModel",
+    "SanaWMTransformer3DModel", "SkyReelsV2Transformer3DModel", "SparseControlNetModel",
     "UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel", "WanAnimate2Transformer3DModel",
     "WanAnimateTransformer3DModel", "WanTransformer3DModel", "WanVACETransformer3DModel",
 )  # fmt: skip
-_LINEARS = (
-    "SanaTransformer2DModel", "SanaControlNetModel", "SanaVideoTransformer3DModel", "SanaWMTransformer3DModel",
-)  # fmt: skip
+_LINEARS = ("SanaTransformer2DModel", "SanaControlNetModel", "SanaVideoTransformer3DModel")
 REFUSED = (
     *(Family(denoiser=name, refusal=_FRAMES) for name in _OF_FRAMES),
     *(Family(denoiser=name, refusal=_LINEAR) for name in _LINEARS),
