@@ -54,7 +54,7 @@ class Sequence:
         grid: Image tokens.
         level: How often the grid has been halved.
         side: Where the text stands.
-        text: Text tokens as they lie in the sequence, padding included; None for whatever a call has beside the image.
+        text: Text tokens as they lie in the sequence, padding included.
         real: Of each sample, how many of them are real, the first ones: padding is neither attended to nor computed. Empty:
             all of them in every sample.
         ragged: The image follows each sample's real text at once, and the padding stands at the end of the sequence.
@@ -64,7 +64,7 @@ class Sequence:
     grid: Grid
     level: int = 0
     side: Side = "prefix"
-    text: int | None = 0
+    text: int = 0
     real: tuple[int, ...] = ()
     ragged: bool = False
     queries: Literal["all", "image"] = "all"
@@ -73,28 +73,26 @@ class Sequence:
     def area(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def lengths(self) -> tuple[int, int] | None:
-        """Tokens of its queries and keys; None where a call decides."""
-        if self.text is None:
-            return None
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of its queries and keys."""
         keys = self.area + self.text
         return (keys if self.queries == "all" else self.area), keys
 
-    def spans(self, batch: int, keys: int) -> tuple[Span, ...]:
+    def spans(self, batch: int) -> tuple[Span, ...]:
         """Where text and image lie in every sample, neighbours that are alike as one.
 
         Raises:
             ValueError: `real` is of another batch.
         """
-        text = keys - self.area
         start = 0 if self.side == "prefix" else self.area
         if not self.real:
-            return (Span(0, batch, start, start + text, 0 if self.side == "suffix" else text),)
+            return (Span(0, batch, start, start + self.text, 0 if self.side == "suffix" else self.text),)
         if len(self.real) != batch:
             raise ValueError(f"the text lengths are those of {len(self.real)} samples, got a batch of {batch}")
         spans: list[Span] = []
         for sample, count in enumerate(self.real):
-            image = 0 if self.side == "suffix" else (count if self.ragged else text)
+            image = 0 if self.side == "suffix" else (count if self.ragged else self.text)
             span = Span(sample, sample + 1, start, start + count, image)
             if spans and spans[-1][2:] == span[2:]:
                 span = span._replace(first=spans.pop().first)

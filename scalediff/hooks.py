@@ -10,7 +10,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, cast, get_args
 
@@ -22,7 +22,7 @@ from scalediff.families.base import Family
 from scalediff.families.unlisted import GridSource, TextSource, unlisted
 from scalediff.grid import Grid
 from scalediff.plan import Options
-from scalediff.report import Report
+from scalediff.report import Report, Row
 from scalediff.settings import Attention
 from scalediff.subclass import ATTRIBUTE, own_class, subclass, unmark
 from scalediff.target import CONTEXT_PARALLEL, Jitter, Target, is_context_parallel
@@ -32,16 +32,16 @@ from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
 class Handle:
     """A patched model: `.report` says what was done, `.remove()` or leaving a `with` block undoes it."""
 
-    def __init__(self, model: Any, targets: list[Target]) -> None:
+    def __init__(self, model: Any, targets: list[Target], skipped: Sequence[Row] = ()) -> None:
         self._model = weakref.ref(model)  # weak: a denoiser must neither keep its pipeline alive nor copy it along
         self._kind = type(model)
-        self._targets = targets
+        self._targets, self._skipped = targets, tuple(skipped)
         self._attention: Attention = "npa"
 
     @property
     def report(self) -> Report:
         """Every attention module with its role, window and whether it is patched; of an unlisted model, those seen so far."""
-        rows = tuple(row for target in self._targets for row in target.rows())
+        rows = *(row for target in self._targets for row in target.rows()), *self._skipped
         known = all(target.family.listed for target in self._targets)
         return Report(self._targets[0].family.denoiser, rows, _fate_of_the_call(self._kind, self._targets[0].family), known)
 
@@ -153,14 +153,21 @@ def patch_model(
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {name}={value!r}")
     options = Options(impl, text_queries, text_rope)
     targets: list[Target] = []
+    skipped: list[Row] = []
     for prefix, net in _nets(model):
-        family = _family(net, grid, patch_size, text)
+        try:
+            family = _family(net, grid, patch_size, text) if not targets else _family(net, None, None, None)
+        except (ValueError, NotImplementedError) as why:
+            if strict or not targets:
+                raise
+            skipped.append(Row(prefix.removesuffix("."), "self", "-", "-", None, None, "untouched", str(why)))
+            continue
         native = _window(net, family, window, targets[0].native if targets else None)
         parameters = tuple(inspect.signature(net.forward).parameters)
         how = {"options": options, "jitter": jitter, "seed": seed, "strict": strict}
         targets.append(Target(net, family, native, prefix=prefix, parameters=parameters, **how))  # type: ignore[arg-type]
         _refuse_a_second_owner(net, model)
-    handle = Handle(_uncompiled(model), targets)
+    handle = Handle(_uncompiled(model), targets, skipped)
     _check(handle, strict)
     unpatch_model(model)
     handle._install()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.plan import Call, Plan
+from scalediff.plan import Call, Plan, got
 
 
 class Owner(Protocol):
@@ -38,7 +37,9 @@ class Pass:
         self.owner, self.plan, self.around = owner, plan, around
         self.taken = 0
         self.left: dict[str, str] = {}  # callers that were not taken, and why
-        self.traced = False  # a call was taken inside a compiled graph, where nothing is counted
+        # Inside a compiled graph nothing is counted and no module is known: there remains that a call was taken, and why one was not.
+        self.traced = False
+        self.untaken = ""
 
 
 class _Passes(threading.local):
@@ -174,7 +175,7 @@ def _take(
         return None
     refusal, plan = "", entered.plan
     if q.ndim != 4:
-        refusal = f"q, k and v must be [B, H, S, D], got q {tuple(q.shape)}"
+        refusal = "q, k and v must be [B, H, S, D]" + got(q)
     else:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v)) if heads_first else (q, k, v)
         call = plan.call(q.shape[1], k.shape[1])
@@ -192,7 +193,7 @@ def _take(
                 out = call.attend(q, k, v, scale)
                 return out.transpose(1, 2) if heads_first else out
     if torch.compiler.is_compiling():
-        warnings.warn(f"scalediff: an attention call of a compiled graph runs full attention: {refusal}", stacklevel=2)
+        entered.untaken = refusal
     else:
         entered.owner.left(entered, refusal)
     return None
@@ -205,15 +206,15 @@ def _refusal(
     if is_causal:
         return "causal attention has no windows"
     if dropout_p != 0.0:
-        return f"attention with dropout is not windowed, got {dropout_p=}"
+        return "attention with dropout is not windowed"
     if k.shape != v.shape or (k.shape[2] != q.shape[2] and not enable_gqa) or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
-        return f"q, k and v must be of one shape but for their lengths, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        return "q, k and v must be of one shape but for their lengths" + got(q, k, v)
     if call.real and len(call.real) != q.shape[0]:
-        return f"the text lengths are those of {len(call.real)} samples, got a batch of {q.shape[0]}"
+        return f"the text lengths are those of {len(call.real)} samples" + got(q)
     if call.padded and mask is None:
-        return f"text of {call.real} tokens is padded, got no mask"
+        return f"text of {call.real} tokens is padded, and there is no mask"
     if mask is not None and not plan.masked and not says_nothing(mask):
-        return f"a mask that may hold anything is not windowed, got {tuple(mask.shape)} of {mask.dtype}"
+        return "a mask that may hold anything is not windowed" + got(mask)
     return ""
 
 

@@ -32,29 +32,23 @@ class Call:
     def __init__(
         self, sequence: Sequence, native: Grid, fraction: tuple[float, float], rotation: TextRotation | None, like: Tensor, options: Options
     ) -> None:
-        self.sequence, self.grid, self.area, self.lengths = sequence, sequence.grid, sequence.area, sequence.lengths()
+        self.sequence, self.grid, self.area, self.lengths = sequence, sequence.grid, sequence.area, sequence.lengths
         self.window, self.patch = window_of(native, sequence.level), patch_of(native, sequence.level)
         self.offset = offset_of(native, sequence.level, fraction)
         self.text_queries = options.text_queries if sequence.queries == "all" else None
         self.impl, self.real = options.impl, sequence.real
-        self.padded = any(count < sequence.text for count in sequence.real) if sequence.text is not None else False
+        self.padded = any(count < sequence.text for count in sequence.real)
         self.text_rope: tuple[Tensor, Tensor] | None = None
         if rotation is not None and options.text_rope and sequence.text != 0:
             cos, sin = rotation.tables(self.grid, native, self.window, self.patch, self.offset)
             kind = torch.promote_types(like.dtype, torch.float32)
             self.text_rope = cos.to(like.device, kind), sin.to(like.device, kind)
 
-    def matches(self, queries: int, keys: int) -> bool:
-        """Whether a call of these lengths is this one."""
-        if self.lengths is None:
-            return queries == keys and keys >= self.area
-        return (queries, keys) == self.lengths
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """`[B, S, H, D]` over keys and values `[B, S, G, D]`; padding comes out as zeros."""
         if k.shape[1] == self.area:
             return self._image(q, k, v, scale)
-        spans = self.sequence.spans(q.shape[0], k.shape[1])
+        spans = self.sequence.spans(q.shape[0])
         if len(spans) == 1:
             return self._joint(q, k, v, scale, spans[0])
         return torch.cat([self._joint(q[s.first : s.last], k[s.first : s.last], v[s.first : s.last], scale, s) for s in spans])
@@ -111,17 +105,24 @@ class Plan:
         if keys in self.others:
             return None
         for call in self.calls:
-            if call.matches(queries, keys):
+            if (queries, keys) == call.lengths:
                 return call
         return None
 
     def unexpected(self, queries: int, keys: int) -> str:
         """What is wrong with a call that `call` does not know; empty for text alone and cross-attention."""
         if keys in self.others:
-            same = any(call.matches(queries, keys) for call in self.calls)
-            return f"{keys} tokens may be image or text, which are as many" if same else ""
+            same = any((queries, keys) == call.lengths for call in self.calls)
+            return "image and text have as many tokens, and a call may be either" + got(keys) if same else ""
         wrong = queries == keys or (keys - queries in self.others and any(queries == call.area for call in self.calls))
-        return f"q, k and v must have the tokens of {self.grids}, got {queries} of q and {keys} of k" if wrong else ""
+        return f"q, k and v must have the tokens of {self.grids}" + got(queries, keys) if wrong else ""
+
+
+def got(*values: Tensor | int) -> str:
+    """What a message ends with: shapes and dtypes, or numbers. Nothing inside a compiled graph, where shapes may be symbols."""
+    if torch.compiler.is_compiling():
+        return ""
+    return ", got " + ", ".join(f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{x}" for x in values)
 
 
 def _like_queries(text_k: Tensor, q: Tensor) -> Tensor:

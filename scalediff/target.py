@@ -124,15 +124,17 @@ class Target:
             raise NotImplementedError(CONTEXT_PARALLEL)
         try:
             layout = self.family.layout(module, arguments, self._read)
+            like = next((x for x in _tensors(arguments.values()) if x.is_floating_point()), None)
+            if like is None:
+                raise Unreadable("it was given no floating point tensor")
         except Unreadable as why:
             self._warn_once(type(module).__name__, str(why))
             return None
-        except KeyError as name:
-            self._warn_once(type(module).__name__, f"its forward pass has no argument {name}")
+        except (AttributeError, IndexError, KeyError, TypeError) as why:  # arguments that the family has never seen
+            self._warn_once(type(module).__name__, f"its arguments do not say how tokens lie: {why!r}")
             return None
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
             return None
-        like = next(x for x in _tensors(arguments.values()) if x.is_floating_point())
         fraction = self._offsets.next(like)
         key = (layout, fraction, like.device, like.dtype)
         plan = self._plans.get(key)
@@ -161,8 +163,10 @@ class Target:
         return self._strict and not self.family.listed and self._taken < 0
 
     def _conclude(self, module: nn.Module, entered: Pass) -> None:
-        """What a whole pass has shown, where it was not compiled."""
-        if entered.taken != self._taken and not entered.traced:
+        """What a whole pass has shown."""
+        if entered.untaken:
+            self._warn_once(f"an attention call of the compiled {type(module).__name__}", entered.untaken)
+        if entered.taken != self._taken and not entered.traced and not entered.untaken:
             self._name_obstacles(module)
             none = f"no call of scaled_dot_product_attention had the tokens of {entered.plan.grids}"
             if entered.taken == 0 and self._on_trial:
