@@ -137,9 +137,9 @@ the text rule to the authors' (FLUX.1) and, by each model's own rotary tables, t
   not turned. The others have no rotary positions for text.
 - *window*: the default, in tokens; 64 x 64 is 1024 x 1024 pixels (HunyuanImage 2.1: 2048 x 2048). `window=(Y, X)` is another one.
 
-Chroma, CogView4 and GLM-Image add the mask of a padded prompt to the scores as the numbers 0 and 1, which is not a mask. With such a prompt
-they run full attention, and say so once. FLUX Kontext and others that put reference tokens beside the picture, and FLUX.2 with a
-key/value cache of references, do so too.
+Chroma, CogView4 and GLM-Image add the mask of a padded prompt, as the numbers 0 and 1, to the scores: padding is attended to after
+all, and so it is here, by one more channel in queries and keys. FLUX Kontext and others that put reference tokens beside the
+picture, and FLUX.2 with a key/value cache of references, run full attention and say so once.
 
 ## Text queries
 

@@ -8,8 +8,10 @@ Legend: B batch, Y x X token grid, S tokens of a sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+from torch import Tensor
 
 Grid = tuple[int, int]
 Role = Literal["self", "joint", "cross", "text"]
@@ -109,13 +111,17 @@ class Layout:
         sequences: What attends to itself and holds the image.
         others: Lengths of the sequences that do not: text that attends to itself or is attended to. A call is told from
             them by its length alone, so a sequence of one of these lengths is left to full attention.
-        masked: Attention masks of these calls say no more than `real` does.
+        masked: Attention masks of these calls say no more than `real` and `weights` do.
+        weights: `[B, S]`, m, where the model adds m_i m_j to the score of query i and key j; not compared.
+        weighted: Whether there are any.
     """
 
     grid: Grid
     sequences: tuple[Sequence, ...]
     others: tuple[int, ...] = ()
     masked: bool = False
+    weights: Tensor | None = field(default=None, compare=False, repr=False)
+    weighted: bool = False
 
 
 class Unreadable(Exception):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.plan import Call, Plan, got
+from scalediff.plan import Call, Plan, got, with_weights
 
 
 class Owner(Protocol):
@@ -33,8 +33,8 @@ class Owner(Protocol):
 class Pass:
     """One forward pass of one patched denoiser in one thread."""
 
-    def __init__(self, owner: Owner, plan: Plan, around: Pass | None) -> None:
-        self.owner, self.plan, self.around = owner, plan, around
+    def __init__(self, owner: Owner, plan: Plan, weights: Tensor | None, around: Pass | None) -> None:
+        self.owner, self.plan, self.weights, self.around = owner, plan, weights, around
         self.taken = 0
         self.left: dict[str, str] = {}  # callers that were not taken, and why
         # Inside a compiled graph nothing is counted and no module is known: there remains that a call was taken, and why one was not.
@@ -55,10 +55,13 @@ def current() -> Pass | None:
     return _passes.current
 
 
-def open_pass(owner: Owner, plan: Plan) -> Pass:
-    """From here on this thread's attention calls belong to a new pass; passes may nest, and the inner one counts."""
+def open_pass(owner: Owner, plan: Plan, weights: Tensor | None) -> Pass:
+    """From here on this thread's attention calls belong to a new pass; passes may nest, and the inner one counts.
+
+    The weights are those of the pass's layout.
+    """
     _swap.acquire()
-    entered = Pass(owner, plan, _passes.current)
+    entered = Pass(owner, plan, weights, _passes.current)
     _passes.current = entered
     return entered
 
@@ -184,13 +187,13 @@ def _take(
             if not refusal:
                 return None  # cross-attention, or text alone
         else:
-            refusal = _refusal(plan, call, q, k, v, mask, dropout_p, is_causal, enable_gqa)
+            refusal = _refusal(entered, call, q, k, v, mask, dropout_p, is_causal, enable_gqa)
             if not refusal:
                 if torch.compiler.is_compiling():
                     entered.traced = True
                 else:
                     entered.owner.took(entered, call)
-                out = call.attend(q, k, v, scale)
+                out = _attend(call, q, k, v, scale, entered.weights)
                 return out.transpose(1, 2) if heads_first else out
     if torch.compiler.is_compiling():
         entered.untaken = refusal
@@ -199,8 +202,15 @@ def _take(
     return None
 
 
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float | None, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return call.attend(q, k, v, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return call.attend(*with_weights(q, k, v, weights, scale), scale)[..., : q.shape[-1]]
+
+
 def _refusal(
-    plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
+    entered: Pass, call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
 ) -> str:
     """Why a call of a known length cannot be taken; empty where it can."""
     if is_causal:
@@ -211,9 +221,11 @@ def _refusal(
         return "q, k and v must be of one shape but for their lengths" + got(q, k, v)
     if call.real and len(call.real) != q.shape[0]:
         return f"the text lengths are those of {len(call.real)} samples" + got(q)
+    if entered.weights is not None and entered.weights.shape != q.shape[:2]:
+        return "weights of the scores must be [B, S]" + got(entered.weights, q)
     if call.padded and mask is None:
         return f"text of {call.real} tokens is padded, and there is no mask"
-    if mask is not None and not plan.masked and not says_nothing(mask):
+    if mask is not None and not entered.plan.masked and not says_nothing(mask):
         return "a mask that may hold anything is not windowed" + got(mask)
     return ""
 

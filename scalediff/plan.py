@@ -5,7 +5,7 @@ Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,8 @@ class Plan:
         self, layout: Layout, native: Grid, fraction: tuple[float, float], rotation: TextRotation | None, like: Tensor, options: Options
     ) -> None:
         self.grid, self.masked, self.others = layout.grid, layout.masked, layout.others
+        if rotation is not None and layout.weighted:
+            rotation = replace(rotation, dim=rotation.channels + _EXTRA)
         self.calls = tuple(Call(sequence, native, fraction, rotation, like, options) for sequence in layout.sequences)
         self.grids = " or ".join(dict.fromkeys(f"{y} x {x}" for y, x in (call.grid for call in self.calls)))
 
@@ -116,6 +118,24 @@ class Plan:
             return "image and text have as many tokens, and a call may be either" + got(keys) if same else ""
         wrong = queries == keys or (keys - queries in self.others and any(queries == call.area for call in self.calls))
         return f"q, k and v must have the tokens of {self.grids}" + got(queries, keys) if wrong else ""
+
+
+_EXTRA = 8  # the kernel takes heads in multiples of it
+
+
+def with_weights(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, S, H, D + 8]`, for which attention without a mask adds weights_i weights_j, `[B, S]`, to the score of query i and key j.
+
+    The sum is one more product of channels: weight / scale in the queries, weight in the keys, nothing in the values.
+    """
+
+    def longer(x: Tensor, channel: Tensor | None) -> Tensor:
+        x = F.pad(x, (0, _EXTRA))
+        if channel is not None:
+            x[..., -_EXTRA] = channel[:, :, None].to(x.dtype)
+        return x
+
+    return longer(q, weights / scale), longer(k, weights), longer(v, None)
 
 
 def got(*values: Tensor | int) -> str:

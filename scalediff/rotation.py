@@ -43,6 +43,11 @@ class TextRotation:
     dim: int | None = None
     shift: Callable[[Grid, Grid], tuple[int, int]] = _none
 
+    @property
+    def channels(self) -> int:
+        """D, channels of a head."""
+        return self.dim or sum(self.axes)
+
     def tables(self, grid: Grid, native: Grid, window: Grid, patch: Grid, offset: Grid) -> tuple[Tensor, Tensor]:
         """(cos, sin), each fp64 `[patches_y, patches_x, D / 2]`, on the CPU."""
         starts = [
@@ -50,7 +55,7 @@ class TextRotation:
             for n, w, p, o in zip(grid, window, patch, offset, strict=True)
         ]
         y, x = (start + move for start, move in zip(starts, self.shift(grid, native), strict=True))
-        angles = torch.zeros(len(y), len(x), (self.dim or sum(self.axes)) // 2, dtype=torch.float64, device="cpu")
+        angles = torch.zeros(len(y), len(x), self.channels // 2, dtype=torch.float64, device="cpu")
         first = 0
         for index, channels in enumerate(self.axes):
             part = slice(first // 2, (first + channels) // 2)

@@ -110,8 +110,8 @@ class Target:
         entered = current()
         if not self.active or self.attention == "full" or (entered is not None and entered.owner is self):
             return None
-        plan = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
-        return None if plan is None else open_pass(self, plan)
+        laid_out = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        return None if laid_out is None else open_pass(self, *laid_out)
 
     def end(self, module: nn.Module, entered: Pass, finished: bool) -> None:
         """Close the pass, whatever was raised in it; of a finished one see what it has shown."""
@@ -119,7 +119,7 @@ class Target:
         if finished:
             self._conclude(module, entered)
 
-    def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> Plan | None:
+    def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[Plan, Tensor | None] | None:
         if is_context_parallel(module):
             raise NotImplementedError(CONTEXT_PARALLEL)
         try:
@@ -142,7 +142,7 @@ class Target:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             plan = self._plans[key] = Plan(layout, self.native, fraction, self._rotation, like, self._options)
-        return plan
+        return plan, layout.weights
 
     def took(self, entered: Pass, call: Call) -> None:
         """A call is about to be computed in windows."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Family, Reader
-from scalediff.families.latents import lengths
+from scalediff.families.latents import all_ones, lengths
 from scalediff.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.rotation import TextRotation
 
@@ -37,17 +37,12 @@ def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     return Layout(grid, (Sequence(grid, text=text),))
 
 
-def _uniform(mask: Tensor) -> bool:
-    return bool((mask == mask.flatten()[0]).all())
-
-
 def _chroma_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    """Chroma adds its mask of 0 and 1, as a square, to the scores: without padding it adds one number to all."""
-    mask = arguments.get("attention_mask")
-    if mask is not None and not read(mask, _uniform):
-        raise Unreadable("the prompt is padded, and the model adds its mask to the scores as numbers")
-    layout = _layout(denoiser, arguments, read)
-    return Layout(layout.grid, layout.sequences, masked=True)
+    """Chroma adds its mask of 0 and 1, as a square, to the scores: without padding that is one number for all."""
+    layout, mask = _layout(denoiser, arguments, read), arguments.get("attention_mask")
+    if mask is None or read(mask, all_ones):
+        return replace(layout, masked=True)
+    return replace(layout, masked=True, weights=mask, weighted=True)
 
 
 def _krea_layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:

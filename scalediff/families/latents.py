@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Family, Reader
@@ -48,8 +50,7 @@ def _hunyuan(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
 
 def _lumina_next(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     """Every call carries a mask over the image, which is all True."""
-    layout = _cross(denoiser, arguments, read)
-    return Layout(layout.grid, layout.sequences, layout.others, masked=True)
+    return replace(_cross(denoiser, arguments, read), masked=True)
 
 
 def _joint(side: Side, *, registers: Callable[[Any], int] = lambda denoiser: 0) -> Callable[[nn.Module, Arguments, Reader], Layout]:
@@ -61,15 +62,17 @@ def _joint(side: Side, *, registers: Callable[[Any], int] = lambda denoiser: 0) 
 
 
 def _cogview4(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    """A mask over the text is squared and added to the scores: all ones add one number to all."""
-    mask = arguments.get("attention_mask")
-    if mask is not None and not read(mask, _all_ones):
-        raise Unreadable("the prompt is padded, and the model adds its mask to the scores as numbers")
-    layout = _joint("prefix")(denoiser, arguments, read)
-    return Layout(layout.grid, layout.sequences, masked=True)
+    """A mask over the text is squared and added to the scores as 0 and 1: without padding that is one number for all."""
+    layout, mask = _joint("prefix")(denoiser, arguments, read), arguments.get("attention_mask")
+    if mask is None or read(mask, all_ones):
+        return replace(layout, masked=True)
+    real = (mask > 0).float()
+    weights = torch.cat([real, real.new_ones(len(real), layout.grid[0] * layout.grid[1])], dim=1)
+    return replace(layout, masked=True, weights=weights, weighted=True)
 
 
-def _all_ones(mask: Tensor) -> bool:
+def all_ones(mask: Tensor) -> bool:
+    """Whether a mask of 0 and 1 has no 0."""
     return bool((mask > 0).all())
 
 

@@ -97,6 +97,8 @@ class Masked:
             mask[first : first + len(inside), first : first + len(inside)] = inside
             masks.append(mask)
         mask = torch.stack(masks)[:, None, -query.shape[-2] :]
+        if attn_mask is not None and attn_mask.is_floating_point():  # added to the scores
+            return SDPA(query, key, value, attn_mask.masked_fill(~mask, -math.inf), scale=rest.get("scale"))
         if attn_mask is not None:
             mask = mask & attn_mask
         return SDPA(query, key, value, mask | ~mask.any(-1, keepdim=True), scale=rest.get("scale"))

@@ -243,8 +243,6 @@ def test_a_reader_reads_once_and_notices_changes() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "why"),
     [
-        ("Chroma", {"attention_mask": torch.tensor([[1.0] * 3 + [0.0] * 3 + [1.0] * 54])}, "the prompt is padded"),
-        ("CogView4", {"attention_mask": torch.tensor([[1.0] * 4 + [0.0] * 2])}, "the prompt is padded"),
         ("FLUX.1", {"img_ids": ids((9, 6)).flip(0)}, "img_ids must be those of one picture, row by row, for 54 tokens"),
         ("Qwen-Image", {"encoder_hidden_states_mask": torch.tensor([[True, False, True, True, True, True]])}, "must come first"),
         ("Lumina 2", {"encoder_attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1]])}, "must come first"),
@@ -265,6 +263,37 @@ def test_what_cannot_be_laid_out_runs_full_attention_and_says_so_once(name: str,
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             forward()
+
+
+PADDED = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["Chroma", "CogView4", "GLM-Image"])
+def test_padding_that_is_added_to_the_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These add the product of a prompt's mask with itself to the scores: not a mask, and computed as it stands."""
+    _, model = specimen(name)
+    inputs = double(ZOO[name].inputs(Draw(1), (9, 6), 2))
+    inputs["attention_mask"] = torch.cat([PADDED, torch.ones(2, 54)], dim=1).double() if name == "Chroma" else PADDED
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(**inputs, return_dict=False)[0]
+        return out
+
+    with warnings.catch_warnings(), scalediff.patch_model(model, window=WINDOW, text_queries="global", text_rope=False):
+        warnings.simplefilter("error")
+        out = forward()
+        del inputs["attention_mask"]
+        unpadded = forward()
+    with warnings.catch_warnings(), scalediff.patch_model(model, window=WINDOW):
+        warnings.simplefilter("error")
+        forward()
+    inputs["attention_mask"] = torch.cat([PADDED, torch.ones(2, 54)], dim=1).double() if name == "Chroma" else PADDED
+    monkeypatch.setattr(F, "scaled_dot_product_attention", Masked(name, (9, 6)))
+    expected = forward()
+    largest = expected.abs().max()
+    assert (out - expected).abs().max() < 1e-9 * largest
+    assert (out - unpadded).abs().max() > 1e-4 * largest
 
 
 @pytest.mark.parametrize("name", ["Chroma", "CogView4"])
