@@ -10,56 +10,74 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from scalediff_kernels import GuidedStep, NoiseLevel
+from scalediff_kernels import GuidedStep, NoiseLevel, packed_view
 
-# How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), or a = 1 ("noise added").
-_PRESERVING = {"DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
+# How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), a = 1 ("noise added"), or a + s = 1 ("flow").
+_PRESERVING = {
+    "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "LCMScheduler",
+    "UniPCMultistepScheduler",
+}  # fmt: skip
 _ADDED = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"}
+_FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
 _PREDICTIONS = {"epsilon", "v_prediction", "sample"}
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Structure guidance of one stage: `reference` is `[B, C, Y, X]`; None switches it off."""
+    """Structure guidance of one stage.
+
+    Attributes:
+        reference: `[B, C, Y, X]`; None switches it off.
+        cutoff: Kept fraction of the Nyquist frequency.
+        packed: The scheduler is handed packed latents `[B, Y X / 4, 4 C]`.
+    """
 
     reference: Tensor | None
     cutoff: float
+    packed: bool = False
 
 
-def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidance) -> Any:
+def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidance, tokens: int | None = None) -> Any:
     """A copy of a diffusers scheduler that runs the last `kept` of `steps` steps with structure guidance.
 
     It is a subclass of the scheduler's own class, made here, so that pipelines which look at types and signatures see what
-    they know. The pipeline asks it for `kept` steps; it lays out `steps` and starts at the restart point.
+    they know. The pipeline asks it for `kept` steps; it lays out `steps` and starts at the restart point. Where the schedule
+    shifts with the picture's size, `tokens` are the image tokens of the base stage: every stage has the schedule of the base.
 
     Raises:
         NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
 
-    ScaleDiff, arXiv:2510.25818.4: gamma_t = (1 - abar_t) / (1 - abar_restart).
+    ScaleDiff, arXiv:2510.25818: gamma_t = (1 - abar_t) / (1 - abar_restart); gamma_t = sigma_t of a flow.
     """
     check_scheduler(scheduler)
     cls, reference = type(scheduler), guidance.reference
-    guide = None
+    flow = cls.__name__ in _FLOW
+    guide = grid = None
     if reference is not None:
-        guide = GuidedStep(reference, cutoff=guidance.cutoff, prediction=scheduler.config.prediction_type)
+        grid = (reference.shape[2] // 2, reference.shape[3] // 2) if guidance.packed else None
+        guide = GuidedStep(reference, cutoff=guidance.cutoff, prediction="flow_prediction" if flow else scheduler.config.prediction_type)
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        _lay_out(self, functools.partial(cls.set_timesteps, self), args, kwargs, steps=steps, kept=kept)
+        named = dict(zip(_parameters(cls), args, strict=False)) | kwargs
+        _lay_out(self, functools.partial(cls.set_timesteps, self), named, steps=steps, kept=kept, tokens=tokens)
 
     @functools.wraps(cls.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         level, restart = self.levels[self.calls_done], self.levels[0]
         self.calls_done += 1
         if guide is not None:
-            gamma = (1 - level.alpha_bar) / (1 - restart.alpha_bar)
-            model_output = guide(sample, model_output, level=level, gamma=gamma)
+            gamma = level.noise if flow else (1 - level.alpha_bar) / (1 - restart.alpha_bar)
+            model_output = _guided(guide, sample, model_output, level, gamma, grid)
         return cls.step(self, model_output, timestep, sample, *args, **kwargs)
 
     members = {"set_timesteps": set_timesteps, "step": step, "init_noise_sigma": 1.0, "__module__": cls.__module__}
@@ -75,38 +93,84 @@ def check_scheduler(scheduler: Any) -> None:
     Raises:
         NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
     """
-    name, prediction = type(scheduler).__name__, scheduler.config.get("prediction_type")
-    if name not in _PRESERVING | _ADDED:
-        known = ", ".join(sorted(_PRESERVING | _ADDED))
+    name, config = type(scheduler).__name__, scheduler.config
+    if name not in _PRESERVING | _ADDED | _FLOW:
+        known = ", ".join(sorted(_PRESERVING | _ADDED | _FLOW))
         raise NotImplementedError(f"high-resolution stages know the schedulers {known}, got {name}")
+    if name in _FLOW:
+        for option in ("stochastic_sampling", "invert_sigmas"):
+            if config.get(option, False):
+                raise NotImplementedError(f"structure guidance knows {name} without {option}, got {option}={config[option]}")
+        return
+    prediction = config.get("prediction_type")
     known_predictions = _PREDICTIONS - ({"sample"} if name in _ADDED else set())
-    if prediction not in known_predictions or scheduler.config.get("use_flow_sigmas", False):
+    if prediction not in known_predictions or config.get("use_flow_sigmas", False):
         raise NotImplementedError(f"structure guidance knows {', '.join(sorted(known_predictions))} with {name}, got {prediction=}")
 
 
-def _lay_out(scheduler: Any, set_timesteps: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, steps: int, kept: int) -> None:
+def _guided(guide: GuidedStep, sample: Tensor, output: Tensor, level: NoiseLevel, gamma: float, grid: tuple[int, int] | None) -> Tensor:
+    if grid is None:
+        return guide(sample, output, level=level, gamma=gamma)
+    guided = guide(packed_view(sample, grid=grid), packed_view(output, grid=grid), level=level, gamma=gamma)
+    return guided.permute(0, 2, 4, 1, 3, 5).reshape(output.shape)  # tokens again: [B, y, x, C, 2, 2]
+
+
+def _parameters(cls: type) -> Sequence[str]:
+    return list(inspect.signature(cls.set_timesteps).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _lay_out(scheduler: Any, set_timesteps: Any, named: dict[str, Any], *, steps: int, kept: int, tokens: int | None) -> None:
     """Set the whole schedule, then keep its tail; afterwards `.levels` holds the noise at each call of the model.
 
     A scheduler of order 2 (Heun) calls the model twice a step, but for the last: at sigma_0, then at sigma_1, sigma_1, sigma_2, ...
     """
-    asked = args[0] if args else kwargs.pop("num_inference_steps", None)
-    if asked != kept:
+    sigmas = named.pop("sigmas", None)
+    asked = len(sigmas) if sigmas is not None else named.pop("num_inference_steps", None)
+    if (
+        asked != kept
+        or named.get("timesteps") is not None
+        or (sigmas is not None and not np.allclose(sigmas, np.linspace(1, 1 / kept, kept)))
+    ):
         raise ValueError(f"this stage runs {kept} of {steps} steps; custom timesteps are not supported above the native size, got {asked=}")
-    set_timesteps(steps, *args[1:], **kwargs)
+    if sigmas is not None:  # a flow pipeline lays its schedule out by itself, evenly, before any shift
+        named["sigmas"] = np.linspace(1, 1 / steps, steps)
+    else:
+        named["num_inference_steps"] = steps
+    if named.get("mu") is not None and tokens is not None:
+        named["mu"] = shift(scheduler.config, tokens)
+    set_timesteps(**named)
     order = scheduler.order
     if len(scheduler.timesteps) != order * (steps - 1) + 1:
         raise NotImplementedError(f"expected {order} model calls a step but for the last, got {len(scheduler.timesteps)} for {steps=}")
-    scheduler.timesteps = scheduler.timesteps[order * (steps - kept) :]
-    if hasattr(scheduler, "sigmas"):
-        scheduler.sigmas = scheduler.sigmas[order * (steps - kept) :]
+    dropped = order * (steps - kept)
+    scheduler.timesteps = scheduler.timesteps[dropped:]
+    if getattr(scheduler, "sigmas", None) is not None:
+        scheduler.sigmas = scheduler.sigmas[dropped:]
+    if hasattr(scheduler, "order_list"):  # of the single-step DPM-Solver: the order of every step
+        scheduler.order_list = scheduler.order_list[dropped:]
+    if type(scheduler).__name__ == "LCMScheduler":  # it draws noise after every step but the last, which it counts
+        scheduler.num_inference_steps = kept
     scheduler.levels = [_level(scheduler, i) for i in range(len(scheduler.timesteps))]
     scheduler.calls_done = 0
 
 
+def shift(config: Any, tokens: int) -> float:
+    """How far a flow's schedule is moved towards noise for a picture of so many tokens: linear between the two sizes of the config.
+
+    The rule of the pipelines of FLUX, Stable Diffusion 3, Qwen-Image, Lumina 2 and Z-Image.
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(least + (tokens - low) * (most - least) / (high - low))
+
+
 def _level(scheduler: Any, index: int) -> NoiseLevel:
-    if hasattr(scheduler, "sigmas"):
+    name = type(scheduler).__name__
+    if getattr(scheduler, "sigmas", None) is not None:
         sigma = float(scheduler.sigmas[index])
-        if type(scheduler).__name__ in _ADDED:
+        if name in _FLOW:
+            return NoiseLevel.of_flow(sigma)
+        if name in _ADDED:
             return NoiseLevel.of_sigma(sigma)
         return NoiseLevel(1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2))
     return NoiseLevel.of_alpha_bar(float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])]))
