@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Cascade, Family
 from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, original_call, patch_model
-from scalediff.latents import decode, encode, pictures_of
-from scalediff.schedule import Guidance, check_scheduler, guided_scheduler
+from scalediff.latents import decode, encode, pack, pictures_of, unpack
+from scalediff.schedule import Guidance, check_scheduler, guided_scheduler, recording_scheduler
 from scalediff.settings import Attention, Settings, plan_sizes
 from scalediff_kernels import mix_frequencies
 from scalediff_kernels.lowpass.geometry import coarse_length
@@ -42,7 +42,7 @@ class Stage:
         index, of: Its number from 1, and how many there are.
         height, width: Pixels.
         images: PIL pictures, one per prompt.
-        latents: `[B, C, Y, X]`, as the pipeline hands them out.
+        latents: `[B, C, Y, X]`, scaled as the pipeline hands them out.
         steps: Denoising steps run.
         seconds: Wall-clock time, its decoding included.
         settings: What the run was asked for.
@@ -120,7 +120,7 @@ def generate(
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "generator": generator if generator is not None else _fresh_generator(),
-        "guidance_scale": settings.guidance_scale,
+        _family(denoiser_of(pipe))[1].guidance: settings.guidance_scale,
         "num_inference_steps": settings.steps,
     }
     sizes = stage_sizes(pipe, height, width)
@@ -150,15 +150,17 @@ def _family(denoiser: nn.Module) -> tuple[Family, Cascade]:
 
 
 def native_size(pipe: Any) -> tuple[int, int]:
-    """Pixels (height, width) that the model was trained at."""
-    denoiser = denoiser_of(pipe)
-    y, x = _family(denoiser)[0].native_grid(denoiser) or (0, 0)
-    return y * pipe.vae_scale_factor, x * pipe.vae_scale_factor
+    """Pixels (height, width) that the model was trained at; of a patched one, those of its window."""
+    denoiser, handle = denoiser_of(pipe), handle_of(pipe)
+    family, cascade = _family(denoiser)
+    y, x = handle.window if handle is not None else family.native_grid(denoiser) or (0, 0)
+    return y * cascade.patch * pipe.vae_scale_factor, x * cascade.patch * pipe.vae_scale_factor
 
 
 def stage_sizes(pipe: Any, height: int, width: int) -> list[tuple[int, int]]:
     """The sizes of all stages up to a target, in pixels; raises as `plan_sizes`."""
-    multiple = max(_family(denoiser_of(pipe))[1].size_multiple, pipe.vae_scale_factor)
+    cascade = _family(denoiser_of(pipe))[1]
+    multiple = max(cascade.size_multiple, cascade.patch * pipe.vae_scale_factor)
     return plan_sizes((height, width), native=native_size(pipe), multiple=multiple)
 
 
@@ -172,7 +174,7 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     settings = replace(
         settings,
         steps=arguments.setdefault("num_inference_steps", settings.steps),
-        guidance_scale=arguments.setdefault("guidance_scale", settings.guidance_scale),
+        guidance_scale=arguments.setdefault(_family(denoiser_of(pipe))[1].guidance, settings.guidance_scale),
         attention=handle.attention if handle is not None else settings.attention,
     )
     if arguments.get("generator") is None:
@@ -196,20 +198,25 @@ def _run(
     """All stages. With `on_stage` every one is decoded for it; without, the last call's own return value is returned."""
     _check(pipe, arguments, sizes, settings)
     call, scheduler = original_call(pipe), pipe.scheduler
+    asked: Mapping[str, Any] = {}
     latents = decoded = torch.empty(0)
     with _borrowed(pipe, settings) as handle:
         for index, (height, width) in enumerate(sizes, start=1):
             since = time.perf_counter()
             changes: dict[str, Any] = {"height": height, "width": width}
             if index > 1:
-                changes |= _restart(pipe, scheduler, latents, decoded, (height, width), settings, arguments["generator"])
+                asked = asked or pipe.scheduler.asked
+                pipe.scheduler = scheduler
+                changes |= _restart(pipe, asked, latents, decoded, (height, width), settings, arguments["generator"])
+            elif len(sizes) > 1:
+                pipe.scheduler = recording_scheduler(scheduler)
             if handle is not None:
                 handle.attention = settings.attention if index > 1 else "full"
             if progress is not None:
                 pipe.set_progress_bar_config(desc=f"stage {index}/{len(sizes)}  {height} x {width}", disable=not progress)
             if index == len(sizes) and on_stage is None:
                 return call(pipe, **{**arguments, **changes})
-            latents = call(pipe, **{**arguments, **changes, **_LATENT})[0]
+            latents = _unpacked(pipe, call(pipe, **{**arguments, **changes, **_LATENT})[0], (height, width))
             decoded = decode(pipe, latents)
             if on_stage is not None:
                 steps, images = changes.get("num_inference_steps", settings.steps), pictures_of(pipe, decoded)
@@ -223,7 +230,7 @@ def _run(
 def _as_they_are(pipe: Any, arguments: Mapping[str, Any], scheduler: Any, latents: Tensor, height: int, width: int) -> Any:
     """The pipeline's own return value for these latents: its call, with a schedule of no steps."""
     pipe.scheduler = guided_scheduler(scheduler, steps=1, kept=0, guidance=Guidance(None, 1.0))
-    changes = {"height": height, "width": width, "latents": latents, "num_inference_steps": 0}
+    changes = {"height": height, "width": width, "latents": _packed(pipe, latents), "num_inference_steps": 1}
     return original_call(pipe)(pipe, **{**arguments, **changes})
 
 
@@ -245,7 +252,8 @@ def _check(pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]]
         for cutoff in (settings.lfm_cutoff, settings.sg_cutoff):
             coarse_length(min(height, width) // factor, cutoff)
     latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
-    if latents is not None and tuple(latents.shape[-2:]) != base:
+    packed = _family(denoiser_of(pipe))[1].packed
+    if latents is not None and (latents.shape[1] != base[0] * base[1] // 4 if packed else tuple(latents.shape[-2:]) != base):
         raise ValueError(f"latents are those of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
 
 
@@ -273,19 +281,40 @@ def _borrowed(pipe: Any, settings: Settings) -> Iterator[Handle | None]:
 
 
 def _restart(
-    pipe: Any, scheduler: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings, generator: Generators
+    pipe: Any,
+    asked: Mapping[str, Any],
+    latents: Tensor,
+    decoded: Tensor,
+    size: tuple[int, int],
+    settings: Settings,
+    generator: Generators,
 ) -> dict[str, Any]:
-    """Hand the pipeline this stage's guided scheduler; returns the latents and steps that its call starts from."""
+    """Hand the pipeline this stage's guided scheduler, a tail of the schedule that the base stage asked for.
+
+    Returns the latents and steps that the pipeline's call starts from.
+    """
     from diffusers.utils.torch_utils import randn_tensor
 
     reference = _reference(pipe, latents, decoded, size, settings)
     steps = settings.stage_steps
-    guidance = Guidance(reference if settings.sg else None, settings.sg_cutoff)
-    pipe.scheduler = guided_scheduler(scheduler, steps=settings.steps, kept=steps, guidance=guidance)
+    cascade = _family(denoiser_of(pipe))[1]
+    guidance = Guidance(reference if settings.sg else None, settings.sg_cutoff, packed=cascade.packed)
+    pipe.scheduler = guided_scheduler(pipe.scheduler, steps=settings.steps, kept=steps, guidance=guidance, asked=asked)
     pipe.scheduler.set_timesteps(steps)
     start = pipe.scheduler.levels[0]
     noise = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
-    return {"latents": start.signal * reference + start.noise * noise, "num_inference_steps": steps}
+    return {"latents": _packed(pipe, start.signal * reference + start.noise * noise), "num_inference_steps": steps}
+
+
+def _packed(pipe: Any, latents: Tensor) -> Tensor:
+    """As the pipeline takes latents."""
+    return pack(latents) if _family(denoiser_of(pipe))[1].packed else latents
+
+
+def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """`[B, C, Y, X]` of what the pipeline hands out for a picture of a size in pixels."""
+    factor = pipe.vae_scale_factor
+    return unpack(latents, (size[0] // factor, size[1] // factor)) if _family(denoiser_of(pipe))[1].packed else latents
 
 
 def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:

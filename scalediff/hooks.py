@@ -72,6 +72,11 @@ class Handle:
         unmark(self._model(), self)
 
     @property
+    def window(self) -> Grid:
+        """Key/value window in tokens `(Y, X)` of the denoiser's finest level: what counts as its native size."""
+        return self._targets[0].native
+
+    @property
     def model(self) -> Any:
         """The pipeline or module that was patched; None once it is gone."""
         return self._model()

@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """`[B, 3, height, width]` in [-1, 1]."""
     mean, std = _latent_statistics(pipe.vae, latents)
-    latents = latents * std / pipe.vae.config.scaling_factor + mean
+    latents = latents * std / _scale(pipe.vae) + mean
     with _in_range(pipe.vae) as vae:
+        if _of_frames(vae):
+            return vae.decode(latents[:, :, None].to(vae.dtype)).sample[:, :, 0]  # type: ignore[no-any-return]
         image: Tensor = vae.decode(latents.to(vae.dtype)).sample
     return image
 
@@ -25,9 +28,30 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 def encode(pipe: Any, image: Tensor) -> Tensor:
     """`[B, C, Y, X]`, the mode of the posterior; the inverse of `decode` as far as the autoencoder goes."""
     with _in_range(pipe.vae) as vae:
-        latents: Tensor = vae.encode(image.to(vae.dtype)).latent_dist.mode()
+        frames = _of_frames(vae)
+        latents: Tensor = vae.encode((image[:, :, None] if frames else image).to(vae.dtype)).latent_dist.mode()
+    latents = latents[:, :, 0] if frames else latents
     mean, std = _latent_statistics(pipe.vae, latents)
-    return latents.sub(mean).mul(pipe.vae.config.scaling_factor).div(std)
+    return latents.sub(mean).mul(_scale(pipe.vae)).div(std)
+
+
+def _of_frames(vae: Any) -> bool:
+    """Whether an autoencoder is one for videos, which Qwen-Image uses for a picture as a single frame."""
+    return type(vae).__name__ == "AutoencoderKLQwenImage"
+
+
+def _scale(vae: Any) -> float:
+    return float(vae.config.get("scaling_factor") or 1.0)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """`[B, C, Y, X]` as the tokens `[B, Y X / 4, 4 C]` of FLUX: a token holds, per channel, 2 x 2 latents row by row."""
+    return rearrange(latents, "b c (y i) (x j) -> b (y x) (c i j)", i=2, j=2)
+
+
+def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `pack` for latents of a size `(Y, X)`."""
+    return rearrange(tokens, "b (y x) (c i j) -> b c (y i) (x j)", y=size[0] // 2, x=size[1] // 2, i=2, j=2)
 
 
 @contextmanager

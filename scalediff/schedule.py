@@ -12,11 +12,10 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from scalediff_kernels import GuidedStep, NoiseLevel, packed_view
@@ -46,12 +45,13 @@ class Guidance:
     packed: bool = False
 
 
-def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidance, tokens: int | None = None) -> Any:
+def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidance, asked: Mapping[str, Any] | None = None) -> Any:
     """A copy of a diffusers scheduler that runs the last `kept` of `steps` steps with structure guidance.
 
     It is a subclass of the scheduler's own class, made here, so that pipelines which look at types and signatures see what
-    they know. The pipeline asks it for `kept` steps; it lays out `steps` and starts at the restart point. Where the schedule
-    shifts with the picture's size, `tokens` are the image tokens of the base stage: every stage has the schedule of the base.
+    they know. The pipeline asks it for `kept` steps; it lays out `steps` and starts at the restart point. `asked` is what the base
+    stage asked of `set_timesteps` (`recording_scheduler`): every stage has its schedule, also where the pipeline shifts it by size.
+    Without it the pipeline's own arguments count, with another number of steps.
 
     Raises:
         NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
@@ -69,7 +69,7 @@ def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidanc
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         named = dict(zip(_parameters(cls), args, strict=False)) | kwargs
-        _lay_out(self, functools.partial(cls.set_timesteps, self), named, steps=steps, kept=kept, tokens=tokens)
+        _lay_out(self, functools.partial(cls.set_timesteps, self), named, asked, steps=steps, kept=kept)
 
     @functools.wraps(cls.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -119,26 +119,34 @@ def _parameters(cls: type) -> Sequence[str]:
     return list(inspect.signature(cls.set_timesteps).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def _lay_out(scheduler: Any, set_timesteps: Any, named: dict[str, Any], *, steps: int, kept: int, tokens: int | None) -> None:
-    """Set the whole schedule, then keep its tail; afterwards `.levels` holds the noise at each call of the model.
+def recording_scheduler(scheduler: Any) -> Any:
+    """A copy of a diffusers scheduler whose `.asked` holds, by name, the arguments that `set_timesteps` was last called with."""
+    cls = type(scheduler)
+
+    @functools.wraps(cls.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.asked = dict(zip(_parameters(cls), args, strict=False)) | kwargs
+        cls.set_timesteps(self, *args, **kwargs)
+
+    recording = copy.deepcopy(scheduler)
+    recording.__class__ = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "__module__": cls.__module__})
+    return recording
+
+
+def _lay_out(
+    scheduler: Any, set_timesteps: Any, named: Mapping[str, Any], asked: Mapping[str, Any] | None, *, steps: int, kept: int
+) -> None:
+    """Set the whole schedule, then keep its tail; afterwards `.levels` holds the noise at each call of the model. A tail of no steps
+    is asked for as one of one step, for no pipeline asks for none.
 
     A scheduler of order 2 (Heun) calls the model twice a step, but for the last: at sigma_0, then at sigma_1, sigma_1, sigma_2, ...
     """
-    sigmas = named.pop("sigmas", None)
-    asked = len(sigmas) if sigmas is not None else named.pop("num_inference_steps", None)
-    if (
-        asked != kept
-        or named.get("timesteps") is not None
-        or (sigmas is not None and not np.allclose(sigmas, np.linspace(1, 1 / kept, kept)))
-    ):
-        raise ValueError(f"this stage runs {kept} of {steps} steps; custom timesteps are not supported above the native size, got {asked=}")
-    if sigmas is not None:  # a flow pipeline lays its schedule out by itself, evenly, before any shift
-        named["sigmas"] = np.linspace(1, 1 / steps, steps)
-    else:
-        named["num_inference_steps"] = steps
-    if named.get("mu") is not None and tokens is not None:
-        named["mu"] = shift(scheduler.config, tokens)
-    set_timesteps(**named)
+    count = len(named["sigmas"]) if named.get("sigmas") is not None else named.get("num_inference_steps")
+    if count != max(kept, 1) or named.get("timesteps") is not None:
+        raise ValueError(f"this stage runs {kept} of {steps} steps; custom timesteps are not supported above the native size, got {count=}")
+    if asked is None:
+        asked = named if count == steps else {**named, "num_inference_steps": steps}
+    set_timesteps(**{**asked, "device": named.get("device")})
     order = scheduler.order
     if len(scheduler.timesteps) != order * (steps - 1) + 1:
         raise NotImplementedError(f"expected {order} model calls a step but for the last, got {len(scheduler.timesteps)} for {steps=}")
@@ -152,16 +160,6 @@ def _lay_out(scheduler: Any, set_timesteps: Any, named: dict[str, Any], *, steps
         scheduler.num_inference_steps = kept
     scheduler.levels = [_level(scheduler, i) for i in range(len(scheduler.timesteps))]
     scheduler.calls_done = 0
-
-
-def shift(config: Any, tokens: int) -> float:
-    """How far a flow's schedule is moved towards noise for a picture of so many tokens: linear between the two sizes of the config.
-
-    The rule of the pipelines of FLUX, Stable Diffusion 3, Qwen-Image, Lumina 2 and Z-Image.
-    """
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(least + (tokens - low) * (most - least) / (high - low))
 
 
 def _level(scheduler: Any, index: int) -> NoiseLevel:

@@ -43,12 +43,18 @@ class Cascade:
     """What the cascade must know of a family.
 
     Attributes:
-        size_multiple: Pixels that a pipeline of this family wants its sizes to be a multiple of, beside the VAE's factor.
         preset: The default settings for a denoiser.
+        patch: Latents of a token along an axis.
+        size_multiple: Pixels that a pipeline of this family wants its sizes to be a multiple of, beside those of a token.
+        packed: The pipeline hands out and takes packed latents `[B, Y X / 4, 4 C]`.
+        guidance: The argument of the pipeline's call that the guidance scale goes to.
     """
 
-    size_multiple: int
     preset: Callable[[nn.Module], Settings]
+    patch: int = 2
+    size_multiple: int = 1
+    packed: bool = False
+    guidance: str = "guidance_scale"
 
 
 def _no_rotation(denoiser: nn.Module) -> TextRotation | None:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalediff.families.base import Arguments, Family, Reader
+from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.families.latents import all_ones, lengths
 from scalediff.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.rotation import TextRotation
+from scalediff.settings import Settings
 
 
 def _extent(ids: Tensor, text: int = 0) -> Grid:
@@ -76,12 +77,21 @@ _FLUX = Family(
     role="joint",
     rotation=_rotation,
 )
+# arXiv:2510.25818 and the authors' scripts: the settings for FLUX.1-dev, and their example for FLUX.1-schnell (4 steps, then 2 and 2).
+_PAPER = Settings(steps=30, restart=0.6, guidance_scale=3.5, lfm_cutoff=0.25, sg_cutoff=0.25)
+_SCHNELL = replace(_PAPER, steps=4, restart=0.5, guidance_scale=0.0)
+
+
+def _preset(denoiser: Any) -> Settings:
+    return _PAPER if denoiser.config.guidance_embeds else _SCHNELL
+
+
 _SAME = (
     "FluxControlNetModel", "Flux2Transformer2DModel", "BriaTransformer2DModel", "BriaFiboTransformer2DModel",
     "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
 )  # fmt: skip
 FLUX = (
-    _FLUX,
+    replace(_FLUX, cascade=Cascade(_preset, packed=True)),
     *(replace(_FLUX, denoiser=name) for name in _SAME),
     replace(_FLUX, denoiser="ChromaTransformer2DModel", layout=_chroma_layout),
     replace(

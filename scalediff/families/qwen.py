@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from scalediff.families.base import Arguments, Family, Reader
+from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.families.latents import lengths
 from scalediff.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.rotation import TextRotation
+from scalediff.settings import Settings
 
 
 def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
@@ -50,6 +51,10 @@ def _rotation(denoiser: Any) -> TextRotation:
     return TextRotation(tuple(denoiser.config.axes_dims_rope), 10000.0, shift=_shift)
 
 
+# The paper has none: FLUX's restart and cutoffs, and the steps and guidance of the model card.
+_PRESET = Settings(steps=50, restart=0.6, guidance_scale=4.0, lfm_cutoff=0.25, sg_cutoff=0.25)
+_CASCADE = Cascade(lambda denoiser: _PRESET, packed=True, guidance="true_cfg_scale")
+
 QWEN = tuple(
     Family(
         denoiser=name,
@@ -59,6 +64,7 @@ QWEN = tuple(
         layout=_layout,
         role="joint",
         rotation=_rotation,
+        cascade=cascade,
     )
-    for name in ("QwenImageTransformer2DModel", "QwenImageControlNetModel")
+    for name, cascade in (("QwenImageTransformer2DModel", _CASCADE), ("QwenImageControlNetModel", None))
 )

@@ -67,7 +67,7 @@ _UNET = Family(
     layout=_layout,
     roles=((r"\.attn2$", "cross"),),
     level=_level,
-    cascade=Cascade(size_multiple=8, preset=_preset),
+    cascade=Cascade(_preset, patch=1, size_multiple=8),
 )
 
 

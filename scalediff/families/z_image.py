@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from scalediff.families.base import Arguments, Family, Reader
+from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.rotation import TextRotation
+from scalediff.settings import Settings
 
 _MULTIPLE = 32
 
@@ -42,6 +43,9 @@ def _rotation(denoiser: Any) -> TextRotation:
     return TextRotation(tuple(denoiser.config.axes_dims), float(denoiser.config.rope_theta))
 
 
+# The paper has none: FLUX's restart and cutoffs, and the steps and guidance that the pipeline defaults to.
+_PRESET = Settings(steps=50, restart=0.6, guidance_scale=5.0, lfm_cutoff=0.25, sg_cutoff=0.25)
+
 Z_IMAGE = (
     Family(
         denoiser="ZImageTransformer2DModel",
@@ -52,5 +56,6 @@ Z_IMAGE = (
         role="joint",
         roles=((r"^noise_refiner\.", "self"), (r"^context_refiner\.", "text"), (r"^siglip_refiner\.", "text")),
         rotation=_rotation,
+        cascade=Cascade(lambda denoiser: _PRESET),
     ),
 )

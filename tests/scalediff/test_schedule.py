@@ -145,5 +145,5 @@ def test_what_is_not_known_is_refused_by_name() -> None:
     with pytest.raises(NotImplementedError, match=r"knows epsilon, v_prediction with EulerDiscreteScheduler, got prediction='sample'"):
         guided_scheduler(make("EulerDiscreteScheduler", "sample"), steps=10, kept=4, guidance=guidance)
     guided = guided_scheduler(make("DDIMScheduler", "epsilon"), steps=10, kept=4, guidance=guidance)
-    with pytest.raises(ValueError, match=r"this stage runs 4 of 10 steps.*got asked=7"):
+    with pytest.raises(ValueError, match=r"this stage runs 4 of 10 steps.*got count=7"):
         guided.set_timesteps(7)
