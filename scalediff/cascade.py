@@ -12,6 +12,7 @@ Legend: B batch, C channels, Y x X latent grid.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -110,12 +111,92 @@ def generate(
 
     ScaleDiff, arXiv:2510.25818.
     """
-    given: dict[str, Any] = {
+    given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
+    _check_call(pipe)
+    return _draw(pipe, prompt, negative_prompt, stage_sizes(pipe, height, width), given, generator, on_stage, progress)
+
+
+def upscale(
+    pipe: Any,
+    image: Any,
+    prompt: str | list[str],
+    *,
+    height: int,
+    width: int,
+    negative_prompt: str | list[str] | None = None,
+    generator: Generators | None = None,
+    steps: int | None = None,
+    restart: float | None = None,
+    guidance_scale: float | None = None,
+    attention: Attention | None = None,
+    lfm: bool | None = None,
+    sg: bool | None = None,
+    lfm_cutoff: float | None = None,
+    sg_cutoff: float | None = None,
+    on_stage: Callable[[Stage], None] | None = None,
+    progress: bool = False,
+) -> Result:
+    """Enlarge a picture and draw detail into it: the cascade, entered with a picture in place of a base stage.
+
+    Args:
+        image: A PIL picture, or a list of pictures of one size, as many as prompts.
+        height, width: Target in pixels, above the picture's own area and of its shape.
+        pipe, prompt, negative_prompt, generator, steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff,
+        on_stage, progress: As in `generate`. The larger `restart`, the more is drawn anew.
+
+    Returns:
+        As `generate`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `generate`; also a target that is no larger than the picture, or of another
+            shape.
+    """
+    given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
+    _check_call(pipe)
+    images = image if isinstance(image, list) else [image]
+    if len({picture.size for picture in images}) != 1:
+        raise ValueError(f"pictures must be of one size, got {[picture.size for picture in images]}")
+    own_width, own_height = images[0].size
+    if abs(math.log(height * own_width / (width * own_height))) > _DISTORTION:
+        raise ValueError(f"a picture of {own_height} x {own_width} would be distorted, got {height=}, {width=}")
+    sizes = stage_sizes(pipe, height, width)
+    above = [size for size in sizes if size[0] * size[1] > own_height * own_width]
+    if not above:
+        raise ValueError(f"the target must exceed the picture's {own_height} x {own_width}, got {height=}, {width=}")
+    multiple = pipe.vae_scale_factor * _family(denoiser_of(pipe))[1].patch
+    near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
+    picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
+    return _draw(pipe, prompt, negative_prompt, above, given, generator, on_stage, progress, picture=picture, base=sizes[0])
+
+
+_DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
+
+
+def _given(
+    steps: int | None, restart: float | None, guidance_scale: float | None, attention: Attention | None, lfm: bool | None, sg: bool | None,
+    lfm_cutoff: float | None, sg_cutoff: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The settings that a caller has named."""
+    given = {
         "steps": steps, "restart": restart, "guidance_scale": guidance_scale, "attention": attention, "lfm": lfm, "sg": sg,
         "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff,
     }  # fmt: skip
-    _check_call(pipe)
-    settings = replace(preset(pipe), **{name: value for name, value in given.items() if value is not None})
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _draw(
+    pipe: Any,
+    prompt: str | list[str],
+    negative_prompt: str | list[str] | None,
+    sizes: list[tuple[int, int]],
+    given: Mapping[str, Any],
+    generator: Generators | None,
+    on_stage: Callable[[Stage], None] | None,
+    progress: bool,
+    picture: Tensor | None = None,
+    base: tuple[int, int] | None = None,
+) -> Result:
+    settings = replace(preset(pipe), **given)
     arguments = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -123,7 +204,6 @@ def generate(
         _family(denoiser_of(pipe))[1].guidance: settings.guidance_scale,
         "num_inference_steps": settings.steps,
     }
-    sizes = stage_sizes(pipe, height, width)
     stages: list[Stage] = []
 
     def keep(stage: Stage) -> None:
@@ -131,7 +211,7 @@ def generate(
         if on_stage is not None:
             on_stage(stage)
 
-    _run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress)
+    _run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress, picture=picture, base=base)
     return Result(stages[-1].images, stages, settings)
 
 
@@ -194,24 +274,34 @@ def _run(
     *,
     on_stage: Callable[[Stage], None] | None = None,
     progress: bool | None = None,
+    picture: Tensor | None = None,
+    base: tuple[int, int] | None = None,
 ) -> Any:
-    """All stages. With `on_stage` every one is decoded for it; without, the last call's own return value is returned."""
-    _check(pipe, arguments, sizes, settings)
+    """All stages. With `on_stage` every one is decoded for it; without, the last call's own return value is returned.
+
+    A picture, `[B, 3, height, width]` in [-1, 1], stands for the base stage, whose size `base` then is.
+    """
+    _check(pipe, arguments, sizes, settings, restarts=len(sizes) if picture is not None else len(sizes) - 1)
     call, scheduler = original_call(pipe), pipe.scheduler
     asked: Mapping[str, Any] = {}
     latents = decoded = torch.empty(0)
     with _borrowed(pipe, settings) as handle:
+        if picture is not None and base is not None:
+            decoded = picture.to(pipe._execution_device)
+            latents = encode(pipe, decoded).to(denoiser_of(pipe).dtype)
+            asked = _rehearsed(pipe, scheduler, arguments, base)
         for index, (height, width) in enumerate(sizes, start=1):
             since = time.perf_counter()
             changes: dict[str, Any] = {"height": height, "width": width}
-            if index > 1:
+            restarts = index > 1 or picture is not None
+            if restarts:
                 asked = asked or pipe.scheduler.asked
                 pipe.scheduler = scheduler
                 changes |= _restart(pipe, asked, latents, decoded, (height, width), settings, arguments["generator"])
             elif len(sizes) > 1:
                 pipe.scheduler = recording_scheduler(scheduler)
             if handle is not None:
-                handle.attention = settings.attention if index > 1 else "full"
+                handle.attention = settings.attention if restarts else "full"
             if progress is not None:
                 pipe.set_progress_bar_config(desc=f"stage {index}/{len(sizes)}  {height} x {width}", disable=not progress)
             if index == len(sizes) and on_stage is None:
@@ -234,21 +324,31 @@ def _as_they_are(pipe: Any, arguments: Mapping[str, Any], scheduler: Any, latent
     return original_call(pipe)(pipe, **{**arguments, **changes})
 
 
+def _rehearsed(pipe: Any, scheduler: Any, arguments: Mapping[str, Any], base: tuple[int, int]) -> Mapping[str, Any]:
+    """What the pipeline would ask of its scheduler for a picture of the base size: its call, with a schedule of no steps."""
+    pipe.scheduler = recording_scheduler(scheduler, runs=False)
+    changes = {"height": base[0], "width": base[1], "generator": _fresh_generator()}
+    original_call(pipe)(pipe, **{**arguments, **changes, **_LATENT})
+    asked: Mapping[str, Any] = pipe.scheduler.asked
+    pipe.scheduler = scheduler
+    return asked
+
+
 def _check_call(pipe: Any) -> None:
     denoiser_of(pipe)
     if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
         raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
 
 
-def _check(pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings) -> None:
-    """Refuse before anything is drawn what a later stage would refuse."""
+def _check(pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings, *, restarts: int) -> None:
+    """Refuse before anything is drawn what one of the last `restarts` stages would refuse."""
     factor = pipe.vae_scale_factor
-    if len(sizes) > 1:
+    if restarts:
         check_scheduler(pipe.scheduler)
         for name in ("timesteps", "sigmas", "denoising_end"):
             if arguments.get(name) is not None:
                 raise ValueError(f"stages above the native size lay out their own schedule, got {name}={arguments[name]}")
-    for height, width in sizes[1:]:
+    for height, width in sizes[len(sizes) - restarts :]:
         for cutoff in (settings.lfm_cutoff, settings.sg_cutoff):
             coarse_length(min(height, width) // factor, cutoff)
     latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)

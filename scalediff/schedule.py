@@ -119,14 +119,19 @@ def _parameters(cls: type) -> Sequence[str]:
     return list(inspect.signature(cls.set_timesteps).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def recording_scheduler(scheduler: Any) -> Any:
-    """A copy of a diffusers scheduler whose `.asked` holds, by name, the arguments that `set_timesteps` was last called with."""
+def recording_scheduler(scheduler: Any, *, runs: bool = True) -> Any:
+    """A copy of a diffusers scheduler whose `.asked` holds, by name, the arguments that `set_timesteps` was last called with.
+
+    One that does not run has no timesteps.
+    """
     cls = type(scheduler)
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         self.asked = dict(zip(_parameters(cls), args, strict=False)) | kwargs
         cls.set_timesteps(self, *args, **kwargs)
+        if not runs:
+            self.timesteps = self.timesteps[:0]
 
     recording = copy.deepcopy(scheduler)
     recording.__class__ = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "__module__": cls.__module__})

@@ -59,7 +59,7 @@ def test_dependencies_point_one_way(path: Path) -> None:
 
 
 def test_public_names_are_pinned() -> None:
-    assert scalediff.__all__ == ["Handle", "Result", "generate", "load_demo", "patch_model", "register_backend", "unpatch_model"]
+    assert scalediff.__all__ == ["Handle", "Result", "generate", "load_demo", "patch_model", "register_backend", "unpatch_model", "upscale"]
     assert scalediff_kernels.__all__ == [
         "GuidedStep", "LowPass", "NoiseLevel", "guide_structure", "joint_neighborhood_patch_attention", "low_pass", "mix_frequencies",
         "neighborhood_patch_attention", "packed_view",
