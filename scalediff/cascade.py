@@ -288,7 +288,7 @@ def _run(
     with _borrowed(pipe, settings) as handle:
         if picture is not None and base is not None:
             decoded = picture.to(pipe._execution_device)
-            latents = encode(pipe, decoded).to(denoiser_of(pipe).dtype)
+            latents = encode(pipe, decoded).to(pipe.dtype)
             asked = _rehearsed(pipe, scheduler, arguments, base)
         for index, (height, width) in enumerate(sizes, start=1):
             since = time.perf_counter()

@@ -6,6 +6,7 @@ Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,53 +33,94 @@ class Call:
     def __init__(
         self, sequence: Sequence, native: Grid, fraction: tuple[float, float], rotation: TextRotation | None, like: Tensor, options: Options
     ) -> None:
-        self.sequence, self.grid, self.area, self.lengths = sequence, sequence.grid, sequence.area, sequence.lengths
+        self.sequence, self.grid = sequence, sequence.grid
         self.window, self.patch = window_of(native, sequence.level), patch_of(native, sequence.level)
         self.offset = offset_of(native, sequence.level, fraction)
-        self.text_queries = options.text_queries if sequence.queries == "all" else None
-        self.impl, self.real = options.impl, sequence.real
-        self.padded = any(count < sequence.text for count in sequence.real)
+        self.impl, self.text_queries = options.impl, options.text_queries if sequence.queries == "all" else None
+        self.real, self.padded = sequence.real, any(count < sequence.text for count in sequence.real)
         self.text_rope: tuple[Tensor, Tensor] | None = None
         if rotation is not None and options.text_rope and sequence.text != 0:
             cos, sin = rotation.tables(self.grid, native, self.window, self.patch, self.offset)
             kind = torch.promote_types(like.dtype, torch.float32)
             self.text_rope = cos.to(like.device, kind), sin.to(like.device, kind)
+        spans = sequence.spans(len(sequence.real) or 1)
+        self._numbers = _Numbers(self.grid, self.window, self.patch, self.offset, sequence.lengths, spans)
+        self._written = _Numbers.write(self._numbers)
+
+    @property
+    def numbers(self) -> _Numbers:
+        """All its numbers. torch.compile would take them for symbols once a second picture size comes; from a text they are constants."""
+        return _Numbers.read(self._written) if torch.compiler.is_compiling() else self._numbers
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """`[B, S, H, D]` over keys and values `[B, S, G, D]`; padding comes out as zeros."""
-        if k.shape[1] == self.area:
-            return self._image(q, k, v, scale)
-        spans = self.sequence.spans(q.shape[0])
-        if len(spans) == 1:
-            return self._joint(q, k, v, scale, spans[0])
-        return torch.cat([self._joint(q[s.first : s.last], k[s.first : s.last], v[s.first : s.last], scale, s) for s in spans])
+        numbers = self.numbers
+        if numbers.lengths[1] == numbers.area:
+            return self._image(numbers, q, k, v, scale)
+        if len(numbers.spans) == 1:
+            return self._joint(numbers, numbers.spans[0], q, k, v, scale)
+        parts = [self._joint(numbers, s, q[s.first : s.last], k[s.first : s.last], v[s.first : s.last], scale) for s in numbers.spans]
+        return torch.cat(parts)
 
-    def _image(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        q, k, v = (x.unflatten(1, self.grid) for x in (q, k, v))
-        how = {"window": self.window, "patch": self.patch, "offset": self.offset}
+    def _image(self, numbers: _Numbers, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        q, k, v = (_part(x, 0, numbers.area).unflatten(1, numbers.grid) for x in (q, k, v))
+        how = {"window": numbers.window, "patch": numbers.patch, "offset": numbers.offset}
         return neighborhood_patch_attention(q, k, v, **how, scale=scale, impl=self.impl).flatten(1, 2)
 
-    def _joint(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, span: Span) -> Tensor:
-        text, image = slice(span.text_start, span.text_stop), slice(span.image, span.image + self.area)
-        if span.text_start == span.text_stop:
-            out = self._image(q if q.shape[1] == self.area else q[:, image], k[:, image], v[:, image], scale)
-            return F.pad(out, (0, 0, 0, 0, span.image, q.shape[1] - image.stop)) if q.shape[1] > self.area else out
-        image_k, image_v = (x[:, image].unflatten(1, self.grid) for x in (k, v))
-        image_q, text_q = (q[:, image], q[:, text]) if self.text_queries else (q, _like_queries(k[:, text], q))
+    def _joint(self, numbers: _Numbers, span: Span, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        queries, area = numbers.lengths[0], numbers.area
+        tokens = span.text_stop - span.text_start
+        image_q = _part(q, span.image if queries > area else 0, area)
+        image_k, image_v = (_part(x, span.image, area) for x in (k, v))
+        if tokens == 0:
+            out = self._image(numbers, image_q, image_k, image_v, scale)
+            return F.pad(out, (0, 0, 0, 0, span.image, queries - area - span.image)) if queries > area else out
+        text_k, text_v = (_part(x, span.text_start, tokens) for x in (k, v))
+        text_q = _part(q, span.text_start, tokens) if self.text_queries else _like_queries(text_k, q)
+        image_q, image_k, image_v = (x.unflatten(1, numbers.grid) for x in (image_q, image_k, image_v))
         image_out, text_out = joint_neighborhood_patch_attention(
-            image_q.unflatten(1, self.grid), image_k, image_v, text_q, k[:, text], v[:, text],
-            window=self.window, patch=self.patch, offset=self.offset, scale=scale, text_rope=self.text_rope,
+            image_q, image_k, image_v, text_q, text_k, text_v,
+            window=numbers.window, patch=numbers.patch, offset=numbers.offset, scale=scale, text_rope=self.text_rope,
             text_queries=self.text_queries, impl=self.impl,
         )  # fmt: skip
         image_out = image_out.flatten(1, 2)
         if text_out is None:
             return image_out
-        parts = [text_out, image_out] if self.sequence.side == "prefix" else [image_out, text_out]
-        between = span.image - span.text_stop if self.sequence.side == "prefix" else 0
+        parts, between = [image_out, text_out], 0
+        if self.sequence.side == "prefix":
+            parts, between = [text_out, image_out], span.image - span.text_stop
         if between:
-            parts.insert(1, q.new_zeros(()).to(image_out.dtype).expand(q.shape[0], between, *q.shape[2:]))
+            parts.insert(1, image_out.new_zeros(()).expand(q.shape[0], between, *q.shape[2:]))
         out = torch.cat(parts, dim=1)
-        return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])) if q.shape[1] > out.shape[1] else out
+        length = between + tokens + area
+        return F.pad(out, (0, 0, 0, 0, 0, queries - length)) if queries > length else out
+
+
+class _Numbers(NamedTuple):
+    """What a call must know to cut its tensors."""
+
+    grid: Grid
+    window: Grid
+    patch: Grid
+    offset: Grid
+    lengths: tuple[int, int]
+    spans: tuple[Span, ...]
+
+    @property
+    def area(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def write(self) -> str:
+        """As a text: five pairs, and the spans."""
+        return " ".join(str(n) for pair in (*self[:5], *self.spans) for n in pair)
+
+    @classmethod
+    def read(cls, text: str) -> _Numbers:
+        """The inverse of `write`."""
+        n = [int(number) for number in text.split()]
+        pairs = [(n[i], n[i + 1]) for i in range(0, 10, 2)]
+        spans = tuple(Span(n[i], n[i + 1], n[i + 2], n[i + 3], n[i + 4]) for i in range(10, len(n), 5))
+        return cls(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], spans)
 
 
 class Plan:
@@ -107,16 +149,16 @@ class Plan:
         if keys in self.others:
             return None
         for call in self.calls:
-            if (queries, keys) == call.lengths:
+            if (queries, keys) == call.numbers.lengths:
                 return call
         return None
 
     def unexpected(self, queries: int, keys: int) -> str:
         """What is wrong with a call that `call` does not know; empty for text alone and cross-attention."""
         if keys in self.others:
-            same = any((queries, keys) == call.lengths for call in self.calls)
+            same = any((queries, keys) == call.numbers.lengths for call in self.calls)
             return "image and text have as many tokens, and a call may be either" + got(keys) if same else ""
-        wrong = queries == keys or (keys - queries in self.others and any(queries == call.area for call in self.calls))
+        wrong = queries == keys or (keys - queries in self.others and any(queries == call.numbers.area for call in self.calls))
         return f"q, k and v must have the tokens of {self.grids}" + got(queries, keys) if wrong else ""
 
 
@@ -143,6 +185,11 @@ def got(*values: Tensor | int) -> str:
     if torch.compiler.is_compiling():
         return ""
     return ", got " + ", ".join(f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{x}" for x in values)
+
+
+def _part(x: Tensor, start: int, length: int) -> Tensor:
+    """Tokens `[start, start + length)` of `[B, S, H, D]`. Of a slice torch.compile would keep symbols in the shape."""
+    return x.narrow(1, start, length)
 
 
 def _like_queries(text_k: Tensor, q: Tensor) -> Tensor:
