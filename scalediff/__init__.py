@@ -1,8 +1,8 @@
 """Training-free high-resolution diffusion: patch a model, or draw a picture."""
 
 from scalediff.backend import register_backend
-from scalediff.cascade import Result, generate, upscale
 from scalediff.demo import load_demo
+from scalediff.draw import Result, generate, upscale
 from scalediff.hooks import Handle, patch_model, unpatch_model
 
 __all__ = ["Handle", "Result", "generate", "load_demo", "patch_model", "register_backend", "unpatch_model", "upscale"]

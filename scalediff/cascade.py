@@ -12,7 +12,6 @@ Legend: B batch, C channels, Y x X latent grid.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -28,7 +27,7 @@ from scalediff.families.base import Cascade, Family
 from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, original_call, patch_model
 from scalediff.latents import decode, encode, pack, pictures_of, unpack
 from scalediff.schedule import Guidance, check_scheduler, guided_scheduler, recording_scheduler
-from scalediff.settings import Attention, Settings, plan_sizes
+from scalediff.settings import Settings, plan_sizes
 from scalediff_kernels import mix_frequencies
 from scalediff_kernels.lowpass.geometry import coarse_length
 
@@ -60,168 +59,13 @@ class Stage:
     settings: Settings
 
 
-@dataclass(frozen=True)
-class Result:
-    """What `generate` returns: the final pictures, every stage, and the settings that were used."""
-
-    images: list[Any]
-    stages: list[Stage]
-    settings: Settings
-
-
-def generate(
-    pipe: Any,
-    prompt: str | list[str],
-    *,
-    height: int,
-    width: int,
-    negative_prompt: str | list[str] | None = None,
-    generator: Generators | None = None,
-    steps: int | None = None,
-    restart: float | None = None,
-    guidance_scale: float | None = None,
-    attention: Attention | None = None,
-    lfm: bool | None = None,
-    sg: bool | None = None,
-    lfm_cutoff: float | None = None,
-    sg_cutoff: float | None = None,
-    on_stage: Callable[[Stage], None] | None = None,
-    progress: bool = False,
-) -> Result:
-    """Draw a picture above the model's native size.
-
-    Args:
-        pipe: A diffusers pipeline around a known denoiser, patched or not; it is left as it was found.
-        prompt: What to draw; a list makes a batch.
-        height, width: Target in pixels, at least the native area; any aspect ratio.
-        negative_prompt: As in the pipeline's own call.
-        generator: Makes the whole run reproducible; a fresh one with a random seed when None. The global RNG is not used.
-        steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the family's preset
-            where None.
-        on_stage: Called with every stage as it ends.
-        progress: Show the pipeline's progress bar, labelled by stage.
-
-    Returns:
-        A Result with `.images`, `.stages` and `.settings`.
-
-    Raises:
-        ValueError: a size or setting is out of range, or the pipeline is of no known family.
-        TypeError: not a text-to-image pipeline.
-        NotImplementedError: the pipeline's scheduler cannot be guided.
-
-    ScaleDiff, arXiv:2510.25818.
-    """
-    given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
-    _check_call(pipe)
-    return _draw(pipe, prompt, negative_prompt, stage_sizes(pipe, height, width), given, generator, on_stage, progress)
-
-
-def upscale(
-    pipe: Any,
-    image: Any,
-    prompt: str | list[str],
-    *,
-    height: int,
-    width: int,
-    negative_prompt: str | list[str] | None = None,
-    generator: Generators | None = None,
-    steps: int | None = None,
-    restart: float | None = None,
-    guidance_scale: float | None = None,
-    attention: Attention | None = None,
-    lfm: bool | None = None,
-    sg: bool | None = None,
-    lfm_cutoff: float | None = None,
-    sg_cutoff: float | None = None,
-    on_stage: Callable[[Stage], None] | None = None,
-    progress: bool = False,
-) -> Result:
-    """Enlarge a picture and draw detail into it: the cascade, entered with a picture in place of a base stage.
-
-    Args:
-        image: A PIL picture, or a list of pictures of one size, as many as prompts.
-        height, width: Target in pixels, above the picture's own area and of its shape.
-        pipe, prompt, negative_prompt, generator, steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff,
-        on_stage, progress: As in `generate`. The larger `restart`, the more is drawn anew.
-
-    Returns:
-        As `generate`.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: as `generate`; also a target that is no larger than the picture, or of another
-            shape.
-    """
-    given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
-    _check_call(pipe)
-    images = image if isinstance(image, list) else [image]
-    if len({picture.size for picture in images}) != 1:
-        raise ValueError(f"pictures must be of one size, got {[picture.size for picture in images]}")
-    own_width, own_height = images[0].size
-    if abs(math.log(height * own_width / (width * own_height))) > _DISTORTION:
-        raise ValueError(f"a picture of {own_height} x {own_width} would be distorted, got {height=}, {width=}")
-    sizes = stage_sizes(pipe, height, width)
-    above = [size for size in sizes if size[0] * size[1] > own_height * own_width]
-    if not above:
-        raise ValueError(f"the target must exceed the picture's {own_height} x {own_width}, got {height=}, {width=}")
-    multiple = pipe.vae_scale_factor * _family(denoiser_of(pipe))[1].patch
-    near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
-    picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
-    return _draw(pipe, prompt, negative_prompt, above, given, generator, on_stage, progress, picture=picture, base=sizes[0])
-
-
-_DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
-
-
-def _given(
-    steps: int | None, restart: float | None, guidance_scale: float | None, attention: Attention | None, lfm: bool | None, sg: bool | None,
-    lfm_cutoff: float | None, sg_cutoff: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    """The settings that a caller has named."""
-    given = {
-        "steps": steps, "restart": restart, "guidance_scale": guidance_scale, "attention": attention, "lfm": lfm, "sg": sg,
-        "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff,
-    }  # fmt: skip
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _draw(
-    pipe: Any,
-    prompt: str | list[str],
-    negative_prompt: str | list[str] | None,
-    sizes: list[tuple[int, int]],
-    given: Mapping[str, Any],
-    generator: Generators | None,
-    on_stage: Callable[[Stage], None] | None,
-    progress: bool,
-    picture: Tensor | None = None,
-    base: tuple[int, int] | None = None,
-) -> Result:
-    settings = replace(preset(pipe), **given)
-    arguments = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "generator": generator if generator is not None else _fresh_generator(),
-        _family(denoiser_of(pipe))[1].guidance: settings.guidance_scale,
-        "num_inference_steps": settings.steps,
-    }
-    stages: list[Stage] = []
-
-    def keep(stage: Stage) -> None:
-        stages.append(stage)
-        if on_stage is not None:
-            on_stage(stage)
-
-    _run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress, picture=picture, base=base)
-    return Result(stages[-1].images, stages, settings)
-
-
 def preset(pipe: Any) -> Settings:
     """The family's default settings for this pipeline."""
     denoiser = denoiser_of(pipe)
-    return _family(denoiser)[1].preset(denoiser)
+    return family_with_cascade(denoiser)[1].preset(denoiser)
 
 
-def _family(denoiser: nn.Module) -> tuple[Family, Cascade]:
+def family_with_cascade(denoiser: nn.Module) -> tuple[Family, Cascade]:
     family = family_of(denoiser)
     if family is None or family.cascade is None:
         known = ", ".join(sorted(name for name, one in FAMILIES.items() if one.cascade is not None))
@@ -232,14 +76,14 @@ def _family(denoiser: nn.Module) -> tuple[Family, Cascade]:
 def native_size(pipe: Any) -> tuple[int, int]:
     """Pixels (height, width) that the model was trained at; of a patched one, those of its window."""
     denoiser, handle = denoiser_of(pipe), handle_of(pipe)
-    family, cascade = _family(denoiser)
+    family, cascade = family_with_cascade(denoiser)
     y, x = handle.window if handle is not None else family.native_grid(denoiser) or (0, 0)
     return y * cascade.patch * pipe.vae_scale_factor, x * cascade.patch * pipe.vae_scale_factor
 
 
 def stage_sizes(pipe: Any, height: int, width: int) -> list[tuple[int, int]]:
     """The sizes of all stages up to a target, in pixels; raises as `plan_sizes`."""
-    cascade = _family(denoiser_of(pipe))[1]
+    cascade = family_with_cascade(denoiser_of(pipe))[1]
     multiple = max(cascade.size_multiple, cascade.patch * pipe.vae_scale_factor)
     return plan_sizes((height, width), native=native_size(pipe), multiple=multiple)
 
@@ -254,19 +98,19 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     settings = replace(
         settings,
         steps=arguments.setdefault("num_inference_steps", settings.steps),
-        guidance_scale=arguments.setdefault(_family(denoiser_of(pipe))[1].guidance, settings.guidance_scale),
+        guidance_scale=arguments.setdefault(family_with_cascade(denoiser_of(pipe))[1].guidance, settings.guidance_scale),
         attention=handle.attention if handle is not None else settings.attention,
     )
     if arguments.get("generator") is None:
-        arguments["generator"] = _fresh_generator()
-    return _run(pipe, arguments, stage_sizes(pipe, height, width), settings)
+        arguments["generator"] = fresh_generator()
+    return run(pipe, arguments, stage_sizes(pipe, height, width), settings)
 
 
 _LATENT = {"output_type": "latent", "return_dict": False}
 
 
 @torch.no_grad()
-def _run(
+def run(
     pipe: Any,
     arguments: Mapping[str, Any],
     sizes: list[tuple[int, int]],
@@ -327,14 +171,14 @@ def _as_they_are(pipe: Any, arguments: Mapping[str, Any], scheduler: Any, latent
 def _rehearsed(pipe: Any, scheduler: Any, arguments: Mapping[str, Any], base: tuple[int, int]) -> Mapping[str, Any]:
     """What the pipeline would ask of its scheduler for a picture of the base size: its call, with a schedule of no steps."""
     pipe.scheduler = recording_scheduler(scheduler, runs=False)
-    changes = {"height": base[0], "width": base[1], "generator": _fresh_generator()}
+    changes = {"height": base[0], "width": base[1], "generator": fresh_generator()}
     original_call(pipe)(pipe, **{**arguments, **changes, **_LATENT})
     asked: Mapping[str, Any] = pipe.scheduler.asked
     pipe.scheduler = scheduler
     return asked
 
 
-def _check_call(pipe: Any) -> None:
+def check_call(pipe: Any) -> None:
     denoiser_of(pipe)
     if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
         raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
@@ -352,7 +196,7 @@ def _check(pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]]
         for cutoff in (settings.lfm_cutoff, settings.sg_cutoff):
             coarse_length(min(height, width) // factor, cutoff)
     latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
-    packed = _family(denoiser_of(pipe))[1].packed
+    packed = family_with_cascade(denoiser_of(pipe))[1].packed
     if latents is not None and (latents.shape[1] != base[0] * base[1] // 4 if packed else tuple(latents.shape[-2:]) != base):
         raise ValueError(f"latents are those of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
 
@@ -397,7 +241,7 @@ def _restart(
 
     reference = _reference(pipe, latents, decoded, size, settings)
     steps = settings.stage_steps
-    cascade = _family(denoiser_of(pipe))[1]
+    cascade = family_with_cascade(denoiser_of(pipe))[1]
     guidance = Guidance(reference if settings.sg else None, settings.sg_cutoff, packed=cascade.packed)
     pipe.scheduler = guided_scheduler(pipe.scheduler, steps=settings.steps, kept=steps, guidance=guidance, asked=asked)
     pipe.scheduler.set_timesteps(steps)
@@ -408,13 +252,13 @@ def _restart(
 
 def _packed(pipe: Any, latents: Tensor) -> Tensor:
     """As the pipeline takes latents."""
-    return pack(latents) if _family(denoiser_of(pipe))[1].packed else latents
+    return pack(latents) if family_with_cascade(denoiser_of(pipe))[1].packed else latents
 
 
 def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     """`[B, C, Y, X]` of what the pipeline hands out for a picture of a size in pixels."""
     factor = pipe.vae_scale_factor
-    return unpack(latents, (size[0] // factor, size[1] // factor)) if _family(denoiser_of(pipe))[1].packed else latents
+    return unpack(latents, (size[0] // factor, size[1] // factor)) if family_with_cascade(denoiser_of(pipe))[1].packed else latents
 
 
 def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
@@ -428,7 +272,7 @@ def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int
     return mix_frequencies(z_ru, z_lu, cutoff=settings.lfm_cutoff)
 
 
-def _fresh_generator() -> torch.Generator:
+def fresh_generator() -> torch.Generator:
     generator = torch.Generator()
     generator.seed()
     return generator

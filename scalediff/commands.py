@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from scalediff.cascade import Result, Stage, generate, native_size, stage_sizes
+from scalediff.cascade import Stage, native_size, stage_sizes
 from scalediff.demo import load_demo
+from scalediff.draw import Result, generate
 from scalediff.pictures import check_writable, read_metadata, save_png, side_by_side
 from scalediff.settings import Settings
 

@@ -103,7 +103,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "SD3": {"num_layers": 1, "dual_attention_layers": ()},
     "Lumina 2": {"num_layers": 1},
 }  # fmt: skip
-COMPILED_GRID = (6, 4)
+COMPILED_GRID = (8, 3)
 
 
 def small(name: str) -> Specimen:
@@ -663,7 +663,7 @@ def test_a_patched_model_is_saved_as_its_own_class(name: str, tmp_path: Path) ->
         loaded = cls.from_pretrained(tmp_path / "patched")
         assert torch.equal(ZOO[name].run(model, GRID), patched)
     assert type(loaded) is cls
-    assert torch.equal(ZOO[name].run(loaded, GRID), plain)
+    assert_close(ZOO[name].run(loaded, GRID), plain)  # the weights lie elsewhere in memory, and sums are taken in another order
     files = [{p.name: p.read_bytes() for p in (tmp_path / side).iterdir()} for side in ("before", "patched")]
     assert files[0] == files[1]
 

@@ -141,8 +141,9 @@ def test_a_patched_pipeline_runs_the_cascade(name: str) -> None:
 
 
 @torch.no_grad()
-def flux_by_hand(pipe: Any, arguments: dict[str, Any]) -> Tensor:
-    """FLUX from 8 to 16 latents by 5 Euler steps, the last 2 run again: no scheduler, no pipeline, no cascade of ours."""
+def flux_by_hand(pipe: Any, arguments: dict[str, Any], picture: Tensor | None = None) -> Tensor:
+    """FLUX from 8 to 16 latents by 5 Euler steps, the last 2 run again: no scheduler, no pipeline, no cascade of ours. A picture
+    of 16 x 16 pixels may stand for the first 5."""
     rng, steps, kept, cutoff = seeded(), 5, 2, 0.25
     mu = 0.5 + (16 - 4) * (1.15 - 0.5) / (64 - 4)  # of the 16 tokens of the base, at every size
     even = np.linspace(1, 1 / steps, steps)
@@ -163,8 +164,11 @@ def flux_by_hand(pipe: Any, arguments: dict[str, Any]) -> Tensor:
             x = x + (after - now) * v
         return x
 
-    base = denoise(torch.randn(1, 4, 8, 8, generator=rng), sigmas, None)
-    decoded = pipe.vae.decode(base / 0.4 + 0.1).sample
+    if picture is None:
+        base = denoise(torch.randn(1, 4, 8, 8, generator=rng), sigmas, None)
+        decoded = pipe.vae.decode(base / 0.4 + 0.1).sample
+    else:
+        base, decoded = (pipe.vae.encode(picture).latent_dist.mean - 0.1) * 0.4, picture
     z_ru = (pipe.vae.encode(F.interpolate(decoded, size=(32, 32), mode="bicubic")).latent_dist.mean - 0.1) * 0.4
     z_lu = F.interpolate(base, size=(16, 16), mode="bicubic")
     reference = z_ru - low_pass(z_ru, cutoff=cutoff) + low_pass(z_lu, cutoff=cutoff)
@@ -182,6 +186,63 @@ def test_flux_is_the_hand_written_loop() -> None:
     torch.testing.assert_close(unpack(packed, (16, 16)), expected, rtol=1e-4, atol=1e-4)
     rougher = call(pipe, arguments, (32, 32), output_type="latent", guidance_scale=0.0)
     assert (unpack(rougher, (16, 16)) - expected).abs().max() > 0.1
+
+
+def test_upscale_is_the_hand_written_loop_from_a_picture() -> None:
+    pipe, arguments = built("FLUX")
+    image = picture()
+    tensor = torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+    how = {"call": arguments, "steps": 5, "restart": 0.4, "guidance_scale": 0.0}
+    with scalediff.patch_model(pipe, window=WINDOW):
+        scheduler = pipe.scheduler
+        result = scalediff.upscale(pipe, image, None, height=32, width=32, generator=seeded(), **how)
+        assert pipe.scheduler is scheduler
+    with scalediff.patch_model(pipe.transformer, window=WINDOW):
+        expected = flux_by_hand(pipe, arguments, tensor)
+    assert [(stage.height, stage.width, stage.steps) for stage in result.stages] == [(32, 32, 2)]
+    torch.testing.assert_close(result.stages[-1].latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def picture(height: int = 16, width: int = 16) -> Any:
+    from PIL import Image
+
+    values = torch.randint(0, 256, (height, width, 3), generator=seeded(5), dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline_upscales(name: str) -> None:
+    """A picture below the native area and not of the model's multiples: the first stage is the native one."""
+    pipe, arguments = built(name)
+    with scalediff.patch_model(pipe, window=WINDOW):
+        side = native_size(pipe)[0]
+        image = picture(side - 1, side - 1)
+        how = {"height": 2 * side, "width": 2 * side, "call": arguments, "steps": 4, "lfm_cutoff": 0.5, "sg_cutoff": 0.5}
+        first, second = (scalediff.upscale(pipe, image, None, generator=seeded(), **how) for _ in range(2))
+    assert [stage.height for stage in first.stages] == [side, 2 * side]
+    assert first.images[0].size == (2 * side, 2 * side)
+    assert torch.equal(first.stages[-1].latents, second.stages[-1].latents)
+
+
+def test_pictures_that_cannot_be_upscaled_are_refused() -> None:
+    pipe, arguments = built("FLUX")
+    with scalediff.patch_model(pipe, window=WINDOW):
+        with pytest.raises(ValueError, match=r"a picture of 16 x 16 would be distorted, got height=64, width=32"):
+            scalediff.upscale(pipe, picture(), None, height=64, width=32, call=arguments)
+        with pytest.raises(ValueError, match=r"the target must exceed the picture's 40 x 40, got height=32, width=32"):
+            scalediff.upscale(pipe, picture(40, 40), None, height=32, width=32, call=arguments)
+        with pytest.raises(ValueError, match=r"pictures must be of one size, got \[\(16, 16\), \(8, 8\)\]"):
+            scalediff.upscale(pipe, [picture(), picture(8, 8)], None, height=32, width=32, call=arguments)
+        with pytest.raises(ValueError, match="call may not hold what has an argument of its own or belongs to the stages, got latents"):
+            scalediff.generate(pipe, None, height=32, width=32, call={"latents": None})
+
+
+def test_generate_takes_further_arguments_of_the_call() -> None:
+    pipe, arguments = built("SD3")
+    with scalediff.patch_model(pipe, window=WINDOW):
+        result = scalediff.generate(pipe, None, height=32, width=32, call=arguments, generator=seeded(), steps=5)
+        expected = call(pipe, arguments, (32, 32), output_type="latent", guidance_scale=result.settings.guidance_scale)
+    assert torch.equal(result.stages[-1].latents, expected)
 
 
 def test_flux_presets_are_those_of_its_checkpoints() -> None:
