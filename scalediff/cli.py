@@ -36,18 +36,35 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="draw a picture", description="Draw a picture; every finished stage is saved.")
     generate.add_argument("prompt", metavar="PROMPT")
-    generate.add_argument("--negative-prompt", metavar="TEXT")
-    generate.add_argument("--model", default="demo", help="demo (embedded, default), a pipeline folder, or a Hugging Face model id")
     generate.add_argument("--size", type=_size, metavar="N|HxW", help="pixels (default: 4x the model's native size)")
-    generate.add_argument("--seed", type=_seed, default=0, help="same seed, same machine: same picture (default: 0)")
-    generate.add_argument("--out", type=Path, metavar="FILE", help="PNG file (default: named after prompt and seed)")
     generate.add_argument("--compare", action="store_true", help="also draw by direct inference and with full attention, side by side")
-    generate.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    generate.add_argument("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
-    generate.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="instead of the model's own")
-    generate.add_argument("--quiet", action="store_true", help="no progress bars")
+    _add_run(generate)
 
-    method = generate.add_argument_group("method", "defaults come from the model family's preset")
+    upscale = commands.add_parser(
+        "upscale", help="enlarge a picture", description="Enlarge a picture and draw detail into it; every finished stage is saved."
+    )
+    upscale.add_argument("file", type=Path, metavar="FILE", help="a picture of any format that Pillow reads")
+    upscale.add_argument("prompt", metavar="PROMPT", help="what it shows")
+    upscale.add_argument("--size", type=_size, metavar="N|HxW", help="pixels, of the picture's shape (default: twice its sides)")
+    _add_run(upscale)
+
+    info = commands.add_parser("info", help="print what made a picture", description="Print a picture's metadata as JSON.")
+    info.add_argument("file", type=Path, metavar="FILE")
+    return parser
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    """What drawing and enlarging have in common."""
+    command.add_argument("--negative-prompt", metavar="TEXT")
+    command.add_argument("--model", default="demo", help="demo (embedded, default), a pipeline folder, or a Hugging Face model id")
+    command.add_argument("--seed", type=_seed, default=0, help="same seed, same machine: same picture (default: 0)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="PNG file (default: named after the prompt or picture, and the seed)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    command.add_argument("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
+    command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="instead of the model's own")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    method = command.add_argument_group("method", "defaults come from the model family's preset")
     method.add_argument("--steps", type=int, help="steps of the whole schedule")
     method.add_argument("--restart", type=float, help="share of the steps that a high-resolution stage runs, in (0, 1]")
     method.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
@@ -57,10 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     method.add_argument("--lfm-cutoff", type=float, help="kept fraction of Nyquist, in (0, 1]")
     method.add_argument("--sg-cutoff", type=float, help="kept fraction of Nyquist, in (0, 1]")
 
-    info = commands.add_parser("info", help="print what made a picture", description="Print a picture's metadata as JSON.")
-    info.add_argument("file", type=Path, metavar="FILE")
-    return parser
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when done, 2 on bad input (one line on stderr), 130 on Ctrl-C.
@@ -69,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        {"generate": commands.generate_picture, "info": commands.show_info}[options.command](options)
+        run = {"generate": commands.generate_picture, "upscale": commands.upscale_picture, "info": commands.show_info}
+        run[options.command](options)
     except torch.OutOfMemoryError as error:
         print(f"scalediff: error: out of memory: try a smaller --size or --dtype bf16 ({commands.one_line(error)})", file=sys.stderr)
         return 1

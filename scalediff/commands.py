@@ -9,6 +9,8 @@ import re
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +20,8 @@ import torch
 
 from scalediff.cascade import Stage, native_size, stage_sizes
 from scalediff.demo import load_demo
-from scalediff.draw import Result, generate
-from scalediff.pictures import check_writable, read_metadata, save_png, side_by_side
+from scalediff.draw import Result, generate, upscale
+from scalediff.pictures import check_writable, open_picture, read_metadata, save_png, side_by_side
 from scalediff.settings import Settings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,28 +50,57 @@ def generate_picture(options: Namespace) -> None:
     height, width = options.size or (4 * native[0], 4 * native[1])
     sizes = stage_sizes(pipe, height, width)
     _say(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {options.seed}, {_device_name(pipe)}")
+    told = {"sizes": [f"{h}x{w}" for h, w in sizes]}
+    with _saved(pipe, options, out, told) as (keep, written):
+        result = _draw(pipe, options, height, width, on_stage=keep)
+        seconds = _tell(result, out)
+        if options.compare:
+            path = out.with_name(f"{out.stem}.compare.png")
+            panels = _compare(pipe, options, result, seconds)
+            metadata = _metadata(pipe, options, result.settings) | told | {"kind": "comparison", "panels": list(panels)}
+            save_png(side_by_side(list(panels.values()), list(panels)), path, metadata=metadata)
+            written.append(path)
+            _say(f"{path}: {' | '.join(panels)}")
+
+
+def upscale_picture(options: Namespace) -> None:
+    """Enlarge, save every stage as it ends; an interruption says which files are there."""
+    out: Path = options.out or Path(f"{options.file.stem}-{options.seed}.png")
+    if out.resolve() == options.file.resolve():
+        raise UsageError(f"--out must be another file than the picture itself, got {out}")
+    check_writable(out)
+    image = open_picture(options.file)
+    pipe = load_model(options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler)
+    height, width = options.size or (2 * image.height, 2 * image.width)
+    _say(f"{image.height} x {image.width} -> {height} x {width}, seed {options.seed}, {_device_name(pipe)}")
+    told = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
+    with _saved(pipe, options, out, told) as (keep, _):
+        _tell(upscale(pipe, image, options.prompt, height=height, width=width, **_how(options), on_stage=keep), out)
+
+
+@contextmanager
+def _saved(pipe: Any, options: Namespace, out: Path, told: Mapping[str, Any]) -> Iterator[tuple[Callable[[Stage], None], list[Path]]]:
+    """What saves a stage, with what is told of the run, when it ends, and the files so far; an interruption names them."""
     written: list[Path] = []
 
     def keep(stage: Stage) -> None:
         last = stage.index == stage.of
         path = out if last else out.with_name(f"{out.stem}.stage{stage.index}-{stage.height}x{stage.width}.png")
-        save_png(stage.images[0], path, metadata=_metadata(pipe, options, sizes, stage.settings) | _of_stage(stage))
+        save_png(stage.images[0], path, metadata={**_metadata(pipe, options, stage.settings), **told, **_of_stage(stage)})
         written.append(path)
 
     try:
-        result = _draw(pipe, options, height, width, on_stage=keep)
-        seconds = sum(stage.seconds for stage in result.stages)
-        _say(f"{out}: {height} x {width} in {seconds:.1f} s, peak memory {_peak_memory()}")
-        if options.compare:
-            path = out.with_name(f"{out.stem}.compare.png")
-            panels = _compare(pipe, options, result, seconds)
-            metadata = _metadata(pipe, options, sizes, result.settings) | {"kind": "comparison", "panels": list(panels)}
-            save_png(side_by_side(list(panels.values()), list(panels)), path, metadata=metadata)
-            written.append(path)
-            _say(f"{path}: {' | '.join(panels)}")
+        yield keep, written
     except KeyboardInterrupt:
         _say("interrupted; finished: " + (", ".join(map(str, written)) or "nothing yet"))
         raise
+
+
+def _tell(result: Result, out: Path) -> float:
+    """Say what has been drawn; returns its seconds."""
+    last, seconds = result.stages[-1], sum(stage.seconds for stage in result.stages)
+    _say(f"{out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory()}")
+    return seconds
 
 
 def show_info(options: Namespace) -> None:
@@ -122,17 +153,15 @@ def _device(name: str) -> torch.device:
 
 
 def _draw(pipe: Any, options: Namespace, height: int, width: int, **changes: Any) -> Result:
-    switches = {name: getattr(options, name) for name in _SWITCHES}
-    return generate(
-        pipe,
-        options.prompt,
-        height=height,
-        width=width,
-        negative_prompt=options.negative_prompt,
-        generator=torch.Generator().manual_seed(options.seed),
-        progress=not options.quiet,
-        **{**switches, **changes},
-    )
+    return generate(pipe, options.prompt, height=height, width=width, **{**_how(options), **changes})
+
+
+def _how(options: Namespace) -> dict[str, Any]:
+    """Arguments that drawing and enlarging share."""
+    return {name: getattr(options, name) for name in (*_SWITCHES, "negative_prompt")} | {
+        "generator": torch.Generator().manual_seed(options.seed),
+        "progress": not options.quiet,
+    }
 
 
 def _compare(pipe: Any, options: Namespace, result: Result, seconds: float) -> dict[str, Any]:
@@ -165,7 +194,7 @@ def _name(settings: Settings) -> str:
     return "ScaleDiff" + (f" without {', '.join(off)}" if off else "")
 
 
-def _metadata(pipe: Any, options: Namespace, sizes: list[tuple[int, int]], settings: Settings) -> dict[str, Any]:
+def _metadata(pipe: Any, options: Namespace, settings: Settings) -> dict[str, Any]:
     """What made a picture; the same machine, versions and threads make it again."""
     return {
         "prompt": options.prompt,
@@ -175,7 +204,6 @@ def _metadata(pipe: Any, options: Namespace, sizes: list[tuple[int, int]], setti
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": _device_name(pipe),
-        "sizes": [f"{height}x{width}" for height, width in sizes],
         "settings": asdict(settings),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("scalediff", "torch", "diffusers", "transformers")},

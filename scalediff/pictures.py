@@ -48,6 +48,23 @@ def save_png(image: Any, path: Path, *, metadata: Mapping[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
+def open_picture(path: Path) -> Any:
+    """A PIL picture, loaded, in RGB, upright.
+
+    Raises:
+        ValueError: the file is missing or no picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no picture {path}") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"the file must be a picture that Pillow reads, got {path}: {error}") from error
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata that `save_png` wrote.
 

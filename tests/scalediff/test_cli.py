@@ -77,6 +77,29 @@ def test_the_default_name_says_prompt_and_seed(tmp_path: Path, monkeypatch: pyte
     assert "a-moon-over-hills-0.png" in files(tmp_path)
 
 
+def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "photo.jpg"
+    Image.new("RGB", (72, 72), (20, 30, 60)).save(source)
+    out = tmp_path / "large.png"
+    run = ["upscale", str(source), "a moon", "--steps", "4", "--restart", "0.5", "--quiet", "--out", str(out)]
+    assert main([*run, "--size", "192"]) == 0
+    assert files(tmp_path) == ["large.png", "large.stage1-128x128.png", "photo.jpg"]
+    assert "72 x 72 -> 192 x 192, seed 0" in capsys.readouterr().err
+    told = read_metadata(out)
+    assert (told["picture"], told["picture_size"], told["height"], told["stage"]) == ("photo.jpg", "72x72", 192, "2/2")
+    before = source.read_bytes()
+    for arguments, message in [
+        ([*run, "--size", "64"], "the target must exceed the picture's 72 x 72"),
+        ([*run, "--size", "128x256"], "a picture of 72 x 72 would be distorted"),
+        (["upscale", str(tmp_path / "none.jpg"), "a moon"], "there is no picture"),
+        (["upscale", str(Path(__file__)), "a moon", "--out", str(tmp_path / "y.png")], "must be a picture that Pillow reads"),
+        (["upscale", str(out), "a moon", "--out", str(out)], "--out must be another file than the picture itself"),
+    ]:
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
