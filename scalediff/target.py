@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Family, Reader
@@ -122,6 +123,11 @@ class Target:
     def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[Plan, Tensor | None] | None:
         if is_context_parallel(module):
             raise NotImplementedError(CONTEXT_PARALLEL)
+        if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
+            raise NotImplementedError(
+                "gradient checkpointing computes blocks a second time, after the forward pass, where their attention is not patched: "
+                "disable it, or use torch.no_grad()"
+            )
         try:
             layout = self.family.layout(module, arguments, self._read)
             like = next((x for x in _tensors(arguments.values()) if x.is_floating_point()), None)

@@ -111,5 +111,7 @@ _ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 def _obstacle(attention: nn.Module) -> str:
     """A processor that names neither of the two in its call computes attention by itself."""
     processor = type(attention.processor)
+    if "AddedKV" in processor.__name__:
+        return f"{processor.__name__} puts text among the keys of the image"
     names = set(getattr(getattr(processor.__call__, "__code__", None), "co_names", _ATTENTION))
     return "" if names & _ATTENTION else f"{processor.__name__} does not call scaled_dot_product_attention"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-from bench.zoo import ZOO
+from bench.zoo import ZOO, Draw
 from scalediff.grid import level_grid
 from scalediff_kernels import neighborhood_patch_attention
 from tests.conftest import forward, seeded, state_of
@@ -184,6 +184,33 @@ def test_a_handle_can_let_calls_through(unet: nn.Module) -> None:
         assert torch.equal(forward(unet, (32, 32)), plain)
         with pytest.raises(ValueError, match="attention must be one of npa, full, got 'half'"):
             handle.attention = "half"  # type: ignore[assignment]
+
+
+def test_gradients_flow_and_gradient_checkpointing_is_refused() -> None:
+    """Blocks that are computed again in the backward pass would be so outside the pass."""
+    pytest.importorskip("diffusers")
+    spec = ZOO["SD1.5"]
+    model: Any = spec.build()
+    with scalediff.patch_model(model):
+        inputs = spec.inputs(Draw(), (8, 8), 1)
+        inputs["sample"].requires_grad_()
+        model(**inputs).sample.sum().backward()
+        assert inputs["sample"].grad.abs().max() > 0
+        model.enable_gradient_checkpointing()
+        with pytest.raises(NotImplementedError, match="gradient checkpointing computes blocks a second time"):
+            model(**inputs)
+        spec.run(model, (8, 8))
+
+
+def test_text_among_the_keys_of_an_image_is_an_obstacle() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=4, cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"), up_block_types=("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="AttnAddedKVProcessor2_0 puts text among the keys of the image"):
+        scalediff.patch_model(unet)
 
 
 def test_sample_as_keyword(unet: nn.Module) -> None:
