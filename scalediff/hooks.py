@@ -24,7 +24,7 @@ from scalediff.grid import Grid
 from scalediff.plan import Options
 from scalediff.report import Report, Row
 from scalediff.settings import Attention
-from scalediff.subclass import ATTRIBUTE, own_class, subclass, unmark
+from scalediff.subclass import ATTRIBUTE, mark, own_class, unmark
 from scalediff.target import CONTEXT_PARALLEL, Jitter, Target, is_context_parallel
 from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
 
@@ -90,15 +90,12 @@ class Handle:
         for target in self._targets:
             module = target.module()
             assert module is not None
-            module.__dict__[ATTRIBUTE] = target
             target.handle = self
+            mark(module, target, _attending)
             target.active = True
-            module.__class__ = _attending(type(module))
         model = self._model()
-        if not isinstance(model, nn.Module) and model is not None:
-            model.__dict__[ATTRIBUTE] = self
-            if _cascades(type(model), self._targets[0].family):
-                model.__class__ = _cascading(type(model))
+        if model is not None and not isinstance(model, nn.Module):
+            mark(model, self, _cascading if _cascades(type(model), self._targets[0].family) else lambda cls: {})
 
 
 def patch_model(
@@ -182,15 +179,15 @@ def patch_model(
 def unpatch_model(model: Any) -> None:
     """Undo `patch_model` on this pipeline or denoiser, to the bit; a model that is not patched is left alone."""
     for owner in (_uncompiled(model), *(net for _, net in _nets(model))):
-        mark = owner.__dict__.get(ATTRIBUTE)
-        if mark is not None:
-            (mark if isinstance(mark, Handle) else mark.handle).remove()
+        found = owner.__dict__.get(ATTRIBUTE)
+        if found is not None:
+            (found if isinstance(found, Handle) else found.handle).remove()
 
 
 def handle_of(model: Any) -> Handle | None:
     """The handle of a patched pipeline or denoiser."""
-    mark: Target | None = denoiser_of(model).__dict__.get(ATTRIBUTE)
-    return cast(Handle, mark.handle) if mark is not None else None
+    target: Target | None = denoiser_of(model).__dict__.get(ATTRIBUTE)
+    return cast(Handle, target.handle) if target is not None else None
 
 
 def denoiser_of(model: Any) -> nn.Module:
@@ -299,8 +296,8 @@ def _cascades(kind: type, family: Family) -> bool:
     return family.cascade is not None and is_text_to_image(kind)
 
 
-def _attending(cls: type[nn.Module]) -> type:
-    """A denoiser class whose call is a pass of its target.
+def _attending(cls: type) -> dict[str, Callable[..., Any]]:
+    """The calls of a denoiser class that are a pass of its target.
 
     torch.compile may have taken hold of `__call__` before (then it still asks the module for `_call_impl`), or of `_call_impl`
     (then the module is called as usual): one of the two is always ours, and a pass within itself does nothing.
@@ -328,11 +325,11 @@ def _attending(cls: type[nn.Module]) -> type:
         stepped_over: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
         return stepped_over
 
-    return subclass(cls, {"__call__": within(cls.__call__), "_call_impl": within(cls._call_impl)})
+    return {"__call__": within(cls.__call__), "_call_impl": within(cls._call_impl)}  # type: ignore[attr-defined]
 
 
-def _cascading(cls: type) -> type:
-    """A pipeline class whose call runs the cascade above the native size."""
+def _cascading(cls: type) -> dict[str, Callable[..., Any]]:
+    """The call of a pipeline class that runs the cascade above the native size."""
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -344,7 +341,7 @@ def _cascading(cls: type) -> type:
         bound = inspect.signature(functools.partial(cls.__call__, self)).bind(*args, **kwargs)
         return cascade.call_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
 
-    return subclass(cls, {"__call__": call})
+    return {"__call__": call}
 
 
 def _fate_of_the_call(kind: type, family: Family) -> str:

@@ -193,13 +193,21 @@ def _take(
                     entered.traced = True
                 else:
                     entered.owner.took(entered, call)
-                out = _attend(call, q, k, v, scale, entered.weights)
+                out = _attend(call, *_of_one_dtype(q, k, v), scale, entered.weights)
                 return out.transpose(1, 2) if heads_first else out
     if torch.compiler.is_compiling():
         entered.untaken = refusal
     else:
         entered.owner.left(entered, refusal)
     return None
+
+
+def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast normalised queries and keys may be fp32 beside values of 16 bits: torch's attention casts all of them."""
+    if q.dtype == k.dtype == v.dtype:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float | None, weights: Tensor | None) -> Tensor:
@@ -221,6 +229,8 @@ def _refusal(
         return "q, k and v must be of one shape but for their lengths" + got(q, k, v)
     if call.real and len(call.real) != q.shape[0]:
         return f"the text lengths are those of {len(call.real)} samples" + got(q)
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+        return "q, k and v must be of one dtype" + got(q, k, v)
     if entered.weights is not None and entered.weights.shape != q.shape[:2]:
         return "weights of the scores must be [B, S]" + got(entered.weights, q)
     if call.padded and mask is None:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, cast
 
 ATTRIBUTE = "_scalediff"
+_STANDS_FOR = "_scalediff_stands_for"
 
 
 class Patched:
-    """Marks the subclasses made here; their second base is the class that they stand for. Copies and pickles are of that class."""
+    """Marks the subclasses made here; each stands for the class under it. Copies and pickles are of that class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
@@ -26,18 +27,26 @@ class Patched:
 
 def own_class(cls: type) -> type:
     """The class that a patched one stands for, also below classes that others have put on top."""
-    order = cls.__mro__
-    return order[order.index(Patched) + 1] if Patched in order else cls
+    for base in cls.__mro__:
+        if _STANDS_FOR in base.__dict__:
+            return own_class(base.__dict__[_STANDS_FOR])
+    return cls
+
+
+def mark(owner: Any, mark: object, calls: Callable[[type], dict[str, Callable[..., Any]]]) -> None:
+    """Give an object a class with other calls, made from its own, and the mark.
+
+    Name and module of the class stay, so that saving and printing are as before.
+    """
+    cls = type(owner).__dict__.get(_STANDS_FOR, type(owner))  # an object made from the class of a patched one is not patched
+    names = {_STANDS_FOR: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    owner.__class__ = type(cls.__name__, (cls,) if issubclass(cls, Patched) else (Patched, cls), {**calls(cls), **names})
+    owner.__dict__[ATTRIBUTE] = mark
 
 
 def unmark(owner: Any, mark: object) -> None:
     """Take the mark off, if it is there, and give the object its class back."""
     if owner is not None and owner.__dict__.get(ATTRIBUTE) is mark:
         del owner.__dict__[ATTRIBUTE]
-        if Patched in type(owner).__bases__:  # a class that others have put on top stays: our call does nothing without a mark
-            owner.__class__ = own_class(type(owner))
-
-
-def subclass(cls: type, calls: dict[str, Callable[..., Any]]) -> type:
-    """A subclass with other calls; name and module stay, so that saving and printing are as before."""
-    return type(cls.__name__, (Patched, cls), {**calls, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+        if _STANDS_FOR in type(owner).__dict__:  # a class that others have put on top stays: our call does nothing without a mark
+            owner.__class__ = type(owner).__dict__[_STANDS_FOR]
