@@ -170,7 +170,7 @@ In the installed diffusers, and to be patched as any other module, by `grid=` or
 
 ## Together with
 
-Each has a test (`tests/scalediff/test_composition.py`): `torch.compile` of the whole model and of repeated blocks, before or after
+Each has a test (`tests/scalediff/test_compiled.py`, `test_composition.py`): `torch.compile` of the whole model and of repeated blocks, before or after
 patching; `set_attention_backend` and `attention_backend`; LoRA; IP-Adapter; ControlNet, whose own attention is patched with the
 pipeline; offloading; layerwise casting; FirstBlockCache (with `jitter="none"` or `"alternate"`); threads; autocast.
 

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -17,8 +16,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-from bench.zoo import WINDOW, ZOO, Draw, Specimen, flat
+from bench.zoo import WINDOW, ZOO, Draw, flat
 from tests.conftest import forward, seeded, state_of
 
 diffusers = pytest.importorskip("diffusers", reason="what is composed with are diffusers' features")
@@ -95,87 +93,6 @@ def in_order(model: nn.Module, feature: Callable[[], Any], patch_first: bool) ->
 either_order = pytest.mark.parametrize("patch_first", [True, False], ids=["patched first", "patched second"])
 
 
-# torch.compile
-
-SMALL: dict[str, dict[str, Any]] = {  # compiling takes long
-    "SD1.5": {"block_out_channels": (32, 32), "mid_block_type": None, "up_block_types": ("UpBlock2D", "UpBlock2D")},
-    "FLUX.1": {"num_single_layers": 0},
-    "SD3": {"num_layers": 1, "dual_attention_layers": ()},
-    "Lumina 2": {"num_layers": 1},
-}
-COMPILED_GRID = (8, 3)
-COMPILERS: dict[str, Callable[..., Any]] = {
-    "wrapped": torch.compile,
-    "in place": lambda model, **how: model.compile(**how),
-    "blocks": lambda model, **how: model.compile_repeated_blocks(**how),  # SD3 and Lumina 2 name none
-}
-COMPILED = [
-    *[("FLUX.1", "wrapped", when) for when in ("before", "after", "after, by the wrapper")],
-    *[("FLUX.1", compiler, when) for compiler in ("in place", "blocks") for when in ("before", "after")],
-    *[("SD1.5", "wrapped", "before"), ("SD1.5", "in place", "after"), ("SD1.5", "blocks", "before"), ("SD1.5", "blocks", "after")],
-    *[("SD3", "wrapped", "after, by the wrapper"), ("SD3", "in place", "before"), ("Lumina 2", "wrapped", "before")],
-]
-
-
-def small(name: str) -> Specimen:
-    return replace(ZOO[name], config=ZOO[name].config | SMALL[name])
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(("name", "compiler", "patched_when"), COMPILED)
-def test_a_compiled_model_is_patched_and_unpatched(name: str, compiler: str, patched_when: str) -> None:
-    spec = small(name)
-    model = spec.build()
-    plain = spec.run(model, COMPILED_GRID)
-    with patch(model):
-        patched = spec.run(model, COMPILED_GRID)
-    assert_differs(patched, plain)
-    if patched_when == "before":
-        patch(model)
-    whole = name != "Lumina 2"  # whose own forward reads the lengths of the prompts between two graphs
-    wrapper = COMPILERS[compiler](model, fullgraph=whole, backend="aot_eager", dynamic=False)
-    called = model if wrapper is None else wrapper
-    if patched_when != "before":
-        patch(called if patched_when == "after, by the wrapper" else model)
-    assert_close(spec.run(called, COMPILED_GRID), patched)
-    scalediff.unpatch_model(called)
-    assert_close(spec.run(called, COMPILED_GRID), plain)
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """Raises inside when the time is over: a compiler lost in symbols does not come back."""
-
-    def over(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(("name", "dynamic"), [("FLUX.1", None), ("FLUX.1", True), ("SD1.5", None)])
-def test_a_compiled_model_takes_sizes_that_are_symbols_to_the_compiler(name: str, dynamic: bool | None) -> None:
-    spec = small(name)
-    model = spec.build()
-    with patch(model), at_most(60):
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        for grid in ((5, 6),) if dynamic else (COMPILED_GRID, (5, 6)):
-            assert_close(spec.run(compiled, grid), spec.run(model, grid))
-
-
 # Backends of diffusers' dispatcher
 
 
@@ -225,6 +142,7 @@ def test_a_backend_that_never_calls_sdpa_gets_what_is_not_windowed(chosen_first:
 
 
 def add_lora(model: Any) -> None:
+    peft = pytest.importorskip("peft")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
