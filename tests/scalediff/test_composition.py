@@ -30,7 +30,7 @@ from bench.zoo import WINDOW, ZOO, Draw, flat
 from tests.conftest import forward, seeded, state_of
 
 diffusers = pytest.importorskip("diffusers", reason="what is composed with are diffusers' features")
-peft, accelerate = pytest.importorskip("peft"), pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading  # noqa: E402
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend  # noqa: E402
