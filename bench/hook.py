@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch.utils.benchmark import Timer
 import scalediff
 from bench import harness
 from bench.zoo import WINDOW, ZOO, Draw
+from scalediff import plan
 
 RESULTS = harness.ROOT / "bench" / "results"
 SDPA = F.scaled_dot_product_attention
@@ -39,7 +42,7 @@ def differences(ours: Callable[[], Any], bare: Callable[[], Any]) -> tuple[float
 
 
 def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pair]:
-    """A call that is taken, its windows not computed, against nothing; a call that is not, against torch's own."""
+    """A call that is taken, its parts cut and joined but no window computed, against nothing; calls that are not, against torch's own."""
     spec = ZOO[name]
     model = spec.build()
     draw = Draw()
@@ -51,9 +54,13 @@ def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pai
         entered = target.begin(model, (), spec.inputs(draw, grid, 1))
         assert entered is not None
         try:
-            call = entered.plan.call(q.shape[2], k.shape[2])
-            call.attend = lambda q, k, v, scale: q
-            yield f"{name}: a call that is taken", lambda: F.scaled_dot_product_attention(q, k, v), lambda: None
+            with mock.patch.multiple(plan, neighborhood_patch_attention=_image, joint_neighborhood_patch_attention=_joint):
+                yield f"{name}: a call that is taken", lambda: F.scaled_dot_product_attention(q, k, v), lambda: None
+            yield (
+                f"{name}: a call that is refused",
+                lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+                lambda: SDPA(q, k, v, is_causal=True),
+            )
             yield (
                 f"{name}: a call that is not",
                 lambda: F.scaled_dot_product_attention(q, other, other),
@@ -61,6 +68,14 @@ def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pai
             )
         finally:
             target.end(model, entered, finished=False)
+
+
+def _image(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    return q
+
+
+def _joint(q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return q, text_q
 
 
 class _Still(nn.Module):
@@ -89,6 +104,7 @@ def forwards() -> Iterator[Pair]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description="Microseconds that the hook adds to attention calls and forward passes.").parse_args(arguments)
+    warnings.filterwarnings("ignore", message="scalediff: .* causal")  # the refused call is what is timed
     facts = harness.facts()
     records = []
     with torch.no_grad():

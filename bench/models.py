@@ -137,9 +137,14 @@ the text rule to the authors' (FLUX.1) and, by each model's own rotary tables, t
   not turned. The others have no rotary positions for text.
 - *window*: the default, in tokens; 64 x 64 is 1024 x 1024 pixels (HunyuanImage 2.1: 2048 x 2048). `window=(Y, X)` is another one.
 
-Chroma, CogView4 and GLM-Image add the mask of a padded prompt, as the numbers 0 and 1, to the scores: padding is attended to after
-all, and so it is here, by one more channel in queries and keys. FLUX Kontext and others that put reference tokens beside the
-picture, and FLUX.2 with a key/value cache of references, run full attention and say so once.
+Prompts may be padded. A mask that hides keys from all queries alike is kept, wherever the padding stands; Chroma, CogView4 and
+GLM-Image add the mask of 0 and 1 to the scores as numbers, so that padding is attended to after all, and so it is here. Both are done
+by eight more channels in queries and keys, which the kernel pays for where heads have a power of two of them (its cost is not
+measured yet). Any other mask runs full attention, and so do reference tokens beside the picture (FLUX Kontext, Qwen-Image-Edit,
+FLUX.2 and GLM-Image with a cache of them) and the adapters' own keys; each reason is said once.
+
+Lumina-Next's pipeline raises the scale of attention with the number of tokens. A window holds as many as in training, and gets the
+scale that the model asks for: `proportional_attn=False` in the pipeline's call asks for the trained one.
 
 ## Text queries
 
@@ -175,8 +180,12 @@ blocks, before or after patching; `set_attention_backend` and `attention_backend
 is patched with the pipeline; offloading; layerwise casting; FirstBlockCache (with `jitter="none"` or `"alternate"`); threads;
 autocast. Under `torch.compile` every offset of `jitter="random"` is a graph of its own.
 
-A compiled function around the model is not possible with `fullgraph=True`: compile the model, or its blocks. diffusers' context
-parallelism is refused. Copies and pickles of a patched model are not patched.
+A compiled function around the model is not possible with `fullgraph=True`: compile the model, or its blocks; every picture size is a
+graph of its own. diffusers' context parallelism and gradient checkpointing are refused. Copies and pickles of a patched model are
+not patched; `torch.export` does not see the patch. Call the model, not its `forward`: that opens no pass.
+
+Microseconds that the patch costs beside the attention it computes are in `bench/results/hook-*.csv`, made by `python -m bench.hook`: per
+attention call, and per forward pass, where up to the native size nothing but the layout of the tokens is looked up.
 
 `scalediff.register_backend()` adds the name `"scalediff"` to diffusers' attention backends, for stacks that choose a backend by name.
 The name does nothing by itself: where tokens lie on the picture comes from `patch_model`, and without it a call raises an error.

@@ -130,6 +130,8 @@ def run(
     asked: Mapping[str, Any] = {}
     latents = decoded = torch.empty(0)
     with _borrowed(pipe, settings) as handle:
+        if handle is not None:
+            handle.restart_jitter()
         if picture is not None and base is not None:
             decoded = picture.to(pipe._execution_device)
             latents = encode(pipe, decoded).to(pipe.dtype)

@@ -113,7 +113,6 @@ class Layout:
             them by its length alone, so a sequence of one of these lengths is left to full attention.
         masked: Attention masks of these calls say no more than `real` and `weights` do.
         weights: `[B, S]`, m, where the model adds m_i m_j to the score of query i and key j; not compared.
-        weighted: Whether there are any.
     """
 
     grid: Grid
@@ -121,11 +120,14 @@ class Layout:
     others: tuple[int, ...] = ()
     masked: bool = False
     weights: Tensor | None = field(default=None, compare=False, repr=False)
-    weighted: bool = False
 
 
 class Unreadable(Exception):
-    """A forward pass whose tokens cannot be laid out, and why: it runs full attention."""
+    """A forward pass whose tokens cannot be laid out, and why: it runs full attention. With how many image tokens, if that is known."""
+
+    def __init__(self, why: str, tokens: int | None = None) -> None:
+        super().__init__(why)
+        self.tokens = tokens
 
 
 def level_grid(latent: Grid, level: int) -> Grid:

@@ -71,6 +71,11 @@ class Handle:
             unmark(target.module(), target)
         unmark(self._model(), self)
 
+    def restart_jitter(self) -> None:
+        """Begin the offsets of the patch grid again, as after patching: the same run then has the same offsets."""
+        for target in self._targets:
+            target.offsets.restart()
+
     @property
     def window(self) -> Grid:
         """Key/value window in tokens `(Y, X)` of the denoiser's finest level: what counts as its native size."""
@@ -95,7 +100,10 @@ class Handle:
             target.active = True
         model = self._model()
         if model is not None and not isinstance(model, nn.Module):
-            mark(model, self, _cascading if _cascades(type(model), self._targets[0].family) else lambda cls: {})
+            if _cascades(type(model), self._targets[0].family):
+                mark(model, self, _cascading)
+            else:
+                model.__dict__[ATTRIBUTE] = self
 
 
 def patch_model(
@@ -125,12 +133,13 @@ def patch_model(
             by itself where the module, its config or its `patch_embed` names one.
         text: For such a module with text in the same softmax: `("prefix" | "suffix", T)`, where T is a number of tokens or the
             name of the argument `[B, T, C]` that has them.
-        window: Key/value window in tokens `(Y, X)` of the finest level; the model's native token grid when None.
+        window: Key/value window in tokens `(Y, X)` of the finest level, and with it what counts as the native area; the model's
+            native token grid when None.
         text_queries: In joint attention, `"window"` (the authors' rule) or `"global"`, as in
             `scalediff_kernels.joint_neighborhood_patch_attention`.
         text_rope: Turn text for each window where the family is rotary and known (the authors' rule).
         jitter: `"none"`; `"alternate"` moves the patch grid by half a patch at every second step; `"random"` by a random part
-            of a patch at every step. Passes with the same input tensor are one step.
+            of a patch at every step. Passes with the same input tensor are one step; `Handle.restart_jitter` begins again.
         seed: Of the random offsets, drawn from a generator of their own.
         strict: Raise when a self-attention module cannot be patched, or an unlisted model has no call to take in its first
             large pass; otherwise warn.
@@ -145,7 +154,8 @@ def patch_model(
             model is patched through another pipeline; an argument is out of range.
         TypeError: the model is neither a module nor a pipeline with a denoiser, or is a traced graph.
         NotImplementedError: the model is a video model, or runs diffusers' context parallelism; `impl="triton"` where the
-            triton package is missing. A model that is not on a GPU is refused by the first call above its native area.
+            triton package is missing. A model that is not on a GPU, and gradient checkpointing, are refused by the first call
+            above the native area.
 
     ScaleDiff, arXiv:2510.25818.
     """
@@ -160,14 +170,16 @@ def patch_model(
         try:
             family = _family(net, grid, patch_size, text) if not targets else _family(net, None, None, None)
         except (ValueError, NotImplementedError) as why:
-            if strict or not targets:
+            if not targets:
                 raise
+            if strict:
+                part = f"patch_model can patch only a part of the pipeline, not its {type(net).__name__}: strict=False does so"
+                raise ValueError(part) from why
             skipped.append(Row(prefix.removesuffix("."), "self", "-", "-", None, None, "untouched", str(why)))
             continue
         native = _window(net, family, window, targets[0].native if targets else None)
-        parameters = tuple(inspect.signature(net.forward).parameters)
         how = {"options": options, "jitter": jitter, "seed": seed, "strict": strict}
-        targets.append(Target(net, family, native, prefix=prefix, parameters=parameters, **how))  # type: ignore[arg-type]
+        targets.append(Target(net, family, native, prefix=prefix, parameters=_parameters(net), **how))  # type: ignore[arg-type]
         _refuse_a_second_owner(net, model)
     handle = Handle(_uncompiled(model), targets, skipped)
     _check(handle, strict)
@@ -223,8 +235,11 @@ def _nets(model: Any) -> Iterator[tuple[str, nn.Module]]:
     control = getattr(model, "controlnet", None)
     if isinstance(control, nn.Module):
         control = _uncompiled(control)
-        parts = [(f"controlnet.nets.{i}.", net) for i, net in enumerate(getattr(control, "nets", ()))] or [("controlnet.", control)]
-        yield from parts
+        nets = getattr(control, "nets", None)
+        if nets is None:
+            yield "controlnet.", control
+        for i, net in enumerate(nets or ()):
+            yield f"controlnet.nets.{i}.", _uncompiled(net)
 
 
 def _uncompiled(model: Any) -> Any:
@@ -237,7 +252,7 @@ def _family(net: nn.Module, grid: GridSource | None, patch_size: int | None, tex
         raise TypeError(f"a traced graph has its attention calls built in: patch the module it was made from, got {type(net).__name__}")
     known = family_of(net)
     if known is None:
-        return unlisted(net, grid=grid, patch_size=patch_size, text=text)
+        return unlisted(net, _parameters(net), grid=grid, patch_size=patch_size, text=text)
     if known.refusal:
         kind = ValueError if "linear" in known.refusal else NotImplementedError
         raise kind(f"{type(net).__name__} is not patched: {known.refusal}")
@@ -248,6 +263,10 @@ def _family(net: nn.Module, grid: GridSource | None, patch_size: int | None, tex
     if is_context_parallel(net):
         raise NotImplementedError(CONTEXT_PARALLEL)
     return known
+
+
+def _parameters(net: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(net.forward).parameters)
 
 
 def _window(net: nn.Module, family: Family, window: Grid | None, of_the_denoiser: Grid | None) -> Grid:
@@ -288,7 +307,7 @@ def _check(handle: Handle, strict: bool) -> None:
     else:
         return
     if strict:
-        raise ValueError(problem + "; strict=False patches what there is")
+        raise ValueError(problem + ("; strict=False patches what there is" if report.patched else ""))
     warnings.warn(f"scalediff: {problem}", stacklevel=3)
 
 

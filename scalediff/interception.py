@@ -35,6 +35,7 @@ class Pass:
 
     def __init__(self, owner: Owner, plan: Plan, weights: Tensor | None, around: Pass | None) -> None:
         self.owner, self.plan, self.weights, self.around = owner, plan, weights, around
+        self.with_gradients = torch.is_grad_enabled()
         self.taken = 0
         self.left: dict[str, str] = {}  # callers that were not taken, and why
         # Inside a compiled graph nothing is counted and no module is known: there remains that a call was taken, and why one was not.
@@ -43,8 +44,9 @@ class Pass:
 
 
 class _Passes(threading.local):
-    current: Pass | None = None
-    through: bool = False  # a call is on its way to whatever stood in our place
+    def __init__(self) -> None:  # once in every thread: attributes that came later would be news to a compiled graph
+        self.current: Pass | None = None
+        self.through = False  # a call is on its way to whatever stood in our place
 
 
 _passes = _Passes()
@@ -145,8 +147,11 @@ def _backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def backend(**arguments: Any) -> Tensor:
         if not _passes.through and _passes.current is not None and arguments.get("_parallel_config") is None:
+            mask = arguments.get("attn_mask")
+            if mask is not None and mask.ndim == 2:  # of the keys, for the dispatcher
+                mask = mask[:, None, None, :]
             out = _take(
-                arguments["query"], arguments["key"], arguments["value"], arguments.get("attn_mask"), arguments.get("dropout_p", 0.0),
+                arguments["query"], arguments["key"], arguments["value"], mask, arguments.get("dropout_p", 0.0),
                 arguments.get("is_causal", False), arguments.get("scale"), arguments.get("enable_gqa", False), heads_first=False,
             )  # fmt: skip
             if out is not None:
@@ -193,7 +198,10 @@ def _take(
                     entered.traced = True
                 else:
                     entered.owner.took(entered, call)
-                out = _attend(call, *_of_one_dtype(q, k, v), scale, entered.weights)
+                weights = None if entered.weights is None else (entered.weights, entered.weights)
+                if mask is not None and not plan.masked and (keys := key_mask(mask, k)) is not None:
+                    weights = torch.ones_like(keys), keys
+                out = _attend(call, *_of_one_dtype(q, k, v), scale, weights)
                 return out.transpose(1, 2) if heads_first else out
     if torch.compiler.is_compiling():
         entered.untaken = refusal
@@ -210,11 +218,24 @@ def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float | None, weights: Tensor | None) -> Tensor:
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float | None, weights: tuple[Tensor, Tensor] | None) -> Tensor:
     if weights is None:
         return call.attend(q, k, v, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return call.attend(*with_weights(q, k, v, weights, scale), scale)[..., : q.shape[-1]]
+    of_queries, of_keys = (x.expand(q.shape[0], -1) for x in weights)
+    if of_queries.shape[1] != q.shape[1]:  # of image queries that see text keys
+        of_queries = of_queries[:, :1].expand(-1, q.shape[1])
+    return call.attend(*with_weights(q, k, v, of_queries, of_keys, scale), scale)[..., : q.shape[-1]]
+
+
+_HIDDEN = -1e4  # added to a score: nothing is left of its exponential, and fp16 can hold it
+
+
+def key_mask(mask: Tensor, k: Tensor) -> Tensor | None:
+    """`[B or 1, S]` to be added to the scores, of a mask `[B or 1, 1, 1, S]` that hides keys from all queries alike; None of others."""
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:] != (1, 1, k.shape[1]):
+        return None
+    return torch.where(mask[:, 0, 0], 0.0, _HIDDEN)
 
 
 def _refusal(
@@ -235,7 +256,7 @@ def _refusal(
         return "weights of the scores must be [B, S]" + got(entered.weights, q)
     if call.padded and mask is None:
         return f"text of {call.real} tokens is padded, and there is no mask"
-    if mask is not None and not entered.plan.masked and not says_nothing(mask):
+    if mask is not None and not entered.plan.masked and key_mask(mask, k) is None and not says_nothing(mask):
         return "a mask that may hold anything is not windowed" + got(mask)
     return ""
 

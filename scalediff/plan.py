@@ -5,7 +5,7 @@ Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -78,9 +78,10 @@ class Call:
         text_k, text_v = (_part(x, span.text_start, tokens) for x in (k, v))
         text_q = _part(q, span.text_start, tokens) if self.text_queries else _like_queries(text_k, q)
         image_q, image_k, image_v = (x.unflatten(1, numbers.grid) for x in (image_q, image_k, image_v))
+        text_rope = None if self.text_rope is None else _fitting(self.text_rope, q)
         image_out, text_out = joint_neighborhood_patch_attention(
             image_q, image_k, image_v, text_q, text_k, text_v,
-            window=numbers.window, patch=numbers.patch, offset=numbers.offset, scale=scale, text_rope=self.text_rope,
+            window=numbers.window, patch=numbers.patch, offset=numbers.offset, scale=scale, text_rope=text_rope,
             text_queries=self.text_queries, impl=self.impl,
         )  # fmt: skip
         image_out = image_out.flatten(1, 2)
@@ -139,8 +140,6 @@ class Plan:
         self, layout: Layout, native: Grid, fraction: tuple[float, float], rotation: TextRotation | None, like: Tensor, options: Options
     ) -> None:
         self.grid, self.masked, self.others = layout.grid, layout.masked, layout.others
-        if rotation is not None and layout.weighted:
-            rotation = replace(rotation, dim=rotation.channels + _EXTRA)
         self.calls = tuple(Call(sequence, native, fraction, rotation, like, options) for sequence in layout.sequences)
         self.grids = " or ".join(dict.fromkeys(f"{y} x {x}" for y, x in (call.grid for call in self.calls)))
 
@@ -158,26 +157,28 @@ class Plan:
         if keys in self.others:
             same = any((queries, keys) == call.numbers.lengths for call in self.calls)
             return "image and text have as many tokens, and a call may be either" + got(keys) if same else ""
-        wrong = queries == keys or (keys - queries in self.others and any(queries == call.numbers.area for call in self.calls))
+        image = any(queries == call.numbers.area for call in self.calls)
+        joint = any(call.sequence.text for call in self.calls)
+        wrong = queries == keys or (image and (keys - queries in self.others or (joint and keys > queries)))
         return f"q, k and v must have the tokens of {self.grids}" + got(queries, keys) if wrong else ""
 
 
 _EXTRA = 8  # the kernel takes heads in multiples of it
 
 
-def with_weights(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, S, H, D + 8]`, for which attention without a mask adds weights_i weights_j, `[B, S]`, to the score of query i and key j.
+def with_weights(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, of_keys: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, S, H, D + 8]`, for which attention without a mask adds a_i b_j to the score of query i and key j; a, b `[B, S]`.
 
-    The sum is one more product of channels: weight / scale in the queries, weight in the keys, nothing in the values.
+    The sum is one more product of channels: a / scale in the queries, b in the keys, nothing in the values.
     """
 
     def longer(x: Tensor, channel: Tensor | None) -> Tensor:
         x = F.pad(x, (0, _EXTRA))
         if channel is not None:
-            x[..., -_EXTRA] = channel[:, :, None].to(x.dtype)
+            x[..., -_EXTRA] = channel[:, :, None].to(x.device, x.dtype)
         return x
 
-    return longer(q, weights / scale), longer(k, weights), longer(v, None)
+    return longer(q, of_queries / scale), longer(k, of_keys), longer(v, None)
 
 
 def got(*values: Tensor | int) -> str:
@@ -185,6 +186,13 @@ def got(*values: Tensor | int) -> str:
     if torch.compiler.is_compiling():
         return ""
     return ", got " + ", ".join(f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{x}" for x in values)
+
+
+def _fitting(rope: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables on the device of a call, which an offloading hook may have chosen; further channels are not turned."""
+    cos, sin = (table.to(q.device) for table in rope)
+    more = q.shape[-1] // 2 - cos.shape[-1]
+    return (F.pad(cos, (0, more), value=1.0), F.pad(sin, (0, more))) if more > 0 else (cos, sin)
 
 
 def _part(x: Tensor, start: int, length: int) -> Tensor:

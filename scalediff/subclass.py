@@ -6,6 +6,7 @@ A patched object is one of such a class with a mark in its `__dict__`; without t
 from __future__ import annotations
 
 import copyreg
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,8 +19,9 @@ class Patched:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
+        arguments = tuple(own_class(type(self)) if argument is type(self) else argument for argument in arguments)
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            function, arguments = object.__new__, (own_class(type(self)),)
+            function = object.__new__  # the other asks for the object's own class
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != ATTRIBUTE}
         return function, arguments, *rest
@@ -38,10 +40,15 @@ def mark(owner: Any, mark: object, calls: Callable[[type], dict[str, Callable[..
 
     Name and module of the class stay, so that saving and printing are as before.
     """
-    cls = type(owner).__dict__.get(_STANDS_FOR, type(owner))  # an object made from the class of a patched one is not patched
-    names = {_STANDS_FOR: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    owner.__class__ = type(cls.__name__, (cls,) if issubclass(cls, Patched) else (Patched, cls), {**calls(cls), **names})
+    own = type(owner).__dict__.get(_STANDS_FOR, type(owner))  # an object made from the class of a patched one is not patched
+    owner.__class__ = _standing_for(own, calls)
     owner.__dict__[ATTRIBUTE] = mark
+
+
+@functools.cache  # a graph that was compiled for the class of one patch serves the next one
+def _standing_for(cls: type, calls: Callable[[type], dict[str, Callable[..., Any]]]) -> type:
+    names = {_STANDS_FOR: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,) if issubclass(cls, Patched) else (Patched, cls), {**calls(cls), **names})
 
 
 def unmark(owner: Any, mark: object) -> None:

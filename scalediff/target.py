@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from scalediff.families.base import Family, Reader
@@ -24,8 +25,8 @@ Jitter = Literal["none", "alternate", "random"]
 _PLANS = 64  # kept per denoiser: sizes in use, times the offsets of the jitter
 
 
-class Handle(Protocol):
-    """Who removes the patch."""
+class Patch(Protocol):
+    """What a target is a part of; it removes all of it."""
 
     @property
     def model(self) -> Any: ...
@@ -40,14 +41,20 @@ class Offsets:
     """
 
     def __init__(self, jitter: Jitter, seed: int) -> None:
-        self._jitter, self._random = jitter, random.Random(seed)
-        self._of: weakref.ref[Tensor] | None = None
+        self._jitter, self._seed = jitter, seed
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again, as after patching."""
+        self._random = random.Random(self._seed)
+        self._of: tuple[weakref.ref[Tensor], int] | None = None
         self._fraction = (0.0, 0.0)
         self._steps = 0
 
     def next(self, of: Tensor) -> tuple[float, float]:
-        if self._jitter != "none" and (self._of is None or self._of() is not of):
-            self._of = weakref.ref(of)
+        version = 0 if of.is_inference() else of._version
+        if self._jitter != "none" and (self._of is None or self._of[0]() is not of or self._of[1] != version):
+            self._of = weakref.ref(of), version
             if self._jitter == "random":
                 self._fraction = self._random.random(), self._random.random()
             else:
@@ -83,7 +90,7 @@ class Target:
         strict: bool,
     ) -> None:
         self.module = weakref.ref(denoiser)
-        self.handle: Handle = None  # type: ignore[assignment]  # until the handle installs it
+        self.handle: Patch = None  # type: ignore[assignment]  # until the handle installs it
         self.family, self.native, self.prefix, self._parameters, self._options, self._strict = (
             family, native, prefix, parameters, options, strict,
         )  # fmt: skip
@@ -91,10 +98,11 @@ class Target:
         self.sites = {site.name: site for site in family.sites(denoiser)}
         self.seen: dict[str, Call] = {}
         self._rotation = family.rotation(denoiser)
-        self._offsets = Offsets(jitter, seed)
+        self.offsets = Offsets(jitter, seed)
         self._read = Reader()
         self._plans: dict[Any, Plan] = {}
-        self._warned: set[str] = set()
+        self._said: set[str] = set()  # why something ran full attention
+        self._most = 0  # calls of a pass
         self._taken = -1  # calls of the pass before
 
     @property
@@ -124,24 +132,22 @@ class Target:
         if is_context_parallel(module):
             raise NotImplementedError(CONTEXT_PARALLEL)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
-            raise NotImplementedError(
-                "gradient checkpointing computes blocks a second time, after the forward pass, where their attention is not patched: "
-                "disable it, or use torch.no_grad()"
-            )
+            raise NotImplementedError(_CHECKPOINTING)
         try:
             layout = self.family.layout(module, arguments, self._read)
             like = next((x for x in _tensors(arguments.values()) if x.is_floating_point()), None)
             if like is None:
                 raise Unreadable("it was given no floating point tensor")
         except Unreadable as why:
-            self._warn_once(type(module).__name__, str(why))
+            if why.tokens is None or why.tokens > self.native[0] * self.native[1]:
+                self._warn_once(type(module).__name__, str(why))
             return None
         except (AttributeError, IndexError, KeyError, TypeError) as why:  # arguments that the family has never seen
             self._warn_once(type(module).__name__, f"its arguments do not say how tokens lie: {why!r}")
             return None
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
             return None
-        fraction = self._offsets.next(like)
+        fraction = self.offsets.next(like)
         key = (layout, fraction, like.device, like.dtype)
         plan = self._plans.get(key)
         if plan is None:
@@ -153,13 +159,17 @@ class Target:
     def took(self, entered: Pass, call: Call) -> None:
         """A call is about to be computed in windows."""
         entered.taken += 1
+        if entered.with_gradients and _checkpoints():
+            raise NotImplementedError(_CHECKPOINTING)
         if self._taken < 0:
             self.seen.setdefault(self._caller(), call)
 
     def left(self, entered: Pass, why: str) -> None:
         """A call that looks like self-attention runs full attention; that is said at once, unless an error may be due."""
+        if _kind(why) in self._said or _kind(why) in map(_kind, entered.left.values()):
+            return
         if self._on_trial:
-            entered.left.setdefault(self._caller(), why)
+            entered.left[self._caller()] = why
         else:
             self._warn_once(self._caller(), why)
 
@@ -181,9 +191,9 @@ class Target:
                 raise ValueError(f"nothing was patched: {why}, in {type(module).__name__}; the pass ran full attention")
             for name, why in entered.left.items():
                 self._warn_once(name, why)
-            if entered.taken == 0 and not self._warned:
+            if entered.taken == 0 and self._most == 0 and not self._said:
                 self._warn_once(type(module).__name__, none)
-        self._taken = entered.taken
+        self._taken, self._most = entered.taken, max(entered.taken, self._most)
 
     def _name_obstacles(self, module: nn.Module) -> None:
         """Processors may have been replaced since the model was patched."""
@@ -192,8 +202,9 @@ class Target:
                 self._warn_once(self.prefix + site.name, site.obstacle)
 
     def _warn_once(self, name: str, why: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
+        """Once for every reason, with the first module that it concerns."""
+        if _kind(why) not in self._said:
+            self._said.add(_kind(why))
             warnings.warn(f"scalediff: {name} runs full attention: {why}", stacklevel=3)
 
     def _caller(self) -> str:
@@ -243,6 +254,27 @@ CONTEXT_PARALLEL = (
     "context parallelism splits text and image over the ranks and joins them interleaved, where no window can be cut: "
     "patch_model does not work with it yet"
 )
+
+
+_CHECKPOINTING = (
+    "gradient checkpointing computes blocks a second time, after the forward pass, where their attention is not patched: "
+    "disable it, or use torch.no_grad()"
+)
+
+
+def _checkpoints() -> bool:
+    """Whether this call is made from within torch.utils.checkpoint."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _kind(why: str) -> str:
+    """A reason without the shapes of one call."""
+    return why.partition(", got")[0]
 
 
 def is_context_parallel(module: nn.Module) -> bool:

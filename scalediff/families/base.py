@@ -26,7 +26,9 @@ class Reader:
 
     def __call__(self, tensor: Tensor, what: Callable[..., T], *arguments: int) -> T:
         """`what(tensor, *arguments)`, remembered for as long as the tensor lives unchanged."""
-        key = (id(tensor), 0 if tensor.is_inference() else tensor._version, what, *arguments)
+        if tensor.is_inference():  # it has no version to tell a change by
+            return what(tensor, *arguments)
+        key = (id(tensor), tensor._version, what, *arguments)
         known = self._known.get(key)
         if known is not None and known[0]() is tensor:
             value: T = known[1]
@@ -101,6 +103,8 @@ class Family:
         for name, module in denoiser.named_modules():
             if hasattr(module, "processor") and hasattr(module, "set_processor"):
                 role = next((role for pattern, role in self.roles if re.search(pattern, name)), self.role)
+                if role == "self" and getattr(module, "is_cross_attention", False) and module.added_kv_proj_dim is None:
+                    role = "cross"
                 found.append(AttentionSite(name, role, self.level(denoiser, name), _obstacle(module)))
         return tuple(found)
 
@@ -111,7 +115,8 @@ _ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 def _obstacle(attention: nn.Module) -> str:
     """A processor that names neither of the two in its call computes attention by itself."""
     processor = type(attention.processor)
+    calls = [cls.__dict__["__call__"] for cls in processor.__mro__ if "__call__" in cls.__dict__]
     if "AddedKV" in processor.__name__:
         return f"{processor.__name__} puts text among the keys of the image"
-    names = set(getattr(getattr(processor.__call__, "__code__", None), "co_names", _ATTENTION))
+    names = {name for call in calls for name in getattr(getattr(call, "__code__", None), "co_names", _ATTENTION)}
     return "" if names & _ATTENTION else f"{processor.__name__} does not call scaled_dot_product_attention"

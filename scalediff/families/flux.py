@@ -30,11 +30,13 @@ def _extent(ids: Tensor, text: int = 0) -> Grid:
 
 def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     tokens, text = arguments["hidden_states"].shape[1], arguments["encoder_hidden_states"].shape[1]
+    text += int(getattr(denoiser, "union", False))  # a ControlNet for several conditions puts a token for the chosen one first
     if arguments.get("kv_cache_mode") is not None:
         raise Unreadable("reference tokens in a key/value cache have no place on the grid")
     grid = read(arguments["img_ids"], _extent)
     if grid[0] * grid[1] != tokens:
-        raise Unreadable(f"img_ids must be those of one picture, row by row, for {tokens} tokens, got {tuple(arguments['img_ids'].shape)}")
+        shape = tuple(arguments["img_ids"].shape)
+        raise Unreadable(f"img_ids must be those of one picture, row by row, for {tokens} tokens, got {shape}", tokens)
     return Layout(grid, (Sequence(grid, text=text),))
 
 
@@ -43,7 +45,16 @@ def _chroma_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> L
     layout, mask = _layout(denoiser, arguments, read), arguments.get("attention_mask")
     if mask is None or read(mask, all_ones):
         return replace(layout, masked=True)
-    return replace(layout, masked=True, weights=mask, weighted=True)
+    if mask.dtype == torch.bool:  # then the square is a mask indeed, and what it hides is nobody's key
+        real = read(mask, _text_lengths, layout.sequences[0].text)
+        if not real:
+            raise Unreadable("the real tokens of a prompt must come first in attention_mask")
+        return replace(layout, sequences=(replace(layout.sequences[0], real=real),), masked=True)
+    return replace(layout, masked=True, weights=mask)
+
+
+def _text_lengths(mask: Tensor, text: int) -> tuple[int, ...]:
+    return lengths(mask[:, :text])
 
 
 def _krea_layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
@@ -55,9 +66,10 @@ def _krea_layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
     if grid[0] * grid[1] != tokens:
         raise Unreadable(f"position_ids must end with those of one picture, row by row, for {tokens} tokens")
     real = () if mask is None else read(mask, lengths)
-    if mask is not None and not real:
-        raise Unreadable("the real tokens of a prompt must come first in encoder_attention_mask")
-    return Layout(grid, (Sequence(grid, text=text, real=real),), (text, int(stack.shape[2])), masked=True)
+    others = text, int(stack.shape[2])
+    if mask is not None and not real:  # a pipeline puts the end of its template after the padding: the mask is taken as it comes
+        return Layout(grid, (Sequence(grid, text=text),), others)
+    return Layout(grid, (Sequence(grid, text=text, real=real),), others, masked=True)
 
 
 def _rotation(denoiser: Any) -> TextRotation:

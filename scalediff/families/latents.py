@@ -19,6 +19,8 @@ _SHAPE = "hidden_states.shape[-2:] // patch_size"
 
 def _grid(denoiser: Any, arguments: Arguments) -> Grid:
     hidden, size = arguments["hidden_states"], denoiser.config.patch_size
+    if hidden.ndim == 3 and isinstance(arguments.get("controlnet_cond"), Tensor):  # tokens of the transformer, beside latents
+        hidden = arguments["controlnet_cond"]
     if hidden.ndim != 4:
         raise Unreadable(f"hidden_states must be latents [B, C, H, W], got {tuple(hidden.shape)}")
     y, x = size if isinstance(size, list | tuple) else (size, size)
@@ -69,7 +71,7 @@ def _cogview4(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout
         return replace(layout, masked=True)
     real = (mask > 0).float()
     weights = torch.cat([real, real.new_ones(len(real), layout.grid[0] * layout.grid[1])], dim=1)
-    return replace(layout, masked=True, weights=weights, weighted=True)
+    return replace(layout, masked=True, weights=weights)
 
 
 def all_ones(mask: Tensor) -> bool:
@@ -102,7 +104,7 @@ def _class_labels(denoiser: nn.Module, arguments: Arguments, read: Reader) -> La
 
 
 def _glm(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    if arguments.get("kv_caches") is not None:
+    if any(cache.mode in ("read", "write") for cache in getattr(arguments.get("kv_caches"), "caches", ())):
         raise Unreadable("reference tokens in a key/value cache have no place on the grid")
     return _cogview4(denoiser, arguments, read)
 

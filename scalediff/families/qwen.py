@@ -23,8 +23,8 @@ def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     if mask is None:
         return Layout(grid, (Sequence(grid, text=text),))
     real = read(mask, lengths)
-    if not real:
-        raise Unreadable("the real tokens of a prompt must come first in encoder_hidden_states_mask")
+    if not real:  # of another pattern: the mask is taken as it comes
+        return Layout(grid, (Sequence(grid, text=text),))
     return Layout(grid, (Sequence(grid, text=text, real=real),), masked=True)
 
 

@@ -17,11 +17,14 @@ GridSource = Grid | Callable[[Arguments], Grid]
 TextSource = tuple[Side, int | str]
 
 
-def unlisted(model: nn.Module, *, grid: GridSource | None, patch_size: int | None, text: TextSource | None) -> Family:
+def unlisted(
+    model: nn.Module, parameters: tuple[str, ...], *, grid: GridSource | None, patch_size: int | None, text: TextSource | None
+) -> Family:
     """The family of one model.
 
     Args:
         model: Any module whose attention reaches `F.scaled_dot_product_attention`.
+        parameters: The names of its forward pass's arguments.
         grid: Tokens `(Y, X)` of every forward pass, or a function of its named arguments; None to read them from the first
             `[B, C, H, W]` argument and the patch size.
         patch_size: Pixels or latents per token; the model's own `patch_size` when None.
@@ -32,6 +35,8 @@ def unlisted(model: nn.Module, *, grid: GridSource | None, patch_size: int | Non
     """
     if text is not None and (len(text) != 2 or text[0] not in get_args(Side) or not isinstance(text[1], int | str)):
         raise ValueError(f'text must be ("prefix" or "suffix", a number of tokens or the name of an argument [B, T, C]), got {text!r}')
+    if text is not None and isinstance(text[1], str) and text[1] not in parameters:
+        raise ValueError(f"text names an argument of the forward pass, which are {', '.join(parameters)}, got {text[1]!r}")
     if isinstance(grid, tuple) and (len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid)):
         raise ValueError(f"grid must be two positive numbers of tokens (Y, X), got {grid!r}")
     size = patch_size if patch_size is not None else _patch_size(model)

@@ -6,6 +6,8 @@ A compiled model computes the patched result while it is patched, and the plain 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +18,7 @@ import torch
 
 import scalediff
 from bench.zoo import ZOO, Specimen
-from tests.scalediff.test_composition import assert_close, assert_differs, patch
+from tests.scalediff.test_composition import ROOT, assert_close, assert_differs, patch
 
 pytest.importorskip("diffusers", reason="what is compiled are diffusers' models")
 
@@ -75,6 +77,29 @@ def test_a_compiled_model_is_patched_and_unpatched(name: str, compiler: str, pat
     assert_close(spec.run(called, COMPILED_GRID), patched)
     scalediff.unpatch_model(called)
     assert_close(spec.run(called, COMPILED_GRID), plain)
+
+
+def test_the_first_pass_of_a_process_may_be_a_compiled_one() -> None:
+    """Two steps of a U-Net, whose cross-attention passes through, with nothing run before."""
+    code = (
+        "import torch, scalediff; from bench.zoo import ZOO; spec = ZOO['SD1.5']; model = spec.build(); scalediff.patch_model(model); "
+        "compiled = torch.compile(model, fullgraph=True, backend='eager'); "
+        "outs = [spec.run(compiled, (6, 5)) for _ in range(2)]; plain = spec.run(model, (6, 5)); "
+        "print(all(torch.allclose(out, plain, rtol=1e-4, atol=1e-5) for out in outs))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_graph_serves_the_next_patch() -> None:
+    spec = small("FLUX.1")
+    model = spec.build()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        with patch(model):
+            spec.run(compiled, COMPILED_GRID)
+        spec.run(compiled, COMPILED_GRID)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def test_a_shallow_copy_shares_the_denoiser_and_nothing_else(demo: Any) -> None:
 def test_copies_and_pickles_are_not_patched(unet: nn.Module) -> None:
     plain, cls, attributes = forward(unet, (32, 32)), type(unet), sorted(unet.__dict__)
     with scalediff.patch_model(unet):
-        twins = [copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))]
+        twins = [copy.deepcopy(unet), *(pickle.loads(pickle.dumps(unet, protocol)) for protocol in (0, 2, 5))]
         assert not torch.equal(forward(unet, (32, 32)), plain)
     for twin in twins:
         assert type(twin) is cls

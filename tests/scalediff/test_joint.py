@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,7 +245,6 @@ def test_a_reader_reads_once_and_notices_changes() -> None:
     ("name", "change", "why"),
     [
         ("FLUX.1", {"img_ids": ids((9, 6)).flip(0)}, "img_ids must be those of one picture, row by row, for 54 tokens"),
-        ("Qwen-Image", {"encoder_hidden_states_mask": torch.tensor([[True, False, True, True, True, True]])}, "must come first"),
         ("Lumina 2", {"encoder_attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1]])}, "must come first"),
     ],
 )
@@ -263,6 +263,79 @@ def test_what_cannot_be_laid_out_runs_full_attention_and_says_so_once(name: str,
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             forward()
+
+
+HOLES = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
+FIRST = HOLES.sort(dim=1, descending=True).values
+SPREAD, PADDED_FIRST = (torch.cat([mask, torch.ones(2, 54, dtype=torch.bool)], dim=1) for mask in (HOLES, FIRST))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("Qwen-Image", {"encoder_hidden_states_mask": HOLES}),
+        ("Krea 2", {"encoder_attention_mask": HOLES}),
+        ("Bria FIBO", {"joint_attention_kwargs": {"attention_mask": SPREAD[:, None, None, :]}}),
+        ("Chroma", {"attention_mask": PADDED_FIRST}),
+        ("GLM-Image", {"kv_caches": type("Caches", (), {"caches": (), "__getitem__": lambda self, index: None})()}),
+    ],
+)
+def test_masks_and_caches_as_pipelines_send_them(name: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real tokens anywhere, masks that arrive with the call, boolean ones, and caches that hold nothing."""
+    _, model = specimen(name)
+    inputs = double(ZOO[name].inputs(Draw(1), (9, 6), 2)) | change
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(**inputs, return_dict=False)[0]
+        return out
+
+    with warnings.catch_warnings(), scalediff.patch_model(model, window=WINDOW, text_queries="global", text_rope=False):
+        warnings.filterwarnings("error", message="scalediff")
+        out = forward()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", Masked(name, (9, 6)))
+    expected = forward()
+    assert (out - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def test_a_mask_changed_in_place_is_read_again() -> None:
+    _, model = specimen("Qwen-Image")
+    with torch.inference_mode(), scalediff.patch_model(model, window=WINDOW):
+        mask = torch.ones(1, 6, dtype=torch.bool)
+        inputs = double(ZOO["Qwen-Image"].inputs(Draw(1), (9, 6), 1)) | {"encoder_hidden_states_mask": mask}
+        whole = model(**inputs, return_dict=False)[0]
+        mask[0, 4:] = False
+        changed = model(**inputs, return_dict=False)[0]
+        fresh = model(**(inputs | {"encoder_hidden_states_mask": mask.clone()}), return_dict=False)[0]
+    assert torch.equal(changed, fresh)
+    assert not torch.equal(changed, whole)
+
+
+def test_a_control_net_for_several_conditions_puts_a_token_before_the_text() -> None:
+    spec = ZOO["FLUX.1 ControlNet"]
+    union = replace(spec, config=spec.config | {"num_mode": 3})
+    model = union.build()
+    with warnings.catch_warnings(), scalediff.patch_model(model, window=WINDOW) as handle:
+        warnings.simplefilter("error", UserWarning)
+        union.run(model, (9, 6), controlnet_mode=torch.tensor([[1]]))
+        assert set(model.__dict__["_scalediff"].seen) == {row.module for row in handle.report.patched}
+
+
+def test_keys_beside_image_and_text_are_said() -> None:
+    """As an adapter of SD3 adds them: queries of the image, keys of the image and a picture's tokens."""
+    spec = ZOO["SD3"]
+    model = spec.build()
+    attention = model.transformer_blocks[0].attn  # type: ignore[index, union-attr]
+
+    def adapter(module: Any, args: Any, output: Any) -> None:
+        F.scaled_dot_product_attention(Draw()(1, 2, 54, 16), *(Draw(1)(1, 2, 58, 16) for _ in range(2)))
+
+    attention.to_q.register_forward_hook(adapter)
+    with (
+        scalediff.patch_model(model, window=WINDOW),
+        pytest.warns(UserWarning, match=r"blocks.0.attn runs full .*tokens of 9 x 6, got 54, 58"),
+    ):
+        spec.run(model, (9, 6))
 
 
 PADDED = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.float64)

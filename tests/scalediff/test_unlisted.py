@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -147,9 +148,11 @@ def test_text_that_is_not_there_is_an_error() -> None:
     model = made(DoubleStreamDiT)
     with scalediff.patch_model(model, grid=GRID, window=WINDOW), pytest.raises(ValueError, match=r"tokens of 9 x 6, got 59, 59"):
         forward(model, doubled(GRID))
+    with pytest.raises(ValueError, match="text names an argument of the forward pass, which are img, img_ids, txt, got 'caption'"):
+        scalediff.patch_model(model, grid=GRID, text=("prefix", "caption"), window=WINDOW)
     with (
-        scalediff.patch_model(model, grid=GRID, text=("prefix", "caption"), window=WINDOW),
-        pytest.warns(UserWarning, match=r"its arguments do not say how tokens lie: KeyError\('caption'\)"),
+        scalediff.patch_model(model, grid=lambda arguments: arguments["size"], text=("prefix", "txt"), window=WINDOW),
+        pytest.warns(UserWarning, match=r"its arguments do not say how tokens lie: KeyError\('size'\)"),
     ):
         forward(model, doubled(GRID))
 
@@ -266,6 +269,39 @@ def test_jitter_moves_the_patches_once_per_step(jitter: Any, kinds: int, monkeyp
     with scalediff.patch_model(model, text=("prefix", 1), window=WINDOW, jitter=jitter, seed=3):
         assert torch.equal(forward(model, steps[0]), outs[0])
         assert torch.equal(forward(model, steps[1]), outs[2])
+
+
+def test_offsets_begin_again() -> None:
+    model, steps = made(VisionTransformer), [vit((12, 10)) for _ in range(3)]
+    with scalediff.patch_model(model, text=("prefix", 1), jitter="random") as handle:
+        first = [forward(model, inputs) for inputs in steps]
+        handle.restart_jitter()
+        assert all(torch.equal(forward(model, inputs), out) for inputs, out in zip(steps, first, strict=True))
+        last = forward(model, steps[0])
+        steps[0][0][0].add_(0)  # a sampler that works in place
+        assert not torch.equal(forward(model, steps[0]), last)
+
+
+def test_a_checkpoint_within_the_model_is_refused() -> None:
+    """It would compute the block again in the backward pass, where nothing is patched."""
+    model = made(VisionTransformer)
+    block = model.blocks[0]["attn"]  # type: ignore[index, union-attr]
+    own = block.forward
+    for reentrant in (True, False):
+        block.forward = lambda x, reentrant=reentrant: torch.utils.checkpoint.checkpoint(own, x, use_reentrant=reentrant)
+        inputs = vit(GRID)[0][0].requires_grad_()
+        with scalediff.patch_model(model, text=("prefix", 1)):
+            with pytest.raises(NotImplementedError, match="gradient checkpointing computes blocks a second time"):
+                model(inputs)
+            forward(model, ((inputs,), {}))
+
+
+def test_one_reason_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    model = made(DoubleStreamDiT)
+    with scalediff.patch_model(model, grid=(7, 7), text=("prefix", 5), window=WINDOW, strict=False):
+        for _ in range(3):
+            forward(model, doubled(GRID))
+    assert len(recwarn.list) == 1
 
 
 def test_attention_modules_that_are_called_are_named(recwarn: pytest.WarningsRecorder) -> None:
