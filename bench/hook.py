@@ -20,7 +20,8 @@ from torch.utils.benchmark import Timer
 
 import scalediff
 from bench import harness
-from bench.zoo import WINDOW, ZOO, Draw
+from bench.zoo import WINDOW, ZOO
+from bench.zoo_inputs import Draw
 from scalediff import plan
 
 RESULTS = harness.ROOT / "bench" / "results"

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-from bench.zoo import WINDOW, ZOO, Draw, flat
+from bench.zoo import WINDOW, ZOO, flat
+from bench.zoo_inputs import Draw
 from tests.conftest import forward, seeded, state_of
 
 diffusers = pytest.importorskip("diffusers", reason="what is composed with are diffusers' features")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-from bench.zoo import WINDOW, ZOO, Draw, Specimen
+from bench.zoo import WINDOW, ZOO, Specimen
+from bench.zoo_inputs import Draw
 from scalediff.families import FAMILIES, family_of
 from scalediff.grid import level_grid
 from tests.conftest import state_of

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-from bench.zoo import ZOO, Draw
+from bench.zoo import ZOO
+from bench.zoo_inputs import Draw
 from scalediff.grid import level_grid
 from scalediff_kernels import neighborhood_patch_attention
 from tests.conftest import forward, seeded, state_of

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
-from bench.zoo import WINDOW, ZOO, Draw, ids
+from bench.zoo import WINDOW, ZOO
+from bench.zoo_inputs import Draw, ids
 from scalediff.families import FAMILIES
 from scalediff.families.base import Reader
 from scalediff.families.latents import lengths

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
-from bench.zoo import WINDOW, ZOO, Draw, ids
+from bench.zoo import WINDOW, ZOO
+from bench.zoo_inputs import Draw, ids
 from scalediff.cascade import native_size, preset, stage_sizes
 from scalediff.latents import pack, unpack
 from scalediff_kernels import low_pass

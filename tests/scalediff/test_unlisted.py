@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-from bench.zoo import WINDOW, ids
+from bench.zoo import WINDOW
+from bench.zoo_inputs import ids
 from tests.conftest import seeded, state_of
 from tests.scalediff.research_models import WIDTH, Attention, DoubleStreamDiT, SingleStreamDiT, VisionTransformer
 from tests.scalediff.test_families import allowed
