@@ -105,6 +105,10 @@ ZOO: dict[str, Specimen] = {
         "Flux2Transformer2DModel", _FLUX | {"axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16, "guidance_embeds": False},
         lambda draw, grid, batch: inputs.flux(draw, grid, batch, axes=4), text=6,
     ),
+    "FLUX.3": Specimen(
+        "Flux3Transformer2DModel", _FLUX | {"axes_dims_rope": (4, 4, 4, 4), "timestep_channels": 16, "cond_in_channels": 16},
+        lambda draw, grid, batch: inputs.flux(draw, grid, batch, axes=4), text=6,
+    ),
     "Chroma": Specimen(
         "ChromaTransformer2DModel", _FLUX | {"approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 1},
         inputs.flux, text=6,
@@ -174,6 +178,9 @@ ZOO: dict[str, Specimen] = {
     ),
     "Qwen-Image": Specimen("QwenImageTransformer2DModel", _QWEN, inputs.qwen, text=6),
     "Qwen-Image ControlNet": Specimen("QwenImageControlNetModel", _QWEN, inputs.qwen_control, text=6),
+    "NucleusMoE-Image": Specimen(
+        "NucleusMoEImageTransformer2DModel", _QWEN | {"moe_enabled": False, "num_key_value_heads": 1}, inputs.nucleus, text=6,
+    ),
     "HiDream-I1": Specimen(
         "HiDreamImageTransformer2DModel",
         {"patch_size": 2, "in_channels": 4, "out_channels": 4, "caption_channels": [32, 32], "text_emb_dim": 32,

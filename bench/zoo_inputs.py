@@ -120,6 +120,10 @@ def qwen(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def nucleus(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+    return qwen(draw, grid, batch) | {"encoder_hidden_states_mask": _falling(batch)}
+
+
 def qwen_control(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
     return qwen(draw, grid, batch) | {"controlnet_cond": draw(batch, grid[0] * grid[1], 16)}
 

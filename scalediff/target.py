@@ -227,7 +227,7 @@ class Target:
         for site in self.sites.values():
             name, grid_source, text = self.prefix + site.name, self.family.grid_source, "-" if site.role == "self" else self.family.text
             if site.role in ("cross", "text"):
-                why = "text cross-attention" if site.role == "cross" else "text alone"
+                why = "text cross-attention" if site.role == "cross" else "no image tokens"
                 rows.append(Row(name, site.role, "-", "-", None, None, "untouched", why))
             elif site.obstacle:
                 rows.append(Row(name, site.role, grid_source, text, None, None, "untouched", site.obstacle))

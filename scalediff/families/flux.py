@@ -53,6 +53,14 @@ def _chroma_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> L
     return replace(layout, masked=True, weights=mask)
 
 
+def _flux3_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    """FLUX.3: before they meet, image and text each attend to themselves."""
+    if arguments.get("image_cond_hidden_states") is not None:
+        raise Unreadable("reference tokens have no place on the grid")
+    layout = _layout(denoiser, arguments, read)
+    return replace(layout, sequences=(*layout.sequences, Sequence(layout.grid)), others=(layout.sequences[0].text,))
+
+
 def _text_lengths(mask: Tensor, text: int) -> tuple[int, ...]:
     return lengths(mask[:, :text])
 
@@ -106,6 +114,13 @@ FLUX = (
     replace(_FLUX, cascade=Cascade(_preset, packed=True)),
     *(replace(_FLUX, denoiser=name) for name in _SAME),
     replace(_FLUX, denoiser="ChromaTransformer2DModel", layout=_chroma_layout),
+    replace(
+        _FLUX,
+        denoiser="Flux3Transformer2DModel",
+        native_grid=lambda denoiser: None,
+        layout=_flux3_layout,
+        roles=((r"^txt_mode_blocks\.", "text"), (r"^mode_blocks\.image_cond\.", "text"), (r"^mode_blocks\.", "self")),
+    ),
     replace(
         _FLUX,
         denoiser="Krea2Transformer2DModel",

@@ -1,7 +1,8 @@
-"""Qwen-Image: packed latents, the picture in `img_shapes`, text before the image, positions that count from the picture's middle."""
+"""Qwen-Image and NucleusMoE-Image: packed latents, the picture in `img_shapes`, positions that count from the picture's middle."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,12 @@ def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     if not real:  # of another pattern: the mask is taken as it comes
         return Layout(grid, (Sequence(grid, text=text),))
     return Layout(grid, (Sequence(grid, text=text, real=real),), masked=True)
+
+
+def _nucleus_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    layout = _layout(denoiser, arguments, read)
+    sequences = tuple(replace(sequence, side="suffix", queries="image") for sequence in layout.sequences)
+    return replace(layout, sequences=sequences)
 
 
 def _hashable(shape: Any) -> Any:
@@ -55,16 +62,25 @@ def _rotation(denoiser: Any) -> TextRotation:
 _PRESET = Settings(steps=50, restart=0.6, guidance_scale=4.0, lfm_cutoff=0.25, sg_cutoff=0.25)
 _CASCADE = Cascade(lambda denoiser: _PRESET, packed=True, guidance="true_cfg_scale")
 
-QWEN = tuple(
-    Family(
-        denoiser=name,
-        grid_source="img_shapes",
-        text="joint, before the image",
-        native_grid=_native,
-        layout=_layout,
-        role="joint",
-        rotation=_rotation,
-        cascade=cascade,
-    )
-    for name, cascade in (("QwenImageTransformer2DModel", _CASCADE), ("QwenImageControlNetModel", None))
+_QWEN = Family(
+    denoiser="QwenImageTransformer2DModel",
+    grid_source="img_shapes",
+    text="joint, before the image",
+    native_grid=_native,
+    layout=_layout,
+    role="joint",
+    rotation=_rotation,
+    cascade=_CASCADE,
+)
+QWEN = (
+    _QWEN,
+    replace(_QWEN, denoiser="QwenImageControlNetModel", cascade=None),
+    replace(
+        _QWEN,
+        denoiser="NucleusMoEImageTransformer2DModel",
+        text="joint, after the image, keys alone",
+        native_grid=lambda denoiser: None,
+        layout=_nucleus_layout,
+        cascade=None,
+    ),
 )

@@ -26,7 +26,7 @@ from tests.conftest import state_of
 pytest.importorskip("diffusers", reason="the families are diffusers' classes")
 
 SDPA = F.scaled_dot_product_attention
-SUFFIX = {"SD3", "SD3 ControlNet", "HiDream-I1", "Z-Image", "ERNIE-Image", "HunyuanImage 2.1"}
+SUFFIX = {"SD3", "SD3 ControlNet", "HiDream-I1", "Z-Image", "ERNIE-Image", "HunyuanImage 2.1", "NucleusMoE-Image"}
 _built: dict[str, nn.Module] = {}
 
 
@@ -83,7 +83,7 @@ class Masked:
     ) -> Tensor:
         tokens = key.shape[-2]
         text_alone = self.name == "Z-Image" and tokens == 96  # the longer caption, in the refiner
-        keys_alone = self.name == "PRX" and query.shape[-2] == self.area  # text is among the keys alone
+        keys_alone = self.name in ("PRX", "NucleusMoE-Image") and query.shape[-2] == self.area  # text is among the keys alone
         if (query.shape[-2] != tokens and not keys_alone) or (tokens not in self.grids and tokens < self.area) or text_alone:
             return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **rest)
         self.calls += 1
@@ -97,7 +97,8 @@ class Masked:
             mask = torch.ones(tokens, tokens, dtype=torch.bool)
             mask[first : first + len(inside), first : first + len(inside)] = inside
             masks.append(mask)
-        mask = torch.stack(masks)[:, None, -query.shape[-2] :]
+        queries = slice(0, self.area) if self.name in SUFFIX else slice(-query.shape[-2], None)
+        mask = torch.stack(masks)[:, None, queries if keys_alone else slice(None)]
         if attn_mask is not None and attn_mask.is_floating_point():  # added to the scores
             return SDPA(query, key, value, attn_mask.masked_fill(~mask, -math.inf), scale=rest.get("scale"))
         if attn_mask is not None:
