@@ -90,6 +90,13 @@ _QWEN = {"in_channels": 16, "out_channels": 4, "num_layers": 2, "joint_attention
 ZOO: dict[str, Specimen] = {
     "SD1.5": Specimen("UNet2DConditionModel", _UNET | _UNET_UP, inputs.unet),
     "SDXL": Specimen("UNet2DConditionModel", _UNET | _UNET_UP | _SDXL, inputs.sdxl),
+    "U-Net without text": Specimen(
+        "UNet2DModel",
+        {"sample_size": 4, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 1,
+         "norm_num_groups": 8, "attention_head_dim": 4, "down_block_types": ("AttnDownBlock2D",) * 2,
+         "up_block_types": ("AttnUpBlock2D",) * 2},
+        inputs.unconditional,
+    ),
     "ControlNet": Specimen("ControlNetModel", _UNET | {"conditioning_embedding_out_channels": (8, 8, 8, 8)}, inputs.unet_control),
     "ControlNet Union": Specimen(
         "ControlNetUnionModel",

@@ -148,6 +148,10 @@ def unet(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
     return {"sample": draw(batch, 4, *grid), "timestep": 500, "encoder_hidden_states": draw(batch, 6, 32)}
 
 
+def unconditional(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+    return {"sample": draw(batch, 4, *grid), "timestep": 500}
+
+
 def sdxl(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
     added = {"text_embeds": draw(batch, 32), "time_ids": torch.full((batch, 6), 64.0)}
     return unet(draw, grid, batch) | {"added_cond_kwargs": added}

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and the embedded model.
+"""diffusers' U-Nets and their ControlNets: Stable Diffusion 1.x, 2.x, XL, the embedded model, and those without a prompt.
 
 Self-attention at several levels of the latent grid, text in cross-attention calls of its own.
 """
@@ -76,4 +76,5 @@ def _nothing_said(denoiser: nn.Module) -> None:
 
 
 _CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_nothing_said, cascade=None)  # its U-Net's size
-UNETS = (_UNET, _CONTROL, replace(_CONTROL, denoiser="ControlNetUnionModel", layout=_union_layout))
+_UNCONDITIONAL = replace(_UNET, denoiser="UNet2DModel", text="none", cascade=None)
+UNETS = (_UNET, _UNCONDITIONAL, _CONTROL, replace(_CONTROL, denoiser="ControlNetUnionModel", layout=_union_layout))
