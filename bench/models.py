@@ -143,8 +143,8 @@ by eight more channels in queries and keys, which the kernel pays for where head
 measured yet). Any other mask runs full attention, and so do reference tokens beside the picture (FLUX Kontext, Qwen-Image-Edit,
 FLUX.2 and GLM-Image with a cache of them) and the adapters' own keys; each reason is said once.
 
-Lumina-Next's pipeline raises the scale of attention with the number of tokens. A window holds as many as in training, and gets the
-scale that the model asks for: `proportional_attn=False` in the pipeline's call asks for the trained one.
+Lumina-Next's pipeline stretches positions and sharpens attention above the trained size. Windows are of that size: the cascade switches
+both off where it uses them. In a loop of one's own, `default_image_size` of the pipeline does so.
 
 ## Text queries
 

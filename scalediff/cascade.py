@@ -12,6 +12,7 @@ Legend: B batch, C channels, Y x X latent grid.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -127,6 +128,7 @@ def run(
     """
     _check(pipe, arguments, sizes, settings, restarts=len(sizes) if picture is not None else len(sizes) - 1)
     call, scheduler = original_call(pipe), pipe.scheduler
+    trained_size = family_with_cascade(denoiser_of(pipe))[1].trained_size
     asked: Mapping[str, Any] = {}
     latents = decoded = torch.empty(0)
     with _borrowed(pipe, settings) as handle:
@@ -148,6 +150,8 @@ def run(
                 pipe.scheduler = recording_scheduler(scheduler)
             if handle is not None:
                 handle.attention = settings.attention if restarts else "full"
+            if trained_size and restarts and settings.attention == "npa":
+                setattr(pipe, trained_size, round(math.sqrt(height * width)))
             if progress is not None:
                 pipe.set_progress_bar_config(desc=f"stage {index}/{len(sizes)}  {height} x {width}", disable=not progress)
             if index == len(sizes) and on_stage is None:
@@ -211,6 +215,8 @@ def _borrowed(pipe: Any, settings: Settings) -> Iterator[Handle | None]:
     nothing to patch is known at once.
     """
     scheduler, bar = pipe.scheduler, pipe.__dict__.get("_progress_bar_config")
+    trained_size = family_with_cascade(denoiser_of(pipe))[1].trained_size
+    pixels = getattr(pipe, trained_size) if trained_size else None
     handle = handle_of(pipe)
     with nullcontext(handle) if handle is not None or settings.attention == "full" else patch_model(denoiser_of(pipe)) as handle:
         attention = handle.attention if handle is not None else None
@@ -218,6 +224,8 @@ def _borrowed(pipe: Any, settings: Settings) -> Iterator[Handle | None]:
             yield handle
         finally:
             pipe.scheduler = scheduler
+            if trained_size:
+                setattr(pipe, trained_size, pixels)
             if bar is not None:
                 pipe._progress_bar_config = bar
             else:

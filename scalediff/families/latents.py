@@ -160,7 +160,7 @@ def _prx_rotation(denoiser: Any) -> TextRotation:
 
 # The paper has none for these: FLUX's restart and cutoffs, and the steps and guidance that their pipelines default to.
 _SD3_PRESET = Settings(steps=28, restart=0.6, guidance_scale=7.0, lfm_cutoff=0.25, sg_cutoff=0.25)
-_LUMINA2_PRESET = Settings(steps=30, restart=0.6, guidance_scale=4.0, lfm_cutoff=0.25, sg_cutoff=0.25)
+_LUMINA_PRESET = Settings(steps=30, restart=0.6, guidance_scale=4.0, lfm_cutoff=0.25, sg_cutoff=0.25)
 
 LATENTS = (
     Family("DiTTransformer2DModel", _SHAPE, "none: classes", _native, _class_labels),
@@ -179,8 +179,9 @@ LATENTS = (
     Family("CogView4Transformer2DModel", _SHAPE, "joint, before the image", _native, _cogview4, role="joint"),
     Family("Lumina2Transformer2DModel", _SHAPE, "joint, before the image, each prompt as long as it is", _native, _lumina2, role="joint",
            roles=((r"^noise_refiner\.", "self"), (r"^context_refiner\.", "text")), rotation=_lumina2_rotation,
-           cascade=Cascade(lambda denoiser: _LUMINA2_PRESET)),
-    Family("LuminaNextDiT2DModel", _SHAPE, "cross-attention", _native, _lumina_next, roles=((r"\.attn2$", "cross"),)),
+           cascade=Cascade(lambda denoiser: _LUMINA_PRESET)),
+    Family("LuminaNextDiT2DModel", _SHAPE, "cross-attention", _native, _lumina_next, roles=((r"\.attn2$", "cross"),),
+           cascade=Cascade(lambda denoiser: _LUMINA_PRESET, trained_size="default_image_size")),
     Family("PixArtTransformer2DModel", _SHAPE, "cross-attention", _native, _cross, roles=((r"\.attn2$", "cross"),)),
     Family("HunyuanDiT2DModel", _SHAPE, "cross-attention", _native, _hunyuan, roles=((r"\.attn2$", "cross"),)),
     Family("HunyuanDiT2DControlNetModel", _SHAPE, "cross-attention", _native, _hunyuan, roles=((r"\.attn2$", "cross"),)),

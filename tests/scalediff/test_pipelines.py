@@ -73,6 +73,18 @@ def lumina2() -> tuple[Any, dict[str, Any]]:
     return pipe, prompts(Draw(3), pooled=False, negative=True) | masks
 
 
+def lumina_next() -> tuple[Any, dict[str, Any]]:
+    parts = dict.fromkeys(("text_encoder", "tokenizer"))
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    spec = ZOO["Lumina-Next"]
+    pipe = diffusers.LuminaPipeline(transformer=spec.build(), vae=autoencoder(), scheduler=flow, **parts)
+    pipe.vae_scale_factor = 2  # the class says 8, of the VAE that it ships with
+    pipe.image_processor = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
+    pipe.default_image_size = 16
+    masks = {name: torch.ones(1, 6, dtype=torch.long) for name in ("prompt_attention_mask", "negative_prompt_attention_mask")}
+    return pipe, prompts(Draw(3), pooled=False, negative=True) | masks | {"proportional_attn": False}  # its rule fails at one token
+
+
 def qwen() -> tuple[Any, dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -96,7 +108,7 @@ def z_image() -> tuple[Any, dict[str, Any]]:
 
 
 PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-    "FLUX": flux, "SD3": sd3, "SDXL": sdxl, "Lumina 2": lumina2, "Qwen-Image": qwen, "Z-Image": z_image,
+    "FLUX": flux, "SD3": sd3, "SDXL": sdxl, "Lumina-Next": lumina_next, "Lumina 2": lumina2, "Qwen-Image": qwen, "Z-Image": z_image,
 }  # fmt: skip
 
 
@@ -202,6 +214,28 @@ def test_upscale_is_the_hand_written_loop_from_a_picture() -> None:
         expected = flux_by_hand(pipe, arguments, tensor)
     assert [(stage.height, stage.width, stage.steps) for stage in result.stages] == [(32, 32, 2)]
     torch.testing.assert_close(result.stages[-1].latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lumina_next_neither_stretches_positions_nor_sharpens_attention_in_windows() -> None:
+    """Above the trained size its pipeline does both, for attention over the whole picture."""
+    pipe, arguments = built("Lumina-Next")
+    seen: list[tuple[Tensor, int]] = []
+
+    def spy(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((kwargs["image_rotary_emb"], kwargs["cross_attention_kwargs"]["base_sequence_length"]))
+
+    remover = pipe.transformer.register_forward_pre_hook(spy, with_kwargs=True)
+    pipe.default_image_size, arguments["proportional_attn"] = 64, True
+    with scalediff.patch_model(pipe, window=(16, 16)) as handle:
+        call(pipe, arguments, (128, 128))
+        assert all(torch.equal(rotary, seen[0][0]) for rotary, _ in seen)
+        assert pipe.default_image_size == 64
+        assert (seen[0][1], seen[-1][1]) == (4**2, 8**2)  # by the pipeline's rule, 16 pixels a token
+        handle.attention = "full"
+        seen.clear()
+        call(pipe, arguments, (128, 128))
+        assert not torch.equal(seen[-1][0], seen[0][0])
+    remover.remove()
 
 
 def picture(height: int = 16, width: int = 16) -> Any:
