@@ -29,6 +29,7 @@ from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, or
 from scalediff.latents import decode, encode, pack, pictures_of, unpack
 from scalediff.schedule import Guidance, check_scheduler, guided_scheduler, recording_scheduler
 from scalediff.settings import Settings, plan_sizes
+from scalediff.workdir import Saved, Workdir
 from scalediff_kernels import mix_frequencies
 from scalediff_kernels.lowpass.geometry import coarse_length
 
@@ -121,10 +122,12 @@ def run(
     progress: bool | None = None,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
+    workdir: Workdir | None = None,
 ) -> Any:
     """All stages. With `on_stage` every one is decoded for it; without, the last call's own return value is returned.
 
-    A picture, `[B, 3, height, width]` in [-1, 1], stands for the base stage, whose size `base` then is.
+    A picture, `[B, 3, height, width]` in [-1, 1], stands for the base stage, whose size `base` then is. Stages that a workdir holds
+    are taken from there.
     """
     _check(pipe, arguments, sizes, settings, restarts=len(sizes) if picture is not None else len(sizes) - 1)
     call, scheduler = original_call(pipe), pipe.scheduler
@@ -132,13 +135,21 @@ def run(
     asked: Mapping[str, Any] = {}
     latents = decoded = torch.empty(0)
     with _borrowed(pipe, settings) as handle:
-        if handle is not None:
-            handle.restart_jitter()
-        if picture is not None and base is not None:
+        done = workdir.finished() if workdir is not None else []
+        if picture is not None:
             decoded = picture.to(pipe._execution_device)
             latents = encode(pipe, decoded).to(pipe.dtype)
-            asked = _rehearsed(pipe, scheduler, arguments, base)
+        if picture is not None or 0 < len(done) < len(sizes):
+            asked = _rehearsed(pipe, scheduler, arguments, base or sizes[0])
         for index, (height, width) in enumerate(sizes, start=1):
+            if index <= len(done):
+                latents, seconds = done[index - 1].latents.to(pipe._execution_device), done[index - 1].seconds
+                decoded = decode(pipe, latents)
+                _set_states(arguments["generator"], done[index - 1].states)
+                if on_stage is not None:
+                    steps = settings.steps if index == 1 and picture is None else settings.stage_steps
+                    on_stage(Stage(index, len(sizes), height, width, pictures_of(pipe, decoded), latents, steps, seconds, settings))
+                continue
             since = time.perf_counter()
             changes: dict[str, Any] = {"height": height, "width": width}
             restarts = index > 1 or picture is not None
@@ -150,6 +161,7 @@ def run(
                 pipe.scheduler = recording_scheduler(scheduler)
             if handle is not None:
                 handle.attention = settings.attention if restarts else "full"
+                handle.restart_jitter()
             if trained_size and restarts and settings.attention == "npa":
                 setattr(pipe, trained_size, round(math.sqrt(height * width)))
             if progress is not None:
@@ -161,10 +173,21 @@ def run(
             if on_stage is not None:
                 steps, images = changes.get("num_inference_steps", settings.steps), pictures_of(pipe, decoded)
                 seconds = time.perf_counter() - since
+                if workdir is not None:
+                    workdir.save(index, Saved(latents, _states(arguments["generator"]), seconds), images)
                 on_stage(Stage(index, len(sizes), height, width, images, latents, steps, seconds, settings))
             if getattr(pipe, "interrupt", False):  # diffusers' flag, set by a callback: this stage is the last
                 return None if on_stage is not None else _as_they_are(pipe, arguments, scheduler, latents, height, width)
     return None
+
+
+def _states(generator: Generators) -> list[Tensor]:
+    return [one.get_state() for one in (generator if isinstance(generator, list) else [generator])]
+
+
+def _set_states(generator: Generators, states: list[Tensor]) -> None:
+    for one, state in zip(generator if isinstance(generator, list) else [generator], states, strict=True):
+        one.set_state(state)
 
 
 def _as_they_are(pipe: Any, arguments: Mapping[str, Any], scheduler: Any, latents: Tensor, height: int, width: int) -> Any:

@@ -59,6 +59,9 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="demo", help="demo (embedded, default), a pipeline folder, or a Hugging Face model id")
     command.add_argument("--seed", type=_seed, default=0, help="same seed, same machine: same picture (default: 0)")
     command.add_argument("--out", type=Path, metavar="FILE", help="PNG file (default: named after the prompt or picture, and the seed)")
+    command.add_argument(
+        "--workdir", type=Path, metavar="FOLDER", help="keeps every stage; the same command goes on where it was interrupted"
+    )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     command.add_argument("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="instead of the model's own")

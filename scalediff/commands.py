@@ -161,6 +161,7 @@ def _how(options: Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in (*_SWITCHES, "negative_prompt")} | {
         "generator": torch.Generator().manual_seed(options.seed),
         "progress": not options.quiet,
+        "workdir": options.workdir,
     }
 
 
@@ -179,7 +180,7 @@ def _compare(pipe: Any, options: Namespace, result: Result, seconds: float) -> d
         generator=torch.Generator().manual_seed(options.seed),
     ).images[0]
     direct_seconds = time.perf_counter() - since
-    full = _draw(pipe, options, final.height, final.width, attention="full")
+    full = _draw(pipe, options, final.height, final.width, attention="full", workdir=None)
     full_seconds = sum(stage.seconds for stage in full.stages)
     return {
         f"direct {direct_seconds:.1f} s": direct,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from scalediff.cascade import Generators, Stage, check_call, family_with_cascade, fresh_generator, preset, run, stage_sizes
 from scalediff.hooks import denoiser_of
 from scalediff.settings import Attention, Settings
+from scalediff.workdir import Workdir, digest
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def generate(
     sg: bool | None = None,
     lfm_cutoff: float | None = None,
     sg_cutoff: float | None = None,
+    workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     progress: bool = False,
 ) -> Result:
@@ -54,14 +57,16 @@ def generate(
         generator: Makes the whole run reproducible; a fresh one with a random seed when None. The global RNG is not used.
         steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the family's preset
             where None.
-        on_stage: Called with every stage as it ends.
+        workdir: A folder that keeps every finished stage. A run that was interrupted, called again with the same arguments and a
+            generator in the same state, begins after its last finished stage and ends with the same bits.
+        on_stage: Called with every stage as it ends, or as it is found in the workdir.
         progress: Show the pipeline's progress bar, labelled by stage.
 
     Returns:
         A Result with `.images`, `.stages` and `.settings`.
 
     Raises:
-        ValueError: a size or setting is out of range, or the pipeline is of no known family.
+        ValueError: a size or setting is out of range, the pipeline is of no known family, or the workdir belongs to another run.
         TypeError: not a text-to-image pipeline.
         NotImplementedError: the pipeline's scheduler cannot be guided.
 
@@ -69,7 +74,9 @@ def generate(
     """
     given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
     check_call(pipe)
-    return _draw(pipe, _arguments(prompt, negative_prompt, generator, call), stage_sizes(pipe, height, width), given, on_stage, progress)
+    return _draw(
+        pipe, _arguments(prompt, negative_prompt, generator, call), stage_sizes(pipe, height, width), given, workdir, on_stage, progress
+    )
 
 
 def upscale(
@@ -90,6 +97,7 @@ def upscale(
     sg: bool | None = None,
     lfm_cutoff: float | None = None,
     sg_cutoff: float | None = None,
+    workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     progress: bool = False,
 ) -> Result:
@@ -99,7 +107,7 @@ def upscale(
         image: A PIL picture, or a list of pictures of one size, as many as prompts.
         height, width: Target in pixels, above the picture's own area and of its shape.
         pipe, prompt, negative_prompt, call, generator, steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff,
-        on_stage, progress: As in `generate`. The larger `restart`, the more is drawn anew.
+        workdir, on_stage, progress: As in `generate`. The larger `restart`, the more is drawn anew.
 
     Returns:
         As `generate`.
@@ -124,10 +132,31 @@ def upscale(
     near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
     picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
     arguments = _arguments(prompt, negative_prompt, generator, call)
-    return _draw(pipe, arguments, above, given, on_stage, progress, picture=picture, base=sizes[0])
+    return _draw(pipe, arguments, above, given, workdir, on_stage, progress, picture, sizes[0])
 
 
 _DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
+
+
+def _story(
+    pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings, picture: Tensor | None
+) -> dict[str, Any]:
+    """What makes a run what it is: with the same weights, machine and versions it is drawn again to the bit."""
+    generator = arguments["generator"]
+    denoiser: Any = denoiser_of(pipe)
+    named = {"generator", "prompt", "negative_prompt", "num_inference_steps"}
+    return {
+        "prompt": arguments.get("prompt"),
+        "negative_prompt": arguments.get("negative_prompt"),
+        "sizes": [f"{height}x{width}" for height, width in sizes],
+        "settings": asdict(settings),
+        "seed": digest([one.get_state() for one in (generator if isinstance(generator, list) else [generator])]),
+        "call": digest({name: value for name, value in arguments.items() if name not in named}),
+        "picture": None if picture is None else digest(picture),
+        "model": f"{type(denoiser).__name__} {digest(dict(denoiser.config))}",
+        "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
 
 
 def _given(
@@ -154,7 +183,7 @@ def _arguments(
         raise ValueError(f"call may not hold what has an argument of its own or belongs to the stages, got {', '.join(sorted(taken))}")
     named = {"prompt": prompt, "negative_prompt": negative_prompt}
     given = {name: value for name, value in named.items() if value is not None}
-    return {**given, "generator": generator if generator is not None else fresh_generator(), **(call or {})}
+    return {**given, "generator": generator, **(call or {})}
 
 
 def _draw(
@@ -162,20 +191,25 @@ def _draw(
     arguments: Mapping[str, Any],
     sizes: list[tuple[int, int]],
     given: Mapping[str, Any],
+    workdir: str | Path | None,
     on_stage: Callable[[Stage], None] | None,
     progress: bool,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
 ) -> Result:
+    if workdir is not None and arguments["generator"] is None:
+        raise ValueError("a workdir needs a generator whose state can be named again, got generator=None")
     settings = replace(preset(pipe), **given)
     guidance = family_with_cascade(denoiser_of(pipe))[1].guidance
-    arguments = {guidance: settings.guidance_scale, "num_inference_steps": settings.steps, **arguments}
+    own = {guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    arguments = {**own, **arguments, "generator": arguments["generator"] or fresh_generator()}
     stages: list[Stage] = []
+    folder = None if workdir is None else Workdir(Path(workdir), _story(pipe, arguments, sizes, settings, picture))
 
     def keep(stage: Stage) -> None:
         stages.append(stage)
         if on_stage is not None:
             on_stage(stage)
 
-    run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress, picture=picture, base=base)
+    run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress, picture=picture, base=base, workdir=folder)
     return Result(stages[-1].images, stages, settings)
