@@ -13,6 +13,7 @@ import torch
 
 from scalediff import commands
 from scalediff.commands import SCHEDULERS
+from scalediff.flops import MODELS
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -47,6 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     upscale.add_argument("prompt", metavar="PROMPT", help="what it shows")
     upscale.add_argument("--size", type=_size, metavar="N|HxW", help="pixels, of the picture's shape (default: twice its sides)")
     _add_run(upscale)
+
+    plan = commands.add_parser(
+        "plan",
+        help="how much work a picture is",
+        description="Count the work of every stage for a model at its true size, without weights.",
+    )
+    plan.add_argument("--model", choices=tuple(MODELS), default="sdxl")
+    plan.add_argument("--size", type=_size, metavar="N|HxW", default=(4096, 4096), help="pixels (default: 4096)")
+    plan.add_argument("--attention", choices=("npa", "full"), default="npa", help="of the stages above the native size")
+    plan.add_argument("--json", action="store_true", help="for scripts")
 
     info = commands.add_parser("info", help="print what made a picture", description="Print a picture's metadata as JSON.")
     info.add_argument("file", type=Path, metavar="FILE")
@@ -85,7 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        run = {"generate": commands.generate_picture, "upscale": commands.upscale_picture, "info": commands.show_info}
+        run = {
+            "generate": commands.generate_picture,
+            "upscale": commands.upscale_picture,
+            "plan": commands.show_plan,
+            "info": commands.show_info,
+        }
         run[options.command](options)
     except torch.OutOfMemoryError as error:
         print(f"scalediff: error: out of memory: try a smaller --size or --dtype bf16 ({commands.one_line(error)})", file=sys.stderr)

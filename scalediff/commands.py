@@ -21,6 +21,7 @@ import torch
 from scalediff.cascade import Stage, native_size, stage_sizes
 from scalediff.demo import load_demo
 from scalediff.draw import Result, generate, upscale
+from scalediff.flops import count
 from scalediff.pictures import check_writable, open_picture, read_metadata, save_png, side_by_side
 from scalediff.settings import Settings
 
@@ -101,6 +102,28 @@ def _tell(result: Result, out: Path) -> float:
     last, seconds = result.stages[-1], sum(stage.seconds for stage in result.stages)
     _say(f"{out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory()}")
     return seconds
+
+
+def show_plan(options: Namespace) -> None:
+    """Print the work of every stage, as a table or as JSON."""
+    try:
+        settings, rows = count(options.model, options.size, attention=options.attention)
+    except ImportError as error:
+        raise UsageError(f'counting needs diffusers: pip install "scalediff[diffusers]" ({error})') from error
+    parts = ("attention", "linear", "convolution", "vae", "total")
+    if options.json:
+        stages = [asdict(row) | {"total": row.total} for row in rows]
+        print(json.dumps({"model": options.model, "unit": "TFLOP", "settings": asdict(settings), "stages": stages}, indent=2))
+        return
+    print(f"{options.model}, TFLOPs by stage; attention above the native size: {options.attention}")
+    print(f"{'pixels':>13} {'steps':>6} {'passes':>7}" + "".join(f"{part:>13}" for part in parts))
+    for row in rows:
+        print(
+            f"{row.height:>5} x {row.width:<5} {row.steps:>6} {row.passes:>7}" + "".join(f"{getattr(row, part):>13.1f}" for part in parts)
+        )
+    whole = {part: sum(getattr(row, part) for row in rows) for part in parts}
+    print(f"{'all':>28}" + "".join(f"{whole[part]:>13.1f}" for part in parts))
+    print(f"{'share':>28}" + "".join(f"{whole[part] / whole['total']:>13.1%}" for part in parts))
 
 
 def show_info(options: Namespace) -> None:
