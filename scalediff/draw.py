@@ -200,8 +200,10 @@ def _draw(
     if workdir is not None and arguments["generator"] is None:
         raise ValueError("a workdir needs a generator whose state can be named again, got generator=None")
     settings = replace(preset(pipe), **given)
-    guidance = family_with_cascade(denoiser_of(pipe))[1].guidance
-    own = {guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    cascade = family_with_cascade(denoiser_of(pipe))[1]
+    own: dict[str, Any] = {cascade.guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    if cascade.negative is not None and not any(name.startswith("negative_prompt") for name in arguments):
+        own["negative_prompt"] = cascade.negative
     arguments = {**own, **arguments, "generator": arguments["generator"] or fresh_generator()}
     stages: list[Stage] = []
     folder = None if workdir is None else Workdir(Path(workdir), _story(pipe, arguments, sizes, settings, picture))

@@ -50,6 +50,7 @@ class Cascade:
         size_multiple: Pixels that a pipeline of this family wants its sizes to be a multiple of, beside those of a token.
         packed: The pipeline hands out and takes packed latents `[B, Y X / 4, 4 C]`.
         guidance: The argument of the pipeline's call that the guidance scale goes to.
+        negative: The negative prompt that stands for none, where the pipeline does not guide without one.
         trained_size: The pipeline's attribute, in pixels, beyond which it stretches positions and sharpens attention. Windows are
             of trained size: neither is due.
     """
@@ -59,6 +60,7 @@ class Cascade:
     size_multiple: int = 1
     packed: bool = False
     guidance: str = "guidance_scale"
+    negative: str | None = None
     trained_size: str = ""
 
 

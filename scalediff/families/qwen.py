@@ -60,7 +60,7 @@ def _rotation(denoiser: Any) -> TextRotation:
 
 # The paper has none: FLUX's restart and cutoffs, and the steps and guidance of the model card.
 _PRESET = Settings(steps=50, restart=0.6, guidance_scale=4.0, lfm_cutoff=0.25, sg_cutoff=0.25)
-_CASCADE = Cascade(lambda denoiser: _PRESET, packed=True, guidance="true_cfg_scale")
+_CASCADE = Cascade(lambda denoiser: _PRESET, packed=True, guidance="true_cfg_scale", negative=" ")
 
 _QWEN = Family(
     denoiser="QwenImageTransformer2DModel",

@@ -308,3 +308,18 @@ def test_an_interrupted_run_returns_what_there_is(name: str) -> None:
         native = native_size(pipe)
         pictures = call(pipe, arguments, (2 * native[0], 2 * native[1]), callback_on_step_end=stop)
         assert pictures.shape == (1, 3, *native)
+
+
+def test_qwen_is_guided_without_a_negative_prompt_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipeline does not guide without one; a space stands for none."""
+    pipe, _ = built("Qwen-Image")
+    asked: list[Any] = []
+
+    def encode_prompt(prompt: Any = None, prompt_embeds: Any = None, prompt_embeds_mask: Any = None, **_: Any) -> tuple[Tensor, Any]:
+        asked.append(prompt)
+        return Draw(len(asked))(1, 6, 32), None
+
+    monkeypatch.setattr(pipe, "encode_prompt", encode_prompt)
+    with scalediff.patch_model(pipe, window=WINDOW):
+        scalediff.generate(pipe, "a moon", height=32, width=32, steps=2, generator=seeded())
+    assert asked == ["a moon", " "] * 2
