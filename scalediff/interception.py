@@ -199,7 +199,7 @@ def _take(
                 else:
                     entered.owner.took(entered, call)
                 weights = None if entered.weights is None else (entered.weights, entered.weights)
-                if mask is not None and not plan.masked and (keys := key_mask(mask, k)) is not None:
+                if mask is not None and not plan.masked and not says_nothing(mask) and (keys := key_mask(mask, k)) is not None:
                     weights = torch.ones_like(keys), keys
                 out = _attend(call, *_of_one_dtype(q, k, v), scale, weights)
                 return out.transpose(1, 2) if heads_first else out

@@ -200,7 +200,8 @@ def test_a_model_with_nothing_to_take_is_an_error(model: Callable[[], nn.Module]
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(1, 1, 54, 54, dtype=torch.bool), torch.ones(1, 1, 1, 1).expand(1, 1, 54, 54), torch.ones(54, 54)]
+    "mask",
+    [torch.ones(1, 1, 1, 54).bool(), torch.ones(1, 1, 54, 54).bool(), torch.ones(1, 1, 1, 1).expand(1, 1, 54, 54), torch.ones(54, 54)],
 )
 def test_a_mask_that_says_nothing_is_no_mask(mask: Tensor) -> None:
     """All True, or one number added to every score."""
