@@ -35,11 +35,13 @@ def _part(path: Path) -> Path:
 
 
 def save_png(image: Any, path: Path, *, metadata: Mapping[str, Any]) -> None:
-    """Write a PIL picture with its metadata as JSON in a text chunk; the file appears by rename."""
+    """Write a PIL picture with its metadata as JSON in a text chunk, and in the one that other tools read; the file appears by rename."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt(_KEY, json.dumps(metadata, ensure_ascii=False))
+    if metadata.get("prompt"):
+        info.add_itxt("parameters", _parameters(image, metadata))
     part = _part(path)
     try:
         image.save(part, format="PNG", pnginfo=info)
@@ -63,6 +65,19 @@ def open_picture(path: Path) -> Any:
         raise ValueError(f"there is no picture {path}") from error
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"the file must be a picture that Pillow reads, got {path}: {error}") from error
+
+
+def _parameters(image: Any, metadata: Mapping[str, Any]) -> str:
+    """The run in the words of the chunk `parameters`, which AUTOMATIC1111's web interface made common: prompt, negative prompt, facts."""
+    settings = metadata.get("settings", {})
+    facts = {
+        "Steps": settings.get("steps"), "Sampler": metadata.get("scheduler"), "CFG scale": settings.get("guidance_scale"),
+        "Seed": metadata.get("seed"), "Size": f"{image.width}x{image.height}", "Model": metadata.get("model"), "Version": "scalediff",
+    }  # fmt: skip
+    lines = [str(metadata["prompt"])]
+    if metadata.get("negative_prompt"):
+        lines.append(f"Negative prompt: {metadata['negative_prompt']}")
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None)])
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

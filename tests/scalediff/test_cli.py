@@ -51,6 +51,12 @@ def test_a_picture_with_its_stages_and_its_story(tmp_path: Path, capsys: pytest.
     assert (told["scheduler"], told["dtype"], told["device"]) == ("DDIMScheduler", "float32", f"cpu, {torch.get_num_threads()} threads")
     assert told["versions"]["torch"] == torch.__version__
     assert read_metadata(tmp_path / "moon.stage1-64x64.png")["height"] == 64
+    with Image.open(out) as image:  # what other tools read
+        told = image.text["parameters"].splitlines()
+    assert told == [
+        "a full moon",
+        "Steps: 4, Sampler: DDIMScheduler, CFG scale: 1.5, Seed: 5, Size: 128x128, Model: demo, Version: scalediff",
+    ]
 
 
 def test_the_same_command_gives_the_same_file(tmp_path: Path) -> None:
