@@ -159,6 +159,13 @@ scalediff.patch_model(dit, patch_size=2, text=("suffix", "caption"), window=(64,
 scalediff.patch_model(dit, grid=lambda arguments: my_grid(arguments["img_ids"]), text=("prefix", "txt"), window=(64, 64))
 ```
 
+An autoencoder's own attention, which at 4096 x 4096 is as much work as the rest of its decoder, is that of such a module:
+
+```python
+scalediff.patch_model(pipe.vae.decoder, patch_size=1, window=(128, 128))                   # latents in, 128 x 128 of them at 1024 pixels
+scalediff.patch_model(pipe.vae.encoder, patch_size=8, window=(128, 128))                   # pixels in, 8 a token
+```
+
 Nothing is guessed from a number of tokens. A call is taken when its length is that of the grid, or of grid and text; which modules
 made such calls is in the report after the first pass above the window's area. If there was none, that pass raises an error
 (`strict=True`) that names what was seen; a single call of an unexpected length warns once, by its module's name, and runs full

@@ -323,3 +323,19 @@ def test_qwen_is_guided_without_a_negative_prompt_too(monkeypatch: pytest.Monkey
     with scalediff.patch_model(pipe, window=WINDOW):
         scalediff.generate(pipe, "a moon", height=32, width=32, steps=2, generator=seeded())
     assert asked == ["a moon", " "] * 2
+
+
+def test_an_autoencoder_is_a_module_like_any_other() -> None:
+    """Its attention sees the latents at both ends, whatever calls it."""
+    vae = autoencoder()
+    latents = Draw()(1, 4, 12, 10)
+    with torch.no_grad():
+        plain = vae.decode(latents).sample
+        with scalediff.patch_model(vae.decoder, patch_size=1, window=WINDOW) as decoder:
+            with scalediff.patch_model(vae.encoder, patch_size=2, window=WINDOW) as encoder:
+                patched = vae.decode(latents).sample
+                vae.encode(plain)
+            assert [row.module for row in encoder.report.patched] == ["mid_block.attentions.0"]
+        assert [row.module for row in decoder.report.patched] == ["mid_block.attentions.0"]
+        assert (patched - plain).abs().max() > 0.01
+        assert torch.equal(vae.decode(latents).sample, plain)
