@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--attention", choices=("npa", "full"), default="npa", help="of the stages above the native size")
     plan.add_argument("--json", action="store_true", help="for scripts")
 
+    commands.add_parser(
+        "models", help="list the known models", description="List the denoisers that are known, and what is done with them."
+    )
+
     info = commands.add_parser("info", help="print what made a picture", description="Print a picture's metadata as JSON.")
     info.add_argument("file", type=Path, metavar="FILE")
     return parser
@@ -100,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "generate": commands.generate_picture,
             "upscale": commands.upscale_picture,
             "plan": commands.show_plan,
+            "models": commands.show_models,
             "info": commands.show_info,
         }
         run[options.command](options)

@@ -21,6 +21,7 @@ import torch
 from scalediff.cascade import Stage, native_size, stage_sizes
 from scalediff.demo import load_demo
 from scalediff.draw import Result, generate, upscale
+from scalediff.families import FAMILIES
 from scalediff.flops import count
 from scalediff.pictures import check_writable, open_picture, read_metadata, save_png, side_by_side
 from scalediff.settings import Settings
@@ -124,6 +125,16 @@ def show_plan(options: Namespace) -> None:
     whole = {part: sum(getattr(row, part) for row in rows) for part in parts}
     print(f"{'all':>28}" + "".join(f"{whole[part]:>13.1f}" for part in parts))
     print(f"{'share':>28}" + "".join(f"{whole[part] / whole['total']:>13.1%}" for part in parts))
+
+
+def show_models(options: Namespace) -> None:
+    """Print the known denoisers: those that the cascade draws with, those whose attention is patched, and the refused."""
+    known = [family for family in FAMILIES.values() if not family.refusal]
+    width = max(len(family.denoiser) for family in known)
+    for family in known:
+        print(f"{family.denoiser:<{width}}  {'cascade and attention' if family.cascade else 'attention'}; text: {family.text}")
+    print(f"refused, with the reason: {', '.join(name for name, family in FAMILIES.items() if family.refusal)}")
+    print("any other module: patch_model(module, grid=, text=, window=); see docs/models.md")
 
 
 def show_info(options: Namespace) -> None:

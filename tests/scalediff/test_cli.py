@@ -83,6 +83,14 @@ def test_the_default_name_says_prompt_and_seed(tmp_path: Path, monkeypatch: pyte
     assert "a-moon-over-hills-0.png" in files(tmp_path)
 
 
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["UNet2DConditionModel", "cascade", "and", "attention;", "text:", "cross-attention"]
+    assert any(line.startswith("AuraFlowTransformer2DModel ") and "attention; text: joint" in line for line in lines)
+    assert "WanTransformer3DModel" in lines[-2]
+
+
 def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "photo.jpg"
     Image.new("RGB", (72, 72), (20, 30, 60)).save(source)
