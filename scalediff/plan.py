@@ -45,7 +45,7 @@ class Call:
             self.text_rope = cos.to(like.device, kind), sin.to(like.device, kind)
         spans = sequence.spans(len(sequence.real) or 1)
         self._numbers = _Numbers(self.grid, self.window, self.patch, self.offset, sequence.lengths, spans)
-        self._written = _Numbers.write(self._numbers)
+        self._written = self._numbers.write()
 
     @property
     def numbers(self) -> _Numbers:

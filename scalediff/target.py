@@ -71,6 +71,7 @@ class Target:
         family: How its passes are laid out.
         native: Its native token grid.
         prefix: Its name in the pipeline, for the report.
+        parameters: The names of its forward pass's arguments.
         options: What `patch_model` was asked for.
         jitter, seed: How the patch grid moves from step to step.
         strict: An unlisted model whose first large pass has no call to take raises; otherwise it warns.
@@ -129,10 +130,6 @@ class Target:
             self._conclude(module, entered)
 
     def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[Plan, Tensor | None] | None:
-        if is_context_parallel(module):
-            raise NotImplementedError(CONTEXT_PARALLEL)
-        if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
-            raise NotImplementedError(_CHECKPOINTING)
         try:
             layout = self.family.layout(module, arguments, self._read)
             like = next((x for x in _tensors(arguments.values()) if x.is_floating_point()), None)
@@ -147,6 +144,10 @@ class Target:
             return None
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
             return None
+        if is_context_parallel(module):
+            raise NotImplementedError(CONTEXT_PARALLEL)
+        if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
+            raise NotImplementedError(_CHECKPOINTING)
         fraction = self.offsets.next(like)
         key = (layout, fraction, like.device, like.dtype)
         plan = self._plans.get(key)
