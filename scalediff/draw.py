@@ -15,6 +15,8 @@ from scalediff.hooks import denoiser_of
 from scalediff.settings import Attention, Settings
 from scalediff.workdir import Workdir, digest
 
+_DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
+
 
 @dataclass(frozen=True)
 class Result:
@@ -133,9 +135,6 @@ def upscale(
     picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
     arguments = _arguments(prompt, negative_prompt, generator, call)
     return _draw(pipe, arguments, above, given, workdir, on_stage, progress, picture, sizes[0])
-
-
-_DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
 
 
 def _story(

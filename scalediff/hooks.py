@@ -254,8 +254,7 @@ def _family(net: nn.Module, grid: GridSource | None, patch_size: int | None, tex
     if known is None:
         return unlisted(net, _parameters(net), grid=grid, patch_size=patch_size, text=text)
     if known.refusal:
-        kind = ValueError if "linear" in known.refusal else NotImplementedError
-        raise kind(f"{type(net).__name__} is not patched: {known.refusal}")
+        raise known.refused_as(f"{type(net).__name__} is not patched: {known.refusal}")
     given = {"grid": grid, "patch_size": patch_size, "text": text}
     if any(value is not None for value in given.values()):
         names = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)

@@ -192,15 +192,17 @@ def _take(
             if not refusal:
                 return None  # cross-attention, or text alone
         else:
-            refusal = _refusal(entered, call, q, k, v, mask, dropout_p, is_causal, enable_gqa)
+            told = mask is None or plan.masked or says_nothing(mask)  # the plan knows what the mask says
+            hidden = None if told or mask is None else key_mask(mask, k)
+            refusal = _refusal(entered, call, q, k, v, mask, dropout_p, is_causal, enable_gqa, readable=told or hidden is not None)
             if not refusal:
                 if torch.compiler.is_compiling():
                     entered.traced = True
                 else:
                     entered.owner.took(entered, call)
                 weights = None if entered.weights is None else (entered.weights, entered.weights)
-                if mask is not None and not plan.masked and not says_nothing(mask) and (keys := key_mask(mask, k)) is not None:
-                    weights = torch.ones_like(keys), keys
+                if hidden is not None:
+                    weights = torch.ones_like(hidden), hidden
                 out = _attend(call, *_of_one_dtype(q, k, v), scale, weights)
                 return out.transpose(1, 2) if heads_first else out
     if torch.compiler.is_compiling():
@@ -239,7 +241,17 @@ def key_mask(mask: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _refusal(
-    entered: Pass, call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
+    entered: Pass,
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+    *,
+    readable: bool,
 ) -> str:
     """Why a call of a known length cannot be taken; empty where it can."""
     if is_causal:
@@ -256,14 +268,12 @@ def _refusal(
         return "weights of the scores must be [B, S]" + got(entered.weights, q)
     if call.padded and mask is None:
         return f"text of {call.real} tokens is padded, and there is no mask"
-    if mask is not None and not entered.plan.masked and key_mask(mask, k) is None and not says_nothing(mask):
+    if mask is not None and not readable:
         return "a mask that may hold anything is not windowed" + got(mask)
     return ""
 
 
-_READABLE = (
-    1 << 20
-)  # a mask of that many different elements is looked through at every call; reading a larger one would cost more than it tells
+_READABLE = 1 << 20  # different elements of a mask that is looked through at every call; a larger one is not
 
 
 def says_nothing(mask: Tensor) -> bool:

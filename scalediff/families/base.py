@@ -84,6 +84,7 @@ class Family:
         rotation: How a denoiser rotates, where text is turned for each window.
         cascade: None where only the hook knows the family.
         refusal: Why a denoiser of this class is not patched, in a sentence; empty where it is.
+        refused_as: The error that says so: legal but missing, or nothing that could be patched.
         listed: Its attention modules are those with a processor; of other models they are known when they call.
     """
 
@@ -98,6 +99,7 @@ class Family:
     rotation: Callable[[nn.Module], TextRotation | None] = _no_rotation
     cascade: Cascade | None = None
     refusal: str = ""
+    refused_as: type[Exception] = NotImplementedError
     listed: bool = True
 
     def sites(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:

@@ -21,5 +21,5 @@ _OF_FRAMES = (
 _LINEARS = ("SanaTransformer2DModel", "SanaControlNetModel", "SanaVideoTransformer3DModel")
 REFUSED = (
     *(Family(denoiser=name, refusal=_FRAMES) for name in _OF_FRAMES),
-    *(Family(denoiser=name, refusal=_LINEAR) for name in _LINEARS),
+    *(Family(denoiser=name, refusal=_LINEAR, refused_as=ValueError) for name in _LINEARS),
 )
