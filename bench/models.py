@@ -183,10 +183,10 @@ In the installed diffusers, and to be patched as any other module, by `grid=` or
 
 ## Together with
 
-Each has a test (`tests/scalediff/test_compiled.py`, `test_composition.py`): `torch.compile` of the whole model and of repeated
-blocks, before or after patching; `set_attention_backend` and `attention_backend`; LoRA; IP-Adapter; ControlNet, whose own attention
-is patched with the pipeline; offloading; layerwise casting; FirstBlockCache (with `jitter="none"` or `"alternate"`); threads;
-autocast. Under `torch.compile` every offset of `jitter="random"` is a graph of its own.
+Each has a test (`tests/scalediff/test_compiled.py`, `test_adapters.py`, `test_composition.py`): `torch.compile` of the whole model
+and of repeated blocks, before or after patching; `set_attention_backend` and `attention_backend`; LoRA; IP-Adapter; ControlNet, whose
+own attention is patched with the pipeline; offloading; layerwise casting; FirstBlockCache (with `jitter="none"` or `"alternate"`);
+threads; autocast. Under `torch.compile` every offset of `jitter="random"` is a graph of its own.
 
 A compiled function around the model is not possible with `fullgraph=True`: compile the model, or its blocks; every picture size is a
 graph of its own. diffusers' context parallelism and gradient checkpointing are refused. Copies and pickles of a patched model are

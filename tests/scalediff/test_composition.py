@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import gc
-import io
-import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
 import types
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -137,155 +131,6 @@ def test_a_backend_that_never_calls_sdpa_gets_what_is_not_windowed(chosen_first:
     scalediff.unpatch_model(model)
     assert_close(ZOO["FLUX.1"].run(model, GRID), plain)
     assert calls[3:] == [6 + 48] * 3
-
-
-# Adapters
-
-
-def add_lora(model: Any) -> None:
-    peft = pytest.importorskip("peft")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
-
-
-@either_order
-@pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
-def test_lora_is_switched_fused_and_deleted_in_a_patched_model(name: str, patch_first: bool) -> None:
-    model, fused, (plain, patched) = ZOO[name].build(), ZOO[name].build(), plain_and_patched(name)
-    add_lora(fused)
-    fused.fuse_lora()
-    fused.unload_lora()
-    adapted = ZOO[name].run(fused, GRID)
-    with patch(fused):
-        expected = ZOO[name].run(fused, GRID)
-    assert_differs(expected, patched)
-    assert_differs(expected, adapted)
-
-    handle = in_order(model, lambda: add_lora(model), patch_first)
-    assert_close(ZOO[name].run(model, GRID), expected)
-    for change, then in (
-        (model.disable_adapters, patched), (model.enable_adapters, expected), (model.fuse_lora, expected), (model.unfuse_lora, expected),
-    ):  # fmt: skip
-        change()
-        assert_close(ZOO[name].run(model, GRID), then)
-    handle.remove()
-    assert_close(ZOO[name].run(model, GRID), adapted)
-    with patch(model):
-        model.delete_adapters("default")
-        assert_close(ZOO[name].run(model, GRID), patched)
-        model.unload_lora()
-        assert_close(ZOO[name].run(model, GRID), patched)
-    assert_close(ZOO[name].run(model, GRID), plain)
-
-
-def test_lora_saved_from_a_patched_model_is_loaded_into_another(tmp_path: Path) -> None:
-    one, other = ZOO["FLUX.1"].build(), ZOO["FLUX.1"].build()
-    with patch(one), patch(other):
-        add_lora(one)
-        one.save_lora_adapter(tmp_path)
-        other.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
-        out = ZOO["FLUX.1"].run(other, GRID)
-        assert torch.equal(out, ZOO["FLUX.1"].run(one, GRID))
-    assert_differs(out, plain_and_patched("FLUX.1")[1])
-
-
-def load_ip_adapter(model: Any, scale: float = 1.0) -> None:
-    draw = Draw(5)
-    flux = type(model).__name__ == "FluxTransformer2DModel"
-    names = [name for name in model.attn_processors if "attn2" in name or (flux and not name.startswith("single"))]
-    widths = [model.inner_dim if flux else model.get_submodule(name.removesuffix(".processor")).inner_dim for name in names]
-    weights = {}
-    for index, width in enumerate(widths):
-        key = index if flux else 2 * index + 1
-        weights |= {f"{key}.to_{part}_ip.weight": draw(width, 32) for part in "kv"}
-        weights |= {f"{key}.to_{part}_ip.bias": draw(width) for part in "kv"} if flux else {}
-    norm = {"norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}
-    projection = {"proj.weight": draw(4 * 32, 8), "proj.bias": draw(4 * 32), **norm}
-    model._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
-    for processor in model.attn_processors.values():
-        if hasattr(processor, "scale"):
-            processor.scale = [scale]
-
-
-def run_with_picture(name: str, model: nn.Module, grid: tuple[int, int]) -> Tensor:
-    picture = [Draw(7)(1, 1, 8)]
-    if name == "FLUX.1":
-        return ZOO[name].run(model, grid, joint_attention_kwargs={"ip_adapter_image_embeds": picture})
-    return ZOO[name].run(model, grid, added_cond_kwargs={"image_embeds": picture})
-
-
-@either_order
-@pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
-def test_an_ip_adapter_is_loaded_before_or_after_patching(name: str, patch_first: bool) -> None:
-    """At scale 0 it says nothing: then the patched model is that without an adapter, up to the order of sums."""
-    reference, silent, model = (ZOO[name].build() for _ in range(3))
-    load_ip_adapter(reference)
-    adapted, native = (run_with_picture(name, reference, grid) for grid in (GRID, NATIVE))
-    plain, patched = plain_and_patched(name)
-    assert_differs(adapted, plain)
-    with in_order(silent, lambda: load_ip_adapter(silent, scale=0.0), patch_first):
-        assert_close(run_with_picture(name, silent, GRID), patched)
-    with in_order(model, lambda: load_ip_adapter(model), patch_first):
-        out = run_with_picture(name, model, GRID)
-        assert torch.equal(run_with_picture(name, model, NATIVE), native)
-    assert_differs(out, adapted)
-    assert_differs(out, patched)
-    with patch(reference):
-        assert torch.equal(run_with_picture(name, reference, GRID), out)
-    assert torch.equal(run_with_picture(name, model, GRID), adapted)
-
-
-# ControlNets
-
-
-def small_controlnet(unet: nn.Module, seed: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net: nn.Module = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 8)).eval()
-        with torch.no_grad():
-            for name, parameter in net.named_parameters():
-                if name.startswith(("controlnet_", "mid_block.", "down_blocks.")):  # the first ones start at zero
-                    parameter.add_(0.05 * torch.randn(parameter.shape))
-    return net
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_controlnets_are_patched_with_their_pipeline(demo: Any, several: bool) -> None:
-    nets = [small_controlnet(demo.unet, seed) for seed in range(2 if several else 1)]
-    parts = demo.components | {"controlnet": nets if several else nets[0]}
-    pipe = diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    picture = Draw(3)(1, 3, 128, 96).sigmoid()
-
-    def draw() -> Tensor:
-        images = [picture] * len(nets) if several else picture
-        how = {"height": 128, "width": 96, "num_inference_steps": 1, "output_type": "latent"}
-        out: Tensor = pipe("a moon", images, generator=seeded(), **how).images
-        return out
-
-    cls, states, plain = type(pipe), [state_of(net) for net in (demo.unet, *nets)], draw()
-    with scalediff.patch_model(demo.unet):
-        denoiser_only = draw()
-    with scalediff.patch_model(pipe) as handle:
-        patched = draw()
-        rows = {row.module for row in handle.report.patched}
-    prefixes = [f"controlnet.nets.{i}." for i in range(2)] if several else ["controlnet."]
-    for prefix, net in zip(prefixes, nets, strict=True):
-        names = {prefix + name for name, _ in net.named_modules() if name.endswith("attn1")}
-        assert names
-        assert names <= rows
-    assert_differs(patched, plain)
-    assert_differs(patched, denoiser_only)
-    for net in nets:
-        scalediff.patch_model(net, window=(16, 16))  # a ControlNet does not say what it was trained at
-    with scalediff.patch_model(demo.unet):
-        assert torch.equal(draw(), patched)
-    for net in nets:
-        scalediff.unpatch_model(net)
-    assert torch.equal(draw(), plain)
-    assert type(pipe) is cls
-    assert [state_of(net) for net in (demo.unet, *nets)] == states
 
 
 # Offloading and casting
@@ -503,75 +348,6 @@ def test_an_exception_in_the_middle_of_a_pass_leaves_nothing_behind(where: str) 
         assert _AttentionBackendRegistry._backends == backends
         assert torch.equal(ZOO["FLUX.1"].run(model, GRID), patched)
     assert torch.equal(ZOO["FLUX.1"].run(model, GRID), plain)
-
-
-# Saving, pickling, forgetting
-
-
-@pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
-def test_a_patched_model_is_saved_as_its_own_class(name: str, tmp_path: Path) -> None:
-    model, (plain, patched) = ZOO[name].build(), plain_and_patched(name)
-    cls: Any = type(model)
-    model.save_pretrained(tmp_path / "before")
-    with patch(model):
-        model.save_pretrained(tmp_path / "patched")
-        loaded = cls.from_pretrained(tmp_path / "patched")
-        assert torch.equal(ZOO[name].run(model, GRID), patched)
-    assert type(loaded) is cls
-    assert_close(ZOO[name].run(loaded, GRID), plain)  # the weights lie elsewhere in memory, and sums are taken in another order
-    files = [{p.name: p.read_bytes() for p in (tmp_path / side).iterdir()} for side in ("before", "patched")]
-    assert files[0] == files[1]
-
-
-def test_a_patched_pipeline_is_saved_as_its_own_class(demo: Any, tmp_path: Path) -> None:
-    cls, plain = type(demo), forward(demo.unet, (32, 24))
-    demo.save_pretrained(tmp_path / "before")
-    with scalediff.patch_model(demo):
-        demo.save_pretrained(tmp_path / "patched")
-    before, after = (json.loads((tmp_path / side / "model_index.json").read_text()) for side in ("before", "patched"))
-    assert before == after
-    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "patched")
-    assert type(loaded) is cls
-    assert type(loaded.unet) is type(demo.unet)
-    assert torch.equal(forward(loaded.unet, (32, 24)), plain)
-
-
-def test_a_patched_transformer_goes_through_a_pickle_unpatched() -> None:
-    model, (plain, patched) = ZOO["FLUX.1"].build(), plain_and_patched("FLUX.1")
-    state, file = state_of(model), io.BytesIO()
-    with patch(model):
-        assert torch.equal(ZOO["FLUX.1"].run(model, GRID), patched)
-        torch.save(model, file)
-        twins = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
-        assert torch.equal(ZOO["FLUX.1"].run(model, GRID), patched)
-    file.seek(0)
-    for twin in (torch.load(file, weights_only=False), *twins):
-        assert state_of(twin) == state
-        assert_close(ZOO["FLUX.1"].run(twin, GRID), plain)
-
-
-def test_a_model_made_from_the_class_of_a_patched_one_is_a_model_of_its_own() -> None:
-    model, (plain, patched) = ZOO["FLUX.1"].build(), plain_and_patched("FLUX.1")
-    with patch(model):
-        kind: Any = type(model)
-        other = kind.from_config(model.config).eval()
-        other.load_state_dict(model.state_dict())
-    assert_close(ZOO["FLUX.1"].run(other, GRID), plain)
-    with patch(other):
-        assert_close(ZOO["FLUX.1"].run(other, GRID), patched)
-        assert_close(ZOO["FLUX.1"].run(model, GRID), plain)
-    assert_close(ZOO["FLUX.1"].run(other, GRID), plain)
-
-
-@pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
-def test_nothing_of_a_forgotten_model_is_alive(name: str) -> None:
-    model = ZOO[name].build()
-    handle = patch(model)
-    ZOO[name].run(model, GRID)
-    traces = [weakref.ref(x) for x in (model, handle, next(model.parameters()))]
-    del handle, model
-    gc.collect()
-    assert [trace() for trace in traces] == [None] * 3
 
 
 # What is refused, and what shares a name
