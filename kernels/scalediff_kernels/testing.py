@@ -42,6 +42,8 @@ def attention_inputs(
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill what `torch.empty` and `torch.empty_like` return with NaN, so that an element nobody wrote is seen."""
+    import torch._dynamo  # it takes down torch's functions when it is first imported, and must not meet ours
+
     originals = {"empty": torch.empty, "empty_like": torch.empty_like}
 
     def poisoned(make: Any) -> Any:

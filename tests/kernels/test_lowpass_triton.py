@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +15,7 @@ from scalediff_kernels.lowpass.config import Problem, launch_config
 from scalediff_kernels.lowpass.geometry import Kind
 from scalediff_kernels.lowpass.operators import band
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
+from tests.kernels.sanitizer import assert_clean
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 GPU = torch.cuda.is_available()
@@ -273,9 +269,4 @@ class TestOnTheGpu:
 
     @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
     def test_compute_sanitizer(self, tool: str) -> None:
-        if shutil.which("compute-sanitizer") is None:
-            pytest.skip("compute-sanitizer is not installed")
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        assert_clean(tool, SANITIZED)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from tests.kernels.problems import CHOSEN, GPU, Problem, assert_right, run
+from tests.kernels.sanitizer import assert_clean
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device")]
@@ -86,13 +81,7 @@ def test_inductor(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool: str) -> None:
-    if shutil.which("compute-sanitizer") is None:
-        pytest.skip("compute-sanitizer is not installed")
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    # Without torch's caching allocator, so that every tensor has borders; with this checkout on the path.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert_clean(tool, SANITIZED)
 
 
 def test_no_memory_beyond_the_result() -> None:
