@@ -42,7 +42,11 @@ def attention_inputs(
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill what `torch.empty` and `torch.empty_like` return with NaN, so that an element nobody wrote is seen."""
-    import torch._dynamo  # it takes down torch's functions when it is first imported, and must not meet ours
+    # Both take down torch's functions when they are first used, for good, and must not meet ours.
+    import torch._dynamo
+
+    with torch.device("cpu"):
+        torch.empty(0)
 
     originals = {"empty": torch.empty, "empty_like": torch.empty_like}
 
