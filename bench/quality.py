@@ -24,11 +24,11 @@ from torch import Tensor
 import scalediff
 from bench import harness
 from bench.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
-from scalediff.cascade import native_size, preset, stage_sizes
 from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
 from scalediff.families import family_of
 from scalediff.grid import level_grid, patch_of, window_of
 from scalediff.hooks import denoiser_of
+from scalediff.pipelines import native_size, preset, stage_sizes
 from scalediff_kernels.neighborhood.geometry import attention_flops
 
 FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the prompts

@@ -14,24 +14,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.families import FAMILIES, family_of
-from scalediff.families.base import Cascade, Family
-from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, original_call, patch_model
+from scalediff.hooks import Handle, handle_of, original_call
 from scalediff.latents import decode, encode, pack, pictures_of, unpack
-from scalediff.schedule import Guidance, check_scheduler, guided_scheduler, recording_scheduler
-from scalediff.settings import Settings, plan_sizes
+from scalediff.memory import out_of_memory, wants_tiling
+from scalediff.pipelines import (
+    Sizes,
+    borrowed,
+    cascade_of,
+    check_run,
+    native_size,
+    preset,
+    stage_sizes,
+    tiled,
+    unguided_from,
+)  # fmt: skip
+from scalediff.progress import Progress, Step
+from scalediff.schedule import Guidance, Watch, guided_scheduler, recording_scheduler, upsampled
+from scalediff.settings import Attention, PerStage, Settings
 from scalediff.workdir import Saved, Workdir
 from scalediff_kernels import mix_frequencies
-from scalediff_kernels.lowpass.geometry import coarse_length
 
 Generators = torch.Generator | list[torch.Generator]
 
@@ -61,35 +70,6 @@ class Stage:
     settings: Settings
 
 
-def preset(pipe: Any) -> Settings:
-    """The family's default settings for this pipeline."""
-    denoiser = denoiser_of(pipe)
-    return family_with_cascade(denoiser)[1].preset(denoiser)
-
-
-def family_with_cascade(denoiser: nn.Module) -> tuple[Family, Cascade]:
-    family = family_of(denoiser)
-    if family is None or family.cascade is None:
-        known = ", ".join(sorted(name for name, one in FAMILIES.items() if one.cascade is not None))
-        raise ValueError(f"the cascade knows pipelines around {known}, got {type(denoiser).__name__}")
-    return family, family.cascade
-
-
-def native_size(pipe: Any) -> tuple[int, int]:
-    """Pixels (height, width) that the model was trained at; of a patched one, those of its window."""
-    denoiser, handle = denoiser_of(pipe), handle_of(pipe)
-    family, cascade = family_with_cascade(denoiser)
-    y, x = handle.window if handle is not None else family.native_grid(denoiser) or (0, 0)
-    return y * cascade.patch * pipe.vae_scale_factor, x * cascade.patch * pipe.vae_scale_factor
-
-
-def stage_sizes(pipe: Any, height: int, width: int) -> list[tuple[int, int]]:
-    """The sizes of all stages up to a target, in pixels; raises as `plan_sizes`."""
-    cascade = family_with_cascade(denoiser_of(pipe))[1]
-    multiple = max(cascade.size_multiple, cascade.patch * pipe.vae_scale_factor)
-    return plan_sizes((height, width), native=native_size(pipe), multiple=multiple)
-
-
 def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     """A patched pipeline's call: its own up to the native size, the cascade above; arguments and return value are the pipeline's."""
     native = native_size(pipe)
@@ -100,7 +80,7 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     settings = replace(
         settings,
         steps=arguments.setdefault("num_inference_steps", settings.steps),
-        guidance_scale=arguments.setdefault(family_with_cascade(denoiser_of(pipe))[1].guidance, settings.guidance_scale),
+        guidance_scale=arguments.setdefault(cascade_of(pipe).guidance, settings.guidance_scale),
         attention=handle.attention if handle is not None else settings.attention,
     )
     if arguments.get("generator") is None:
@@ -111,74 +91,241 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
 _LATENT = {"output_type": "latent", "return_dict": False}
 
 
+@dataclass(frozen=True)
+class Around:
+    """What goes on beside a run.
+
+    Attributes:
+        on_stage: Called with every stage as it ends, or as it is found in the workdir.
+        on_step: Called with every step.
+        progress: One bar over all stages; None leaves the pipeline's own bar, False shows none.
+        workdir: Keeps every finished stage; those that it holds are taken from there.
+        vae_tiling: The autoencoder works in tiles; None: where it would not fit into what is free.
+        vae_attention: `"npa"` gives the autoencoder neighborhood patch attention.
+    """
+
+    on_stage: Callable[[Stage], None] | None = None
+    on_step: Callable[[Step], None] | None = None
+    progress: bool | None = None
+    workdir: Workdir | None = None
+    vae_tiling: bool | None = None
+    vae_attention: Attention = "full"
+
+
 @torch.no_grad()
 def run(
     pipe: Any,
     arguments: Mapping[str, Any],
-    sizes: list[tuple[int, int]],
+    sizes: Sizes,
     settings: Settings,
+    around: Around = Around(),  # it is frozen
     *,
-    on_stage: Callable[[Stage], None] | None = None,
-    progress: bool | None = None,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
-    workdir: Workdir | None = None,
 ) -> Any:
-    """All stages. With `on_stage` every one is decoded for it; without, the last call's own return value is returned.
+    """All stages. With `around.on_stage` every one is decoded for it; without, the last call's own return value is returned.
 
-    A picture, `[B, 3, height, width]` in [-1, 1], stands for the base stage, whose size `base` then is. Stages that a workdir holds
-    are taken from there.
+    A picture, `[B, 3, height, width]` in [-1, 1], stands for the base stage, whose size `base` then is.
     """
-    _check(pipe, arguments, sizes, settings, restarts=len(sizes) if picture is not None else len(sizes) - 1)
-    call, scheduler = original_call(pipe), pipe.scheduler
-    trained_size = family_with_cascade(denoiser_of(pipe))[1].trained_size
-    asked: Mapping[str, Any] = {}
-    latents = decoded = torch.empty(0)
-    with _borrowed(pipe, settings) as handle:
+    check_run(pipe, arguments, sizes, settings, restarts=len(sizes) - (picture is None))
+    with borrowed(pipe, settings, around.vae_attention) as handle:
+        return _Run(pipe, arguments, list(sizes), settings, around, handle, base or sizes[0]).all(picture)
+
+
+class _Run:
+    """A run under way, and what one stage hands to the next: `latents`, the picture `decoded` from them, and from the base stage what it
+    asked of its scheduler and what it took for the clean latents on its way."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        arguments: Mapping[str, Any],
+        sizes: list[tuple[int, int]],
+        settings: Settings,
+        around: Around,
+        handle: Handle | None,
+        base: tuple[int, int],
+    ) -> None:
+        self.pipe, self.arguments, self.sizes, self.settings, self.around, self.handle, self.base = (
+            pipe, arguments, sizes, settings, around, handle, base,
+        )  # fmt: skip
+        self.scheduler, self.call = pipe.scheduler, original_call(pipe)
+        self.latents = self.decoded = torch.empty(0)
+        self.asked: Mapping[str, Any] = {}
+        self.trajectory: list[Tensor] = []
+
+    def all(self, picture: Tensor | None) -> Any:
+        workdir, device = self.around.workdir, self.pipe._execution_device
         done = workdir.finished() if workdir is not None else []
+        self.first = 1 if picture is None else 0  # stages without a restart
         if picture is not None:
-            decoded = picture.to(pipe._execution_device)
-            latents = encode(pipe, decoded).to(pipe.dtype)
-        if picture is not None or 0 < len(done) < len(sizes):
-            asked = _rehearsed(pipe, scheduler, arguments, base or sizes[0])
-        for index, (height, width) in enumerate(sizes, start=1):
-            if index <= len(done):
-                latents, seconds = done[index - 1].latents.to(pipe._execution_device), done[index - 1].seconds
-                decoded = decode(pipe, latents)
-                _set_states(arguments["generator"], done[index - 1].states)
-                if on_stage is not None:
-                    steps = settings.steps if index == 1 and picture is None else settings.stage_steps
-                    on_stage(Stage(index, len(sizes), height, width, pictures_of(pipe, decoded), latents, steps, seconds, settings))
-                continue
-            since = time.perf_counter()
-            changes: dict[str, Any] = {"height": height, "width": width}
-            restarts = index > 1 or picture is not None
-            if restarts:
-                asked = asked or pipe.scheduler.asked
-                pipe.scheduler = scheduler
-                changes |= _restart(pipe, asked, latents, decoded, (height, width), settings, arguments["generator"])
-            elif len(sizes) > 1:
-                pipe.scheduler = recording_scheduler(scheduler)
-            if handle is not None:
-                handle.attention = settings.attention if restarts else "full"
-                handle.restart_jitter()
-            if trained_size and restarts and settings.attention == "npa":
-                setattr(pipe, trained_size, round(math.sqrt(height * width)))
-            if progress is not None:
-                pipe.set_progress_bar_config(desc=f"stage {index}/{len(sizes)}  {height} x {width}", disable=not progress)
-            if index == len(sizes) and on_stage is None:
-                return call(pipe, **{**arguments, **changes})
-            latents = _unpacked(pipe, call(pipe, **{**arguments, **changes, **_LATENT})[0], (height, width))
-            decoded = decode(pipe, latents)
-            if on_stage is not None:
-                steps, images = changes.get("num_inference_steps", settings.steps), pictures_of(pipe, decoded)
-                seconds = time.perf_counter() - since
-                if workdir is not None:
-                    workdir.save(index, Saved(latents, _states(arguments["generator"]), seconds), images)
-                on_stage(Stage(index, len(sizes), height, width, images, latents, steps, seconds, settings))
-            if getattr(pipe, "interrupt", False):  # diffusers' flag, set by a callback: this stage is the last
-                return None if on_stage is not None else _as_they_are(pipe, arguments, scheduler, latents, height, width)
-    return None
+            self.decoded = picture.to(device)
+            with tiled(self.pipe.vae, on=self._tiles(picture.shape[-2:])):
+                self.latents = encode(self.pipe, self.decoded).to(self.pipe.dtype)
+        if picture is not None or 0 < len(done) < len(self.sizes):
+            self.asked = self._rehearsed()
+        with self._progress() as self.progress:
+            for index, size in enumerate(self.sizes, start=1):
+                if index <= len(done):
+                    self._take(index, done[index - 1])
+                    continue
+                what = f"stage {index}/{len(self.sizes)}"
+                with tiled(self.pipe.vae, on=self._tiles(size)), out_of_memory(self.pipe, self.arguments, size, what):
+                    if index == len(self.sizes) and self.around.on_stage is None:
+                        return self._called(index, size, {})
+                    self._draw(index, size)
+                    if getattr(self.pipe, "interrupt", False):  # diffusers' flag, set by a callback: this stage is the last
+                        return None if self.around.on_stage is not None else self._as_it_is(size)
+        return None
+
+    def _draw(self, index: int, size: tuple[int, int]) -> None:
+        """One stage, kept and told of."""
+        since = time.perf_counter()
+        self.latents = _unpacked(self.pipe, self._called(index, size, _LATENT)[0], size)
+        self.decoded = decode(self.pipe, self.latents)
+        if self.around.on_stage is None:
+            return
+        images, seconds = pictures_of(self.pipe, self.decoded), time.perf_counter() - since
+        if self.around.workdir is not None:
+            states, in_tiles = _states(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
+            self.around.workdir.save(index, Saved(self.latents, states, seconds, in_tiles, self.trajectory), images)
+        self._tell(index, images, seconds)
+
+    def _take(self, index: int, saved: Saved) -> None:
+        """A stage that an earlier run has finished."""
+        self.latents = saved.latents.to(self.pipe._execution_device)
+        with tiled(self.pipe.vae, on=saved.in_tiles):
+            self.decoded = decode(self.pipe, self.latents)
+        if index == 1:
+            self.trajectory = saved.trajectory
+        _set_states(self.arguments["generator"], saved.states)
+        self.progress.skip(index)
+        self._tell(index, pictures_of(self.pipe, self.decoded), saved.seconds)
+
+    def _tell(self, index: int, images: list[Any], seconds: float) -> None:
+        if self.around.on_stage is not None:
+            size, steps = self.sizes[index - 1], self._settings(index).stage_steps if index > self.first else self.settings.steps
+            self.around.on_stage(Stage(index, len(self.sizes), *size, images, self.latents, steps, seconds, self.settings))
+
+    def _called(self, index: int, size: tuple[int, int], output: Mapping[str, Any]) -> Any:
+        """What the pipeline's call returns for a stage."""
+        changes: dict[str, Any] = {"height": size[0], "width": size[1]}
+        settings, restarts, pipe = self._settings(index), index > self.first, self.pipe
+        batch = unguided = 0
+        if restarts:
+            changes |= self._restart(index, size, settings)
+            batch = self.latents.shape[0]
+            unguided = math.ceil(float(_one(settings.guidance_until)) * len(pipe.scheduler.levels))
+        elif len(self.sizes) > 1 or self.around.progress or self.around.on_step is not None:
+            pipe.scheduler = recording_scheduler(self.scheduler, watch=self._watch(index))
+        if self.handle is not None:
+            self.handle.attention = settings.attention if restarts else "full"
+            self.handle.restart_jitter()
+        trained_size = cascade_of(pipe).trained_size
+        if trained_size and restarts and settings.attention == "npa":
+            setattr(pipe, trained_size, round(math.sqrt(size[0] * size[1])))
+        if self.around.progress is not None:
+            pipe.set_progress_bar_config(disable=True)
+        self.progress.begin(index)
+        skips = restarts and unguided < len(pipe.scheduler.levels)
+        with unguided_from(pipe, batch, unguided if skips else None):
+            result = self.call(pipe, **{**self.arguments, **changes, **output})
+        if not restarts and len(self.sizes) > 1:
+            self.asked = pipe.scheduler.asked
+        return result
+
+    def _restart(self, index: int, size: tuple[int, int], settings: Settings) -> dict[str, Any]:
+        """Hand the pipeline this stage's guided scheduler, a tail of the schedule that the base stage asked for.
+
+        Returns what the pipeline's call starts from.
+        """
+        from diffusers.utils.torch_utils import randn_tensor
+
+        pipe, generator = self.pipe, self.arguments["generator"]
+        reference = _reference(pipe, self.latents, self.decoded, size, settings)
+        steps = settings.stage_steps
+        start = settings.sg_cutoff_start
+        calls = pipe.scheduler.order * (steps - 1) + 1
+        guidance = Guidance(
+            reference if settings.sg else None,
+            _one(settings.sg_cutoff),
+            start=None if start is None else _one(start),
+            kind=settings.filter,
+            trajectory=self.trajectory[-calls:] if settings.anchor == "trajectory" else None,
+            packed=cascade_of(pipe).packed,
+        )
+        pipe.scheduler = guided_scheduler(
+            self.scheduler, steps=settings.steps, kept=steps, guidance=guidance, asked=self.asked, watch=self._watch(index)
+        )
+        pipe.scheduler.set_timesteps(steps)
+        level = pipe.scheduler.levels[0]
+        noise = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
+        changes = {"latents": _packed(pipe, level.signal * reference + level.noise * noise), "num_inference_steps": steps}
+        if settings.size_conditioning == "native":
+            told = {name: native_size(pipe) for name in ("original_size", "target_size")}
+            changes |= {name: size for name, size in told.items() if self.arguments.get(name) is None}
+        return changes
+
+    def _watch(self, index: int) -> Watch:
+        """What sees the model calls of a stage."""
+        keeps = index == 1 and self.first == 1 and self.settings.sg and self.settings.anchor == "trajectory"
+        longest = max((self._calls(i) for i in range(2, len(self.sizes) + 1)), default=0)
+
+        def watch(call: int, denoised: Callable[[], Tensor]) -> None:
+            if keeps and call >= self._calls(1) - longest:
+                self.trajectory.append(_unpacked(self.pipe, denoised(), self.sizes[0]))
+            self.progress.call(index, call, denoised)
+
+        return watch
+
+    def _calls(self, index: int) -> int:
+        """Model calls of a stage: a solver of order two calls twice a step, but for the last."""
+        steps = self.settings.steps if index <= self.first else self._settings(index).stage_steps
+        return int(self.scheduler.order) * (steps - 1) + 1
+
+    def _settings(self, index: int) -> Settings:
+        """Those of a stage, with one number each; of the base stage, the run's."""
+        above = len(self.sizes) - self.first
+        return self.settings.of_stage(index - self.first, above) if index > self.first else self.settings
+
+    def _tiles(self, size: Sequence[int]) -> bool:
+        tiling = self.around.vae_tiling
+        prompt = self.arguments.get("prompt")
+        batch = (len(prompt) if isinstance(prompt, list) else 1) * int(self.arguments.get("num_images_per_prompt") or 1)
+        return wants_tiling(self.pipe, (size[0], size[1]), batch) if tiling is None else tiling
+
+    def _progress(self) -> Progress:
+        calls = [self._calls(i) for i in range(1, len(self.sizes) + 1)]
+        return Progress(self.sizes, calls, bar=bool(self.around.progress), on_step=self.around.on_step, preview=self._preview)
+
+    def _preview(self, index: int, denoised: Tensor) -> list[Any]:
+        """Pictures of an estimate of the clean latents, no larger than the model's native size."""
+        latents = _unpacked(self.pipe, denoised, self.sizes[index - 1])
+        shrunk = math.sqrt(math.prod(native_size(self.pipe)) / math.prod(self.sizes[index - 1]))
+        if shrunk < 1:
+            latents = F.interpolate(latents, scale_factor=shrunk, mode="area")
+        return pictures_of(self.pipe, decode(self.pipe, latents))
+
+    def _rehearsed(self) -> Mapping[str, Any]:
+        """What the pipeline would ask of its scheduler for a picture of the base size: its call, with a schedule of no steps."""
+        self.pipe.scheduler = recording_scheduler(self.scheduler, runs=False)
+        changes = {"height": self.base[0], "width": self.base[1], "generator": fresh_generator()}
+        self.call(self.pipe, **{**self.arguments, **changes, **_LATENT})
+        asked: Mapping[str, Any] = self.pipe.scheduler.asked
+        self.pipe.scheduler = self.scheduler
+        return asked
+
+    def _as_it_is(self, size: tuple[int, int]) -> Any:
+        """The pipeline's own return value for the latents of now: its call, with a schedule of no steps."""
+        self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, kept=0, guidance=Guidance(None, 1.0))
+        changes = {"height": size[0], "width": size[1], "latents": _packed(self.pipe, self.latents), "num_inference_steps": 1}
+        return self.call(self.pipe, **{**self.arguments, **changes})
+
+
+def _one(value: PerStage) -> float:
+    """A number that is chosen for a stage."""
+    assert isinstance(value, float | int)
+    return value
 
 
 def _states(generator: Generators) -> list[Tensor]:
@@ -190,119 +337,26 @@ def _set_states(generator: Generators, states: list[Tensor]) -> None:
         one.set_state(state)
 
 
-def _as_they_are(pipe: Any, arguments: Mapping[str, Any], scheduler: Any, latents: Tensor, height: int, width: int) -> Any:
-    """The pipeline's own return value for these latents: its call, with a schedule of no steps."""
-    pipe.scheduler = guided_scheduler(scheduler, steps=1, kept=0, guidance=Guidance(None, 1.0))
-    changes = {"height": height, "width": width, "latents": _packed(pipe, latents), "num_inference_steps": 1}
-    return original_call(pipe)(pipe, **{**arguments, **changes})
-
-
-def _rehearsed(pipe: Any, scheduler: Any, arguments: Mapping[str, Any], base: tuple[int, int]) -> Mapping[str, Any]:
-    """What the pipeline would ask of its scheduler for a picture of the base size: its call, with a schedule of no steps."""
-    pipe.scheduler = recording_scheduler(scheduler, runs=False)
-    changes = {"height": base[0], "width": base[1], "generator": fresh_generator()}
-    original_call(pipe)(pipe, **{**arguments, **changes, **_LATENT})
-    asked: Mapping[str, Any] = pipe.scheduler.asked
-    pipe.scheduler = scheduler
-    return asked
-
-
-def check_call(pipe: Any) -> None:
-    denoiser_of(pipe)
-    if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
-        raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
-
-
-def _check(pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings, *, restarts: int) -> None:
-    """Refuse before anything is drawn what one of the last `restarts` stages would refuse."""
-    factor = pipe.vae_scale_factor
-    if restarts:
-        check_scheduler(pipe.scheduler)
-        for name in ("timesteps", "sigmas", "denoising_end"):
-            if arguments.get(name) is not None:
-                raise ValueError(f"stages above the native size lay out their own schedule, got {name}={arguments[name]}")
-    for height, width in sizes[len(sizes) - restarts :]:
-        for cutoff in (settings.lfm_cutoff, settings.sg_cutoff):
-            coarse_length(min(height, width) // factor, cutoff)
-    latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
-    packed = family_with_cascade(denoiser_of(pipe))[1].packed
-    if latents is not None and (latents.shape[1] != base[0] * base[1] // 4 if packed else tuple(latents.shape[-2:]) != base):
-        raise ValueError(f"latents are those of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
-
-
-@contextmanager
-def _borrowed(pipe: Any, settings: Settings) -> Iterator[Handle | None]:
-    """Give the pipeline back as it was; inside, the handle whose attention the stages switch (None: nothing is patched).
-
-    A pipeline that is not patched gets its denoiser patched for the run, before anything is drawn, so that a model with
-    nothing to patch is known at once.
-    """
-    scheduler, bar = pipe.scheduler, pipe.__dict__.get("_progress_bar_config")
-    trained_size = family_with_cascade(denoiser_of(pipe))[1].trained_size
-    pixels = getattr(pipe, trained_size) if trained_size else None
-    handle = handle_of(pipe)
-    with nullcontext(handle) if handle is not None or settings.attention == "full" else patch_model(denoiser_of(pipe)) as handle:
-        attention = handle.attention if handle is not None else None
-        try:
-            yield handle
-        finally:
-            pipe.scheduler = scheduler
-            if trained_size:
-                setattr(pipe, trained_size, pixels)
-            if bar is not None:
-                pipe._progress_bar_config = bar
-            else:
-                pipe.__dict__.pop("_progress_bar_config", None)
-            if handle is not None and attention is not None:
-                handle.attention = attention
-
-
-def _restart(
-    pipe: Any,
-    asked: Mapping[str, Any],
-    latents: Tensor,
-    decoded: Tensor,
-    size: tuple[int, int],
-    settings: Settings,
-    generator: Generators,
-) -> dict[str, Any]:
-    """Hand the pipeline this stage's guided scheduler, a tail of the schedule that the base stage asked for.
-
-    Returns the latents and steps that the pipeline's call starts from.
-    """
-    from diffusers.utils.torch_utils import randn_tensor
-
-    reference = _reference(pipe, latents, decoded, size, settings)
-    steps = settings.stage_steps
-    cascade = family_with_cascade(denoiser_of(pipe))[1]
-    guidance = Guidance(reference if settings.sg else None, settings.sg_cutoff, packed=cascade.packed)
-    pipe.scheduler = guided_scheduler(pipe.scheduler, steps=settings.steps, kept=steps, guidance=guidance, asked=asked)
-    pipe.scheduler.set_timesteps(steps)
-    start = pipe.scheduler.levels[0]
-    noise = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
-    return {"latents": _packed(pipe, start.signal * reference + start.noise * noise), "num_inference_steps": steps}
-
-
 def _packed(pipe: Any, latents: Tensor) -> Tensor:
     """As the pipeline takes latents."""
-    return pack(latents) if family_with_cascade(denoiser_of(pipe))[1].packed else latents
+    return pack(latents) if cascade_of(pipe).packed else latents
 
 
 def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     """`[B, C, Y, X]` of what the pipeline hands out for a picture of a size in pixels."""
     factor = pipe.vae_scale_factor
-    return unpack(latents, (size[0] // factor, size[1] // factor)) if family_with_cascade(denoiser_of(pipe))[1].packed else latents
+    return unpack(latents, (size[0] // factor, size[1] // factor)) if cascade_of(pipe).packed else latents
 
 
 def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
     """The stage's clean reference `[B, C, Y, X]`: upsampled in RGB, its low band replaced by the latent's own."""
-    z_ru = encode(pipe, F.interpolate(decoded, size=size, mode="bicubic", align_corners=False)).to(latents.dtype)
+    z_ru = encode(pipe, upsampled(decoded, size)).to(latents.dtype)
     if not z_ru.isfinite().all():
         raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
     if not settings.lfm:
         return z_ru
-    z_lu = F.interpolate(latents, size=z_ru.shape[-2:], mode="bicubic", align_corners=False)
-    return mix_frequencies(z_ru, z_lu, cutoff=settings.lfm_cutoff)
+    z_lu = upsampled(latents, z_ru.shape[-2:])
+    return mix_frequencies(z_ru, z_lu, cutoff=_one(settings.lfm_cutoff), kind=settings.filter)
 
 
 def fresh_generator() -> torch.Generator:

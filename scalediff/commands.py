@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from scalediff.cascade import Stage, native_size, stage_sizes
+from scalediff.cascade import Stage
 from scalediff.demo import load_demo
 from scalediff.draw import Result, generate, upscale
 from scalediff.families import FAMILIES
 from scalediff.flops import count
 from scalediff.pictures import check_writable, open_picture, read_metadata, save_png, side_by_side
+from scalediff.pipelines import native_size, stage_sizes
 from scalediff.settings import Settings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from scalediff.cascade import Generators, Stage, check_call, family_with_cascade, fresh_generator, preset, run, stage_sizes
+from scalediff.cascade import Around, Generators, Stage, fresh_generator, run
 from scalediff.hooks import denoiser_of
-from scalediff.settings import Attention, Settings
+from scalediff.pipelines import Sizes, cascade_of, check_call, named_preset, stage_sizes
+from scalediff.progress import Step
+from scalediff.settings import Attention, PerStage, Preset, Settings
 from scalediff.workdir import Workdir, digest
 
 _DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
@@ -36,16 +38,21 @@ def generate(
     negative_prompt: str | list[str] | None = None,
     call: Mapping[str, Any] | None = None,
     generator: Generators | None = None,
+    preset: str | Settings = "default",
     steps: int | None = None,
-    restart: float | None = None,
+    restart: PerStage | None = None,
     guidance_scale: float | None = None,
     attention: Attention | None = None,
     lfm: bool | None = None,
     sg: bool | None = None,
-    lfm_cutoff: float | None = None,
-    sg_cutoff: float | None = None,
+    lfm_cutoff: PerStage | None = None,
+    sg_cutoff: PerStage | None = None,
+    sizes: Sizes | None = None,
+    vae_tiling: bool | None = None,
+    vae_attention: Attention = "full",
     workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
 ) -> Result:
     """Draw a picture above the model's native size.
@@ -57,12 +64,17 @@ def generate(
         negative_prompt: As in the pipeline's own call.
         call: Further arguments of the pipeline's own call, for every stage.
         generator: Makes the whole run reproducible; a fresh one with a random seed when None. The global RNG is not used.
-        steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the family's preset
-            where None.
+        preset: `"default"`, `"paper"` for what was published for this model, another of the family's (`scalediff models` names them), or
+            Settings of one's own, which have every switch.
+        steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the preset's where None.
+        sizes: (height, width) of every stage, base first and target last; twice the size from stage to stage when None.
+        vae_tiling: Encode and decode in tiles; None: where a picture in one piece would not fit into the memory that is free.
+        vae_attention: `"npa"` for neighborhood patch attention in the autoencoder too.
         workdir: A folder that keeps every finished stage. A run that was interrupted, called again with the same arguments and a
             generator in the same state, begins after its last finished stage and ends with the same bits.
         on_stage: Called with every stage as it ends, or as it is found in the workdir.
-        progress: Show the pipeline's progress bar, labelled by stage.
+        on_step: Called with every denoising step: where the run is, seconds left, and a preview for the asking.
+        progress: Show one bar over all stages, with the time left.
 
     Returns:
         A Result with `.images`, `.stages` and `.settings`.
@@ -71,14 +83,16 @@ def generate(
         ValueError: a size or setting is out of range, the pipeline is of no known family, or the workdir belongs to another run.
         TypeError: not a text-to-image pipeline.
         NotImplementedError: the pipeline's scheduler cannot be guided.
+        torch.OutOfMemoryError: names the stage, and what would fit.
 
     ScaleDiff, arXiv:2510.25818.
     """
     given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
     check_call(pipe)
-    return _draw(
-        pipe, _arguments(prompt, negative_prompt, generator, call), stage_sizes(pipe, height, width), given, workdir, on_stage, progress
-    )
+    around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention)
+    chosen = _preset(pipe, preset)
+    arguments = _arguments(prompt, negative_prompt, generator, call, chosen)
+    return _draw(pipe, arguments, stage_sizes(pipe, height, width, sizes), replace(chosen.settings, **given), around, workdir)
 
 
 def upscale(
@@ -91,16 +105,21 @@ def upscale(
     negative_prompt: str | list[str] | None = None,
     call: Mapping[str, Any] | None = None,
     generator: Generators | None = None,
+    preset: str | Settings = "default",
     steps: int | None = None,
-    restart: float | None = None,
+    restart: PerStage | None = None,
     guidance_scale: float | None = None,
     attention: Attention | None = None,
     lfm: bool | None = None,
     sg: bool | None = None,
-    lfm_cutoff: float | None = None,
-    sg_cutoff: float | None = None,
+    lfm_cutoff: PerStage | None = None,
+    sg_cutoff: PerStage | None = None,
+    sizes: Sizes | None = None,
+    vae_tiling: bool | None = None,
+    vae_attention: Attention = "full",
     workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
 ) -> Result:
     """Enlarge a picture and draw detail into it: the cascade, entered with a picture in place of a base stage.
@@ -108,8 +127,9 @@ def upscale(
     Args:
         image: A PIL picture, or a list of pictures of one size, as many as prompts.
         height, width: Target in pixels, above the picture's own area and of its shape.
-        pipe, prompt, negative_prompt, call, generator, steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff,
-        workdir, on_stage, progress: As in `generate`. The larger `restart`, the more is drawn anew.
+        sizes: (height, width) of every stage, the first above the picture's own area.
+        pipe, prompt, negative_prompt, call, generator, preset, steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff,
+        vae_tiling, vae_attention, workdir, on_stage, on_step, progress: As in `generate`. The larger `restart`, the more is drawn anew.
 
     Returns:
         As `generate`.
@@ -126,19 +146,23 @@ def upscale(
     own_width, own_height = images[0].size
     if abs(math.log(height * own_width / (width * own_height))) > _DISTORTION:
         raise ValueError(f"a picture of {own_height} x {own_width} would be distorted, got {height=}, {width=}")
-    sizes = stage_sizes(pipe, height, width)
-    above = [size for size in sizes if size[0] * size[1] > own_height * own_width]
+    planned = stage_sizes(pipe, height, width)
+    above = [size for size in planned if size[0] * size[1] > own_height * own_width]
     if not above:
         raise ValueError(f"the target must exceed the picture's {own_height} x {own_width}, got {height=}, {width=}")
-    multiple = pipe.vae_scale_factor * family_with_cascade(denoiser_of(pipe))[1].patch
+    multiple = pipe.vae_scale_factor * cascade_of(pipe).patch
     near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
+    if sizes is not None:
+        above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]))
     picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
-    arguments = _arguments(prompt, negative_prompt, generator, call)
-    return _draw(pipe, arguments, above, given, workdir, on_stage, progress, picture, sizes[0])
+    around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention)
+    chosen = _preset(pipe, preset)
+    arguments = _arguments(prompt, negative_prompt, generator, call, chosen)
+    return _draw(pipe, arguments, above, replace(chosen.settings, **given), around, workdir, picture, planned[0])
 
 
 def _story(
-    pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings, picture: Tensor | None
+    pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings, around: Around, picture: Tensor | None
 ) -> dict[str, Any]:
     """What makes a run what it is: with the same weights, machine and versions it is drawn again to the bit."""
     generator = arguments["generator"]
@@ -155,12 +179,13 @@ def _story(
         "model": f"{type(denoiser).__name__} {digest(dict(denoiser.config))}",
         "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
         "dtype": str(pipe.dtype).removeprefix("torch."),
+        "vae": [around.vae_tiling, around.vae_attention],
     }
 
 
 def _given(
-    steps: int | None, restart: float | None, guidance_scale: float | None, attention: Attention | None, lfm: bool | None, sg: bool | None,
-    lfm_cutoff: float | None, sg_cutoff: float | None,
+    steps: int | None, restart: PerStage | None, guidance_scale: float | None, attention: Attention | None, lfm: bool | None,
+    sg: bool | None, lfm_cutoff: PerStage | None, sg_cutoff: PerStage | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The settings that a caller has named."""
     given = {
@@ -170,47 +195,53 @@ def _given(
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _preset(pipe: Any, preset: str | Settings) -> Preset:
+    return Preset(preset, "the caller") if isinstance(preset, Settings) else named_preset(pipe, preset)
+
+
 def _arguments(
     prompt: str | list[str] | None,
     negative_prompt: str | list[str] | None,
     generator: Generators | None,
     call: Mapping[str, Any] | None,
+    preset: Preset,
 ) -> dict[str, Any]:
     """Those of the pipeline's call that are the same in every stage."""
     own = {"prompt", "negative_prompt", "height", "width", "generator", "num_inference_steps", "latents", "output_type", "return_dict"}
     if taken := own & set(call or {}):
         raise ValueError(f"call may not hold what has an argument of its own or belongs to the stages, got {', '.join(sorted(taken))}")
+    if preset.suffix and prompt is not None:
+        prompt = [one + preset.suffix for one in prompt] if isinstance(prompt, list) else prompt + preset.suffix
     named = {"prompt": prompt, "negative_prompt": negative_prompt}
-    given = {name: value for name, value in named.items() if value is not None}
-    return {**given, "generator": generator, **(call or {})}
+    given = {name: value for name, value in named.items() if value is not None} | dict(call or {})
+    told = "negative_prompt" if any(name.startswith("negative_prompt") for name in given) else ""
+    return {**{name: value for name, value in preset.call.items() if name != told}, **given, "generator": generator}
 
 
 def _draw(
     pipe: Any,
     arguments: Mapping[str, Any],
     sizes: list[tuple[int, int]],
-    given: Mapping[str, Any],
+    settings: Settings,
+    around: Around,
     workdir: str | Path | None,
-    on_stage: Callable[[Stage], None] | None,
-    progress: bool,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
 ) -> Result:
     if workdir is not None and arguments["generator"] is None:
         raise ValueError("a workdir needs a generator whose state can be named again, got generator=None")
-    settings = replace(preset(pipe), **given)
-    cascade = family_with_cascade(denoiser_of(pipe))[1]
+    cascade = cascade_of(pipe)
     own: dict[str, Any] = {cascade.guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
     if cascade.negative is not None and not any(name.startswith("negative_prompt") for name in arguments):
         own["negative_prompt"] = cascade.negative
     arguments = {**own, **arguments, "generator": arguments["generator"] or fresh_generator()}
     stages: list[Stage] = []
-    folder = None if workdir is None else Workdir(Path(workdir), _story(pipe, arguments, sizes, settings, picture))
+    folder = None if workdir is None else Workdir(Path(workdir), _story(pipe, arguments, sizes, settings, around, picture))
 
     def keep(stage: Stage) -> None:
         stages.append(stage)
-        if on_stage is not None:
-            on_stage(stage)
+        if around.on_stage is not None:
+            around.on_stage(stage)
 
-    run(pipe, arguments, sizes, settings, on_stage=keep, progress=progress, picture=picture, base=base, workdir=folder)
+    run(pipe, arguments, sizes, settings, replace(around, on_stage=keep, workdir=folder), picture=picture, base=base)
     return Result(stages[-1].images, stages, settings)

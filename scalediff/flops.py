@@ -120,7 +120,7 @@ def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> 
     family = family_of(denoiser)
     assert family is not None
     assert family.cascade is not None
-    settings = family.cascade.preset(denoiser)
+    settings = family.cascade.presets(denoiser)["default"].settings
     native = family.native_grid(denoiser)
     assert native is not None
     sizes = plan_sizes(size, native=(native[0] * model.tokens, native[1] * model.tokens), multiple=model.tokens)

@@ -23,9 +23,9 @@ from scalediff.families.unlisted import GridSource, TextSource, unlisted
 from scalediff.grid import Grid
 from scalediff.plan import Options
 from scalediff.report import Report, Row
-from scalediff.settings import Attention
+from scalediff.settings import Attention, Jitter
 from scalediff.subclass import ATTRIBUTE, mark, own_class, unmark
-from scalediff.target import CONTEXT_PARALLEL, Jitter, Target, is_context_parallel
+from scalediff.target import CONTEXT_PARALLEL, Target, is_context_parallel
 from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
 
 
@@ -57,6 +57,19 @@ class Handle:
         self._attention = value
         for target in self._targets:
             target.attention = value
+
+    @property
+    def jitter(self) -> Jitter:
+        """How the patch grid moves from step to step; setting it begins the offsets again."""
+        return self._targets[0].offsets.jitter
+
+    @jitter.setter
+    def jitter(self, value: Jitter) -> None:
+        if value not in get_args(Jitter):
+            raise ValueError(f"jitter must be one of {', '.join(get_args(Jitter))}, got jitter={value!r}")
+        for target in self._targets:
+            target.offsets.jitter = value
+        self.restart_jitter()
 
     def __enter__(self) -> Handle:
         return self

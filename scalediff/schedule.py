@@ -12,13 +12,19 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from scalediff_kernels import GuidedStep, NoiseLevel, packed_view
+from scalediff_kernels.lowpass.geometry import Kind
+from scalediff_kernels.steps.geometry import Prediction, x0_weights
+
+# Told of a model call: its number from 0, and what makes the estimate of the clean sample.
+Watch = Callable[[int, Callable[[], Tensor]], None]
 
 # How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), a = 1 ("noise added"), or a + s = 1 ("flow").
 _PRESERVING = {
@@ -36,22 +42,50 @@ class Guidance:
 
     Attributes:
         reference: `[B, C, Y, X]`; None switches it off.
-        cutoff: Kept fraction of the Nyquist frequency.
+        cutoff: Kept fraction of the Nyquist frequency, at the last step.
+        start: That at the first step; None: the same.
+        kind: The low-pass filter.
+        trajectory: Instead of the reference, a picture `[B, C, y, x]` of any size for each of the stage's model calls.
         packed: The scheduler is handed packed latents `[B, Y X / 4, 4 C]`.
     """
 
     reference: Tensor | None
     cutoff: float
+    start: float | None = None
+    kind: Kind = "resize"
+    trajectory: Sequence[Tensor] | None = None
     packed: bool = False
 
+    @property
+    def changes(self) -> bool:
+        """Whether one model call is guided in another way than the next."""
+        return self.start is not None or self.trajectory is not None
 
-def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidance, asked: Mapping[str, Any] | None = None) -> Any:
+    def step(self, call: int, calls: int, prediction: Prediction) -> GuidedStep:
+        """That of one model call of a stage."""
+        assert self.reference is not None
+        cutoff, reference = self.cutoff, self.reference
+        if self.start is not None and calls > 1:
+            cutoff = self.start + (self.cutoff - self.start) * call / (calls - 1)
+        if self.trajectory is not None:
+            reference = upsampled(self.trajectory[call].to(reference), reference.shape[-2:])
+        return GuidedStep(reference, cutoff=cutoff, prediction=prediction, kind=self.kind)
+
+
+def upsampled(latents: Tensor, size: Sequence[int]) -> Tensor:
+    """Bicubic, to a size `(Y, X)`."""
+    return F.interpolate(latents, size=tuple(size), mode="bicubic", align_corners=False)
+
+
+def guided_scheduler(
+    scheduler: Any, *, steps: int, kept: int, guidance: Guidance, asked: Mapping[str, Any] | None = None, watch: Watch | None = None
+) -> Any:
     """A copy of a diffusers scheduler that runs the last `kept` of `steps` steps with structure guidance.
 
     It is a subclass of the scheduler's own class, made here, so that pipelines which look at types and signatures see what
     they know. The pipeline asks it for `kept` steps; it lays out `steps` and starts at the restart point. `asked` is what the base
     stage asked of `set_timesteps` (`recording_scheduler`): every stage has its schedule, also where the pipeline shifts it by size.
-    Without it the pipeline's own arguments count, with another number of steps.
+    Without it the pipeline's own arguments count, with another number of steps. `watch` sees every model call.
 
     Raises:
         NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
@@ -61,10 +95,8 @@ def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidanc
     check_scheduler(scheduler)
     cls, reference = type(scheduler), guidance.reference
     flow = cls.__name__ in _FLOW
-    guide = grid = None
-    if reference is not None:
-        grid = (reference.shape[2] // 2, reference.shape[3] // 2) if guidance.packed else None
-        guide = GuidedStep(reference, cutoff=guidance.cutoff, prediction="flow_prediction" if flow else scheduler.config.prediction_type)
+    grid = (reference.shape[2] // 2, reference.shape[3] // 2) if guidance.packed and reference is not None else None
+    constant = guidance.step(0, 1, _prediction(scheduler)) if reference is not None and not guidance.changes else None
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -73,11 +105,14 @@ def guided_scheduler(scheduler: Any, *, steps: int, kept: int, guidance: Guidanc
 
     @functools.wraps(cls.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        level, restart = self.levels[self.calls_done], self.levels[0]
+        done, level, restart = self.calls_done, self.levels[self.calls_done], self.levels[0]
         self.calls_done += 1
-        if guide is not None:
+        if reference is not None:
             gamma = level.noise if flow else (1 - level.alpha_bar) / (1 - restart.alpha_bar)
+            guide = constant or guidance.step(done, len(self.levels), _prediction(self))
             model_output = _guided(guide, sample, model_output, level, gamma, grid)
+        if watch is not None:
+            watch(done, functools.partial(_denoised, self, level, sample, model_output))
         return cls.step(self, model_output, timestep, sample, *args, **kwargs)
 
     members = {"set_timesteps": set_timesteps, "step": step, "init_noise_sigma": 1.0, "__module__": cls.__module__}
@@ -119,23 +154,43 @@ def _parameters(cls: type) -> Sequence[str]:
     return list(inspect.signature(cls.set_timesteps).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def recording_scheduler(scheduler: Any, *, runs: bool = True) -> Any:
+def recording_scheduler(scheduler: Any, *, watch: Watch | None = None, runs: bool = True) -> Any:
     """A copy of a diffusers scheduler whose `.asked` holds, by name, the arguments that `set_timesteps` was last called with.
 
-    One that does not run has no timesteps.
+    `watch` sees every model call. One that does not run has no timesteps.
     """
     cls = type(scheduler)
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         self.asked = dict(zip(_parameters(cls), args, strict=False)) | kwargs
+        self.calls_done = 0
         cls.set_timesteps(self, *args, **kwargs)
         if not runs:
             self.timesteps = self.timesteps[:0]
 
+    @functools.wraps(cls.step)
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        done = self.calls_done
+        self.calls_done += 1
+        if watch is not None:
+            watch(done, lambda: _denoised(self, _level(self, done), sample, model_output))
+        return cls.step(self, model_output, timestep, sample, *args, **kwargs)
+
     recording = copy.deepcopy(scheduler)
-    recording.__class__ = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "__module__": cls.__module__})
+    recording.__class__ = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "step": step, "__module__": cls.__module__})
     return recording
+
+
+def _prediction(scheduler: Any) -> Prediction:
+    flow = type(scheduler).__name__ in _FLOW
+    return "flow_prediction" if flow else scheduler.config.prediction_type
+
+
+def _denoised(scheduler: Any, level: NoiseLevel, sample: Tensor, output: Tensor) -> Tensor:
+    """The estimate of the clean sample, as the scheduler is handed samples: packed or not."""
+    of_x, of_output = x0_weights(level, _prediction(scheduler))
+    return of_x * sample + of_output * output
 
 
 def _lay_out(

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -19,9 +19,8 @@ from scalediff.grid import Grid, Unreadable, patch_of, window_of
 from scalediff.interception import Pass, close_pass, current, open_pass
 from scalediff.plan import Call, Options, Plan
 from scalediff.report import Row
-from scalediff.settings import Attention
+from scalediff.settings import Attention, Jitter
 
-Jitter = Literal["none", "alternate", "random"]
 _PLANS = 64  # kept per denoiser: sizes in use, times the offsets of the jitter
 
 
@@ -41,7 +40,7 @@ class Offsets:
     """
 
     def __init__(self, jitter: Jitter, seed: int) -> None:
-        self._jitter, self._seed = jitter, seed
+        self.jitter, self._seed = jitter, seed
         self.restart()
 
     def restart(self) -> None:
@@ -53,9 +52,9 @@ class Offsets:
 
     def next(self, of: Tensor) -> tuple[float, float]:
         version = 0 if of.is_inference() else of._version
-        if self._jitter != "none" and (self._of is None or self._of[0]() is not of or self._of[1] != version):
+        if self.jitter != "none" and (self._of is None or self._of[0]() is not of or self._of[1] != version):
             self._of = weakref.ref(of), version
-            if self._jitter == "random":
+            if self.jitter == "random":
                 self._fraction = self._random.random(), self._random.random()
             else:
                 self._fraction = (0.5, 0.5) if self._steps % 2 else (0.0, 0.0)

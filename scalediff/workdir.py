@@ -22,11 +22,21 @@ from scalediff.pictures import save_png
 
 @dataclass(frozen=True)
 class Saved:
-    """What a finished stage left: `latents` `[B, C, Y, X]`, the states of the generators after it, and its seconds."""
+    """What a finished stage left.
+
+    Attributes:
+        latents: `[B, C, Y, X]`.
+        states: Of the generators after it.
+        seconds: That it took.
+        in_tiles: The autoencoder decoded it in tiles.
+        trajectory: Of the base stage, where a later one is drawn to it: what it took for the clean latents at its last model calls.
+    """
 
     latents: Tensor
     states: list[Tensor]
     seconds: float
+    in_tiles: bool
+    trajectory: list[Tensor]
 
 
 class Workdir:
@@ -67,7 +77,8 @@ class Workdir:
         for number, image in enumerate(images):
             name = f"stage{index}-{image.height}x{image.width}" + (f"-{number}" if len(images) > 1 else "") + ".png"
             save_png(image, self._path / name, metadata=self._told | {"stage": index})
-        content = {"latents": saved.latents.cpu(), "states": saved.states, "seconds": saved.seconds}
+        content = {"latents": saved.latents.cpu(), "states": saved.states, "seconds": saved.seconds, "in_tiles": saved.in_tiles}
+        content["trajectory"] = [x.cpu() for x in saved.trajectory]
         _write(self._file(index), lambda part: torch.save(content, part))
 
     def _file(self, index: int) -> Path:
@@ -77,7 +88,7 @@ class Workdir:
 def _read(file: Path) -> Saved:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return Saved(content["latents"], content["states"], content["seconds"])
+        return Saved(**content)
     except (OSError, RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} is not what a run saves: delete it to have that stage drawn again ({why})") from error

@@ -6,13 +6,13 @@ import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from scalediff.grid import AttentionSite, Grid, Layout, Role
 from scalediff.rotation import TextRotation
-from scalediff.settings import Settings
+from scalediff.settings import Preset
 
 Arguments = Mapping[str, Any]
 T = TypeVar("T")
@@ -45,22 +45,25 @@ class Cascade:
     """What the cascade must know of a family.
 
     Attributes:
-        preset: The default settings for a denoiser.
+        presets: The presets for a denoiser, by name; `"default"` is among them, `"paper"` where the paper has one.
         patch: Latents of a token along an axis.
         size_multiple: Pixels that a pipeline of this family wants its sizes to be a multiple of, beside those of a token.
         packed: The pipeline hands out and takes packed latents `[B, Y X / 4, 4 C]`.
         guidance: The argument of the pipeline's call that the guidance scale goes to.
         negative: The negative prompt that stands for none, where the pipeline does not guide without one.
+        conditional: Where the prompt's pass stands in a batch that classifier-free guidance has doubled, `"first"` or `"last"`; empty
+            where guidance is no second half of a batch.
         trained_size: The pipeline's attribute, in pixels, beyond which it stretches positions and sharpens attention. Windows are
             of trained size: neither is due.
     """
 
-    preset: Callable[[nn.Module], Settings]
+    presets: Callable[[nn.Module], Mapping[str, Preset]]
     patch: int = 2
     size_multiple: int = 1
     packed: bool = False
     guidance: str = "guidance_scale"
     negative: str | None = None
+    conditional: Literal["first", "last", ""] = ""
     trained_size: str = ""
 
 

@@ -5,6 +5,7 @@ Double blocks and single blocks alike attend to `[text, image]` in one softmax, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.families.latents import all_ones, lengths
 from scalediff.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.rotation import TextRotation
-from scalediff.settings import Settings
+from scalediff.settings import Preset, Settings
 
 
 def _extent(ids: Tensor, text: int = 0) -> Grid:
@@ -97,13 +98,18 @@ _FLUX = Family(
     role="joint",
     rotation=_rotation,
 )
-# arXiv:2510.25818 and the authors' scripts: the settings for FLUX.1-dev, and their example for FLUX.1-schnell (4 steps, then 2 and 2).
 _PAPER = Settings(steps=30, restart=0.6, guidance_scale=3.5, lfm_cutoff=0.25, sg_cutoff=0.25)
-_SCHNELL = replace(_PAPER, steps=4, restart=0.5, guidance_scale=0.0)
+_PUBLISHED = "arXiv:2510.25818 and its authors' scripts, for FLUX.1-dev"
+_SUFFIX = ", highly detailed, 4k resolution, best quality"
+_DEV = {
+    "default": Preset(_PAPER, _PUBLISHED),
+    "paper": Preset(_PAPER, _PUBLISHED, suffix=_SUFFIX, call={"max_sequence_length": 256}),
+}
+_SCHNELL = {"default": Preset(replace(_PAPER, steps=4, restart=0.5, guidance_scale=0.0), "the authors' example: 4 steps, then 2 and 2")}
 
 
-def _preset(denoiser: Any) -> Settings:
-    return _PAPER if denoiser.config.guidance_embeds else _SCHNELL
+def _presets(denoiser: Any) -> Mapping[str, Preset]:
+    return _DEV if denoiser.config.guidance_embeds else _SCHNELL
 
 
 _SAME = (
@@ -111,7 +117,7 @@ _SAME = (
     "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
 )  # fmt: skip
 FLUX = (
-    replace(_FLUX, cascade=Cascade(_preset, packed=True)),
+    replace(_FLUX, cascade=Cascade(_presets, packed=True)),
     *(replace(_FLUX, denoiser=name) for name in _SAME),
     replace(_FLUX, denoiser="ChromaTransformer2DModel", layout=_chroma_layout),
     replace(

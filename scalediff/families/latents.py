@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.grid import Grid, Layout, Sequence, Side, Unreadable
 from scalediff.rotation import TextRotation
-from scalediff.settings import Settings
+from scalediff.settings import derived_presets
 
 _SHAPE = "hidden_states.shape[-2:] // patch_size"
 
@@ -158,9 +158,8 @@ def _prx_rotation(denoiser: Any) -> TextRotation:
     return TextRotation(tuple(denoiser.pe_embedder.axes_dim), float(denoiser.pe_embedder.theta), y=0, x=1)
 
 
-# The paper has none for these: FLUX's restart and cutoffs, and the steps and guidance that their pipelines default to.
-_SD3_PRESET = Settings(steps=28, restart=0.6, guidance_scale=7.0, lfm_cutoff=0.25, sg_cutoff=0.25)
-_LUMINA_PRESET = Settings(steps=30, restart=0.6, guidance_scale=4.0, lfm_cutoff=0.25, sg_cutoff=0.25)
+_SD3 = derived_presets(steps=28, guidance_scale=7.0)
+_LUMINA = derived_presets(steps=30, guidance_scale=4.0)
 
 LATENTS = (
     Family("DiTTransformer2DModel", _SHAPE, "none: classes", _native, _class_labels),
@@ -170,7 +169,7 @@ LATENTS = (
     Family("HunyuanImageTransformer2DModel", _SHAPE, "joint, after the image", _native_64, _hunyuan_image, role="joint",
            roles=((r"^context_embedder", "text"),), rotation=_hunyuan_image_rotation),
     Family("SD3Transformer2DModel", _SHAPE, "joint, after the image; image alone in dual layers", _native, _joint("suffix"), role="joint",
-           roles=((r"\.attn2$", "self"),), cascade=Cascade(lambda denoiser: _SD3_PRESET)),
+           roles=((r"\.attn2$", "self"),), cascade=Cascade(lambda denoiser: _SD3, conditional="last")),
     Family("SD3ControlNetModel", _SHAPE, "joint, after the image; image alone in dual layers", _native, _joint("suffix"), role="joint",
            roles=((r"\.attn2$", "self"),)),
     Family("AuraFlowTransformer2DModel", _SHAPE, "joint, registers and text before the image", _native_64,
@@ -179,9 +178,9 @@ LATENTS = (
     Family("CogView4Transformer2DModel", _SHAPE, "joint, before the image", _native, _cogview4, role="joint"),
     Family("Lumina2Transformer2DModel", _SHAPE, "joint, before the image, each prompt as long as it is", _native, _lumina2, role="joint",
            roles=((r"^noise_refiner\.", "self"), (r"^context_refiner\.", "text")), rotation=_lumina2_rotation,
-           cascade=Cascade(lambda denoiser: _LUMINA_PRESET)),
+           cascade=Cascade(lambda denoiser: _LUMINA)),
     Family("LuminaNextDiT2DModel", _SHAPE, "cross-attention", _native, _lumina_next, roles=((r"\.attn2$", "cross"),),
-           cascade=Cascade(lambda denoiser: _LUMINA_PRESET, trained_size="default_image_size")),
+           cascade=Cascade(lambda denoiser: _LUMINA, conditional="first", trained_size="default_image_size")),
     Family("PixArtTransformer2DModel", _SHAPE, "cross-attention", _native, _cross, roles=((r"\.attn2$", "cross"),)),
     Family("HunyuanDiT2DModel", _SHAPE, "cross-attention", _native, _hunyuan, roles=((r"\.attn2$", "cross"),)),
     Family("HunyuanDiT2DControlNetModel", _SHAPE, "cross-attention", _native, _hunyuan, roles=((r"\.attn2$", "cross"),)),

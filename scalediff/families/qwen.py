@@ -11,7 +11,7 @@ from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.families.latents import lengths
 from scalediff.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.rotation import TextRotation
-from scalediff.settings import Settings
+from scalediff.settings import derived_presets
 
 
 def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
@@ -59,8 +59,8 @@ def _rotation(denoiser: Any) -> TextRotation:
 
 
 # The paper has none: FLUX's restart and cutoffs, and the steps and guidance of the model card.
-_PRESET = Settings(steps=50, restart=0.6, guidance_scale=4.0, lfm_cutoff=0.25, sg_cutoff=0.25)
-_CASCADE = Cascade(lambda denoiser: _PRESET, packed=True, guidance="true_cfg_scale", negative=" ")
+_PRESETS = derived_presets(steps=50, guidance_scale=4.0)
+_CASCADE = Cascade(lambda denoiser: _PRESETS, packed=True, guidance="true_cfg_scale", negative=" ")
 
 _QWEN = Family(
     denoiser="QwenImageTransformer2DModel",

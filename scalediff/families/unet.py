@@ -6,6 +6,7 @@ Self-attention at several levels of the latent grid, text in cross-attention cal
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,25 @@ from torch import nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.grid import Grid, Layout, Sequence, level_grid
-from scalediff.settings import Settings
+from scalediff.settings import Preset, Settings
 
-# arXiv:2510.25818 and the authors' scripts: the setting for SDXL.
 _PAPER = Settings(steps=50, restart=0.4, guidance_scale=7.5, lfm_cutoff=0.125, sg_cutoff=0.125)
-# The embedded model, whose latent has 16 tokens a side: its own steps; guidance of 1.5, 2, 2.5 and 3 and restart and cutoff of the sweep
-# in docs/quality.md (8 pictures a row) by the lowest SWD over all levels.
-_SMALL = replace(_PAPER, steps=30, restart=0.3, guidance_scale=1.5)
+_PUBLISHED = "arXiv:2510.25818 and its authors' scripts, for SDXL"
+_NEGATIVE = {"negative_prompt": "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"}
+# Distilled to few steps and to no guidance, their last two steps are the stages above; 4 steps and trailing timesteps are what the
+# checkpoints' own pages ask for, the cutoffs are the paper's, the restart is ours.
+_FEW = Preset(replace(_PAPER, steps=4, restart=0.5, guidance_scale=0.0), "4 steps, then 2 and 2; not measured yet", spacing="trailing")
+_XL = {"default": Preset(_PAPER, _PUBLISHED), "paper": Preset(_PAPER, _PUBLISHED, call=_NEGATIVE), "turbo": _FEW, "lightning": _FEW}
+_OTHERS = {"default": Preset(_PAPER, f"{_PUBLISHED}; the paper has none for this model")}
+# The embedded model, whose latent has 16 tokens a side.
+_SMALL = {
+    "default": Preset(
+        replace(_PAPER, steps=30, restart=0.3, guidance_scale=1.5),
+        "its own steps; guidance of 1.5, 2, 2.5 and 3 and restart and cutoff of the sweep in docs/quality.md (8 pictures a row) by the "
+        "lowest SWD over all levels",
+    ),
+    "paper": Preset(_PAPER, _PUBLISHED),
+}
 
 
 def _level(unet: nn.Module, name: str) -> int:
@@ -55,8 +68,10 @@ def _deepest(unet: nn.Module) -> int:
     return len(unet.config.block_out_channels) - 1  # type: ignore[union-attr, arg-type]
 
 
-def _preset(unet: nn.Module) -> Settings:
-    return _PAPER if min(_native_grid(unet)) >= 32 else _SMALL
+def _presets(unet: nn.Module) -> Mapping[str, Preset]:
+    if min(_native_grid(unet)) < 32:
+        return _SMALL
+    return _XL if unet.config.addition_embed_type == "text_time" else _OTHERS  # type: ignore[union-attr]
 
 
 _UNET = Family(
@@ -67,7 +82,7 @@ _UNET = Family(
     layout=_layout,
     roles=((r"\.attn2$", "cross"),),
     level=_level,
-    cascade=Cascade(_preset, patch=1, size_multiple=8),
+    cascade=Cascade(_presets, patch=1, size_multiple=8, conditional="last"),
 )
 
 

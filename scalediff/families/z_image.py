@@ -9,7 +9,7 @@ from torch import nn
 from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.rotation import TextRotation
-from scalediff.settings import Settings
+from scalediff.settings import derived_presets
 
 _MULTIPLE = 32
 
@@ -44,7 +44,7 @@ def _rotation(denoiser: Any) -> TextRotation:
 
 
 # The paper has none: FLUX's restart and cutoffs, and the steps and guidance that the pipeline defaults to.
-_PRESET = Settings(steps=50, restart=0.6, guidance_scale=5.0, lfm_cutoff=0.25, sg_cutoff=0.25)
+_PRESETS = derived_presets(steps=50, guidance_scale=5.0)
 
 Z_IMAGE = (
     Family(
@@ -56,6 +56,6 @@ Z_IMAGE = (
         role="joint",
         roles=((r"^noise_refiner\.", "self"), (r"^context_refiner\.", "text"), (r"^siglip_refiner\.", "text")),
         rotation=_rotation,
-        cascade=Cascade(lambda denoiser: _PRESET),
+        cascade=Cascade(lambda denoiser: _PRESETS),
     ),
 )

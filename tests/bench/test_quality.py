@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from bench import harness, quality
-from scalediff.cascade import preset
+from scalediff.pipelines import preset
 
 
 def test_work_is_the_sum_over_stages_levels_and_steps(demo: Any) -> None:

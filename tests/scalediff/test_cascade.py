@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
-from scalediff.cascade import Stage, native_size, preset, stage_sizes
+from scalediff.cascade import Stage
 from scalediff.draw import generate
 from scalediff.latents import decode, encode
+from scalediff.pipelines import native_size, preset, stage_sizes
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 

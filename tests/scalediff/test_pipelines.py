@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import scalediff
 from bench.zoo import WINDOW, ZOO
 from bench.zoo_inputs import Draw, ids
-from scalediff.cascade import native_size, preset, stage_sizes
 from scalediff.latents import pack, unpack
+from scalediff.pipelines import native_size, preset, stage_sizes
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 

@@ -1,0 +1,288 @@
+"""How much memory a run needs, found before it begins: the network's own code on the meta device, its tensors counted as they live and die.
+
+Counted are weights, and the tensors that a forward pass or the autoencoder holds at its worst moment. Attention is taken to hold its
+output alone, as fused kernels do. What a device's driver, libraries and allocator take is not: `MARGIN` stands for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from scalediff.hooks import denoiser_of, original_call
+from scalediff.subclass import own_class
+
+MARGIN = 2**30  # bytes: a CUDA context and the workspaces of its libraries; not measured yet
+_TILES = 2.5  # pictures that tiles, rows of them and the result are, while one more tile is worked on
+_FRAGMENTS = 1.1  # of the activations: what an allocator leaves between them; not measured yet
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a run needs at its largest stage.
+
+    Attributes:
+        weights: Of every component.
+        denoiser: Of a forward pass, beside weights.
+        vae, vae_tiled: Of encoding or decoding, beside weights: in one piece, and in tiles.
+    """
+
+    weights: Mapping[str, int]
+    denoiser: int
+    vae: int
+    vae_tiled: int
+
+    def peak(self, *, tiled: bool, offloaded: bool) -> int:
+        """Of the device, with the autoencoder tiling or not, and with all components resident or only the one at work."""
+        vae = self.vae_tiled if tiled else self.vae
+        if not offloaded:
+            return int(sum(self.weights.values()) + _FRAGMENTS * max(self.denoiser, vae) + MARGIN)
+        at_work = {name: size + _FRAGMENTS * {"denoiser": self.denoiser, "vae": vae}.get(name, 0) for name, size in self.weights.items()}
+        return int(max(at_work.values()) + MARGIN)
+
+    def ways(self) -> dict[str, int]:
+        """What can be done to need less, and the peak with it, in the order in which it costs time."""
+        return {
+            "as it is": self.peak(tiled=False, offloaded=False),
+            "with the autoencoder in tiles": self.peak(tiled=True, offloaded=False),
+            "with --low-memory (model offload and tiles)": self.peak(tiled=True, offloaded=True),
+        }
+
+    def advice(self, room: int) -> str:
+        """What would fit into so many bytes, in words."""
+        for way, peak in self.ways().items():
+            if peak <= room:
+                return f"fits {way}: about {gib(peak)}"
+        return f"nothing fits at this size, {way} it takes about {gib(peak)}: a smaller size, a smaller dtype, or pipe.enable_group_offload"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> Estimate:
+    """What a run with these arguments of the pipeline's call needs at a size (height, width) in pixels; nothing is drawn.
+
+    The prompt is encoded once, to see what the denoiser is called with.
+
+    Raises:
+        NotImplementedError: a component whose code does not run on the meta device.
+    """
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    weights = {name: sum(x.numel() * x.element_size() for x in (*part.parameters(), *part.buffers())) for name, part in parts.items()}
+    denoiser, vae = denoiser_of(pipe), pipe.vae
+    weights["denoiser"] = weights.pop(next(name for name in ("unet", "transformer") if name in weights))
+    args, kwargs, batch = _first_call(pipe, arguments, size)
+    with _explained(denoiser):
+        held = peak_of(functools.partial(_twin(denoiser), *args, **kwargs))
+    return Estimate(weights, held, vae_bytes(vae, size, batch, tiled=False), vae_bytes(vae, size, batch, tiled=True))
+
+
+def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> int:
+    """What encoding or decoding pictures of a size holds, beside the weights, the larger of the two.
+
+    Raises:
+        NotImplementedError: an autoencoder whose code does not run on the meta device.
+    """
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    dtype = torch.float32 if upcast else vae.dtype
+    tile = getattr(vae, "tile_sample_min_size", getattr(vae, "tile_sample_min_height", None))
+    if not tiled or tile is None or max(size) <= tile:
+        config = tuple(sorted((name, repr(value)) for name, value in vae.config.items()))
+        return _vae_bytes(_Same(vae, (own_class(type(vae)), config)), size, batch, dtype)
+    one = vae_bytes(vae, (min(tile, size[0]), min(tile, size[1])), batch, tiled=False)
+    return one + int(_TILES * 3 * batch * size[0] * size[1] * dtype.itemsize)
+
+
+class _Same:
+    """An object that is known by another, hashable one."""
+
+    def __init__(self, value: Any, key: Any) -> None:
+        self.value, self._key = value, key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._key == other._key
+
+
+@functools.lru_cache(maxsize=64)
+def _vae_bytes(vae: _Same, size: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
+    with _explained(vae.value):
+        twin = _in_dtype(_twin(vae.value), dtype)
+        frame = (1,) if type(vae.value).__name__ == "AutoencoderKLQwenImage" else ()
+        picture = torch.empty(batch, 3, *frame, *size, device="meta", dtype=dtype)
+        latents: list[Tensor] = []
+        encoding = peak_of(lambda: latents.append(twin.encode(picture).latent_dist.mode()))
+        decoding = peak_of(lambda: twin.decode(latents[0]).sample)
+    return max(encoding, decoding)
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that a device has for a run in all, with what this process has put there already; None where it cannot be told."""
+    free = spare(device)
+    return free + torch.cuda.memory_allocated(device) if free is not None and device.type == "cuda" else free
+
+
+def spare(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device now; None where it cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    return int(next(line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))) * 1024
+
+
+def wants_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
+    """Whether the autoencoder would not fit what is free now, for pictures of a size."""
+    free = spare(pipe._execution_device)
+    return free is not None and _FRAGMENTS * vae_bytes(pipe.vae, size, batch, tiled=False) > free
+
+
+@contextmanager
+def out_of_memory(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], stage: str) -> Iterator[None]:
+    """Explain that memory ran out: where, how much there is, and what would fit.
+
+    Raises:
+        torch.OutOfMemoryError: in place of torch's own.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
+        device = pipe._execution_device
+        there = room(device)
+        try:
+            needs = estimate(pipe, arguments, size)
+            advice = needs.advice(there) if there is not None else ", ".join(f"{way} {gib(peak)}" for way, peak in needs.ways().items())
+        except (NotImplementedError, torch.OutOfMemoryError) as why:
+            advice = f"no estimate: {why}"
+        has = f", which has {gib(there)}" if there is not None else ""
+        raise torch.OutOfMemoryError(f"{stage}, {size[0]} x {size[1]}, ran out of memory on {device}{has}; {advice}") from error
+
+
+class _Seen(Exception):
+    """The denoiser was called: carries its arguments."""
+
+
+def _first_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+    """What the pipeline calls its denoiser with at a size, and how many pictures that is for."""
+
+    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Seen(args, kwargs)
+
+    changes = {"height": size[0], "width": size[1], "generator": torch.Generator(), "num_inference_steps": 1}
+    own = {name: value for name, value in arguments.items() if name not in ("latents", "callback_on_step_end")}
+    bar = pipe.__dict__.get("_progress_bar_config")
+    pipe.set_progress_bar_config(disable=True)
+    hook = denoiser_of(pipe).register_forward_pre_hook(seen, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            original_call(pipe)(pipe, **{**own, **changes, "output_type": "latent", "return_dict": False})
+    except _Seen as call:
+        args, kwargs = call.args
+        prompt = arguments.get("prompt")
+        return args, kwargs, (len(prompt) if isinstance(prompt, list) else 1) * int(arguments.get("num_images_per_prompt") or 1)
+    finally:
+        hook.remove()
+        if bar is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar
+    raise NotImplementedError(f"{type(pipe).__name__} does not call its denoiser")
+
+
+def _twin(network: Any) -> Any:
+    """The same network without weights."""
+    with torch.device("meta"):
+        twin = own_class(type(network)).from_config(network.config)  # type: ignore[attr-defined]
+    return _in_dtype(twin, network.dtype)
+
+
+def _in_dtype(twin: Any, dtype: torch.dtype) -> Any:
+    return nn.Module.to(twin, dtype).eval()  # not diffusers' own, which warns of what does not matter without weights
+
+
+@contextmanager
+def _explained(network: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever foreign code stumbles over on a device without values
+        raise NotImplementedError(f"the memory of {type(network).__name__} cannot be told: {error}") from error
+
+
+def peak_of(run: Callable[[], Any]) -> int:
+    """Bytes of the tensors that are alive at the worst moment of a computation on the meta device, beside those that it is given.
+
+    Whole numbers, vectors and tables of positions are computed on the CPU, where the code looks at them.
+    """
+    tally = _Tally()
+    with torch.no_grad(), _Fused(), tally:
+        run()
+    return tally.peak
+
+
+class _Fused(TorchFunctionMode):
+    """Attention that holds its output alone."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.scaled_dot_product_attention:
+            query, value = args[0] if args else kwargs["query"], args[2] if len(args) > 2 else kwargs["value"]
+            return query.new_empty(*query.shape[:-1], value.shape[-1], device="meta")
+        return function(*args, **kwargs)
+
+
+class _Tally(TorchDispatchMode):
+    """Counts the bytes of storages made while it is on, until they die."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._live = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for tensor in leaves:
+            self._count(tensor.untyped_storage(), made=False)  # weights, of which the result may be a view
+        if any(x.is_meta for x in leaves):
+            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs or {}))
+            if kwargs.get("device") is not None:  # a table that the twin has without values, and would take to a device
+                kwargs = {**kwargs, "device": torch.device("meta")}
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage(), made=True)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, *, made: bool) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if made else 0
+        self._known.add(key)
+        self._live += size
+        self.peak = max(self.peak, self._live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+def _to_meta(x: Tensor) -> Tensor:
+    return x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
