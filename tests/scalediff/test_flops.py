@@ -1,4 +1,4 @@
-"""The counted work against formulas: what attention costs with windows and without, at SDXL's true size."""
+"""The counted work: attention's formulas against what torch runs, with windows and without, at true size."""
 
 from __future__ import annotations
 
@@ -9,31 +9,51 @@ import pytest
 import torch
 
 from scalediff.cli import main
-from scalediff.flops import MODELS, _forward, count
-from scalediff.grid import level_grid
-from scalediff_kernels.neighborhood.geometry import attention_flops
+from scalediff.flops import MODELS, _attention_of, _counted, attention_work, count, forward_work, layer_work
+from scalediff.hooks import patch_model
+from scalediff.settings import Attention
+from scalediff_kernels.neighborhood.api import TextQueries
 
-pytest.importorskip("diffusers", reason="the models are diffusers' classes")
+diffusers = pytest.importorskip("diffusers", reason="the models are diffusers' classes")
 
 
-def test_sdxl_attention_is_what_the_formula_says() -> None:
-    """Self-attention over windows or all, and cross-attention to 77 tokens: 4 S K H D each."""
+def counted_attention(denoiser: Any, inputs: dict[str, Any], *, attention: Attention, text_queries: TextQueries = "window") -> float:
+    """TFLOPs of the attention that torch runs in a patched pass, window by window; position ids are read, so not on the meta device."""
+    with patch_model(denoiser, text_queries=text_queries) as handle:
+        handle.attention = attention
+        return _attention_of(_counted(lambda: denoiser(**inputs)))
+
+
+@pytest.mark.parametrize("attention", ["npa", "full"])
+def test_attention_of_sdxl_is_what_torch_counts(attention: Attention) -> None:
+    """Self-attention at two levels, over windows or all, and cross-attention to 77 tokens; a grid that is not square."""
     with torch.device("meta"):
         unet: Any = MODELS["sdxl"].denoiser()
-    latent = (256, 192)
-    for windows in (True, False):
-        expected = 0
-        for name, module in unet.named_modules():
-            if hasattr(module, "processor"):
-                level = 1 if "_blocks.1.attentions" in name else 2  # of 128, 64 and 32 tokens a side; the finest has no attention
-                grid, heads = level_grid(latent, level), {"heads": module.heads, "head_dim": 64}
-                if name.endswith("attn2"):
-                    expected += 4 * grid[0] * grid[1] * 77 * module.heads * 64
-                else:
-                    expected += attention_flops(grid=grid, window=level_grid((128, 128), level) if windows else grid, **heads)
-        attention, linear, convolution = _forward(unet, MODELS["sdxl"].inputs(*latent), windows=windows)
-        assert attention == pytest.approx(expected / 1e12, rel=1e-12)
-        assert linear > convolution > 0
+        inputs = MODELS["sdxl"].inputs(256, 192)
+    attended, cross = attention_work(unet, inputs, attention=attention)
+    blocks = {1: 10, 2: 60}  # by level: a quarter of the tokens and twice the channels each
+    assert cross == pytest.approx(sum(n * 4 * (256 * 192 // 4**k) * 77 * 640 * k for k, n in blocks.items()) / 1e12, rel=1e-12)
+    assert attended + cross == pytest.approx(counted_attention(unet, inputs, attention=attention), rel=1e-12)
+    linear, convolution = layer_work(unet, inputs)
+    assert linear > convolution > 0
+
+
+@pytest.mark.parametrize(("attention", "text_queries"), [("npa", "window"), ("npa", "global"), ("full", "window")])
+def test_attention_of_flux_is_what_torch_counts(attention: Attention, text_queries: TextQueries) -> None:
+    """One block of each kind, at true width and size: 2048 x 1536 pixels."""
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        inputs = MODELS["flux"].inputs(256, 192)
+    attended, cross = attention_work(transformer, inputs, attention=attention, text_queries=text_queries)
+    counted = counted_attention(transformer, inputs, attention=attention, text_queries=text_queries)
+    assert (attended, cross) == (pytest.approx(counted, rel=1e-12), 0)
+
+
+def test_work_does_not_depend_on_attention_at_the_native_size() -> None:
+    with torch.device("meta"):
+        unet = MODELS["sdxl"].denoiser()
+        inputs = MODELS["sdxl"].inputs(128, 128)
+    assert forward_work(unet, inputs, attention="npa") == forward_work(unet, inputs, attention="full")
 
 
 def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +77,6 @@ def test_unknown_models_and_sizes_are_refused(capsys: pytest.CaptureFixture[str]
     assert "at least the model's native 1024 x 1024" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_flux_is_counted_too() -> None:
     """Text attends in every window under the authors' rule; the published figure is 28.6 to 31 PFLOP for 4096 x 4096."""
     _, rows = count("flux", (4096, 4096))
