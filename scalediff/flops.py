@@ -213,7 +213,7 @@ def attention_work(
 def layer_work(denoiser: nn.Module, inputs: dict[str, Any]) -> tuple[float, float]:
     """TFLOPs of linear layers and of convolutions in one pass, whatever its attention."""
     parts = _counted(lambda: denoiser(**_on_meta(inputs)))
-    convolutions = sum(flops for op, flops in parts.items() if "conv" in op)
+    convolutions = sum((flops for op, flops in parts.items() if "conv" in op), 0.0)
     return sum(parts.values()) - _attention_of(parts) - convolutions, convolutions
 
 

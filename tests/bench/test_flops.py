@@ -1,0 +1,179 @@
+"""The work of every method: published figures, the library's own plan, torch's count of the attention that windows run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the models are diffusers' classes")
+
+import diffusers
+
+from bench import flops
+from bench.flops import Counter, Row, comma_separated, difference, main, markdown, views
+from bench.flops_models import MODELS
+from scalediff.flops import _attention_of, _counted, attention_work, count, layer_work
+from scalediff.hooks import patch_model
+
+counter = cache(Counter)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "part", "expected"),
+    [
+        ("sdxl", "npa", lambda row: row.forward_linear + row.forward_convolution, 94.9),
+        ("sdxl", "direct", lambda row: row.forward_attention, 192.4),
+        ("sdxl", "npa", lambda row: row.forward_attention, 12.0),
+        ("sdxl", "multidiffusion", lambda row: row.tflops_forward, 331),
+        ("sdxl", "npa", lambda row: row.tflops_forward, 107),
+        ("flux", "npa", lambda row: row.forward_linear, 853),
+        ("flux", "direct", lambda row: row.forward_attention, 3056),
+        ("flux", "npa", lambda row: row.forward_attention, 211 + 106),
+        ("flux", "npa-global", lambda row: row.forward_attention, 235),
+        ("flux", "multidiffusion", lambda row: row.tflops_forward, 3645),
+        ("flux", "npa", lambda row: row.tflops_forward, 1170),
+    ],
+)
+def test_a_pass_at_4096_pixels(model: str, method: str, part: Callable[[Row], float], expected: float) -> None:
+    """77 text tokens for SDXL, 512 for FLUX; counted independently of this code."""
+    row = counter(model).row(4096, method)
+    assert row.text == {"sdxl": 77, "flux": 512}[model]
+    assert part(row) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["direct", "multidiffusion", "cascade-full", "cascade-multidiffusion", "npa"])
+def test_a_run_is_the_sum_of_its_stages(method: str) -> None:
+    """SDXL at 2048 pixels: 50 steps, or 50 at 1024 and 20 at 2048, two passes each; the autoencoder once, or with a round trip."""
+    row, base = counter("sdxl").row(2048, method), counter("sdxl").row(1024, "direct")
+    cascade = method not in ("direct", "multidiffusion")
+    assert row.passes == (40 if cascade else 100)
+    assert row.run_linear == pytest.approx(row.passes * row.forward_linear + cascade * 100 * base.forward_linear)
+    assert row.run_attention == pytest.approx(row.passes * row.forward_attention + cascade * 100 * base.forward_attention)
+    assert row.vae == pytest.approx(85.06 if cascade else 48.48, rel=1e-3)
+    assert row.tflops_run == pytest.approx(row.run_attention + row.run_cross + row.run_linear + row.run_convolution + row.vae)
+    assert row.tflops_forward == pytest.approx(row.forward_attention + row.forward_cross + row.forward_linear + row.forward_convolution)
+
+
+@pytest.mark.parametrize(("method", "attention"), [("npa", "npa"), ("cascade-full", "full")])
+def test_a_cascade_is_what_the_plan_says(method: str, attention: Any) -> None:
+    """The same number on two ways, at a size that is no doubling."""
+    _, planned = count("sdxl", (3072, 3072), attention=attention)
+    row = counter("sdxl").row(3072, method)
+    assert row.tflops_run == pytest.approx(sum(stage.total for stage in planned), rel=1e-12)
+
+
+@pytest.mark.parametrize("text_queries", ["window", "global"])
+@pytest.mark.parametrize("attention", ["npa", "full"])
+@pytest.mark.parametrize("name", ["sd3.5-large", "lumina-next"])
+def test_attention_is_what_torch_counts(name: str, attention: Any, text_queries: Any) -> None:
+    """One block at true width, 2048 x 1536 pixels; those of SDXL and FLUX are in tests/scalediff/test_flops.py."""
+    with torch.device("meta"):
+        if name == "sd3.5-large":
+            denoiser: Any = diffusers.SD3Transformer2DModel(
+                num_layers=1, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=128, qk_norm="rms_norm"
+            )
+        else:
+            denoiser = diffusers.LuminaNextDiT2DModel(num_layers=1, num_kv_heads=8)
+        inputs = MODELS[name].inputs(256, 192)
+    attended, cross = attention_work(denoiser, inputs, attention=attention, text_queries=text_queries)
+    assert (cross > 0) == (name == "lumina-next")
+    with patch_model(denoiser, text_queries=text_queries) as handle:
+        handle.attention = attention
+        parts = _counted(lambda: denoiser(**inputs))
+    assert attended + cross == pytest.approx(_attention_of(parts), rel=1e-12)
+    assert sum(layer_work(denoiser, inputs)) == pytest.approx(sum(parts.values()) - _attention_of(parts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", flops.SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_full_attention_of_whole_models_is_what_torch_counts(name: str, size: int) -> None:
+    denoiser = counter(name).denoiser
+    with torch.device("meta"):
+        inputs = MODELS[name].inputs(size // 8, size // 8)
+    parts = _counted(lambda: denoiser(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}))
+    assert sum(attention_work(denoiser, inputs, attention="full")) == pytest.approx(_attention_of(parts), rel=1e-12)
+
+
+def test_models_have_their_published_size() -> None:
+    """Parameters in billions, as their publishers say; Lumina-Next's call it 2."""
+    billions = {name: sum(p.numel() for p in counter(name).denoiser.parameters()) / 1e9 for name in MODELS}
+    assert billions.pop("lumina-next") == pytest.approx(2, rel=0.15)
+    assert billions == {
+        "sdxl": pytest.approx(2.567, rel=1e-3),
+        "flux": pytest.approx(11.9, rel=1e-3),
+        "sd3.5-large": pytest.approx(8.06, rel=1e-3),
+    }
+
+
+def test_views_cover_the_picture() -> None:
+    assert [views(side, 1024) ** 2 for side in (1024, 2048, 4096, 8192)] == [1, 9, 49, 225]
+    assert views(1025, 1024) == views(1536, 1024) == 2
+
+
+def test_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--json", "--model", "lumina-next", "flux", "--size", "2048", "--method", "npa", "npa-global"])
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["model"], row["method"], row["text_queries"]) for row in told] == [
+        ("lumina-next", "npa", ""), ("flux", "npa", "window"), ("flux", "npa-global", "global"),
+    ]  # fmt: skip
+    assert all(row["size"] == 2048 and row["tflops_run"] > row["tflops_forward"] > 0 for row in told)
+    main(["--model", "lumina-next", "--size", "2048", "--method", "npa"])
+    table = capsys.readouterr().out.splitlines()
+    assert table[-1].split()[:3] == ["lumina-next", "2048", "npa"]
+    assert float(table[-1].split()[-1].replace(",", "")) == pytest.approx(told[0]["tflops_run"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "dalle"], "--model takes sdxl, flux, sd3.5-large, lumina-next, got dalle"),
+        (["--method", "npa", "magic"], "--method takes direct, .*, npa-global, got magic"),
+        (["--check", "--model", "flux"], "--write and --check take every row, got flux 2048 .*"),
+        (["--model", "lumina-next", "--size", "512"], "at least the model's native 1024 x 1024, got height=512"),
+        (["--model", "lumina-next", "--method", "npa-global"], "a rule only in joint attention, got method npa-global of lumina-next"),
+    ],
+)
+def test_what_is_unknown_is_refused_in_a_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code != 0
+    assert re.search(sentence, f"{refused.value.code} {capsys.readouterr().err}")
+
+
+def test_written_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RESULTS": tmp_path / "flops.csv", "DOC": tmp_path / "flops.md", "SIZES": (2048,)}.items():
+        monkeypatch.setattr(flops, name, value)
+    monkeypatch.setattr(flops, "MODELS", {"lumina-next": MODELS["lumina-next"]})
+    main(["--write"])
+    with pytest.raises(SystemExit) as same:
+        main(["--check"])
+    assert same.value.code == 0
+    flops.RESULTS.write_text(flops.RESULTS.read_text().replace("2048,direct", "2049,direct"))
+    flops.DOC.unlink()
+    with pytest.raises(SystemExit, match=r"flops\.csv, line 2, is not what is counted now, got .*2049") as changed:
+        main(["--check"])
+    assert "flops.md, line 1, is not what is counted now, got None for '# The work of a picture'" in str(changed.value.code)
+
+
+def test_the_page_is_that_of_the_committed_rows() -> None:
+    kinds = get_type_hints(Row)
+    with flops.RESULTS.open(newline="") as file:
+        rows = [Row(*(kinds[name](value) for name, value in record.items())) for record in csv.DictReader(file)]
+    assert len(rows) == 3 * (5 + 6 + 6 + 5)
+    assert difference(flops.DOC, markdown(rows)) == difference(flops.RESULTS, comma_separated(rows)) == ""
+
+
+@pytest.mark.slow
+def test_the_committed_rows_are_what_is_counted() -> None:
+    with pytest.raises(SystemExit) as same:
+        main(["--check"])
+    assert same.value.code == 0
