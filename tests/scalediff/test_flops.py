@@ -49,11 +49,15 @@ def test_attention_of_flux_is_what_torch_counts(attention: Attention, text_queri
     assert (attended, cross) == (pytest.approx(counted, rel=1e-12), 0)
 
 
-def test_work_does_not_depend_on_attention_at_the_native_size() -> None:
+@pytest.mark.parametrize("latent", [(128, 128), (64, 256)])
+def test_up_to_the_native_area_windows_change_nothing(latent: tuple[int, int]) -> None:
+    """Nor do the rules for text: the hook lets such passes through."""
     with torch.device("meta"):
-        unet = MODELS["sdxl"].denoiser()
-        inputs = MODELS["sdxl"].inputs(128, 128)
-    assert forward_work(unet, inputs, attention="npa") == forward_work(unet, inputs, attention="full")
+        transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        inputs = MODELS["flux"].inputs(*latent)
+    full = forward_work(transformer, inputs, attention="full")
+    assert forward_work(transformer, inputs, attention="npa") == full
+    assert full.attention == pytest.approx(counted_attention(transformer, inputs, attention="npa"), rel=1e-12)
 
 
 def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
