@@ -1,10 +1,11 @@
 """The real pipeline classes with tokenizers and text encoders of their own, small and random: what a prompt goes through.
 
-Tokenizers are of the classes that the pipelines ship with, trained in memory on `CORPUS`; encoders have two layers.
+Tokenizers and encoders are of the classes that the pipelines ship with; an encoder has two layers.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,12 +23,14 @@ from tests.conftest import seeded
 from tests.scalediff.test_pipelines import PIPELINES as BARE
 
 diffusers = pytest.importorskip("diffusers")
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-QWEN_SYSTEM = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects and background:"
+LETTERS = string.ascii_letters + string.digits + string.punctuation
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:<|im_end|>\n<|im_start|>user\n"
 )
-CORPUS = ["a red boat", "two green moons over the sea", f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n<|im_start|>user\n\nassistant\n"]
 CHAT = (
     "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -48,31 +51,38 @@ def random_weights(build: Callable[[], nn.Module]) -> Any:
     return model
 
 
-# Tokenizers
+# Tokenizers: a token a letter, but for Qwen's
 
 
-def trained(kind: str, size: int = 600, **more: Any) -> Any:
-    return getattr(transformers, kind)().train_new_from_iterator(CORPUS * 3, vocab_size=size, show_progress=False, **more)
+def numbered(*tokens: str) -> dict[str, int]:
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 
 def clip_tokenizer() -> Any:
-    words = trained("CLIPTokenizer")
-    words.model_max_length = 77
-    return words
+    vocab = numbered("<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS))
+    return transformers.CLIPTokenizer(vocab=vocab, model_max_length=77)
+
+
+def t5_tokenizer() -> Any:
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "\u2581")]
+    return transformers.T5Tokenizer(vocab=special + [(letter, -1.0) for letter in LETTERS], extra_ids=0)
 
 
 def gemma_tokenizer() -> Any:
-    """As trained it would not begin with a token of its own, and an empty prompt would have no token at all."""
-    from tokenizers.processors import TemplateProcessing
-
-    words = trained("GemmaTokenizer", size=90)  # with more, whole prompts would be a token each
+    """It begins with a token of its own, as the one that is shipped: an empty prompt is not empty."""
+    words = transformers.GemmaTokenizer(vocab=numbered("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS))
     begin = words.bos_token, words.bos_token_id
-    words.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    words.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[begin])
     return words
 
 
 def qwen_tokenizer() -> Any:
-    words = trained("Qwen2Tokenizer", new_special_tokens=["<|im_start|>", "<|im_end|>"])
+    """The words of the template are a token each: the pipeline counts on it."""
+    split = transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    pieces = [word for line in f"{QWEN_TEMPLATE}assistant".split("|>") for word, _ in split(line.split("<|")[0])]
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in pieces for i in range(1, len(word))))
+    vocab = numbered("<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges))
+    words = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
     words.chat_template = CHAT
     return words
 
@@ -149,7 +159,7 @@ def sdxl(kind: str = "StableDiffusionXLPipeline", **more: Any) -> Any:
 
 
 def flux(kind: str = "FluxPipeline", **more: Any) -> Any:
-    words, words_2, (bare, _) = clip_tokenizer(), trained("T5Tokenizer"), BARE["FLUX"]()
+    words, words_2, (bare, _) = clip_tokenizer(), t5_tokenizer(), BARE["FLUX"]()
     return getattr(diffusers, kind)(
         transformer=bare.transformer, vae=bare.vae, scheduler=bare.scheduler, tokenizer=words, text_encoder=clip(words, width=WIDTH),
         tokenizer_2=words_2, text_encoder_2=t5(words_2), **more,
@@ -157,7 +167,7 @@ def flux(kind: str = "FluxPipeline", **more: Any) -> Any:
 
 
 def sd3(kind: str = "StableDiffusion3Pipeline", **more: Any) -> Any:
-    words, words_3, (bare, _) = clip_tokenizer(), trained("T5Tokenizer"), BARE["SD3"]()
+    words, words_3, (bare, _) = clip_tokenizer(), t5_tokenizer(), BARE["SD3"]()
     first, second = (clip(words, width=WIDTH // 2, projected=WIDTH // 2) for _ in range(2))
     return getattr(diffusers, kind)(
         transformer=bare.transformer, vae=bare.vae, scheduler=bare.scheduler, tokenizer=words, text_encoder=first, tokenizer_2=words,
@@ -167,7 +177,7 @@ def sd3(kind: str = "StableDiffusion3Pipeline", **more: Any) -> Any:
 
 def lumina_next() -> Any:
     words, flow = gemma_tokenizer(), diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
-    parts = {"vae": autoencoder(shift_factor=0.1), "scheduler": flow, "tokenizer": words, "text_encoder": gemma(words)}
+    parts = {"vae": autoencoder(), "scheduler": flow, "tokenizer": words, "text_encoder": gemma(words)}
     return diffusers.LuminaPipeline(transformer=ZOO["Lumina-Next"].build(), **parts)
 
 
@@ -181,8 +191,8 @@ def lumina2() -> Any:
 def qwen_image() -> Any:
     words, (bare, _) = qwen_tokenizer(), BARE["Qwen-Image"]()
     pipe = diffusers.QwenImagePipeline(**bare.components | {"tokenizer": words, "text_encoder": qwen_vl(words)})
-    template = pipe.prompt_template_encode.split("{}")[0]
-    assert len(words(template).input_ids) == pipe.prompt_template_encode_start_idx  # tokens that the pipeline drops
+    assert pipe.prompt_template_encode.startswith(QWEN_TEMPLATE + "{}")
+    assert len(words(QWEN_TEMPLATE).input_ids) == pipe.prompt_template_encode_start_idx  # tokens that the pipeline drops
     return pipe
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import scalediff
 from scalediff.cascade import stage_sizes
+from scalediff.hooks import denoiser_of
 from scalediff.latents import encode, unpack
+from scalediff_kernels import low_pass
 from tests.conftest import seeded, state_of
 from tests.scalediff.prompted_pipelines import PROMPTED, draw, ready, target_of
 
@@ -73,7 +78,7 @@ def two_prompts(name: str) -> Any:
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", map(two_prompts, PROMPTED))
+@pytest.mark.parametrize("name", [two_prompts(name) for name in PROMPTED])
 def test_a_list_of_prompts_is_a_picture_of_each(name: str) -> None:
     """Each with a generator of its own is drawn as it is drawn alone."""
     pipe, prompts = ready(name), [BOAT, MOONS]
@@ -156,3 +161,97 @@ def test_a_picture_is_enlarged_with_a_prompt(name: str) -> None:
     assert distance[0] < distance[1]
     assert (far.stages[-1].latents - other.stages[-1].latents).abs().max() > 1e-3
     assert torch.equal(enlarged(BOAT, 1.0).stages[-1].latents, far.stages[-1].latents)
+
+
+# By hand, in float64: neither a scheduler nor a pipeline's call nor the cascade
+
+
+def guided(reference: Tensor | None, x0: Tensor, gamma: float, cutoff: float) -> Tensor:
+    return x0 if reference is None else x0 + gamma * (low_pass(reference, cutoff=cutoff) - low_pass(x0, cutoff=cutoff))
+
+
+def mixed(pipe: Any, latents: Tensor, size: tuple[int, int], cutoff: float) -> Tensor:
+    """The reference of a stage: the picture enlarged, its low frequencies those of the enlarged latents."""
+    larger = F.interpolate(decode(pipe, latents), size=size, mode="bicubic")
+    z_ru = (pipe.vae.encode(larger).latent_dist.mean - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor
+    z_lu = F.interpolate(latents, size=z_ru.shape[-2:], mode="bicubic")
+    reference: Tensor = z_ru - low_pass(z_ru, cutoff=cutoff) + low_pass(z_lu, cutoff=cutoff)
+    return reference
+
+
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    config = pipe.vae.config
+    decoded: Tensor = pipe.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+    return decoded
+
+
+@torch.no_grad()
+def sd3_by_hand(pipe: Any, base: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Both stages' latents: 4 Euler steps of the flow at a shift of 3, of which the second stage runs 2."""
+    rng, steps, kept, cutoff, scale = seeded(), 4, 2, 0.25, 7.0
+    text, negative, pooled, negative_pooled = pipe.encode_prompt(BOAT, None, None)
+    inputs = {"encoder_hidden_states": torch.cat([negative, text]), "pooled_projections": torch.cat([negative_pooled, pooled])}
+
+    def shifted(sigma: Any) -> Any:
+        return 3 * sigma / (1 + 2 * sigma)
+
+    sigmas = [*shifted(np.linspace(1, shifted(1 / 1000), steps)), 0.0]  # the end is shifted twice
+
+    def denoise(x: Tensor, sigmas: list[float], reference: Tensor | None) -> Tensor:
+        for now, after in itertools.pairwise(sigmas):
+            time = torch.full((2,), 1000 * now, dtype=x.dtype)
+            without, with_text = pipe.transformer(torch.cat([x, x]), timestep=time, **inputs, return_dict=False)[0].chunk(2)
+            x0 = guided(reference, x - now * (without + scale * (with_text - without)), now, cutoff)
+            x = x0 + after * (x - x0) / now
+        return x
+
+    def noise(size: tuple[int, int]) -> Tensor:
+        return torch.randn(1, 4, size[0] // 2, size[1] // 2, generator=rng).double()
+
+    latents = denoise(noise(base), sigmas, None)
+    reference, tail = mixed(pipe, latents, size, cutoff), sigmas[steps - kept :]
+    return latents, denoise((1 - tail[0]) * reference + tail[0] * noise(size), tail, reference)
+
+
+@torch.no_grad()
+def sd15_by_hand(pipe: Any, base: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Both stages' latents: 4 DDIM steps, of which the second stage runs the last 1."""
+    rng, steps, kept, cutoff, scale = seeded(), 4, 1, 0.125, 1.5
+    text, negative = pipe.encode_prompt(BOAT, "cpu", 1, True)
+    abar = (1 - torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    times = [751, 501, 251, 1]
+
+    def denoise(x: Tensor, times: list[int], reference: Tensor | None) -> Tensor:
+        for now in times:
+            a, after = abar[now], abar[now - 250] if now > 250 else torch.tensor(1.0).double()
+            without, with_text = pipe.unet(torch.cat([x, x]), now, torch.cat([negative, text]), return_dict=False)[0].chunk(2)
+            eps = without + scale * (with_text - without)
+            gamma = float((1 - a) / (1 - abar[times[0]]))
+            x0 = guided(reference, (x - (1 - a).sqrt() * eps) / a.sqrt(), gamma, cutoff)
+            x = after.sqrt() * x0 + (1 - after).sqrt() * (x - a.sqrt() * x0) / (1 - a).sqrt()
+        return x
+
+    def noise(size: tuple[int, int]) -> Tensor:
+        return torch.randn(1, 4, size[0] // 8, size[1] // 8, generator=rng).double()
+
+    latents = denoise(noise(base), times, None)
+    reference, a = mixed(pipe, latents, size, cutoff), abar[times[steps - kept]]
+    return latents, denoise(a.sqrt() * reference + (1 - a).sqrt() * noise(size), times[steps - kept :], reference)
+
+
+@pytest.mark.parametrize(("name", "by_hand"), [("SD3", sd3_by_hand), ("SD1.5", sd15_by_hand)])
+def test_a_prompt_is_drawn_as_by_hand(name: str, by_hand: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    pipe, exact = ready(name), PROMPTED[name]()
+    base, size = stage_sizes(pipe, *target_of(pipe))
+    stages = draw(pipe, BOAT).stages
+    exact.to(torch.float64)
+    denoiser = denoiser_of(exact)
+    plain = by_hand(exact, base, size)[1]
+    with scalediff.patch_model(denoiser) as handle:
+        handle.attention = "full"
+        first, _ = by_hand(exact, base, size)
+        handle.attention = "npa"
+        _, second = by_hand(exact, base, size)
+    for stage, expected in zip(stages, (first, second), strict=True):
+        torch.testing.assert_close(stage.latents.double(), expected, rtol=1e-4, atol=1e-4)
+    assert (plain - second).abs().max() > 1e-2
