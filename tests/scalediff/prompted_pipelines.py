@@ -170,8 +170,8 @@ def sd3(kind: str = "StableDiffusion3Pipeline", **more: Any) -> Any:
     words, words_3, (bare, _) = clip_tokenizer(), t5_tokenizer(), BARE["SD3"]()
     first, second = (clip(words, width=WIDTH // 2, projected=WIDTH // 2) for _ in range(2))
     return getattr(diffusers, kind)(
-        transformer=bare.transformer, vae=bare.vae, scheduler=bare.scheduler, tokenizer=words, text_encoder=first, tokenizer_2=words,
-        text_encoder_2=second, tokenizer_3=words_3, text_encoder_3=t5(words_3), **more,
+        transformer=bare.transformer, scheduler=bare.scheduler, tokenizer=words, text_encoder=first, tokenizer_2=words,
+        text_encoder_2=second, tokenizer_3=words_3, text_encoder_3=t5(words_3), **{"vae": bare.vae} | more,
     )  # fmt: skip
 
 
@@ -205,6 +205,13 @@ PROMPTED: dict[str, Callable[[], Any]] = {
     "SD1.5": stable_diffusion, "SDXL": sdxl, "FLUX": flux, "SD3": sd3, "Lumina-Next": lumina_next, "Lumina 2": lumina2,
     "Qwen-Image": qwen_image, "Z-Image": z_image,
 }  # fmt: skip
+
+
+def picture_of(size: tuple[int, int], seed: int = 5) -> Any:
+    from PIL import Image
+
+    values = torch.randint(0, 256, (*size, 3), generator=seeded(seed), dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
 
 
 def quiet(pipe: Any) -> Any:

@@ -20,7 +20,7 @@ from scalediff.hooks import denoiser_of
 from scalediff.latents import encode, unpack
 from scalediff_kernels import low_pass
 from tests.conftest import seeded, state_of
-from tests.scalediff.prompted_pipelines import PROMPTED, draw, ready, target_of
+from tests.scalediff.prompted_pipelines import PROMPTED, draw, picture_of, ready, target_of
 
 BOAT, MOONS = "a red boat", "two green moons"
 
@@ -132,11 +132,6 @@ def test_a_negative_prompt_is_heard(name: str) -> None:
     assert (negative - plain).abs().max() > 1e-3
     assert (unguided - plain).abs().max() > 1e-3
     assert torch.equal(deaf, unguided)
-
-
-def picture_of(size: tuple[int, int]) -> Any:
-    values = torch.randint(0, 256, (*size, 3), generator=seeded(5), dtype=torch.uint8)
-    return Image.fromarray(values.numpy())
 
 
 @every_pipeline
