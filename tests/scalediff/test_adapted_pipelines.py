@@ -141,14 +141,15 @@ def test_a_controlnet_has_windows_whether_its_pipeline_is_patched_or_not() -> No
     torch.testing.assert_close(last(unpatched), last(patched), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="pipelines take the size of a control tensor for that of the picture, at every stage")
+@pytest.mark.xfail(strict=True, reason="FLUX's pipeline and SD3's draw every stage in the size of a control tensor")
 @pytest.mark.parametrize("name", ["FLUX", "SD3"])
-def test_a_control_tensor_does_not_decide_the_size_of_stages(name: str) -> None:
-    """Of the target's size, as the pipeline itself would want it."""
+def test_a_control_tensor_is_refused(name: str) -> None:
+    """Even of the target's size, as the pipeline itself would want it: it would be the base stage's size too."""
     pipe = CONTROLLED[name][0]()
     with scalediff.patch_model(pipe, window=WINDOW):
         height, width = target_of(pipe)
-        draw(pipe, BOAT, call={"control_image": Draw(0)(1, 3, height, width).sigmoid()})
+        with pytest.raises(ValueError, match="control_image must be a PIL picture, which is fitted to each stage, got a tensor"):
+            draw(pipe, BOAT, call={"control_image": Draw(0)(1, 3, height, width).sigmoid()})
 
 
 # LoRA and IP-Adapter
