@@ -31,6 +31,7 @@ from scalediff.pipelines import (
     cascade_of,
     check_run,
     native_size,
+    own_call,
     preset,
     stage_sizes,
     tiled,
@@ -149,7 +150,7 @@ class _Run:
         self.pipe, self.arguments, self.sizes, self.settings, self.around, self.handle, self.base = (
             pipe, arguments, sizes, settings, around, handle, base,
         )  # fmt: skip
-        self.scheduler, self.call = pipe.scheduler, original_call(pipe)
+        self.scheduler = pipe.scheduler
         self.latents = self.decoded = torch.empty(0)
         self.asked: Mapping[str, Any] = {}
         self.trajectory: list[Tensor] = []
@@ -229,7 +230,7 @@ class _Run:
         self.progress.begin(index)
         skips = restarts and unguided < len(pipe.scheduler.levels)
         with unguided_from(pipe, batch, unguided if skips else None):
-            result = self.call(pipe, **{**self.arguments, **changes, **output})
+            result = own_call(pipe, {**self.arguments, **changes, **output})
         if not restarts and len(self.sizes) > 1:
             self.asked = pipe.scheduler.asked
         return result
@@ -310,7 +311,7 @@ class _Run:
         """What the pipeline would ask of its scheduler for a picture of the base size: its call, with a schedule of no steps."""
         self.pipe.scheduler = recording_scheduler(self.scheduler, runs=False)
         changes = {"height": self.base[0], "width": self.base[1], "generator": fresh_generator()}
-        self.call(self.pipe, **{**self.arguments, **changes, **_LATENT})
+        own_call(self.pipe, {**self.arguments, **changes, **_LATENT})
         asked: Mapping[str, Any] = self.pipe.scheduler.asked
         self.pipe.scheduler = self.scheduler
         return asked
@@ -319,7 +320,7 @@ class _Run:
         """The pipeline's own return value for the latents of now: its call, with a schedule of no steps."""
         self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, kept=0, guidance=Guidance(None, 1.0))
         changes = {"height": size[0], "width": size[1], "latents": _packed(self.pipe, self.latents), "num_inference_steps": 1}
-        return self.call(self.pipe, **{**self.arguments, **changes})
+        return own_call(self.pipe, {**self.arguments, **changes})
 
 
 def _one(value: PerStage) -> float:

@@ -224,10 +224,23 @@ def denoiser_of(model: Any) -> nn.Module:
     return next(net for _, net in _nets(model))
 
 
+def nets_of(model: Any) -> list[nn.Module]:
+    """The denoiser of a pipeline and its ControlNets."""
+    return [net for _, net in _nets(model)]
+
+
+def is_patched(net: nn.Module) -> bool:
+    """Whether a network is patched, by itself or with its pipeline."""
+    return ATTRIBUTE in net.__dict__
+
+
 def is_text_to_image(kind: type) -> bool:
-    """Whether calls of a pipeline class take a prompt, a size and latents, and no picture: then they can run a stage."""
-    names = set(inspect.signature(own_class(kind).__call__).parameters)
-    return {"prompt", "height", "width", "latents"} <= names and names.isdisjoint({"image", "mask_image"})
+    """Whether calls of a pipeline class take a prompt, a size and latents, and no picture to change: then they can run a stage."""
+    own = own_class(kind)
+    names, parts = (set(inspect.signature(of).parameters) for of in (own.__call__, own))
+    # Beside a ControlNet, `image` is the condition; a picture to change comes with a strength.
+    pictures = {"mask_image", "strength"} if "controlnet" in parts else {"image", "mask_image"}
+    return {"prompt", "height", "width", "latents"} <= names and names.isdisjoint(pictures)
 
 
 def original_call(pipe: Any) -> Callable[..., Any]:

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from scalediff.hooks import denoiser_of, original_call
+from scalediff.hooks import denoiser_of
+from scalediff.pipelines import own_call
 from scalediff.subclass import own_class
 
 MARGIN = 2**30  # bytes: a CUDA context and the workspaces of its libraries; not measured yet
@@ -192,7 +193,7 @@ def _first_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) 
     hook = denoiser_of(pipe).register_forward_pre_hook(seen, with_kwargs=True)
     try:
         with torch.no_grad():
-            original_call(pipe)(pipe, **{**own, **changes, "output_type": "latent", "return_dict": False})
+            own_call(pipe, {**own, **changes, "output_type": "latent", "return_dict": False})
     except _Seen as call:
         args, kwargs = call.args
         prompt = arguments.get("prompt")

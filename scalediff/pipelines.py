@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Cascade, Family
-from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, original_call, patch_model
+from scalediff.hooks import Handle, denoiser_of, handle_of, is_patched, is_text_to_image, nets_of, original_call, patch_model
 from scalediff.schedule import check_scheduler
 from scalediff.settings import Attention, Preset, Settings, check_sizes, plan_sizes
 from scalediff_kernels.lowpass.geometry import coarse_length
@@ -88,6 +88,12 @@ def stage_sizes(
     return [(int(y), int(x)) for y, x in given]
 
 
+def own_call(pipe: Any, arguments: Mapping[str, Any]) -> Any:
+    """The pipeline's own call, with lists of its own: Z-Image's writes its chat template into a list of prompts."""
+    copied = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    return original_call(pipe)(pipe, **copied)
+
+
 def check_call(pipe: Any) -> None:
     """Raises TypeError: not a text-to-image pipeline."""
     denoiser_of(pipe)
@@ -103,6 +109,9 @@ def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: S
         for name in ("timesteps", "sigmas", "denoising_end"):
             if arguments.get(name) is not None:
                 raise ValueError(f"stages above the native size lay out their own schedule, got {name}={arguments[name]}")
+        control = arguments.get("control_image")
+        if any(isinstance(one, Tensor) for one in (control if isinstance(control, list) else [control])):
+            raise ValueError("control_image must be a PIL picture, which is fitted to each stage, got a tensor")
         _check_settings(pipe, settings, restarts, has_base=restarts < len(sizes))
     for number, (height, width) in enumerate(sizes[len(sizes) - restarts :], start=1):
         stage = settings.of_stage(number, restarts)
@@ -142,7 +151,9 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
     handle = handle_of(pipe)
     with ExitStack() as undo:
         if handle is None and settings.attention == "npa":
-            handle = undo.enter_context(patch_model(denoiser_of(pipe), jitter=settings.jitter or "none"))
+            nets = nets_of(pipe)  # ControlNets that the caller has patched by themselves stay as they are
+            whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
+            handle = undo.enter_context(patch_model(whole, jitter=settings.jitter or "none"))
         if vae_attention == "npa":
             undo.enter_context(_windowed_vae(pipe))
         attention = handle.attention if handle is not None else None

@@ -69,7 +69,6 @@ def sd3_control() -> Any:
     return quiet(sd3("StableDiffusion3ControlNetPipeline", controlnet=ZOO["SD3 ControlNet"].build(), vae=vae))
 
 
-TAKES_A_PICTURE = "a ControlNet's picture is taken for one to be changed, by its name in the pipeline's call"
 CONTROLLED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "SD1.5": (lambda: with_control(stable_diffusion, "StableDiffusionControlNetPipeline"), {"name": "image"}),
     "SDXL": (lambda: with_control(sdxl, "StableDiffusionXLControlNetPipeline"), {"name": "image"}),
@@ -77,11 +76,6 @@ CONTROLLED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "FLUX": (flux_control, {"name": "control_image"}),
     "SD3": (sd3_control, {"name": "control_image"}),
 }
-
-
-def controlled(name: str) -> Any:
-    marks = [pytest.mark.xfail(strict=True, raises=TypeError, reason=TAKES_A_PICTURE)] if name in ("SD1.5", "SDXL") else []
-    return pytest.param(name, marks=marks)
 
 
 def control_of(name: str, picture: Any, **more: Any) -> dict[str, Any]:
@@ -95,7 +89,7 @@ def conditions(name: str, seen: list[Any]) -> list[Any]:
     return list(dict.fromkeys(tensor.shape[1] if name == "FLUX" else tuple(tensor.shape[-2:]) for tensor in tensors))
 
 
-@pytest.mark.parametrize("name", [controlled(name) for name in CONTROLLED])
+@pytest.mark.parametrize("name", CONTROLLED)
 def test_a_controlnet_is_heard_in_every_stage(name: str) -> None:
     """Its picture, of any size, is fitted to each stage; at scale 0 it says nothing."""
     pipe, seen = CONTROLLED[name][0](), list[Any]()
@@ -129,7 +123,6 @@ def test_the_patched_call_with_a_controlnet_is_generate(name: str) -> None:
     torch.testing.assert_close(latents, pack(last(result)) if name == "FLUX" else last(result), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="generate patches the denoiser of a pipeline that is not patched, and leaves its ControlNet")
 def test_a_controlnet_has_windows_whether_its_pipeline_is_patched_or_not() -> None:
     pipe, call = sd3_control(), {"control_image": picture_of((40, 40))}
     unpatched = draw(pipe, BOAT, call=call)
@@ -141,7 +134,6 @@ def test_a_controlnet_has_windows_whether_its_pipeline_is_patched_or_not() -> No
     torch.testing.assert_close(last(unpatched), last(patched), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="FLUX's pipeline and SD3's draw every stage in the size of a control tensor")
 @pytest.mark.parametrize("name", ["FLUX", "SD3"])
 def test_a_control_tensor_is_refused(name: str) -> None:
     """Even of the target's size, as the pipeline itself would want it: it would be the base stage's size too."""

@@ -72,13 +72,7 @@ def test_without_a_generator_every_run_has_a_seed_of_its_own() -> None:
     assert global_randomness() == randomness
 
 
-def two_prompts(name: str) -> Any:
-    twice = "ZImagePipeline writes its template into the list that it is given, and every stage hands it the same list"
-    marks = [pytest.mark.xfail(strict=True, reason=twice)] if name == "Z-Image" else []
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", [two_prompts(name) for name in PROMPTED])
+@pytest.mark.parametrize("name", PROMPTED)
 def test_a_list_of_prompts_is_a_picture_of_each(name: str) -> None:
     """Each with a generator of its own is drawn as it is drawn alone."""
     pipe, prompts = ready(name), [BOAT, MOONS]
