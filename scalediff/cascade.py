@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from scalediff.pipelines import (
     native_size,
     own_call,
     preset,
+    split_guidance,
     stage_sizes,
     tiled,
     unguided_from,
@@ -103,6 +105,7 @@ class Around:
         workdir: Keeps every finished stage; those that it holds are taken from there.
         vae_tiling: The autoencoder works in tiles; None: where it would not fit into what is free.
         vae_attention: `"npa"` gives the autoencoder neighborhood patch attention.
+        split_guidance: The two passes of classifier-free guidance run one after the other.
     """
 
     on_stage: Callable[[Stage], None] | None = None
@@ -111,6 +114,7 @@ class Around:
     workdir: Workdir | None = None
     vae_tiling: bool | None = None
     vae_attention: Attention = "full"
+    split_guidance: bool = False
 
 
 @torch.no_grad()
@@ -129,7 +133,8 @@ def run(
     A picture, `[B, 3, height, width]` in [-1, 1], stands for the base stage, whose size `base` then is.
     """
     check_run(pipe, arguments, sizes, settings, restarts=len(sizes) - (picture is None))
-    with borrowed(pipe, settings, around.vae_attention) as handle:
+    halves = split_guidance(pipe) if around.split_guidance else nullcontext()
+    with borrowed(pipe, settings, around.vae_attention) as handle, halves:
         return _Run(pipe, arguments, list(sizes), settings, around, handle, base or sizes[0]).all(picture)
 
 

@@ -50,6 +50,7 @@ def generate(
     sizes: Sizes | None = None,
     vae_tiling: bool | None = None,
     vae_attention: Attention = "full",
+    split_guidance: bool = False,
     workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -70,6 +71,8 @@ def generate(
         sizes: (height, width) of every stage, base first and target last; twice the size from stage to stage when None.
         vae_tiling: Encode and decode in tiles; None: where a picture in one piece would not fit into the memory that is free.
         vae_attention: `"npa"` for neighborhood patch attention in the autoencoder too.
+        split_guidance: Run the two passes of classifier-free guidance one after the other, where they are one doubled batch: the
+            denoiser then works in half the memory.
         workdir: A folder that keeps every finished stage. A run that was interrupted, called again with the same arguments and a
             generator in the same state, begins after its last finished stage and ends with the same bits.
         on_stage: Called with every stage as it ends, or as it is found in the workdir.
@@ -89,7 +92,7 @@ def generate(
     """
     given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
     check_call(pipe)
-    around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention)
+    around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
     chosen = _preset(pipe, preset)
     arguments = _arguments(prompt, negative_prompt, generator, call, chosen)
     return _draw(pipe, arguments, stage_sizes(pipe, height, width, sizes), replace(chosen.settings, **given), around, workdir)
@@ -117,6 +120,7 @@ def upscale(
     sizes: Sizes | None = None,
     vae_tiling: bool | None = None,
     vae_attention: Attention = "full",
+    split_guidance: bool = False,
     workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -129,7 +133,8 @@ def upscale(
         height, width: Target in pixels, above the picture's own area and of its shape.
         sizes: (height, width) of every stage, the first above the picture's own area.
         pipe, prompt, negative_prompt, call, generator, preset, steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff,
-        vae_tiling, vae_attention, workdir, on_stage, on_step, progress: As in `generate`. The larger `restart`, the more is drawn anew.
+        vae_tiling, vae_attention, split_guidance, workdir, on_stage, on_step, progress: As in `generate`. The larger `restart`, the
+            more is drawn anew.
 
     Returns:
         As `generate`.
@@ -155,7 +160,7 @@ def upscale(
     if sizes is not None:
         above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]))
     picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
-    around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention)
+    around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
     chosen = _preset(pipe, preset)
     arguments = _arguments(prompt, negative_prompt, generator, call, chosen)
     return _draw(pipe, arguments, above, replace(chosen.settings, **given), around, workdir, picture, planned[0])
@@ -180,6 +185,7 @@ def _story(
         "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "vae": [around.vae_tiling, around.vae_attention],
+        "split_guidance": around.split_guidance,
     }
 
 

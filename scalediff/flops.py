@@ -74,6 +74,7 @@ class Model:
     channels: int
     tokens: int  # pixels of the finest token
     guided: bool  # guidance is a second pass
+    texts: Callable[[], list[nn.Module]] = list  # text encoders
 
 
 def _sdxl() -> nn.Module:
@@ -114,9 +115,32 @@ def _flux_inputs(y: int, x: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _clip(width: int, layers: int, heads: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, projection_dim=width
+    )
+
+
+def _sdxl_texts() -> list[nn.Module]:
+    """OpenAI's CLIP ViT-L/14 and OpenCLIP's ViT-bigG/14."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    return [CLIPTextModel(_clip(768, 12, 12)), CLIPTextModelWithProjection(_clip(1280, 32, 20))]
+
+
+def _flux_texts() -> list[nn.Module]:
+    """OpenAI's CLIP ViT-L/14 and the encoder of T5 v1.1 XXL."""
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    return [CLIPTextModel(_clip(768, 12, 12)), T5EncoderModel(t5)]
+
+
 MODELS: Mapping[str, Model] = {
-    "sdxl": Model(_sdxl, _sdxl_inputs, channels=4, tokens=8, guided=True),
-    "flux": Model(_flux, _flux_inputs, channels=16, tokens=16, guided=False),
+    "sdxl": Model(_sdxl, _sdxl_inputs, channels=4, tokens=8, guided=True, texts=_sdxl_texts),
+    "flux": Model(_flux, _flux_inputs, channels=16, tokens=16, guided=False, texts=_flux_texts),
 }
 
 

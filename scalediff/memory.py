@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from scalediff.flops import FACTOR, MODELS, built, passes_of_a_step, stages
 from scalediff.hooks import denoiser_of
-from scalediff.pipelines import own_call
+from scalediff.pipelines import cascade_of, own_call, sample_of
 from scalediff.subclass import own_class
 
 MARGIN = 2**30  # bytes: a CUDA context and the workspaces of its libraries; not measured yet
@@ -36,28 +37,30 @@ class Estimate:
     Attributes:
         weights: Of every component.
         denoiser: Of a forward pass, beside weights.
+        halves: How many passes of half the memory that is, if guidance is split: 2, or 1 where there is nothing to split.
         vae, vae_tiled: Of encoding or decoding, beside weights: in one piece, and in tiles.
     """
 
     weights: Mapping[str, int]
     denoiser: int
+    halves: int
     vae: int
     vae_tiled: int
 
-    def peak(self, *, tiled: bool, offloaded: bool) -> int:
-        """Of the device, with the autoencoder tiling or not, and with all components resident or only the one at work."""
-        vae = self.vae_tiled if tiled else self.vae
+    def peak(self, *, tiled: bool = False, split: bool = False, offloaded: bool = False) -> int:
+        """Of the device: with the autoencoder tiling, guidance split, and only the component at work resident, or not."""
+        held = {"denoiser": self.denoiser // (self.halves if split else 1), "vae": self.vae_tiled if tiled else self.vae}
         if not offloaded:
-            return int(sum(self.weights.values()) + _FRAGMENTS * max(self.denoiser, vae) + MARGIN)
-        at_work = {name: size + _FRAGMENTS * {"denoiser": self.denoiser, "vae": vae}.get(name, 0) for name, size in self.weights.items()}
-        return int(max(at_work.values()) + MARGIN)
+            return int(sum(self.weights.values()) + _FRAGMENTS * max(held.values()) + MARGIN)
+        return int(max(size + _FRAGMENTS * held.get(name, 0) for name, size in self.weights.items()) + MARGIN)
 
     def ways(self) -> dict[str, int]:
         """What can be done to need less, and the peak with it, in the order in which it costs time."""
         return {
-            "as it is": self.peak(tiled=False, offloaded=False),
-            "with the autoencoder in tiles": self.peak(tiled=True, offloaded=False),
-            "with --low-memory (model offload and tiles)": self.peak(tiled=True, offloaded=True),
+            "as it is": self.peak(),
+            "with vae_tiling": self.peak(tiled=True),
+            "with vae_tiling and split_guidance": self.peak(tiled=True, split=True),
+            "with both and enable_model_cpu_offload (--low-memory)": self.peak(tiled=True, split=True, offloaded=True),
         }
 
     def advice(self, room: int) -> str:
@@ -81,13 +84,39 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
         NotImplementedError: a component whose code does not run on the meta device.
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    weights = {name: sum(x.numel() * x.element_size() for x in (*part.parameters(), *part.buffers())) for name, part in parts.items()}
+    weights = _weights(parts)
     denoiser, vae = denoiser_of(pipe), pipe.vae
     weights["denoiser"] = weights.pop(next(name for name in ("unet", "transformer") if name in weights))
     args, kwargs, batch = _first_call(pipe, arguments, size)
     with _explained(denoiser):
         held = peak_of(functools.partial(_twin(denoiser), *args, **kwargs))
-    return Estimate(weights, held, vae_bytes(vae, size, batch, tiled=False), vae_bytes(vae, size, batch, tiled=True))
+    halves = 2 if cascade_of(pipe).conditional and sample_of(args, kwargs).shape[0] == 2 * batch else 1
+    return Estimate(weights, held, halves, vae_bytes(vae, size, batch, tiled=False), vae_bytes(vae, size, batch, tiled=True))
+
+
+def planned(name: str, size: tuple[int, int]) -> Estimate:
+    """What a model of `scalediff.flops.MODELS` needs in bf16 for one picture of a size, without its weights being there.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    model = MODELS[name]
+    denoiser, vae = (_in_dtype(part, torch.bfloat16) for part in built(model))
+    with torch.device("meta"):
+        texts = [_in_dtype(part, torch.bfloat16) for part in model.texts()]
+    passes = passes_of_a_step(model, stages(model, denoiser, size)[0])
+    inputs = model.inputs(size[0] // FACTOR, size[1] // FACTOR)
+    batch = tree_map_only(Tensor, lambda x: torch.cat([x] * passes) if passes > 1 and x.ndim else x, inputs)
+    batch = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, batch)
+    parts = {"denoiser": denoiser, "vae": vae, **{f"text_encoder_{i}": part for i, part in enumerate(texts)}}
+    held = peak_of(functools.partial(denoiser, **batch))
+    return Estimate(_weights(parts), held, passes, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
+
+
+def _weights(parts: Mapping[str, nn.Module]) -> dict[str, int]:
+    return {name: sum(x.numel() * x.element_size() for x in (*part.parameters(), *part.buffers())) for name, part in parts.items()}
 
 
 def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Cascade, Family
@@ -208,12 +210,9 @@ def unguided_from(pipe: Any, batch: int, first: int | None) -> Iterator[None]:
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         nonlocal halved
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        halved = pipe.scheduler.calls_done >= first and isinstance(sample, Tensor) and sample.shape[0] == 2 * batch
+        halved = pipe.scheduler.calls_done >= first and sample_of(args, kwargs).shape[0] == 2 * batch
+        half = functools.partial(_cut, batch=2 * batch, kept=kept)
         return (_mapped(args, half), _mapped(kwargs, half)) if halved else None
-
-    def half(x: Tensor) -> Tensor:
-        return x[kept] if x.ndim and x.shape[0] == 2 * batch else x
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return _mapped(output, lambda x: torch.cat([x, x])) if halved else None
@@ -224,6 +223,51 @@ def unguided_from(pipe: Any, batch: int, first: int | None) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def split_guidance(pipe: Any) -> Iterator[None]:
+    """Run the two halves of a guided batch one after the other, with half the memory; of a model that is guided otherwise, nothing."""
+    if not cascade_of(pipe).conditional:
+        yield
+        return
+    denoiser = denoiser_of(pipe)
+    before, forward = denoiser.__dict__.get("forward"), denoiser.forward
+
+    @functools.wraps(forward)
+    def in_halves(*args: Any, **kwargs: Any) -> Any:
+        batch = sample_of(args, kwargs).shape[0]
+        if batch % 2 or not pipe.do_classifier_free_guidance:
+            return forward(*args, **kwargs)
+        halves = []
+        for half in (slice(0, batch // 2), slice(batch // 2, None)):
+            cut = functools.partial(_cut, batch=batch, kept=half)
+            halves.append(forward(*_mapped(args, cut), **_mapped(kwargs, cut)))
+        return _joined(*halves)
+
+    denoiser.__dict__["forward"] = in_halves
+    try:
+        yield
+    finally:
+        if before is None:
+            del denoiser.__dict__["forward"]
+        else:
+            denoiser.__dict__["forward"] = before
+
+
+def sample_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    sample: Tensor = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    return sample
+
+
+def _cut(x: Tensor, *, batch: int, kept: slice) -> Tensor:
+    return x[kept] if x.ndim and x.shape[0] == batch else x
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """Two nests of tensors as one, with the batch of both."""
+    others = iter(x for x in tree_leaves(second) if isinstance(x, Tensor))
+    return _mapped(first, lambda x: torch.cat([x, next(others)]))
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
