@@ -1,0 +1,20 @@
+"""Published methods beside ScaleDiff, each through the pipeline's own call: by name, its options and the function that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from scalediff.cascade import Stage
+from scalediff.methods.multidiffusion import MultiDiffusion, multidiffusion
+
+
+class Method(NamedTuple):
+    """One published method: `run(pipe, arguments, size, settings, options, on_stage=..., progress=...)`."""
+
+    options: type[Any]
+    run: Callable[..., list[Stage]]
+
+
+METHODS: Mapping[str, Method] = MappingProxyType({"multidiffusion": Method(MultiDiffusion, multidiffusion)})

@@ -1,0 +1,150 @@
+"""What the methods share in running a pipeline's own call: its denoiser answered for, its scheduler checked, its state given back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from scalediff.cascade import Stage, family_with_cascade, fresh_generator
+from scalediff.grid import Grid
+from scalediff.hooks import denoiser_of, handle_of, original_call
+from scalediff.latents import decode, pictures_of, unpack
+from scalediff.methods.views import INPUTS, Denoise, Inputs
+from scalediff.settings import Settings
+
+_COMPUTE = "_scalediff_compute"
+
+
+def inputs_of(pipe: Any, method: str) -> Inputs:
+    """How the arguments of this pipeline's denoiser are cut.
+
+    Raises:
+        NotImplementedError: it is not known.
+    """
+    for cls in type(denoiser_of(pipe)).__mro__:
+        if cls.__name__ in INPUTS:
+            return INPUTS[cls.__name__]
+    raise NotImplementedError(f"{method} cuts views for {', '.join(sorted(INPUTS))}, got {type(denoiser_of(pipe)).__name__}")
+
+
+def check_linear(pipe: Any, arguments: Mapping[str, Any], schedulers: Collection[str], method: str) -> None:
+    """Refuse where averaging model outputs is not averaging what the scheduler would step to from each of them.
+
+    Raises:
+        NotImplementedError: the scheduler draws noise, clips its samples or is not among `schedulers`; guidance is rescaled.
+    """
+    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    why = f"{method} averages model outputs, which equals averaging steps where a step is linear and draws no noise"
+    if name not in schedulers:
+        raise NotImplementedError(f"{why}: in {', '.join(sorted(schedulers))}, got {name}")
+    for option in ("stochastic_sampling", "clip_sample", "thresholding"):
+        if config.get(option, False):
+            raise NotImplementedError(f"{why}: in {name} without {option}, got {option}={config[option]}")
+    if "sde" in str(config.get("algorithm_type", "")):
+        raise NotImplementedError(f"{why}: in {name} without noise, got algorithm_type={config['algorithm_type']!r}")
+    parameters = inspect.signature(original_call(pipe)).parameters
+    for option in ("eta", "guidance_rescale", "cfg_normalization"):
+        value = arguments.get(option, parameters[option].default if option in parameters else None)
+        if value:
+            raise NotImplementedError(f"{why}: call the pipeline with {option}={type(value)()}, got {option}={value}")
+
+
+def complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """The arguments of the pipeline's call, with the settings and a generator where they name none."""
+    guidance = family_with_cascade(denoiser_of(pipe))[1].guidance
+    found = {guidance: settings.guidance_scale, "num_inference_steps": settings.steps, **arguments}
+    return found | {"generator": found.get("generator") or fresh_generator()}
+
+
+@contextmanager
+def borrowed(pipe: Any) -> Iterator[None]:
+    """Give the pipeline back as it was; inside, a patched one has its own attention."""
+    scheduler, bar, handle = pipe.scheduler, pipe.__dict__.get("_progress_bar_config"), handle_of(pipe)
+    trained_size = family_with_cascade(denoiser_of(pipe))[1].trained_size
+    pixels = getattr(pipe, trained_size) if trained_size else None
+    attention = handle.attention if handle is not None else "full"
+    try:
+        if handle is not None:
+            handle.attention = "full"
+        yield
+    finally:
+        pipe.scheduler = scheduler
+        if trained_size:
+            setattr(pipe, trained_size, pixels)
+        if bar is not None:
+            pipe._progress_bar_config = bar
+        else:
+            pipe.__dict__.pop("_progress_bar_config", None)
+        if handle is not None:
+            handle.attention = attention
+
+
+@contextmanager
+def answered_by(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, view_batch: int, method: str) -> Iterator[None]:
+    """Within, every call that the pipeline makes of its denoiser is answered by `compute`, `[B, C, Y, X]` from a `Denoise`.
+
+    The denoiser gets a class with another call for that long, on top of whatever it is: patched, compiled, offloaded.
+
+    Raises:
+        NotImplementedError: as `inputs_of`, and `Denoise` in a call.
+    """
+    inputs, inner = inputs_of(pipe, method), denoiser_of(pipe)
+    patch = family_with_cascade(inner)[1].patch
+    parameters = list(inspect.signature(type(inner).forward).parameters)[1:]
+    owner: Any = next(part for name in ("unet", "transformer") if isinstance(part := getattr(pipe, name, None), nn.Module))
+
+    def respond(forward: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        given = dict(zip(parameters, args, strict=False)) | dict(named)
+        denoise = Denoise(forward, given, inputs, size=size, patch=patch, view_batch=view_batch)
+        return denoise.answer(compute(denoise))
+
+    cls: Any = type(owner)
+    owner.__dict__[_COMPUTE] = respond
+    owner.__class__ = _answering(cls)
+    try:
+        yield
+    finally:
+        owner.__class__ = cls
+        del owner.__dict__[_COMPUTE]
+
+
+@functools.cache  # a graph that was compiled for the class serves the next run
+def _answering(cls: type) -> type:
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_COMPUTE](functools.partial(cls.__call__, self), args, kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def draw_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
+    """`[B, C, Y, X]` by the pipeline's own call, for a picture of a size in pixels."""
+    changes = {"height": size[0], "width": size[1], "output_type": "latent", "return_dict": False}
+    latents: Tensor = original_call(pipe)(pipe, **{**arguments, **changes})[0]
+    packed = family_with_cascade(denoiser_of(pipe))[1].packed
+    return unpack(latents, latent_size(pipe, size)) if packed else latents
+
+
+def latent_size(pipe: Any, size: Grid) -> Grid:
+    """The latent grid of a picture of a size in pixels."""
+    return size[0] // pipe.vae_scale_factor, size[1] // pipe.vae_scale_factor
+
+
+def show_progress(pipe: Any, progress: bool | None, *, index: int, of: int, size: Grid) -> None:
+    if progress is not None:
+        pipe.set_progress_bar_config(desc=f"stage {index}/{of}  {size[0]} x {size[1]}", disable=not progress)
+
+
+def finished(pipe: Any, latents: Tensor, size: Grid, settings: Settings, *, index: int, of: int, steps: int, since: float) -> Stage:
+    """The stage with these latents, decoded; `since` is when it began."""
+    images = pictures_of(pipe, decode(pipe, latents))
+    seconds = time.perf_counter() - since
+    return Stage(
+        index=index, of=of, height=size[0], width=size[1], images=images, latents=latents, steps=steps, seconds=seconds, settings=settings
+    )
