@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from scalediff.cascade import Stage
+from scalediff.methods.demofusion import DemoFusion, demofusion
 from scalediff.methods.multidiffusion import MultiDiffusion, multidiffusion
 
 
@@ -17,4 +18,6 @@ class Method(NamedTuple):
     run: Callable[..., list[Stage]]
 
 
-METHODS: Mapping[str, Method] = MappingProxyType({"multidiffusion": Method(MultiDiffusion, multidiffusion)})
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {"multidiffusion": Method(MultiDiffusion, multidiffusion), "demofusion": Method(DemoFusion, demofusion)}
+)
