@@ -99,7 +99,7 @@ def demofusion(
     on_stage: Callable[[Stage], None] | None = None,
     progress: bool | None = None,
 ) -> list[Stage]:
-    """DemoFusion, arXiv:2311.16973, section 3: progressive upscaling with skip residuals and dilated sampling.
+    """DemoFusion, arXiv:2311.16973: progressive upscaling with skip residuals and dilated sampling.
 
     Every phase is a call of the pipeline's own, with all its steps. A scheduler that is a subclass of the pipeline's adds the skip
     residual to the sample, where the denoiser is given it and where it steps from it; the denoiser is answered for by the mix of
@@ -131,7 +131,7 @@ def demofusion(
     if len(sizes) > 1:
         _check(pipe, arguments)
     steps, stages = arguments["num_inference_steps"], list[Stage]()
-    jitter = _own_generator(arguments["generator"]) if options.jitter else None
+    jitter: torch.Generator | None = None
     latents = base = torch.empty(0)
     with running.borrowed(pipe):
         scheduler = pipe.scheduler
@@ -140,6 +140,7 @@ def demofusion(
             running.show_progress(pipe, progress, index=phase, of=len(sizes), size=pixels)
             if phase == 1:
                 latents = base = running.draw_latents(pipe, arguments, pixels)
+                jitter = _own_generator(arguments["generator"]) if options.jitter else None  # now: the first phase is the pipeline's own
             else:
                 canvas = Canvas.of(pipe, pixels, phase, options, jitter)
                 pipe.scheduler = _skipping(scheduler, _enlarged(latents, canvas.size), arguments, options)

@@ -62,7 +62,7 @@ def multidiffusion(
     on_stage: Callable[[Stage], None] | None = None,
     progress: bool | None = None,
 ) -> list[Stage]:
-    """MultiDiffusion, arXiv:2302.08113, equation 5 with uniform weights: x_{t-1} is the mean of what the views of x_t step to.
+    """MultiDiffusion, arXiv:2302.08113, with uniform weights: x_{t-1} is the mean of what the views of x_t step to.
 
     The pipeline's own call runs, from noise of the target size; only its denoiser is answered for. A view is denoised alone, its
     positions those of a native picture, and the outputs are averaged where views overlap. Guidance and the schedulers' steps are

@@ -40,7 +40,6 @@ def by_hand(
 ) -> list[Tensor]:
     """Every phase in fp64: each view and each dilated sample steps by itself. `model` is for a phase; sizes are in latents."""
     rng = seeded()
-    jitter = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=rng)))
     stride = options.stride or window // 2
     r = (window - stride) // 4
     scheduler = copy.deepcopy(scheduler)
@@ -84,6 +83,7 @@ def by_hand(
         return after[..., up:, left:]
 
     z = torch.randn(1, 4, *sizes[0], generator=rng).double() * scheduler.init_noise_sigma
+    jitter = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=rng)))
     scaled_by = copy.deepcopy(scheduler)
     for t in scheduler.timesteps:
         z = scaled_by.step(model(1)(z, t, (0, 0)), t, z, return_dict=False)[0]
@@ -270,9 +270,21 @@ def test_every_phase_keeps_the_statistics_of_the_first(demo: Any) -> None:
 
 
 def test_at_native_size_it_is_the_pipelines_own_picture(demo: Any) -> None:
-    (stage,) = run(demo, (64, 64), {"prompt": PROMPT}, DemoFusion(jitter=False))
+    (stage,) = run(demo, (64, 64), {"prompt": PROMPT})
     own = demo(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeded(), output_type="latent").images
     assert torch.equal(stage.latents, own)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_it_runs_in_half_precision(name: str) -> None:
+    pipe, arguments = built("SDXL")
+    clips = {"clip_sample": False} if name == "DDIMScheduler" else {}
+    pipe.scheduler = getattr(diffusers, name)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **clips)
+    size = 2 * native_size(pipe)[0], 3 * native_size(pipe)[1]
+    exact = run(pipe, size, arguments)[-1].latents
+    half = run(pipe.to(torch.bfloat16), size, {name: x.bfloat16() for name, x in arguments.items()})[-1].latents
+    assert half.dtype == torch.bfloat16
+    assert (half - exact).std() < 0.1 * exact.std()
 
 
 def test_one_seed_is_one_picture_and_jitter_is_of_it(demo: Any) -> None:

@@ -284,6 +284,31 @@ def test_prompts_in_a_batch_are_drawn_as_alone(demo: Any) -> None:
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["torch.compile", "in place"])
+def test_compiled_models_see_views(how: str) -> None:
+    """A wrapper around the denoiser, and a denoiser that is compiled itself."""
+    pipe, arguments = built("SD3")
+    expected = run(pipe, (32, 32), arguments).latents
+    if how == "in place":
+        pipe.transformer.compile(backend="eager")
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    kind = type(pipe.transformer)
+    torch.testing.assert_close(run(pipe, (32, 32), arguments).latents, expected, rtol=1e-4, atol=1e-4)
+    assert type(pipe.transformer) is kind
+
+
+@pytest.mark.parametrize("name", ["FLUX", "SD3", "SDXL"])
+def test_it_runs_in_half_precision(name: str) -> None:
+    pipe, arguments = built(name)
+    with scalediff.patch_model(pipe, window=WINDOW):
+        size = 2 * native_size(pipe)[0], 3 * native_size(pipe)[1]
+        exact = run(pipe, size, arguments).latents
+        half = run(pipe.to(torch.bfloat16), size, {name: x.bfloat16() for name, x in arguments.items()}).latents
+    assert half.dtype == torch.bfloat16
+    assert (half - exact).std() < 0.1 * exact.std()
+
+
 @pytest.mark.parametrize(("name", "patched"), [("FLUX", True), ("SDXL", True), ("SDXL", False), ("Lumina-Next", False)])
 def test_the_pipeline_is_given_back_as_it_was(name: str, patched: bool) -> None:
     """Also after an exception in the middle of a step; the global generator is not used."""
