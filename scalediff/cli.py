@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from scalediff import commands
-from scalediff.commands import SCHEDULERS
+from scalediff import commands, drawing
 from scalediff.flops import MODELS
+from scalediff.loading import SCHEDULERS, UsageError, one_line
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -24,19 +24,46 @@ def _size(text: str) -> tuple[int, int]:
     return height, int(match[2] or height)
 
 
-def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**63:
-        raise argparse.ArgumentTypeError(f"a seed lies in [0, 2^63), got {seed}")
-    return seed
+def _sizes(text: str) -> list[tuple[int, int]]:
+    return [_size(one) for one in text.split(",")]
+
+
+def _seeds(text: str) -> list[int]:
+    """`7`, `0,1,2`, `0-3` and mixtures."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or match[1]) >= 2**63:
+            raise argparse.ArgumentTypeError(f"seeds are N, N-M or a list of these with commas, in [0, 2^63), got {text!r}")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return seeds
+
+
+def _per_stage(text: str) -> float | tuple[float, ...]:
+    """A number, or one for each stage above the native size, with commas."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a number, or a list with commas, one for each stage, got {text!r}") from error
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a positive number, got {number}")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scalediff", description="Diffusion pictures far above the model's native size.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="draw a picture", description="Draw a picture; every finished stage is saved.")
-    generate.add_argument("prompt", metavar="PROMPT")
+    generate = commands.add_parser(
+        "generate", help="draw pictures", description="Draw a picture for every prompt and seed; every finished stage is saved."
+    )
+    generate.add_argument("prompt", metavar="PROMPT", nargs="*")
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="more of them, one a line")
     generate.add_argument("--size", type=_size, metavar="N|HxW", help="pixels (default: 4x the model's native size)")
     generate.add_argument("--compare", action="store_true", help="also draw by direct inference and with full attention, side by side")
     _add_run(generate)
@@ -72,25 +99,42 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     """What drawing and enlarging have in common."""
     command.add_argument("--negative-prompt", metavar="TEXT")
     command.add_argument("--model", default="demo", help="demo (embedded, default), a pipeline folder, or a Hugging Face model id")
-    command.add_argument("--seed", type=_seed, default=0, help="same seed, same machine: same picture (default: 0)")
-    command.add_argument("--out", type=Path, metavar="FILE", help="PNG file (default: named after the prompt or picture, and the seed)")
+    command.add_argument("--seed", type=_seeds, default=[0], metavar="N|N-M|N,M", help="a picture for each (default: 0)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="PNG file, or a folder (default: here, named after prompt and seed)")
     command.add_argument(
         "--workdir", type=Path, metavar="FOLDER", help="keeps every stage; the same command goes on where it was interrupted"
     )
+    command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="every stage, instead of twice the size each time")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     command.add_argument("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="instead of the model's own")
-    command.add_argument("--quiet", action="store_true", help="no progress bars")
+    command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="of the scheduler")
+    command.add_argument("--preview", type=_positive, metavar="N", help="show what it is to become at every N-th step, in a file")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--json", action="store_true", help="a line for every picture on stdout, for scripts")
 
-    method = command.add_argument_group("method", "defaults come from the model family's preset")
+    memory = command.add_argument_group("memory", "an estimate is printed before anything is drawn")
+    memory.add_argument("--low-memory", action="store_true", help="tiles, guidance split, and a component on the GPU only while it works")
+    memory.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction, help="the autoencoder in tiles (default: where needed)")
+    memory.add_argument("--vae-attention", choices=("full", "npa"), default="full", help="of the autoencoder")
+    memory.add_argument("--split-guidance", action="store_true", help="the two passes of guidance one after the other")
+
+    method = command.add_argument_group("method", "defaults come from the preset; N,M,... is one for each stage above the native size")
+    method.add_argument("--preset", default="default", help="default, paper, turbo, lightning: scalediff models lists them")
     method.add_argument("--steps", type=int, help="steps of the whole schedule")
-    method.add_argument("--restart", type=float, help="share of the steps that a high-resolution stage runs, in (0, 1]")
-    method.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
+    method.add_argument("--restart", type=_per_stage, metavar="R", help="share of the steps that a high-resolution stage runs, in (0, 1]")
+    method.add_argument("--guidance-scale", type=float, metavar="S", help="classifier-free guidance")
+    method.add_argument("--guidance-until", type=_per_stage, metavar="R", help="share of those steps that is guided, in [0, 1]")
     method.add_argument("--attention", choices=("npa", "full"), help="neighborhood patch attention, or the model's own")
+    method.add_argument("--jitter", choices=("none", "alternate", "random"), help="of the patch grid, from step to step")
     method.add_argument("--lfm", action=argparse.BooleanOptionalAction, help="latent frequency mixing")
     method.add_argument("--sg", action=argparse.BooleanOptionalAction, help="structure guidance")
-    method.add_argument("--lfm-cutoff", type=float, help="kept fraction of Nyquist, in (0, 1]")
-    method.add_argument("--sg-cutoff", type=float, help="kept fraction of Nyquist, in (0, 1]")
+    method.add_argument("--lfm-cutoff", type=_per_stage, metavar="C", help="kept fraction of Nyquist, in (0, 1]")
+    method.add_argument("--sg-cutoff", type=_per_stage, metavar="C", help="kept fraction of Nyquist, in (0, 1]")
+    method.add_argument("--sg-cutoff-start", type=_per_stage, metavar="C", help="that at the first step, if it is to change")
+    method.add_argument("--filter", choices=("resize", "gaussian", "butterworth"), help="low-pass filter of both")
+    method.add_argument("--anchor", choices=("picture", "trajectory"), help="what structure guidance draws to")
+    method.add_argument("--size-conditioning", choices=("target", "native"), help="the size that SDXL is told")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,20 +145,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         run = {
-            "generate": commands.generate_picture,
-            "upscale": commands.upscale_picture,
+            "generate": drawing.generate_pictures,
+            "upscale": drawing.upscale_pictures,
             "plan": commands.show_plan,
             "models": commands.show_models,
             "info": commands.show_info,
         }
         run[options.command](options)
     except torch.OutOfMemoryError as error:
-        print(f"scalediff: error: out of memory: try a smaller --size or --dtype bf16 ({commands.one_line(error)})", file=sys.stderr)
+        print(f"scalediff: error: {one_line(error)}", file=sys.stderr)
         return 1
-    except (commands.UsageError, ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+    except (UsageError, ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
         if os.environ.get("SCALEDIFF_DEBUG"):
             raise
-        print(f"scalediff: error: {commands.one_line(error)}", file=sys.stderr)
+        print(f"scalediff: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scalediff.cascade import Around, Generators, Stage, fresh_generator, run
 from scalediff.hooks import denoiser_of
+from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
 from scalediff.pipelines import Sizes, cascade_of, check_call, named_preset, stage_sizes
 from scalediff.progress import Step
 from scalediff.settings import Attention, PerStage, Preset, Settings
@@ -38,7 +39,7 @@ def generate(
     negative_prompt: str | list[str] | None = None,
     call: Mapping[str, Any] | None = None,
     generator: Generators | None = None,
-    preset: str | Settings = "default",
+    preset: str | Preset | Settings = "default",
     steps: int | None = None,
     restart: PerStage | None = None,
     guidance_scale: float | None = None,
@@ -51,6 +52,7 @@ def generate(
     vae_tiling: bool | None = None,
     vae_attention: Attention = "full",
     split_guidance: bool = False,
+    method: str | MultiDiffusion | DemoFusion = "scalediff",
     workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -66,13 +68,15 @@ def generate(
         call: Further arguments of the pipeline's own call, for every stage.
         generator: Makes the whole run reproducible; a fresh one with a random seed when None. The global RNG is not used.
         preset: `"default"`, `"paper"` for what was published for this model, another of the family's (`scalediff models` names them), or
-            Settings of one's own, which have every switch.
+            Settings or a Preset of one's own, which have every switch.
         steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the preset's where None.
         sizes: (height, width) of every stage, base first and target last; twice the size from stage to stage when None.
         vae_tiling: Encode and decode in tiles; None: where a picture in one piece would not fit into the memory that is free.
         vae_attention: `"npa"` for neighborhood patch attention in the autoencoder too.
         split_guidance: Run the two passes of classifier-free guidance one after the other, where they are one doubled batch: the
             denoiser then works in half the memory.
+        method: `"scalediff"`, or what it is compared with: `"multidiffusion"`, `"demofusion"`, or one of these with options
+            (`scalediff.methods`). They take prompt, size, steps, guidance scale and generator; what else belongs to ScaleDiff is refused.
         workdir: A folder that keeps every finished stage. A run that was interrupted, called again with the same arguments and a
             generator in the same state, begins after its last finished stage and ends with the same bits.
         on_stage: Called with every stage as it ends, or as it is found in the workdir.
@@ -92,6 +96,16 @@ def generate(
     """
     given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
     check_call(pipe)
+    if method != "scalediff":
+        others = {"sizes": sizes, "vae_tiling": vae_tiling, "workdir": workdir, "on_step": on_step}
+        named = [*(set(given) - {"steps", "guidance_scale"}), *(name for name, value in others.items() if value is not None)]
+        named += ["vae_attention"] * (vae_attention != "full") + ["split_guidance"] * split_guidance
+        if named:
+            raise ValueError(f"method={method!r} has no {', '.join(sorted(named))}")
+        chosen = _preset(pipe, preset)
+        settings = replace(chosen.settings, **given)
+        arguments = _complete(pipe, _arguments(prompt, negative_prompt, generator, call, chosen), settings)
+        return _other(pipe, method, arguments, (height, width), settings, on_stage, progress)
     around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
     chosen = _preset(pipe, preset)
     arguments = _arguments(prompt, negative_prompt, generator, call, chosen)
@@ -108,7 +122,7 @@ def upscale(
     negative_prompt: str | list[str] | None = None,
     call: Mapping[str, Any] | None = None,
     generator: Generators | None = None,
-    preset: str | Settings = "default",
+    preset: str | Preset | Settings = "default",
     steps: int | None = None,
     restart: PerStage | None = None,
     guidance_scale: float | None = None,
@@ -201,8 +215,10 @@ def _given(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _preset(pipe: Any, preset: str | Settings) -> Preset:
-    return Preset(preset, "the caller") if isinstance(preset, Settings) else named_preset(pipe, preset)
+def _preset(pipe: Any, preset: str | Preset | Settings) -> Preset:
+    if isinstance(preset, Settings):
+        return Preset(preset, "the caller")
+    return preset if isinstance(preset, Preset) else named_preset(pipe, preset)
 
 
 def _arguments(
@@ -224,6 +240,34 @@ def _arguments(
     return {**{name: value for name, value in preset.call.items() if name != told}, **given, "generator": generator}
 
 
+def _complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Those arguments, with steps, guidance and a generator."""
+    cascade = cascade_of(pipe)
+    own: dict[str, Any] = {cascade.guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    if cascade.negative is not None and not any(name.startswith("negative_prompt") for name in arguments):
+        own["negative_prompt"] = cascade.negative
+    return {**own, **arguments, "generator": arguments["generator"] or fresh_generator()}
+
+
+def _other(
+    pipe: Any,
+    method: str | MultiDiffusion | DemoFusion,
+    arguments: Mapping[str, Any],
+    size: tuple[int, int],
+    settings: Settings,
+    on_stage: Callable[[Stage], None] | None,
+    progress: bool,
+) -> Result:
+    """By another published method."""
+    by_name = {name: one.options() for name, one in METHODS.items()}
+    options = by_name.get(method) if isinstance(method, str) else method
+    run_it = next((one.run for one in METHODS.values() if type(options) is one.options), None)
+    if run_it is None:
+        raise ValueError(f"method must be one of scalediff, {', '.join(METHODS)}, or the options of one, got {method!r}")
+    stages = run_it(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
+    return Result(stages[-1].images, stages, settings)
+
+
 def _draw(
     pipe: Any,
     arguments: Mapping[str, Any],
@@ -236,11 +280,7 @@ def _draw(
 ) -> Result:
     if workdir is not None and arguments["generator"] is None:
         raise ValueError("a workdir needs a generator whose state can be named again, got generator=None")
-    cascade = cascade_of(pipe)
-    own: dict[str, Any] = {cascade.guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
-    if cascade.negative is not None and not any(name.startswith("negative_prompt") for name in arguments):
-        own["negative_prompt"] = cascade.negative
-    arguments = {**own, **arguments, "generator": arguments["generator"] or fresh_generator()}
+    arguments = _complete(pipe, arguments, settings)
     stages: list[Stage] = []
     folder = None if workdir is None else Workdir(Path(workdir), _story(pipe, arguments, sizes, settings, around, picture))
 

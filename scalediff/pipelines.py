@@ -184,7 +184,7 @@ def _windowed_vae(pipe: Any) -> Iterator[None]:
     window = height // factor, width // factor
     parts = [(part, patch) for part, patch in ((pipe.vae.encoder, factor), (pipe.vae.decoder, 1)) if _attends(part)]
     if not parts:
-        raise ValueError(f"vae_attention='npa' is for an autoencoder with attention, got {type(pipe.vae).__name__}")
+        raise NotImplementedError(f"vae_attention='npa' is for autoencoders of pictures with attention, got {type(pipe.vae).__name__}")
     with ExitStack() as undo:
         for part, patch in parts:
             undo.enter_context(patch_model(part, patch_size=patch, window=window))

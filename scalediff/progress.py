@@ -95,4 +95,4 @@ class Progress(AbstractContextManager["Progress"]):
 def _bar(total: int) -> Any:
     from tqdm import tqdm  # diffusers brings it
 
-    return tqdm(total=total, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+    return tqdm(total=total, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}")

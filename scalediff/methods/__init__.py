@@ -10,6 +10,8 @@ from scalediff.cascade import Stage
 from scalediff.methods.demofusion import DemoFusion, demofusion
 from scalediff.methods.multidiffusion import MultiDiffusion, multidiffusion
 
+__all__ = ["METHODS", "DemoFusion", "Method", "MultiDiffusion"]
+
 
 class Method(NamedTuple):
     """One published method: `run(pipe, arguments, size, settings, options, on_stage=..., progress=...)`."""

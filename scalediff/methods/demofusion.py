@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.cascade import Generators, Stage, native_size, stage_sizes
+from scalediff.cascade import Generators, Stage
 from scalediff.grid import Grid
 from scalediff.hooks import denoiser_of
 from scalediff.methods import running
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of
+from scalediff.pipelines import native_size, stage_sizes
 from scalediff.settings import Settings
 
 _NAME = "DemoFusion"

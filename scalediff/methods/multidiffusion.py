@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalediff.cascade import Stage, family_with_cascade, fresh_generator, native_size, stage_sizes
+from scalediff.cascade import Stage, fresh_generator
 from scalediff.grid import Grid
-from scalediff.hooks import denoiser_of, original_call
+from scalediff.hooks import original_call
 from scalediff.methods import running
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of
+from scalediff.pipelines import cascade_of, native_size, stage_sizes
 from scalediff.schedule import Guidance, guided_scheduler, recording_scheduler
 from scalediff.settings import Settings
 
@@ -91,7 +92,7 @@ def multidiffusion(
             linear, rescaled guidance.
     """
     stage_sizes(pipe, *size)  # it refuses sizes
-    cascade = family_with_cascade(denoiser_of(pipe))[1]
+    cascade = cascade_of(pipe)
     arguments = running.complete(pipe, arguments, settings)
     whole, native = running.latent_size(pipe, size), running.latent_size(pipe, native_size(pipe))
     window = min(whole[0], native[0]), min(whole[1], native[1])

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scalediff.cascade import Stage, family_with_cascade, fresh_generator
+from scalediff.cascade import Stage, fresh_generator
 from scalediff.grid import Grid
 from scalediff.hooks import denoiser_of, handle_of, original_call
 from scalediff.latents import decode, pictures_of, unpack
 from scalediff.methods.views import INPUTS, Denoise, Inputs
+from scalediff.pipelines import cascade_of
 from scalediff.settings import Settings
 
 _COMPUTE = "_scalediff_compute"
@@ -57,7 +58,7 @@ def check_linear(pipe: Any, arguments: Mapping[str, Any], schedulers: Collection
 
 def complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """The arguments of the pipeline's call, with the settings and a generator where they name none."""
-    guidance = family_with_cascade(denoiser_of(pipe))[1].guidance
+    guidance = cascade_of(pipe).guidance
     found = {guidance: settings.guidance_scale, "num_inference_steps": settings.steps, **arguments}
     return found | {"generator": found.get("generator") or fresh_generator()}
 
@@ -66,7 +67,7 @@ def complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dic
 def borrowed(pipe: Any) -> Iterator[None]:
     """Give the pipeline back as it was; inside, a patched one has its own attention."""
     scheduler, bar, handle = pipe.scheduler, pipe.__dict__.get("_progress_bar_config"), handle_of(pipe)
-    trained_size = family_with_cascade(denoiser_of(pipe))[1].trained_size
+    trained_size = cascade_of(pipe).trained_size
     pixels = getattr(pipe, trained_size) if trained_size else None
     attention = handle.attention if handle is not None else "full"
     try:
@@ -95,7 +96,7 @@ def answered_by(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, 
         NotImplementedError: as `inputs_of`, and `Denoise` in a call.
     """
     inputs, inner = inputs_of(pipe, method), denoiser_of(pipe)
-    patch = family_with_cascade(inner)[1].patch
+    patch = cascade_of(pipe).patch
     parameters = list(inspect.signature(type(inner).forward).parameters)[1:]
     owner: Any = next(part for name in ("unet", "transformer") if isinstance(part := getattr(pipe, name, None), nn.Module))
 
@@ -127,7 +128,7 @@ def draw_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
     """`[B, C, Y, X]` by the pipeline's own call, for a picture of a size in pixels."""
     changes = {"height": size[0], "width": size[1], "output_type": "latent", "return_dict": False}
     latents: Tensor = original_call(pipe)(pipe, **{**arguments, **changes})[0]
-    packed = family_with_cascade(denoiser_of(pipe))[1].packed
+    packed = cascade_of(pipe).packed
     return unpack(latents, latent_size(pipe, size)) if packed else latents
 
 
