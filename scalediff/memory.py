@@ -25,7 +25,7 @@ from scalediff.hooks import denoiser_of
 from scalediff.pipelines import cascade_of, own_call, sample_of
 from scalediff.subclass import own_class
 
-MARGIN = 2**30  # bytes: a CUDA context and the workspaces of its libraries; not measured yet
+MARGIN = 2**30  # bytes: a process with torch, or a CUDA context and the workspaces of its libraries; not measured yet
 _TILES = 2.5  # pictures that tiles, rows of them and the result are, while one more tile is worked on
 _FRAGMENTS = 1.1  # of the activations: what an allocator leaves between them; not measured yet
 
