@@ -8,6 +8,7 @@ markdown table as soon as it is measured.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -24,67 +25,19 @@ from torch import Tensor
 import scalediff
 from bench import harness
 from bench.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
+from bench.quality_rows import ABLATION, CASCADES, COLUMNS, LABELS, METHODS, SWEEP, SWITCHES, TABLES
 from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
 from scalediff.families import family_of
 from scalediff.grid import level_grid, patch_of, window_of
 from scalediff.hooks import denoiser_of
+from scalediff.methods.demofusion import phase_sizes
+from scalediff.methods.views import corners
 from scalediff.pipelines import native_size, preset, stage_sizes
 from scalediff_kernels.neighborhood.geometry import attention_flops
 
 FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the prompts
 BATCH = 4
 
-# Keyword arguments of scalediff.generate for every row that the cascade draws.
-ABLATION: dict[str, dict[str, Any]] = {
-    "full": {"attention": "full"},
-    "npa": {"attention": "npa"},
-    "npa-no-lfm": {"attention": "npa", "lfm": False},
-    "npa-no-sg": {"attention": "npa", "sg": False},
-    "npa-alone": {"attention": "npa", "lfm": False, "sg": False},
-}
-SWEEP: dict[str, dict[str, Any]] = {
-    f"restart-{restart}-cutoff-{cutoff}": {"attention": "npa", "restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
-    for restart in (0.2, 0.3, 0.4, 0.5)
-    for cutoff in (0.125, 0.25, 0.5)
-}
-CASCADES = ABLATION | SWEEP
-LABELS = {
-    "direct": "direct inference",
-    "full": "full attention + LFM + SG",
-    "npa": "NPA + LFM + SG",
-    "npa-no-lfm": "NPA without LFM",
-    "npa-no-sg": "NPA without SG",
-    "npa-alone": "NPA without both",
-    "autoencoded": "true renders, autoencoded",
-    "true": "true renders",
-    "native": "native size",
-    "native-true": "true renders, native size",
-    "words": "prompts of an hour and a place",
-}
-TABLES = {
-    "The parts of the method": ("direct", *ABLATION, "autoencoded", "true"),
-    "Restart and cutoff": tuple(SWEEP),
-    "At native size": ("native", "native-true"),
-    "Words": ("words",),
-}
-
-# Field, heading, format.
-COLUMNS = (
-    ("n", "pictures", "{:.0f}"),
-    ("size", "pixels", "{:.0f}"),
-    ("one_disc", "exactly one disc", "{:.1%}"),
-    ("hour", "hour as prompted", "{:.1%}"),
-    ("place", "place as prompted", "{:.1%}"),
-    ("discs", "discs", "{:.2f}"),
-    ("swd", "SWD, all levels", "{:.1f}"),
-    ("swd_fine", "SWD, finest", "{:.1f}"),
-    ("spectrum", "spectrum distance", "{:.3f}"),
-    ("hf_ratio", "HF ratio", "{:.4f}"),
-    ("seam", "seam z", "{:+.2f}"),
-    ("seam_control", "control z", "{:+.2f}"),
-    ("seconds", "s per picture", "{:.2f}"),
-    ("gflops", "attention GFLOPs", "{:.2f}"),
-)
 FACTS = ("command", "model", *harness.FACTS)
 FIELDS = ("row", *(field for field, _, _ in COLUMNS), *FACTS)
 LEGEND = f"""Every row has the same seeds and the same captions, those of the held-out scenes from seed {HELD_OUT_SEED} on, whose true
@@ -92,7 +45,8 @@ renders are the reference. Discs: a true picture has one. SWD: sliced Wasserstei
 distance: mean |log10| ratio of radial power; both are best low. HF ratio: share of the power above 0.25 cycles per pixel, best
 where the true renders have it. Seam z: steepness at the borders of the query patches, beside the largest of six other periods; a
 seam is 3 above them. Seconds: p50 over batches of {BATCH}, a batch's time shared out. Attention GFLOPs: useful FLOPs of
-self-attention for one picture, all stages and both passes of guidance, 2 per multiply-add. The last rows are true pictures of
+self-attention for one picture, all stages and both passes of guidance, 2 per multiply-add. A switch is changed alone, and costs or
+saves no time but for what its FLOPs say; MultiDiffusion and DemoFusion have views half a window apart. The last rows are true pictures of
 other scenes: what the distances are where only the distribution agrees. The rows above share hour, terrain and place with the
 reference and can come nearer on the coarse levels. Autoencoded: true pictures that went once through the model's autoencoder,
 the best texture that anything it decodes can have."""
@@ -121,8 +75,9 @@ def draw(task: Task, row: str) -> tuple[Tensor, float]:
         prompts = task.prompts[first : first + BATCH]
         generators = [torch.Generator().manual_seed(task.seed + first + i) for i in range(len(prompts))]
         since = time.perf_counter()
-        if row in CASCADES:
-            drawn = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **CASCADES[row]).images
+        if row in CASCADES or row in METHODS:
+            chosen: dict[str, Any] = {"method": row} if row in METHODS else {"preset": replace(preset(task.pipe), **CASCADES[row])}
+            drawn = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **chosen).images
         else:
             settings = preset(task.pipe)
             drawn = task.pipe(
@@ -139,26 +94,48 @@ def draw(task: Task, row: str) -> tuple[Tensor, float]:
     return torch.stack(images), statistics.median(seconds)
 
 
-def work(pipe: Any, size: int, overrides: Mapping[str, Any] | None) -> int:
-    """Useful FLOPs of self-attention for one square picture: of the cascade, or of direct inference where overrides is None."""
-    settings = replace(preset(pipe), **overrides or {})
-    base, *above = stage_sizes(pipe, size, size) if overrides is not None else [(size, size)]
-    stages = [(base, settings.steps, "full"), *((stage, settings.stage_steps, settings.attention) for stage in above)]
-    passes = 2 if settings.guidance_scale > 1 else 1
+def work(pipe: Any, size: int, row: str) -> int:
+    """Useful FLOPs of self-attention for one square picture of a row."""
     denoiser = denoiser_of(pipe)
     family, native = family_of(denoiser), _native_grid(pipe)
     assert family is not None  # stage_sizes has refused others
     total = 0
-    for (height, width), steps, attention in stages:
-        latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+    for latent, attention, passes in _passes(pipe, size, row):
         for site in family.sites(denoiser):
             if site.role == "self":
                 grid = level_grid(latent, site.level)
                 window = window_of(native, site.level) if attention == "npa" else grid
                 module: Any = denoiser.get_submodule(site.name)
                 head_dim = module.to_q.out_features // module.heads
-                total += steps * attention_flops(grid=grid, window=window, heads=module.heads, head_dim=head_dim, batch=passes)
+                total += passes * attention_flops(grid=grid, window=window, heads=module.heads, head_dim=head_dim)
     return total
+
+
+def _passes(pipe: Any, size: int, row: str) -> list[tuple[tuple[int, int], str, int]]:
+    """The latent grids that a row's forward passes see, with what attention, and how many there are, both of guidance counted."""
+    factor, native = pipe.vae_scale_factor, _native_grid(pipe)
+    settings = replace(preset(pipe), **CASCADES.get(row, {}))
+    both = 2 if settings.guidance_scale > 1 else 1
+    steps = both * settings.steps
+    if row == "multidiffusion":
+        return [(native, "full", steps * views_of(pipe, (size, size)))]
+    if row == "demofusion":
+        phases = phase_sizes(pipe, size, size)
+        windows = [1 if k == 1 else views_of(pipe, phase) + k**2 for k, phase in enumerate(phases, start=1)]
+        return [(native, "full", steps * sum(windows))]
+    if row not in CASCADES:
+        return [((size // factor, size // factor), "full", steps)]
+    assert isinstance(settings.guidance_until, float)
+    guided = math.ceil(settings.guidance_until * settings.stage_steps)
+    above = both * guided + settings.stage_steps - guided
+    (y, x), *later = stage_sizes(pipe, size, size)
+    return [((y // factor, x // factor), "full", steps), *(((y // factor, x // factor), settings.attention, above) for y, x in later)]
+
+
+def views_of(pipe: Any, size: tuple[int, int]) -> int:
+    """Overlapping native windows on a picture of a size in pixels, half a window apart."""
+    y, x = _native_grid(pipe)
+    return len(corners((size[0] // pipe.vae_scale_factor, size[1] // pipe.vae_scale_factor), window=(y, x), stride=(y // 2, x // 2)))
 
 
 def _native_grid(pipe: Any) -> tuple[int, int]:
@@ -175,7 +152,8 @@ def measure(task: Task, row: str, reference: Tensor) -> tuple[dict[str, float], 
             images = torch.cat([_autoencoded(task.pipe, batch) for batch in images.split(BATCH)])
     else:
         images, seconds = draw(task, row)
-        columns = {"seconds": seconds, "gflops": work(task.pipe, task.size, CASCADES.get(row)) / 1e9}
+        columns = {"seconds": seconds} if row not in SWITCHES else {}
+        columns |= {"gflops": work(task.pipe, task.size, row) / 1e9}
     swd = laplacian_swd(images, reference, generator=torch.Generator().manual_seed(0))
     border = patch_of(_native_grid(task.pipe), 0)[0] * task.pipe.vae_scale_factor
     seam, *controls = seam_score(images, period=border).values()
@@ -251,6 +229,7 @@ def _command(options: argparse.Namespace, row: str) -> str:
             f" --model {options.model}" if options.model else ""
         )
     what = f"--native {options.native}" if options.native else f"--n {options.n} --size {options.size}" + " --sweep" * (row in SWEEP)
+    what += " --switches" * (row in SWITCHES)
     return f"python -m bench.quality {what} --seed {options.seed}" + (f" --model {options.model}" if options.model else "")
 
 
@@ -281,7 +260,7 @@ def summary(records: Mapping[str, Mapping[str, str]]) -> str:
     """The README's table: the main columns of the ablation."""
     shown = [column for column in COLUMNS if column[0] in ("one_disc", "discs", "swd", "seconds", "gflops")]
     lines = ["| | " + " | ".join(heading for _, heading, _ in shown) + " |", "|---|" + "--:|" * len(shown)]
-    for row in ("direct", *ABLATION):
+    for row in (name for name in ("direct", *METHODS, *ABLATION) if name in records):
         cells = [form.format(float(records[row][field])) for field, _, form in shown]
         lines.append("| " + " | ".join([LABELS[row], *cells]) + " |")
     return "\n".join(lines)
@@ -305,13 +284,15 @@ def write_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = 6) -> 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = TABLES["The parts of the method"]
+    known = (*default, *SWITCHES, *SWEEP)
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, default=16, help="pictures per row (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="pixels per side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
     parser.add_argument("--model", type=Path, help="folder of another pipeline (default: the embedded model)")
-    parser.add_argument("--rows", default="", help=f"rows to measure, of {','.join((*default, *SWEEP))}")
+    parser.add_argument("--rows", default="", help=f"rows to measure, of {','.join(known)}")
     parser.add_argument("--sweep", action="store_true", help="measure restart x cutoff instead of the ablation")
+    parser.add_argument("--switches", action="store_true", help="the rows of the switches instead")
     parser.add_argument("--native", type=int, default=0, metavar="N", help="only count the discs of N pictures of native size")
     parser.add_argument("--words", type=int, default=0, metavar="N", help="only check the words of N pictures per hour and place")
     parser.add_argument("--out", type=Path, default=harness.ROOT / "docs" / "quality.md", help="markdown table")
@@ -319,9 +300,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, default=harness.ROOT / "bench" / "results" / results, help="results by row")
     parser.add_argument("--sheet", type=Path, help="contact sheet (PNG)")
     options = parser.parse_args(arguments)
-    options.rows = options.rows.split(",") if options.rows else list(SWEEP if options.sweep else default)
-    if unknown := [row for row in options.rows if row not in (*default, *SWEEP)]:
-        parser.error(f"--rows takes {', '.join((*default, *SWEEP))}, got {', '.join(unknown)}")
+    options.rows = options.rows.split(",") if options.rows else list(SWEEP if options.sweep else SWITCHES if options.switches else default)
+    if unknown := [row for row in options.rows if row not in known]:
+        parser.error(f"--rows takes {', '.join(known)}, got {', '.join(unknown)}")
     if options.n < 1 or options.native < 0:
         parser.error(f"--n must be at least 1 and --native at least 0, got {options.n} and {options.native}")
     return options

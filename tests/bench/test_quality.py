@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ def test_work_is_the_sum_over_stages_levels_and_steps(demo: Any) -> None:
 
     base = 2 * settings.steps * one_pass(1, npa=False)
     npa = base + 2 * settings.stage_steps * (one_pass(2, npa=True) + one_pass(4, npa=True))
-    assert quality.work(demo, 256, {"attention": "npa"}) == npa
+    assert quality.work(demo, 256, "npa") == npa
+    spared = 9 - math.ceil(9 * 2 / 3)
+    assert quality.work(demo, 256, "guided-two-thirds") == npa - spared * (one_pass(2, npa=True) + one_pass(4, npa=True))
+    assert quality.work(demo, 256, "multidiffusion") == 49 * base
+    assert quality.work(demo, 256, "demofusion") == (1 + (9 + 4) + (25 + 9) + (49 + 16)) * base
     full = base + 2 * settings.stage_steps * (one_pass(2, npa=False) + one_pass(4, npa=False))
-    assert quality.work(demo, 256, {"attention": "full"}) == full
-    assert quality.work(demo, 256, None) == 2 * settings.steps * one_pass(4, npa=False)
+    assert quality.work(demo, 256, "full") == full
+    assert quality.work(demo, 256, "direct") == 2 * settings.steps * one_pass(4, npa=False)
 
 
 def test_a_row_reaches_the_csv_and_the_table(tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
