@@ -16,15 +16,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scalediff.generators import fresh_generator, set_states, states_of
 from scalediff.hooks import Handle, handle_of, original_call
-from scalediff.latents import decode, encode, pack, pictures_of, unpack
+from scalediff.latents import decode, encode, packed, pictures_of, unpacked
 from scalediff.memory import out_of_memory, wants_tiling
 from scalediff.pipelines import (
     Sizes,
@@ -39,38 +40,12 @@ from scalediff.pipelines import (
     tiled,
     unguided_from,
 )  # fmt: skip
-from scalediff.progress import Progress, Step
+from scalediff.progress import Progress
 from scalediff.schedule import Guidance, Watch, guided_scheduler, recording_scheduler, upsampled
-from scalediff.settings import Attention, PerStage, Settings
-from scalediff.workdir import Saved, Workdir
+from scalediff.settings import PerStage, Settings
+from scalediff.stage import Around, Stage
+from scalediff.workdir import Saved
 from scalediff_kernels import mix_frequencies
-
-Generators = torch.Generator | list[torch.Generator]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One finished stage.
-
-    Attributes:
-        index, of: Its number from 1, and how many there are.
-        height, width: Pixels.
-        images: PIL pictures, one per prompt.
-        latents: `[B, C, Y, X]`, scaled as the pipeline hands them out.
-        steps: Denoising steps run.
-        seconds: Wall-clock time, its decoding included.
-        settings: What the run was asked for.
-    """
-
-    index: int
-    of: int
-    height: int
-    width: int
-    images: list[Any]
-    latents: Tensor
-    steps: int
-    seconds: float
-    settings: Settings
 
 
 def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
@@ -88,33 +63,10 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     )
     if arguments.get("generator") is None:
         arguments["generator"] = fresh_generator()
-    return run(pipe, arguments, stage_sizes(pipe, height, width), settings)
+    return run(pipe, arguments, stage_sizes(pipe, height, width), settings, Around())
 
 
 _LATENT = {"output_type": "latent", "return_dict": False}
-
-
-@dataclass(frozen=True)
-class Around:
-    """What goes on beside a run.
-
-    Attributes:
-        on_stage: Called with every stage as it ends, or as it is found in the workdir.
-        on_step: Called with every step.
-        progress: One bar over all stages; None leaves the pipeline's own bar, False shows none.
-        workdir: Keeps every finished stage; those that it holds are taken from there.
-        vae_tiling: The autoencoder works in tiles; None: where it would not fit into what is free.
-        vae_attention: `"npa"` gives the autoencoder neighborhood patch attention.
-        split_guidance: The two passes of classifier-free guidance run one after the other.
-    """
-
-    on_stage: Callable[[Stage], None] | None = None
-    on_step: Callable[[Step], None] | None = None
-    progress: bool | None = None
-    workdir: Workdir | None = None
-    vae_tiling: bool | None = None
-    vae_attention: Attention = "full"
-    split_guidance: bool = False
 
 
 @torch.no_grad()
@@ -123,7 +75,7 @@ def run(
     arguments: Mapping[str, Any],
     sizes: Sizes,
     settings: Settings,
-    around: Around = Around(),  # it is frozen
+    around: Around,
     *,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
@@ -187,13 +139,13 @@ class _Run:
     def _draw(self, index: int, size: tuple[int, int]) -> None:
         """One stage, kept and told of."""
         since = time.perf_counter()
-        self.latents = _unpacked(self.pipe, self._called(index, size, _LATENT)[0], size)
+        self.latents = unpacked(self.pipe, self._called(index, size, _LATENT)[0], size)
         self.decoded = decode(self.pipe, self.latents)
         if self.around.on_stage is None:
             return
         images, seconds = pictures_of(self.pipe, self.decoded), time.perf_counter() - since
         if self.around.workdir is not None:
-            states, in_tiles = _states(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
+            states, in_tiles = states_of(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
             self.around.workdir.save(index, Saved(self.latents, states, seconds, in_tiles, self.trajectory), images)
         self._tell(index, images, seconds)
 
@@ -204,7 +156,7 @@ class _Run:
             self.decoded = decode(self.pipe, self.latents)
         if index == 1:
             self.trajectory = saved.trajectory
-        _set_states(self.arguments["generator"], saved.states)
+        set_states(self.arguments["generator"], saved.states)
         self.progress.skip(index)
         self._tell(index, pictures_of(self.pipe, self.decoded), saved.seconds)
 
@@ -266,7 +218,7 @@ class _Run:
         pipe.scheduler.set_timesteps(steps)
         level = pipe.scheduler.levels[0]
         noise = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
-        changes = {"latents": _packed(pipe, level.signal * reference + level.noise * noise), "num_inference_steps": steps}
+        changes = {"latents": packed(pipe, level.signal * reference + level.noise * noise), "num_inference_steps": steps}
         if settings.size_conditioning == "native":
             told = {name: native_size(pipe) for name in ("original_size", "target_size")}
             changes |= {name: size for name, size in told.items() if self.arguments.get(name) is None}
@@ -279,7 +231,7 @@ class _Run:
 
         def watch(call: int, denoised: Callable[[], Tensor]) -> None:
             if keeps and call >= self._calls(1) - longest:
-                self.trajectory.append(_unpacked(self.pipe, denoised(), self.sizes[0]))
+                self.trajectory.append(unpacked(self.pipe, denoised(), self.sizes[0]))
             self.progress.call(index, call, denoised)
 
         return watch
@@ -306,7 +258,7 @@ class _Run:
 
     def _preview(self, index: int, denoised: Tensor) -> list[Any]:
         """Pictures of an estimate of the clean latents, no larger than the model's native size."""
-        latents = _unpacked(self.pipe, denoised, self.sizes[index - 1])
+        latents = unpacked(self.pipe, denoised, self.sizes[index - 1])
         shrunk = math.sqrt(math.prod(native_size(self.pipe)) / math.prod(self.sizes[index - 1]))
         if shrunk < 1:
             latents = F.interpolate(latents, scale_factor=shrunk, mode="area")
@@ -324,7 +276,7 @@ class _Run:
     def _as_it_is(self, size: tuple[int, int]) -> Any:
         """The pipeline's own return value for the latents of now: its call, with a schedule of no steps."""
         self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, kept=0, guidance=Guidance(None, 1.0))
-        changes = {"height": size[0], "width": size[1], "latents": _packed(self.pipe, self.latents), "num_inference_steps": 1}
+        changes = {"height": size[0], "width": size[1], "latents": packed(self.pipe, self.latents), "num_inference_steps": 1}
         return own_call(self.pipe, {**self.arguments, **changes})
 
 
@@ -332,26 +284,6 @@ def _one(value: PerStage) -> float:
     """A number that is chosen for a stage."""
     assert isinstance(value, float | int)
     return value
-
-
-def _states(generator: Generators) -> list[Tensor]:
-    return [one.get_state() for one in (generator if isinstance(generator, list) else [generator])]
-
-
-def _set_states(generator: Generators, states: list[Tensor]) -> None:
-    for one, state in zip(generator if isinstance(generator, list) else [generator], states, strict=True):
-        one.set_state(state)
-
-
-def _packed(pipe: Any, latents: Tensor) -> Tensor:
-    """As the pipeline takes latents."""
-    return pack(latents) if cascade_of(pipe).packed else latents
-
-
-def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """`[B, C, Y, X]` of what the pipeline hands out for a picture of a size in pixels."""
-    factor = pipe.vae_scale_factor
-    return unpack(latents, (size[0] // factor, size[1] // factor)) if cascade_of(pipe).packed else latents
 
 
 def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
@@ -363,9 +295,3 @@ def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int
         return z_ru
     z_lu = upsampled(latents, z_ru.shape[-2:])
     return mix_frequencies(z_ru, z_lu, cutoff=_one(settings.lfm_cutoff), kind=settings.filter)
-
-
-def fresh_generator() -> torch.Generator:
-    generator = torch.Generator()
-    generator.seed()
-    return generator

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from scalediff.cascade import Around, Generators, Stage, fresh_generator, run
+from scalediff.cascade import run
+from scalediff.generators import Generators, fresh_generator
 from scalediff.hooks import denoiser_of
 from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
 from scalediff.pipelines import Sizes, cascade_of, check_call, named_preset, stage_sizes
 from scalediff.progress import Step
 from scalediff.settings import Attention, PerStage, Preset, Settings
+from scalediff.stage import Around, Stage
 from scalediff.workdir import Workdir, digest
 
 _DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's

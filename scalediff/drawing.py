@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from scalediff.cascade import Stage
 from scalediff.draw import Result, generate, upscale
 from scalediff.loading import UsageError, load_model, one_line
 from scalediff.memory import Estimate, estimate, gib, room, wants_tiling
@@ -25,6 +24,7 @@ from scalediff.pictures import check_writable, open_picture, save_png, side_by_s
 from scalediff.pipelines import cascade_of, named_preset, native_size, stage_sizes
 from scalediff.progress import Step
 from scalediff.settings import Settings
+from scalediff.stage import Stage
 
 # Fields of Settings that have an option each.
 _SWITCHES = (

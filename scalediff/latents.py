@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from scalediff.pipelines import cascade_of
+
 
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """`[B, 3, height, width]` in [-1, 1]."""
@@ -52,6 +54,17 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """The inverse of `pack` for latents of a size `(Y, X)`."""
     return rearrange(tokens, "b (y x) (c i j) -> b c (y i) (x j)", y=size[0] // 2, x=size[1] // 2, i=2, j=2)
+
+
+def packed(pipe: Any, latents: Tensor) -> Tensor:
+    """As the pipeline takes latents."""
+    return pack(latents) if cascade_of(pipe).packed else latents
+
+
+def unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """`[B, C, Y, X]` of what the pipeline hands out for a picture of a size in pixels."""
+    factor = pipe.vae_scale_factor
+    return unpack(latents, (size[0] // factor, size[1] // factor)) if cascade_of(pipe).packed else latents
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalediff.cascade import Stage, fresh_generator
+from scalediff.generators import fresh_generator
 from scalediff.grid import Grid
 from scalediff.hooks import original_call
 from scalediff.methods import running
@@ -22,6 +22,7 @@ from scalediff.methods.views import Denoise, average, check_options, corners, st
 from scalediff.pipelines import cascade_of, native_size, stage_sizes
 from scalediff.schedule import Guidance, guided_scheduler, recording_scheduler
 from scalediff.settings import Settings
+from scalediff.stage import Stage
 
 _NAME = "MultiDiffusion"
 # Their step is linear in the sample and in the model outputs, this step's and those before, and draws no noise.

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scalediff.cascade import Stage, fresh_generator
+from scalediff.generators import fresh_generator
 from scalediff.grid import Grid
 from scalediff.hooks import denoiser_of, handle_of, original_call
 from scalediff.latents import decode, pictures_of, unpack
 from scalediff.methods.views import INPUTS, Denoise, Inputs
 from scalediff.pipelines import cascade_of
 from scalediff.settings import Settings
+from scalediff.stage import Stage
 
 _COMPUTE = "_scalediff_compute"
 

@@ -18,7 +18,7 @@ from torch import nn
 import scalediff
 from bench.zoo import WINDOW, ZOO
 from bench.zoo_inputs import Draw
-from scalediff.cascade import native_size, preset, stage_sizes
+from scalediff.pipelines import native_size, preset, stage_sizes
 from tests.conftest import seeded
 from tests.scalediff.test_pipelines import PIPELINES as BARE
 

@@ -13,8 +13,8 @@ from torch import Tensor
 import scalediff
 from bench.zoo import WINDOW, ZOO
 from bench.zoo_inputs import Draw
-from scalediff.cascade import stage_sizes
 from scalediff.latents import pack
+from scalediff.pipelines import stage_sizes
 from tests.conftest import seeded
 from tests.scalediff.prompted_pipelines import (
     PROMPTED,

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
-from scalediff.cascade import Stage
 from scalediff.draw import generate
 from scalediff.latents import decode, encode
 from scalediff.pipelines import native_size, preset, stage_sizes
+from scalediff.stage import Stage
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import scalediff
 from bench.zoo import WINDOW
-from scalediff.cascade import Stage
 from scalediff.methods import METHODS, DemoFusion, demofusion
 from scalediff.methods.demofusion import Canvas, blur, factors, phase_sizes, standardised
 from scalediff.pipelines import native_size, preset
+from scalediff.stage import Stage
 from tests.conftest import seeded, state_of
 from tests.scalediff.test_pipelines import built
 

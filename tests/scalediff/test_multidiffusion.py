@@ -15,13 +15,13 @@ from torch import Tensor
 import scalediff
 from bench.zoo import WINDOW
 from bench.zoo_inputs import ids
-from scalediff.cascade import Stage
 from scalediff.hooks import original_call
 from scalediff.latents import pack, unpack
 from scalediff.methods import METHODS, MultiDiffusion, multidiffusion, running
 from scalediff.methods.multidiffusion import SCHEDULERS
 from scalediff.methods.views import INPUTS, Denoise, average, corners, starts
 from scalediff.pipelines import native_size, preset
+from scalediff.stage import Stage
 from tests.conftest import seeded, state_of
 from tests.scalediff.test_pipelines import PIPELINES, built
 

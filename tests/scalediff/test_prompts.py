@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-from scalediff.cascade import stage_sizes
 from scalediff.hooks import denoiser_of
 from scalediff.latents import encode, unpack
+from scalediff.pipelines import stage_sizes
 from scalediff_kernels import low_pass
 from tests.conftest import seeded, state_of
 from tests.scalediff.prompted_pipelines import PROMPTED, draw, picture_of, ready, target_of
