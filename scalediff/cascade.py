@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from scalediff.generators import fresh_generator, set_states, states_of
 from scalediff.hooks import Handle, handle_of, original_call
 from scalediff.latents import decode, encode, packed, pictures_of, unpacked
-from scalediff.memory import out_of_memory, wants_tiling
+from scalediff.memory import out_of_memory, pictures_in, wants_tiling
 from scalediff.pipelines import (
     Sizes,
     borrowed,
@@ -246,11 +246,11 @@ class _Run:
         above = len(self.sizes) - self.first
         return self.settings.of_stage(index - self.first, above) if index > self.first else self.settings
 
-    def _tiles(self, size: Sequence[int]) -> bool:
-        tiling = self.around.vae_tiling
-        prompt = self.arguments.get("prompt")
-        batch = (len(prompt) if isinstance(prompt, list) else 1) * int(self.arguments.get("num_images_per_prompt") or 1)
-        return wants_tiling(self.pipe, (size[0], size[1]), batch) if tiling is None else tiling
+    def _tiles(self, size: Sequence[int]) -> bool | None:
+        """Whether the autoencoder is to tile; None: as it does."""
+        if self.around.vae_tiling is not None:
+            return self.around.vae_tiling
+        return wants_tiling(self.pipe, (size[0], size[1]), pictures_in(self.arguments)) or None
 
     def _progress(self) -> Progress:
         calls = [self._calls(i) for i in range(1, len(self.sizes) + 1)]

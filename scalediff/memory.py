@@ -178,9 +178,22 @@ def spare(device: torch.device) -> int | None:
 
 
 def wants_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
-    """Whether the autoencoder would not fit what is free now, for pictures of a size."""
+    """Whether the autoencoder would not fit what is free now, for pictures of a size, as far as that can be told."""
     free = spare(pipe._execution_device)
-    return free is not None and _FRAGMENTS * vae_bytes(pipe.vae, size, batch, tiled=False) > free
+    if free is None or not hasattr(pipe.vae, "enable_tiling"):
+        return False
+    try:
+        return _FRAGMENTS * vae_bytes(pipe.vae, size, batch, tiled=False) > free
+    except NotImplementedError:
+        return False
+
+
+def pictures_in(arguments: Mapping[str, Any]) -> int:
+    """How many pictures a pipeline's call draws at once."""
+    prompts = arguments.get("prompt")
+    prompts = arguments.get("prompt_embeds") if prompts is None else prompts
+    count = len(prompts) if isinstance(prompts, list | Tensor) else 1
+    return count * int(arguments.get("num_images_per_prompt") or 1)
 
 
 @contextmanager
@@ -225,8 +238,7 @@ def _first_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) 
             own_call(pipe, {**own, **changes, "output_type": "latent", "return_dict": False})
     except _Seen as call:
         args, kwargs = call.args
-        prompt = arguments.get("prompt")
-        return args, kwargs, (len(prompt) if isinstance(prompt, list) else 1) * int(arguments.get("num_images_per_prompt") or 1)
+        return args, kwargs, pictures_in(arguments)
     finally:
         hook.remove()
         if bar is None:

@@ -285,13 +285,14 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def tiled(vae: Any, *, on: bool) -> Iterator[None]:
-    """With the autoencoder's tiling switched on; one that tiles already goes on doing so."""
+def tiled(vae: Any, *, on: bool | None) -> Iterator[None]:
+    """With the autoencoder's tiling switched on or off; None leaves it as it is."""
     before = getattr(vae, "use_tiling", False)
-    if on and not before:
-        vae.enable_tiling()
+    if on is None or on == before:
+        yield
+        return
+    (vae.enable_tiling if on else vae.disable_tiling)()
     try:
         yield
     finally:
-        if on and not before:
-            vae.disable_tiling()
+        (vae.disable_tiling if on else vae.enable_tiling)()
