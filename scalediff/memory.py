@@ -7,6 +7,7 @@ output alone, as fused kernels do. What a device's driver, libraries and allocat
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,12 +64,14 @@ class Estimate:
             "with both and enable_model_cpu_offload (--low-memory)": self.peak(tiled=True, split=True, offloaded=True),
         }
 
-    def advice(self, room: int) -> str:
-        """What would fit into so many bytes, in words."""
-        for way, peak in self.ways().items():
-            if peak <= room:
-                return f"fits {way}: about {gib(peak)}"
-        return f"nothing fits at this size, {way} it takes about {gib(peak)}: a smaller size, a smaller dtype, or pipe.enable_group_offload"
+    def advice(self, room: int | None) -> str:
+        """What would fit into so many bytes, in words; all that can be done, where it is not known how many there are."""
+        ways = {way: peak for way, peak in self.ways().items() if peak < self.peak()}
+        for way, peak in ways.items():
+            if room is not None and peak <= room:
+                return f"{way} it takes about {gib(peak)}"
+        takes = ", ".join(f"{gib(peak)} {way}" for way, peak in self.ways().items())
+        return f"by estimate it takes {takes}; else a smaller size, a smaller dtype, or pipe.enable_group_offload"
 
 
 def gib(size: float) -> str:
@@ -205,13 +208,14 @@ def out_of_memory(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise  # on a CPU and on other devices torch has no error of its own for it
         torch.cuda.empty_cache()  # does nothing where CUDA was never used
         device = pipe._execution_device
         there = room(device)
         try:
-            needs = estimate(pipe, arguments, size)
-            advice = needs.advice(there) if there is not None else ", ".join(f"{way} {gib(peak)}" for way, peak in needs.ways().items())
+            advice = estimate(pipe, arguments, size).advice(there)
         except (NotImplementedError, torch.OutOfMemoryError) as why:
             advice = f"no estimate: {why}"
         has = f", which has {gib(there)}" if there is not None else ""

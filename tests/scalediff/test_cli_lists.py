@@ -129,7 +129,7 @@ def test_memory_is_told_before_anything_is_drawn(capsys: pytest.CaptureFixture[s
 
     told: list[str] = []
     assert main(["generate", "a moon", *FAST]) == 1
-    assert "memory: about 1.0 GiB of 0.0 GiB: too little; nothing fits at this size" in told[0]
+    assert "memory: about 1.0 GiB of 0.0 GiB: too little; by estimate it takes 1.0 GiB as it is" in told[0]
     assert capsys.readouterr().err == "scalediff: error: as foretold\n"
 
 
