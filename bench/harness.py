@@ -6,6 +6,7 @@ import csv
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,20 +19,30 @@ ROOT = Path(__file__).parents[1]
 FACTS = ("torch", "diffusers", "machine", "threads", "commit")
 
 
-def facts(device: str = "cpu") -> dict[str, str]:
-    """Versions, machine (of a GPU its name) and commit of this run; take it once, before measuring, for files may change meanwhile."""
+def facts(device: str = "cpu", *, commit: str | None = None) -> dict[str, str]:
+    """Versions, machine (of a GPU its name) and commit of this run; take it once, before measuring, for files may change meanwhile.
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "scalediff", "kernels", "bench/*.py")
+    `commit` is for copies of the tree that git knows nothing of.
+    """
     return {
         "torch": torch.__version__,
         "diffusers": package_version("diffusers"),
         "machine": torch.cuda.get_device_name() if device == "cuda" else machine(),
         "threads": str(torch.get_num_threads()),
-        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
+        "commit": commit or _commit(),
     }
+
+
+def _commit() -> str:
+    """Of the checkout, and whether what could be measured differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    if shutil.which("git") is None:
+        return "unknown"
+    changed = git("status", "--porcelain", "--", "scalediff", "kernels", "bench/*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 def package_version(package: str) -> str:
@@ -55,11 +66,68 @@ def slug(name: str) -> str:
 
 
 def read_rows(path: Path) -> dict[str, dict[str, str]]:
-    """Rows of an earlier run, by the column `row`."""
+    """Rows of an earlier run, by the column `row`; none where there is no file.
+
+    Raises:
+        ValueError: the file has no such column, or a row twice.
+    """
     if not path.exists():
         return {}
     with path.open(newline="") as file:
-        return {record["row"]: record for record in csv.DictReader(file)}
+        reader = csv.DictReader(file)
+        records = list(reader)
+    if "row" not in (reader.fieldnames or ()):
+        raise ValueError(f"{path.name} must have a column 'row', got {reader.fieldnames}")
+    rows = {record["row"]: record for record in records}
+    if len(rows) < len(records):
+        raise ValueError(f"{path.name} must name every row once, got {len(records) - len(rows)} names again")
+    return rows
+
+
+def standing(rows: Mapping[str, Mapping[str, str]], measured_with: Mapping[str, str]) -> set[str]:
+    """Rows of an earlier run that need not be measured again: with the same facts, all of them, and of a commit that is one.
+
+    A tree with changes is not told from another with other changes, so its rows do not stand.
+    """
+    commit = measured_with["commit"]
+    if commit == "unknown" or commit.endswith("with changes"):
+        return set()
+    return {name for name, row in rows.items() if all(row.get(key) == value for key, value in measured_with.items())}
+
+
+def compared(
+    rows: Mapping[str, Mapping[str, str]], others: Mapping[str, Mapping[str, str]], *, facts: Sequence[str], value: str = "p50_ms"
+) -> list[str]:
+    """Row by row, in sentences: how the two were measured where that differs, then every ratio.
+
+    Args:
+        rows, others: As `read_rows` has them.
+        facts: Columns that say what was measured with what.
+        value: The column to compare, in milliseconds; rows where it is empty are named.
+
+    Returns:
+        Lines; ratios are the other time over this one, so more than 1 is faster here.
+    """
+    common = [name for name in rows if name in others]
+    if not common:
+        return [f"no row is in both files: {len(rows)} rows here, {len(others)} there"]
+    lines = []
+    for fact in facts:
+        here, there = ({table[name].get(fact, "") for name in common} for table in (rows, others))
+        if here != there or len(here) > 1:
+            lines.append(f"not the same {fact}: here {_joined(here)}, there {_joined(there)}; the ratios below hold that too")
+    for name in common:
+        mine, other = rows[name][value], others[name].get(value, "")
+        if mine and other:
+            lines.append(f"{name}: {mine} ms here, {other} ms there, {float(other) / float(mine):.3f}x")
+        else:
+            lines.append(f"{name}: no time {'in either' if not mine and not other else 'here' if not mine else 'there'}")
+    only = [(len(rows) - len(common), "here"), (len(others) - len(common), "there")]
+    return lines + [f"{count} rows are only {where}" for count, where in only if count]
+
+
+def _joined(values: Iterable[str]) -> str:
+    return " and ".join(sorted(value or "nothing said" for value in values))
 
 
 def write_rows(path: Path, fields: Sequence[str], records: Iterable[Mapping[str, str]]) -> None:

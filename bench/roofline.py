@@ -1,4 +1,6 @@
-"""Rank launch configurations without a GPU: `python -m bench.roofline`, from the disassembly of the main loop.
+"""Two rooflines: the ceilings of a machine, measured; and a ranking of launch configurations without a GPU, `python -m bench.roofline`.
+
+The ranking comes from the disassembly of the main loop.
 
 Per block of keys a program needs the tensor cores, the exponential unit, issue slots, and the block itself out of L2. Inside one
 program products and softmax follow each other (the softmax waits for its scores, the second product for the softmax); programs
@@ -15,31 +17,55 @@ import argparse
 import re
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from bench.binary import Binary, compile_launch
-from bench.compile_attention import Case
+from bench import shapes
 from bench.harness import write_rows
+from bench.timing import measure_in_turn
 from scalediff_kernels.neighborhood import config
+
+if TYPE_CHECKING:  # both need Triton, the ceilings do not
+    from bench.binary import Binary
+    from bench.compile_attention import Case
 
 # Per multiprocessor and clock, of sm_90 (NVIDIA, "Hopper Tuning Guide" and the H100 data sheet: 989.5 TFLOP/s dense at 132 x 1.83 GHz).
 MATRIX_FLOPS, EXPONENTIALS, SCHEDULERS, REGISTERS, THREADS = 4096, 16, 4, 65_536, 2048
 L2_BYTES = 24  # assumed: 5.6 TB/s over 132 multiprocessors at 1.75 GHz; not measured yet
 PEAK_TFLOPS = 989.5
 
-SHAPES = {
-    "FLUX 4096 px": Case(128, torch.bfloat16, heads=24),
-    "SDXL 4096 px, 256^2": Case(64, torch.float16, heads=10, batch=2),
-    "SDXL 4096 px, 128^2": Case(64, torch.float16, grid=(128, 128), window=(32, 32), patch=(16, 16), heads=20, batch=2),
-}
+SHAPES = {"FLUX 4096 px": "flux-image-4096", "SDXL 4096 px, 256^2": "sdxl-64-4096", "SDXL 4096 px, 128^2": "sdxl-32-4096"}
 CANDIDATES = [
     config.Blocks(queries, keys, warps, stages)
     for queries, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
     for keys in (32, 64, 128)
     for stages in (2, 3)
 ]
+
+
+class Ceilings(NamedTuple):
+    """What a machine reaches in this run.
+
+    Attributes:
+        copy_gbs: GB/s of a copy far larger than its caches, bytes read and written.
+        matrix_tflops: TFLOP/s of a large matrix product of random numbers in one dtype.
+    """
+
+    copy_gbs: float
+    matrix_tflops: float
+
+
+def ceilings(device: str, dtype: torch.dtype, *, seconds: float = 0.5) -> Ceilings:
+    """Measure both; 2 GB and 8192 x 8192 x 8192 on a GPU, 256 MB and 2048 x 2048 x 2048 on a CPU."""
+    size, side = (2**31, 8192) if device == "cuda" else (2**28, 2048)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = measure_in_turn([lambda: target.copy_(source)], device, seconds=seconds).p50
+    rng = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=rng, dtype=dtype, device=device) for _ in range(2))
+    product = measure_in_turn([lambda: a @ b], device, seconds=seconds).p50
+    return Ceilings(2 * size / copy / 1e6, 2 * side**3 / product / 1e9)
 
 
 class Cycles(NamedTuple):
@@ -84,6 +110,8 @@ def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
+    from bench.binary import compile_launch
+
     facts: dict[str, Any] = {"shape": name} | blocks._asdict()
     try:
         binary = compile_launch(case.launch("sm_90", chosen), "sm_90")
@@ -96,6 +124,12 @@ def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
     shown = {"matrix": c.matrix, "exponentials": c.exponentials, "issue": c.issue, "compute": c.compute, "l2": c.l2, "total": c.total}
     bound = PEAK_TFLOPS * c.matrix / c.total
     return facts | {key: f"{value:.0f}" for key, value in shown.items()} | {"bound": f"{bound:.0f}"}
+
+
+def _case(shape: shapes.Shape) -> Case:
+    from bench.compile_attention import Case
+
+    return Case(shape.head_dim, shape.dtype, grid=shape.grid, window=shape.window, patch=shape.patch, heads=shape.heads, batch=shape.batch)
 
 
 FIELDS = (
@@ -116,7 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in options.shape:
-        case = SHAPES[name]
+        case = _case(shapes.SHAPES[SHAPES[name]])
         shipped = case.launch("sm_90").config
         ranked = sorted((row(name, case, blocks) for blocks in CANDIDATES), key=_rank)
         print(name, *(f"{f}" for f in FIELDS[1:]), sep="\t")

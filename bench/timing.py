@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +35,71 @@ def measure(call: Call, device: str, *, seconds: float = 1.0) -> Timing:
     return Timing(*(1000 * torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))).tolist())
 
 
+def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0) -> Timing:
+    """Time one call on several sets of inputs, taken in turn: with more of them than caches hold, every run finds its own set cold.
+
+    On a GPU by events around every call, without waiting in between; what the host cannot launch fast enough counts, as it does in a
+    model. On a CPU by the host's clock. At least three runs, at most 500, warmed up on every set and for a tenth of the time.
+    """
+    begun = time.perf_counter()
+    for call in calls:
+        call()
+    _wait(device)
+    while time.perf_counter() - begun < seconds / 10:
+        calls[0]()
+        _wait(device)
+    begun = time.perf_counter()
+    calls[0]()
+    _wait(device)
+    runs = min(500, max(3, int(seconds / (time.perf_counter() - begun))))
+    times = _by_events(calls, runs) if device == "cuda" else _by_clock(calls, runs)
+    return Timing(*torch.quantile(torch.tensor(times, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
+
+
+def _by_events(calls: Sequence[Call], runs: int) -> list[float]:
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(runs)]
+    for (begin, end), call in zip(events, islice(cycle(calls), runs), strict=True):
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def _by_clock(calls: Sequence[Call], runs: int) -> list[float]:
+    times = []
+    for call in islice(cycle(calls), runs):
+        begun = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - begun))
+    return times
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(call: Call, device: str) -> int | None:
+    """Bytes that a call takes on a GPU beside what is there, its result among them; None on a CPU, where nobody counts."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
 def launches(call: Call, device: str) -> int | None:
     """Kernels that one call runs on a GPU; None on a CPU, which has none."""
+    found = kernels(call, device)
+    return None if found is None else len(found)
+
+
+def kernels(call: Call, device: str) -> list[tuple[str, float]] | None:
+    """Name and microseconds of every kernel that one call runs on a GPU; None on a CPU, which has none."""
     if device != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -44,4 +109,4 @@ def launches(call: Call, device: str) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    return sum(1 for event in trace.events() if event.device_type.name == "CUDA")
+    return [(event.name, event.time_range.elapsed_us()) for event in trace.events() if event.device_type.name == "CUDA"]

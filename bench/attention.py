@@ -1,0 +1,295 @@
+"""Neighborhood patch attention against everything else that attends to a large picture: `python -m bench.attention`.
+
+Every row is gated at its very shape against attention in fp64 (`gate`), then timed on sets of inputs taken in turn, so that caches are
+cold. A row that fails its gate says FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are measured, and
+a second run of the same commit, machine and versions goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import harness, providers_compiled
+from bench.gate import Truth, truth
+from bench.providers import Ours, Provider, Ready
+from bench.providers_compiled import PROVIDERS
+from bench.providers_sdpa import Loop
+from bench.roofline import Ceilings, ceilings
+from bench.shapes import CPU_QUICK, CPU_SHAPES, QUICK, SHAPES, Inputs, Task, tasks
+from bench.timing import kernels, measure_in_turn, peak_memory
+from scalediff_kernels.testing import poisoned_memory
+
+RESULTS = harness.ROOT / "bench" / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CPU_CACHE = 2**26  # bytes, assumed
+SETS = 16  # at most
+
+VERSIONS = ("python", "torch", "triton", "cuda", "cudnn", "natten")
+SAME = ("machine", "threads", "commit", *VERSIONS)
+FIELDS = (
+    "row", "status", "shape", "problem", "dtype", "rule", "provider", "function", "backend", "kernel", "p20_ms", "p50_ms", "p80_ms",
+    "tflops", "matrix_percent", "copy_percent", "useful_gflop", "executed_gflop", "megabytes", "peak_megabytes", "launches", "error",
+    "eager_error", "first_ms", "setup_ms", "sets", "copy_gbs", "matrix_tflops", "note", "seconds", "command", *SAME,
+)  # fmt: skip
+
+
+def facts(device: str, commit: str | None) -> dict[str, str]:
+    """What a row is measured with."""
+    found = harness.facts(device, commit=commit)
+    return {key: found[key] for key in ("machine", "threads", "commit", "torch")} | {
+        "python": platform.python_version(),
+        "triton": harness.package_version("triton"),
+        "natten": harness.package_version("natten"),
+        "cuda": str(torch.version.cuda or torch.version.hip or "") if device == "cuda" else "",
+        "cudnn": str(torch.backends.cudnn.version() or "") if device == "cuda" else "",
+    }
+
+
+def key(task: Task, provider: str) -> str:
+    """The name of a row, unlike any other."""
+    return "/".join(part for part in (task.name, _dtype(task), task.rule, provider) if part)
+
+
+class Bench:
+    """One task: its inputs and what they should give, made when they are first needed and shared by all providers."""
+
+    def __init__(self, task: Task, ceiling: Callable[[torch.dtype], Ceilings], *, seconds: float) -> None:
+        self.task, self.seconds, self._ceiling = task, seconds, ceiling
+        self._sets: list[Inputs] = []
+        self._truths: dict[str, Truth] = {}
+
+    @property
+    def sets(self) -> int:
+        """Of inputs: as many as together are four times the last cache."""
+        cache = torch.cuda.get_device_properties(0).L2_cache_size if self.task.device == "cuda" else CPU_CACHE
+        return min(SETS, math.ceil(4 * cache / self.task.bytes("full")))
+
+    def measured(self, provider: Provider) -> dict[str, str]:
+        """A row: skipped, refused by what it called, FAILED at the gate, or timed."""
+        task = self.task
+        row = {
+            "shape": task.name, "problem": _problem(task), "dtype": _dtype(task), "rule": task.rule, "provider": provider.name,
+            "function": provider.function, "useful_gflop": f"{task.flops(provider.function) / 1e9:.4g}",
+            "megabytes": f"{task.bytes(provider.function) / 1e6:.4g}", "seconds": f"{self.seconds:g}",
+        }  # fmt: skip
+        if refusal := provider.refusal(task) or self._too_large(provider):
+            return row | {"status": "skipped", "note": refusal}
+        try:
+            return row | self._gated_and_timed(provider)
+        except AssertionError as failed:
+            return row | {"status": "FAILED", "note": _line(failed)}
+        except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
+            return row | {"status": "error", "note": f"{type(problem).__name__}: {_line(problem)}"}
+        finally:
+            gc.collect()
+            if task.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def _gated_and_timed(self, provider: Provider) -> dict[str, str]:
+        task = self.task
+        self._sets = self._sets or [task.inputs(seed) for seed in range(self.sets)]
+        ready = provider.prepare(task)
+        laid = [ready.lay(inputs) for inputs in self._sets]
+        row = {"backend": ready.backend(laid[0]), "sets": str(len(laid))}
+        row |= {} if ready.setup_ms is None else {"setup_ms": f"{ready.setup_ms:.4g}"}
+        begun = time.perf_counter()
+        ready.run(laid[0])
+        _wait(task)
+        row["first_ms"] = f"{1000 * (time.perf_counter() - begun):.4g}"
+        error, eager = self._gate(provider, ready, laid[0])
+        row |= {"error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
+        calls = [partial(ready.run, x) for x in laid]
+        row |= self._numbers(provider, calls)
+        return row | {"status": "ok"}
+
+    def _gate(self, provider: Provider, ready: Ready, laid: Any) -> tuple[float, float]:
+        """Errors of the result and of eager torch; what eager torch code leaves unwritten is NaN."""
+        if provider.function not in self._truths:
+            self._truths[provider.function] = truth(self._sets[0], provider.function)
+        with poisoned_memory() if isinstance(provider, Ours | Loop) else nullcontext():
+            result = ready.run(laid)
+        return self._truths[provider.function].check(ready.unlay(result))
+
+    def _numbers(self, provider: Provider, calls: Sequence[Callable[[], Any]]) -> dict[str, str]:
+        task, ceiling = self.task, self._ceiling(self.task.dtype)
+        timing = measure_in_turn(calls, task.device, seconds=self.seconds)
+        rate = task.flops(provider.function) / timing.p50 / 1e9
+        moved = task.bytes(provider.function) / timing.p50 / 1e6
+        row = {
+            "p20_ms": f"{timing.p20:.4g}", "p50_ms": f"{timing.p50:.4g}", "p80_ms": f"{timing.p80:.4g}", "tflops": f"{rate:.4g}",
+            "matrix_percent": f"{100 * rate / ceiling.matrix_tflops:.3g}", "copy_percent": f"{100 * moved / ceiling.copy_gbs:.3g}",
+            "copy_gbs": f"{ceiling.copy_gbs:.4g}", "matrix_tflops": f"{ceiling.matrix_tflops:.4g}",
+        }  # fmt: skip
+        if executed := provider.executed(task):
+            row["executed_gflop"] = f"{executed / 1e9:.4g}"
+        if (peak := peak_memory(calls[0], task.device)) is not None:
+            row["peak_megabytes"] = f"{peak / 1e6:.4g}"
+        if found := kernels(calls[0], task.device):
+            row |= {"launches": str(len(found)), "kernel": max(found, key=lambda k: k[1])[0][:80]}
+        return row
+
+    def _too_large(self, provider: Provider) -> str | None:
+        """Estimated before anything runs: what is not there yet of the inputs, and what the provider takes beside them."""
+        free = free_memory(self.task.device)
+        s = self.task.shape
+        inputs = 0 if self._sets else self.sets * self.task.bytes("full") * (s.heads + 2 * s.key_heads) // (2 * (s.heads + s.key_heads))
+        needed = inputs + provider.memory(self.task)
+        if free is None or needed <= 0.9 * free:
+            return None
+        return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes; None where the system does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    told = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", told.read_text(), re.MULTILINE) if told.exists() else None
+    return 1024 * int(found[1]) if found else None
+
+
+def measured_rows(
+    picked: Sequence[Task], names: Sequence[str], standing: set[str], *, seconds: float
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Key and row of everything that does not stand yet; the ceilings are measured once per dtype."""
+    found: dict[torch.dtype, Ceilings] = {}
+
+    def ceiling(dtype: torch.dtype) -> Ceilings:
+        if dtype not in found:
+            found[dtype] = ceilings(picked[0].device, dtype, seconds=seconds)
+        return found[dtype]
+
+    for task in picked:
+        bench = Bench(task, ceiling, seconds=seconds)
+        for name in names:
+            if key(task, name) not in standing:
+                yield key(task, name), bench.measured(PROVIDERS[name])
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    picked, names = _picked(parser, options)
+    measured_with = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
+    path = options.csv or RESULTS / f"attention-{harness.slug(measured_with['machine'])}.csv"
+    try:
+        rows = harness.read_rows(path)
+        others = harness.read_rows(options.compare) if options.compare else {}
+    except ValueError as error:
+        parser.error(str(error))
+    # What was skipped may run now; what failed or was timed stays so.
+    standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
+    wanted = {key(task, name): name for task in picked for name in names}
+    if not options.no_measure:
+        command = "python -m bench.attention " + " ".join(sys.argv[1:] if arguments is None else arguments)
+        for name, row in measured_rows(picked, names, set() if options.again else standing, seconds=options.seconds):
+            rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"row": name, "command": command.strip()}
+            harness.write_rows(path, FIELDS, rows.values())
+            print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
+    shown = {name: rows[name] for name in wanted if name in rows}
+    for name in () if options.json else wanted.keys() & standing if not options.again else ():
+        print(f"{name}: as measured before")
+    if options.compare:
+        for sentence in harness.compared(shown, others, facts=SAME):
+            print(sentence, file=sys.stderr if options.json else sys.stdout)
+    ours = [name for name, row in shown.items() if isinstance(PROVIDERS[wanted[name]], Ours) and row["status"] in ("FAILED", "error")]
+    raise SystemExit(f"ours did not run as it should: {', '.join(ours)}" if ours else 0)
+
+
+def line(row: Mapping[str, str]) -> str:
+    """For people, on a terminal."""
+    if row["status"] != "ok":
+        return f"{row['row']}: {row['status']}, {row['note']}"
+    parts = [
+        f"{row['row']}: {row['p50_ms']} ms ({row['p20_ms']} - {row['p80_ms']})",
+        f"{row['tflops']} TFLOP/s, {row['matrix_percent']}% of a matrix product, {row['copy_percent']}% of a copy",
+        f"error {row['error']} (eager {row['eager_error']})",
+        f"{row['peak_megabytes']} MB" if row["peak_megabytes"] else "",
+        f"{row['launches']} launches" if row["launches"] else "",
+        row["backend"],
+        row["kernel"],
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n")[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser.add_argument("--shape", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES | CPU_SHAPES)}")
+    parser.add_argument("--provider", nargs="+", metavar="NAME", help=f"of {', '.join(PROVIDERS)}")
+    parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)} (default: bf16 fp16; on a CPU fp32)")
+    parser.add_argument("--quick", action="store_true", help="few shapes and providers, each shape in its model's dtype")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per row (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="results (default: bench/results/attention-DEVICE.csv)")
+    parser.add_argument("--json", action="store_true", help="one object per row and line")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="another CSV, row by row")
+    parser.add_argument("--no-measure", action="store_true", help="take the rows of --csv as they are")
+    parser.add_argument("--again", action="store_true", help="measure what stands, too")
+    parser.add_argument("--commit", help="of a copy of the tree that git knows nothing of")
+    return parser
+
+
+def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[list[Task], list[str]]:
+    """Tasks and providers; refuses what is not known."""
+    cpu = options.device == "cpu"
+    known: dict[str, Sequence[str]] = {"shape": [*SHAPES, *CPU_SHAPES], "provider": list(PROVIDERS), "dtype": list(DTYPES)}
+    for name, values in known.items():
+        if unknown := [value for value in getattr(options, name) or () if value not in values]:
+            parser.error(f"--{name} takes {', '.join(values)}, got {', '.join(unknown)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch sees, got none")
+    if not options.seconds > 0:
+        parser.error(f"--seconds must be positive, got {options.seconds}")
+    if options.compare and not options.compare.exists():
+        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which does not exist")
+    if options.no_measure and options.again:
+        parser.error("--no-measure and --again exclude each other")
+    shapes = options.shape or list((CPU_QUICK if options.quick else CPU_SHAPES) if cpu else (QUICK if options.quick else SHAPES))
+    names = options.provider or list(
+        providers_compiled.CPU if cpu else (providers_compiled.QUICK if options.quick else PROVIDERS)
+    )  # on a GPU also what refuses, so that its rows say so
+    if options.dtype:
+        dtypes: list[torch.dtype] | None = [DTYPES[name] for name in options.dtype]
+    else:
+        dtypes = [torch.float32] if cpu else None if options.quick else [torch.bfloat16, torch.float16]
+    return list(tasks(shapes, dtypes, options.device)), names
+
+
+def _problem(task: Task) -> str:
+    s = task.shape
+    parts = [f"batch {s.batch}", f"grid {s.grid[0]}x{s.grid[1]}", f"window {s.window[0]}x{s.window[1]}", f"patch {s.patch[0]}x{s.patch[1]}"]
+    parts += [f"heads {s.heads}" + (f" on {s.groups}" if s.groups else ""), f"dim {s.head_dim}", f"text {s.text}"]
+    return ", ".join(parts)
+
+
+def _dtype(task: Task) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype is task.dtype)
+
+
+def _wait(task: Task) -> None:
+    if task.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [""])[0][:160]
+
+
+if __name__ == "__main__":
+    main()
