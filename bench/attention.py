@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             harness.write_rows(path, FIELDS, rows.values())
             print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
     shown = {name: rows[name] for name in wanted if name in rows}
-    for name in () if options.json else wanted.keys() & standing if not options.again else ():
+    for name in [] if options.json or options.again else [name for name in wanted if name in standing]:
         print(f"{name}: as measured before")
     if options.compare:
         for sentence in harness.compared(shown, others, facts=SAME):
@@ -221,6 +221,7 @@ def line(row: Mapping[str, str]) -> str:
         f"error {row['error']} (eager {row['eager_error']})",
         f"{row['peak_megabytes']} MB" if row["peak_megabytes"] else "",
         f"{row['launches']} launches" if row["launches"] else "",
+        f"{row['setup_ms']} ms made ready" if row["setup_ms"] else "",
         row["backend"],
         row["kernel"],
     ]

@@ -251,5 +251,5 @@ PROVIDERS: dict[str, Provider] = {
         Natten(), MultiDiffusion(), MultiDiffusion("cudnn"),
     )
 }  # fmt: skip
-QUICK = ("triton", "gather", "gather-cudnn", "full", "full-cudnn", "flex", "flex-pretiled", "natten", "multidiffusion-cudnn")
+QUICK = ("triton", "gather", "gather-cudnn", "full", "full-cudnn", "flex-tuned", "flex-pretiled", "natten", "multidiffusion-cudnn")
 CPU = ("sdpa", "gather", "loop", "flex", "full", "natten", "multidiffusion")

@@ -5,8 +5,9 @@ Legend: B batch, H heads, G key heads, T text tokens, D head dim, W x W window, 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,17 +41,24 @@ class _Sdpa(Provider):
             return f"torch has no {self.backend} attention on CPUs"
         return None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        """`[B, H, S, D]`."""
-        with sdpa_kernel(BACKENDS[self.backend]) if self.backend else nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    def prepare(self, task: Task) -> Ready:
+        """With the named backend alone allowed around every call: once a call, however many windows it loops over."""
+        ready = self.ready(task)
+        return ready._replace(run=self._forced(ready.run), backend=self._forced(ready.backend)) if self.backend else ready
 
-    def answers(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        with sdpa_kernel(BACKENDS[self.backend]) if self.backend else nullcontext():
-            return answers(q, k, v)
+    def ready(self, task: Task) -> Ready:
+        """As `prepare`, by whichever backend torch chooses."""
+        raise NotImplementedError
+
+    def _forced(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def inside(laid: Any) -> Any:
+            with sdpa_kernel(BACKENDS[self.backend]):
+                return function(laid)
+
+        return inside
 
     def scores(self, batch: int, queries: int, keys: int, task: Task) -> int:
-        """Bytes that the math backend, or torch's choice where it may be that, takes for scores and weights."""
+        """Bytes that the math backend takes for scores and weights; the others make none."""
         return 3 * 4 * batch * task.shape.heads * queries * keys if self.backend == "math" else 0
 
 
@@ -76,7 +84,7 @@ class Gather(_Sdpa):
         image = 4 * s.batch * s.heads * s.head_dim * windows * prod(s.patch) * (prod(task.window) + s.text)
         return image + task.flops("window") - _image_flops(task)
 
-    def prepare(self, task: Task) -> Ready:
+    def ready(self, task: Task) -> Ready:
         rows, columns = task.spans
         device, (patch_y, patch_x) = task.device, task.shape.patch
         key_y = torch.tensor([[*range(s.key_start, s.key_stop)] for s in rows], device=device)[:, None, :, None]
@@ -98,17 +106,17 @@ class Gather(_Sdpa):
             return q, k, v
 
         def run(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-            out = self.attend(*cut(inputs), scale=task.scale).transpose(1, 2).unflatten(0, (task.shape.batch, -1))  # [B, n, S, H, D]
+            out = _attend(*cut(inputs), scale=task.scale).transpose(1, 2).unflatten(0, (task.shape.batch, -1))  # [B, n, S, H, D]
             text = None
             if task.rule == "window":
                 text, out = out[:, :, : task.shape.text].mean(1), out[:, :, task.shape.text :]
             if task.rule == "global":
                 q, k, v = inputs.sequences
-                text = self.attend(*(heads_first(x) for x in (q[:, : task.shape.text], k, v)), scale=task.scale).transpose(1, 2)
+                text = _attend(*(heads_first(x) for x in (q[:, : task.shape.text], k, v)), scale=task.scale).transpose(1, 2)
             canvas = out.unflatten(2, (patch_y, patch_x)).unflatten(1, (len(rows), len(columns))).transpose(2, 3)
             return canvas.flatten(3, 4).flatten(1, 2)[:, : task.shape.grid[0], : task.shape.grid[1]], text
 
-        return Ready(as_is, run, image_and_text, lambda inputs: self.answers(*cut(inputs)))
+        return Ready(as_is, run, image_and_text, lambda inputs: answers(*cut(inputs)))
 
 
 class Loop(_Sdpa):
@@ -119,7 +127,7 @@ class Loop(_Sdpa):
     def memory(self, task: Task) -> int:
         return 2 * result_bytes(task)
 
-    def prepare(self, task: Task) -> Ready:
+    def ready(self, task: Task) -> Ready:
         def run(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
             (q, k, v), (text_q, text_k, text_v) = inputs.image, inputs.text
             out, texts = torch.empty_like(q, memory_format=torch.contiguous_format), []
@@ -131,17 +139,17 @@ class Loop(_Sdpa):
                         turned = [rotate_pairs(x.float(), inputs.rope, i, j).to(x.dtype) for x in (text_q, text_k)] if inputs.rope else None
                         b_q = torch.cat([(turned or [text_q])[0], b_q], 1) if task.rule == "window" else b_q
                         b_k, b_v = torch.cat([turned[1] if turned else text_k, b_k], 1), torch.cat([text_v, b_v], 1)
-                    b_out = self.attend(*(x.transpose(1, 2) for x in (b_q, b_k, b_v)), scale=task.scale).transpose(1, 2)
+                    b_out = _attend(*(x.transpose(1, 2) for x in (b_q, b_k, b_v)), scale=task.scale).transpose(1, 2)
                     texts += [b_out[:, : -(y1 - y0) * (x1 - x0)].float()] if task.rule == "window" else []
                     out[:, y0:y1, x0:x1] = b_out[:, -(y1 - y0) * (x1 - x0) :].unflatten(1, (y1 - y0, x1 - x0))
             if task.rule == "global":
                 q, k, v = inputs.sequences
-                return out, self.attend(*(heads_first(x) for x in (q[:, : task.shape.text], k, v)), scale=task.scale).transpose(1, 2)
+                return out, _attend(*(heads_first(x) for x in (q[:, : task.shape.text], k, v)), scale=task.scale).transpose(1, 2)
             return out, torch.stack(texts).mean(0).to(out.dtype) if texts else None
 
         def backend(inputs: Inputs) -> str:
             q, k, v = (heads_first(x[:, : task.window[0], : task.window[1]]) for x in inputs.image)
-            return self.answers(q, k, v)
+            return answers(q, k, v)
 
         return Ready(as_is, run, image_and_text, backend)
 
@@ -159,7 +167,7 @@ class Full(_Sdpa):
     def memory(self, task: Task) -> int:
         return 2 * result_bytes(task) + self.scores(task.shape.batch, task.shape.tokens, task.shape.tokens, task)
 
-    def prepare(self, task: Task) -> Ready:
+    def ready(self, task: Task) -> Ready:
         def lay(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
             q, k, v = (x.transpose(1, 2) for x in inputs.sequences)
             return q, k, v
@@ -168,7 +176,7 @@ class Full(_Sdpa):
             text = task.shape.text
             return Outputs(out.transpose(1, 2)[:, text:], out.transpose(1, 2)[:, :text] if text else None)
 
-        return Ready(lay, lambda laid: self.attend(*laid, scale=task.scale), unlay, lambda laid: self.answers(*laid))
+        return Ready(lay, lambda laid: _attend(*laid, scale=task.scale), unlay, lambda laid: answers(*laid))
 
 
 class MultiDiffusion(_Sdpa):
@@ -189,7 +197,7 @@ class MultiDiffusion(_Sdpa):
         s = task.shape
         return 2 * task.bytes("views") * (s.heads + 2 * s.key_heads) // (2 * (s.heads + s.key_heads))
 
-    def prepare(self, task: Task) -> Ready:
+    def ready(self, task: Task) -> Ready:
         height, width = task.window
 
         def lay(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +212,12 @@ class MultiDiffusion(_Sdpa):
             views = out.transpose(1, 2).unflatten(0, (task.shape.batch, -1))[:, :, task.shape.text :]
             return Outputs(views.flatten(1, 2), None)
 
-        return Ready(lay, lambda laid: self.attend(*laid, scale=task.scale), unlay, lambda laid: self.answers(*laid))
+        return Ready(lay, lambda laid: _attend(*laid, scale=task.scale), unlay, lambda laid: answers(*laid))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """`[B, H, S, D]`."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
