@@ -221,6 +221,8 @@ def test_executed_work_by_hand() -> None:
     assert providers._tiled_flops(plain, "sm_90") == plain.flops("window")
     small = Task("sd15", SHAPES["sd15-64-2048"], torch.float16, "cpu")
     assert providers._tiled_flops(small, "sm_90") == small.flops("window") * 64 // 40
+    ragged = Task("x", Shape((256, 256), (64, 64), (32, 32), 10, 64, text=77), torch.bfloat16, "cpu", "global")  # blocks of 64
+    assert providers._tiled_flops(ragged, "sm_90") == 4 * 64 * 10 * (65536 * (4096 + 128) + 128 * (65536 + 128))
     assert PROVIDERS["natten"].executed(plain) is None
 
 
