@@ -21,9 +21,11 @@ def show_plan(options: Namespace) -> None:
     except ImportError as error:
         raise UsageError(f'counting needs diffusers: pip install "scalediff[diffusers]" ({error})') from error
     parts = ("attention", "linear", "convolution", "vae", "total")
+    whole = {part: sum(getattr(row, part) for row in rows) for part in parts}
+    share = {part: whole[part] / whole["total"] for part in parts}
     if options.json:
         stages = [asdict(row) | {"total": row.total} for row in rows]
-        told = {"model": options.model, "unit": "TFLOP", "settings": asdict(settings), "stages": stages}
+        told = {"model": options.model, "unit": "TFLOP", "settings": asdict(settings), "stages": stages, "share": share}
         print(json.dumps(told | {"memory": {"unit": "byte", "dtype": "bfloat16", "peak": ways}}, indent=2))
         return
     print(f"{options.model}, TFLOPs by stage; attention above the native size: {options.attention}")
@@ -32,9 +34,8 @@ def show_plan(options: Namespace) -> None:
         print(
             f"{row.height:>5} x {row.width:<5} {row.steps:>6} {row.passes:>7}" + "".join(f"{getattr(row, part):>13.1f}" for part in parts)
         )
-    whole = {part: sum(getattr(row, part) for row in rows) for part in parts}
     print(f"{'all':>28}" + "".join(f"{whole[part]:>13.1f}" for part in parts))
-    print(f"{'share':>28}" + "".join(f"{whole[part] / whole['total']:>13.1%}" for part in parts))
+    print(f"{'share':>28}" + "".join(f"{share[part]:>13.1%}" for part in parts))
     print("memory of a GPU in bf16, an estimate that no device has confirmed yet:")
     for way, peak in ways.items():
         print(f"{gib(peak):>12}  {way}")
