@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor
 
 import scalediff
-from bench.zoo import WINDOW
-from scalediff.pipelines import cascade_of, named_preset, preset
+from bench.zoo import WINDOW, ZOO
+from scalediff.pipelines import cascade_of, family_with_cascade, named_preset, preset
 from scalediff.settings import Settings
 from tests.conftest import seeded
 from tests.scalediff.prompted_pipelines import flux, quiet, sdxl, stable_diffusion
@@ -138,6 +138,11 @@ def test_few_steps_are_for_trailing_timesteps(name: str) -> None:
     assert batches == [1] * 8  # no guidance
     assert (result.settings.guidance_scale, result.settings.stage_steps) == (0.0, 2)
     assert result.images[0].size == (256, 256)
+
+
+def test_a_model_that_the_cascade_does_not_know_has_none() -> None:
+    with pytest.raises(ValueError, match=r"the cascade knows pipelines around Flux.*UNet2DConditionModel.*, got PixArtTransformer2DModel"):
+        family_with_cascade(ZOO["PixArt"].build())
 
 
 def test_a_preset_is_a_beginning(demo: Any) -> None:

@@ -90,6 +90,37 @@ def test_an_enlargement_goes_on_too(demo: Any, tmp_path: Path) -> None:
     assert torch.equal(again.stages[-1].latents, whole.stages[-1].latents)
 
 
+def test_a_run_that_is_drawn_to_its_base_stage_goes_on(demo: Any, tmp_path: Path) -> None:
+    """The estimates of the base stage are kept with it; a setting for each stage is the same setting again."""
+    numbers = scalediff.settings.Settings(guidance_scale=1.0, anchor="trajectory", sg_cutoff_start=0.5)
+    how: dict[str, Any] = {"height": 96, "width": 96, "steps": 4, "restart": (0.75, 0.25), "preset": numbers}
+    how["sizes"] = [(64, 64), (80, 80), (96, 96)]
+    whole = scalediff.generate(demo, PROMPT, generator=seeded(), **how)
+    assert [stage.steps for stage in whole.stages] == [4, 3, 1]
+    passes: list[int] = []
+    for steps_until_it_stops in (4, 4 + 3):
+        passes.clear()
+
+        def count(*_: object, limit: int = steps_until_it_stops) -> None:
+            passes.append(1)
+            if len(passes) > limit:
+                raise Stop
+
+        remover = demo.unet.register_forward_pre_hook(count)
+        folder = tmp_path / str(steps_until_it_stops)
+        with pytest.raises(Stop):
+            scalediff.generate(demo, PROMPT, generator=seeded(), workdir=folder, **how)
+        remover.remove()
+        kept = torch.load(folder / "stage1.pt", weights_only=True)["trajectory"]
+        assert [x.shape for x in kept] == [(1, 4, 16, 16)] * 3, "as many as the longest stage has steps"
+        again = scalediff.generate(demo, PROMPT, generator=seeded(), workdir=folder, **how | {"restart": [0.75, 0.25]})
+        assert all(torch.equal(a.latents, b.latents) for a, b in zip(again.stages, whole.stages, strict=True))
+        assert again.images[0].tobytes() == whole.images[0].tobytes()
+    assert torch.load(tmp_path / "7" / "stage2.pt", weights_only=True)["latents"].shape == whole.stages[1].latents.shape
+    with pytest.raises(ValueError, match=r"belongs to another run \(.*settings: .*'anchor': 'trajectory'"):
+        scalediff.generate(demo, PROMPT, generator=seeded(), workdir=folder, **how | {"preset": "default"})
+
+
 @pytest.mark.parametrize(
     ("changes", "seed", "name"),
     [({"steps": 5}, 0, "settings"), ({"height": 192}, 0, "sizes"), ({"negative_prompt": "fog"}, 0, "negative_prompt"), ({}, 1, "seed")],
