@@ -162,18 +162,30 @@ def test_the_embedded_models_autoencoder(demo: Any, height: int, width: int) -> 
     assert vae_bytes(demo.vae, (height, width), 2, tiled=False) == pytest.approx(real, rel=0.02)
 
 
+def real_peak_in_tiles(vae: Any, height: int, width: int) -> int:
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    picture, latents = torch.zeros(1, 3, height, width), torch.zeros(1, 4, height // factor, width // factor)
+    vae.enable_tiling()
+    try:
+        return max(real_peak_of(lambda: vae.encode(picture).latent_dist.mode()), real_peak_of(lambda: vae.decode(latents).sample))
+    finally:
+        vae.disable_tiling()
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 128), (192, 128)])
 def test_the_embedded_models_autoencoder_in_tiles(demo: Any, height: int, width: int) -> None:
-    picture, latents = torch.zeros(1, 3, height, width), torch.zeros(1, 4, height // 4, width // 4)
-    demo.vae.enable_tiling()
-    try:
-        real = max(
-            real_peak_of(lambda: demo.vae.encode(picture).latent_dist.mode()),
-            real_peak_of(lambda: demo.vae.decode(latents).sample),
-        )
-    finally:
-        demo.vae.disable_tiling()
-    assert vae_bytes(demo.vae, (height, width), 1, tiled=True) == pytest.approx(real, rel=0.25)
+    """A tile's activations are most of it."""
+    assert vae_bytes(demo.vae, (height, width), 1, tiled=True) == pytest.approx(real_peak_in_tiles(demo.vae, height, width), rel=0.25)
+
+
+_MANY = pytest.mark.xfail(strict=True, reason="at the end all tiles, their rows and the result are there: 3.8 pictures, and not 2.5")
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), pytest.param(96, 160, marks=_MANY)])
+def test_an_autoencoder_in_many_tiles(height: int, width: int) -> None:
+    """Pictures are most of it, for a tile is 16 x 16."""
+    vae = autoencoder()
+    assert vae_bytes(vae, (height, width), 1, tiled=True) == pytest.approx(real_peak_in_tiles(vae, height, width), rel=0.25)
 
 
 def test_an_autoencoder_that_runs_in_fp32_is_counted_in_fp32(demo: Any) -> None:
