@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -118,7 +118,7 @@ class _Run:
         self.first = 1 if picture is None else 0  # stages without a restart
         if picture is not None:
             self.decoded = picture.to(device)
-            with tiled(self.pipe.vae, on=self._tiles(picture.shape[-2:])):
+            with self._within(self.base, "the given picture"):
                 self.latents = encode(self.pipe, self.decoded).to(self.pipe.dtype)
         if picture is not None or 0 < len(done) < len(self.sizes):
             self.asked = self._rehearsed()
@@ -128,7 +128,7 @@ class _Run:
                     self._take(index, done[index - 1])
                     continue
                 what = f"stage {index}/{len(self.sizes)}"
-                with tiled(self.pipe.vae, on=self._tiles(size)), out_of_memory(self.pipe, self.arguments, size, what):
+                with self._within(size, what):
                     if index == len(self.sizes) and self.around.on_stage is None:
                         return self._called(index, size, {})
                     self._draw(index, size)
@@ -146,7 +146,8 @@ class _Run:
         images, seconds = pictures_of(self.pipe, self.decoded), time.perf_counter() - since
         if self.around.workdir is not None:
             states, in_tiles = states_of(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
-            self.around.workdir.save(index, Saved(self.latents, states, seconds, in_tiles, self.trajectory), images)
+            trajectory = self.trajectory if index == 1 else []
+            self.around.workdir.save(index, Saved(self.latents, states, seconds, in_tiles, trajectory), images)
         self._tell(index, images, seconds)
 
     def _take(self, index: int, saved: Saved) -> None:
@@ -246,11 +247,17 @@ class _Run:
         above = len(self.sizes) - self.first
         return self.settings.of_stage(index - self.first, above) if index > self.first else self.settings
 
-    def _tiles(self, size: Sequence[int]) -> bool | None:
+    @contextmanager
+    def _within(self, size: tuple[int, int], what: str) -> Iterator[None]:
+        """Something of a size is drawn: the autoencoder in tiles if it is to be, and words where memory runs out."""
+        with tiled(self.pipe.vae, on=self._tiles(size)), out_of_memory(self.pipe, self.scheduler, self.arguments, size, what):
+            yield
+
+    def _tiles(self, size: tuple[int, int]) -> bool | None:
         """Whether the autoencoder is to tile; None: as it does."""
         if self.around.vae_tiling is not None:
             return self.around.vae_tiling
-        return wants_tiling(self.pipe, (size[0], size[1]), pictures_in(self.arguments)) or None
+        return wants_tiling(self.pipe, size, pictures_in(self.arguments)) or None
 
     def _progress(self) -> Progress:
         calls = [self._calls(i) for i in range(1, len(self.sizes) + 1)]
@@ -267,6 +274,8 @@ class _Run:
     def _rehearsed(self) -> Mapping[str, Any]:
         """What the pipeline would ask of its scheduler for a picture of the base size: its call, with a schedule of no steps."""
         self.pipe.scheduler = recording_scheduler(self.scheduler, runs=False)
+        if self.around.progress is not None:
+            self.pipe.set_progress_bar_config(disable=True)
         changes = {"height": self.base[0], "width": self.base[1], "generator": fresh_generator()}
         own_call(self.pipe, {**self.arguments, **changes, **_LATENT})
         asked: Mapping[str, Any] = self.pipe.scheduler.asked

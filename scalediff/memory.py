@@ -27,7 +27,7 @@ from scalediff.pipelines import cascade_of, own_call, sample_of
 from scalediff.subclass import own_class
 
 MARGIN = 2**30  # bytes: a process with torch, or a CUDA context and the workspaces of its libraries; not measured yet
-_TILES = 2.5  # pictures that tiles, rows of them and the result are, while one more tile is worked on
+_TILES = 1.8  # pictures that tiles are together: they overlap by a quarter of a side
 _FRAGMENTS = 1.1  # of the activations: what an allocator leaves between them; not measured yet
 
 
@@ -133,29 +133,22 @@ def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> in
     tile = getattr(vae, "tile_sample_min_size", getattr(vae, "tile_sample_min_height", None))
     if not tiled or tile is None or max(size) <= tile:
         config = tuple(sorted((name, repr(value)) for name, value in vae.config.items()))
-        return _vae_bytes(_Same(vae, (own_class(type(vae)), config)), size, batch, dtype)
+        key = own_class(type(vae)), config, size, batch, dtype
+        if key not in _KNOWN:
+            _KNOWN[key] = _vae_bytes(vae, size, batch, dtype)
+        return _KNOWN[key]
     one = vae_bytes(vae, (min(tile, size[0]), min(tile, size[1])), batch, tiled=False)
-    return one + int(_TILES * 3 * batch * size[0] * size[1] * dtype.itemsize)
+    picture = 3 * batch * size[0] * size[1] * dtype.itemsize
+    return int(max(one + _TILES * picture, (_TILES + 2) * picture))  # at a tile, or at the end, when rows and result are there
 
 
-class _Same:
-    """An object that is known by another, hashable one."""
-
-    def __init__(self, value: Any, key: Any) -> None:
-        self.value, self._key = value, key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._key == other._key
+_KNOWN: dict[Any, int] = {}  # bytes, by all that they depend on
 
 
-@functools.lru_cache(maxsize=64)
-def _vae_bytes(vae: _Same, size: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
-    with _explained(vae.value):
-        twin = _in_dtype(_twin(vae.value), dtype)
-        frame = (1,) if type(vae.value).__name__ == "AutoencoderKLQwenImage" else ()
+def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
+    with _explained(vae):
+        twin = _in_dtype(_twin(vae), dtype)
+        frame = (1,) if type(vae).__name__ == "AutoencoderKLQwenImage" else ()
         picture = torch.empty(batch, 3, *frame, *size, device="meta", dtype=dtype)
         latents: list[Tensor] = []
         encoding = peak_of(lambda: latents.append(twin.encode(picture).latent_dist.mode()))
@@ -200,8 +193,8 @@ def pictures_in(arguments: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def out_of_memory(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], stage: str) -> Iterator[None]:
-    """Explain that memory ran out: where, how much there is, and what would fit.
+def out_of_memory(pipe: Any, scheduler: Any, arguments: Mapping[str, Any], size: tuple[int, int], stage: str) -> Iterator[None]:
+    """Explain that memory ran out: where, how much there is, and what would fit; `scheduler` is the pipeline's own.
 
     Raises:
         torch.OutOfMemoryError: in place of torch's own.
@@ -212,6 +205,7 @@ def out_of_memory(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]
         if not isinstance(error, torch.OutOfMemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise  # on a CPU and on other devices torch has no error of its own for it
         torch.cuda.empty_cache()  # does nothing where CUDA was never used
+        pipe.scheduler = scheduler
         device = pipe._execution_device
         there = room(device)
         try:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +83,7 @@ def stage_sizes(
     rules: dict[str, Any] = {"native": native_size(pipe), "multiple": max(cascade.size_multiple, cascade.patch * pipe.vae_scale_factor)}
     if given is None:
         return plan_sizes((height, width), **rules)
-    if picture is not None:
-        check_sizes([picture, *given], (height, width), **{**rules, "native": picture})
-    else:
-        check_sizes(given, (height, width), **rules)
+    check_sizes(given, (height, width), picture=picture, **rules)
     return [(int(y), int(x)) for y, x in given]
 
 
@@ -156,6 +153,8 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
             nets = nets_of(pipe)  # ControlNets that the caller has patched by themselves stay as they are
             whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
             handle = undo.enter_context(patch_model(whole, jitter=settings.jitter or "none"))
+        if vae_attention not in get_args(Attention):
+            raise ValueError(f"vae_attention must be one of {', '.join(get_args(Attention))}, got {vae_attention=}")
         if vae_attention == "npa":
             undo.enter_context(_windowed_vae(pipe))
         attention = handle.attention if handle is not None else None

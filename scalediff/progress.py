@@ -79,7 +79,8 @@ class Progress(AbstractContextManager["Progress"]):
         if self._on_step is not None:
             left = self._left()
             pictures = lambda: self._preview(stage, denoised())  # noqa: E731  # made while the step is told of, or not at all
-            self._on_step(Step(stage, len(self._sizes), number + 1, self._calls[stage - 1], left, pictures))
+            calls = max(number + 1, self._calls[stage - 1])  # PNDM, at the native size, has a call more
+            self._on_step(Step(stage, len(self._sizes), number + 1, calls, left, pictures))
 
     def _advance(self, work: int) -> None:
         self._done += work
@@ -89,7 +90,7 @@ class Progress(AbstractContextManager["Progress"]):
     def _left(self) -> float:
         assert self._began is not None
         since, before = self._began
-        return (time.perf_counter() - since) * (self._total - self._done) / max(self._done - before, 1)
+        return (time.perf_counter() - since) * max(self._total - self._done, 0) / max(self._done - before, 1)
 
 
 def _bar(total: int) -> Any:

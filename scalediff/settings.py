@@ -74,6 +74,8 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, Sequence):
                 object.__setattr__(self, name, tuple(value))  # of a list, as JSON has it
+                if not value:
+                    raise ValueError(f"{name} must be a number, or one for each stage, got {name}=()")
             for one in value if isinstance(value, Sequence) else () if value is None else (value,):
                 if not (0 < one <= 1 or (one == 0 and name == "guidance_until")):
                     raise ValueError(f"{name} must lie in {'[' if name == 'guidance_until' else '('}0, 1], got {name}={one}")
@@ -150,23 +152,33 @@ def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: in
     return [*(stage for stage in stages if stage != target), target]
 
 
-def check_sizes(sizes: Sequence[tuple[int, int]], target: tuple[int, int], *, native: tuple[int, int], multiple: int) -> None:
-    """Refuse a caller's own list of stages that no cascade could go through.
+def check_sizes(
+    sizes: Sequence[tuple[int, int]],
+    target: tuple[int, int],
+    *,
+    native: tuple[int, int],
+    multiple: int,
+    picture: tuple[int, int] | None = None,
+) -> None:
+    """Refuse a caller's own list of stages that no cascade could go through; with a picture's size, stages above that picture.
 
     Raises:
         ValueError: as `plan_sizes`; the last is not the target, a base above the native area, a stage that is no larger than the one
             before or more than twice as large along an axis, or of another shape.
     """
-    _check_target(target, native=native, multiple=multiple)
+    _check_target(target, native=picture or native, multiple=multiple)
     if not sizes or tuple(sizes[-1]) != tuple(target):
         raise ValueError(f"the last of sizes must be the target {target[0]} x {target[1]}, got {sizes=}")
-    if sizes[0][0] * sizes[0][1] > native[0] * native[1] * 1.1:
+    if picture is None and sizes[0][0] * sizes[0][1] > native[0] * native[1] * 1.1:
         raise ValueError(f"the first of sizes is drawn with full attention, at most the native {native[0]} x {native[1]}, got {sizes[0]}")
-    for (h0, w0), (h1, w1) in itertools.pairwise(sizes):
-        if h1 % multiple or w1 % multiple or h0 % multiple or w0 % multiple:
-            raise ValueError(f"sizes must be multiples of {multiple}, got {(h0, w0)} and {(h1, w1)}")
+    for height, width in sizes:
+        if height % multiple or width % multiple:
+            raise ValueError(f"sizes must be multiples of {multiple}, got {(height, width)}")
+    for (h0, w0), (h1, w1) in itertools.pairwise([*([] if picture is None else [picture]), *sizes]):
         if not (h0 <= h1 <= 2 * h0 and w0 <= w1 <= 2 * w0 and h0 * w0 < h1 * w1):
             raise ValueError(f"a stage must be larger than the one before, at most twice along an axis, got {(h0, w0)} and {(h1, w1)}")
+        if abs(h1 * w0 - h0 * w1) > multiple * max(h1, w1):
+            raise ValueError(f"stages must be of one shape, got {(h0, w0)} and {(h1, w1)}")
 
 
 def _check_target(target: tuple[int, int], *, native: tuple[int, int], multiple: int) -> None:

@@ -85,7 +85,6 @@ def test_a_solver_of_order_two_has_a_step_for_every_call(demo: Any) -> None:
     assert steps[-1].left == 0
 
 
-@pytest.mark.xfail(strict=True, reason="PNDM calls the model once more than it has steps")
 def test_the_scheduler_that_stable_diffusion_ships_with_is_counted(demo: Any) -> None:
     """At the native size any scheduler draws."""
     own, steps = demo.scheduler, list[Step]()
@@ -197,7 +196,6 @@ def test_no_bar_without_asking(demo: Any, bars: list[Any], capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.xfail(strict=True, reason="the rehearsal of an enlargement or a resumed run shows the pipeline's own bar, of no steps")
 def test_an_enlargement_shows_no_bar_either(demo: Any, capsys: pytest.CaptureFixture[str]) -> None:
     demo.set_progress_bar_config(disable=False)
     try:

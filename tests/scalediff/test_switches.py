@@ -286,7 +286,6 @@ def test_enlarging_through_the_callers_own_sizes() -> None:
                 scalediff.generate(pipe, None, sizes=sizes, **how)
 
 
-@pytest.mark.xfail(strict=True, reason="the size that a picture is given before it is encoded is held to the multiple of a drawn one")
 def test_a_picture_of_any_size_is_enlarged_through_sizes(demo: Any) -> None:
     """Without `sizes` it is."""
     how: dict[str, Any] = {"height": 120, "width": 120, "steps": 2, "restart": 0.5}
