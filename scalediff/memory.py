@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scalediff.flops import FACTOR, MODELS, built, passes_of_a_step, stages
 from scalediff.hooks import denoiser_of
-from scalediff.pipelines import cascade_of, own_call, sample_of
+from scalediff.pipelines import cascade_of, kept, own_call, sample_of
 from scalediff.subclass import own_class
 
 MARGIN = 2**30  # bytes: a process with torch, or a CUDA context and the workspaces of its libraries; not measured yet
@@ -228,21 +228,16 @@ def _first_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) 
 
     changes = {"height": size[0], "width": size[1], "generator": torch.Generator(), "num_inference_steps": 1}
     own = {name: value for name, value in arguments.items() if name not in ("latents", "callback_on_step_end")}
-    bar = pipe.__dict__.get("_progress_bar_config")
-    pipe.set_progress_bar_config(disable=True)
     hook = denoiser_of(pipe).register_forward_pre_hook(seen, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept(pipe):
+            pipe.set_progress_bar_config(disable=True)
             own_call(pipe, {**own, **changes, "output_type": "latent", "return_dict": False})
     except _Seen as call:
         args, kwargs = call.args
         return args, kwargs, pictures_in(arguments)
     finally:
         hook.remove()
-        if bar is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bar
     raise NotImplementedError(f"{type(pipe).__name__} does not call its denoiser")
 
 

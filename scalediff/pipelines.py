@@ -138,17 +138,33 @@ def takes_size_conditioning(pipe: Any) -> bool:
 
 
 @contextmanager
+def kept(pipe: Any) -> Iterator[None]:
+    """Give back a pipeline's scheduler, its bar and the size that it thinks it was trained at."""
+    scheduler, bar = pipe.scheduler, pipe.__dict__.get("_progress_bar_config")
+    trained_size = cascade_of(pipe).trained_size
+    pixels = getattr(pipe, trained_size) if trained_size else None
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
+        if trained_size:
+            setattr(pipe, trained_size, pixels)
+        if bar is not None:
+            pipe._progress_bar_config = bar
+        else:
+            pipe.__dict__.pop("_progress_bar_config", None)
+
+
+@contextmanager
 def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -> Iterator[Handle | None]:
     """Give the pipeline back as it was; inside, the handle whose attention the stages switch (None: nothing is patched).
 
     A pipeline that is not patched gets its denoiser patched for the run, before anything is drawn, so that a model with
     nothing to patch is known at once.
     """
-    scheduler, bar = pipe.scheduler, pipe.__dict__.get("_progress_bar_config")
-    trained_size = cascade_of(pipe).trained_size
-    pixels = getattr(pipe, trained_size) if trained_size else None
     handle = handle_of(pipe)
     with ExitStack() as undo:
+        undo.enter_context(kept(pipe))
         if handle is None and settings.attention == "npa":
             nets = nets_of(pipe)  # ControlNets that the caller has patched by themselves stay as they are
             whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
@@ -164,13 +180,6 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
                 handle.jitter = settings.jitter
             yield handle
         finally:
-            pipe.scheduler = scheduler
-            if trained_size:
-                setattr(pipe, trained_size, pixels)
-            if bar is not None:
-                pipe._progress_bar_config = bar
-            else:
-                pipe.__dict__.pop("_progress_bar_config", None)
             if handle is not None and attention is not None and jitter is not None:
                 handle.attention, handle.jitter = attention, jitter
 

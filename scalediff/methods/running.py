@@ -16,7 +16,7 @@ from scalediff.grid import Grid
 from scalediff.hooks import denoiser_of, handle_of, original_call
 from scalediff.latents import decode, pictures_of, unpack
 from scalediff.methods.views import INPUTS, Denoise, Inputs
-from scalediff.pipelines import cascade_of
+from scalediff.pipelines import cascade_of, kept
 from scalediff.settings import Settings
 from scalediff.stage import Stage
 
@@ -67,24 +67,16 @@ def complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dic
 @contextmanager
 def borrowed(pipe: Any) -> Iterator[None]:
     """Give the pipeline back as it was; inside, a patched one has its own attention."""
-    scheduler, bar, handle = pipe.scheduler, pipe.__dict__.get("_progress_bar_config"), handle_of(pipe)
-    trained_size = cascade_of(pipe).trained_size
-    pixels = getattr(pipe, trained_size) if trained_size else None
+    handle = handle_of(pipe)
     attention = handle.attention if handle is not None else "full"
-    try:
-        if handle is not None:
-            handle.attention = "full"
-        yield
-    finally:
-        pipe.scheduler = scheduler
-        if trained_size:
-            setattr(pipe, trained_size, pixels)
-        if bar is not None:
-            pipe._progress_bar_config = bar
-        else:
-            pipe.__dict__.pop("_progress_bar_config", None)
-        if handle is not None:
-            handle.attention = attention
+    with kept(pipe):
+        try:
+            if handle is not None:
+                handle.attention = "full"
+            yield
+        finally:
+            if handle is not None:
+                handle.attention = attention
 
 
 @contextmanager
