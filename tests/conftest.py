@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported; without a GPU they run in Python
 
 
+torch.set_num_threads(1)  # the models are small: threads cost more than they bring, above all beside other work
+
+
 @pytest.fixture(scope="session")
 def _demo() -> Any:
     pytest.importorskip("diffusers", reason="the picture-making path needs diffusers")

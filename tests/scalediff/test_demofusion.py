@@ -119,7 +119,7 @@ def demo_model(pipe: Any) -> Model:
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        ((128, 128), DemoFusion()),
+        pytest.param((128, 128), DemoFusion(), marks=pytest.mark.slow),
         ((136, 128), DemoFusion(stride=6, view_batch=3, cosine_scale=(2.0, 0.5, 1.5), blur_std=0.8)),  # three phases, the last oblong
     ],
 )

@@ -114,8 +114,15 @@ def demo_model(pipe: Any) -> Model:
     return model
 
 
-@pytest.mark.parametrize("size", [(128, 128), (72, 104)])
-@pytest.mark.parametrize(("stride", "view_batch"), [(None, 1), (6, 4)])
+@pytest.mark.parametrize(
+    ("size", "stride", "view_batch"),
+    [
+        ((72, 104), 6, 4),
+        pytest.param((72, 104), None, 1, marks=pytest.mark.slow),
+        pytest.param((128, 128), None, 1, marks=pytest.mark.slow),
+        pytest.param((128, 128), 6, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_the_embedded_model_is_the_published_loop(demo: Any, size: tuple[int, int], stride: int | None, view_batch: int) -> None:
     stage = run(demo, size, {"prompt": PROMPT}, MultiDiffusion(stride=stride, view_batch=view_batch))
     noise = torch.randn(1, 4, size[0] // 4, size[1] // 4, generator=seeded())
