@@ -1,0 +1,196 @@
+"""Whole pictures by several methods, end to end and part by part: `python -m bench.cascade`.
+
+On a GPU SDXL and FLUX.1-dev at their true size with random weights; on a CPU, and with --small, small random models of both and the
+embedded model. A row is one part of one stage, or one run; rows go to bench/results/cascade-<machine>.csv as they are measured, and what
+stands there, measured by the same commit on the same machine, is not measured again. `p50_ms` is of one step, or of what a stage does once,
+and `in_run_s` what that comes to in a run. A run has `composed_s`, made up of its parts, and `measured_s` only where it was run whole.
+Useful TFLOPs count neither padding nor tiles; `matrix_percent` is their rate over that of a large matrix product in this very process.
+--growth: the embedded model from 128 to 1024 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import harness
+from bench.cascade_methods import METHODS, OURS
+from bench.cascade_models import GROWTH_METHODS, GROWTH_SIZES, SMALL, SUBJECTS, TRUE
+from bench.cascade_rows import COMPILE, Bench, Limits, Row, Unit
+from bench.roofline import Ceilings, ceilings
+
+RESULTS = harness.ROOT / "bench" / "results"
+SAME = (*harness.FACTS, "python", "triton", "cuda", "timed_steps", "limit_s", "view_batch")
+FIELDS = (
+    "row", "status", "model", "size", "method", "compile", "stage", "part", "p20_ms", "p50_ms", "p80_ms", "count", "in_run_s", "steps",
+    "composed_s", "measured_s", "rate_of", "useful_tflop", "tflops", "matrix_percent", "matrix_tflops", "peak_megabytes",
+    "before_megabytes", "backend", "error", "allowed", "note", "command", *SAME,
+)  # fmt: skip
+
+
+def facts(options: argparse.Namespace) -> dict[str, str]:
+    """What a row is measured with."""
+    return harness.facts(options.device, commit=options.commit) | {
+        "python": platform.python_version(),
+        "triton": harness.package_version("triton"),
+        "cuda": str(torch.version.cuda or torch.version.hip or "") if options.device == "cuda" else "",
+        "timed_steps": str(options.steps),
+        "limit_s": f"{options.limit:g}",
+        "view_batch": str(options.view_batch),
+    }
+
+
+def measured_rows(units: Sequence[Unit], options: argparse.Namespace) -> Iterator[tuple[Unit, Row]]:
+    """Unit by unit, models one after the other; the ceilings are measured once per dtype."""
+    found: dict[torch.dtype, Ceilings] = {}
+
+    def ceiling(dtype: torch.dtype) -> Ceilings:
+        if dtype not in found:
+            found[dtype] = ceilings(options.device, dtype)
+        return found[dtype]
+
+    limits = Limits(options.limit, options.steps)
+    for model in dict.fromkeys(unit.model for unit in units):
+        bench = Bench(model, options.device, ceiling, limits, view_batch=options.view_batch)
+        for unit in units:
+            if unit.model == model:
+                for row in bench.rows(unit, METHODS[unit.method]):
+                    yield unit, row
+        del bench
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    wanted = _picked(parser, options)
+    measured_with = facts(options)
+    path = options.csv or RESULTS / f"cascade-{harness.slug(measured_with['machine'])}.csv"
+    try:
+        rows = harness.read_rows(path)
+        others = harness.read_rows(options.compare) if options.compare else {}
+    except ValueError as error:
+        parser.error(str(error))
+    # What was skipped may run now; what failed or was timed stays so. A unit is done when its run is.
+    standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
+    done = [] if options.again else [unit for unit in wanted if f"{unit.name}/run" in standing]
+    if not options.no_measure:
+        for unit in () if options.json else done:
+            print(f"{unit.name}: as measured before")
+        command = "python -m bench.cascade " + " ".join(sys.argv[1:] if arguments is None else arguments)
+        begun: set[Unit] = set()
+        for unit, row in measured_rows([unit for unit in wanted if unit not in done], options):
+            if unit not in begun:  # nothing of an earlier run stays beside what is measured now
+                begun.add(unit)
+                rows = {name: old for name, old in rows.items() if not name.startswith(f"{unit.name}/")}
+            name = row["row"]
+            rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"command": command.strip()}
+            harness.write_rows(path, FIELDS, rows.values())
+            print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
+    shown = {name: row for name, row in rows.items() if any(name.startswith(f"{unit.name}/") for unit in wanted)}
+    if options.compare:
+        for sentence in harness.compared(_in_milliseconds(shown), _in_milliseconds(others), facts=SAME):
+            print(sentence, file=sys.stderr if options.json else sys.stdout)
+    wrong = [name for name, row in shown.items() if row["method"] in OURS and row["status"] in ("FAILED", "error")]
+    raise SystemExit(f"ours did not run as it should: {', '.join(wrong)}" if wrong else 0)
+
+
+def _in_milliseconds(rows: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Rows to be compared: a run by what was measured of it, alone; its gate is no time."""
+    found = {name: dict(row) for name, row in rows.items() if row["part"] != "gate"}
+    for row in found.values():
+        if row["part"] == "run" and row["measured_s"]:
+            row["p50_ms"] = f"{1000 * float(row['measured_s']):.5g}"
+    return found
+
+
+def line(row: Mapping[str, str]) -> str:
+    """For people, on a terminal."""
+    if row["status"] not in ("ok", "FAILED") or (row["part"] == "run" and row["status"] == "FAILED"):
+        return f"{row['row']}: {row['status']}, {row['note']}"
+    if row["part"] == "gate":
+        return f"{row['row']}: {row['status']}, error {row['error']} of {row['allowed']} allowed, {row['note']}"
+    rate = f"{row['tflops']} useful TFLOP/s, {row['matrix_percent']}% of a matrix product" if row["tflops"] else ""
+    memory = f"peak {row['peak_megabytes']} MB" if row["peak_megabytes"] else ""
+    if row["part"] == "run":
+        times = [f"measured {row['measured_s']} s" if row["measured_s"] else "", f"composed {row['composed_s']} s"]
+        memory += f", {row['before_megabytes']} MB before" if memory else ""
+        parts = [*times, rate and f"{rate} ({row['rate_of']})", memory, row["note"]]
+    else:
+        spread = f" ({row['p20_ms']} - {row['p80_ms']})" if row["p20_ms"] else ""
+        parts = [f"{row['p50_ms']} ms{spread} x {row['count']} = {row['in_run_s']} s", rate, memory, row["backend"]]
+    return f"{row['row']}: " + ", ".join(part for part in parts if part)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.cascade", description=__doc__.split("\n")[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help=f"of {', '.join(SUBJECTS)}")
+    parser.add_argument("--size", nargs="+", type=int, metavar="N", help="pixels per side (default: the model's own list)")
+    parser.add_argument("--method", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--compile", nargs="+", metavar="HOW", help="of eager, compiled: repeated blocks (default: eager; on a GPU both)")
+    parser.add_argument("--small", action="store_true", help="small models (default on a CPU)")
+    parser.add_argument("--growth", action="store_true", help="the embedded model from 128 to 1024 pixels: npa, full attention, direct")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds of a run that is measured whole (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of every stage (default: %(default)s)")
+    parser.add_argument("--view-batch", type=int, default=8, help="views in one pass (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="results (default: bench/results/cascade-MACHINE.csv)")
+    parser.add_argument("--json", action="store_true", help="one object per row and line")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="another CSV, row by row")
+    parser.add_argument("--no-measure", action="store_true", help="take the rows of --csv as they are")
+    parser.add_argument("--again", action="store_true", help="measure what stands, too")
+    parser.add_argument("--commit", help="of a copy of the tree that git knows nothing of")
+    return parser
+
+
+def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Unit]:
+    """What to measure; refuses what is not known or cannot be."""
+    known: dict[str, Sequence[str]] = {"model": tuple(SUBJECTS), "method": tuple(METHODS), "compile": COMPILE}
+    for name, values in known.items():
+        if unknown := [value for value in getattr(options, name) or () if value not in values]:
+            parser.error(f"--{name} takes {', '.join(values)}, got {', '.join(unknown)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch sees, got none")
+    for name, least in (("limit", 0), ("steps", 1), ("view_batch", 1)):
+        value = getattr(options, name)
+        if value < least or (name == "limit" and not value > 0):
+            parser.error(f"--{name.replace('_', '-')} must be {'positive' if least == 0 else 'at least 1'}, got {value:g}")
+    if any(size < 1 for size in options.size or ()):
+        parser.error(f"--size takes pixels per side, got {' '.join(map(str, options.size))}")
+    if options.growth and (options.model or options.small):
+        parser.error("--growth is of the embedded model: it takes no --model and no --small")
+    if options.compare and not options.compare.exists():
+        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which does not exist")
+    if options.no_measure and options.again:
+        parser.error("--no-measure and --again exclude each other")
+    models = options.model or (("demo",) if options.growth else SMALL if options.small or options.device == "cpu" else TRUE)
+    if large := [name for name in models if not SUBJECTS[name].small and (options.device == "cpu" or options.small)]:
+        parser.error(f"--model {' '.join(large)} is of true size, for a GPU and without --small; small ones are {', '.join(SMALL)}")
+    missing = [name for name in ("diffusers", "transformers") if harness.package_version(name) == "absent"]
+    if missing and not options.no_measure:
+        parser.error(f'pipelines need {" and ".join(missing)}, not installed here: pip install "scalediff[diffusers]"')
+    methods = options.method or (GROWTH_METHODS if options.growth else tuple(METHODS))
+    hows = options.compile or (COMPILE if options.device == "cuda" else COMPILE[:1])
+    sizes = options.size or (GROWTH_SIZES if options.growth else ())
+    return [
+        Unit(model, size, method, how)
+        for model in models
+        for size in sizes or SUBJECTS[model].sizes
+        for method in methods
+        for how in hows
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
