@@ -75,11 +75,10 @@ class Bench:
                 return
             self.gate.prepare(method)
             with _compiled(self.drawn.pipe, on=unit.compile == "compiled"):
-                verdict = self.gate.check(method, compiled=unit.compile == "compiled")
-                if verdict is not None:
-                    yield {**about, "row": f"{unit.name}/gate", "part": "gate"} | _judged(verdict)
+                for verdict in self.gate.check(method, compiled=unit.compile == "compiled"):
+                    yield {**about, "row": f"{unit.name}/gate-{verdict.name}", "part": "gate"} | _judged(verdict)
                     if not verdict.passed:
-                        yield run | {"status": "FAILED", "note": "not timed: it did not pass its gate"}
+                        yield run | {"status": "FAILED", "note": f"not timed: it is not {verdict.what}"}
                         return
                 yield from self._timed(unit, method, about, run)
         except NotImplementedError as refused:
