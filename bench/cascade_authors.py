@@ -24,6 +24,9 @@ from scalediff import plan
 from scalediff.families import family_of
 from scalediff.grid import Grid
 
+# Taken at import, as ours does: within a patched model's pass the attribute leads to the patch.
+_sdpa = F.scaled_dot_product_attention
+
 
 class Authors:
     """Their attention for one denoiser.
@@ -54,7 +57,7 @@ class Authors:
         """As `scalediff_kernels.neighborhood_patch_attention`, `[B, Y, X, H, D]`."""
         cut = _Cut(q, window, patch, self._offset(offset, patch), spare=self._spare)
         b_q, b_k, b_v = (x.flatten(0, 1).transpose(1, 2) for x in (cut.queries(q), cut.keys(k), cut.keys(v)))  # [B n, H, S, D]
-        out = F.scaled_dot_product_attention(b_q, b_k, b_v, scale=scale)
+        out = _sdpa(b_q, b_k, b_v, scale=scale)
         return cut.canvas(out.transpose(1, 2).unflatten(0, (q.shape[0], -1)))
 
     def joint(
@@ -76,7 +79,7 @@ class Authors:
         texts = [x.expand(-1, cut.count, -1, -1, -1) for x in (*texts, text_v[:, None])]
         parts = zip(texts, (cut.queries(q), cut.keys(k), cut.keys(v)), strict=True)
         b_q, b_k, b_v = (torch.cat(pair, 2).flatten(0, 1).transpose(1, 2) for pair in parts)  # [B n, H, T + S, D]
-        out = F.scaled_dot_product_attention(b_q, b_k, b_v, scale=scale).transpose(1, 2).unflatten(0, (q.shape[0], -1))
+        out = _sdpa(b_q, b_k, b_v, scale=scale).transpose(1, 2).unflatten(0, (q.shape[0], -1))
         text = text_q.shape[1]
         return cut.canvas(out[:, :, text:]), out[:, :, :text].mean(1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +53,7 @@ class DeviceClock:
 class Memory:
     """Bytes of a device: what is there, and the most there was since the last `reset`; None where the system does not tell.
 
-    On a GPU what torch has allocated; on a CPU the resident set of the process, libraries and all.
+    On a GPU what torch has allocated; on a CPU the resident set of the process, libraries and all, without what the allocator keeps.
     """
 
     def __init__(self, device: str) -> None:
@@ -61,6 +63,8 @@ class Memory:
         if self._device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             return
+        with suppress(OSError, AttributeError):  # glibc's alone
+            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set begins again
         except OSError:

@@ -103,7 +103,8 @@ class Bench:
         step = sum(sum(self.work.step(method, one)) for one in planned)
         needed = (self._watched_steps + 1) * step / rate
         if needed > self._limits.seconds:
-            return f"to watch it would take about {needed:.0f} s by its FLOPs, --limit is {self._limits.seconds:g} s"
+            speed = f"at {_GUESS:.0%} of a matrix product's speed"
+            return f"to watch it would take about {needed:.0f} s, {speed}, --limit is {self._limits.seconds:g} s"
         return ""
 
     @property
@@ -112,8 +113,7 @@ class Bench:
 
     def _timed(self, unit: Unit, method: Method, about: Row, run: Row) -> Iterator[Row]:
         planned = self.drawn.plan(method, unit.size)
-        before = self.memory.now()
-        watch, times = self._watched(unit, method)
+        before, watch, times = self._watched(unit, method)
         for index, (one, stage) in enumerate(zip(planned, times, strict=True), start=1):
             yield from self._parts(unit, method, about | {"stage": f"{index}-{one.size[0]}"}, one, stage, watch.backends[index - 1])
         told = composed(times, [one.steps for one in planned])
@@ -136,13 +136,17 @@ class Bench:
             row |= {"peak_megabytes": _mega(max(p for p in peaks if p is not None)), "before_megabytes": _mega(before)}
         yield row
 
-    def _watched(self, unit: Unit, method: Method) -> tuple[Watch, list[StageTimes]]:
+    def _watched(self, unit: Unit, method: Method) -> tuple[int | None, Watch, list[StageTimes]]:
+        """Bytes that are there before, the watch, and what it saw."""
         self.drawn.draw(method, unit.size, steps=1)
+        gc.collect()
+        self.memory.reset()
+        before = self.memory.now()
         watch = Watch(self.clock, self.memory, steps=self._watched_steps, deep=unit.compile == "eager")
         with watch.over(self.drawn.pipe):
             watch.begin()
             self.drawn.draw(method, unit.size, steps=self._watched_steps, on_stage=watch.on_stage, on_step=watch.on_step)
-        return watch, watch.stages()
+        return before, watch, watch.stages()
 
     def _whole(self, unit: Unit, method: Method) -> float:
         """Seconds of one true run, with nothing watched."""

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from bench import cascade_authors
 from bench.cascade_clock import Clock, Memory
 from scalediff import cascade, plan, schedule
 from scalediff.hooks import denoiser_of
@@ -147,7 +148,8 @@ class Watch:
             if self._deep:
                 sdpa = F.scaled_dot_product_attention
                 undo.enter_context(mock.patch.object(F, "scaled_dot_product_attention", self._attention(sdpa)))
-                undo.enter_context(mock.patch.object(windowed_sdpa, "_sdpa", self._attention(windowed_sdpa._sdpa)))
+                for module in (windowed_sdpa, cascade_authors):
+                    undo.enter_context(mock.patch.object(module, "_sdpa", self._attention(module._sdpa)))
                 undo.enter_context(mock.patch.object(plan.Call, "attend", self._windows(plan.Call.attend)))
             yield
 
