@@ -45,8 +45,8 @@ renders are the reference. Discs: a true picture has one. SWD: sliced Wasserstei
 distance: mean |log10| ratio of radial power; both are best low. HF ratio: share of the power above 0.25 cycles per pixel, best
 where the true renders have it. Seam z: steepness at the borders of the query patches, beside the largest of six other periods; a
 seam is 3 above them. Seconds: p50 over batches of {BATCH}, a batch's time shared out. Attention GFLOPs: useful FLOPs of
-self-attention for one picture, all stages and both passes of guidance, 2 per multiply-add. A switch is changed alone, and costs or
-saves no time but for what its FLOPs say; MultiDiffusion and DemoFusion have views half a window apart. The last rows are true pictures of
+self-attention for one picture, all stages and both passes of guidance, 2 per multiply-add. A switch is changed alone.
+MultiDiffusion and DemoFusion have views half a window apart. The last rows are true pictures of
 other scenes: what the distances are where only the distribution agrees. The rows above share hour, terrain and place with the
 reference and can come nearer on the coarse levels. Autoencoded: true pictures that went once through the model's autoencoder,
 the best texture that anything it decodes can have."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,14 +32,13 @@ from scalediff.pipelines import (
     borrowed,
     cascade_of,
     check_run,
+    guidance_in_halves,
     native_size,
     own_call,
     preset,
-    split_guidance,
     stage_sizes,
     tiled,
-    unguided_from,
-)  # fmt: skip
+)
 from scalediff.progress import Progress
 from scalediff.schedule import Guidance, Watch, guided_scheduler, recording_scheduler, upsampled
 from scalediff.settings import PerStage, Settings
@@ -61,8 +60,10 @@ def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
         guidance_scale=arguments.setdefault(cascade_of(pipe).guidance, settings.guidance_scale),
         attention=handle.attention if handle is not None else settings.attention,
     )
-    if arguments.get("generator") is None:
-        arguments["generator"] = fresh_generator()
+    arguments["generator"] = arguments.get("generator") or fresh_generator()
+    told = {name for name, value in arguments.items() if value is not None}
+    if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in told):
+        arguments["negative_prompt"] = cascade_of(pipe).negative
     return run(pipe, arguments, stage_sizes(pipe, height, width), settings, Around())
 
 
@@ -85,8 +86,7 @@ def run(
     A picture, `[B, 3, height, width]` in [-1, 1], stands for the base stage, whose size `base` then is.
     """
     check_run(pipe, arguments, sizes, settings, restarts=len(sizes) - (picture is None))
-    halves = split_guidance(pipe) if around.split_guidance else nullcontext()
-    with borrowed(pipe, settings, around.vae_attention) as handle, halves:
+    with borrowed(pipe, settings, around.vae_attention) as handle:
         return _Run(pipe, arguments, list(sizes), settings, around, handle, base or sizes[0]).all(picture)
 
 
@@ -144,7 +144,7 @@ class _Run:
         if self.around.on_stage is None:
             return
         images, seconds = pictures_of(self.pipe, self.decoded), time.perf_counter() - since
-        if self.around.workdir is not None:
+        if self.around.workdir is not None and not getattr(self.pipe, "interrupt", False):
             states, in_tiles = states_of(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
             trajectory = self.trajectory if index == 1 else []
             self.around.workdir.save(index, Saved(self.latents, states, seconds, in_tiles, trajectory), images)
@@ -153,7 +153,7 @@ class _Run:
     def _take(self, index: int, saved: Saved) -> None:
         """A stage that an earlier run has finished."""
         self.latents = saved.latents.to(self.pipe._execution_device)
-        with tiled(self.pipe.vae, on=saved.in_tiles):
+        with self._within(self.sizes[index - 1], f"stage {index}/{len(self.sizes)}, kept", saved.in_tiles):
             self.decoded = decode(self.pipe, self.latents)
         if index == 1:
             self.trajectory = saved.trajectory
@@ -170,11 +170,11 @@ class _Run:
         """What the pipeline's call returns for a stage."""
         changes: dict[str, Any] = {"height": size[0], "width": size[1]}
         settings, restarts, pipe = self._settings(index), index > self.first, self.pipe
-        batch = unguided = 0
+        unguided = None
         if restarts:
             changes |= self._restart(index, size, settings)
-            batch = self.latents.shape[0]
-            unguided = math.ceil(float(_one(settings.guidance_until)) * len(pipe.scheduler.levels))
+            if _one(settings.guidance_until) < 1:
+                unguided = math.ceil(_one(settings.guidance_until) * len(pipe.scheduler.levels))
         elif len(self.sizes) > 1 or self.around.progress or self.around.on_step is not None:
             pipe.scheduler = recording_scheduler(self.scheduler, watch=self._watch(index))
         if self.handle is not None:
@@ -186,8 +186,7 @@ class _Run:
         if self.around.progress is not None:
             pipe.set_progress_bar_config(disable=True)
         self.progress.begin(index)
-        skips = restarts and unguided < len(pipe.scheduler.levels)
-        with unguided_from(pipe, batch, unguided if skips else None):
+        with guidance_in_halves(pipe, unguided_from=unguided, split=self.around.split_guidance):
             result = own_call(pipe, {**self.arguments, **changes, **output})
         if not restarts and len(self.sizes) > 1:
             self.asked = pipe.scheduler.asked
@@ -248,10 +247,13 @@ class _Run:
         return self.settings.of_stage(index - self.first, above) if index > self.first else self.settings
 
     @contextmanager
-    def _within(self, size: tuple[int, int], what: str) -> Iterator[None]:
+    def _within(self, size: tuple[int, int], what: str, in_tiles: bool | None = None) -> Iterator[None]:
         """Something of a size is drawn: the autoencoder in tiles if it is to be, and words where memory runs out."""
-        with tiled(self.pipe.vae, on=self._tiles(size)), out_of_memory(self.pipe, self.scheduler, self.arguments, size, what):
-            yield
+        tiles = self._tiles(size) if in_tiles is None else in_tiles
+        with tiled(self.pipe.vae, on=tiles):
+            now = {"tiled": getattr(self.pipe.vae, "use_tiling", False), "split": self.around.split_guidance}
+            with out_of_memory(self.pipe, self.scheduler, self.arguments, size, what, **now):
+                yield
 
     def _tiles(self, size: tuple[int, int]) -> bool | None:
         """Whether the autoencoder is to tile; None: as it does."""

@@ -49,10 +49,9 @@ def _per_stage(text: str) -> float | tuple[float, ...]:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"a positive number, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number, got {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,7 +137,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when done, 2 on bad input (one line on stderr), 130 on Ctrl-C.
+    """Run the command; 0 when done, 1 without memory, 2 on bad input (one line on stderr), 130 on Ctrl-C.
 
     With SCALEDIFF_DEBUG set, errors keep their traceback.
     """

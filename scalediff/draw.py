@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from scalediff.cascade import run
 from scalediff.generators import Generators, fresh_generator
-from scalediff.hooks import denoiser_of
+from scalediff.hooks import denoiser_of, handle_of
 from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
 from scalediff.pipelines import Sizes, cascade_of, check_call, named_preset, stage_sizes
 from scalediff.progress import Step
 from scalediff.settings import Attention, PerStage, Preset, Settings
 from scalediff.stage import Around, Stage
-from scalediff.workdir import Workdir, digest
+from scalediff.workdir import Workdir, digest, fingerprint
 
 _DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
 
@@ -68,7 +70,8 @@ def generate(
         height, width: Target in pixels, at least the native area; any aspect ratio.
         negative_prompt: As in the pipeline's own call.
         call: Further arguments of the pipeline's own call, for every stage.
-        generator: Makes the whole run reproducible; a fresh one with a random seed when None. The global RNG is not used.
+        generator: Makes the whole run reproducible; a fresh one with a random seed when None. The global RNG is not used, but for what
+            diffusers itself draws from it: the control latents of Stable Diffusion 3's ControlNet pipeline.
         preset: `"default"`, `"paper"` for what was published for this model, another of the family's (`scalediff models` names them), or
             Settings or a Preset of one's own, which have every switch.
         steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the preset's where None.
@@ -163,6 +166,10 @@ def upscale(
     given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
     check_call(pipe)
     images = image if isinstance(image, list) else [image]
+    if not all(hasattr(picture, "convert") for picture in images):
+        raise TypeError(f"image must be a PIL picture, or a list of them, got {type(images[0]).__name__ if images else image!r}")
+    if len(images) != (len(prompt) if isinstance(prompt, list) else 1):
+        raise ValueError(f"there must be as many pictures as prompts, got {len(images)} and {prompt=}")
     if len({picture.size for picture in images}) != 1:
         raise ValueError(f"pictures must be of one size, got {[picture.size for picture in images]}")
     own_width, own_height = images[0].size
@@ -189,6 +196,7 @@ def _story(
     """What makes a run what it is: with the same weights, machine and versions it is drawn again to the bit."""
     generator = arguments["generator"]
     denoiser: Any = denoiser_of(pipe)
+    handle = handle_of(pipe)
     named = {"generator", "prompt", "negative_prompt", "num_inference_steps"}
     return {
         "prompt": arguments.get("prompt"),
@@ -199,6 +207,9 @@ def _story(
         "call": digest({name: value for name, value in arguments.items() if name not in named}),
         "picture": None if picture is None else digest(picture),
         "model": f"{type(denoiser).__name__} {digest(dict(denoiser.config))}",
+        "weights": fingerprint([part for part in pipe.components.values() if isinstance(part, nn.Module)]),
+        "patched": None if handle is None else [list(handle.window), handle.jitter, digest(asdict(handle.options))],
+        "versions": [torch.__version__, version("diffusers")],
         "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "vae": [around.vae_tiling, around.vae_attention],

@@ -19,10 +19,11 @@ import torch
 
 from scalediff.draw import Result, generate, upscale
 from scalediff.loading import UsageError, load_model, one_line
-from scalediff.memory import Estimate, estimate, gib, room, wants_tiling
+from scalediff.memory import estimate, gib, is_offloaded, room, wants_tiling
 from scalediff.pictures import check_writable, open_picture, save_png, side_by_side
-from scalediff.pipelines import cascade_of, named_preset, native_size, stage_sizes
+from scalediff.pipelines import cascade_of, check_run, named_preset, native_size, stage_sizes
 from scalediff.progress import Step
+from scalediff.schedule import check_scheduler
 from scalediff.settings import Settings
 from scalediff.stage import Stage
 
@@ -50,9 +51,10 @@ def generate_pictures(options: Namespace) -> None:
     native = native_size(pipe)
     height, width = options.size or (4 * native[0], 4 * native[1])
     sizes = stage_sizes(pipe, height, width, options.sizes)
+    check_run(pipe, {}, sizes, settings, restarts=len(sizes) - 1)
+    _tell_memory(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
         _say(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {_device_name(pipe)}")
-        _tell_memory(pipe, options, job, (height, width), settings)
         told = {"sizes": [f"{h}x{w}" for h, w in sizes]}
         with _saved(pipe, options, job, told) as (keep, written):
             how = _how(pipe, options, job, settings, several=len(jobs) > 1)
@@ -77,9 +79,11 @@ def upscale_pictures(options: Namespace) -> None:
     settings = _settings(pipe, options)
     height, width = options.size or (2 * image.height, 2 * image.width)
     told = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
+    check_scheduler(pipe.scheduler)
+    stage_sizes(pipe, height, width)
+    _tell_memory(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
         _say(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {_device_name(pipe)}")
-        _tell_memory(pipe, options, job, (height, width), settings)
         with _saved(pipe, options, job, told) as (keep, _):
             how = _how(pipe, options, job, settings, several=len(jobs) > 1)
             _tell(upscale(pipe, image, job.prompt, height=height, width=width, sizes=options.sizes, **how, on_stage=keep), job, options)
@@ -105,14 +109,14 @@ def _jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Jo
     if out is not None and len(wanted) > 1 and not out.is_dir():
         raise UsageError(f"--out must be a folder that exists for {len(wanted)} pictures, got {out}")
     folder = out if out is not None and out.is_dir() else Path()
-    jobs: list[Job] = []
+    jobs: dict[Path, Job] = {}
     for prompt, seed in wanted:
         stem = f"{name or _slug(prompt)}-{seed}"
-        again = sum(job.out.stem.startswith(stem) for job in jobs)
-        file = folder / (f"{stem}-{again + 1}.png" if again else f"{stem}.png")
-        jobs.append(Job(prompt, seed, file if out is None or out.is_dir() else out))
-        check_writable(jobs[-1].out)
-    return jobs
+        names = (f"{stem}.png", *(f"{stem}-again-{i}.png" for i in range(1, len(wanted))))
+        file = out if out is not None and not out.is_dir() else next(folder / one for one in names if folder / one not in jobs)
+        check_writable(file)
+        jobs[file] = Job(prompt, seed, file)
+    return list(jobs.values())
 
 
 def _loaded(options: Namespace) -> Any:
@@ -137,7 +141,7 @@ def _how(pipe: Any, options: Namespace, job: Job, settings: Settings, *, several
         "generator": torch.Generator().manual_seed(job.seed),
         "progress": not options.quiet,
         "workdir": options.workdir / job.out.stem if options.workdir is not None and several else options.workdir,
-        "vae_tiling": True if options.low_memory else options.vae_tiling,
+        "vae_tiling": _tiling(options),
         "vae_attention": options.vae_attention,
         "split_guidance": options.low_memory or options.split_guidance,
         "on_step": _previewing(options.preview, job) if options.preview else None,
@@ -159,7 +163,7 @@ def _preview_of(job: Job) -> Path:
 
 def _tell_memory(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
     """Say what the run will need, what there is, and what to do where that is too little."""
-    arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale}
+    arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
     try:
@@ -167,23 +171,31 @@ def _tell_memory(pipe: Any, options: Namespace, job: Job, size: tuple[int, int],
     except NotImplementedError as why:
         _say(f"memory: no estimate: {one_line(why)}")
         return
-    peak, there = _peak(pipe, options, needs, size), room(pipe._execution_device)
+    tiling = _tiling(options)
+    now = {
+        "tiled": wants_tiling(pipe, size, 1) if tiling is None else tiling,
+        "split": options.low_memory or options.split_guidance,
+        "offloaded": is_offloaded(pipe),
+    }
+    peak, there = needs.peak(**now), room(pipe._execution_device)
     if there is None:
         _say(f"memory: about {gib(peak)}")
     else:
-        _say(f"memory: about {gib(peak)} of {gib(there)}" + (f": too little; {needs.advice(there)}" if peak > there else ""))
+        _say(f"memory: about {gib(peak)} of {gib(there)}" + (f": too little; {needs.advice(there, **now)}" if peak > there else ""))
 
 
-def _peak(pipe: Any, options: Namespace, needs: Estimate, size: tuple[int, int]) -> int:
-    tiling = options.low_memory or (wants_tiling(pipe, size, 1) if options.vae_tiling is None else options.vae_tiling)
-    split = options.low_memory or options.split_guidance
-    return needs.peak(tiled=tiling, split=split, offloaded=options.low_memory and pipe._execution_device.type != "cpu")
+def _tiling(options: Namespace) -> bool | None:
+    """What the line says of tiles; it goes before what --low-memory means."""
+    said: bool | None = options.vae_tiling
+    return True if said is None and options.low_memory else said
 
 
 @contextmanager
 def _saved(pipe: Any, options: Namespace, job: Job, told: Mapping[str, Any]) -> Iterator[tuple[Callable[[Stage], None], list[Path]]]:
     """What saves a stage, with what is told of the run, when it ends, and the files so far; an interruption names them."""
     written: list[Path] = []
+    if pipe._execution_device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(pipe._execution_device)
 
     def keep(stage: Stage) -> None:
         last = stage.index == stage.of
@@ -202,7 +214,7 @@ def _saved(pipe: Any, options: Namespace, job: Job, told: Mapping[str, Any]) -> 
 def _tell(result: Result, job: Job, options: Namespace) -> float:
     """Say what has been drawn; returns its seconds."""
     last, seconds = result.stages[-1], sum(stage.seconds for stage in result.stages)
-    _say(f"{job.out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory()}")
+    _say(f"{job.out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory(last.latents.device)}")
     if options.json:
         told = {"file": str(job.out), "prompt": job.prompt, "seed": job.seed, "seconds": round(seconds, 3)}
         stages = [_of_stage(stage) for stage in result.stages]
@@ -221,8 +233,8 @@ def _compare(pipe: Any, options: Namespace, job: Job, result: Result, how: Mappi
         height=final.height,
         width=final.width,
         num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
         generator=torch.Generator().manual_seed(job.seed),
+        **{cascade_of(pipe).guidance: settings.guidance_scale},
     ).images[0]
     direct_seconds = time.perf_counter() - since
     again = {"generator": torch.Generator().manual_seed(job.seed), "attention": "full", "workdir": None, "on_step": None}
@@ -250,6 +262,8 @@ def _metadata(pipe: Any, options: Namespace, job: Job, settings: Settings) -> di
         "model": options.model,
         "preset": options.preset,
         "scheduler": type(pipe.scheduler).__name__,
+        "timestep_spacing": pipe.scheduler.config.get("timestep_spacing"),
+        "memory": {name: getattr(options, name) for name in ("low_memory", "vae_tiling", "vae_attention", "split_guidance")},
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": _device_name(pipe),
         "settings": asdict(settings),
@@ -270,10 +284,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _peak_memory() -> str:
+def _peak_memory(device: torch.device) -> str:
     """Of the process, or of the device where the picture was made on one."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on {torch.cuda.get_device_name()}"
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {torch.cuda.get_device_name(device)}"
     try:
         import resource
     except ImportError:  # Windows has no such module

@@ -95,6 +95,11 @@ class Handle:
         return self._targets[0].native
 
     @property
+    def options(self) -> Options:
+        """What the attention was asked to be: implementation and treatment of text."""
+        return self._targets[0].options
+
+    @property
     def model(self) -> Any:
         """The pipeline or module that was patched; None once it is gone."""
         return self._model()

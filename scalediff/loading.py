@@ -15,8 +15,13 @@ SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++-single": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-a": "EulerAncestralDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 
@@ -60,7 +65,10 @@ def load_model(
         kind = getattr(diffusers, SCHEDULERS[scheduler]) if scheduler is not None else type(pipe.scheduler)
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **({"timestep_spacing": spacing} if spacing is not None else {}))
     if not low_memory or place.type == "cpu":
-        return pipe.to(place, _DTYPES[dtype])
+        try:
+            return pipe.to(place, _DTYPES[dtype])
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"the weights of {name} do not fit on {place}: --low-memory, or a smaller --dtype") from error
     pipe.to(dtype=_DTYPES[dtype])
     pipe.enable_model_cpu_offload(device=place)
     return pipe

@@ -6,10 +6,11 @@ output alone, as fused kernels do. What a device's driver, libraries and allocat
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from scalediff.flops import FACTOR, MODELS, built, passes_of_a_step, stages
-from scalediff.hooks import denoiser_of
-from scalediff.pipelines import cascade_of, kept, own_call, sample_of
+from scalediff.hooks import denoiser_of, nets_of
+from scalediff.pipelines import answering, cascade_of, kept, own_call, sample_of
 from scalediff.subclass import own_class
+from scalediff.tally import peak_of
 
 MARGIN = 2**30  # bytes: a process with torch, or a CUDA context and the workspaces of its libraries; not measured yet
 _TILES = 1.8  # pictures that tiles are together: they overlap by a quarter of a side
 _FRAGMENTS = 1.1  # of the activations: what an allocator leaves between them; not measured yet
+
+
+# What can be done to need less, by its words: arguments of `Estimate.peak`.
+WAYS: Mapping[str, Mapping[str, bool]] = {
+    "as it is": {},
+    "with vae_tiling": {"tiled": True},
+    "with vae_tiling and split_guidance": {"tiled": True, "split": True},
+    "with both and enable_model_cpu_offload (--low-memory)": {"tiled": True, "split": True, "offloaded": True},
+}
 
 
 @dataclass(frozen=True)
@@ -57,20 +66,17 @@ class Estimate:
 
     def ways(self) -> dict[str, int]:
         """What can be done to need less, and the peak with it, in the order in which it costs time."""
-        return {
-            "as it is": self.peak(),
-            "with vae_tiling": self.peak(tiled=True),
-            "with vae_tiling and split_guidance": self.peak(tiled=True, split=True),
-            "with both and enable_model_cpu_offload (--low-memory)": self.peak(tiled=True, split=True, offloaded=True),
-        }
+        return {words: self.peak(**done) for words, done in WAYS.items()}
 
-    def advice(self, room: int | None) -> str:
-        """What would fit into so many bytes, in words; all that can be done, where it is not known how many there are."""
-        ways = {way: peak for way, peak in self.ways().items() if peak < self.peak()}
-        for way, peak in ways.items():
-            if room is not None and peak <= room:
-                return f"{way} it takes about {gib(peak)}"
-        takes = ", ".join(f"{gib(peak)} {way}" for way, peak in self.ways().items())
+    def advice(self, room: int | None, **now: bool) -> str:
+        """What more would fit into so many bytes than what is done `now`, in words; all of it, where it is not known how many there are."""
+        peak = self.peak(**now)
+        more = {words: self.peak(**done) for words, done in WAYS.items() if all(done.get(name) for name, on in now.items() if on)}
+        less = {words: size for words, size in more.items() if size < peak}
+        for words, size in less.items():
+            if room is not None and size <= room:
+                return f"{words} it takes about {gib(size)}"
+        takes = ", ".join([f"{gib(peak)} as it is", *(f"{gib(size)} {words}" for words, size in less.items())])
         return f"by estimate it takes {takes}; else a smaller size, a smaller dtype, or pipe.enable_group_offload"
 
 
@@ -157,31 +163,46 @@ def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype) 
 
 
 def room(device: torch.device) -> int | None:
-    """Bytes that a device has for a run in all, with what this process has put there already; None where it cannot be told."""
-    free = spare(device)
-    return free + torch.cuda.memory_allocated(device) if free is not None and device.type == "cuda" else free
-
-
-def spare(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device now; None where it cannot be told."""
+    """Bytes that a device has for a run now, with what this process has put there already; None where it cannot be told."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return _of_machine("MemAvailable") if device.type == "cpu" else None
+
+
+def capacity(device: torch.device) -> int | None:
+    """Bytes that a device has in all; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return _of_machine("MemTotal") if device.type == "cpu" else None
+
+
+def _of_machine(field: str) -> int | None:
     meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
+    if not meminfo.exists():
         return None
-    return int(next(line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))) * 1024
+    return int(next(line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith(field))) * 1024
+
+
+def is_offloaded(pipe: Any) -> bool:
+    """Whether components are on the device only while they work."""
+    return any(hasattr(part, "_hf_hook") for part in pipe.components.values())
 
 
 def wants_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
-    """Whether the autoencoder would not fit what is free now, for pictures of a size, as far as that can be told."""
-    free = spare(pipe._execution_device)
-    if free is None or not hasattr(pipe.vae, "enable_tiling"):
+    """Whether the autoencoder would not fit beside the weights, for pictures of a size, as far as that can be told.
+
+    It depends on the machine and not on what is free just now: one seed is one picture.
+    """
+    there = capacity(pipe._execution_device)
+    if there is None or not hasattr(pipe.vae, "enable_tiling"):
         return False
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    weights = _weights({"vae": pipe.vae} if is_offloaded(pipe) else parts)
     try:
-        return _FRAGMENTS * vae_bytes(pipe.vae, size, batch, tiled=False) > free
+        needed = _FRAGMENTS * vae_bytes(pipe.vae, size, batch, tiled=False)
     except NotImplementedError:
         return False
+    return sum(weights.values()) + needed + MARGIN > there
 
 
 def pictures_in(arguments: Mapping[str, Any]) -> int:
@@ -193,27 +214,34 @@ def pictures_in(arguments: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def out_of_memory(pipe: Any, scheduler: Any, arguments: Mapping[str, Any], size: tuple[int, int], stage: str) -> Iterator[None]:
-    """Explain that memory ran out: where, how much there is, and what would fit; `scheduler` is the pipeline's own.
+def out_of_memory(
+    pipe: Any, scheduler: Any, arguments: Mapping[str, Any], size: tuple[int, int], stage: str, *, tiled: bool, split: bool
+) -> Iterator[None]:
+    """Explain that memory ran out: where, how much there is, and what more would fit than what was done; `scheduler` is the pipeline's own.
 
     Raises:
         torch.OutOfMemoryError: in place of torch's own.
     """
+    failed: RuntimeError | None = None
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise  # on a CPU and on other devices torch has no error of its own for it
-        torch.cuda.empty_cache()  # does nothing where CUDA was never used
-        pipe.scheduler = scheduler
-        device = pipe._execution_device
-        there = room(device)
-        try:
-            advice = estimate(pipe, arguments, size).advice(there)
-        except (NotImplementedError, torch.OutOfMemoryError) as why:
-            advice = f"no estimate: {why}"
-        has = f", which has {gib(there)}" if there is not None else ""
-        raise torch.OutOfMemoryError(f"{stage}, {size[0]} x {size[1]}, ran out of memory on {device}{has}; {advice}") from error
+        failed = error
+    if failed is None:
+        return
+    traceback.clear_frames(failed.__traceback__)  # they hold what the memory is full of
+    torch.cuda.empty_cache()  # does nothing where CUDA was never used
+    pipe.scheduler = scheduler
+    device = pipe._execution_device
+    there = room(device)
+    try:
+        advice = estimate(pipe, arguments, size).advice(there, tiled=tiled, split=split, offloaded=is_offloaded(pipe))
+    except (NotImplementedError, RuntimeError) as why:
+        advice = f"no estimate: {why}"
+    has = f", which has {gib(there)}" if there is not None else ""
+    raise torch.OutOfMemoryError(f"{stage}, {size[0]} x {size[1]}, ran out of memory on {device}{has}; {advice}") from failed
 
 
 class _Seen(Exception):
@@ -222,22 +250,27 @@ class _Seen(Exception):
 
 def _first_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any], int]:
     """What the pipeline calls its denoiser with at a size, and how many pictures that is for."""
+    if len(nets_of(pipe)) > 1:
+        raise NotImplementedError("the memory of a pipeline with a ControlNet cannot be told without running that")
 
-    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def seen(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Seen(args, kwargs)
 
-    changes = {"height": size[0], "width": size[1], "generator": torch.Generator(), "num_inference_steps": 1}
     own = {name: value for name, value in arguments.items() if name not in ("latents", "callback_on_step_end")}
-    hook = denoiser_of(pipe).register_forward_pre_hook(seen, with_kwargs=True)
+    changes = {"height": size[0], "width": size[1], "generator": torch.Generator(), "output_type": "latent", "return_dict": False}
     try:
-        with torch.no_grad(), kept(pipe):
+        with torch.no_grad(), kept(pipe), answering(pipe, seen):
+            pipe.scheduler = copy.deepcopy(pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
-            own_call(pipe, {**own, **changes, "output_type": "latent", "return_dict": False})
+            own_call(pipe, {**own, **changes})
     except _Seen as call:
         args, kwargs = call.args
         return args, kwargs, pictures_in(arguments)
+    except Exception as error:  # whatever foreign code stumbles over
+        raise NotImplementedError(f"the memory of {type(pipe).__name__} cannot be told: {error}") from error
     finally:
-        hook.remove()
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()
     raise NotImplementedError(f"{type(pipe).__name__} does not call its denoiser")
 
 
@@ -258,66 +291,3 @@ def _explained(network: nn.Module) -> Iterator[None]:
         yield
     except Exception as error:  # whatever foreign code stumbles over on a device without values
         raise NotImplementedError(f"the memory of {type(network).__name__} cannot be told: {error}") from error
-
-
-def peak_of(run: Callable[[], Any]) -> int:
-    """Bytes of the tensors that are alive at the worst moment of a computation on the meta device, beside those that it is given.
-
-    Whole numbers, vectors and tables of positions are computed on the CPU, where the code looks at them.
-    """
-    tally = _Tally()
-    with torch.no_grad(), _Fused(), tally:
-        run()
-    return tally.peak
-
-
-class _Fused(TorchFunctionMode):
-    """Attention that holds its output alone."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention:
-            query, value = args[0] if args else kwargs["query"], args[2] if len(args) > 2 else kwargs["value"]
-            return query.new_empty(*query.shape[:-1], value.shape[-1], device="meta")
-        return function(*args, **kwargs)
-
-
-class _Tally(TorchDispatchMode):
-    """Counts the bytes of storages made while it is on, until they die."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._live = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        for tensor in leaves:
-            self._count(tensor.untyped_storage(), made=False)  # weights, of which the result may be a view
-        if any(x.is_meta for x in leaves):
-            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs or {}))
-            if kwargs.get("device") is not None:  # a table that the twin has without values, and would take to a device
-                kwargs = {**kwargs, "device": torch.device("meta")}
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), made=True)
-        return out
-
-    def _count(self, storage: torch.UntypedStorage, *, made: bool) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if made else 0
-        self._known.add(key)
-        self._live += size
-        self.peak = max(self.peak, self._live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._live -= size
-
-
-def _to_meta(x: Tensor) -> Tensor:
-    return x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")

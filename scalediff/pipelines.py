@@ -203,64 +203,71 @@ def _attends(part: nn.Module) -> bool:
     return any(hasattr(module, "to_q") for module in part.modules())
 
 
+Respond = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_RESPOND = "_scalediff_respond"
+
+
 @contextmanager
-def unguided_from(pipe: Any, batch: int, first: int | None) -> Iterator[None]:
-    """From model call `first` of the pipeline's scheduler on, run only the half of a guided batch that has the prompt.
+def answering(pipe: Any, respond: Respond) -> Iterator[None]:
+    """Within, every call that the pipeline makes of its denoiser is `respond(the call as it was, args, kwargs)`.
 
-    The other half of the output is a copy of it: whatever the guidance scale, `u + s (c - u)` is then c.
+    The denoiser gets a class with another call for that long, on top of whatever it is: patched, compiled, offloaded. What responds is
+    no part of a compiled graph.
     """
-    if first is None:
-        yield
-        return
-    denoiser, last = denoiser_of(pipe), cascade_of(pipe).conditional == "last"
-    kept = slice(batch, None) if last else slice(0, batch)
-    halved = False
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        nonlocal halved
-        halved = pipe.scheduler.calls_done >= first and sample_of(args, kwargs).shape[0] == 2 * batch
-        half = functools.partial(_cut, batch=2 * batch, kept=kept)
-        return (_mapped(args, half), _mapped(kwargs, half)) if halved else None
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return _mapped(output, lambda x: torch.cat([x, x])) if halved else None
-
-    hooks = [denoiser.register_forward_pre_hook(before, with_kwargs=True), denoiser.register_forward_hook(after, with_kwargs=True)]
+    owner: Any = next(part for name in ("unet", "transformer") if isinstance(part := getattr(pipe, name, None), nn.Module))
+    cls: Any = type(owner)
+    owner.__dict__[_RESPOND] = respond
+    owner.__class__ = _answering(cls)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        owner.__class__ = cls
+        del owner.__dict__[_RESPOND]
 
 
-@contextmanager
-def split_guidance(pipe: Any) -> Iterator[None]:
-    """Run the two halves of a guided batch one after the other, with half the memory; of a model that is guided otherwise, nothing."""
-    if not cascade_of(pipe).conditional:
-        yield
-        return
-    denoiser = denoiser_of(pipe)
-    before, forward = denoiser.__dict__.get("forward"), denoiser.forward
+@functools.cache  # a graph that was compiled for the class serves the next run
+def _answering(cls: type) -> type:
+    forward: Any = cls.__call__
 
     @functools.wraps(forward)
-    def in_halves(*args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_RESPOND](functools.partial(forward, self), args, kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+@contextmanager
+def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> Iterator[None]:
+    """Change how a batch that classifier-free guidance has doubled is run; a model that is guided otherwise is left alone.
+
+    Args:
+        pipe: The pipeline.
+        unguided_from: From this model call of its scheduler on only the half with the prompt is run. The other half of the output is a
+            copy: whatever the guidance scale, `u + s (c - u)` is then c.
+        split: The two halves run one after the other, with half the memory.
+    """
+    conditional = cascade_of(pipe).conditional
+    if not conditional or (unguided_from is None and not split):
+        yield
+        return
+
+    def respond(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = sample_of(args, kwargs).shape[0]
+        first, second = slice(0, batch // 2), slice(batch // 2, None)
+
+        def run(half: slice) -> Any:
+            cut = functools.partial(_cut, batch=batch, kept=half)
+            return forward(*_mapped(args, cut), **_mapped(kwargs, cut))
+
         if batch % 2 or not pipe.do_classifier_free_guidance:
             return forward(*args, **kwargs)
-        halves = []
-        for half in (slice(0, batch // 2), slice(batch // 2, None)):
-            cut = functools.partial(_cut, batch=batch, kept=half)
-            halves.append(forward(*_mapped(args, cut), **_mapped(kwargs, cut)))
-        return _joined(*halves)
+        if unguided_from is not None and pipe.scheduler.calls_done >= unguided_from:
+            output = run(second if conditional == "last" else first)
+            return _joined(output, output)
+        return _joined(run(first), run(second)) if split else forward(*args, **kwargs)
 
-    denoiser.__dict__["forward"] = in_halves
-    try:
+    with answering(pipe, respond):
         yield
-    finally:
-        if before is None:
-            del denoiser.__dict__["forward"]
-        else:
-            denoiser.__dict__["forward"] = before
 
 
 def sample_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -48,6 +48,7 @@ class Settings:
 
     Raises:
         ValueError: a value is outside its range.
+        TypeError: steps is no whole number.
     """
 
     steps: int = 50
@@ -66,6 +67,8 @@ class Settings:
     size_conditioning: SizeConditioning = "target"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.steps, int):
+            raise TypeError(f"steps must be a whole number, got steps={self.steps!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got steps={self.steps}")
         if not math.isfinite(self.guidance_scale):

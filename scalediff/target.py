@@ -91,7 +91,7 @@ class Target:
     ) -> None:
         self.module = weakref.ref(denoiser)
         self.handle: Patch = None  # type: ignore[assignment]  # until the handle installs it
-        self.family, self.native, self.prefix, self._parameters, self._options, self._strict = (
+        self.family, self.native, self.prefix, self._parameters, self.options, self._strict = (
             family, native, prefix, parameters, options, strict,
         )  # fmt: skip
         self.attention: Attention = "npa"
@@ -153,7 +153,7 @@ class Target:
         if plan is None:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = Plan(layout, self.native, fraction, self._rotation, like, self._options)
+            plan = self._plans[key] = Plan(layout, self.native, fraction, self._rotation, like, self.options)
         return plan, layout.weights
 
     def took(self, entered: Pass, call: Call) -> None:

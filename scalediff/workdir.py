@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalediff.pictures import save_png
 
@@ -103,8 +103,30 @@ def _write(path: Path, write: Any) -> None:
         part.unlink(missing_ok=True)
 
 
+def fingerprint(networks: Sequence[nn.Module]) -> str:
+    """A short hash that tells networks with other weights, adapters or scales: of a few numbers of every parameter."""
+    parts, scales = [], []
+    for network in networks:
+        for name, parameter in network.named_parameters():
+            if not parameter.is_meta:  # sequentially offloaded
+                flat = parameter.detach().flatten()
+                parts.append(flat[:: max(1, flat.numel() // 16)][:16].float())
+            scales.append(name)
+        for name, module in network.named_modules():
+            own = module.__dict__.get("scaling"), getattr(module.__dict__.get("processor"), "scale", None)
+            scales.append(f"{name} {own}" if own != (None, None) else "")
+    devices: dict[torch.device, list[Tensor]] = {}
+    for part in parts:
+        devices.setdefault(part.device, []).append(part)
+    return digest([[torch.cat(some) for some in devices.values()], scales])
+
+
 def digest(value: Any) -> str:
-    """A short hash of tensors, pictures' pixels and whatever JSON can say, nested."""
+    """A short hash of tensors, arrays, pictures' pixels, functions' names and whatever JSON can say, nested.
+
+    Raises:
+        TypeError: an object that is known by nothing but its place in memory.
+    """
     hashed = hashlib.sha256()
 
     def add(part: Any) -> None:
@@ -119,8 +141,15 @@ def digest(value: Any) -> str:
             hashed.update(f"[{len(part)}]".encode())
             for one in part:
                 add(one)
+        elif hasattr(part, "tobytes"):  # a PIL picture or an array
+            add([str(getattr(part, "mode", getattr(part, "dtype", ""))), list(getattr(part, "shape", getattr(part, "size", ())))])
+            hashed.update(part.tobytes())
+        elif callable(part):
+            add(getattr(part, "__qualname__", type(part).__qualname__))
+        elif " at 0x" in (text := repr(part)):
+            raise TypeError(f"a run with a workdir must be told by values, got {text}")
         else:
-            hashed.update(repr(part).encode())
+            hashed.update(text.encode())
 
     add(value)
     return hashed.hexdigest()[:16]

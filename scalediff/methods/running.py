@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalediff.generators import fresh_generator
 from scalediff.grid import Grid
 from scalediff.hooks import denoiser_of, handle_of, original_call
 from scalediff.latents import decode, pictures_of, unpack
 from scalediff.methods.views import INPUTS, Denoise, Inputs
-from scalediff.pipelines import cascade_of, kept
+from scalediff.pipelines import answering, cascade_of, kept
 from scalediff.settings import Settings
 from scalediff.stage import Stage
-
-_COMPUTE = "_scalediff_compute"
 
 
 def inputs_of(pipe: Any, method: str) -> Inputs:
@@ -91,30 +88,14 @@ def answered_by(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, 
     inputs, inner = inputs_of(pipe, method), denoiser_of(pipe)
     patch = cascade_of(pipe).patch
     parameters = list(inspect.signature(type(inner).forward).parameters)[1:]
-    owner: Any = next(part for name in ("unet", "transformer") if isinstance(part := getattr(pipe, name, None), nn.Module))
 
     def respond(forward: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         given = dict(zip(parameters, args, strict=False)) | dict(named)
         denoise = Denoise(forward, given, inputs, size=size, patch=patch, view_batch=view_batch)
         return denoise.answer(compute(denoise))
 
-    cls: Any = type(owner)
-    owner.__dict__[_COMPUTE] = respond
-    owner.__class__ = _answering(cls)
-    try:
+    with answering(pipe, respond):
         yield
-    finally:
-        owner.__class__ = cls
-        del owner.__dict__[_COMPUTE]
-
-
-@functools.cache  # a graph that was compiled for the class serves the next run
-def _answering(cls: type) -> type:
-    @functools.wraps(cls.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_COMPUTE](functools.partial(cls.__call__, self), args, kwargs)
-
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def draw_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:

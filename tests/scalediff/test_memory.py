@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 import scalediff
 from bench.zoo import WINDOW
-from scalediff import memory
+from scalediff import memory, tally
 from scalediff.hooks import denoiser_of
-from scalediff.memory import Estimate, estimate, peak_of, vae_bytes, wants_tiling
+from scalediff.memory import Estimate, estimate, vae_bytes, wants_tiling
 from scalediff.pipelines import native_size
+from scalediff.tally import peak_of
 from tests.conftest import seeded, state_of
 from tests.scalediff.test_pipelines import PIPELINES, autoencoder, built
 
@@ -28,7 +29,7 @@ diffusers = pytest.importorskip("diffusers")
 GIB = 2**30
 
 
-class RealTally(memory._Tally):
+class RealTally(tally._Tally):
     """The same tally of tensors that have values."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -283,24 +284,35 @@ def test_peaks_and_advice() -> None:
 
 
 def test_tiling_is_wanted_where_a_picture_does_not_fit(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = int(1.1 * vae_bytes(demo.vae, (128, 128), 1, tiled=False))
-    for free, wanted in ((needed + 1, False), (needed - 1, True), (0, True), (None, False)):
-        monkeypatch.setattr(memory, "spare", lambda device, free=free: free)
+    """Beside all weights; where components are offloaded, beside its own. What is free at the moment has no say."""
+    monkeypatch.setattr(memory, "room", lambda device: 0)
+    held = 1.1 * vae_bytes(demo.vae, (128, 128), 1, tiled=False)
+    every = sum(x.numel() * 4 for part in (demo.unet, demo.vae, demo.text_encoder) for x in part.state_dict().values())
+    needed = int(held + every + memory.MARGIN)
+    for there, wanted in ((needed + 2**16, False), (needed - 2**16, True), (0, True), (None, False)):
+        monkeypatch.setattr(memory, "capacity", lambda device, there=there: there)
         assert wants_tiling(demo, (128, 128), 1) == wanted
-    monkeypatch.setattr(memory, "spare", lambda device: needed + 1)
+    monkeypatch.setattr(memory, "capacity", lambda device: needed + 2**16)
     assert wants_tiling(demo, (128, 128), 2)
+    demo.enable_model_cpu_offload(device="cpu")
+    try:
+        monkeypatch.setattr(memory, "capacity", lambda device: needed - 2**20)
+        assert not wants_tiling(demo, (128, 128), 1)
+    finally:
+        demo.remove_all_hooks()
 
 
 def test_what_a_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, what torch has reserved and does not use is free too; what this process uses is part of the room for a run."""
-    cpu = memory.spare(torch.device("cpu"))
-    assert cpu is None or cpu > 2**20
-    assert memory.spare(torch.device("meta")) is None
+    """On a GPU, what torch has reserved is part of the room for a run."""
+    cpu = torch.device("cpu")
+    now, whole = memory.room(cpu), memory.capacity(cpu)
+    assert (now is None and whole is None) or (now is not None and whole is not None and 2**20 < now <= whole)
     assert memory.room(torch.device("meta")) is None
-    for name, value in (("mem_get_info", (5 * GIB, 24 * GIB)), ("memory_reserved", 7 * GIB), ("memory_allocated", 4 * GIB)):
+    assert memory.capacity(torch.device("meta")) is None
+    for name, value in (("mem_get_info", (5 * GIB, 24 * GIB)), ("memory_reserved", 7 * GIB)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert memory.spare(torch.device("cuda")) == (5 + 7 - 4) * GIB
     assert memory.room(torch.device("cuda")) == (5 + 7) * GIB
+    assert memory.capacity(torch.device("cuda")) == 24 * GIB
 
 
 # What cannot be told

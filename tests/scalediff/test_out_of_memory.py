@@ -73,10 +73,10 @@ def test_tiling_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(tiled.stages[0].latents, whole.stages[0].latents)
         assert (tiled.stages[1].latents - whole.stages[1].latents).abs().max() > 1e-5
         for free, expected in ((1, tiled), (2**50, whole), (None, whole)):
-            monkeypatch.setattr(memory, "spare", lambda device, free=free: free)
+            monkeypatch.setattr(memory, "capacity", lambda device, free=free: free)
             assert same(drawn(pipe, arguments), expected)
             assert not pipe.vae.use_tiling
-        monkeypatch.setattr(memory, "spare", lambda device: 1)
+        monkeypatch.setattr(memory, "capacity", lambda device: 1)
         assert same(drawn(pipe, arguments, vae_tiling=False), whole)
 
 
@@ -109,11 +109,11 @@ def test_a_resumed_run_decodes_as_the_first_did(tmp_path: Path, monkeypatch: pyt
         if stage.index == 2:
             raise Stop
 
-    monkeypatch.setattr(memory, "spare", lambda device: 1)
+    monkeypatch.setattr(memory, "capacity", lambda device: 1)
     whole = drawn(pipe, arguments, size=64)
     with pytest.raises(Stop):
         drawn(pipe, arguments, size=64, workdir=tmp_path, on_stage=stop)
-    monkeypatch.setattr(memory, "spare", lambda device: 2**50)
+    monkeypatch.setattr(memory, "capacity", lambda device: 2**50)
     with counted(pipe.vae.decoder) as widths:
         again = drawn(pipe, arguments, size=64, workdir=tmp_path)
     assert widths[-1] == 32  # the last stage has room

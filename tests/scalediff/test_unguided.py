@@ -13,7 +13,7 @@ import scalediff
 from bench.zoo import WINDOW, ZOO
 from bench.zoo_inputs import Draw
 from scalediff.hooks import denoiser_of
-from scalediff.pipelines import unguided_from
+from scalediff.pipelines import guidance_in_halves
 from scalediff.settings import Settings
 from tests.conftest import seeded, state_of
 from tests.scalediff.test_pipelines import built
@@ -149,7 +149,7 @@ def test_no_hook_is_left_after_a_run_or_an_error(name: str) -> None:
 def test_half_a_batch_of_whatever_is_handed_over() -> None:
     """Lists and mappings of tensors, an output class, and tensors of another length, which stay as they are."""
     unet = ZOO["SD1.5"].build()
-    pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(calls_done=3))
+    pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(calls_done=3), do_classifier_free_guidance=True)
     seen: list[dict[str, Any]] = []
     own = type(unet).forward
     x, text, residual = Draw(1)(6, 4, 8, 8), Draw(2)(6, 5, 32), Draw(3)(6, 64, 4, 4)
@@ -162,17 +162,17 @@ def test_half_a_batch_of_whatever_is_handed_over() -> None:
     unet.forward = spy.__get__(unet)
     with torch.no_grad():
         whole = unet(x, 500, **more).sample
-        with unguided_from(pipe, 3, 4):
+        with guidance_in_halves(pipe, unguided_from=4, split=False):
             assert torch.equal(unet(x, 500, **more).sample, whole)
-        with unguided_from(pipe, 3, 3):
+        with guidance_in_halves(pipe, unguided_from=3, split=False):
             halved = unet(x, torch.tensor([500] * 6), **more)
-            other = unet(x[:4], 500, encoder_hidden_states=text[:4]).sample
+            other = unet(x[:3], 500, encoder_hidden_states=text[:3]).sample
     torch.testing.assert_close(halved.sample[:3], whole[3:], rtol=1e-4, atol=1e-4)
     assert torch.equal(halved.sample[:3], halved.sample[3:])
     assert type(halved).__name__ == "UNet2DConditionOutput"
     assert [len(seen[2][name]) for name in ("sample", "encoder_hidden_states", "mid_block_additional_residual")] == [3, 3, 3]
     assert torch.equal(seen[2]["sample"], x[3:])
-    assert len(other) == 4
+    assert len(other) == 3, "a batch that cannot be halved is no guided one"
 
 
 # Jitter
@@ -245,3 +245,44 @@ def test_a_size_that_nobody_is_told_is_refused(name: str) -> None:
     pipe, arguments = built(name)
     with pytest.raises(ValueError, match=f"size_conditioning is for pipelines that tell a size to the model, got {type(pipe).__name__}"):
         latents(pipe, arguments, settings(size_conditioning="native"))
+
+
+# Halves
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_split_guidance_is_guidance(name: str) -> None:
+    pipe, arguments = two(name)
+    denoiser = denoiser_of(pipe)
+    before = state_of(denoiser)
+    sizes: list[int] = []
+    module = next(part for part in denoiser.modules() if isinstance(part, torch.nn.Conv2d | torch.nn.Linear))
+    hook = module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    how: dict[str, Any] = {"height": 32, "width": 32, "call": arguments, "preset": settings()}
+    whole = scalediff.generate(pipe, None, generator=seeded(), **how).stages[-1].latents
+    together = len(sizes)
+    split = scalediff.generate(pipe, None, generator=seeded(), split_guidance=True, **how).stages[-1].latents
+    hook.remove()
+    torch.testing.assert_close(split, whole, rtol=1e-3, atol=1e-3)
+    assert len(sizes) == 3 * together, "two calls for one"
+    assert max(sizes[together:]) <= max(sizes[:together]) // 2
+    assert state_of(denoiser) == before
+
+
+def test_a_compiled_model_is_compiled_once(demo: Any) -> None:
+    """Which half is run is decided outside the graph: another picture takes no other graphs."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    demo.unet.compile(backend=counter, fullgraph=True)
+    try:
+        with scalediff.patch_model(demo):
+            seen = []
+            for seed in range(3):
+                chosen = Settings(steps=4, restart=0.5, guidance_scale=3.0, guidance_until=0.5)
+                scalediff.generate(demo, "a moon", height=96, width=96, generator=seeded(seed), preset=chosen)
+                seen.append(counter.frame_count)
+    finally:
+        demo.unet._compiled_call_impl = None
+        torch.compiler.reset()
+    assert seen[0] == seen[1] == seen[2] > 0
