@@ -24,7 +24,7 @@ def show_plan(options: Namespace) -> None:
     whole = {part: sum(getattr(row, part) for row in rows) for part in parts}
     share = {part: whole[part] / whole["total"] for part in parts}
     if options.json:
-        stages = [asdict(row) | {"total": row.total} for row in rows]
+        stages = [asdict(row) | {"total": row.total, "share": {part: getattr(row, part) / row.total for part in parts}} for row in rows]
         told = {"model": options.model, "unit": "TFLOP", "settings": asdict(settings), "stages": stages, "share": share}
         print(json.dumps(told | {"memory": {"unit": "byte", "dtype": "bfloat16", "peak": ways}}, indent=2))
         return

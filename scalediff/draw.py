@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from scalediff.cascade import run
 from scalediff.generators import Generators, fresh_generator
 from scalediff.hooks import denoiser_of, handle_of
+from scalediff.memory import pictures_in
 from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
 from scalediff.pipelines import Sizes, cascade_of, check_call, named_preset, stage_sizes
 from scalediff.progress import Step
@@ -167,11 +168,11 @@ def upscale(
     check_call(pipe)
     images = image if isinstance(image, list) else [image]
     if not all(hasattr(picture, "convert") for picture in images):
-        raise TypeError(f"image must be a PIL picture, or a list of them, got {type(images[0]).__name__ if images else image!r}")
-    if len(images) != (len(prompt) if isinstance(prompt, list) else 1):
-        raise ValueError(f"there must be as many pictures as prompts, got {len(images)} and {prompt=}")
+        raise TypeError(f"image must be a PIL picture, or a list of them, got {', '.join(type(picture).__name__ for picture in images)}")
     if len({picture.size for picture in images}) != 1:
         raise ValueError(f"pictures must be of one size, got {[picture.size for picture in images]}")
+    if len(images) != (drawn := pictures_in({"prompt": prompt, **(call or {})})):
+        raise ValueError(f"there must be as many pictures as prompts, got {len(images)} for {drawn}")
     own_width, own_height = images[0].size
     if abs(math.log(height * own_width / (width * own_height))) > _DISTORTION:
         raise ValueError(f"a picture of {own_height} x {own_width} would be distorted, got {height=}, {width=}")
