@@ -78,7 +78,7 @@ def generate(
         steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the preset's where None.
         sizes: (height, width) of every stage, base first and target last; twice the size from stage to stage when None.
         vae_tiling: Encode and decode in tiles, whose seams are blended, or not; None: as the pipeline does, and in tiles where a picture
-            in one piece would not fit into the memory that is free. True or False is for pictures that must not depend on that.
+            in one piece would not fit beside the weights into the device's memory.
         vae_attention: `"npa"` for neighborhood patch attention in the autoencoder too.
         split_guidance: Run the two passes of classifier-free guidance one after the other, where they are one doubled batch: the
             denoiser then works in half the memory.

@@ -68,8 +68,9 @@ class Estimate:
         """What can be done to need less, and the peak with it, in the order in which it costs time."""
         return {words: self.peak(**done) for words, done in WAYS.items()}
 
-    def advice(self, room: int | None, **now: bool) -> str:
-        """What more would fit into so many bytes than what is done `now`, in words; all of it, where it is not known how many there are."""
+    def advice(self, room: int | None, *, tiled: bool = False, split: bool = False, offloaded: bool = False) -> str:
+        """What would fit into so many bytes beyond what is done already, in words; all of it, where it is not known how many there are."""
+        now = {"tiled": tiled, "split": split, "offloaded": offloaded}
         peak = self.peak(**now)
         more = {words: self.peak(**done) for words, done in WAYS.items() if all(done.get(name) for name, on in now.items() if on)}
         less = {words: size for words, size in more.items() if size < peak}
