@@ -234,11 +234,6 @@ def nets_of(model: Any) -> list[nn.Module]:
     return [net for _, net in _nets(model)]
 
 
-def is_patched(net: nn.Module) -> bool:
-    """Whether a network is patched, by itself or with its pipeline."""
-    return ATTRIBUTE in net.__dict__
-
-
 def is_text_to_image(kind: type) -> bool:
     """Whether calls of a pipeline class take a prompt, a size and latents, and no picture to change: then they can run a stage."""
     own = own_class(kind)

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Cascade, Family
-from scalediff.hooks import Handle, denoiser_of, handle_of, is_patched, is_text_to_image, nets_of, original_call, patch_model
+from scalediff.hooks import Handle, denoiser_of, handle_of, is_text_to_image, nets_of, original_call, patch_model
 from scalediff.schedule import check_scheduler
 from scalediff.settings import Attention, Preset, Settings, check_sizes, plan_sizes
+from scalediff.subclass import is_patched
 from scalediff_kernels.lowpass.geometry import coarse_length
 
 Sizes = Sequence[tuple[int, int]]

@@ -57,3 +57,8 @@ def unmark(owner: Any, mark: object) -> None:
         del owner.__dict__[ATTRIBUTE]
         if _STANDS_FOR in type(owner).__dict__:  # a class that others have put on top stays: our call does nothing without a mark
             owner.__class__ = type(owner).__dict__[_STANDS_FOR]
+
+
+def is_patched(net: nn.Module) -> bool:
+    """Whether a network is patched, by itself or with its pipeline."""
+    return ATTRIBUTE in net.__dict__
