@@ -13,14 +13,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from functools import cache
-from itertools import zip_longest
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from bench.flops_models import MODELS, TITLES
-from bench.harness import ROOT, write_text
+from bench.harness import ROOT, difference, write_text
 from scalediff.families import family_of
 from scalediff.flops import FACTOR, Forward, attention_work, autoencoder_work, built, layer_work, passes_of_a_step, stages
 from scalediff.settings import Attention
@@ -227,15 +225,6 @@ def comma_separated(found: Sequence[Row]) -> str:
     writer.writerow([field.name for field in fields(Row)])
     writer.writerows([f"{value:.6f}" if isinstance(value, float) else value for value in astuple(row)] for row in found)
     return file.getvalue()
-
-
-def difference(path: Path, expected: str) -> str:
-    """Where a file first departs from what it should hold, in a sentence; empty where it does not."""
-    held = path.read_text().splitlines() if path.exists() else []
-    for number, (old, new) in enumerate(zip_longest(held, expected.splitlines()), start=1):
-        if old != new:
-            return f"{path.name}, line {number}, is not what is counted now, got {old!r} for {new!r}"
-    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

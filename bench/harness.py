@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -63,6 +64,14 @@ def machine() -> str:
 def slug(name: str) -> str:
     """A name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read_records(path: Path) -> list[dict[str, str]]:
+    """Rows as a CSV has them; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def read_rows(path: Path) -> dict[str, dict[str, str]]:
@@ -147,3 +156,12 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+def difference(path: Path, expected: str) -> str:
+    """Where a file first departs from what it should hold, in a sentence; empty where it does not."""
+    held = path.read_text().splitlines() if path.exists() else []
+    for number, (old, new) in enumerate(zip_longest(held, expected.splitlines()), start=1):
+        if old != new:
+            return f"{path.name}, line {number}, is not what is counted now, got {old!r} for {new!r}"
+    return ""

@@ -2,7 +2,7 @@
 
 Every row of the paper's filter is first compared with the definition in fp64, at that very shape; ours and the compiled ones are timed only
 within the error budget that eager torch sets. A row goes to the CSV as soon as it is
-measured; `--doc docs/filters-measured.md` writes the page from the committed CSVs.
+measured, and what stands there is not measured again; `--doc docs/filters-measured.md` writes the page from the committed CSVs.
 
 Legend: B batch, C channels, Y x X pixels; bytes are those that an operation must move, every picture read or written once per pass.
 """
@@ -10,11 +10,11 @@ Legend: B batch, C channels, Y x X pixels; bytes are those that an operation mus
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +185,18 @@ FIELDS = (
 )  # fmt: skip
 
 
+KEY = FIELDS[:5]  # no two rows of a device have all of these in common
+Records = dict[tuple[str, ...], dict[str, str]]
+
+
+def identity(case: Case) -> tuple[str, str, str]:
+    """Case, dtype and layout, as rows have them."""
+    return case.name, str(case.dtype).removeprefix("torch."), "channels last" if case.channels_last else "planes"
+
+
 def measured(case: Case, row: Row, device: str, copy_ms: float, *, seconds: float) -> dict[str, str]:
     """Gate, then time; what fails says so in `note` and has no time."""
-    facts = {
-        "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "layout": "channels last" if case.channels_last else "planes",
-        "operation": row.operation, "implementation": row.implementation,
+    facts = dict(zip(KEY, (*identity(case), row.operation, row.implementation), strict=True)) | {
         "megabytes": f"{row.passes * math.prod(case.shape) * case.dtype.itemsize / 1e6:.1f}",
     }  # fmt: skip
     try:
@@ -211,7 +218,7 @@ def measured(case: Case, row: Row, device: str, copy_ms: float, *, seconds: floa
     }  # fmt: skip
 
 
-def copy_time(case: Case, passes: int, device: str, *, seconds: float) -> float:
+def copy_time(case: Case, passes: int, *, device: str, seconds: float) -> float:
     """Milliseconds of a copy that moves as many bytes: half of them read, half written."""
     source = torch.zeros(passes // 2 * math.prod(case.shape), dtype=case.dtype, device=device)
     target = torch.empty_like(source)
@@ -248,39 +255,58 @@ def committed() -> dict[str, list[dict[str, str]]]:
     """Rows by device."""
     tables = {}
     for path in sorted(RESULTS.glob("lowpass-*.csv")):
-        with path.open(newline="") as file:
-            tables[path.stem] = list(csv.DictReader(file))
+        tables[path.stem] = harness.read_records(path)
     return tables
 
 
+def standing(path: Path, facts: Mapping[str, str]) -> Records:
+    """Rows of an earlier run that were timed with the same facts at a commit that is one."""
+    rows = {tuple(row[key] for key in KEY): row for row in harness.read_records(path)}
+    kept = harness.standing({str(key): row for key, row in rows.items()}, facts)
+    return {key: row for key, row in rows.items() if str(key) in kept and row["p50_ms"]}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.doc:
+        harness.write_text(options.doc, markdown(committed()))
+        return
+    facts = harness.facts(options.device, commit=options.commit) | {
+        "command": _command(options),
+        "triton": harness.package_version("triton"),
+    }
+    path = options.csv or RESULTS / f"lowpass-{harness.slug(facts['machine'])}.csv"
+    # A CPU's fp16 is nobody's choice; a GPU's fp32 latents are.
+    cases = [c for c in LATENTS + FEATURES if (options.device == "cuda" or c.dtype is torch.float32) and options.cases in c.name]
+    if not cases:
+        parser.error(f"--cases names none of {', '.join(c.name for c in LATENTS + FEATURES)}, got {options.cases!r}")
+    records, failed = {} if options.again else standing(path, facts), False
+    for case in cases:
+        copied = cache(partial(copy_time, case, device=options.device, seconds=options.seconds))
+        for row in rows(case, options.device):
+            key = (*identity(case), row.operation, row.implementation)
+            if key in records and not options.again:
+                continue
+            record = measured(case, row, options.device, copied(row.passes), seconds=options.seconds)
+            records[key] = dict.fromkeys(FIELDS, "") | record | facts
+            failed |= row.implementation == "scalediff" and "p50_ms" not in record
+            print(", ".join(f"{key} {record[key]}" for key in FIELDS if record.get(key) and key != "command"), flush=True)
+            harness.write_rows(path, FIELDS, records.values())
+        gc.collect()
+    raise SystemExit(failed)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.lowpass", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="per row (default: %(default)s)")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--doc", type=Path, help="measure nothing, write this page from the committed rows")
     parser.add_argument("--csv", type=Path, help="results (default: bench/results/lowpass-DEVICE.csv)")
-    options = parser.parse_args(arguments)
-    if options.doc:
-        harness.write_text(options.doc, markdown(committed()))
-        return
-    facts = harness.facts(options.device) | {"command": _command(options), "triton": harness.package_version("triton")}
-    path = options.csv or RESULTS / f"lowpass-{harness.slug(facts['machine'])}.csv"
-    # A CPU's fp16 is nobody's choice; a GPU's fp32 latents are.
-    cases = [c for c in LATENTS + FEATURES if (options.device == "cuda" or c.dtype is torch.float32) and options.cases in c.name]
-    if not cases:
-        parser.error(f"--cases names none of {', '.join(c.name for c in LATENTS + FEATURES)}, got {options.cases!r}")
-    records, failed = [], False
-    for case in cases:
-        copies = {passes: copy_time(case, passes, options.device, seconds=options.seconds) for passes in (2, 4)}
-        for row in rows(case, options.device):
-            record = measured(case, row, options.device, copies[row.passes], seconds=options.seconds)
-            records.append(dict.fromkeys(FIELDS, "") | record | facts)
-            failed |= row.implementation == "scalediff" and "p50_ms" not in record
-            print(", ".join(f"{key} {record[key]}" for key in FIELDS if record.get(key) and key != "command"), flush=True)
-            harness.write_rows(path, FIELDS, records)
-        gc.collect()
-    raise SystemExit(failed)
+    parser.add_argument("--again", action="store_true", help="measure what stands, too")
+    parser.add_argument("--commit", help="of a copy of the tree that git knows nothing of")
+    return parser
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -53,6 +53,38 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "exceeds the budget" in row["note"]
 
 
+def test_what_was_timed_at_a_commit_is_not_timed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lowpass, "LATENTS", [lowpass.Case("small", (1, 2, 32, 32)), lowpass.Case("other", (1, 2, 32, 32))])
+    monkeypatch.setattr(lowpass, "FEATURES", [])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    timed: list[tuple[str, str, str]] = []
+    own = lowpass.measured
+
+    def watched(case: Any, row: Any, *rest: Any, **how: Any) -> dict[str, str]:
+        timed.append((case.name, row.operation, row.implementation))
+        return own(case, row, *rest, **how)
+
+    monkeypatch.setattr(lowpass, "measured", watched)
+    path = tmp_path / "rows.csv"
+
+    def run(*arguments: str, commit: str = "abc") -> list[tuple[str, str, str]]:
+        timed.clear()
+        with pytest.raises(SystemExit):
+            lowpass.main(["--device", "cpu", "--seconds", "0.01", "--csv", str(path), "--commit", commit, *arguments])
+        return list(timed)
+
+    every = run()
+    whole = path.read_text().splitlines()
+    path.write_text("\n".join(whole[:4]) + "\n")
+    absent = [key for key in every if "gaussian_blur" in key[2]]  # may have no time; these do not stand
+    assert run() == every[3:], "the first three rows stand"
+    assert len(path.read_text().splitlines()) == len(whole)
+    assert set(run()) <= set(absent)
+    assert run("--again") == every
+    assert run(commit="def") == every, "another commit"
+    assert run(commit="abc with changes") == run(commit="abc with changes") == every
+
+
 def test_percentiles_are_in_order() -> None:
     timing = measure(lambda: sum(range(1000)), "cpu", seconds=0.01)
     assert 0 < timing.p20 <= timing.p50 <= timing.p80
