@@ -1,0 +1,352 @@
+"""The report from made-up CSVs: numbers within one group, words where there is no number, plots by digest; and the committed pages."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import attention, harness, report, report_plots
+from bench.report_goals import GOALS, KERNEL, METHODS, Goal
+from bench.report_plots import PARTS, plots, state
+from bench.report_rows import FACTS, NOT_YET, Results, read
+from bench.report_tables import goals
+
+H200 = {
+    "machine": "NVIDIA H200",
+    "threads": "8",
+    "commit": "abc1234",
+    "python": "3.12.3",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "cuda": "13.0",
+}
+CPU = H200 | {"machine": "AMD EPYC", "threads": "2", "cuda": "", "triton": "absent"}
+SHOWN = [goal for goal in GOALS if goal.readme]
+Table = Mapping[str, Mapping[str, str]]
+
+
+def run(
+    model: str, method: str, composed: float, measured: float | None = None, *, how: str = "eager", size: int = 4096, **more: str
+) -> Table:
+    """One run at 800 TFLOP/s of a matrix product and 8000 useful TFLOPs: a floor of 10 s."""
+    name = f"{model}/{size}/{method}/{how}/run"
+    return {name: {
+        "row": name, "status": "ok", "part": "run", "model": model, "size": str(size), "method": method, "compile": how,
+        "composed_s": f"{composed}", "measured_s": "" if measured is None else f"{measured}", "useful_tflop": "8000",
+        "matrix_tflops": "800", "matrix_percent": "50", "note": "", "command": f"python -m bench.cascade --model {model}", **H200, **more,
+    }}  # fmt: skip
+
+
+def part(model: str, method: str, name: str, seconds: float, *, size: int = 4096) -> Table:
+    row = f"{model}/{size}/{method}/eager/1-{size}/{name}"
+    return {row: {"row": row, "status": "ok", "part": name, "model": model, "size": str(size), "method": method, "compile": "eager",
+                  "in_run_s": f"{seconds}", "command": "python -m bench.cascade", **H200}}  # fmt: skip
+
+
+def call(task: str, provider: str, ms: float, *, status: str = "ok", note: str = "", facts: Mapping[str, str] = H200) -> Table:
+    name = f"{task}/{provider}"
+    return {name: {
+        "row": name, "status": status, "shape": task.split("/")[0], "dtype": task.split("/")[1], "provider": provider, "function": "window",
+        "p20_ms": f"{ms}", "p50_ms": f"{ms}", "p80_ms": f"{ms}", "tflops": f"{2000 / (ms or 1)}", "matrix_percent": "70",
+        "useful_gflop": "2000", "megabytes": "10000", "copy_gbs": "4000", "matrix_tflops": "800", "error": "1e-3", "note": note,
+        "command": "python -m bench.attention --quick", **facts,
+    }}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of nothing but results, docs and a README."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for name, value in (("RESULTS", "results"), ("DOCS", "docs"), ("README", "README.md")):
+        monkeypatch.setattr(report, name, tmp_path / value)
+    return tmp_path
+
+
+def written(place: Path, name: str, *tables: Table) -> Results:
+    rows = [row for table in tables for row in table.values()]
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    harness.write_rows(place / "results" / name, fields, [dict.fromkeys(fields, "") | row for row in rows])
+    return read(place / "results")
+
+
+def told(results: Results, what: str, *, number: int = 0) -> str:
+    (goal,) = (goal for goal in GOALS if goal.what == what)
+    return goal.told((goal.found(results) or [None])[number])
+
+
+SDXL, FLUX = "SDXL 4096 px, a whole run, {}", "FLUX 4096 px, a whole run, {}"
+
+
+def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
+    assert report.wrong(read(report.RESULTS)) == []
+
+
+def test_without_rows_every_goal_and_every_row_is_not_measured_yet(place: Path) -> None:
+    results = read(place / "results")
+    assert [goal.told(None) for goal in GOALS] == [NOT_YET] * len(GOALS)
+    assert len([line for line in goals(results) if NOT_YET in line]) == len(GOALS)
+    page = report.markdown(results, place / "docs")
+    for words in ("| H200 | sdxl | 4096 | DemoFusion | not measured yet |", "| CPU | cpu-64/fp32 | sdpa, full | not measured yet |"):
+        assert words in page
+    for task in KERNEL:
+        assert f"| H200 | {task} | triton, gather, " in page
+    assert "on a GPU: not run yet." in page
+    assert "There is nothing to draw yet" in page
+
+
+def test_the_goals_are_those_that_were_set() -> None:
+    assert [goal.goal for goal in SHOWN] == ["at least 3x", "at least 12x", "at least 1.3x", "within 2x", "at least 3.5x", "within 1.5x",
+                                             "at least 0.9x"]  # fmt: skip
+
+
+def test_numbers_are_divided_out_of_the_rows(place: Path) -> None:
+    tables = [run("sdxl", "npa", 20), run("sdxl", "multidiffusion", 90), run("sdxl", "demofusion", 200), run("sdxl", "authors", 26)]
+    results = written(place, "cascade-nvidia-h200.csv", *tables, run("flux", "npa", 14), run("flux", "multidiffusion", 42))
+    assert told(results, SDXL.format("beside MultiDiffusion")) == "4.5x, met (20 s for 90 s, composed; eager for eager)"
+    assert told(results, SDXL.format("beside DemoFusion")).startswith("10x, missed (")
+    assert told(results, SDXL.format("beside the authors' form")).startswith("1.3x, met (")
+    assert told(results, SDXL.format("over the floor of its FLOPs")) == "2x, met (20 s composed, floor 10 s, eager)"
+    assert told(results, FLUX.format("beside MultiDiffusion")).startswith("3x, missed (")
+    assert told(results, FLUX.format("over the floor of its FLOPs")).startswith("1.4x, met (")
+    (line,) = (line for line in goals(results) if "beside DemoFusion" in line)
+    assert (
+        "`python -m bench.cascade --model sdxl`: NVIDIA H200, torch 2.11.0, triton 3.6.0, cuda 13.0, python 3.12.3, commit abc1234" in line
+    )
+    page = report.markdown(results, place / "docs")
+    assert "| sdxl | 4096 | DemoFusion | eager |  | 200 | 10.00 | 8000 | 50 |" in page
+    assert "| H200 | sdxl |" not in page, "nothing of SDXL is missing"
+    assert f"| H200 | flux | 4096 | {METHODS['authors-jitter']} | not measured yet |" in page
+
+
+def test_a_goal_just_missed_is_missed(place: Path) -> None:
+    results = written(place, "cascade-x.csv", run("sdxl", "npa", 20), run("sdxl", "multidiffusion", 59.99))
+    assert told(results, SDXL.format("beside MultiDiffusion")).startswith("2.9995x, missed (")
+
+
+def test_a_measured_run_is_never_set_beside_a_composed_one(place: Path) -> None:
+    one, other = SDXL.format("beside MultiDiffusion"), SDXL.format("beside the authors' form")
+    tables = [run("sdxl", "npa", 20, 25), run("sdxl", "multidiffusion", 80), run("sdxl", "authors", 30, 50)]
+    results = written(place, "cascade-x.csv", *tables)
+    assert told(results, one).startswith("4x, met (20 s for 80 s, composed")
+    assert told(results, other).startswith("2x, met (25 s for 50 s, measured")
+
+
+def test_a_baseline_counts_at_its_best_of_what_both_were_tried_in(place: Path) -> None:
+    tables = [run("sdxl", "npa", 20), run("sdxl", "npa", 10, how="compiled"), run("sdxl", "multidiffusion", 80)]
+    what = SDXL.format("beside MultiDiffusion")
+    assert told(written(place, "cascade-x.csv", *tables), what).startswith("4x, met (20 s for 80 s"), "never compiled beside only eager"
+    results = written(place, "cascade-x.csv", *tables, run("sdxl", "multidiffusion", 30, how="compiled"))
+    assert told(results, what) == "3x, met (10 s for 30 s, composed; compiled for compiled)"
+    refused = run("sdxl", "multidiffusion", 0, how="compiled", status="error", note="no")
+    assert told(written(place, "cascade-x.csv", *tables, refused), what) == "8x, met (10 s for 80 s, composed; compiled for eager)"
+
+
+@pytest.mark.parametrize("fact", ["commit", "torch", "machine"])
+def test_no_ratio_between_commits_versions_or_devices(place: Path, fact: str) -> None:
+    other = run("sdxl", "multidiffusion", 90, **{fact: "NVIDIA H200 NVL" if fact == "machine" else "another"})
+    results = written(place, "cascade-x.csv", run("sdxl", "npa", 20), other)
+    assert told(results, SDXL.format("beside MultiDiffusion")) == f"{NOT_YET}: MultiDiffusion was not run beside it"
+    page = report.markdown(results, place / "docs")
+    assert page.count("### NVIDIA H200") == 2, "a table each"
+    assert "4.50" not in page
+
+
+def test_no_ratio_between_files(place: Path) -> None:
+    written(place, "cascade-one.csv", run("sdxl", "npa", 20))
+    results = written(place, "cascade-two.csv", run("sdxl", "multidiffusion", 90))
+    assert told(results, SDXL.format("beside MultiDiffusion")) == f"{NOT_YET}: MultiDiffusion was not run beside it"
+
+
+def test_every_device_of_a_goal_has_its_line_and_others_have_none(place: Path) -> None:
+    for machine, ms in (("NVIDIA H200", 4), ("NVIDIA H200 NVL", 5), ("NVIDIA A100", 8)):
+        facts = H200 | {"machine": machine}
+        results = written(place, f"attention-{harness.slug(machine)}.csv", call("sdxl-64-4096/fp16", "triton", ms, facts=facts))
+    lines = sorted(line for line in goals(results) if "kernel, SDXL 4096 px, 256 x 256, fp16 |" in line)
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == ["NVIDIA H200 NVL", "NVIDIA H200"]
+    assert "| 500 TFLOP/s, met (4 ms, 70% of a matrix product) |" in lines[1]
+    assert "| 400 TFLOP/s, missed " in lines[0]
+    assert "### NVIDIA A100" in report.markdown(results, place / "docs")
+
+
+def test_what_failed_is_told_and_is_no_number(place: Path) -> None:
+    failed = run("sdxl", "npa", 1, status="FAILED", note="not timed: it did not pass its gate")
+    results = written(place, "cascade-x.csv", failed, run("sdxl", "multidiffusion", 90))
+    for what in ("beside MultiDiffusion", "over the floor of its FLOPs"):
+        assert told(results, SDXL.format(what)) == "FAILED, ScaleDiff, ours: not timed: it did not pass its gate"
+    assert "| sdxl | 4096 | ScaleDiff, ours | eager |  |  |  |  |  |  | FAILED: not timed" in report.markdown(results, place / "docs")
+    skipped = run("sdxl", "demofusion", 1, status="skipped", note="too long")
+    results = written(place, "cascade-x.csv", run("sdxl", "npa", 20), skipped)
+    assert told(results, SDXL.format("beside DemoFusion")) == f"{NOT_YET}: DemoFusion skipped, too long"
+
+
+def test_the_kernel_beside_the_best_of_every_family(place: Path) -> None:
+    task = "flux-4096/bf16/window"
+    tables = [
+        call(task, "triton", 3),
+        call(task, "gather", 9),
+        call(task, "gather-cudnn", 7.5),
+        call(task, "flex-tuned", 1, status="FAILED"),
+    ]
+    results = written(
+        place, "attention-x.csv", *tables, call(task, "natten", 0, status="skipped", note="the natten package is not installed")
+    )
+    title = f"kernel, {KERNEL[task][0]}"
+    assert told(results, f"{title}, beside gather and SDPA") == "2.5x, met (3 ms for 7.5 ms, gather-cudnn)"
+    assert told(results, f"{title}, beside FlexAttention on tiles").startswith("FAILED, FlexAttention on tiles")
+    assert told(results, f"{title}, beside NATTEN as called") == f"{NOT_YET}: NATTEN as called skipped, the natten package is not installed"
+    page = report.markdown(results, place / "docs")
+    assert f"| {task} | gather-cudnn | window | 7.5 (7.5 - 7.5) | 2.50 |" in page
+    assert "Skipped: natten, the natten package is not installed (1 rows)." in page
+    assert f"| H200 | {task} | flex-pretiled, full, full-cudnn, multidiffusion-cudnn | not measured yet |" in page
+
+
+def test_windows_on_a_cpu_count_on_their_worst_shape(place: Path) -> None:
+    tables = [call(f"cpu-{n}/fp32", name, ms, facts=CPU) for n, name, ms in ((32, "sdpa", 10), (32, "full", 9.5), (64, "sdpa", 10),
+                                                                            (64, "full", 8))]  # fmt: skip
+    results = written(place, "attention-amd-epyc.csv", *tables)
+    goal = next(goal for goal in SHOWN if goal.device == "CPU")
+    assert told(results, goal.what) == "0.8x, missed (cpu-32/fp32 0.95, cpu-64/fp32 0.80)"
+    (line,) = (line for line in goals(results, readme=True) if "AMD EPYC" in line)
+    assert line.endswith("`python -m bench.attention --quick`: AMD EPYC, torch 2.11.0, python 3.12.3, 2 threads, commit abc1234 |")
+    assert "| CPU | cpu-128/fp32 | sdpa, full | not measured yet |" in report.markdown(results, place / "docs")
+
+
+def test_shares_of_a_run(place: Path) -> None:
+    seconds = {"step": 10, "denoiser": 8, "attention": 3, "cross": 1, "guidance": 1, "decode": 2, "mixing": 0.5}
+    results = written(place, "cascade-x.csv", run("sdxl", "npa", 12.5), *(part("sdxl", "npa", name, s) for name, s in seconds.items()))
+    cells = ["24.0%", "8.0%", "32.0%", "8.0%", "8.0%", "4.0%", "0.0%", "16.0%", "0.0%"]
+    assert f"| sdxl | 4096 | ScaleDiff, ours | eager | {' | '.join(cells)} |" in report.markdown(results, place / "docs")
+    (plot,) = plots(results)
+    assert {name: line[1] for name, line in plot.lines.items()}["rest of the denoiser"] == [4.0]
+    assert sum(line[1][0] for line in plot.lines.values()) == pytest.approx(12.5)
+    assert set(plot.lines) == set(PARTS)
+
+
+def test_tests_on_a_device_are_told(place: Path) -> None:
+    row = {
+        "row": "tests",
+        "status": "done",
+        "seconds": "60",
+        "note": "185 passed, 5 deselected",
+        "command": "python -m pytest -m gpu",
+    } | H200
+    page = report.markdown(written(place, "gpu-nvidia-h200.csv", {"tests": row}), place / "docs")
+    assert "| tests | done | 185 passed, 5 deselected | `python -m pytest -m gpu`: NVIDIA H200, torch 2.11.0" in page
+
+
+def measured(place: Path) -> Results:
+    """Rows that make one plot of each kind."""
+    tables = [
+        run("sdxl", "npa", 5, size=2048),
+        run("sdxl", "npa", 20),
+        part("sdxl", "npa", "step", 20),
+        part("sdxl", "npa", "attention", 4),
+    ]
+    written(place, "cascade-x.csv", *tables, run("flux", "npa", 20))
+    task = "sdxl-64-4096/fp16"
+    return written(place, "attention-x.csv", call(task, "triton", 4), call(task, "full", 8), call(task, "natten", 0, status="skipped"))
+
+
+def test_plots_have_the_numbers_of_the_rows(place: Path) -> None:
+    found = {plot.kind: plot for plot in plots(measured(place))}
+    assert found["latency"].lines == {"ScaleDiff, ours, eager": ([2048.0, 4096.0], [5.0, 20.0])}, "one size of FLUX is no curve"
+    roofline = found["roofline"]
+    assert roofline.lines == {"triton, fp16": ([200.0], [500.0]), "full, fp16": ([200.0], [250.0])}
+    assert roofline.ceilings == {"fp16": (4000.0, 800.0)}
+    assert roofline.file == "benchmarks-roofline-nvidia-h200-abc1234.svg"
+
+
+def test_without_matplotlib_the_page_is_whole_and_says_how_to_draw(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    results = measured(place)
+    own = builtins.__import__
+
+    def without(name: str, *rest: Any, **how: Any) -> Any:
+        assert not name.startswith("matplotlib"), "matplotlib is asked for"
+        return own(name, *rest, **how)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(report_plots, "find_spec", lambda name: None)
+    (place / "docs" / plots(results)[0].file).write_text("numbers of another day")
+    report.main(["--write"])
+    assert "not drawn, matplotlib is not installed: benchmarks-latency" in capsys.readouterr().out
+    page = (place / "docs" / "benchmarks.md").read_text()
+    assert '3 plots are not drawn; `pip install -e ".[bench]" && python -m bench.report --write` draws them.' in page
+    assert "20 s" in page
+    assert report.wrong(results) == []
+    assert [path.name for path in (place / "docs").iterdir()] == ["benchmarks.md"], "the stale plot is gone"
+
+
+def test_plots_of_other_numbers_and_of_nothing_are_found_without_drawing(place: Path) -> None:
+    results = measured(place)
+    for plot in plots(results):
+        assert state(plot, place / "docs") == "missing"
+        (place / "docs" / plot.file).write_text(f"<svg>numbers {plot.digest}</svg>")
+        assert state(plot, place / "docs") == "drawn"
+    (place / "docs" / "benchmarks.md").write_text(report.markdown(results, place / "docs"))
+    report.README.write_text(report.readme(report.README.read_text(), results))
+    assert report.wrong(results) == []
+    assert (place / "docs" / "benchmarks.md").read_text().count(".svg)") == 3
+    (place / "docs" / "benchmarks-share-gone.svg").write_text("<svg/>")
+    path = place / "docs" / plots(results)[0].file
+    path.write_text("<svg>numbers 0</svg>")
+    assert report.wrong(results) == [f"docs/{path.name} is a plot of other numbers",
+                                     "docs/benchmarks-share-gone.svg is a plot of nothing in bench/results"]  # fmt: skip
+
+
+def test_plots_are_drawn_by_matplotlib(place: Path) -> None:
+    pytest.importorskip("matplotlib", reason='pip install -e ".[bench]"')
+    results = measured(place)
+    report.main(["--write"])
+    assert {state(plot, place / "docs") for plot in plots(results)} == {"drawn"}
+    assert (place / "docs" / "benchmarks.md").read_text().count(".svg)") == 3
+    assert report.wrong(results) == []
+
+
+def test_a_page_that_departs_is_named_with_its_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main(["--write"])
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--check"])
+    assert stop.value.code == 0
+    text = (place / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    (place / "README.md").write_text(text.replace(f"at least 12x | {NOT_YET}", "at least 12x | 13x"))
+    with pytest.raises(
+        SystemExit, match=r"README.md, line 7, is not what is counted now, got '.*13x.*\nrun python -m bench.report --write"
+    ):
+        report.main(["--check"])
+    (place / "README.md").write_text("no place for it")
+    with pytest.raises(SystemExit, match=r"README.md must have the lines .* got False and False"):
+        report.main(["--write"])
+
+
+def test_a_damaged_csv_is_refused(place: Path) -> None:
+    (place / "results" / "cascade-x.csv").write_text("name\na\n")
+    with pytest.raises(SystemExit, match=r"python -m bench.report: cascade-x.csv must have a column 'row'"):
+        report.main([])
+
+
+def test_the_benchmarks_write_the_columns_that_are_read() -> None:
+    """What the made-up rows have, and so what is read of true ones."""
+
+    def columns(table: Table) -> set[str]:
+        return {column for row in table.values() for column in row}
+
+    assert columns(call("a/b", "c", 1)) | set(FACTS) <= set(attention.FIELDS)
+    cascade = pytest.importorskip("bench.cascade", reason="bench/cascade.py is not in this checkout")
+    assert columns(run("a", "b", 1)) | columns(part("a", "b", "c", 1)) | set(FACTS) | {"peak_megabytes"} <= set(cascade.FIELDS)
+    assert set(METHODS) >= set(cascade.METHODS)
+
+
+def test_goals_are_told_apart() -> None:
+    assert len({goal.what for goal in GOALS}) == len(GOALS)
+    assert all(isinstance(goal, Goal) and goal.bound > 0 for goal in GOALS)
