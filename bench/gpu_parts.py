@@ -73,7 +73,7 @@ class Part:
 
 _PYTEST = ("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/kernels")
 _PIPELINES = ("diffusers", "transformers", "bench.cascade")
-_RUN = ("bench.cascade", "--device", "cuda", "--size", "4096", "--compile", "eager", "--limit", "65", "--steps", "1")
+_RUN = ("bench.cascade", "--device", "cuda", "--size", "4096", "--compile", "eager", "--limit", "75", "--steps", "1")
 _ATTENTION = ("bench.attention", "--device", "cuda", "--seconds", "0.3")
 
 PARTS: tuple[Part, ...] = (
@@ -91,7 +91,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "cascade-flux", "whole pictures, FLUX.1-dev, 4096 px",
-        (*_RUN, "--model", "flux", "--method", "npa", "multidiffusion", "authors-jitter"), 240, needs=_PIPELINES, csv="cascade",
+        (*_RUN, "--model", "flux", "--method", "npa", "multidiffusion", "authors-jitter"), 300, needs=_PIPELINES, csv="cascade",
     ),
     Part(
         "sanitizer", "compute-sanitizer over small calls of every kernel", (*_PYTEST, "-k", "sanitizer"), 180, needs=("pytest", "triton"),

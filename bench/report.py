@@ -30,9 +30,9 @@ GPU = """Everything that needs a GPU, in eight minutes, the most valuable first:
 goes on where it stopped. Then copy `FOLDER/*.csv` to `bench/results`, and `python -m bench.report --write`. One benchmark alone:
 `python -m bench.attention`, `bench.lowpass`, `bench.cascade`, on a CPU too."""
 
-PICTURES = """Runs by `python -m bench.cascade`, of models at their true size with random weights. "Composed" is the time of a watched step
-times the steps of a stage, and what a stage does once; "measured" a run from start to end, nothing watched. "x ours" is of composed
-times with blocks run the same way."""
+PICTURES = """Runs by `python -m bench.cascade`: SDXL and FLUX at their true size and small models, with random weights, and the embedded
+model. "Composed" is the time of a watched step times the steps of a stage, and what a stage does once; "measured" a run from start to
+end, nothing watched. "x ours" is of composed times with blocks run the same way."""
 
 ATTENTION = """One call by `python -m bench.attention`: ms are p50 (p20 - p80). "window" is neighborhood patch attention, "full" attention
 to the whole grid, "views" MultiDiffusion's views; "x ours" is the time over that of the kernel, on a CPU of windows by SDPA."""

@@ -126,13 +126,20 @@ def draw(plot: Plot, folder: Path) -> None:
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     with matplotlib.rc_context({"svg.hashsalt": plot.digest, "svg.fonttype": "none", "font.size": 9}):
-        figure: Any = Figure(figsize=(7.5, 4.2), layout="constrained")
+        figure: Any = Figure(figsize=(7.5, 4.8), layout="constrained")
         axes = figure.subplots()
         _DRAWN[plot.kind](axes, plot)
-        axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
-        axes.legend(fontsize=7)
+        axes.set_title(plot.title, fontsize=9)
+        axes.set(xlabel=plot.x, ylabel=plot.y)
+        for axis in (axes.xaxis, axes.yaxis) if plot.kind != "share" else ():
+            axis.set_major_formatter("{x:g}")
+        if plot.kind == "latency":
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_minor_formatter("{x:g}")
+        figure.legend(fontsize=7, loc="outside lower center", ncols=3)
         part = folder / f"{plot.file}.part"
         figure.savefig(part, format="svg", metadata={"Date": None, "Description": f"numbers {plot.digest}"})
     part.replace(folder / plot.file)
@@ -141,8 +148,8 @@ def draw(plot: Plot, folder: Path) -> None:
 def _curves(axes: Any, plot: Plot) -> None:
     for label, (xs, ys) in plot.lines.items():
         axes.plot(xs, ys, marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(sorted({x for xs, _ in plot.lines.values() for x in xs}))
 
 
 def _bars(axes: Any, plot: Plot) -> None:

@@ -72,11 +72,13 @@ def read(folder: Path) -> Results:
 
 
 def grouped(file: str, rows: Iterable[Row]) -> list[Group]:
-    """In the order of their first rows."""
+    """In the order of their first rows; where the commit is none, for a tree had changes, a group is at most one command's."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row.get(fact) or "" for fact in FACTS), []).append(row)
-    return [Group(file, dict(zip(FACTS, facts, strict=True)), members) for facts, members in found.items()]
+        commit = row.get("commit") or "unknown"
+        command = row.get("command", "") if commit == "unknown" or commit.endswith("with changes") else ""
+        found.setdefault((*(row.get(fact) or "" for fact in FACTS), command), []).append(row)
+    return [Group(file, dict(zip(FACTS, facts, strict=False)), members) for facts, members in found.items()]
 
 
 def number(row: Row, column: str) -> float | None:

@@ -157,6 +157,15 @@ def test_no_ratio_between_commits_versions_or_devices(place: Path, fact: str) ->
     assert "4.50" not in page
 
 
+@pytest.mark.parametrize("commit", ["", "unknown", "abc1234 with changes"])
+def test_without_a_commit_a_ratio_is_of_one_command(place: Path, commit: str) -> None:
+    what = SDXL.format("beside MultiDiffusion")
+    ours, other = run("sdxl", "npa", 20, commit=commit), run("sdxl", "multidiffusion", 90, commit=commit)
+    assert told(written(place, "cascade-x.csv", ours, other), what).startswith("4.5x")
+    other = run("sdxl", "multidiffusion", 90, commit=commit, command="python -m bench.cascade --method multidiffusion")
+    assert told(written(place, "cascade-x.csv", ours, other), what) == f"{NOT_YET}: MultiDiffusion was not run beside it"
+
+
 def test_no_ratio_between_files(place: Path) -> None:
     written(place, "cascade-one.csv", run("sdxl", "npa", 20))
     results = written(place, "cascade-two.csv", run("sdxl", "multidiffusion", 90))
