@@ -59,6 +59,6 @@ def unmark(owner: Any, mark: object) -> None:
             owner.__class__ = type(owner).__dict__[_STANDS_FOR]
 
 
-def is_patched(net: nn.Module) -> bool:
+def is_patched(net: Any) -> bool:
     """Whether a network is patched, by itself or with its pipeline."""
     return ATTRIBUTE in net.__dict__
