@@ -36,6 +36,8 @@ from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_p
 from scalediff_kernels.neighborhood import windowed_sdpa
 from tests.conftest import state_of
 
+pytestmark = pytest.mark.slow  # a minute in all
+
 REPLACED = {
     (F, "scaled_dot_product_attention"), (plan, "neighborhood_patch_attention"), (plan, "joint_neighborhood_patch_attention"),
     (plan.Call, "attend"), (library_cascade, "mix_frequencies"), (schedule, "_guided"), (windowed_sdpa, "_sdpa"),

@@ -62,6 +62,7 @@ def test_a_run_is_the_sum_of_its_stages(method: str) -> None:
     assert row.tflops_forward == pytest.approx(row.forward_attention + row.forward_cross + row.forward_linear + row.forward_convolution)
 
 
+@pytest.mark.slow
 def test_a_cascade_is_what_the_plan_says() -> None:
     """The same number in two ways, at a size that is no doubling."""
     _, planned = count("sdxl", (3072, 3072))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import scalediff
+from bench.zoo import WINDOW
 from scalediff.cli import main
 from scalediff.drawing import _jobs
 from scalediff.pipelines import native_size
@@ -95,8 +96,8 @@ def test_the_patched_call_of_qwen_guides_as_generate_does() -> None:
     arguments = {name: value for name, value in arguments.items() if not name.startswith("negative")}
     seen: list[Any] = []
     pipe.encode_prompt = lambda prompt=None, **rest: (seen.append(prompt), _embedded(rest))[1]  # no text encoder here
-    height, width = native_size(pipe)
-    with scalediff.patch_model(pipe):
+    with scalediff.patch_model(pipe, window=WINDOW):
+        height, width = native_size(pipe)
         pipe(**arguments, height=2 * height, width=2 * width, num_inference_steps=2, generator=seeded())
     assert " " in seen, "Qwen's pipeline guides only beside a negative prompt"
 

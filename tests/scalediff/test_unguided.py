@@ -269,6 +269,7 @@ def test_split_guidance_is_guidance(name: str) -> None:
     assert state_of(denoiser) == before
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_compiled_once(demo: Any) -> None:
     """Which half is run is decided outside the graph: another picture takes no other graphs."""
     from torch._dynamo.testing import CompileCounter
