@@ -51,6 +51,7 @@ def test_a_row_reaches_the_csv_and_the_table(tmp_path: Path, demo: Any, monkeypa
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_words_are_counted(demo: Any) -> None:
     (row,) = quality.word_rows(demo, n=1, seed=0).values()
     assert row["n"] == 12

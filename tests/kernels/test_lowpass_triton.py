@@ -120,6 +120,7 @@ def test_many_drawn_problems_keep_the_error_budget(block: int) -> None:
         assert_right(draw(seed), list(CALLS)[seed % 3])
 
 
+@pytest.mark.slow
 def test_many_planes_take_wide_tiles() -> None:
     assert_right(Case((40, 26, 16, 24), 0.5), "low_pass")
 
