@@ -98,19 +98,36 @@ def test_a_query_sees_its_window_and_nothing_else(impl: str) -> None:
             assert torch.equal(out[:, y0:y1, x0:x1], clean[:, y0:y1, x0:x1])
 
 
-def test_one_sdpa_per_window_and_one_window_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_copied_once_per_row_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows along a row are few calls, on keys that overlap in memory: 0, 1, 3, 5, 6 start the windows of the columns."""
     calls = []
 
     def counting(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
-        calls.append((tuple(q.shape), tuple(k.shape)))
+        calls.append((tuple(q.shape), tuple(k.shape), k.untyped_storage().nbytes() // k.itemsize))
         return F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("scalediff_kernels.neighborhood.windowed_sdpa._sdpa", counting)
     q, k, v = attention_inputs((2, 12, 10, 3, 4), dtype=torch.float32)
-    neighborhood_patch_attention(q, k, v, window=(6, 4), patch=(3, 2), offset=(1, 1), impl="sdpa")
-    rows, columns = windows(12, 6, 3, 1), windows(10, 4, 2, 1)
-    assert [key for _, key in calls] == [(2, 3, 24, 4)] * (len(rows) * len(columns))
-    assert sum(query[2] for query, _ in calls) == 120
+    neighborhood_patch_attention(q, k, v, window=(6, 4), patch=(3, 2), impl="sdpa")
+    row = [((6, 2, 6, 4), (6, 2, 24, 4)), ((6, 2, 6, 4), (6, 2, 24, 4)), ((6, 1, 6, 4), (6, 1, 24, 4))]
+    assert [start for _, _, start, _ in windows(10, 4, 2)] == [0, 1, 3, 5, 6]
+    assert [call[:2] for call in calls] == 4 * row
+    assert {elements for _, _, elements in calls} == {2 * 3 * 10 * 6 * 4}
+
+
+def test_patches_that_share_a_window_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = []
+
+    def counting(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        queries.append(q.shape[1] * q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("scalediff_kernels.neighborhood.windowed_sdpa._sdpa", counting)
+    q, k, v = attention_inputs((1, 8, 9, 2, 4), dtype=torch.float64)
+    out = neighborhood_patch_attention(q, k, v, window=(8, 8), patch=(2, 2), impl="sdpa")
+    assert queries == [8 * 4, 8 * 5]  # windows start in columns 0, 0, 1, 1 and 1
+    expected = neighborhood_patch_attention(q, k, v, window=(8, 8), patch=(2, 2), impl="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])

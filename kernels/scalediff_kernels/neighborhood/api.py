@@ -43,7 +43,7 @@ def neighborhood_patch_attention(
         offset: How far the patch grid is moved towards the origin, `(Y, X)` in `[0, patch)`. Border patches are smaller.
         scale: Factor on the scores; `D ** -0.5` when None.
         impl: `"triton"` is the fused kernel (16-bit or fp32, D a multiple of 8 up to 256, contiguous last axis, no gradients),
-            `"sdpa"` one SDPA per window, `"reference"` eager torch (fp64 stays fp64). `"auto"` takes the kernel for 16-bit
+            `"sdpa"` torch's SDPA on windows, `"reference"` eager torch (fp64 stays fp64). `"auto"` takes the kernel for 16-bit
             tensors on a GPU, and SDPA for what the kernel does not do and where one window covers the grid. A named
             implementation is used or refused, never replaced.
 

@@ -1,17 +1,21 @@
-"""Neighborhood patch attention on any device: one scaled_dot_product_attention per window, on slices of K and V.
+"""Neighborhood patch attention on any device by torch's scaled_dot_product_attention.
 
-Only one window is ever copied out at a time (a slice of a grid is not one stride), never all of them.
+SDPA takes keys that are one stride apart, and a window of a grid is not. Rows of keys as high as a window, copied column after column, hold
+every window as one stretch that overlaps the next: each key is copied once per row of windows, not once per window, and windows of one
+such row are few calls. Where text is joined to the keys, windows are copied out, one at a time.
 
 Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
 """
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff_kernels.neighborhood.geometry import windows
+from scalediff_kernels.neighborhood.geometry import PatchWindow, windows
 from scalediff_kernels.neighborhood.reference import rotate_pairs
 
 # Taken at import, so that a caller who has replaced the attribute for the time of a forward pass does not meet itself here.
@@ -22,20 +26,20 @@ def neighborhood_patch_attention_sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float
 ) -> Tensor:
     """Arguments as in `api.neighborhood_patch_attention`, already validated; a window over the grid is one plain SDPA."""
-    q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # [B, H, Y, X, D]
-    if window[0] >= q.shape[2] and window[1] >= q.shape[3]:
-        return _attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), scale).view(*q.shape[:4], -1).permute(0, 2, 3, 1, 4)
-    rows = windows(q.shape[2], window[0], patch[0], offset[0])
-    columns = windows(q.shape[3], window[1], patch[1], offset[1])
-    bands = []
+    if window[0] >= q.shape[1] and window[1] >= q.shape[2]:
+        b_q, b_k, b_v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        return _attend(b_q, b_k, b_v, scale).transpose(1, 2).reshape(q.shape)
+    rows = _distinct(windows(q.shape[1], window[0], patch[0], offset[0]))
+    runs = _evenly_spaced(_distinct(windows(q.shape[2], window[1], patch[1], offset[1])))
+    out: Tensor | None = None
     for y0, y1, key_y0, key_y1 in rows:
-        patches = []
-        for x0, x1, key_x0, key_x1 in columns:
-            b_k, b_v = (x[:, :, key_y0:key_y1, key_x0:key_x1].flatten(2, 3) for x in (k, v))
-            b_out = _attend(q[:, :, y0:y1, x0:x1].flatten(2, 3), b_k, b_v, scale)
-            patches.append(b_out.unflatten(2, (y1 - y0, x1 - x0)))
-        bands.append(torch.cat(patches, dim=3))
-    return torch.cat(bands, dim=2).permute(0, 2, 3, 1, 4)
+        band = _by_columns(q[:, y0:y1]), _by_columns(k[:, key_y0:key_y1]), _by_columns(v[:, key_y0:key_y1])
+        for run in runs:
+            b_out = _attend_run(*band, run, y1 - y0, key_y1 - key_y0, scale)  # [B, H, columns, rows, D]
+            out = b_out.new_empty(q.shape) if out is None else out  # of the dtype that autocast has chosen
+            out[:, y0:y1, run[0].query_start : run[-1].query_stop] = b_out.permute(0, 3, 2, 1, 4)
+    assert out is not None
+    return out
 
 
 def joint_neighborhood_patch_attention_sdpa(
@@ -82,3 +86,47 @@ def joint_neighborhood_patch_attention_sdpa(
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     out: Tensor = _sdpa(q, k, v, scale=scale, enable_gqa=True) if q.shape[1] != k.shape[1] else _sdpa(q, k, v, scale=scale)
     return out
+
+
+def _distinct(spans: tuple[PatchWindow, ...]) -> list[PatchWindow]:
+    """Patches that share a window, as those at a border do, as one larger patch."""
+    shared = (list(group) for _, group in groupby(spans, key=lambda span: span.key_start))
+    return [group[-1]._replace(query_start=group[0].query_start) for group in shared]
+
+
+def _evenly_spaced(spans: list[PatchWindow]) -> list[list[PatchWindow]]:
+    """Neighbours cut into runs: patches of one size, windows one step apart."""
+    runs: list[list[PatchWindow]] = []
+    for span in spans:
+        run = runs[-1] if runs else []
+        fits = bool(run) and span.query_stop - span.query_start == run[0].query_stop - run[0].query_start
+        if fits and (len(run) == 1 or span.key_start - run[-1].key_start == run[1].key_start - run[0].key_start):
+            run.append(span)
+        else:
+            runs.append([span])
+    return runs
+
+
+def _by_columns(band: Tensor) -> Tensor:
+    """`[B, rows, X, H, D]` to `[B, H, X rows, D]`, copied."""
+    return band.permute(0, 3, 2, 1, 4).flatten(2, 3)
+
+
+def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: list[PatchWindow], rows: int, key_rows: int, scale: float) -> Tensor:
+    """Windows of one run in one SDPA: they stand where heads do, and overlap in memory; heads that share keys are more queries.
+
+    Args:
+        q, k, v: `[B, H or G, X rows, D]` by columns, of `rows` rows of queries and `key_rows` of keys.
+
+    Returns:
+        `[B, H, columns, rows, D]`, the columns of all patches of the run.
+    """
+    (batch, heads, _, dim), groups, n = q.shape, k.shape[1], len(run)
+    width = (run[0].key_stop - run[0].key_start) * key_rows
+    step = (run[1].key_start - run[0].key_start) * key_rows if n > 1 else width
+    keys = slice(run[0].key_start * key_rows, run[-1].key_stop * key_rows)
+    b_k, b_v = (x.flatten(0, 1)[:, keys].unfold(1, width, step).mT for x in (k, v))  # [B G, n, width, D]
+    b_q = q[:, :, run[0].query_start * rows : run[-1].query_stop * rows]
+    b_q = b_q.reshape(batch * groups, heads // groups, n, -1, dim).transpose(1, 2).reshape(batch * groups, n, -1, dim)
+    out: Tensor = _sdpa(b_q, b_k, b_v, scale=scale)
+    return out.view(batch * groups, n, heads // groups, -1, dim).transpose(1, 2).reshape(batch, heads, -1, rows, dim)
