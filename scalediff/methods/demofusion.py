@@ -108,7 +108,8 @@ def demofusion(
     its outputs on local views and on dilated samples. Guidance and a step are linear in them, so that is the mix of the steps.
 
     The blur has 2 s - 1 taps and takes zeros beyond the border; mean and standard deviation are those of a sample over all its
-    channels. SDXL is told the corner of a view on the canvas with its margin as the coordinates of a crop.
+    channels. SDXL is told the corner of a view on the canvas with its margin as the coordinates of a crop. The autoencoder is the
+    pipeline's, in diffusers' tiles where one piece would not fit; the authors' own tiled decoder is not here.
 
     Args:
         pipe: A text-to-image pipeline around a U-Net, with DDIM or Euler; it is given back as it was.
@@ -150,8 +151,7 @@ def demofusion(
                 start = {"latents": pipe.scheduler.trajectory(pipe.scheduler.timesteps[0])}
                 with running.answered_by(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=_NAME):
                     latents = standardised(running.draw_latents(pipe, {**arguments, **start}, pixels), base)
-            about = {"index": phase, "of": len(sizes), "steps": steps}
-            stages.append(running.finished(pipe, latents, pixels, settings, **about, since=since))
+            stages.append(running.finished(pipe, arguments, latents, pixels, settings, index=phase, of=len(sizes), since=since))
             if on_stage is not None:
                 on_stage(stages[-1])
             if getattr(pipe, "interrupt", False):  # diffusers' flag, set by a callback: this phase is the last

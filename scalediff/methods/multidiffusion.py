@@ -72,7 +72,8 @@ def multidiffusion(
     DPM-Solver, DEIS, UniPC, PNDM and the flow-matching Euler and Heun, history included, for views lie at the same places in
     every step; not where a step draws noise or clips.
 
-    The schedule is that of a window, also where the pipeline shifts it by size. A picture of one view is the pipeline's own.
+    The schedule is that of a window, also where the pipeline shifts it by size. SDXL is told the size of the whole picture and no crop
+    in every view, as its pipeline tells it. A picture of one view is the pipeline's own.
 
     Args:
         pipe: A text-to-image pipeline around a U-Net, FLUX.1, SD3, Lumina-Next or Lumina 2; it is given back as it was.
@@ -117,8 +118,7 @@ def multidiffusion(
 
             with running.answered_by(pipe, mean_of_views, size=whole, view_batch=options.view_batch, method=_NAME):
                 latents = running.draw_latents(pipe, arguments, size)
-        steps = arguments["num_inference_steps"]
-        stage = running.finished(pipe, latents, size, settings, index=1, of=1, steps=steps, since=since)
+        stage = running.finished(pipe, arguments, latents, size, settings, index=1, of=1, since=since)
     if on_stage is not None:
         on_stage(stage)
     return [stage]

@@ -14,8 +14,9 @@ from scalediff.generators import fresh_generator
 from scalediff.grid import Grid
 from scalediff.hooks import denoiser_of, handle_of, original_call
 from scalediff.latents import decode, pictures_of, unpack
+from scalediff.memory import out_of_memory, pictures_in, wants_tiling
 from scalediff.methods.views import INPUTS, Denoise, Inputs
-from scalediff.pipelines import answering, cascade_of, kept
+from scalediff.pipelines import answering, cascade_of, kept, own_call, tiled
 from scalediff.settings import Settings
 from scalediff.stage import Stage
 
@@ -101,7 +102,7 @@ def answered_by(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, 
 def draw_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
     """`[B, C, Y, X]` by the pipeline's own call, for a picture of a size in pixels."""
     changes = {"height": size[0], "width": size[1], "output_type": "latent", "return_dict": False}
-    latents: Tensor = original_call(pipe)(pipe, **{**arguments, **changes})[0]
+    latents: Tensor = own_call(pipe, {**arguments, **changes})[0]
     packed = cascade_of(pipe).packed
     return unpack(latents, latent_size(pipe, size)) if packed else latents
 
@@ -116,9 +117,19 @@ def show_progress(pipe: Any, progress: bool | None, *, index: int, of: int, size
         pipe.set_progress_bar_config(desc=f"stage {index}/{of}  {size[0]} x {size[1]}", disable=not progress)
 
 
-def finished(pipe: Any, latents: Tensor, size: Grid, settings: Settings, *, index: int, of: int, steps: int, since: float) -> Stage:
-    """The stage with these latents, decoded; `since` is when it began."""
-    images = pictures_of(pipe, decode(pipe, latents))
+def finished(
+    pipe: Any, arguments: Mapping[str, Any], latents: Tensor, size: Grid, settings: Settings, *, index: int, of: int, since: float
+) -> Stage:
+    """The stage with these latents, decoded, in tiles where it would not fit in one piece; `since` is when it began.
+
+    Raises:
+        torch.OutOfMemoryError: names the stage, and what would fit.
+    """
+    steps = arguments["num_inference_steps"]
+    tiles = wants_tiling(pipe, size, pictures_in(arguments)) or None
+    now = {"tiled": bool(tiles or getattr(pipe.vae, "use_tiling", False)), "split": False}
+    with tiled(pipe.vae, on=tiles), out_of_memory(pipe, pipe.scheduler, arguments, size, f"stage {index} of {of}", **now):
+        images = pictures_of(pipe, decode(pipe, latents))
     seconds = time.perf_counter() - since
     return Stage(
         index=index, of=of, height=size[0], width=size[1], images=images, latents=latents, steps=steps, seconds=seconds, settings=settings
