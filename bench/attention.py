@@ -8,10 +8,8 @@ a second run of the same commit, machine and versions goes on where the first on
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
-import platform
 import re
 import sys
 import time
@@ -38,8 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_CACHE = 2**26  # bytes, assumed
 SETS = 16  # at most
 
-VERSIONS = ("python", "torch", "triton", "cuda", "cudnn", "natten")
-SAME = ("machine", "threads", "commit", *VERSIONS)
+SAME = ("machine", "threads", "commit", "torch", *harness.VERSIONS, "natten")
 FIELDS = (
     "row", "status", "shape", "problem", "dtype", "rule", "provider", "function", "backend", "kernel", "p20_ms", "p50_ms", "p80_ms",
     "tflops", "matrix_percent", "copy_percent", "useful_gflop", "executed_gflop", "megabytes", "peak_megabytes", "launches", "error",
@@ -49,14 +46,8 @@ FIELDS = (
 
 def facts(device: str, commit: str | None) -> dict[str, str]:
     """What a row is measured with."""
-    found = harness.facts(device, commit=commit)
-    return {key: found[key] for key in ("machine", "threads", "commit", "torch")} | {
-        "python": platform.python_version(),
-        "triton": harness.package_version("triton"),
-        "natten": harness.package_version("natten"),
-        "cuda": str(torch.version.cuda or torch.version.hip or "") if device == "cuda" else "",
-        "cudnn": str(torch.backends.cudnn.version() or "") if device == "cuda" else "",
-    }
+    found = harness.facts(device, commit=commit) | harness.versions(device) | {"natten": harness.package_version("natten")}
+    return {key: found[key] for key in SAME}
 
 
 def key(task: Task, provider: str) -> str:
@@ -93,23 +84,22 @@ class Bench:
         except AssertionError as failed:
             return row | {"status": "FAILED", "note": _line(failed)}
         except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
-            return row | {"status": "error", "note": f"{type(problem).__name__}: {_line(problem)}"}
+            status = "FAILED" if harness.device_lost(task.device) else "error"  # what loses the device is not tried again
+            return row | {"status": status, "note": f"{type(problem).__name__}: {_line(problem)}"}
         finally:
-            gc.collect()
-            if task.device == "cuda":
-                torch.cuda.empty_cache()
+            harness.forget(task.device)
 
     def _gated_and_timed(self, provider: Provider) -> dict[str, str]:
         task = self.task
         self._sets = self._sets or [task.inputs(seed) for seed in range(self.sets)]
         ready = provider.prepare(task)
         laid = [ready.lay(inputs) for inputs in self._sets]
-        row = {"backend": ready.backend(laid[0]), "sets": str(len(laid))}
+        row = {"sets": str(len(laid))}
         row |= {} if ready.setup_ms is None else {"setup_ms": f"{ready.setup_ms:.4g}"}
         begun = time.perf_counter()
         ready.run(laid[0])
         _wait(task)
-        row["first_ms"] = f"{1000 * (time.perf_counter() - begun):.4g}"
+        row |= {"first_ms": f"{1000 * (time.perf_counter() - begun):.4g}", "backend": ready.backend(laid[0])}
         error, eager = self._gate(provider, ready, laid[0])
         row |= {"error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
         calls = [partial(ready.run, x) for x in laid]
@@ -177,7 +167,10 @@ def measured_rows(
         bench = Bench(task, ceiling, seconds=seconds)
         for name in names:
             if key(task, name) not in standing:
-                yield key(task, name), bench.measured(PROVIDERS[name])
+                row = bench.measured(PROVIDERS[name])
+                yield key(task, name), row
+                if row["status"] == "FAILED" and harness.device_lost(task.device):
+                    raise SystemExit(f"the device was lost in {key(task, name)}: the same command goes on after it")
 
 
 @torch.no_grad()
@@ -188,8 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured_with = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
     path = options.csv or RESULTS / f"attention-{harness.slug(measured_with['machine'])}.csv"
     try:
-        rows = harness.read_rows(path)
-        others = harness.read_rows(options.compare) if options.compare else {}
+        rows = harness.read_rows(path, FIELDS)
+        others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
     except ValueError as error:
         parser.error(str(error))
     # What was skipped may run now; what failed or was timed stays so.

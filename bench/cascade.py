@@ -11,9 +11,7 @@ Useful TFLOPs count neither padding nor tiles; `matrix_percent` is their rate ov
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from bench.cascade_rows import COMPILE, Bench, Limits, Row, Unit
 from bench.roofline import Ceilings, ceilings
 
 RESULTS = harness.ROOT / "bench" / "results"
-SAME = (*harness.FACTS, "python", "triton", "cuda", "timed_steps", "limit_s", "view_batch")
+SAME = (*harness.FACTS, *harness.VERSIONS, "timed_steps", "limit_s", "view_batch")
 FIELDS = (
     "row", "status", "model", "size", "method", "compile", "stage", "part", "p20_ms", "p50_ms", "p80_ms", "count", "in_run_s", "steps",
     "composed_s", "measured_s", "rate_of", "useful_tflop", "tflops", "matrix_percent", "matrix_tflops", "peak_megabytes",
@@ -38,9 +36,7 @@ FIELDS = (
 def facts(options: argparse.Namespace) -> dict[str, str]:
     """What a row is measured with."""
     return harness.facts(options.device, commit=options.commit) | {
-        "python": platform.python_version(),
-        "triton": harness.package_version("triton"),
-        "cuda": str(torch.version.cuda or torch.version.hip or "") if options.device == "cuda" else "",
+        **harness.versions(options.device),
         "timed_steps": str(options.steps),
         "limit_s": f"{options.limit:g}",
         "view_batch": str(options.view_batch),
@@ -63,10 +59,10 @@ def measured_rows(units: Sequence[Unit], options: argparse.Namespace) -> Iterato
             if unit.model == model:
                 for row in bench.rows(unit, METHODS[unit.method]):
                     yield unit, row
+                    if row["status"] == "FAILED" and harness.device_lost(options.device):
+                        raise SystemExit(f"the device was lost in {unit.name}: the same command goes on after it")
         del bench
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
+        harness.forget(options.device)
 
 
 @torch.no_grad()
@@ -77,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured_with = facts(options)
     path = options.csv or RESULTS / f"cascade-{harness.slug(measured_with['machine'])}.csv"
     try:
-        rows = harness.read_rows(path)
-        others = harness.read_rows(options.compare) if options.compare else {}
+        rows = harness.read_rows(path, FIELDS)
+        others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
     except ValueError as error:
         parser.error(str(error))
     # What was skipped may run now; what failed or was timed stays so. A unit is done when its run is.

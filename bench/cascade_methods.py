@@ -5,6 +5,8 @@ Legend: Y x X latent grid.
 
 from __future__ import annotations
 
+import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,9 +25,11 @@ from scalediff import flops
 from scalediff.families import family_of
 from scalediff.flops import Forward, forward_work
 from scalediff.grid import Grid
-from scalediff.hooks import denoiser_of
+from scalediff.hooks import denoiser_of, original_call
+from scalediff.latents import packed
 from scalediff.methods import DemoFusion, MultiDiffusion, running
 from scalediff.methods.demofusion import phase_sizes
+from scalediff.methods.multidiffusion import multidiffusion
 from scalediff.methods.views import corners
 from scalediff.pipelines import cascade_of, native_size, preset, stage_sizes
 from scalediff.settings import Settings
@@ -167,8 +171,9 @@ class Drawn:
     ) -> list[Stage]:  # fmt: skip
         since = time.perf_counter()
         with torch.no_grad(), running.borrowed(self.pipe):
-            latents = running.draw_latents(self.pipe, running.complete(self.pipe, arguments, settings), size)
-            stage = running.finished(self.pipe, latents, size, settings, index=1, of=1, steps=settings.steps, since=since)
+            complete = running.complete(self.pipe, arguments, settings)
+            latents = running.draw_latents(self.pipe, complete, size)
+            stage = running.finished(self.pipe, complete, latents, size, settings, index=1, of=1, since=since)
         if on_stage is not None:
             on_stage(stage)
         return [stage]
@@ -188,6 +193,29 @@ class Drawn:
             )  # fmt: skip
         return drawn.stages[-1].latents
 
+    def quarters(self, *, steps: int) -> tuple[Tensor, Tensor]:
+        """Latents of twice the native size from one noise: by MultiDiffusion with a window between views, and each quarter by itself."""
+        settings, (height, width) = replace(self.settings, steps=steps, restart=1.0), self.native
+        y, x = (side // self.pipe.vae_scale_factor for side in (height, width))
+        rng = torch.Generator().manual_seed(SEED)
+        noise = torch.randn(1, self.pipe.vae.config.latent_channels, 2 * y, 2 * x, generator=rng).to(self.device, self.subject.dtype)
+        arguments = running.complete(self.pipe, dict(self.arguments), settings)
+        if "original_size" in inspect.signature(original_call(self.pipe)).parameters:
+            arguments |= dict.fromkeys(("original_size", "target_size"), (2 * height, 2 * width))  # a view is told the whole picture's
+        options = MultiDiffusion(stride=min(y, x), view_batch=1)
+        with self.patched(METHODS["direct"]), torch.no_grad():
+            given = arguments | {"latents": packed(self.pipe, noise)}
+            whole = multidiffusion(self.pipe, given, (2 * height, 2 * width), settings, options)[-1].latents
+            with running.borrowed(self.pipe):
+                quarters = [
+                    [
+                        running.draw_latents(self.pipe, arguments | {"latents": packed(self.pipe, quarter)}, (height, width))
+                        for quarter in half.split(x, dim=-1)
+                    ]
+                    for half in noise.split(y, dim=-2)
+                ]
+        return whole, torch.cat([torch.cat(half, dim=-1) for half in quarters], dim=-2)
+
     @property
     def native(self) -> Grid:
         """Pixels."""
@@ -205,9 +233,10 @@ class Drawn:
 
 
 class Work:
-    """Useful TFLOPs of the parts of a run, counted on the meta device; padding, tiles and views of an autoencoder never count.
+    """Useful TFLOPs of the parts of a run, counted on the meta device; padding never counts.
 
-    Of the denoiser as `scalediff.flops` counts it; the autoencoder in one piece.
+    Of the denoiser as `scalediff.flops` counts it. An autoencoder that works in tiles attends within them alone: counted as so many
+    pictures of native size as there are in the area, whatever overlaps.
     """
 
     def __init__(self, drawn: Drawn) -> None:
@@ -264,6 +293,9 @@ class Work:
     def _count_coded(self, what: str, size: Grid) -> float:
         from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
 
+        native = self._drawn.native
+        if getattr(self._drawn.pipe.vae, "use_tiling", False) and size != native:
+            return self._coded(what, native) * math.prod(size) / math.prod(native)
         factor, channels = self._drawn.pipe.vae_scale_factor, self._vae.config.latent_channels
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), torch.device("meta"), counter:

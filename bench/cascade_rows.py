@@ -11,16 +11,19 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
+from bench import harness
 from bench.cascade_clock import Clock, DeviceClock, HostClock, Memory
 from bench.cascade_gate import Gate, Verdict
 from bench.cascade_methods import Drawn, Method, Planned, Work
 from bench.cascade_models import SUBJECTS
 from bench.cascade_watch import StageTimes, Watch, composed
 from bench.roofline import Ceilings
+from bench.timing import fused_attention
 from scalediff.hooks import denoiser_of
 
 Row = dict[str, str]
@@ -61,12 +64,30 @@ class Bench:
 
     def __init__(self, model: str, device: str, ceiling: Callable[[torch.dtype], Ceilings], limits: Limits, *, view_batch: int) -> None:
         self._subject, self._device, self._limits, self._ceiling = SUBJECTS[model], device, limits, ceiling
-        self.drawn = Drawn(self._subject, device, view_batch=view_batch)
-        self.work, self.gate, self.memory = Work(self.drawn), Gate(self.drawn), Memory(device)
+        self._view_batch, self.memory = view_batch, Memory(device)
         self.clock: Clock = DeviceClock() if device == "cuda" else HostClock()
 
+    @cached_property
+    def drawn(self) -> Drawn:
+        return Drawn(self._subject, self._device, view_batch=self._view_batch)
+
+    @cached_property
+    def work(self) -> Work:
+        return Work(self.drawn)
+
+    @cached_property
+    def gate(self) -> Gate:
+        return Gate(self.drawn)
+
     def rows(self, unit: Unit, method: Method) -> Iterator[Row]:
-        """Parts as they are measured, and at last the run; a skipped, refused or failed unit has that row alone, or with its gate."""
+        """Parts as they are measured, and at last the run; a skipped, refused or failed unit has that row alone, or with its gate.
+
+        What torch's attention is called for, by any method, has the backend that is fastest on the device.
+        """
+        with fused_attention(self._device, self._subject.dtype):
+            yield from self._rows(unit, method)
+
+    def _rows(self, unit: Unit, method: Method) -> Iterator[Row]:
         about: Row = {"model": unit.model, "size": str(unit.size), "method": unit.method, "compile": unit.compile}
         run = {**about, "row": f"{unit.name}/run", "part": "run"}
         try:
@@ -84,11 +105,10 @@ class Bench:
         except NotImplementedError as refused:
             yield run | {"status": "skipped", "note": _line(refused)}
         except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
-            yield run | {"status": "error", "note": f"{type(problem).__name__}: {_line(problem)}"}
+            status = "FAILED" if harness.device_lost(self._device) else "error"  # what loses the device is not tried again
+            yield run | {"status": status, "note": f"{type(problem).__name__}: {_line(problem)}"}
         finally:
-            gc.collect()
-            if self._device == "cuda":
-                torch.cuda.empty_cache()
+            harness.forget(self._device)
 
     def _refusal(self, unit: Unit, method: Method) -> str:
         if unit.compile == "compiled" and method.authors == "jitter":

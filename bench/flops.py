@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from bench.flops_models import MODELS, TITLES
-from bench.harness import ROOT, difference, write_text
+from bench.harness import ROOT, difference, package_version, write_text
 from scalediff.families import family_of
 from scalediff.flops import FACTOR, Forward, attention_work, autoencoder_work, built, layer_work, passes_of_a_step, stages
 from scalediff.settings import Attention
@@ -259,6 +259,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--write", action="store_true", help="write bench/results/flops.csv and docs/flops.md")
     how.add_argument("--check", action="store_true", help="fail where these files are not what is counted")
     options = parser.parse_args(arguments)
+    if package_version("diffusers") == "absent":
+        parser.error('models are built from diffusers, not installed here: pip install "scalediff[diffusers]"')
     for name, known in (("model", MODELS), ("method", METHODS)):
         if unknown := [value for value in getattr(options, name) if value not in known]:
             parser.error(f"--{name} takes {', '.join(known)}, got {', '.join(unknown)}")

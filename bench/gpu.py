@@ -1,15 +1,14 @@
-"""Everything that needs a GPU, in one command, in eight minutes: `python -m bench.gpu`.
+"""Everything that needs a GPU, in one command, for eight minutes or as many as there are: `python -m bench.gpu`.
 
 Parts run one after another, the most valuable first, each in a process with a limit of its own; one that crashes or hangs is reported, and
-the next one runs. What was done at this commit on this device is not done again, so the same command goes on where it stopped, by parts
-and by rows. CSVs and one log lie in --out; CSVs copied to bench/results are what `python -m bench.report --write` shows. Exit
-status: 1 where a part failed, 2 without a GPU.
+the next one runs. Eight minutes have room for the kernels' tests, the attention of few shapes and SDXL's pictures; what was done at this
+commit on this device is not done again, so the same command goes on where it stopped, by parts and by rows. CSVs and one log lie in
+--out; CSVs copied to bench/results are what `python -m bench.report --write` shows. Exit status: 1 where a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import signal
 import sys
 import time
@@ -21,14 +20,14 @@ import torch
 from bench import harness
 from bench.gpu_parts import PARTS, Outcome, Part, rows_told, run, shown
 
-SAME = ("machine", "commit", "python", "torch", "triton", "diffusers")
+SAME = ("machine", "commit", "torch", "diffusers", *harness.VERSIONS)
 FIELDS = ("row", "status", "seconds", "note", "command", *SAME)
 LEAST = 20.0  # seconds that a part is begun for
 
 
 def facts(commit: str | None) -> dict[str, str]:
     """What a part is run with."""
-    found = harness.facts("cuda", commit=commit) | {"python": platform.python_version(), "triton": harness.package_version("triton")}
+    found = harness.facts("cuda", commit=commit) | harness.versions("cuda")
     return {key: found[key] for key in SAME}
 
 
@@ -109,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     print(", ".join(f"{key} {value}" for key, value in measured_with.items()), flush=True)
+    if not harness.is_commit(measured_with["commit"]):
+        print(f"commit {measured_with['commit']}: its rows will not stand in another run; commit the changes, or name --commit", flush=True)
     for part in parts:
         print(f"{part.name}: {part.title}", flush=True)
         outcome = every.part(part)

@@ -73,29 +73,37 @@ class Part:
 
 _PYTEST = ("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/kernels")
 _PIPELINES = ("diffusers", "transformers", "bench.cascade")
-_RUN = ("bench.cascade", "--device", "cuda", "--size", "4096", "--compile", "eager", "--limit", "75", "--steps", "1")
+_RUN = ("bench.cascade", "--device", "cuda", "--limit", "75", "--view-batch", "7")  # 49 views are seven times seven
+_SIZE = ("--size", "4096", "--compile", "eager")
 _ATTENTION = ("bench.attention", "--device", "cuda", "--seconds", "0.3")
 
-PARTS: tuple[Part, ...] = (
+PARTS: tuple[Part, ...] = (  # the first four in eight minutes
     Part(
         "tests", "the kernels' tests on the device, bf16 and fp16 among them", (*_PYTEST, "-k", "not sanitizer"), 120,
         needs=("pytest", "triton"), spread=True,
     ),
-    Part("kernel", "the attention kernel, few shapes", (*_ATTENTION, "--quick", "--provider", "triton"), 90, csv="attention"),
-    Part("attention-quick", "these shapes by every implementation worth it", (*_ATTENTION, "--quick"), 180, csv="attention"),
-    Part("filters", "low-pass filters and guided steps", ("bench.lowpass", "--device", "cuda", "--seconds", "0.2"), 120, csv="lowpass"),
-    Part("attention", "every shape, dtype and implementation", _ATTENTION, 240, csv="attention"),
+    Part("kernel", "the attention kernel, few shapes", (*_ATTENTION, "--quick", "--provider", "triton"), 60, csv="attention"),
+    Part("attention-quick", "these shapes by every implementation worth it", (*_ATTENTION, "--quick"), 120, csv="attention"),
     Part(
         "cascade-sdxl", "whole pictures, SDXL, 4096 px",
-        (*_RUN, "--model", "sdxl", "--method", "npa", "multidiffusion", "authors", "demofusion"), 240, needs=_PIPELINES, csv="cascade",
+        (*_RUN, *_SIZE, "--steps", "3", "--model", "sdxl", "--method", "npa", "multidiffusion", "authors", "demofusion"), 180,
+        needs=_PIPELINES, csv="cascade",
     ),
     Part(
         "cascade-flux", "whole pictures, FLUX.1-dev, 4096 px",
-        (*_RUN, "--model", "flux", "--method", "npa", "multidiffusion", "authors-jitter"), 300, needs=_PIPELINES, csv="cascade",
+        (*_RUN, *_SIZE, "--steps", "1", "--model", "flux", "--method", "npa", "multidiffusion", "authors-jitter"), 300,
+        needs=_PIPELINES, csv="cascade",
     ),
+    Part("filters", "low-pass filters and guided steps", ("bench.lowpass", "--device", "cuda", "--seconds", "0.2"), 120, csv="lowpass"),
     Part(
         "sanitizer", "compute-sanitizer over small calls of every kernel", (*_PYTEST, "-k", "sanitizer"), 180, needs=("pytest", "triton"),
         tool="compute-sanitizer",
+    ),
+    Part("attention", "every shape, dtype and implementation", _ATTENTION, 240, csv="attention"),
+    Part(
+        "cascade-more", "SDXL at two sizes, with compiled blocks too, beside direct inference",
+        (*_RUN, "--size", "2048", "4096", "--steps", "3", "--model", "sdxl", "--method", "npa", "cascade-full", "multidiffusion", "direct"),
+        300, needs=_PIPELINES, csv="cascade",
     ),
 )  # fmt: skip
 

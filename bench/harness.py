@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gc
 import os
 import platform
 import re
@@ -18,6 +20,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 FACTS = ("torch", "diffusers", "machine", "threads", "commit")
+VERSIONS = ("python", "triton", "cuda", "cudnn")
 
 
 def facts(device: str = "cpu", *, commit: str | None = None) -> dict[str, str]:
@@ -31,6 +34,17 @@ def facts(device: str = "cpu", *, commit: str | None = None) -> dict[str, str]:
         "machine": torch.cuda.get_device_name() if device == "cuda" else machine(),
         "threads": str(torch.get_num_threads()),
         "commit": commit or _commit(),
+    }
+
+
+def versions(device: str) -> dict[str, str]:
+    """Of Python, Triton, and what torch runs on a device with; the latter empty on a CPU."""
+    on_gpu = device == "cuda"
+    return {
+        "python": platform.python_version(),
+        "triton": package_version("triton"),
+        "cuda": str(torch.version.cuda or torch.version.hip or "") if on_gpu else "",
+        "cudnn": str(torch.backends.cudnn.version() or "") if on_gpu else "",
     }
 
 
@@ -66,6 +80,28 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def device_lost(device: str) -> bool:
+    """Whether nothing more can run on the device in this process: an illegal access ends all of it, for whoever comes next, too."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.empty(1, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError:
+        return True
+    return False
+
+
+def forget(device: str) -> None:
+    """What nobody holds any more, on the host and on a device that still answers."""
+    gc.collect()
+    if device == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
 def read_records(path: Path) -> list[dict[str, str]]:
     """Rows as a CSV has them; none where there is no file."""
     if not path.exists():
@@ -74,11 +110,11 @@ def read_records(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def read_rows(path: Path) -> dict[str, dict[str, str]]:
+def read_rows(path: Path, fields: Sequence[str] = ()) -> dict[str, dict[str, str]]:
     """Rows of an earlier run, by the column `row`; none where there is no file.
 
     Raises:
-        ValueError: the file has no such column, or a row twice.
+        ValueError: the file has no such column, or a row twice; its columns are not these `fields`, where some are named.
     """
     if not path.exists():
         return {}
@@ -87,10 +123,18 @@ def read_rows(path: Path) -> dict[str, dict[str, str]]:
         records = list(reader)
     if "row" not in (reader.fieldnames or ()):
         raise ValueError(f"{path.name} must have a column 'row', got {reader.fieldnames}")
+    if fields and set(reader.fieldnames or ()) != set(fields):
+        other = ", ".join(sorted(set(reader.fieldnames or ()) ^ set(fields)))
+        raise ValueError(f"{path.name} is not of this benchmark and version of it: it must have its columns, they differ in {other}")
     rows = {record["row"]: record for record in records}
     if len(rows) < len(records):
         raise ValueError(f"{path.name} must name every row once, got {len(records) - len(rows)} names again")
     return rows
+
+
+def is_commit(commit: str) -> bool:
+    """Whether it names one tree: neither a tree with changes nor one that git knows nothing of."""
+    return commit != "unknown" and not commit.endswith("with changes")
 
 
 def standing(rows: Mapping[str, Mapping[str, str]], measured_with: Mapping[str, str]) -> set[str]:
@@ -98,8 +142,7 @@ def standing(rows: Mapping[str, Mapping[str, str]], measured_with: Mapping[str, 
 
     A tree with changes is not told from another with other changes, so its rows do not stand.
     """
-    commit = measured_with["commit"]
-    if commit == "unknown" or commit.endswith("with changes"):
+    if not is_commit(measured_with["commit"]):
         return set()
     return {name for name, row in rows.items() if all(row.get(key) == value for key, value in measured_with.items())}
 

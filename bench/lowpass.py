@@ -259,11 +259,10 @@ def committed() -> dict[str, list[dict[str, str]]]:
     return tables
 
 
-def standing(path: Path, facts: Mapping[str, str]) -> Records:
+def standing(rows: Records, facts: Mapping[str, str]) -> set[tuple[str, ...]]:
     """Rows of an earlier run that were timed with the same facts at a commit that is one."""
-    rows = {tuple(row[key] for key in KEY): row for row in harness.read_records(path)}
     kept = harness.standing({str(key): row for key, row in rows.items()}, facts)
-    return {key: row for key, row in rows.items() if str(key) in kept and row["p50_ms"]}
+    return {key for key, row in rows.items() if str(key) in kept and row["p50_ms"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -281,12 +280,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [c for c in LATENTS + FEATURES if (options.device == "cuda" or c.dtype is torch.float32) and options.cases in c.name]
     if not cases:
         parser.error(f"--cases names none of {', '.join(c.name for c in LATENTS + FEATURES)}, got {options.cases!r}")
-    records, failed = {} if options.again else standing(path, facts), False
+    records: Records = {tuple(row[key] for key in KEY): row for row in harness.read_records(path)}
+    stands, failed = set() if options.again else standing(records, facts), False
     for case in cases:
         copied = cache(partial(copy_time, case, device=options.device, seconds=options.seconds))
         for row in rows(case, options.device):
             key = (*identity(case), row.operation, row.implementation)
-            if key in records and not options.again:
+            if key in stands:
                 continue
             record = measured(case, row, options.device, copied(row.passes), seconds=options.seconds)
             records[key] = dict.fromkeys(FIELDS, "") | record | facts

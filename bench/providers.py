@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from bench.gate import Outputs
 from bench.shapes import Inputs, Task
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels._launch import device_name, device_refusal, has_triton
-from scalediff_kernels.neighborhood import config
+from scalediff_kernels.neighborhood import config, windowed_sdpa
 
 REFERENCE_FLOPS = 20e9
 
@@ -105,8 +107,15 @@ class Ours(Provider):
         def backend(inputs: Inputs) -> str:
             if self.impl != "sdpa":
                 return ""
-            q, k, v = (heads_first(x[:, : task.window[0], : task.window[1]]) for x in inputs.image)
-            return answers(q, k, v)
+            chosen: list[str] = []
+
+            def seen(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+                chosen.append(answers(q, k, v))
+                return F.scaled_dot_product_attention(q, k, v, **how)
+
+            with mock.patch.object(windowed_sdpa, "_sdpa", seen):
+                run(inputs)
+            return " and ".join(dict.fromkeys(chosen))
 
         return Ready(as_is, run, image_and_text, backend)
 

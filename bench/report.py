@@ -24,18 +24,21 @@ PLOTS_HOW = '`pip install -e ".[bench]" && python -m bench.report --write`'
 LEGEND = """Made from the CSVs of `bench/results` by `python -m bench.report --write`, held by `--check`. Ratios are taken within one
 CSV, one device, one commit and one set of versions. "Useful" FLOPs are 2 for a multiply-add and count neither padding nor tiles; a
 "matrix product" is a large one of random numbers, measured in the same process. A row is timed after it passed its gate at that very
-shape. What no machine has measured yet is written so."""
+shape, if it has one: direct inference and full attention are torch's own. What no machine has measured yet is written so."""
 
-GPU = """Everything that needs a GPU, in eight minutes, the most valuable first: `python -m bench.gpu --out FOLDER`; the same command
-goes on where it stopped. Then copy `FOLDER/*.csv` to `bench/results`, and `python -m bench.report --write`. One benchmark alone:
+GPU = """What needs a GPU, the most valuable first, for eight minutes: `python -m bench.gpu --out FOLDER`; the same command goes on where it
+stopped, with tables of every shape after whole pictures. Then copy `FOLDER/*.csv` to `bench/results`, and run
+`python -m bench.lowpass --doc docs/filters-measured.md` and `python -m bench.report --write`. One benchmark alone:
 `python -m bench.attention`, `bench.lowpass`, `bench.cascade`, on a CPU too."""
 
 PICTURES = """Runs by `python -m bench.cascade`: SDXL and FLUX at their true size and small models, with random weights, and the embedded
 model. "Composed" is the time of a watched step times the steps of a stage, and what a stage does once; "measured" a run from start to
-end, nothing watched. "x ours" is of composed times with blocks run the same way."""
+end, nothing watched. "x ours" is of composed times with blocks run the same way. Models named small have pictures of a few tokens: they
+show that every method runs, and their times are mostly Python's."""
 
 ATTENTION = """One call by `python -m bench.attention`: ms are p50 (p20 - p80). "window" is neighborhood patch attention, "full" attention
-to the whole grid, "views" MultiDiffusion's views; "x ours" is the time over that of the kernel, on a CPU of windows by SDPA."""
+to the whole grid, "views" MultiDiffusion's views; "x ours" is the time over that of the kernel, on a CPU of windows by SDPA. There
+torch's attention works in smaller blocks, and at a lower rate, where a call has few queries, as a window has."""
 
 ELSEWHERE = """- Low-pass filters and guided steps, by `python -m bench.lowpass`: [filters-measured.md](filters-measured.md).
 - Picture quality on the embedded model, by `python -m bench.quality`: [quality.md](quality.md).

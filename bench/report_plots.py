@@ -55,7 +55,8 @@ class Plot:
 
 def plots(results: Results) -> list[Plot]:
     """All that can be drawn; none where nothing is measured."""
-    found = [plot for group in results.cascade for plot in (*_latencies(group), *_shares(group))]
+    pictures = [g._replace(rows=[row for row in g.rows if not row["model"].endswith("-small")]) for g in results.cascade]  # too few tokens
+    found = [plot for group in pictures for plot in (*_latencies(group), *_shares(group))]
     found += [plot for group in results.attention for plot in _rooflines(group)]
     return list({plot.file: plot for plot in found}.values())
 
@@ -106,7 +107,10 @@ def _rooflines(group: Group) -> Iterator[Plot]:
 
 
 def _name(group: Group) -> str:
-    return f"{group.machine} {group.facts['commit']}"
+    """Of no other group: a plot is a file."""
+    facts = [f"{name}-{value}" for name, value in group.facts.items() if name not in ("machine", "commit") and value not in ("", "absent")]
+    digest = hashlib.sha256(" ".join(facts).encode()).hexdigest()[:4]
+    return f"{group.machine} {group.facts['commit']} torch {group.facts['torch']} {digest}"
 
 
 def _title(group: Group) -> str:

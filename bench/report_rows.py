@@ -12,7 +12,8 @@ from typing import NamedTuple
 from bench import harness
 
 Row = Mapping[str, str]
-FACTS = ("machine", "threads", "commit", "python", "torch", "triton", "cuda")
+VERSIONS = ("torch", "triton", "cuda", "cudnn", "diffusers", "natten", "python")
+FACTS = ("machine", "threads", "commit", *VERSIONS)
 NOT_YET = "not measured yet"
 
 
@@ -36,7 +37,7 @@ class Group(NamedTuple):
     @property
     def versions(self) -> str:
         """Device, versions and commit, in words."""
-        said = [f"{name} {self.facts[name]}" for name in ("torch", "triton", "cuda", "python") if self.facts[name] not in ("", "absent")]
+        said = [f"{name} {self.facts[name]}" for name in VERSIONS if self.facts[name] not in ("", "absent")]
         said += [f"{self.facts['threads']} threads"] if self.on_cpu and self.facts["threads"] else []
         return ", ".join([self.machine, *said, f"commit {self.facts['commit'] or 'unknown'}"])
 

@@ -8,14 +8,14 @@ import torch
 
 from bench.flops import METHODS as COUNTED
 from bench.flops_models import TITLES
-from bench.report_goals import GOALS, H200, METHODS, Found
+from bench.report_goals import FAMILIES, GOALS, H200, METHODS, NO_TURNED_TEXT, Found
 from bench.report_rows import NOT_YET, Group, Results, Row, number, table
 from bench.shapes import CPU_SHAPES, QUICK, tasks
 
 PARTS = ("attention", "cross", "rest of the denoiser", "guidance", "rest of the steps", "mixing", "encode", "decode", "rest")
 _PICTURES = {"sdxl": ("npa", "authors", "multidiffusion", "demofusion"), "flux": ("npa", "authors-jitter", "multidiffusion")}
 _MAIN = ("triton", "gather", "gather-cudnn", "flex-tuned", "flex-pretiled", "natten", "full", "full-cudnn", "multidiffusion-cudnn")
-_CPU = ("sdpa", "full")
+_CPU = ("sdpa", "gather", "flex", "full")
 
 
 def goals(results: Results, *, readme: bool = False) -> list[str]:
@@ -142,7 +142,9 @@ def _tasks(device: str) -> Iterator[tuple[str, Sequence[str]]]:
     shapes = list(QUICK if device == "cuda" else CPU_SHAPES)
     for task in tasks(shapes, None, device):
         dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[task.dtype]
-        yield "/".join(filter(None, (task.name, dtype, task.rule))), (_MAIN if device == "cuda" else _CPU)
+        refusing = {name for family in NO_TURNED_TEXT for name in FAMILIES[family]} if task.rule == "window" else set()
+        providers = [name for name in (_MAIN if device == "cuda" else _CPU) if name not in refusing]
+        yield "/".join(filter(None, (task.name, dtype, task.rule))), providers
 
 
 def _calls(group: Group) -> list[str]:

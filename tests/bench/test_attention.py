@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,7 @@ def test_a_run_names_every_row_and_times_what_passed(small: Path) -> None:
     for row in rows:
         assert (row["p50_ms"] != "") == (row["status"] == "ok")
         assert (row["note"] != "") == (row["status"] == "skipped")
-        assert (row["commit"], row["torch"], row["python"]) == ("0123abc", torch.__version__, attention.platform.python_version())
+        assert (row["commit"], row["torch"], row["python"]) == ("0123abc", torch.__version__, platform.python_version())
     timed = by_name["odd/fp32/global/gather"]
     assert float(timed["p20_ms"]) <= float(timed["p50_ms"]) <= float(timed["p80_ms"])
     assert float(timed["executed_gflop"]) > float(timed["useful_gflop"])
@@ -307,6 +308,25 @@ def test_estimates_refuse_what_no_machine_holds(monkeypatch: pytest.MonkeyPatch)
     assert 12.9e9 < PROVIDERS["gather"].memory(flux) < 60e9
     assert PROVIDERS["triton"].memory(flux) == 2 * 24 * 128 * (512 * 512 + 512)
     assert "the reference is run up to 20 GFLOPs" in (PROVIDERS["reference"].refusal(flux) or "")
+
+
+def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    lost = []
+
+    def illegal(task: Task) -> Ready:
+        lost.append(task.name)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(PROVIDERS["gather"], "prepare", illegal)
+    monkeypatch.setattr("bench.harness.device_lost", lambda device: bool(lost))
+    command = ("--shape", "even", "--provider", "gather", "full")
+    (row,), status = run(small, *command)
+    assert status == "the device was lost in even/fp32/gather: the same command goes on after it"
+    assert (row["status"], row["note"]) == ("FAILED", "RuntimeError: an illegal memory access was encountered")
+    lost.clear()
+    rows, status = run(small, *command)
+    assert [r["status"] for r in rows] == ["FAILED", "ok"]
+    assert (status, lost) == (0, [])
 
 
 def test_a_second_run_goes_on(monkeypatch: pytest.MonkeyPatch, small: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_every_method_yields_rows_or_says_why_not(benches: dict[str, Bench], mod
     gates = {name for name in rows if name.startswith("gate")}
     windows = set() if method == "authors-jitter" else {"gate-stage"}
     expected = {"gate-definition"} | windows if METHODS[method].attention == "npa" else set()
-    assert gates == (expected or ({"gate-native"} if METHODS[method].kind in ("views", "phases") else set()))
+    assert gates == (expected or {"views": {"gate-quarters"}, "phases": {"gate-native"}}.get(METHODS[method].kind, set()))
 
 
 class FakeClock:
@@ -228,20 +229,28 @@ def test_a_wrong_attention_of_ours_does_not_pass(benches: dict[str, Bench], monk
     ]  # fmt: skip
 
 
-def test_wrong_views_do_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["sdxl-small", "flux-small"])
+def test_views_in_the_wrong_places_do_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    multidiffusion, gate = import_module("scalediff.methods.multidiffusion"), Gate(benches[model].drawn)
+    assert all(verdict.passed for verdict in gate.check(METHODS["multidiffusion"]))
+    average = multidiffusion.average
+    monkeypatch.setattr(multidiffusion, "average", lambda parts, where, size: average(parts, where[::-1], size))
+    (verdict,) = gate.check(METHODS["multidiffusion"])
+    assert not verdict.passed
+
+
+def test_a_wrong_base_of_demofusion_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = benches["sdxl-small"].drawn
     monkeypatch.setattr(drawn, "arguments", dict(drawn.arguments))
-    draw, calls = drawn.draw, []
+    draw = drawn.draw
 
     def other_text(method: Any, size: int, **how: Any) -> Any:
-        calls.append(method.name)
-        if method.name == "multidiffusion":
+        if method.name == "demofusion":
             drawn.arguments["prompt_embeds"] = drawn.arguments["prompt_embeds"] + 1e-3
         return draw(method, size, **how)
 
     monkeypatch.setattr(drawn, "draw", other_text)
-    (verdict,) = Gate(drawn).check(METHODS["multidiffusion"])
-    assert calls == ["direct", "multidiffusion"]
+    (verdict,) = Gate(drawn).check(METHODS["demofusion"])
     assert not verdict.passed
 
 
@@ -312,7 +321,12 @@ def test_models_of_true_size_do_the_work_that_is_on_record(name: str) -> None:
     assert sum(p.numel() for p in parameters) / 1e9 == pytest.approx({"sdxl": 2.567, "flux": 11.9}[name], rel=1e-3)
     assert {p.dtype for p in [*parameters, *drawn.pipe.vae.parameters()]} == {torch.bfloat16}
     assert (drawn.native, drawn.pipe.vae.use_tiling, drawn.pipe.vae.tile_sample_min_size) == ((1024, 1024), True, 1024)
+    direct, in_tiles = METHODS["direct"], Work(drawn)
+    tiled = in_tiles.run(direct, drawn.plan(direct, 2048))
+    drawn.pipe.vae.disable_tiling()  # the record is of an autoencoder in one piece
     work = Work(drawn)
+    spared = 4 * 512 * (256 * 256) ** 2 * (1 - 1 / 4) / 1e12  # its attention, 512 wide, in four tiles
+    assert work.run(direct, drawn.plan(direct, 2048)) - tiled == pytest.approx(spared, rel=1e-6)
     for method in ("direct", "multidiffusion", "cascade-full", "npa"):
         told = work.run(METHODS[method], drawn.plan(METHODS[method], 2048))
         assert told == pytest.approx(record[name, "2048", method], rel=1e-6), method
@@ -360,7 +374,8 @@ def test_what_breaks_is_a_row_and_nothing_stays_changed(benches: dict[str, Bench
         broke.setattr(type(pipe.vae), "decode", broken)
         rows = rows_of(bench, unit("flux-small", "direct"))
     assert rows["run"]["status"] == "error"
-    assert rows["run"]["note"] == "OutOfMemoryError: there is no more"
+    assert rows["run"]["note"].startswith("OutOfMemoryError: stage 1 of 1, 32 x 32, ran out of memory on cpu")
+    assert "\n" not in rows["run"]["note"]
     assert state_of(denoiser_of(pipe)) == state
     assert sorted(pipe.vae.__dict__) == attributes
     assert rows_of(bench, unit("flux-small", "direct"))["run"]["status"] == "ok"

@@ -175,6 +175,13 @@ def test_written_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "flops.md, line 1, is not what is counted now, got None for '# The work of a picture'" in str(changed.value.code)
 
 
+def test_a_missing_diffusers_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(flops, "package_version", lambda name: "absent")
+    with pytest.raises(SystemExit):
+        main(["--size", "2048"])
+    assert "models are built from diffusers, not installed here" in capsys.readouterr().err
+
+
 def test_the_page_is_that_of_the_committed_rows() -> None:
     kinds = get_type_hints(Row)
     with flops.RESULTS.open(newline="") as file:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from bench import harness, roofline
+from bench import harness, roofline, timing
 from bench.timing import Timing, kernels, measure_in_turn, peak_memory
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +106,24 @@ def test_the_attention_benchmark_loads_neither_triton_nor_model_libraries() -> N
     command = [sys.executable, "-c", code]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout.split()
     assert {"triton", "diffusers", "transformers", "natten", "scalediff"}.isdisjoint(loaded)
+
+
+def test_attention_takes_the_fastest_backend_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its own switches say inside; cuDNN has no kernel here."""
+
+    def measured(call: Any, device: str, *, seconds: float) -> Timing:
+        if torch.backends.cuda.cudnn_sdp_enabled():
+            raise RuntimeError("No available kernel")
+        return Timing(1.0, 2.0 if torch.backends.cuda.flash_sdp_enabled() else 1.5, 3.0)
+
+    monkeypatch.setattr(timing, "measure", measured)
+    timing.by_speed.cache_clear()
+    assert timing.by_speed("cpu", torch.float16) == (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION)
+    timing.by_speed.cache_clear()
+
+
+def test_rows_of_another_benchmark_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    harness.write_rows(tmp_path / "x.csv", ["row", "part"], [{"row": "a", "part": "run"}])
+    assert harness.read_rows(tmp_path / "x.csv", ["part", "row"]) == {"a": {"row": "a", "part": "run"}}
+    with pytest.raises(ValueError, match=r"x.csv is not of this benchmark and version of it.* differ in p50_ms, part"):
+        harness.read_rows(tmp_path / "x.csv", ["row", "p50_ms"])

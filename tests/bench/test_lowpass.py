@@ -80,6 +80,8 @@ def test_what_was_timed_at_a_commit_is_not_timed_again(monkeypatch: pytest.Monke
     assert run() == every[3:], "the first three rows stand"
     assert len(path.read_text().splitlines()) == len(whole)
     assert set(run()) <= set(absent)
+    assert set(run("--cases", "other", "--again")) == {key for key in every if key[0] == "other"}
+    assert len(path.read_text().splitlines()) == len(whole), "rows that were not asked for are kept"
     assert run("--again") == every
     assert run(commit="def") == every, "another commit"
     assert run(commit="abc with changes") == run(commit="abc with changes") == every
