@@ -74,10 +74,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def rotate_pairs(x: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, j: int) -> Tensor:
-    """Turn channels 2c and 2c + 1 of `[..., D]` by the angle of window (i, j); `rope` as in the api."""
+def rotate_pairs(x: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, j: int | None = None) -> Tensor:
+    """Turn channels 2c and 2c + 1 of `[B, ..., D]` by the angle of window (i, j), or of every window of row i: `[windows, B, ..., D]`."""
     if rope is None:
         return x
-    cos, sin = (table[i, j].to(x.dtype) for table in rope)
+    cos, sin = (table[i].to(x.dtype) for table in rope)  # [windows, D / 2]
+    cos, sin = (row[j] if j is not None else row.view(-1, *[1] * (x.ndim - 1), row.shape[-1]) for row in (cos, sin))
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

@@ -9,6 +9,7 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -63,24 +64,31 @@ def joint_neighborhood_patch_attention_sdpa(
     rows = windows(q.shape[2], window[0], patch[0], offset[0])
     columns = windows(q.shape[3], window[1], patch[1], offset[1])
     tokens = text_q.shape[2] if text_queries == "window" else 0
-    bands, text_sum = [], torch.zeros_like(text_q, dtype=torch.promote_types(q.dtype, torch.float32))
+    out: Tensor | None = None
+    text_sum = torch.zeros_like(text_q, dtype=torch.promote_types(q.dtype, torch.float32))
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
-        patches = []
-        for j, (x0, x1, key_x0, key_x1) in enumerate(columns):
-            turned_q, turned_k = (rotate_pairs(x.to(text_sum.dtype), text_rope, i, j).to(q.dtype) for x in (text_q, text_k))
+        turned = zip(_turned(text_q, text_rope, i, len(columns)), _turned(text_k, text_rope, i, len(columns)), strict=True)
+        for (x0, x1, key_x0, key_x1), (turned_q, turned_k) in zip(columns, turned, strict=True):
             b_k = torch.cat([turned_k, k[:, :, key_y0:key_y1, key_x0:key_x1].flatten(2, 3)], dim=2)
             b_v = torch.cat([text_v, v[:, :, key_y0:key_y1, key_x0:key_x1].flatten(2, 3)], dim=2)
             b_q = torch.cat([turned_q[:, :, :tokens], q[:, :, y0:y1, x0:x1].flatten(2, 3)], dim=2)
             b_out = _attend(b_q, b_k, b_v, scale)
-            patches.append(b_out[:, :, tokens:].unflatten(2, (y1 - y0, x1 - x0)))
+            out = b_out.new_empty(q.permute(0, 2, 3, 1, 4).shape) if out is None else out  # of the dtype that autocast has chosen
+            out[:, y0:y1, x0:x1] = b_out[:, :, tokens:].unflatten(2, (y1 - y0, x1 - x0)).permute(0, 2, 3, 1, 4)
             if tokens:
                 text_sum = text_sum + b_out[:, :, :tokens]
-        bands.append(torch.cat(patches, dim=3))
-    out = torch.cat(bands, dim=2).permute(0, 2, 3, 1, 4)
+    assert out is not None
     if text_queries == "global":
         b_k, b_v = torch.cat([text_k, k.flatten(2, 3)], dim=2), torch.cat([text_v, v.flatten(2, 3)], dim=2)
         return out, _attend(text_q, b_k, b_v, scale).transpose(1, 2)
     return out, (text_sum / (len(rows) * len(columns))).to(out.dtype).transpose(1, 2) if tokens else None
+
+
+def _turned(text: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, count: int) -> Sequence[Tensor]:
+    """Text `[B, H or G, T, D]` as every window of row i has it, turned in fp32 or better."""
+    if rope is None:
+        return [text] * count
+    return rotate_pairs(text.to(torch.promote_types(text.dtype, torch.float32)), rope, i).to(text.dtype).unbind()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
