@@ -35,17 +35,19 @@ class Method(NamedTuple):
     Attributes:
         label: For people.
         cascade: From the native size, stage by stage; otherwise all steps are run at the target, from noise.
-        attention: Above the native size, of the whole grid, of windows with text queries by either rule, or of each view alone.
+        attention: Above the native size, of the whole grid, of windows with text queries by either rule, or of each view alone;
+            of a phase of DemoFusion each of its views and dilated samples.
     """
 
     label: str
     cascade: bool
-    attention: Literal["full", "window", "global", "views"]
+    attention: Literal["full", "window", "global", "views", "phases"]
 
 
 METHODS = {
     "direct": Method("direct inference", False, "full"),
     "multidiffusion": Method("MultiDiffusion", False, "views"),
+    "demofusion": Method("DemoFusion", False, "phases"),
     "cascade-full": Method("cascade, full attention", True, "full"),
     "cascade-multidiffusion": Method("cascade, MultiDiffusion", True, "views"),
     "npa": Method("cascade, NPA", True, "window"),
@@ -61,7 +63,8 @@ class Row:
         model, size, method: Their names, and pixels per side.
         text: Text tokens.
         text_queries: The rule of windows for queries of text; empty where there are no windows or no such queries.
-        passes: Forward passes of a run at the target size, guidance included; of MultiDiffusion each runs all views.
+        passes: Forward passes of a run at the target size, guidance included; of MultiDiffusion each runs all views, of DemoFusion all
+            views and dilated samples.
         tflops_forward, tflops_run: One forward pass at the target size without guidance, and a whole run with its autoencoder.
         forward_attention, forward_cross, forward_linear, forward_convolution: The parts of that pass; cross-attention where
             it is a call of its own.
@@ -100,7 +103,8 @@ class Counter:
         self.native = native[0] * self.model.tokens
         joint = any(site.role == "joint" for site in family.sites(self.denoiser))
         self._queries = ("window", "global") if joint else ()
-        self.methods = tuple(method for method in METHODS if joint or METHODS[method].attention != "global")
+        wanting = {"global": joint, "phases": hasattr(self.denoiser, "up_blocks")}  # text in the same softmax; a U-Net
+        self.methods = tuple(name for name, method in METHODS.items() if wanting.get(method.attention, True))
         self._layers, self._coded = cache(self._count_layers), cache(self._count_coded)
 
     def row(self, size: int, method: str) -> Row:
@@ -112,19 +116,26 @@ class Counter:
         how = METHODS[method]
         settings, sizes = stages(self.model, self.denoiser, (size, size))
         sides = [side for side, _ in (sizes if how.cascade else sizes[-1:])]
-        steps = [settings.steps, *[settings.stage_steps] * (len(sides) - 1)]
+        if how.attention == "phases":
+            sides = [min(size, phase * self.native) for phase in range(1, math.ceil(size / self.native) + 1)]
+        steps = [settings.steps, *[settings.stage_steps if how.cascade else settings.steps] * (len(sides) - 1)]
         passes = [passes_of_a_step(self.model, settings) * n for n in steps]
         works = [self.forward(side, how.attention) for side in sides]
         run = Forward(*(sum(n * part for n, part in zip(passes, parts, strict=True)) for parts in zip(*works, strict=True)))
-        vae = sum(self._coded(side, after) for side, after in zip(sides, [*sides[1:], None], strict=True))
+        coded = sides if how.cascade else sides[-1:]
+        vae = sum(self._coded(side, after) for side, after in zip(coded, [*coded[1:], None], strict=True))
         rule = how.attention if how.attention in self._queries else ""
         text = self._inputs(size)["encoder_hidden_states"].shape[1]
         return Row(self.name, size, method, text, rule, passes[-1], sum(works[-1]), sum(run) + vae, *works[-1], *run, vae)
 
     def forward(self, side: int, attention: str) -> Forward:
-        """One pass at a size in pixels per side; of views, all of them at the native size."""
-        if attention == "views" and side > self.native:
-            return Forward(*(views(side, self.native) ** 2 * part for part in self.forward(self.native, "full")))
+        """One pass at a size in pixels per side; of views, all of them at the native size, and dilated samples beside them in a phase."""
+        if attention in ("views", "phases") and side > self.native:
+            native = self.forward(self.native, "full")
+            count, phase = views(side, self.native) ** 2, math.ceil(side / self.native)
+            dilated = native if attention == "views" else self.forward(FACTOR * math.ceil(side / FACTOR / phase), "full")
+            samples = phase**2 if attention == "phases" else 0
+            return Forward(*(count * part + samples * other for part, other in zip(native, dilated, strict=True)))
         rule: TextQueries = "global" if attention == "global" else "window"
         kind: Attention = "npa" if attention in ("window", "global") else "full"
         return Forward(*attention_work(self.denoiser, self._inputs(side), attention=kind, text_queries=rule), *self._layers(side))
@@ -163,7 +174,7 @@ def rows(models: Sequence[str], sizes: Sequence[int], methods: Sequence[str]) ->
                     none = False
                     yield counter.row(size, method)
     if none:
-        raise ValueError(f"text queries have a rule only in joint attention, got method {' '.join(methods)} of {' '.join(models)}")
+        raise ValueError(f"text queries have a rule only in joint attention, and DemoFusion is for U-Nets, got method {' '.join(methods)} of {' '.join(models)}")
 
 
 COLUMNS = ("attention", "cross", "linear", "convolution")
@@ -186,7 +197,8 @@ at the target size without guidance; a run has the preset's steps, guidance wher
 untiled and its attention in full. Text encoders and everything element by element are not counted.
 
 Direct inference and MultiDiffusion run all steps at the target, from noise; MultiDiffusion in views of native size, half of it apart
-(9, 49 and 225 of them). Cascades run all steps at the native size and the preset's share at each doubling, whose
+(9, 49 and 225 of them). DemoFusion runs all steps at the native size and at every whole multiple of it, in these views and as many dilated
+samples as the square of the multiple; for U-Nets. Cascades run all steps at the native size and the preset's share at each doubling, whose
 attention is the model's own, MultiDiffusion's or NPA. In joint attention NPA has two rules for the queries of text: in every window
 (the authors', and the default), or once.
 

@@ -28,8 +28,8 @@ _OTHERS = {"default": Preset(_PAPER, f"{_PUBLISHED}; the paper has none for this
 _SMALL = {
     "default": Preset(
         replace(_PAPER, steps=30, restart=0.3, guidance_scale=1.5),
-        "its own steps; guidance of 1.5, 2, 2.5 and 3 and restart and cutoff of the sweep in docs/quality.md (8 pictures a row) by the "
-        "lowest SWD over all levels",
+        "its own steps; restart and cutoff by the lowest SWD over all levels in docs/quality.md (8 pictures a row), guidance by the same "
+        "of 1.5, 2, 2.5 and 3",
     ),
     "paper": Preset(_PAPER, _PUBLISHED),
 }

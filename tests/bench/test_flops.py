@@ -62,6 +62,20 @@ def test_a_run_is_the_sum_of_its_stages(method: str) -> None:
     assert row.tflops_forward == pytest.approx(row.forward_attention + row.forward_cross + row.forward_linear + row.forward_convolution)
 
 
+@pytest.mark.parametrize(("size", "of_native"), [(2048, 1 + 9 + 4), (4096, 1 + 9 + 25 + 49 + 4 + 9 + 16)])
+def test_demofusion_runs_views_and_dilated_samples_in_every_phase(size: int, of_native: int) -> None:
+    """SDXL: all of native size at these sizes, 50 steps of two passes; the last phase alone is decoded."""
+    row, native = counter("sdxl").row(size, "demofusion"), counter("sdxl").row(1024, "direct")
+    assert row.tflops_run - row.vae == pytest.approx(100 * of_native * native.tflops_forward)
+    assert row.vae == pytest.approx(counter("sdxl").row(size, "direct").vae)
+
+
+def test_dilated_samples_of_a_last_phase_that_is_cut_are_smaller() -> None:
+    row, native = counter("sdxl").row(2560, "demofusion"), counter("sdxl").forward(1024, "full")
+    sample = counter("sdxl").forward(8 * 107, "full")  # every third of 320
+    assert row.forward_attention == pytest.approx(16 * native.attention + 9 * sample.attention)
+
+
 @pytest.mark.slow
 def test_a_cascade_is_what_the_plan_says() -> None:
     """The same number in two ways, at a size that is no doubling."""
@@ -150,7 +164,7 @@ def test_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["--method", "npa", "magic"], "--method takes direct, .*, npa-global, got magic"),
         (["--check", "--model", "flux"], "--write and --check take every row, got flux 2048 .*"),
         (["--model", "lumina-next", "--size", "512"], "at least the model's native 1024 x 1024, got height=512"),
-        (["--model", "lumina-next", "--method", "npa-global"], "a rule only in joint attention, got method npa-global of lumina-next"),
+        (["--model", "lumina-next", "--method", "npa-global"], "DemoFusion is for U-Nets, got method npa-global of lumina-next"),
     ],
 )
 def test_what_is_unknown_is_refused_in_a_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +200,7 @@ def test_the_page_is_that_of_the_committed_rows() -> None:
     kinds = get_type_hints(Row)
     with flops.RESULTS.open(newline="") as file:
         rows = [Row(*(kinds[name](value) for name, value in record.items())) for record in csv.DictReader(file)]
-    assert len(rows) == 3 * (5 + 6 + 6 + 5)
+    assert len(rows) == 3 * (6 + 6 + 6 + 5)
     assert difference(flops.DOC, markdown(rows)) == difference(flops.RESULTS, comma_separated(rows)) == ""
 
 
