@@ -174,7 +174,8 @@ def rows(models: Sequence[str], sizes: Sequence[int], methods: Sequence[str]) ->
                     none = False
                     yield counter.row(size, method)
     if none:
-        raise ValueError(f"text queries have a rule only in joint attention, and DemoFusion is for U-Nets, got method {' '.join(methods)} of {' '.join(models)}")
+        what = "text queries have a rule only in joint attention, and DemoFusion is for U-Nets"
+        raise ValueError(f"{what}, got method {' '.join(methods)} of {' '.join(models)}")
 
 
 COLUMNS = ("attention", "cross", "linear", "convolution")
@@ -196,7 +197,7 @@ models at their true size on the meta device (`scalediff/flops.py`, `bench/flops
 at the target size without guidance; a run has the preset's steps, guidance where it is a second pass, and the autoencoder, decoding
 untiled and its attention in full. Text encoders and everything element by element are not counted.
 
-Direct inference and MultiDiffusion run all steps at the target, from noise; MultiDiffusion in views of native size, half of it apart
+Direct inference and MultiDiffusion run all steps at the target, from noise; MultiDiffusion in views of native size, half a view apart
 (9, 49 and 225 of them). DemoFusion runs all steps at the native size and at every whole multiple of it, in these views and as many dilated
 samples as the square of the multiple; for U-Nets. Cascades run all steps at the native size and the preset's share at each doubling, whose
 attention is the model's own, MultiDiffusion's or NPA. In joint attention NPA has two rules for the queries of text: in every window
