@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from scalediff.allocator import keep_freed_memory
 from scalediff.draw import Result, generate, upscale
 from scalediff.loading import UsageError, load_model, one_line
 from scalediff.memory import estimate, gib, is_offloaded, room, wants_tiling
@@ -120,10 +121,13 @@ def _jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Jo
 
 
 def _loaded(options: Namespace) -> Any:
-    return load_model(
+    pipe = load_model(
         options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler, spacing=options.timestep_spacing,
         low_memory=options.low_memory,
     )  # fmt: skip
+    if pipe._execution_device.type == "cpu":
+        keep_freed_memory()
+    return pipe
 
 
 def _settings(pipe: Any, options: Namespace) -> Settings:
