@@ -2,7 +2,8 @@
 
 Every row is gated at its very shape against attention in fp64 (`gate`), then timed on sets of inputs taken in turn, so that caches are
 cold. A row that fails its gate says FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are measured, and
-a second run of the same commit, machine and versions goes on where the first one stopped.
+a second run of the same commit, machine and versions goes on where the first one stopped. On a CPU the process keeps the memory that a
+call frees for the next one, whoever calls (`scalediff.allocator`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import harness, providers_compiled
-from bench.gate import Truth, truth
+from bench.gate import GateFailed, Truth, truth
 from bench.providers import Ours, Provider, Ready
 from bench.providers_compiled import PROVIDERS
 from bench.providers_sdpa import Loop
@@ -81,7 +82,7 @@ class Bench:
             return row | {"status": "skipped", "note": refusal}
         try:
             return row | self._gated_and_timed(provider)
-        except AssertionError as failed:
+        except GateFailed as failed:
             return row | {"status": "FAILED", "note": _line(failed)}
         except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
             status = "FAILED" if harness.device_lost(task.device) else "error"  # what loses the device is not tried again
@@ -126,11 +127,7 @@ class Bench:
         }  # fmt: skip
         if executed := provider.executed(task):
             row["executed_gflop"] = f"{executed / 1e9:.4g}"
-        if (peak := peak_memory(calls[0], task.device)) is not None:
-            row["peak_megabytes"] = f"{peak / 1e6:.4g}"
-        if found := kernels(calls[0], task.device):
-            row |= {"launches": str(len(found)), "kernel": max(found, key=lambda k: k[1])[0][:80]}
-        return row
+        return row | _counted(calls[0], task.device)
 
     def _too_large(self, provider: Provider) -> str | None:
         """Estimated before anything runs: what is not there yet of the inputs, and what the provider takes beside them."""
@@ -141,6 +138,24 @@ class Bench:
         if free is None or needed <= 0.9 * free:
             return None
         return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
+def _counted(call: Callable[[], Any], device: str) -> dict[str, str]:
+    """Memory and kernels of a call that was timed; what cannot be told is a note, for the time is good."""
+    row, notes = dict[str, str](), []
+    try:
+        if (peak := peak_memory(call, device)) is not None:
+            row["peak_megabytes"] = f"{peak / 1e6:.4g}"
+    except Exception as problem:
+        notes.append(f"peak memory not told: {type(problem).__name__}: {_line(problem)}")
+    try:
+        if found := kernels(call, device):
+            row |= {"launches": str(len(found)), "kernel": max(found, key=lambda k: k[1])[0][:80]}
+        elif found is not None:
+            notes.append("kernels not told: the profiler saw none")
+    except Exception as problem:
+        notes.append(f"kernels not told: {type(problem).__name__}: {_line(problem)}")
+    return row | {"note": "; ".join(notes)}
 
 
 def free_memory(device: str) -> int | None:
@@ -169,7 +184,7 @@ def measured_rows(
             if key(task, name) not in standing:
                 row = bench.measured(PROVIDERS[name])
                 yield key(task, name), row
-                if row["status"] == "FAILED" and harness.device_lost(task.device):
+                if harness.device_lost(task.device):
                     raise SystemExit(f"the device was lost in {key(task, name)}: the same command goes on after it")
 
 
@@ -178,30 +193,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     picked, names = _picked(parser, options)
-    measured_with = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
-    path = options.csv or RESULTS / f"attention-{harness.slug(measured_with['machine'])}.csv"
+    wanted = {key(task, name): name for task in picked for name in names}
     try:
+        measured_with = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
+        path = options.csv or RESULTS / f"attention-{harness.slug(measured_with['machine'])}.csv"
+        if not path.is_file() and (path.exists() or options.no_measure):
+            parser.error(f"--csv takes a file{', with --no-measure one that is there' if options.no_measure else ''}, got {path}")
         rows = harness.read_rows(path, FIELDS)
         others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
     except ValueError as error:
         parser.error(str(error))
     # What was skipped may run now; what failed or was timed stays so.
     standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
-    wanted = {key(task, name): name for task in picked for name in names}
+    standing = set() if options.again else set(wanted) if options.no_measure else standing
+    for name in (name for name in wanted if name in standing):
+        if name not in rows:
+            print(f"{name}: not in {path.name}", file=sys.stderr if options.json else sys.stdout)
+        elif options.json or options.no_measure:
+            print(json.dumps(rows[name]) if options.json else line(rows[name]))
+        else:
+            print(f"{name}: as measured before", flush=True)
     if not options.no_measure:
+        if options.device == "cpu":
+            _keep_freed_memory()
         command = "python -m bench.attention " + " ".join(sys.argv[1:] if arguments is None else arguments)
-        for name, row in measured_rows(picked, names, set() if options.again else standing, seconds=options.seconds):
+        for name, row in measured_rows(picked, names, standing, seconds=options.seconds):
             rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"row": name, "command": command.strip()}
             harness.write_rows(path, FIELDS, rows.values())
             print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
     shown = {name: rows[name] for name in wanted if name in rows}
-    for name in [] if options.json or options.again else [name for name in wanted if name in standing]:
-        print(f"{name}: as measured before")
     if options.compare:
         for sentence in harness.compared(shown, others, facts=SAME):
             print(sentence, file=sys.stderr if options.json else sys.stdout)
     ours = [name for name, row in shown.items() if isinstance(PROVIDERS[wanted[name]], Ours) and row["status"] in ("FAILED", "error")]
     raise SystemExit(f"ours did not run as it should: {', '.join(ours)}" if ours else 0)
+
+
+def _keep_freed_memory() -> None:
+    from scalediff.allocator import keep_freed_memory  # a device's machine may lack what the library needs
+
+    keep_freed_memory()
 
 
 def line(row: Mapping[str, str]) -> str:
@@ -217,6 +248,7 @@ def line(row: Mapping[str, str]) -> str:
         f"{row['setup_ms']} ms made ready" if row["setup_ms"] else "",
         row["backend"],
         row["kernel"],
+        row["note"],
     ]
     return ", ".join(part for part in parts if part)
 
@@ -248,21 +280,21 @@ def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tup
             parser.error(f"--{name} takes {', '.join(values)}, got {', '.join(unknown)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch sees, got none")
-    if not options.seconds > 0:
-        parser.error(f"--seconds must be positive, got {options.seconds}")
-    if options.compare and not options.compare.exists():
-        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which does not exist")
+    if not 0 < options.seconds < math.inf:
+        parser.error(f"--seconds must be positive and finite, got {options.seconds}")
+    if options.compare and not options.compare.is_file():
+        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which is no file")
     if options.no_measure and options.again:
-        parser.error("--no-measure and --again exclude each other")
+        parser.error("rows are taken as they are or measured anew, got --no-measure and --again")
     shapes = options.shape or list((CPU_QUICK if options.quick else CPU_SHAPES) if cpu else (QUICK if options.quick else SHAPES))
     names = options.provider or list(
         providers_compiled.CPU if cpu else (providers_compiled.QUICK if options.quick else PROVIDERS)
     )  # on a GPU also what refuses, so that its rows say so
     if options.dtype:
-        dtypes: list[torch.dtype] | None = [DTYPES[name] for name in options.dtype]
+        dtypes: list[torch.dtype] | None = [DTYPES[name] for name in dict.fromkeys(options.dtype)]
     else:
         dtypes = [torch.float32] if cpu else None if options.quick else [torch.bfloat16, torch.float16]
-    return list(tasks(shapes, dtypes, options.device)), names
+    return list(tasks(list(dict.fromkeys(shapes)), dtypes, options.device)), list(dict.fromkeys(names))
 
 
 def _problem(task: Task) -> str:

@@ -23,6 +23,10 @@ PATCHES, QUERIES, WHOLE, VIEWS, TEXT = 256, 32, 64, 16, 16
 CHUNK = 2**29  # bytes of fp64 keys at a time
 
 
+class GateFailed(Exception):
+    """A result is not what it should be, in a sentence."""
+
+
 class Outputs(NamedTuple):
     """Of any provider: image `[B, tokens, H, D]`, of views all tokens of one after those of the other; text `[B, T, H, D]` or None."""
 
@@ -49,16 +53,21 @@ class Truth:
         """The largest error and that of plain torch in the same dtype.
 
         Raises:
-            AssertionError: an error exceeds the budget, a value is not finite, or the text is missing.
+            GateFailed: an error exceeds the budget, a value is not finite, or the text is missing.
         """
         found = []
         for name, sample, result in (("image", self.image, outputs.image), ("text", self.text, outputs.text)):
             if sample is None:
                 continue
-            assert result is not None, f"{name} is missing from the result"
-            assert result.isfinite().all(), f"{name}: the result has NaN or infinite values"
+            if result is None:
+                raise GateFailed(f"{name} is missing from the result")
+            if not result.isfinite().all():
+                raise GateFailed(f"{name}: the result has NaN or infinite values")
             actual = result[:, sample.tokens]
-            assert_within_budget(actual, sample.eager, sample.exact)
+            try:
+                assert_within_budget(actual, sample.eager, sample.exact)
+            except AssertionError as failed:
+                raise GateFailed(f"{name}: {failed}") from None
             found.append([(x.double() - sample.exact).abs().max().item() for x in (actual, sample.eager)])
         return max(error for error, _ in found), max(error for _, error in found)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import gc
+import math
 import os
 import platform
 import re
@@ -20,20 +22,24 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 FACTS = ("torch", "diffusers", "machine", "threads", "commit")
-VERSIONS = ("python", "triton", "cuda", "cudnn")
+VERSIONS = ("python", "triton", "cuda", "cudnn", "card")
+TIMES = {"p50_ms": "ms", "composed_s": "s composed"}  # columns that are compared, the first that both sides have, and their units
 
 
 def facts(device: str = "cpu", *, commit: str | None = None) -> dict[str, str]:
     """Versions, machine (of a GPU its name) and commit of this run; take it once, before measuring, for files may change meanwhile.
 
     `commit` is for copies of the tree that git knows nothing of.
+
+    Raises:
+        ValueError: git knows the tree, as another commit or with changes.
     """
     return {
         "torch": torch.__version__,
         "diffusers": package_version("diffusers"),
         "machine": torch.cuda.get_device_name() if device == "cuda" else machine(),
         "threads": str(torch.get_num_threads()),
-        "commit": commit or _commit(),
+        "commit": _told(commit, _commit()),
     }
 
 
@@ -45,7 +51,24 @@ def versions(device: str) -> dict[str, str]:
         "triton": package_version("triton"),
         "cuda": str(torch.version.cuda or torch.version.hip or "") if on_gpu else "",
         "cudnn": str(torch.backends.cudnn.version() or "") if on_gpu else "",
+        "card": _card() if on_gpu else "",
     }
+
+
+def _card() -> str:
+    """Driver, power limit and highest clock of NVIDIA's cards, whose names do not tell them; empty where nobody does."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return " or ".join(dict.fromkeys(_card_in_words(line) for line in told.splitlines() if line.strip()))
+
+
+def _card_in_words(line: str) -> str:
+    driver, *limits = (part.strip() for part in line.split(","))
+    numbers = [f"{float(limit):g} {unit}" for limit, unit in zip(limits, ("W", "MHz"), strict=False) if re.fullmatch(r"[\d.]+", limit)]
+    return ", ".join([f"driver {driver}", *numbers])
 
 
 def _commit() -> str:
@@ -58,6 +81,15 @@ def _commit() -> str:
         return "unknown"
     changed = git("status", "--porcelain", "--", "scalediff", "kernels", "bench/*.py")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
+
+
+def _told(commit: str | None, known: str) -> str:
+    """A commit that the caller names, where git knows none; what git knows otherwise, and where the caller names none."""
+    if not commit or known == "unknown":
+        return commit or known
+    if not re.fullmatch(f"{re.escape(known)}[0-9a-f]*", commit):
+        raise ValueError(f"--commit is for a copy of the tree that git knows nothing of: git has {known!r} here, got {commit!r}")
+    return known
 
 
 def package_version(package: str) -> str:
@@ -95,8 +127,10 @@ def device_lost(device: str) -> bool:
 
 
 def forget(device: str) -> None:
-    """What nobody holds any more, on the host and on a device that still answers."""
+    """What nobody holds any more, on the host and on a device that still answers; what glibc keeps goes back to the system."""
     gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
     if device == "cuda":
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
@@ -147,18 +181,15 @@ def standing(rows: Mapping[str, Mapping[str, str]], measured_with: Mapping[str, 
     return {name for name, row in rows.items() if all(row.get(key) == value for key, value in measured_with.items())}
 
 
-def compared(
-    rows: Mapping[str, Mapping[str, str]], others: Mapping[str, Mapping[str, str]], *, facts: Sequence[str], value: str = "p50_ms"
-) -> list[str]:
+def compared(rows: Mapping[str, Mapping[str, str]], others: Mapping[str, Mapping[str, str]], *, facts: Sequence[str]) -> list[str]:
     """Row by row, in sentences: how the two were measured where that differs, then every ratio.
 
     Args:
         rows, others: As `read_rows` has them.
         facts: Columns that say what was measured with what.
-        value: The column to compare, in milliseconds; rows where it is empty are named.
 
     Returns:
-        Lines; ratios are the other time over this one, so more than 1 is faster here.
+        Lines; ratios are the other time over this one, so more than 1 is faster here. A row without a time says why.
     """
     common = [name for name in rows if name in others]
     if not common:
@@ -168,14 +199,35 @@ def compared(
         here, there = ({table[name].get(fact, "") for name in common} for table in (rows, others))
         if here != there or len(here) > 1:
             lines.append(f"not the same {fact}: here {_joined(here)}, there {_joined(there)}; the ratios below hold that too")
-    for name in common:
-        mine, other = rows[name][value], others[name].get(value, "")
-        if mine and other:
-            lines.append(f"{name}: {mine} ms here, {other} ms there, {float(other) / float(mine):.3f}x")
-        else:
-            lines.append(f"{name}: no time {'in either' if not mine and not other else 'here' if not mine else 'there'}")
+    lines += [f"{name}: {_ratio(rows[name], others[name])}" for name in common]
     only = [(len(rows) - len(common), "here"), (len(others) - len(common), "there")]
     return lines + [f"{count} rows are only {where}" for count, where in only if count]
+
+
+def _ratio(mine: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """Of one row, the first kind of time that both sides have, never one kind for another; or why there is none."""
+    sides = ((mine, "here"), (other, "there"))
+    for column, unit in TIMES.items():
+        found = [(row[column], where) for row, where in sides if row.get(column)]
+        if wrong := [f"{text!r} {where}" for text, where in found if not _is_time(text)]:
+            return f"{column} must be a positive number, got {' and '.join(wrong)}"
+        if len(found) == 2:
+            (a, _), (b, _) = found
+            return f"{a} {unit} here, {b} {unit} there, {float(b) / float(a):.3f}x"
+    untimed = [(row, where) for row, where in sides if not any(row.get(column) for column in TIMES)]
+    words = [f"no time {where}" + (f" ({why})" if (why := _why(row)) else "") for row, where in untimed]
+    return "; ".join(words) or f"no time of one kind: {' or '.join(TIMES)} must be on both sides"
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def _why(row: Mapping[str, str]) -> str:
+    return ", ".join(filter(None, (row.get("status"), row.get("note"))))
 
 
 def _joined(values: Iterable[str]) -> str:

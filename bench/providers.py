@@ -88,10 +88,19 @@ class Ours(Provider):
         return device_refusal(torch.device(task.device)) if has_triton() else "the triton package is not installed"
 
     def memory(self, task: Task) -> int:
-        scores = (
-            3 * 4 * task.shape.batch * task.shape.heads * (prod(task.shape.patch) + task.shape.text) * (prod(task.window) + task.shape.text)
-        )
-        return {"triton": 1, "sdpa": 3, "reference": 3}[self.impl] * result_bytes(task) + (scores if self.impl == "reference" else 0)
+        if self.impl == "triton":
+            return result_bytes(task)
+        s, (rows, columns) = task.shape, task.window
+        needed = result_bytes(task)
+        if s.text:  # keys of a window or of all with text before them, queries of a patch; text of a row of windows, turned in fp32
+            needed += held_bytes(task, s.tokens, 4 * s.key_heads) + held_bytes(task, prod(s.patch) + s.text, 4 * s.heads)
+            needed += 4 * 4 * s.batch * (len(task.spans[1]) + 1) * s.text * s.heads * s.head_dim
+        else:  # of a row of windows queries as they are, laid out, attended and laid back, and keys and values
+            needed += held_bytes(task, rows * s.grid[1], 4 * s.heads + 2 * s.key_heads)
+        if self.impl == "sdpa":
+            return needed
+        scores = max((prod(s.patch) + s.text) * (rows * columns + s.text), s.text * s.tokens)
+        return needed * 4 // task.dtype.itemsize + 3 * 4 * s.batch * s.heads * scores
 
     def executed(self, task: Task) -> int | None:
         return _tiled_flops(task, device_name(torch.device(task.device))) if self.impl == "triton" else task.flops("window")
@@ -149,7 +158,12 @@ def _round_up(n: int, to: int) -> int:
 
 
 def result_bytes(task: Task) -> int:
-    return task.dtype.itemsize * task.shape.batch * task.shape.tokens * task.shape.heads * task.shape.head_dim
+    return held_bytes(task, task.shape.tokens, task.shape.heads)
+
+
+def held_bytes(task: Task, tokens: int, heads: int) -> int:
+    """Of so many tokens, in the task's dtype."""
+    return task.dtype.itemsize * task.shape.batch * tokens * heads * task.shape.head_dim
 
 
 def heads_first(x: Tensor) -> Tensor:

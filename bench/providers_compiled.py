@@ -20,6 +20,7 @@ from bench.providers_sdpa import Full, Gather, Loop, MultiDiffusion
 from bench.shapes import Inputs, Pair, Task
 
 BLOCK = 128  # tokens of a block of FlexAttention's mask, its own default
+Heads = tuple[Tensor, Tensor, Tensor]
 TILES = [(1 << i, BLOCK >> i) for i in range(1, 7)]
 
 
@@ -123,11 +124,12 @@ def mask_of(task: Task, tiles: Tiling) -> Callable[..., Tensor]:
 class Flex(Provider):
     """FlexAttention, compiled, on tokens in tiles of the grid; the mask is made once. By its own choice of blocks, or tuned.
 
-    `pretiled` takes and returns tiled tokens, as a model would have them that tiled once; otherwise tiling is part of the call.
+    `pretiled` takes and returns tiled tokens, as a model would have them that tiled once; otherwise tiling is part of the call, and where
+    that is tuned, of one graph with it. With `options` it is told what is true of these masks and what its kernels can do.
     """
 
-    def __init__(self, name: str, *, tuned: bool = False, pretiled: bool = False) -> None:
-        self.name, self.tuned, self.pretiled = name, tuned, pretiled
+    def __init__(self, name: str, *, tuned: bool = False, pretiled: bool = False, options: bool = False) -> None:
+        self.name, self.tuned, self.pretiled, self.options = name, tuned, pretiled, options
 
     def refusal(self, task: Task) -> str | None:
         if task.rule == "window":
@@ -153,25 +155,44 @@ class Flex(Provider):
         if task.device == "cuda":
             torch.cuda.synchronize()
         setup = 1000 * (time.perf_counter() - begun)
-        mode = "max-autotune-no-cudagraphs" if self.tuned else None
-        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
+        options = _kernel_options() if self.options else None
 
-        def attend(laid: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        def attend(laid: Heads) -> Tensor:
             q, k, v = laid
-            out: Tensor = compiled(q, k, v, block_mask=mask, scale=task.scale, enable_gqa=q.shape[1] != k.shape[1])
+            grouped = q.shape[1] != k.shape[1]
+            out: Tensor = flex_attention(q, k, v, block_mask=mask, scale=task.scale, enable_gqa=grouped, kernel_options=options)
             return out
 
-        def lay(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = (tiles.tiled(image, text) for image, text in zip(inputs.image, inputs.text, strict=True))
+        def tiled(image: Heads, text: Heads) -> Heads:
+            q, k, v = (tiles.tiled(*pair) for pair in zip(image, text, strict=True))
             return q, k, v
 
-        def unlay(out: Tensor) -> tuple[Tensor, Tensor | None]:
-            return tiles.untiled(out, task)
+        def whole(image: Heads, text: Heads) -> tuple[Tensor, Tensor | None]:
+            return tiles.untiled(attend(tiled(image, text)), task)
+
+        def compiled(function: Any) -> Any:
+            return torch.compile(function, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs" if self.tuned else None)
 
         words = f"tiles {tiles.tile[0]}x{tiles.tile[1]}"
         if self.pretiled:
-            return Ready(lay, attend, lambda out: image_and_text(unlay(out)), lambda laid: words, setup)
-        return Ready(as_is, lambda inputs: unlay(attend(lay(inputs))), image_and_text, lambda laid: words, setup)
+
+            def lay(inputs: Inputs) -> Heads:
+                return tiled(inputs.image, inputs.text)
+
+            return Ready(lay, compiled(attend), lambda out: image_and_text(tiles.untiled(out, task)), lambda laid: words, setup)
+        if self.tuned:
+            whole = compiled(whole)
+        else:
+            attend = compiled(attend)
+        return Ready(as_is, lambda inputs: whole(inputs.image, inputs.text), image_and_text, lambda laid: words, setup)
+
+
+def _kernel_options() -> Any:
+    """Every row of these masks sees a key; scaling queries once is cheaper; tiles are loaded by Hopper's unit where torch knows how."""
+    from torch.nn.attention import flex_attention
+
+    known = getattr(getattr(flex_attention, "FlexKernelOptions", None), "__annotations__", {})
+    return {"ROWS_GUARANTEED_SAFE": True, "PRESCALE_QK": True} | ({"USE_TMA": True} if "USE_TMA" in known else {})
 
 
 def block_mask(task: Task, tiles: Tiling) -> Any:
@@ -248,6 +269,7 @@ PROVIDERS: dict[str, Provider] = {
         Gather(), Gather("cudnn"), Gather("flash"), Loop(), Loop("cudnn"),
         Full(), Full("cudnn"), Full("flash"), Full("efficient"), Full("math"),
         Flex("flex"), Flex("flex-tuned", tuned=True), Flex("flex-pretiled", tuned=True, pretiled=True),
+        Flex("flex-options", tuned=True, pretiled=True, options=True),
         Natten(), MultiDiffusion(), MultiDiffusion("cudnn"),
     )
 }  # fmt: skip

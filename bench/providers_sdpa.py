@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gate import Outputs
-from bench.providers import Provider, Ready, answers, as_is, heads_first, image_and_text, result_bytes
+from bench.providers import Provider, Ready, answers, as_is, heads_first, held_bytes, image_and_text, result_bytes
 from bench.shapes import Inputs, Task
 from scalediff_kernels.neighborhood.reference import rotate_pairs
 
@@ -125,7 +125,10 @@ class Loop(_Sdpa):
     base = "loop"
 
     def memory(self, task: Task) -> int:
-        return 2 * result_bytes(task)
+        s, windows = task.shape, prod(map(len, task.spans))
+        one = held_bytes(task, prod(s.patch) + s.text, 3 * s.heads) + held_bytes(task, prod(task.window) + s.text, 4 * s.key_heads)
+        texts = 3 * 4 * s.batch * windows * s.text * s.heads * s.head_dim if task.rule == "window" else 0  # in fp32 until they are averaged
+        return 2 * result_bytes(task) + one + texts
 
     def ready(self, task: Task) -> Ready:
         def run(inputs: Inputs) -> tuple[Tensor, Tensor | None]:

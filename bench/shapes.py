@@ -79,9 +79,11 @@ SHAPES: dict[str, Shape] = {
     "lumina2-4096": _square(256, 64, 24, 96, batch=2, groups=8, text=256),
 }  # fmt: skip
 CPU_SHAPES: dict[str, Shape] = {
-    f"cpu-{side}": replace(_square(side, window, heads, 64), dtype=torch.float32)
-    for side, window, heads in ((32, 16, 8), (64, 32, 8), (128, 32, 4))
-}
+    name: replace(_square(side, window, heads, 64, text=text), dtype=torch.float32)
+    for name, side, window, heads, text in (
+        ("cpu-32", 32, 16, 8, 0), ("cpu-64", 64, 32, 8, 0), ("cpu-128", 128, 32, 4, 0), ("cpu-64-text", 64, 32, 8, 64),
+    )
+}  # fmt: skip
 QUICK = ("flux-4096", "flux-image-4096", "sdxl-64-4096", "sdxl-32-4096")
 CPU_QUICK = ("cpu-32", "cpu-64")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import cycle, islice
@@ -46,36 +46,44 @@ def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0)
     """Time one call on several sets of inputs, taken in turn: with more of them than caches hold, every run finds its own set cold.
 
     On a GPU by events around every call, without waiting in between; what the host cannot launch fast enough counts, as it does in a
-    model. On a CPU by the host's clock. At least three runs, at most 500, warmed up on every set and for a tenth of the time.
+    model. On a CPU by the host's clock. Warmed up on every set, then in turn for a tenth of the time, on a GPU for 0.3 s at least, until
+    its clocks are up. At most 500 runs; at least five, or three of those that take two seconds or more.
     """
-    begun = time.perf_counter()
-    for call in calls:
+    turn = cycle(calls)
+    for call in islice(turn, len(calls)):
         call()
     _wait(device)
-    while time.perf_counter() - begun < seconds / 10:
-        calls[0]()
-        _wait(device)
+    once = _warmed_up(turn, device, max(seconds / 10, 0.3 if device == "cuda" else 0.0))
+    timed = islice(turn, min(500, max(5 if once < 2 else 3, int(seconds / once))))
+    times = torch.tensor(_by_events(timed) if device == "cuda" else _by_clock(timed), dtype=torch.float64)
+    return Timing(*torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
+
+
+def _warmed_up(turn: Iterator[Call], device: str, seconds: float) -> float:
+    """Seconds of the last of the runs, waited for."""
     begun = time.perf_counter()
-    calls[0]()
-    _wait(device)
-    runs = min(500, max(3, int(seconds / (time.perf_counter() - begun))))
-    times = _by_events(calls, runs) if device == "cuda" else _by_clock(calls, runs)
-    return Timing(*torch.quantile(torch.tensor(times, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
+    while True:
+        started = time.perf_counter()
+        next(turn)()
+        _wait(device)
+        ended = time.perf_counter()
+        if ended - begun >= seconds:
+            return ended - started
 
 
-def _by_events(calls: Sequence[Call], runs: int) -> list[float]:
-    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(runs)]
-    for (begin, end), call in zip(events, islice(cycle(calls), runs), strict=True):
+def _by_events(calls: Iterable[Call]) -> list[float]:
+    pairs = [(call, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for call in calls]
+    for call, begin, end in pairs:
         begin.record()
         call()
         end.record()
     torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in events]
+    return [begin.elapsed_time(end) for _, begin, end in pairs]
 
 
-def _by_clock(calls: Sequence[Call], runs: int) -> list[float]:
+def _by_clock(calls: Iterable[Call]) -> list[float]:
     times = []
-    for call in islice(cycle(calls), runs):
+    for call in calls:
         begun = time.perf_counter()
         call()
         times.append(1000 * (time.perf_counter() - begun))
@@ -120,7 +128,7 @@ def kernels(call: Call, device: str) -> list[tuple[str, float]] | None:
 
 
 @contextmanager
-def fused_attention(device: str, dtype: torch.dtype) -> Iterator[None]:
+def fused_attention(device: str, dtype: torch.dtype, head_dim: int) -> Iterator[None]:
     """Inside, torch's attention takes the fastest of its fused backends that can run a call, and the math one where none can.
 
     torch's own order is another one: on Hopper GPUs its first choice is not the fastest. On a CPU there is one to choose.
@@ -128,14 +136,13 @@ def fused_attention(device: str, dtype: torch.dtype) -> Iterator[None]:
     if device != "cuda":
         yield
         return
-    with sdpa_kernel([*by_speed(device, dtype), SDPBackend.MATH], set_priority=True):
+    with sdpa_kernel([*by_speed(device, dtype, head_dim), SDPBackend.MATH], set_priority=True):
         yield
 
 
 @cache
-def by_speed(device: str, dtype: torch.dtype, *, seconds: float = 0.1) -> tuple[SDPBackend, ...]:
-    """The fused backends that run here, the fastest first, on the self-attention of 64 x 64 tokens."""
-    head_dim = 64 if dtype == torch.float16 else 128  # SDXL's and FLUX's
+def by_speed(device: str, dtype: torch.dtype, head_dim: int, *, seconds: float = 0.1) -> tuple[SDPBackend, ...]:
+    """The fused backends that run here, the fastest first, on the self-attention of 64 x 64 tokens, 24 heads of this dimension."""
     q = torch.randn(1, 24, 4096, head_dim, device=device, dtype=dtype)
     times: dict[SDPBackend, float] = {}
     for backend in FUSED:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import attention, providers, providers_compiled, roofline
+from bench import attention, harness, providers, providers_compiled, roofline
 from bench.flops import views
-from bench.gate import Outputs, truth
+from bench.gate import GateFailed, Outputs, truth
 from bench.providers import Ready
 from bench.providers_compiled import PROVIDERS
 from bench.shapes import CPU_SHAPES, QUICK, SHAPES, Inputs, Shape, Task, tasks, view_starts
@@ -44,6 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr("bench.shapes.SHAPES", {"even": EVEN, "odd": ODD})
     monkeypatch.setattr(attention, "ceilings", lambda *_, **__: roofline.Ceilings(10.0, 0.1))
     monkeypatch.setattr("bench.harness._commit", lambda: "0123abc")
+    monkeypatch.setattr("scalediff.allocator.keep_freed_memory", lambda: True)  # for the whole process, and this one goes on
     monkeypatch.setattr(attention, "CPU_CACHE", 2**16)
     return tmp_path / "rows.csv"
 
@@ -132,17 +136,44 @@ def test_the_gate_finds_one_wrong_patch_one_wrong_text_and_one_value_nobody_wrot
     (y0, y1, _, _), (x0, x1, _, _) = task.spans[0][-1], task.spans[1][0]
     wrong = image.unflatten(1, task.shape.grid).clone()
     wrong[:, y0:y1, x0:x1, -1] += 1e-3
-    with pytest.raises(AssertionError, match="exceeds the budget"):
+    with pytest.raises(GateFailed, match="exceeds the budget"):
         right.check(Outputs(wrong.flatten(1, 2), text))
     unwritten = image.clone()
     unwritten[-1, 17, 0, 3] = float("nan")
-    with pytest.raises(AssertionError, match="image: the result has NaN"):
+    with pytest.raises(GateFailed, match="image: the result has NaN"):
         right.check(Outputs(unwritten, text))
     if text is not None:
-        with pytest.raises(AssertionError, match="exceeds the budget"):
+        with pytest.raises(GateFailed, match="exceeds the budget"):
             right.check(Outputs(image, text * 1.01))
-        with pytest.raises(AssertionError, match="text is missing"):
+        with pytest.raises(GateFailed, match="text is missing"):
             right.check(Outputs(image, None))
+
+
+def test_the_gate_stands_where_python_drops_asserts() -> None:
+    code = (
+        "import torch\n"
+        "from bench.gate import GateFailed, Outputs, Sample, Truth\n"
+        "from scalediff_kernels.testing import assert_within_budget\n"
+        "tokens, right = torch.arange(2), torch.ones(1, 2, 1, 1)\n"
+        "nan, zero, double = right * torch.nan, torch.zeros(1, 2, 1, 1), right.double()\n"
+        "truth = Truth(Sample(tokens, double, right), Sample(tokens, double, right))\n"
+        "for image, text in ((zero, right), (nan, right), (right, None), (double, right)):\n"
+        "    try: truth.check(Outputs(image, text))\n"
+        "    except GateFailed as failed: print(failed)\n"
+        "for result, exact in ((right, double * torch.nan), (nan, double)):\n"
+        "    try: assert_within_budget(result, right, exact)\n"
+        "    except AssertionError as failed: print(failed)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(harness.ROOT / part) for part in (".", "kernels"))}
+    told = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT, env=environment)
+    assert told.stdout.splitlines() == [
+        "image: error 1.000e+00 exceeds the budget 1.192e-07",
+        "image: the result has NaN or infinite values",
+        "text is missing from the result",
+        "image: compared in different dtypes, got actual.dtype=torch.float64, eager.dtype=torch.float32",
+        "error nan exceeds the budget nan",
+        "the result has NaN or infinite values",
+    ]
 
 
 def test_the_gate_looks_at_every_patch() -> None:
@@ -163,9 +194,54 @@ def test_the_gate_looks_at_every_patch() -> None:
 
 def test_full_attention_that_stands_for_windows_fails_its_gate() -> None:
     inputs, found = outputs(TASKS[0], "full")
-    with pytest.raises(AssertionError, match="exceeds the budget"):
+    with pytest.raises(GateFailed, match="exceeds the budget"):
         truth(inputs, "window").check(found)
     truth(inputs, "full").check(found)
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """Bytes that a call allocates on the host at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        kept = call()
+    events = sorted((e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    assert kept is not None
+    held = most = 0
+    for event in events:
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("rule", ["", "window", "global"])
+@pytest.mark.parametrize("name", ["sdpa", "reference", "gather", "loop", "full", "multidiffusion"])
+def test_memory_is_estimated_from_above(name: str, rule: str) -> None:
+    """What eager torch allocates for the CPU's shapes; compiled providers are another matter."""
+    shape = CPU_SHAPES["cpu-64-text" if rule else "cpu-64"]
+    provider, task = PROVIDERS[name], Task("x", shape, torch.float32, "cpu", rule)
+    if provider.refusal(task):
+        return
+    ready = provider.prepare(task)
+    laid = ready.lay(task.inputs(0))
+    assert 0 < _peak(lambda: ready.run(laid)) <= provider.memory(task)
+
+
+def test_flex_attention_is_told_what_is_true_of_its_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is without a key, padded ones among them; an option that torch does not know is not named."""
+    from torch.nn.attention import flex_attention
+
+    assert providers_compiled._kernel_options() == {"ROWS_GUARANTEED_SAFE": True, "PRESCALE_QK": True, "USE_TMA": True}
+    for known in (type("Options", (), {"__annotations__": {"PRESCALE_QK": bool}}), None):
+        monkeypatch.setattr(flex_attention, "FlexKernelOptions", known)
+        assert providers_compiled._kernel_options() == {"ROWS_GUARANTEED_SAFE": True, "PRESCALE_QK": True}
+    for task in (
+        TASKS[0],
+        TASKS[2],
+        TASKS[4],
+        Task("x", Shape((37, 45), (16, 20), (8, 5), 1, 8, text=130), torch.float32, "cpu", "global"),
+    ):
+        tiles = providers_compiled.tiling(task)
+        i = torch.arange(tiles.tokens)
+        assert providers_compiled.mask_of(task, tiles)(i[:1], i[:1], i[:, None], i[None]).any(1).all()
 
 
 def test_a_mask_of_blocks_is_that_of_its_tokens() -> None:
@@ -240,6 +316,8 @@ def test_shapes_are_those_of_the_models() -> None:
     assert grids["sdxl-32-2048"] == ((64, 64), (32, 32), (16, 16), 20, 64, 0)
     assert grids["sd15-32-4096"] == ((256, 256), (32, 32), (16, 16), 8, 80, 0)
     assert SHAPES["lumina-next-4096"].key_heads == 8
+    assert {name for name, shape in CPU_SHAPES.items() if shape.text} == {"cpu-64-text"}
+    assert all(shape.dtype == torch.float32 for shape in CPU_SHAPES.values())
     assert set(QUICK) <= set(SHAPES)
     assert [t.rule for t in tasks(["flux-4096"], None, "cpu")] == ["window", "global"]
     assert [t.dtype for t in tasks(["sdxl-64-2048"], None, "cpu")] == [torch.float16]
@@ -289,13 +367,18 @@ def test_what_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch, small: Path) -
     def broken(task: Task) -> Ready:
         raise RuntimeError("no kernel\nfor this")
 
+    def asserting(task: Task) -> Ready:
+        raise AssertionError("of a compiler")
+
     monkeypatch.setattr(PROVIDERS["loop"], "prepare", broken)
+    monkeypatch.setattr(PROVIDERS["flex"], "prepare", asserting)
     monkeypatch.setattr(attention, "free_memory", lambda device: 4_000_000)
     monkeypatch.setattr(providers_compiled, "find_spec", lambda name: None)
-    rows, status = run(small, "--shape", "even", "--provider", "loop", "full-math", "natten")
+    rows, status = run(small, "--shape", "even", "--provider", "loop", "flex", "full-math", "natten")
     assert status == 0
     assert [(r["status"], r["note"]) for r in rows] == [
         ("error", "RuntimeError: no kernel"),
+        ("error", "AssertionError: of a compiler"),
         ("skipped", "needs about 0.0 GB, 0.0 GB are free"),
         ("skipped", "the natten package is not installed"),
     ]
@@ -329,6 +412,66 @@ def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(monkeypatch: 
     assert (status, lost) == (0, [])
 
 
+def test_what_is_counted_after_the_clock_leaves_the_time(
+    monkeypatch: pytest.MonkeyPatch, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(call: Any, device: str) -> Any:
+        raise RuntimeError("CUPTI is busy\nwith another")
+
+    found: dict[str, Any] = {
+        "peak_memory": lambda call, device: 2_500_000,
+        "kernels": lambda call, device: [("small", 1.0), ("large", 2.0)],
+    }
+    notes = []
+    for replaced in ({}, {"kernels": lambda call, device: []}, {"peak_memory": broken}, {"peak_memory": broken, "kernels": broken}):
+        for name, function in (found | replaced).items():
+            monkeypatch.setattr(attention, name, function)
+        (row,), status = run(small, "--shape", "even", "--provider", "gather", "--again")
+        assert (status, row["status"], row["p50_ms"] != "") == (0, "ok", True)
+        assert row["peak_megabytes"] == ("" if "peak_memory" in replaced else "2.5")
+        assert (row["launches"], row["kernel"]) == (("", "") if "kernels" in replaced else ("2", "large"))
+        assert row["note"] in capsys.readouterr().out
+        notes.append(row["note"])
+    memory, kernels = (f"{what} not told: RuntimeError: CUPTI is busy" for what in ("peak memory", "kernels"))
+    assert notes == ["", "kernels not told: the profiler saw none", memory, f"{memory}; {kernels}"]
+
+
+def test_what_loses_the_device_after_the_clock_ends_the_run_too(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    monkeypatch.setattr("bench.harness.device_lost", lambda device: True)
+    (row,), status = run(small, "--shape", "even", "--provider", "gather", "full")
+    assert (row["status"], status) == ("ok", "the device was lost in even/fp32/gather: the same command goes on after it")
+
+
+def test_freed_memory_is_kept_where_the_host_measures(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr("scalediff.allocator.keep_freed_memory", lambda: kept.append(1))
+    run(small, "--shape", "even", "--provider", "gather")
+    run(small, "--shape", "even", "--provider", "gather", "--no-measure")
+    assert kept == [1]
+
+
+def test_what_is_named_twice_is_measured_once(small: Path) -> None:
+    rows, _ = run(small, "--shape", "even", "even", "--provider", "gather", "gather", "--dtype", "fp32", "fp32", "--again")
+    assert [r["row"] for r in rows] == ["even/fp32/gather"]
+
+
+def test_rows_are_taken_as_they_are(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that are wanted, as sentences or JSON; those that are not there are named."""
+    run(small, "--shape", "even", "--provider", "gather", "full-cudnn")
+    before = small.read_text()
+    capsys.readouterr()
+    wanted = ("--shape", "even", "--provider", "gather", "loop", "full-cudnn", "--no-measure")
+    rows, status = run(small, *wanted)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"even/fp32/gather: {rows[0]['p50_ms']} ms")
+    assert told[1:] == ["even/fp32/loop: not in rows.csv", "even/fp32/full-cudnn: skipped, torch has no cudnn attention on CPUs"]
+    run(small, *wanted, "--json")
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == rows
+    assert err == "even/fp32/loop: not in rows.csv\n"
+    assert (status, small.read_text()) == (0, before)
+
+
 def test_a_second_run_goes_on(monkeypatch: pytest.MonkeyPatch, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, _ = run(small, "--shape", "even", "--provider", "sdpa", "full-cudnn")
     rows, _ = run(small, "--shape", "even", "--provider", "sdpa", "loop", "full-cudnn")
@@ -348,10 +491,15 @@ def test_json_lines_and_a_comparison(monkeypatch: pytest.MonkeyPatch, small: Pat
     other = small.with_name("other.csv")
     other.write_text(small.read_text())
     capsys.readouterr()
-    rows, _ = run(small, "--shape", "even", "--provider", "sdpa", "--json", "--compare", str(other), "--again")
-    told = capsys.readouterr()
-    assert [json.loads(row) for row in told.out.splitlines()] == rows[:1]
-    assert "even/fp32/sdpa: " in told.err
+    for standing in ((), ("--again",)):
+        rows, _ = run(small, "--shape", "even", "--provider", "sdpa", "--json", "--compare", str(other), *standing)
+        told = capsys.readouterr()
+        assert [json.loads(row) for row in told.out.splitlines()] == rows[:1]
+        assert "even/fp32/sdpa: " in told.err
+    other.write_text(small.read_text().replace(f",{rows[0]['p50_ms']},", ",fast,"))
+    run(small, "--shape", "even", "--provider", "sdpa", "--no-measure", "--compare", str(other))
+    assert "even/fp32/sdpa: p50_ms must be a positive number, got 'fast' there" in capsys.readouterr().out
+    other.write_text(small.read_text())
     monkeypatch.setattr("bench.harness._commit", lambda: "4567def")
     run(small, "--shape", "even", "--provider", "sdpa", "--compare", str(other))
     assert "not the same commit: here 4567def, there 0123abc; the ratios below hold that too" in capsys.readouterr().out
@@ -365,17 +513,25 @@ def test_json_lines_and_a_comparison(monkeypatch: pytest.MonkeyPatch, small: Pat
         (["--shape", "flux-9000"], f"--shape takes {', '.join([*SHAPES, *CPU_SHAPES])}, got flux-9000"),
         (["--provider", "triton", "fa4"], f"--provider takes {', '.join(PROVIDERS)}, got fa4"),
         (["--dtype", "fp8"], "--dtype takes bf16, fp16, fp32, got fp8"),
-        (["--seconds", "0"], "--seconds must be positive, got 0.0"),
-        (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which does not exist"),
+        (["--seconds", "0"], "--seconds must be positive and finite, got 0.0"),
+        (["--seconds", "inf"], "--seconds must be positive and finite, got inf"),
+        (["--seconds", "nan"], "--seconds must be positive and finite, got nan"),
+        (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
+        (["--compare", "/"], "--compare takes a CSV of this benchmark, got /, which is no file"),
         (["--compare", __file__], "must have a column 'row'"),
-        (["--no-measure", "--again"], "--no-measure and --again exclude each other"),
+        (["--no-measure", "--again"], "rows are taken as they are or measured anew, got --no-measure and --again"),
+        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes a file, with --no-measure one that is there, got nowhere.csv"),
+        (["--csv", "/"], "--csv takes a file, got /"),
+        (["--commit", "4567def"], "--commit is for a copy of the tree that git knows nothing of: git has '0123abc' here, got '4567def'"),
         (["--device", "cuda"], "--device cuda needs a GPU that torch sees, got none"),
     ],
 )
 def test_what_the_command_refuses(
-    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(attention, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("bench.harness._commit", lambda: "0123abc")
     with pytest.raises(SystemExit) as stop:
         attention.main(["--device", "cpu", *arguments])
     assert stop.value.code == 2

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,20 +34,46 @@ def test_rows_stand_only_with_the_same_facts_of_one_commit() -> None:
 
 def test_a_comparison_says_what_differs_before_any_ratio() -> None:
     here = {"a": row("a", "2"), "b": row("b", ""), "c": row("c", "1"), "d": row("d", "1")}
-    there = {"a": row("a", "3", commit="def"), "b": row("b", "1", commit="def"), "c": row("c", "", commit="def"), "e": row("e", "1")}
+    untimed = row("c", "", commit="def", status="skipped", note="no kernel")
+    there = {"a": row("a", "3", commit="def"), "b": row("b", "1", commit="def"), "c": untimed, "e": row("e", "1")}
     assert harness.compared(here, there, facts=tuple(FACTS)) == [
         "not the same commit: here abc, there def; the ratios below hold that too",
         "a: 2 ms here, 3 ms there, 1.500x",
         "b: no time here",
-        "c: no time there",
+        "c: no time there (skipped, no kernel)",
         "1 rows are only here",
         "1 rows are only there",
     ]
     same = {"a": row("a", "2")}
     assert harness.compared(same, same, facts=tuple(FACTS)) == ["a: 2 ms here, 2 ms there, 1.000x"]
-    empty = {"a": row("a", "")}
-    assert harness.compared(empty, empty, facts=tuple(FACTS)) == ["a: no time in either"]
+    failed, empty = {"a": row("a", "", status="FAILED", note="error 1")}, {"a": row("a", "", status="error")}
+    assert harness.compared(failed, empty, facts=tuple(FACTS)) == ["a: no time here (FAILED, error 1); no time there (error)"]
     assert harness.compared(same, {"z": row("z", "1")}, facts=tuple(FACTS)) == ["no row is in both files: 1 rows here, 1 there"]
+
+
+def test_only_times_of_one_kind_are_compared() -> None:
+    """Milliseconds that were measured, or seconds that were composed, and in words which."""
+    measured, composed = row("a", "4000", composed_s="5"), row("a", "", composed_s="2")
+    only = row("a", "4000")
+    told = [
+        harness.compared({"a": a}, {"a": b}, facts=())
+        for a, b in ((measured, measured), (measured, composed), (composed, composed), (composed, only))
+    ]
+    assert told == [
+        ["a: 4000 ms here, 4000 ms there, 1.000x"],
+        ["a: 5 s composed here, 2 s composed there, 0.400x"],
+        ["a: 2 s composed here, 2 s composed there, 1.000x"],
+        ["a: no time of one kind: p50_ms or composed_s must be on both sides"],
+    ]
+
+
+@pytest.mark.parametrize("wrong", ["fast", "0", "-1", "nan", "inf"])
+def test_a_time_that_is_none_is_named(wrong: str) -> None:
+    good, bad, none = ({"a": row("a", time)} for time in ("1", wrong, ""))
+    sentence = f"a: p50_ms must be a positive number, got {wrong!r}"
+    assert harness.compared(good, bad, facts=()) == [f"{sentence} there"]
+    assert harness.compared(bad, none, facts=()) == [f"{sentence} here"]
+    assert harness.compared(bad, bad, facts=()) == [f"{sentence} here and {wrong!r} there"]
 
 
 def test_a_fact_that_is_not_told_differs_from_one_that_is() -> None:
@@ -69,22 +96,80 @@ def test_rows_are_read_back_or_refused(tmp_path: Path) -> None:
 
 
 def test_the_commit_is_given_found_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert harness.facts(commit="0123abc")["commit"] == "0123abc"
     monkeypatch.setattr(harness.shutil, "which", lambda name: None)
     assert harness.facts()["commit"] == "unknown"
+    assert harness.facts(commit="0123abc")["commit"] == "0123abc"
 
 
-def test_sets_are_taken_in_turn_after_each_was_warmed_up() -> None:
+def test_a_commit_that_git_knows_better_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree with changes is no commit, and another commit is not this one."""
+    monkeypatch.setattr(harness, "_commit", lambda: "0123abc")
+    assert [harness.facts(commit=given)["commit"] for given in (None, "0123abc", "0123abcdef")] == ["0123abc"] * 3
+    for known, given in (("0123abc", "4567def"), ("0123abc with changes", "0123abc"), ("0123abc", "0123abc with changes")):
+        monkeypatch.setattr(harness, "_commit", lambda known=known: known)
+        with pytest.raises(ValueError, match=f"--commit is for a copy of the tree .* git has '{known}' here, got '{given}'"):
+            harness.facts(commit=given)
+
+
+def test_a_card_tells_its_driver_and_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert harness.versions("cpu")["card"] == ""
+    assert set(harness.versions("cpu")) == set(harness.VERSIONS)
+    told = {
+        "570.133.20, 700.00, 1980\n": "driver 570.133.20, 700 W, 1980 MHz",
+        "570.1, 700.00, 1980\n570.1, 700.00, 1980\n": "driver 570.1, 700 W, 1980 MHz",
+        "570.1, 700.00, 1980\n570.1, 350.00, 1980\n": "driver 570.1, 700 W, 1980 MHz or driver 570.1, 350 W, 1980 MHz",
+        "570.1, [N/A], 1980\n": "driver 570.1, 1980 MHz",
+        "": "",
+    }
+    for printed, words in told.items():
+        monkeypatch.setattr(harness.subprocess, "run", lambda *_, printed=printed, **__: subprocess.CompletedProcess([], 0, printed))
+        assert harness._card() == words
+
+    def failing(problem: Exception) -> Any:
+        raise problem
+
+    for problem in (FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 5), subprocess.CalledProcessError(9, "x")):
+        monkeypatch.setattr(harness.subprocess, "run", lambda *_, problem=problem, **__: failing(problem))
+        assert harness._card() == ""
+
+
+def test_what_is_forgotten_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the C library can; elsewhere nothing is said."""
+    trimmed: list[int] = []
+    monkeypatch.setattr(harness.ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=trimmed.append))
+    harness.forget("cpu")
+    assert trimmed == [0]
+    monkeypatch.setattr(harness.ctypes, "CDLL", lambda name: SimpleNamespace())
+    harness.forget("cpu")
+
+
+def test_sets_are_taken_in_turn_after_each_was_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands still but in calls: of half a second each, all sets once, then for a tenth of the time, then what is timed."""
     called: list[int] = []
     calls = [lambda i=i: called.append(i) for i in range(3)]
-    timing = measure_in_turn(calls, "cpu", seconds=1e-4)
-    assert called[:3] == [0, 1, 2]
-    timed = called[next(i for i in range(3, len(called)) if called[i] == 1) - 1 :]
-    assert timed == [i % 3 for i in range(len(timed))]
-    assert len(timed) >= 3
-    assert 0 <= timing.p20 <= timing.p50 <= timing.p80
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 0.5 * len(called))
+    for seconds, runs in ((10.0, 20), (0.1, 5)):
+        called.clear()
+        found = measure_in_turn(calls, "cpu", seconds=seconds)
+        warm = 3 + int(max(1.0, seconds / 10 / 0.5))
+        assert called == [i % 3 for i in range(warm + runs)]
+        assert found == Timing(500.0, 500.0, 500.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 2.0 * len(called))
+    called.clear()
+    measure_in_turn(calls, "cpu", seconds=0.1)
+    assert len(called) == 3 + 1 + 3, "what takes two seconds or more is timed three times"
     assert peak_memory(lambda: None, "cpu") is None
     assert kernels(lambda: None, "cpu") is None
+
+
+def test_a_gpu_is_warm_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clocks go up for 0.3 s, however short the time for a row."""
+    called: list[int] = []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: len(called) / 16)
+    monkeypatch.setattr(timing, "_wait", lambda device: None)
+    monkeypatch.setattr(timing, "_by_events", lambda timed: [float(len(list(timed)))])
+    assert measure_in_turn([lambda: called.append(1)], "cuda", seconds=1.0).p50 == 16
+    assert len(called) == 1 + 5
 
 
 def test_ceilings_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +197,18 @@ def test_attention_takes_the_fastest_backend_that_runs(monkeypatch: pytest.Monke
     """As its own switches say inside; cuDNN has no kernel here."""
 
     def measured(call: Any, device: str, *, seconds: float) -> Timing:
+        call()
         if torch.backends.cuda.cudnn_sdp_enabled():
             raise RuntimeError("No available kernel")
         return Timing(1.0, 2.0 if torch.backends.cuda.flash_sdp_enabled() else 1.5, 3.0)
 
+    seen: list[int] = []
+    monkeypatch.setattr(timing.F, "scaled_dot_product_attention", lambda q, k, v: seen.append(q.shape[-1]))
     monkeypatch.setattr(timing, "measure", measured)
     timing.by_speed.cache_clear()
-    assert timing.by_speed("cpu", torch.float16) == (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION)
+    for head_dim in (64, 128):
+        assert timing.by_speed("cpu", torch.bfloat16, head_dim) == (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION)
+    assert set(seen) == {64, 128}
     timing.by_speed.cache_clear()
 
 
