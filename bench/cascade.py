@@ -3,8 +3,10 @@
 On a GPU SDXL and FLUX.1-dev at their true size with random weights; on a CPU, and with --small, small random models of both and the
 embedded model. A row is one part of one stage, or one run; rows go to bench/results/cascade-<machine>.csv as they are measured, and what
 stands there, measured by the same commit on the same machine, is not measured again. `p50_ms` is of one step, or of what a stage does once,
-and `in_run_s` what that comes to in a run. A run has `composed_s`, made up of its parts, and `measured_s` only where it was run whole.
-Useful TFLOPs count neither padding nor tiles; `matrix_percent` is their rate over that of a large matrix product in this very process.
+and `in_run_s` what that comes to in a run. A run has `composed_s`, made up of its parts, and `measured_s` only where it was run whole: the
+median of so many `runs`, its own `p20_ms` and `p80_ms` among these. Useful TFLOPs count neither padding nor tiles; `matrix_percent` is
+their rate over that of a large matrix product in this very process. On a CPU the process keeps memory that it has freed, as the command
+`scalediff` does, whatever the method.
 --growth: the embedded model from 128 to 1024 pixels.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +26,18 @@ from bench.cascade_methods import METHODS, OURS
 from bench.cascade_models import GROWTH_METHODS, GROWTH_SIZES, SMALL, SUBJECTS, TRUE
 from bench.cascade_rows import COMPILE, Bench, Limits, Row, Unit
 from bench.roofline import Ceilings, ceilings
+from scalediff.allocator import keep_freed_memory
 
 RESULTS = harness.ROOT / "bench" / "results"
 SAME = (*harness.FACTS, *harness.VERSIONS, "timed_steps", "limit_s", "view_batch")
 FIELDS = (
     "row", "status", "model", "size", "method", "compile", "stage", "part", "p20_ms", "p50_ms", "p80_ms", "count", "in_run_s", "steps",
-    "composed_s", "measured_s", "rate_of", "useful_tflop", "tflops", "matrix_percent", "matrix_tflops", "peak_megabytes",
+    "composed_s", "measured_s", "runs", "rate_of", "useful_tflop", "tflops", "matrix_percent", "matrix_tflops", "peak_megabytes",
     "before_megabytes", "backend", "error", "allowed", "note", "command", *SAME,
 )  # fmt: skip
+
+
+LIMITS = {"cuda": 120.0, "cpu": 700.0}
 
 
 def facts(options: argparse.Namespace) -> dict[str, str]:
@@ -70,16 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     wanted = _picked(parser, options)
-    measured_with = facts(options)
-    path = options.csv or RESULTS / f"cascade-{harness.slug(measured_with['machine'])}.csv"
     try:
+        measured_with = facts(options)
+        path = options.csv or RESULTS / f"cascade-{harness.slug(measured_with['machine'])}.csv"
         rows = harness.read_rows(path, FIELDS)
         others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
     except ValueError as error:
         parser.error(str(error))
+    if options.no_measure and not path.exists():
+        parser.error(f"--no-measure takes rows that there are, got --csv {path}, which does not exist")
     # What was skipped may run now; what failed or was timed stays so. A unit is done when its run is.
     standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
     done = [] if options.again else [unit for unit in wanted if f"{unit.name}/run" in standing]
+    told: set[str] = set()
+    if options.device == "cpu":
+        keep_freed_memory()
     if not options.no_measure:
         for unit in () if options.json else done:
             print(f"{unit.name}: as measured before")
@@ -92,22 +104,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = row["row"]
             rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"command": command.strip()}
             harness.write_rows(path, FIELDS, rows.values())
+            told.add(name)
             print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
-    shown = {name: row for name, row in rows.items() if any(name.startswith(f"{unit.name}/") for unit in wanted)}
+    shown = {name: row for unit in wanted for name, row in rows.items() if name.startswith(f"{unit.name}/")}
+    for name in [name for name in shown if name not in told] if options.json or options.no_measure else []:
+        print(json.dumps(shown[name]) if options.json else line(shown[name]))
+    if absent := [unit.name for unit in wanted if f"{unit.name}/run" not in shown]:
+        print(f"not in {path.name}: {', '.join(absent)}", file=sys.stderr)
     if options.compare:
-        for sentence in harness.compared(_in_milliseconds(shown), _in_milliseconds(others), facts=SAME):
+        mine, theirs = ({name: row for name, row in table.items() if row["part"] != "gate"} for table in (shown, others))  # no times
+        for sentence in harness.compared(mine, theirs, facts=SAME):
             print(sentence, file=sys.stderr if options.json else sys.stdout)
     wrong = [name for name, row in shown.items() if row["method"] in OURS and row["status"] in ("FAILED", "error")]
     raise SystemExit(f"ours did not run as it should: {', '.join(wrong)}" if wrong else 0)
-
-
-def _in_milliseconds(rows: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """Rows to be compared: a run by what was measured of it, alone; its gate is no time."""
-    found = {name: dict(row) for name, row in rows.items() if row["part"] != "gate"}
-    for row in found.values():
-        if row["part"] == "run" and row["measured_s"]:
-            row["p50_ms"] = f"{1000 * float(row['measured_s']):.5g}"
-    return found
 
 
 def line(row: Mapping[str, str]) -> str:
@@ -137,9 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--compile", nargs="+", metavar="HOW", help="of eager, compiled: repeated blocks (default: eager; on a GPU both)")
     parser.add_argument("--small", action="store_true", help="small models (default on a CPU)")
-    parser.add_argument("--growth", action="store_true", help="the embedded model from 128 to 1024 pixels: npa, full attention, direct")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of a run that is measured whole (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of every stage (default: %(default)s)")
+    parser.add_argument("--growth", action="store_true", help="the embedded model from 128 to 1024 pixels")
+    parser.add_argument("--limit", type=float, metavar="S", help="seconds of a run that is measured whole (default: 120; on a CPU 700)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of every stage (default: %(default)s)")
     parser.add_argument("--view-batch", type=int, default=8, help="views in one pass (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="results (default: bench/results/cascade-MACHINE.csv)")
     parser.add_argument("--json", action="store_true", help="one object per row and line")
@@ -158,18 +167,21 @@ def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> lis
             parser.error(f"--{name} takes {', '.join(values)}, got {', '.join(unknown)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch sees, got none")
+    if options.limit is None:
+        options.limit = LIMITS[options.device]
     for name, least in (("limit", 0), ("steps", 1), ("view_batch", 1)):
         value = getattr(options, name)
-        if value < least or (name == "limit" and not value > 0):
+        if not least <= value < math.inf or (name == "limit" and not value > 0):
             parser.error(f"--{name.replace('_', '-')} must be {'positive' if least == 0 else 'at least 1'}, got {value:g}")
     if any(size < 1 for size in options.size or ()):
         parser.error(f"--size takes pixels per side, got {' '.join(map(str, options.size))}")
     if options.growth and (options.model or options.small):
-        parser.error("--growth is of the embedded model: it takes no --model and no --small")
-    if options.compare and not options.compare.exists():
-        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which does not exist")
+        given = " and ".join(["--growth", *(["--model " + " ".join(options.model)] if options.model else []), *["--small"] * options.small])
+        parser.error(f"--growth is of the embedded model and takes no --model and no --small, got {given}")
+    if options.compare and not options.compare.is_file():
+        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which is no file")
     if options.no_measure and options.again:
-        parser.error("--no-measure and --again exclude each other")
+        parser.error("--no-measure measures nothing, --again measures everything, got both")
     models = options.model or (("demo",) if options.growth else SMALL if options.small or options.device == "cpu" else TRUE)
     if large := [name for name in models if not SUBJECTS[name].small and (options.device == "cpu" or options.small)]:
         parser.error(f"--model {' '.join(large)} is of true size, for a GPU and without --small; small ones are {', '.join(SMALL)}")
@@ -181,10 +193,10 @@ def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> lis
     sizes = options.size or (GROWTH_SIZES if options.growth else ())
     return [
         Unit(model, size, method, how)
-        for model in models
-        for size in sizes or SUBJECTS[model].sizes
-        for method in methods
-        for how in hows
+        for model in dict.fromkeys(models)
+        for size in dict.fromkeys(sizes or SUBJECTS[model].sizes)
+        for method in dict.fromkeys(methods)
+        for how in dict.fromkeys(hows)
     ]  # fmt: skip
 
 

@@ -3,25 +3,33 @@
 Windows, in a stage: one of twice the native size, as the method draws it, against the same stage with attention in a higher precision:
 fp32 beside models of 16 bits, fp64 beside fp32. Its error may be twice that of torch's own attention in the model's precision, and four
 times where blocks are compiled, for there every operation rounds elsewhere. So the authors' form and ours are the same picture. Rounding
-of 16 bits grows through a network and could hide a small mistake, so that windows are held to their definition as well: on random
-tensors, in the model's precision, against the reference in fp64. Padded jitter has other windows in every call, and is held to the
-definition alone, at one offset. Views: MultiDiffusion whose views do not overlap is direct inference on every quarter of its noise; its
-averages, and DemoFusion's phases above the first, which is direct inference here, are held to their definitions by the project's tests.
+of 16 bits grows through a network and could hide a small mistake, so that windows are held to their definition as well, in the model's
+precision, on random tensors: small ones against the reference, and those of every layer at the very size that is timed against the
+sample of fp64 attention that `bench.gate` takes. Padded jitter has other windows in every call, and is held to the definition at one
+offset alone. Views: MultiDiffusion whose views do not overlap is direct inference on every quarter of its noise; its averages, and
+DemoFusion's phases above the first, which is direct inference here, are held to their definitions by the project's tests.
+
+Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import gate
 from bench.cascade_authors import Authors
 from bench.cascade_methods import METHODS, Drawn, Method
+from bench.shapes import Shape, Task
 from scalediff import plan
 from scalediff.families import family_of
 from scalediff.hooks import denoiser_of
@@ -42,7 +50,7 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.allowed
+        return math.isfinite(self.allowed) and self.error <= self.allowed
 
 
 class Gate:
@@ -51,6 +59,7 @@ class Gate:
     def __init__(self, drawn: Drawn) -> None:
         self._drawn = drawn
         self._exact, self._eager = cache(self._draw_exact), cache(self._draw_eager)
+        self._layers: dict[Shape, None] = {}  # of the stage that gates draw
 
     def prepare(self, method: Method) -> None:
         """Draw what the method will be compared with."""
@@ -58,12 +67,14 @@ class Gate:
             self._exact(method.text_queries)
             self._eager(method.text_queries)
 
-    def check(self, method: Method, *, compiled: bool = False) -> Iterator[Verdict]:
-        """None for what is the pipeline's own call with its own attention."""
+    def check(self, method: Method, size: int, *, compiled: bool = False) -> Iterator[Verdict]:
+        """Of a picture of `size` pixels; none for what is the pipeline's own call with its own attention."""
         if method.kind in ("views", "phases"):
             yield self._quarters() if method.kind == "views" else self._native(method)
         if method.attention == "npa":
             yield self._definition(method)
+        if method.attention == "npa" and method.authors != "jitter":
+            yield self._at_size(method, size)
         if method.attention == "npa" and method.authors != "jitter":
             exact, eager = self._exact(method.text_queries), self._eager(method.text_queries)
             actual = self._drawn.stage(method, steps=STEPS)
@@ -71,12 +82,58 @@ class Gate:
             yield Verdict("stage", _distance(actual, exact), allowed, "a stage of twice the native size, attention in higher precision")
 
     def _draw_exact(self, rule: str) -> Tensor:
-        with _computed_by(_wider):
+        with self._plain_attention(), _computed_by(_wider):
             return self._drawn.stage(_windows(rule), steps=STEPS)
 
     def _draw_eager(self, rule: str) -> Tensor:
-        with _computed_by(_torchs_own):
+        with self._plain_attention(), _computed_by(_torchs_own), _computed_by(self._seen):
             return self._drawn.stage(_windows(rule), steps=STEPS)
+
+    def _plain_attention(self) -> Any:
+        """What others are compared with is not computed by the backend under test."""
+        plain = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        return sdpa_kernel(plain, set_priority=True) if self._drawn.device == "cuda" else nullcontext()
+
+    def _seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Takes down the shape of every call."""
+
+        def call(q: Tensor, k: Tensor, *others: Tensor, **how: Any) -> Any:
+            text = others[1].shape[1] if len(others) > 1 else 0
+            batch, *grid, heads, dim = q.shape
+            groups = 0 if k.shape[3] == heads else k.shape[3]
+            self._layers[Shape((grid[0], grid[1]), how["window"], how["patch"], heads, dim, batch, text, groups, q.dtype)] = None
+            return function(q, k, *others, **how)
+
+        return call
+
+    def _at_size(self, method: Method, size: int) -> Verdict:
+        """Windows of every layer on the grid that is timed, held to a sample of attention in fp64."""
+        native = self._drawn.native[0]
+        rule = method.text_queries if self._drawn.joint else ""
+        self._eager(method.text_queries)
+        pairs: list[tuple[float, float]] = []
+        shapes = {replace(one, grid=(one.grid[0] * size // (2 * native), one.grid[1] * size // (2 * native))) for one in self._layers}
+        for shape in shapes:
+            task = Task("layer", shape, shape.dtype, self._drawn.device, rule)
+            inputs = task.inputs(0)
+            truth = gate.truth(inputs, "window")
+            how: dict[str, Any] = {"window": shape.window, "patch": shape.patch}
+            how |= {"text_rope": inputs.rope, "text_queries": rule} if rule else {}
+            found = _outputs(self._attention(method)(*inputs.image, *(inputs.text if rule else ()), **how))
+            for sample, out in zip((truth.image, truth.text), (found[0].flatten(1, 2), *found[1:]), strict=False):
+                if sample is not None:
+                    allowed = 2 * _distance(sample.eager, sample.exact) + _rounding(sample.exact, shape.dtype)
+                    pairs.append((_distance(out[:, sample.tokens], sample.exact), allowed))
+        error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
+        return Verdict("size", error, allowed, f"attention in fp64, a sample of {len(shapes)} kinds of layer at {size} pixels")
+
+    def _attention(self, method: Method, offset: tuple[int, int] | None = None) -> Callable[..., Any]:
+        """As a pass calls it."""
+        if method.authors:
+            theirs = Authors(denoiser_of(self._drawn.pipe), offset=offset if method.authors == "jitter" else None)
+            return theirs.joint if self._drawn.joint else theirs.image
+        ours = joint_neighborhood_patch_attention if self._drawn.joint else neighborhood_patch_attention
+        return partial(ours, impl=self._drawn.impl)
 
     def _native(self, method: Method) -> Verdict:
         side = self._drawn.native[0]
@@ -102,10 +159,7 @@ class Gate:
         how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset}
         how |= {"text_queries": method.text_queries, "text_rope": tuple(x.float() for x in rope) or None} if self._drawn.joint else {}
         ours = joint_neighborhood_patch_attention if self._drawn.joint else neighborhood_patch_attention
-        found = ours
-        if method.authors:
-            theirs = Authors(denoiser, offset=offset if method.authors == "jitter" else None)
-            found = theirs.joint if self._drawn.joint else theirs.image
+        found = self._attention(method, offset)
         precise = {**how, "impl": "reference"} | ({"text_rope": rope or None} if self._drawn.joint else {})
         actual, eager = _outputs(found(*tensors, **how)), _outputs(ours(*tensors, **how, impl="reference"))
         exact = _outputs(ours(*(x.double() for x in tensors), **precise))

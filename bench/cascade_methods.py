@@ -35,7 +35,7 @@ from scalediff.pipelines import cascade_of, native_size, preset, stage_sizes
 from scalediff.settings import Settings
 from scalediff.stage import Stage
 from scalediff.subclass import own_class
-from scalediff_kernels.neighborhood.api import TextQueries
+from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 Kind = Literal["direct", "views", "phases", "cascade"]
 
@@ -110,6 +110,11 @@ class Drawn:
         family = family_of(denoiser_of(self.pipe))
         assert family is not None
         return any(site.role == "joint" for site in family.sites(denoiser_of(self.pipe)))
+
+    @property
+    def impl(self) -> Impl:
+        """Of the attention: on a GPU the kernel for models of 16 bits or nothing, for what is timed as ours must be it."""
+        return "triton" if self.device == "cuda" and self.subject.dtype.itemsize == 2 else "auto"
 
     @property
     def settings(self) -> Settings:
@@ -226,7 +231,7 @@ class Drawn:
     def patched(self, method: Method) -> Iterator[None]:
         """Inside, the denoiser has the method's windows, for whatever is drawn in windows."""
         rule: TextQueries = method.text_queries if self.joint else "window"
-        with scalediff.patch_model(self.pipe, window=self.subject.window, text_queries=rule):
+        with scalediff.patch_model(self.pipe, window=self.subject.window, text_queries=rule, impl=self.impl):
             jitter = method.authors == "jitter"
             with Authors(denoiser_of(self.pipe), jitter=jitter).installed() if method.authors else nullcontext():
                 yield

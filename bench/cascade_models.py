@@ -38,6 +38,7 @@ class Subject:
         dtype: Of weights and latents.
         make: The pipeline on a device, and the arguments of its call that say what to draw.
         inputs: Of one pass of its denoiser for a latent grid, whatever device is the default: values do not matter, but for positions.
+        head_dim: D of its self-attention, for the choice of torch's backend on a GPU.
         window: Key/value window in tokens, where the model does not say what it was trained on; None: its own.
         small: Fit for a CPU.
     """
@@ -48,6 +49,7 @@ class Subject:
     dtype: torch.dtype
     make: Callable[[str], tuple[Any, dict[str, Any]]]
     inputs: Callable[[int, int], dict[str, Any]]
+    head_dim: int = 64
     window: Grid | None = None
     small: bool = False
 
@@ -181,14 +183,14 @@ _F32, _BF16 = torch.float32, torch.bfloat16
 SUBJECTS: Mapping[str, Subject] = {
     subject.name: subject
     for subject in (
-        Subject("sdxl", "SDXL base 1.0, random weights", (2048, 4096), _BF16, _sdxl, MODELS["sdxl"].inputs),
-        Subject("flux", "FLUX.1-dev, random weights", (2048, 4096), _BF16, _flux, MODELS["flux"].inputs),
-        Subject("sdxl-small", "a small random SDXL", (16, 32), _F32, _small_sdxl, _small_sdxl_inputs, WINDOW, True),
-        Subject("flux-small", "a small random FLUX", (32, 64), _F32, _small_flux, _small_flux_inputs, WINDOW, True),
-        Subject("demo", "the embedded model", (128, 256), _F32, _demo, _demo_inputs, None, True),
+        Subject("sdxl", "SDXL base 1.0, random weights", (2048, 4096), _BF16, _sdxl, MODELS["sdxl"].inputs, 64),
+        Subject("flux", "FLUX.1-dev, random weights", (2048, 4096), _BF16, _flux, MODELS["flux"].inputs, 128),
+        Subject("sdxl-small", "a small random SDXL", (16, 32), _F32, _small_sdxl, _small_sdxl_inputs, window=WINDOW, small=True),
+        Subject("flux-small", "a small random FLUX", (32, 64), _F32, _small_flux, _small_flux_inputs, window=WINDOW, small=True),
+        Subject("demo", "the embedded model", (128, 256), _F32, _demo, _demo_inputs, small=True),
     )
 }
 TRUE = tuple(name for name, subject in SUBJECTS.items() if not subject.small)
 SMALL = tuple(name for name, subject in SUBJECTS.items() if subject.small)
 GROWTH_SIZES = (128, 256, 512, 1024)
-GROWTH_METHODS = ("npa", "cascade-full", "direct")
+GROWTH_METHODS = ("npa", "authors", "cascade-full", "multidiffusion", "demofusion", "direct")

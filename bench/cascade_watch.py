@@ -2,7 +2,8 @@
 
 A watch times, stage by stage, every step and the passes of the denoiser in it, what the autoencoder encodes and decodes, latent frequency
 mixing and structure guidance. A stage's first step is not among them, for it pays what is paid once. In the last step, which is not
-among them either, it times the attention calls of the denoiser one by one. On a GPU by events, without waiting in between.
+among them either, it times the attention calls of the denoiser one by one: what it tells is their share of that step's passes, in
+seconds of the median step, so that a slow step is not taken for slow attention. On a GPU by events, without waiting in between.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class StageTimes:
         seconds: All of it.
         steps: Steps that are timed.
         denoiser, guidance: Of each of these.
-        attention, cross: Calls of one step: of the image to itself, and to and of text in one softmax; of the image to text.
-            None where they are inside compiled graphs.
+        attention, cross: Of the median of `denoiser`, by their share of the passes of the last step: calls of the image to itself, and
+            to and of text in one softmax; of the image to text. None where they are inside compiled graphs.
         encode, decode, mixing: Of the stage.
         rest: What is before its first step and after its last, beside these three.
         peak: Bytes; None where nobody counts.
@@ -228,17 +229,19 @@ class Watch:
             found = (s for s in marks.spans if s.name == name and (step is None or s.step == step))
             return sum(self._clock.seconds(s.begin, s.end) for s in found)
 
-        timed = range(1, self._steps - 1)
+        timed, last = range(1, self._steps - 1), self._steps - 1
+        denoiser = [total("denoiser", i) for i in timed]
+        scale = statistics.median(denoiser) / total("denoiser", last)
         first = next(span.begin for span in marks.spans if span.name == "denoiser")
         seconds = self._clock.seconds(marks.begin, marks.end)
         parts = {name: total(name) for name in ("encode", "decode", "mixing")}
         return StageTimes(
             seconds=seconds,
             steps=[self._clock.seconds(marks.steps[i - 1], marks.steps[i]) for i in timed],
-            denoiser=[total("denoiser", i) for i in timed],
+            denoiser=denoiser,
             guidance=[total("guidance", i) for i in timed],
-            attention=total("attention", self._steps - 1) if self._deep else None,
-            cross=total("cross", self._steps - 1) if self._deep else None,
+            attention=scale * total("attention", last) if self._deep else None,
+            cross=scale * total("cross", last) if self._deep else None,
             **parts,
             rest=max(0.0, seconds - self._clock.seconds(first, marks.steps[-1]) - sum(parts.values())),
             peak=marks.peak,

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
-from bench import cascade, cascade_authors, cascade_rows, harness
+from bench import cascade, cascade_authors, cascade_gate, cascade_rows, harness
 from bench.cascade_authors import Authors
 from bench.cascade_clock import HostClock, Memory
-from bench.cascade_gate import Gate
+from bench.cascade_gate import Gate, Verdict
 from bench.cascade_methods import METHODS, Drawn, Work
 from bench.cascade_models import SUBJECTS
 from bench.cascade_rows import Bench, Limits, Row, Unit
@@ -103,6 +103,8 @@ def test_every_method_yields_rows_or_says_why_not(benches: dict[str, Bench], mod
     assert all(row["status"] == "ok" for row in rows.values()), rows
     assert run["rate_of"] == "measured"
     assert float(run["measured_s"]) > 0 < float(run["composed_s"])
+    assert run["runs"] == "3", "what takes a blink is run three times"
+    assert float(run["p20_ms"]) <= 1000 * float(run["measured_s"]) * (1 + 1e-4)
     assert float(run["useful_tflop"]) > 0 < float(run["matrix_percent"])
     assert run["steps"] == "+".join(str(one.steps) for one in planned)
     for index, one in enumerate(planned, start=1):
@@ -112,10 +114,15 @@ def test_every_method_yields_rows_or_says_why_not(benches: dict[str, Bench], mod
         restarted = METHODS[method].kind == "cascade" and index > 1
         assert all((f"{stage}/{part}" in rows) == restarted for part in ("encode", "mixing", "guidance"))
         assert (f"{stage}/cross" in rows) == (model == "sdxl-small")
-        assert float(rows[f"{stage}/denoiser"]["p50_ms"]) <= float(rows[f"{stage}/step"]["p50_ms"])
+        calls, passes, step = (
+            sum(float(rows[f"{stage}/{part}"]["p50_ms"]) for part in parts if f"{stage}/{part}" in rows)
+            for parts in (("attention", "cross"), ("denoiser",), ("step",))
+        )
+        assert calls < passes * (1 + 1e-4)
+        assert passes <= step
         assert rows[f"{stage}/attention"]["backend"] not in ("", "triton")  # on a CPU torch answers
     gates = {name for name in rows if name.startswith("gate")}
-    windows = set() if method == "authors-jitter" else {"gate-stage"}
+    windows = set() if method == "authors-jitter" else {"gate-size", "gate-stage"}
     expected = {"gate-definition"} | windows if METHODS[method].attention == "npa" else set()
     assert gates == (expected or {"views": {"gate-quarters"}, "phases": {"gate-native"}}.get(METHODS[method].kind, set()))
 
@@ -212,7 +219,7 @@ def test_a_wrong_form_of_the_authors_does_not_pass(benches: dict[str, Bench], mo
     rows = rows_of(benches[model], unit(model, "authors"))
     assert list(rows) == ["gate-definition", "run"]
     assert {row["status"] for row in rows.values()} == {"FAILED"}
-    stage = next(v for v in Gate(benches[model].drawn).check(METHODS["authors"]) if v.name == "stage")
+    stage = next(v for v in Gate(benches[model].drawn).check(METHODS["authors"], TINY[model]) if v.name == "stage")
     assert not stage.passed, "the picture must show it, too"
 
 
@@ -225,17 +232,45 @@ def test_a_wrong_attention_of_ours_does_not_pass(benches: dict[str, Bench], monk
     monkeypatch.setattr(plan, "neighborhood_patch_attention", narrow)
     rows = rows_of(benches["sdxl-small"], unit("sdxl-small", "npa"))
     assert [(name, row["status"]) for name, row in rows.items()] == [
-        ("gate-definition", "ok"), ("gate-stage", "FAILED"), ("run", "FAILED"),
+        ("gate-definition", "ok"), ("gate-size", "ok"), ("gate-stage", "FAILED"), ("run", "FAILED"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["sdxl-small", "flux-small"])
+def test_an_attention_that_is_wrong_on_the_timed_grid_alone_does_not_pass(
+    benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    def sized(function: Any) -> Any:
+        def call(q: Tensor, *others: Tensor, **how: Any) -> Any:
+            found = function(q, *others, **how)
+            image = found[0] if isinstance(found, tuple) else found
+            if q.shape[1] * q.shape[2] > 16 * 16:
+                image[:, -1, -1] += 1e-3
+            return found
+
+        return call
+
+    for function in (neighborhood_patch_attention, joint_neighborhood_patch_attention):
+        monkeypatch.setattr(cascade_gate, function.__name__, sized(function))
+    gate = Gate(benches[model].drawn)
+    assert all(verdict.passed for verdict in gate.check(METHODS["npa"], TINY[model]))
+    failed = [verdict for verdict in gate.check(METHODS["npa"], 4 * TINY[model]) if not verdict.passed]
+    assert [verdict.name for verdict in failed] == ["size"]
+    assert f"layer at {4 * TINY[model]} pixels" in failed[0].what
+
+
+@pytest.mark.parametrize(("error", "allowed"), [(0.0, float("inf")), (float("inf"), float("inf")), (0.0, float("nan"))])
+def test_what_is_compared_with_something_not_finite_does_not_pass(error: float, allowed: float) -> None:
+    assert not Verdict("stage", error, allowed, "").passed
 
 
 @pytest.mark.parametrize("model", ["sdxl-small", "flux-small"])
 def test_views_in_the_wrong_places_do_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     multidiffusion, gate = import_module("scalediff.methods.multidiffusion"), Gate(benches[model].drawn)
-    assert all(verdict.passed for verdict in gate.check(METHODS["multidiffusion"]))
+    assert all(verdict.passed for verdict in gate.check(METHODS["multidiffusion"], TINY[model]))
     average = multidiffusion.average
     monkeypatch.setattr(multidiffusion, "average", lambda parts, where, size: average(parts, where[::-1], size))
-    (verdict,) = gate.check(METHODS["multidiffusion"])
+    (verdict,) = gate.check(METHODS["multidiffusion"], TINY[model])
     assert not verdict.passed
 
 
@@ -250,7 +285,7 @@ def test_a_wrong_base_of_demofusion_does_not_pass(benches: dict[str, Bench], mon
         return draw(method, size, **how)
 
     monkeypatch.setattr(drawn, "draw", other_text)
-    (verdict,) = Gate(drawn).check(METHODS["demofusion"])
+    (verdict,) = Gate(drawn).check(METHODS["demofusion"], 16)
     assert not verdict.passed
 
 
