@@ -8,14 +8,23 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import attention, gpu, gpu_parts, harness, lowpass
+from bench import attention, cascade, gpu, gpu_parts, harness, lowpass
 from bench.gpu_parts import PARTS, Part
 
-FACTS = {"machine": "NVIDIA H200", "commit": "0123abc", "python": "3", "torch": "2", "triton": "3", "diffusers": "absent"}
+FACTS = {
+    "machine": "NVIDIA H200",
+    "commit": "0123abc",
+    "python": "3",
+    "torch": "2",
+    "triton": "3",
+    "diffusers": "absent",
+    "natten": "absent",
+}
 
 
 @pytest.fixture
@@ -43,8 +52,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def told(name: str, *more: str, limit: float = 30.0, csv: str = "", needs: tuple[str, ...] = (), tool: str = "") -> Part:
-    return Part(name, f"part {name}", ("told", "--say", name, *more), limit, csv=csv, needs=needs, tool=tool)
+TOLD = "3 rows; 1 FAILED, first b: nothing said; skipped: 1 row"
+
+
+def told(name: str, *more: str, limit: float = 30.0, **facts: Any) -> Part:
+    return Part(name, f"part {name}", ("told", "--say", name, *more), limit, **facts)
 
 
 def main(
@@ -72,19 +84,35 @@ def test_without_a_gpu_one_sentence_and_status_2(
     assert not (tmp_path / "new").exists()
 
 
-def test_the_list_needs_no_gpu_and_has_the_parts_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+FIRST = ["tests", "kernel", "attention-goals", "cascade-sdxl", "cascade-flux"]
+
+
+def test_the_list_needs_no_gpu_and_says_how_long_all_of_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     gpu.main(["--list"])
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert " ".join(listed) == "tests kernel attention-quick cascade-sdxl cascade-flux filters sanitizer attention cascade-more"
+    *listed, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == [part.name for part in PARTS]
+    assert [part.name for part in PARTS[:5]] == FIRST
+    assert total == f"{len(PARTS)} parts, 68 minutes at their limits, 9 runs of 8 minutes; the first has room for {', '.join(FIRST)}"
+    assert "about seventy minutes, nine runs" in " ".join(str(gpu.__doc__).split())
     gpu.main(["--list", "--only", "sanitizer", "tests"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tests", "sanitizer"], "the order is not the caller's"
+    listed = capsys.readouterr().out.splitlines()[:-1]
+    assert [line.split()[0] for line in listed] == ["tests", "sanitizer"], "the order is not the caller's"
+
+
+def test_help_says_what_to_do_without_diffusers_and_without_git(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "unpack the wheels of diffusers, importlib-metadata and zipp" in said
+    assert "--commit $(git rev-parse --short HEAD)" in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--only", "tests", "speed"], "--only takes tests, kernel, .*, got speed"),
-        (["--minutes", "0"], r"--minutes must be positive, got 0\.0"),
+        (["--minutes", "0"], r"--minutes must be more than the 10 s in which a part is ended, got 0\.0"),
+        (["--minutes", "0.1"], r"got 0\.1"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,10 +136,37 @@ def test_every_command_is_one_that_its_benchmark_takes(part: Part) -> None:
     elif part.csv == "lowpass":
         assert lowpass._parser().parse_args(words).seconds == 0.2
     else:
-        cascade = pytest.importorskip("bench.cascade", reason="bench/cascade.py is not in this checkout")
         options = cascade._parser().parse_args(words)
         assert set(options.method) <= set(cascade.METHODS)
         assert set(options.model) <= set(cascade.SUBJECTS)
+
+
+def test_a_picture_is_of_one_part_and_what_is_compared_is_measured_in_one_way() -> None:
+    """Another limit is another measurement: it would replace the first, and no ratio is taken between the two."""
+    drawn: list[tuple[str, ...]] = []
+    ways: dict[tuple[str, ...], set[tuple[float, ...]]] = {}
+    for options in (cascade._parser().parse_args(part.arguments[1:]) for part in PARTS if part.csv == "cascade"):
+        (model,), (size,), (how,) = options.model, options.size, options.compile
+        drawn += [(model, str(size), method, how) for method in options.method]
+        ways.setdefault((model, how), set()).add((options.limit, options.steps, options.view_batch))
+    assert len(set(drawn)) == len(drawn)
+    assert all(len(way) == 1 for way in ways.values()), ways
+    assert all(steps >= 2 for way in ways.values() for _, steps, _ in way)
+
+
+def test_every_test_that_needs_a_gpu_is_run() -> None:
+    (part,) = (part for part in PARTS if part.name == "tests-all")
+    root = Path(__file__).parents[2]
+    marked = [path.relative_to(root) for path in (root / "tests").rglob("*.py") if re.search(r"\bmark\.gpu\b", path.read_text())]
+    assert Path("tests/kernels/test_on_the_gpu.py") in marked
+    assert not [path for path in marked if not any(path.is_relative_to(word) for word in part.arguments)]
+
+
+def test_what_a_part_is_run_with_names_the_packages_that_rows_are_skipped_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(harness, "package_version", lambda name: f"{name} 1")
+    found = gpu.facts(None)
+    assert (found["natten"], found["transformers"], found["diffusers"]) == ("natten 1", "transformers 1", "diffusers 1")
 
 
 def test_rows_of_one_shape_are_the_same_whoever_measures_them() -> None:
@@ -123,13 +178,13 @@ def test_rows_of_one_shape_are_the_same_whoever_measures_them() -> None:
 def test_parts_run_in_order_and_what_is_done_stands(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = [told("one"), told("two", csv="attention"), told("three")]
+    parts = [told("one"), told("two", csv="lowpass"), told("three")]
     status, rows, began = main(module, monkeypatch, parts)
     assert (status, began) == (0, ["one", "two", "three"])
     assert [row["status"] for row in rows.values()] == ["done"] * 3
     assert rows["one"]["note"] == "one", "the last line printed"
-    assert rows["two"]["note"] == "3 rows, 1 failed, 1 without a time", "of this commit alone"
-    assert rows["two"]["command"] == "python -m told --say two --csv attention-nvidia-h200.csv", "no folder of this machine in it"
+    assert rows["two"]["note"] == TOLD, "of this commit alone"
+    assert rows["two"]["command"] == "python -m told --say two --csv lowpass-nvidia-h200.csv", "no folder of this machine in it"
     assert "== two: python -m told" in (module / "gpu.log").read_text()
     capsys.readouterr()
     assert main(module, monkeypatch, parts)[2] == []
@@ -143,39 +198,70 @@ def test_parts_run_in_order_and_what_is_done_stands(
 def test_a_part_that_crashes_is_reported_and_the_next_one_runs(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
-    parts = [told("red", "--exit", "1"), told("crash", "--exit", "segfault", csv="attention"), told("last")]
+    parts = [told("red", "--exit", "1"), told("crash", "--exit", "segfault", csv="lowpass"), told("last")]
     status, rows, began = main(module, monkeypatch, parts)
     assert began == ["red", "crash", "last"]
     assert str(status).startswith("failed: red, crash; all that they printed is in ")
     assert rows["red"]["note"] == "exit status 1: red"
     assert rows["crash"]["note"].startswith("signal 6: ")
-    assert rows["crash"]["note"].endswith("; 3 rows, 1 failed, 1 without a time")
+    assert rows["crash"]["note"].endswith(f"; {TOLD}")
     assert rows["last"]["status"] == "done"
     assert main(module, monkeypatch, parts)[2] == ["red", "crash"], "failed parts do not stand"
-    assert "last            done before" in capsys.readouterr().out
+    assert re.search(r"^last +done before", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, rows, began = main(module, monkeypatch, [told("hang", "--sleep", "60", "--child", limit=3), told("last")])
     assert (status, began) == (0, ["hang", "last"])
     assert rows["hang"]["status"] == "stopped"
-    assert rows["hang"]["note"] == "after 3 s, its own limit; hang"
+    assert rows["hang"]["note"] == "after 3 s, its own limit, and nothing new in that time; hang"
     assert float(rows["hang"]["seconds"]) < 10
     stat = Path(f"/proc/{(module / 'child').read_text()}/stat")
     time.sleep(0.2)
     assert not stat.exists() or stat.read_text().split()[2] == "Z", "its child runs on"
 
 
+def test_a_part_that_was_stopped_with_nothing_to_show_comes_last_the_next_time(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are something to show, as long as there are more of them than before."""
+    parts = [told("hang", "--sleep", "60", limit=2), told("rows", "--sleep", "60", limit=3, csv="lowpass"), told("last", limit=1)]
+    assert main(module, monkeypatch, parts)[2] == ["hang", "rows", "last"]
+    _, rows, began = main(module, monkeypatch, parts)
+    assert began == ["rows", "hang"]
+    assert rows["rows"]["note"] == f"after 3 s, its own limit, and nothing new in that time; {TOLD}"
+    assert main(module, monkeypatch, parts)[2] == ["hang", "rows"]
+    assert main(module, monkeypatch, parts, "--again", "--only", "hang", "last")[2] == ["hang", "last"]
+
+
+def test_what_a_part_leaves_of_its_limit_is_for_the_next_ones(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much again as they have, at most."""
+    parts = [told("first"), told("second", "--sleep", "3.5", limit=3)]
+    rows = main(module, monkeypatch, parts)[1]
+    assert [row["status"] for row in rows.values()] == ["done", "done"]
+    assert main(module, monkeypatch, parts, "--again", "--only", "second")[1]["second"]["status"] == "stopped"
+    endless = [told("first"), told("second", "--sleep", "60", limit=1)]
+    assert "after 2 s, its own limit" in main(module, monkeypatch, endless, "--again")[1]["second"]["note"]
+
+
 def test_the_time_for_all_is_kept_and_what_did_not_fit_is_named(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    monkeypatch.setattr(gpu, "LEAST", 1.0)
-    parts = [told("first"), told("long", "--sleep", "60"), told("later")]
+) -> None:
+    """The seconds that a part is given to end in are of that time."""
+    parts = [told("first", least=1), told("long", "--sleep", "60", least=1), told("later", least=1)]
     status, rows, began = main(module, monkeypatch, parts, "--minutes", "0.07")
     assert (status, began) == (0, ["first", "long"])
     assert list(rows) == ["first", "long"], "what was not begun has no row"
-    assert "the end of the time for all parts" in rows["long"]["note"]
+    assert re.match(r"after [123] s, the end of the time for all parts", rows["long"]["note"]), "of 4.2 s, one is to end in"
     assert "not finished: long, later; the same command goes on with them" in capsys.readouterr().out
+
+
+def test_a_part_is_begun_with_the_time_that_it_needs_at_least(
+    module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [told("pictures", least=60), told("small", least=1)]
+    assert main(module, monkeypatch, parts, "--minutes", "0.5")[2] == ["small"]
+    assert re.search(r"pictures: did not fit, (28|29) s were left, it is begun with 60", capsys.readouterr().out)
+    assert all(part.least >= 60 for part in PARTS if part.csv == "cascade")
+    assert all(part.least < part.limit for part in PARTS)
 
 
 def test_what_is_missing_is_told_and_skipped(
@@ -188,6 +274,123 @@ def test_what_is_missing_is_told_and_skipped(
     assert rows["checked"]["note"] == "needs no-such-tool, not installed here"
     assert capsys.readouterr().out.count("needs no_such_package, not installed here") == 2
     assert main(module, monkeypatch, parts)[1]["models"]["status"] == "skipped", "and asked again"
+
+
+def test_without_diffusers_it_says_once_what_to_do(
+    module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    for place in (gpu, gpu_parts):
+        monkeypatch.setattr(place, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
+    parts = [told("pictures", needs=("diffusers",)), told("more", needs=("diffusers",))]
+    main(module, monkeypatch, parts)
+    out = capsys.readouterr().out
+    assert out.count("diffusers is not installed, so there are no whole pictures. Where diffusers is not installed") == 1
+    assert "pictures: skipped, needs diffusers, not installed here" in out
+
+
+def test_a_folder_on_the_path_is_found_from_wherever_a_part_runs(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(module)
+    monkeypatch.setenv("PYTHONPATH", ".")
+    monkeypatch.setattr(gpu_parts.harness, "ROOT", module / "tree")
+    (module / "out").mkdir()
+    assert main(module / "out", monkeypatch, [told("one", csv="lowpass")])[1]["one"]["status"] == "done"
+
+
+def test_a_tool_that_refuses_the_device_is_no_failure(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "E  ========= Error: Device not supported. See the list"
+    facts: dict[str, Any] = {"tool": "env", "refuses": "Device not supported"}
+    parts = [Part("refused", "", ("told", "--say", words, "--exit", "1"), 30, **facts), told("wrong", "--exit", "1", **facts)]
+    status, rows, _ = main(module, monkeypatch, parts)
+    assert (rows["refused"]["status"], rows["refused"]["note"]) == ("skipped", "env: Error: Device not supported. See the list")
+    assert rows["wrong"]["status"] == "failed"
+    assert str(status).startswith("failed: wrong;")
+    (part,) = (part for part in PARTS if part.name == "sanitizer")
+    assert part.refuses == "Device not supported"
+
+
+def row(name: str, status: str, note: str = "", **more: str) -> dict[str, str]:
+    return {"row": name, "status": status, "note": note} | more
+
+
+def test_rows_are_told_by_what_came_of_them_and_why() -> None:
+    rows = [
+        row("a", "ok", p50_ms="1"),
+        row("a/gate", "ok", part="gate"),
+        row("a/run", "ok", "composed, not measured: above --limit 50 s", part="run"),
+        row("b", "FAILED", "image: NaN"),
+        row("c", "error", "RuntimeError: No available kernel"),
+        row("d", "error", "OutOfMemoryError: CUDA"),
+        *(row(f"n{i}", "skipped", "the natten package is not installed") for i in range(5)),
+        *(row(f"m{i}", "skipped", f"needs about {i}.5 GB, 3 GB are free") for i in range(2)),
+    ]
+    assert gpu_parts.told(rows) == (
+        "12 rows; 1 FAILED, first b: image: NaN; 2 error, first c: RuntimeError: No available kernel; "
+        "natten is not installed: 5 rows; needs about N GB: 2 rows"
+    )
+    filters = {"case": "latent", "dtype": "float32", "operation": "low pass", "p50_ms": ""}
+    rows = [
+        filters | {"implementation": "eager", "p50_ms": "1", "note": ""},
+        filters | {"implementation": "kornia", "note": "ModuleNotFoundError: No module named 'kornia'"},
+        filters | {"implementation": "scalediff", "note": "AssertionError: error 2 exceeds 1"},
+        filters | {"implementation": "FFT", "note": "RuntimeError: cuFFT"},
+    ]
+    assert gpu_parts.told(rows) == (
+        "4 rows; 1 FAILED, first latent, float32, low pass, scalediff: AssertionError: error 2 exceeds 1; "
+        "1 error, first latent, float32, low pass, FFT: RuntimeError: cuFFT; kornia is not installed: 1 row"
+    )
+
+
+def test_errors_and_packages_that_came_are_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = row("a", "skipped", "the no_such_package package is not installed")
+    assert not gpu_parts.to_do([row("a", "ok"), row("b", "FAILED"), row("c", "skipped", "too large"), lacking])
+    assert gpu_parts.to_do([row("a", "error", "RuntimeError: out of memory")])
+    monkeypatch.setattr(gpu_parts, "find_spec", lambda name: name == "no_such_package" or None)
+    assert gpu_parts.to_do([lacking])
+
+
+def test_a_part_with_an_error_among_its_rows_does_not_stand(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [told("one", csv="lowpass"), told("two", csv="lowpass")]
+    assert main(module, monkeypatch, parts)[2] == ["one", "two"]
+    path = module / "lowpass-nvidia-h200.csv"
+    begin, mine = "row,status,p50_ms,commit,command\n", "python -m told --say {} --csv x"
+    path.write_text(f"{begin}a,ok,1,0123abc,{mine.format('one')}\nb,error,,0123abc,{mine.format('two')}\nc,error,,f,{mine.format('one')}\n")
+    assert main(module, monkeypatch, parts)[2] == ["two"], "rows are of the part whose command they name, and of one commit"
+
+
+def test_it_ends_with_the_goals_and_the_quick_shapes(
+    module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"machine": "NVIDIA H200", "commit": "0123abc", "cuda": "13", "status": "ok", "command": "x"}
+    flux = facts | {"row": "flux-4096/bf16/window/triton", "shape": "flux-4096", "provider": "triton", "p50_ms": "29", "tflops": "651"}
+    flux |= {"matrix_percent": "82"}
+    other = flux | {"row": "flux-4096/fp16/window/triton", "p50_ms": "28"}
+    failed = flux | {"row": "sdxl-64-4096/fp16/gather", "status": "FAILED", "provider": "gather", "p50_ms": ""}
+    older = flux | {"row": "flux-4096/bf16/global/triton", "commit": "4567def", "p50_ms": "27"}
+    harness.write_rows(module / "attention-nvidia-h200.csv", list(flux), [flux, other, failed, older])
+    main(module, monkeypatch, [told("one")])
+    out = capsys.readouterr().out
+    assert "kernel, FLUX 4096 px, 512 text, bf16: 651 TFLOP/s, met (" in out
+    assert re.search(r"SDXL 4096 px, a whole run, beside MultiDiffusion: not measured yet; at least .*x on H200", out)
+    assert "\nflux-4096/bf16/window/triton: 29 ms, 651 TFLOP/s\n" in out
+    assert [number for number in ("28", "27") if f"{number} ms" in out] == [], "another dtype than the model's, another commit"
+    assert "windows by SDPA" not in out, "a CPU's goal"
+    (module / "cascade-x.csv").write_text("name\na\n")
+    main(module, monkeypatch, [told("one")])
+    assert "no results: cascade-x.csv must have a column 'row'" in capsys.readouterr().out
+
+
+def test_goals_are_told_on_another_device_than_they_are_set_for(tmp_path: Path) -> None:
+    row = {
+        "row": "flux-4096/bf16/window/triton",
+        "status": "ok",
+        "provider": "triton",
+        "tflops": "500",
+        "p50_ms": "1",
+        "matrix_percent": "9",
+    }
+    row |= {"machine": "NVIDIA H100", "commit": "abc", "cuda": "13", "command": "x", "shape": "flux-4096"}
+    harness.write_rows(tmp_path / "attention-nvidia-h100.csv", list(row), [row])
+    assert [line for line in gpu.results(tmp_path, "NVIDIA H100", "abc") if "500 TFLOP/s, missed" in line and "on H200" in line]
 
 
 def test_a_damaged_csv_is_refused(module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
