@@ -1,19 +1,19 @@
 """What each part of the method does for the picture, on the embedded model: `python -m bench.quality`.
 
 The captions are those of held-out scenes, so the true picture of every prompt exists at the target size and is the
-reference of every column. All rows share prompts and seeds, hence their base pictures. A row goes to the CSV and to the
-markdown table as soon as it is measured.
+reference of every column. All rows share prompts and seeds, hence their base pictures. They take turns, batch by batch, so
+that what else the machine does meets all of them alike: all are complete in the last round, and a run that is interrupted before that
+adds no row. A row goes to the CSV and to the markdown table as soon as it is measured; rows that stand there and are not measured stay.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,31 @@ from torch import Tensor
 import scalediff
 from bench import harness
 from bench.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
-from bench.quality_rows import ABLATION, CASCADES, COLUMNS, LABELS, METHODS, SWEEP, SWITCHES, TABLES
+from bench.quality_rows import (
+    BATCH,
+    CASCADES,
+    COLUMNS,
+    FIELDS,
+    LABELS,
+    METHODS,
+    SPREAD,
+    SWEEP,
+    SWITCHES,
+    TABLES,
+    UNDRAWN,
+    markdown,
+    native_grid,
+    work,
+)
+from scalediff.allocator import keep_freed_memory
 from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
-from scalediff.families import family_of
-from scalediff.grid import level_grid, patch_of, window_of
+from scalediff.grid import patch_of
 from scalediff.hooks import denoiser_of
-from scalediff.methods.demofusion import phase_sizes
-from scalediff.methods.views import corners
 from scalediff.pipelines import native_size, preset, stage_sizes
-from scalediff_kernels.neighborhood.geometry import attention_flops
 
 FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the prompts
-BATCH = 4
-
-FACTS = ("command", "model", *harness.FACTS)
-FIELDS = ("row", *(field for field, _, _ in COLUMNS), *FACTS)
-LEGEND = f"""Every row has the same seeds and the same captions, those of the held-out scenes from seed {HELD_OUT_SEED} on, whose true
-renders are the reference. Discs: a true picture has one. SWD: sliced Wasserstein distance per Laplacian level, x 1000; spectrum
-distance: mean |log10| ratio of radial power; both are best low. HF ratio: share of the power above 0.25 cycles per pixel, best
-where the true renders have it. Seam z: steepness at the borders of the query patches, beside the largest of six other periods; a
-seam is 3 above them. Seconds: p50 over batches of {BATCH}, a batch's time shared out. Attention GFLOPs: useful FLOPs of
-self-attention for one picture, all stages and both passes of guidance, 2 per multiply-add. A switch is changed alone.
-MultiDiffusion and DemoFusion have views half a window apart. The last rows are true pictures of
-other scenes: what the distances are where only the distribution agrees. The rows above share hour, terrain and place with the
-reference and can come nearer on the coarse levels. Autoencoded: true pictures that went once through the model's autoencoder,
-the best texture that anything it decodes can have."""
+RESULTS = harness.ROOT / "bench" / "results"
+PAGE = harness.ROOT / "docs" / "quality.md"
 
 
 @dataclass(frozen=True)
@@ -66,97 +66,69 @@ class Task:
         return [caption(describe(HELD_OUT_SEED + i)) for i in range(self.n)]
 
 
-def draw(task: Task, row: str) -> tuple[Tensor, float]:
-    """The row's pictures, `[N, 3, size, size]` in 256 levels, and its median seconds per picture."""
-    images: list[Tensor] = []
-    seconds: list[float] = []
+@dataclass
+class Drawn:
+    """What a row has so far: pictures `[3, size, size]` in 256 levels, and by batch the seconds of a picture."""
+
+    images: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def draw(task: Task, row: str, first: int, drawn: Drawn) -> None:
+    """Add the batch of a row that begins with picture number `first`."""
+    prompts = task.prompts[first : first + BATCH]
+    generators = [torch.Generator().manual_seed(task.seed + first + i) for i in range(len(prompts))]
     task.pipe.set_progress_bar_config(disable=True)
+    since = time.perf_counter()
+    if row in CASCADES or row in METHODS:
+        chosen: dict[str, Any] = {"method": row} if row in METHODS else {"preset": replace(preset(task.pipe), **CASCADES[row])}
+        images = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **chosen).images
+    else:
+        settings = preset(task.pipe)
+        images = task.pipe(
+            prompts,
+            height=task.size,
+            width=task.size,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            generator=generators,
+        ).images
+    drawn.seconds.append((time.perf_counter() - since) / len(prompts))
+    drawn.images += [_to_tensor(picture) for picture in images]
+    print(f"{row}: {len(drawn.images)}/{task.n} pictures, {drawn.seconds[-1]:.2f} s each", file=sys.stderr, flush=True)
+
+
+def in_turn(task: Task, rows: Sequence[str]) -> Iterator[tuple[str, Drawn]]:
+    """Every row once its last batch is drawn, all in the last round; rows that no model draws come in their turn there, with nothing."""
+    found = {row: Drawn() for row in rows}
     for first in range(0, task.n, BATCH):
-        prompts = task.prompts[first : first + BATCH]
-        generators = [torch.Generator().manual_seed(task.seed + first + i) for i in range(len(prompts))]
-        since = time.perf_counter()
-        if row in CASCADES or row in METHODS:
-            chosen: dict[str, Any] = {"method": row} if row in METHODS else {"preset": replace(preset(task.pipe), **CASCADES[row])}
-            drawn = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **chosen).images
-        else:
-            settings = preset(task.pipe)
-            drawn = task.pipe(
-                prompts,
-                height=task.size,
-                width=task.size,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                generator=generators,
-            ).images
-        seconds.append((time.perf_counter() - since) / len(prompts))
-        images += [_to_tensor(picture) for picture in drawn]
-        print(f"{row}: {len(images)}/{task.n} pictures, {seconds[-1]:.2f} s each", file=sys.stderr, flush=True)
-    return torch.stack(images), statistics.median(seconds)
+        for row, drawn in found.items():
+            if row not in UNDRAWN:
+                draw(task, row, first, drawn)
+            if first + BATCH >= task.n:
+                yield row, drawn
 
 
-def work(pipe: Any, size: int, row: str) -> int:
-    """Useful FLOPs of self-attention for one square picture of a row."""
-    denoiser = denoiser_of(pipe)
-    family, native = family_of(denoiser), _native_grid(pipe)
-    assert family is not None  # stage_sizes has refused others
-    total = 0
-    for latent, attention, passes in _passes(pipe, size, row):
-        for site in family.sites(denoiser):
-            if site.role == "self":
-                grid = level_grid(latent, site.level)
-                window = window_of(native, site.level) if attention == "npa" else grid
-                module: Any = denoiser.get_submodule(site.name)
-                head_dim = module.to_q.out_features // module.heads
-                total += passes * attention_flops(grid=grid, window=window, heads=module.heads, head_dim=head_dim)
-    return total
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    """The columns of a row's time."""
+    p20, p50, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
+    return dict(zip(("seconds", *SPREAD), (p50, p20, p80), strict=True))
 
 
-def _passes(pipe: Any, size: int, row: str) -> list[tuple[tuple[int, int], str, int]]:
-    """The latent grids that a row's forward passes see, with what attention, and how many there are, both of guidance counted."""
-    factor, native = pipe.vae_scale_factor, _native_grid(pipe)
-    settings = replace(preset(pipe), **CASCADES.get(row, {}))
-    both = 2 if settings.guidance_scale > 1 else 1
-    steps = both * settings.steps
-    if row == "multidiffusion":
-        return [(native, "full", steps * views_of(pipe, (size, size)))]
-    if row == "demofusion":
-        phases = phase_sizes(pipe, size, size)
-        windows = [1 if k == 1 else views_of(pipe, phase) + k**2 for k, phase in enumerate(phases, start=1)]
-        return [(native, "full", steps * sum(windows))]
-    if row not in CASCADES:
-        return [((size // factor, size // factor), "full", steps)]
-    assert isinstance(settings.guidance_until, float)
-    guided = math.ceil(settings.guidance_until * settings.stage_steps)
-    above = both * guided + settings.stage_steps - guided
-    (y, x), *later = stage_sizes(pipe, size, size)
-    return [((y // factor, x // factor), "full", steps), *(((y // factor, x // factor), settings.attention, above) for y, x in later)]
-
-
-def views_of(pipe: Any, size: tuple[int, int]) -> int:
-    """Overlapping native windows on a picture of a size in pixels, half a window apart."""
-    y, x = _native_grid(pipe)
-    return len(corners((size[0] // pipe.vae_scale_factor, size[1] // pipe.vae_scale_factor), window=(y, x), stride=(y // 2, x // 2)))
-
-
-def _native_grid(pipe: Any) -> tuple[int, int]:
-    height, width = native_size(pipe)
-    return height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-
-
-def measure(task: Task, row: str, reference: Tensor) -> tuple[dict[str, float], Tensor]:
-    """The columns of one row of the ablation or the sweep, and its pictures."""
+def measure(task: Task, row: str, drawn: Drawn, reference: Tensor) -> tuple[dict[str, float], Tensor]:
+    """The columns of one row of the ablation, the switches or the sweep, and its pictures `[N, 3, size, size]`."""
     columns: dict[str, float] = {}
-    if row in ("true", "autoencoded"):
+    if row in UNDRAWN:
         images = _quantised(render(FLOOR_SEED, task.n, task.size))
         if row == "autoencoded":
             images = torch.cat([_autoencoded(task.pipe, batch) for batch in images.split(BATCH)])
     else:
-        images, seconds = draw(task, row)
-        columns = {"seconds": seconds} if row not in SWITCHES else {}
-        columns |= {"gflops": work(task.pipe, task.size, row) / 1e9}
+        images = torch.stack(drawn.images)
+        columns = _spread(drawn.seconds) if row not in SWITCHES else {}
+        attention, whole = work(task.pipe, task.size, row)
+        columns |= {"gflops": attention, "all_gflops": whole}
     swd = laplacian_swd(images, reference, generator=torch.Generator().manual_seed(0))
-    border = patch_of(_native_grid(task.pipe), 0)[0] * task.pipe.vae_scale_factor
-    seam, *controls = seam_score(images, period=border).values()
+    seam, *controls = seam_score(images, period=_border(task.pipe)).values()
     columns |= _discs(images, task.pipe) | {
         "swd": statistics.mean(swd.values()),
         "swd_fine": swd[max(swd)],
@@ -168,11 +140,17 @@ def measure(task: Task, row: str, reference: Tensor) -> tuple[dict[str, float], 
     return columns, images
 
 
+def _border(pipe: Any) -> int:
+    """Pixels from border to border of the query patches."""
+    return patch_of(native_grid(pipe), 0)[0] * int(pipe.vae_scale_factor)
+
+
 def native_rows(pipe: Any, *, n: int, seed: int) -> dict[str, dict[str, float]]:
     """Discs in `n` pictures drawn at native size, and in 512 true renders, where they say how good the detector is."""
     native = native_size(pipe)[0]
-    images, seconds = draw(Task(pipe, n, native, seed), "native")
-    return {"native": _discs(images, pipe) | {"seconds": seconds}, "native-true": _discs(render(FLOOR_SEED, 512, native), pipe)}
+    ((_, drawn),) = in_turn(Task(pipe, n, native, seed), ["native"])
+    found = _discs(torch.stack(drawn.images), pipe) | _spread(drawn.seconds)
+    return {"native": found, "native-true": _discs(render(FLOOR_SEED, 512, native), pipe)}
 
 
 def word_rows(pipe: Any, *, n: int, seed: int) -> dict[str, dict[str, float]]:
@@ -233,37 +211,9 @@ def _command(options: argparse.Namespace, row: str) -> str:
     return f"python -m bench.quality {what} --seed {options.seed}" + (f" --model {options.model}" if options.model else "")
 
 
-def markdown(records: Mapping[str, Mapping[str, str]]) -> str:
-    """One table per group of rows that has been measured, and under it what each was measured with."""
-    lines = ["# Picture quality on the embedded model", "", LEGEND]
-    for title, names in TABLES.items():
-        rows = [records[name] for name in names if name in records]
-        shown = [column for column in COLUMNS if any(row.get(column[0]) for row in rows)]
-        if rows:
-            lines += ["", f"## {title}", "", " | ".join(["", "row", *(heading for _, heading, _ in shown), ""]).strip()]
-            lines.append("|---|" + "--:|" * len(shown))
-        for row in rows:
-            cells = [form.format(float(row[field])) if row.get(field) else "-" for field, _, form in shown]
-            lines.append(" | ".join(["", LABELS.get(row["row"], row["row"]), *cells, ""]).strip())
-        groups: dict[tuple[str, ...], list[str]] = {}
-        for row in rows:
-            groups.setdefault(tuple(row[fact] for fact in FACTS), []).append(row["row"])
-        for (command, model, *versions), members in groups.items():
-            which = "" if len(groups) == 1 else f" ({', '.join(members)})"
-            torch_version, diffusers_version, machine, threads, commit = versions
-            lines += ["", f"`{command}`{which}: model {model}, torch {torch_version}, diffusers {diffusers_version},"]
-            lines.append(f"{machine}, {threads} threads, commit {commit}.")
-    return "\n".join(lines) + "\n"
-
-
-def summary(records: Mapping[str, Mapping[str, str]]) -> str:
-    """The README's table: the main columns of the ablation."""
-    shown = [column for column in COLUMNS if column[0] in ("one_disc", "discs", "swd", "seconds", "gflops")]
-    lines = ["| | " + " | ".join(heading for _, heading, _ in shown) + " |", "|---|" + "--:|" * len(shown)]
-    for row in (name for name in ("direct", *METHODS, *ABLATION) if name in records):
-        cells = [form.format(float(records[row][field])) for field, _, form in shown]
-        lines.append("| " + " | ".join([LABELS[row], *cells]) + " |")
-    return "\n".join(lines)
+def committed() -> list[dict[str, dict[str, str]]]:
+    """The rows of every machine that has been measured."""
+    return [harness.read_rows(path) for path in sorted(RESULTS.glob("quality-*.csv"))]
 
 
 def write_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = 6) -> None:
@@ -282,63 +232,115 @@ def write_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = 6) -> 
     sheet.save(path)
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = TABLES["The parts of the method"]
-    known = (*default, *SWITCHES, *SWEEP)
+def _parser() -> argparse.ArgumentParser:
+    known = (*TABLES["The parts of the method"], *SWITCHES, *SWEEP)
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, default=16, help="pictures per row (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="pixels per side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
     parser.add_argument("--model", type=Path, help="folder of another pipeline (default: the embedded model)")
-    parser.add_argument("--rows", default="", help=f"rows to measure, of {','.join(known)}")
-    parser.add_argument("--sweep", action="store_true", help="measure restart x cutoff instead of the ablation")
-    parser.add_argument("--switches", action="store_true", help="the rows of the switches instead")
-    parser.add_argument("--native", type=int, default=0, metavar="N", help="only count the discs of N pictures of native size")
-    parser.add_argument("--words", type=int, default=0, metavar="N", help="only check the words of N pictures per hour and place")
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "docs" / "quality.md", help="markdown table")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--rows", default="", help=f"rows to measure, of {','.join(known)}")
+    what.add_argument("--sweep", action="store_true", help="measure restart x cutoff instead of the ablation")
+    what.add_argument("--switches", action="store_true", help="the rows of the switches instead")
+    what.add_argument("--native", type=int, metavar="N", help="only count the discs of N pictures of native size")
+    what.add_argument("--words", type=int, metavar="N", help="only check the words of N pictures per hour and place")
+    what.add_argument("--doc", action="store_true", help="measure nothing, write the page from the rows that are there")
+    parser.add_argument("--out", type=Path, help="page (default: docs/quality.md; beside a --csv that is elsewhere)")
     results = f"quality-{harness.slug(harness.machine())}.csv"
-    parser.add_argument("--csv", type=Path, default=harness.ROOT / "bench" / "results" / results, help="results by row")
-    parser.add_argument("--sheet", type=Path, help="contact sheet (PNG)")
+    parser.add_argument("--csv", type=Path, default=RESULTS / results, help="results by row (default: bench/results/quality-MACHINE.csv)")
+    parser.add_argument("--sheet", type=Path, help="contact sheet, a .png or .jpg")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for, refused in words where it cannot be."""
     options = parser.parse_args(arguments)
-    options.rows = options.rows.split(",") if options.rows else list(SWEEP if options.sweep else SWITCHES if options.switches else default)
+    default = TABLES["The parts of the method"]
+    named = options.rows.split(",") if options.rows else SWEEP if options.sweep else SWITCHES if options.switches else default
+    options.rows = list(dict.fromkeys(named))
+    known = (*default, *SWITCHES, *SWEEP)
     if unknown := [row for row in options.rows if row not in known]:
         parser.error(f"--rows takes {', '.join(known)}, got {', '.join(unknown)}")
-    if options.n < 1 or options.native < 0:
-        parser.error(f"--n must be at least 1 and --native at least 0, got {options.n} and {options.native}")
+    for name in ("n", "native", "words"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2^63 - 1, got {options.seed}")
+    if options.model and not (options.model / "model_index.json").is_file():
+        parser.error(f"--model must be the folder of a pipeline, with its model_index.json, got {options.model}")
+    if options.sheet and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        parser.error(f"--sheet must be a .png or .jpg, got {options.sheet}")
+    options.csv = options.csv.resolve()
+    options.out = options.out or (PAGE if options.csv.parent == RESULTS else options.csv.with_suffix(".md"))
+    try:
+        records = harness.read_rows(options.csv)
+    except ValueError as error:
+        parser.error(f"--csv: {error}")
+    if foreign := {name for row in records.values() for name in row} - set(FIELDS):
+        parser.error(f"--csv must have no columns but those of this benchmark, got {', '.join(sorted(foreign))} in {options.csv}")
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
+def _loaded(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Any:
+    """The pipeline, refused in words where it cannot draw what was asked for."""
     if options.model:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(options.model, local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(str(options.model), local_files_only=True)
     else:
         pipe = scalediff.load_demo()
+    denoiser: Any = denoiser_of(pipe)
+    if not hasattr(denoiser, "config") or denoiser.config.get("addition_embed_type", "none") is not None:
+        parser.error(f"--model must have a U-Net that is told a prompt alone, got {type(pipe).__name__}")
+    if not options.native and not options.words:
+        try:
+            stage_sizes(pipe, options.size, options.size)
+            seam_score(torch.zeros(1, 3, options.size, options.size), period=_border(pipe))
+        except ValueError as error:
+            parser.error(f"--size {options.size}: {error}")
+    return pipe
+
+
+def _write_page(options: argparse.Namespace) -> None:
+    """Of all machines where results are committed, so that a run on another loses none of theirs."""
+    results = committed() if options.csv.parent == RESULTS else [harness.read_rows(options.csv)]
+    harness.write_text(options.out, markdown(*results))
+
+
+def _in_order(records: Mapping[str, Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Rows as the tables have them, then any that no table knows."""
+    known = [name for names in TABLES.values() for name in names]
+    return [records[name] for name in (*known, *(name for name in records if name not in known)) if name in records]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = _options(parser, arguments)
+    if options.doc:
+        _write_page(options)
+        return
+    keep_freed_memory()
+    pipe = _loaded(parser, options)
     measured_with = {"model": options.model.name if options.model else "embedded", **harness.facts()}
 
     def keep(row: str, columns: Mapping[str, float]) -> None:
-        cells = {field: f"{columns[field]:.6g}" if field in columns else "" for field, _, _ in COLUMNS}
-        record = {"row": row, **cells, "command": _command(options, row), **measured_with}
-        records = {**harness.read_rows(options.csv), row: record}
-        harness.write_rows(options.csv, FIELDS, [records[name] for names in TABLES.values() for name in names if name in records])
-        harness.write_text(options.out, markdown(records))
+        cells = {name: f"{value:.6g}" for name, value in columns.items()}
+        records = {**harness.read_rows(options.csv), row: {"row": row, **cells, "command": _command(options, row), **measured_with}}
+        harness.write_rows(options.csv, FIELDS, _in_order(records))
+        _write_page(options)
         print(", ".join([row, *(f"{heading} {form.format(columns[f])}" for f, heading, form in COLUMNS if f in columns)]), flush=True)
 
-    if options.words:
-        for row, columns in word_rows(pipe, n=options.words, seed=options.seed).items():
-            keep(row, columns)
-        return
-    if options.native:
-        for row, columns in native_rows(pipe, n=options.native, seed=options.seed).items():
+    if options.words or options.native:
+        counted, n = (word_rows, options.words) if options.words else (native_rows, options.native)
+        for row, columns in counted(pipe, n=n, seed=options.seed).items():
             keep(row, columns)
         return
     task = Task(pipe, options.n, options.size, options.seed)
     reference = _quantised(render(HELD_OUT_SEED, task.n, task.size))
     pictures = {"true renders of the captions": reference}
-    for row in options.rows:
-        columns, pictures[row] = measure(task, row, reference)
+    for row, drawn in in_turn(task, options.rows):
+        columns, pictures[row] = measure(task, row, drawn, reference)
         keep(row, columns)
         if options.sheet:
             write_sheet(options.sheet, pictures)

@@ -108,8 +108,12 @@ def demofusion(
     its outputs on local views and on dilated samples. Guidance and a step are linear in them, so that is the mix of the steps.
 
     The blur has 2 s - 1 taps and takes zeros beyond the border; mean and standard deviation are those of a sample over all its
-    channels. SDXL is told the corner of a view on the canvas with its margin as the coordinates of a crop. The autoencoder is the
+    channels. SDXL is told the size of the phase's picture, in a view the corner of it on the canvas with its margin as the coordinates
+    of a crop, and in dilated samples those of the pipeline's call: none, where the caller names none. The autoencoder is the
     pipeline's, in diffusers' tiles where one piece would not fit; the authors' own tiled decoder is not here.
+
+    For any U-Net, where the authors' is for SDXL. The paper knows whole multiples of the native size; a base of the target's shape and
+    a last phase cut to the target are ours. Steps and guidance are the preset's, all the steps in every phase.
 
     Args:
         pipe: A text-to-image pipeline around a U-Net, with DDIM or Euler; it is given back as it was.

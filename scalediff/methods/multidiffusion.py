@@ -75,6 +75,8 @@ def multidiffusion(
     The schedule is that of a window, also where the pipeline shifts it by size. SDXL is told the size of the whole picture and no crop
     in every view, as its pipeline tells it. A picture of one view is the pipeline's own.
 
+    One prompt for all views; region masks and their bootstrapping are not here.
+
     Args:
         pipe: A text-to-image pipeline around a U-Net, FLUX.1, SD3, Lumina-Next or Lumina 2; it is given back as it was.
         arguments: Of the pipeline's call, the same for every method: prompt, generator and the like. What they do not name of
