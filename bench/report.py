@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and the README's table of goals, from the CSVs of bench/results: `python -m bench.report --write`.
+"""docs/benchmarks.md and the README's tables of goals and of quality, from the CSVs of bench/results: `python -m bench.report --write`.
 
 Nothing in them is typed: a number is read or divided out of rows of one CSV, one device and one commit, and stands with its command.
 Plots are drawn where matplotlib is installed; without it the page is whole, and tells how to draw them.
@@ -11,36 +11,57 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import harness
-from bench.report_plots import PREFIX, Plot, draw, drawable, plots, state
-from bench.report_rows import Results, read
-from bench.report_tables import attention, checks, goals, pictures, work
+from bench.quality_rows import summary
+from bench.report_drawing import draw, drawable
+from bench.report_missing import missing
+from bench.report_pictures import pictures
+from bench.report_plots import PREFIX, Plot, plots, state
+from bench.report_rows import NOT_YET, Results, read
+from bench.report_tables import attention, checks, goals, work
 
 RESULTS = harness.ROOT / "bench" / "results"
 DOCS = harness.ROOT / "docs"
 README = harness.ROOT / "README.md"
 BEGIN, END = "<!-- python -m bench.report --write: from here -->", "<!-- to here -->"
+QUALITY_BEGIN, QUALITY_END = "<!-- python -m bench.report --write: quality -->", "<!-- to here: quality -->"
 PLOTS_HOW = '`pip install -e ".[bench]" && python -m bench.report --write`'
 
 LEGEND = """Made from the CSVs of `bench/results` by `python -m bench.report --write`, held by `--check`. Ratios are taken within one
-CSV, one device, one commit and one set of versions. "Useful" FLOPs are 2 for a multiply-add and count neither padding nor tiles; a
-"matrix product" is a large one of random numbers, measured in the same process. A row is timed after it passed its gate at that very
-shape, if it has one: direct inference and full attention are torch's own. What no machine has measured yet is written so."""
+CSV, one device, one commit, one set of versions and one way of measuring. "Useful" FLOPs are 2 for a multiply-add and count neither
+padding nor tiles; a "matrix product" is a large one of random numbers, measured in the same process. A row is timed after it passed its
+gate: of attention at that very shape; of whole pictures the windows of every layer at that very size, and a stage of twice the native
+one (`bench/cascade_gate.py` tells each method's). Direct inference and full attention of whole pictures are torch's own and have no gate.
+"x ours" is a row's time divided by ours: the Triton kernel's on a GPU, windows by SDPA on a CPU. What no machine has measured yet is
+listed at the end."""
 
 GPU = """What needs a GPU, the most valuable first, for eight minutes: `python -m bench.gpu --out FOLDER`; the same command goes on where it
-stopped, with tables of every shape after whole pictures. Then copy `FOLDER/*.csv` to `bench/results`, and run
+stopped, and `--list` tells its parts. Then copy `FOLDER/*.csv` to `bench/results`, and run
 `python -m bench.lowpass --doc docs/filters-measured.md` and `python -m bench.report --write`. One benchmark alone:
 `python -m bench.attention`, `bench.lowpass`, `bench.cascade`, on a CPU too."""
 
-PICTURES = """Runs by `python -m bench.cascade`: SDXL and FLUX at their true size and small models, with random weights, and the embedded
-model. "Composed" is the time of a watched step times the steps of a stage, and what a stage does once; "measured" a run from start to
-end, nothing watched. "x ours" is of composed times with blocks run the same way. Models named small have pictures of a few tokens: they
-show that every method runs, and their times are mostly Python's."""
+PICTURES = """Runs by `python -m bench.cascade`: SDXL and FLUX at their true size and small models, with random weights, and `demo`, the
+embedded model. "Composed" is the time of a watched step ("timed steps" of every stage were) times the steps of a stage, and what a stage
+does once; "measured" a run from start to end, nothing watched, where it takes no more than the command's --limit; of several such runs
+p50 (p20 - p80). "View batch" is how many views one pass has. "x ours" is of measured times where both rows have one, and says so where
+it is of composed ones; blocks are run the same way.
+
+Useful FLOPs count the autoencoder as it runs, in tiles where it works in tiles; [flops.md](flops.md) counts it in one piece with full
+attention, so the two differ by a few per cent. "Peak MB" is what torch has allocated on a GPU, and on a CPU the resident set of the
+process, what was there before the run included. There the process keeps memory that it has freed (docs/adr/0009), for every method
+alike."""
 
 ATTENTION = """One call by `python -m bench.attention`: ms are p50 (p20 - p80). "window" is neighborhood patch attention, "full" attention
-to the whole grid, "views" MultiDiffusion's views; "x ours" is the time over that of the kernel, on a CPU of windows by SDPA. There
-torch's attention works in smaller blocks, and at a lower rate, where a call has few queries, as a window has."""
+to the whole grid, "views" MultiDiffusion's views; each is counted and gated by its own definition. "Executed / useful" is how many FLOPs
+are run, padding and tiles included, for one that is useful; "made ready" what is done once for a shape, outside the clock, as a mask is.
+On a CPU torch's attention works in smaller blocks, and at a lower rate, where a call has few queries, as a window has."""
+
+MISSING = """By the names that the command lines take: of `python -m bench.attention` every shape in its model's dtype by every
+implementation, of `python -m bench.cascade` every model and size by every method, on a GPU with blocks run eagerly and compiled. What
+does not exist is not missing: implementations that refuse a rule for text, DemoFusion for FLUX, rules for text in models that have it in
+calls of its own, and the authors' jitter compiled."""
 
 ELSEWHERE = """- Low-pass filters and guided steps, by `python -m bench.lowpass`: [filters-measured.md](filters-measured.md).
+- Microseconds that the patch adds to a call, by `python -m bench.hook`: `bench/results/hook-*.csv`.
 - Picture quality on the embedded model, by `python -m bench.quality`: [quality.md](quality.md).
 - What the compiler makes of the kernels, by `python -m bench.compile`: [compiled.md](compiled.md)."""
 
@@ -54,6 +75,7 @@ def markdown(results: Results, docs: Path) -> str:
         ("Attention", [ATTENTION, *attention(results)]),
         ("Plots", _plots(plots(results), docs)),
         ("Work", ["Counted by `python -m bench.flops --write`; all sizes and parts: [flops.md](flops.md).", "", *work(results)]),
+        ("Not measured yet", [MISSING, "", *missing(results)]),
         ("Elsewhere", [ELSEWHERE]),
     ]
     lines = ["# Benchmarks", "", LEGEND]
@@ -66,22 +88,36 @@ def _plots(found: Sequence[Plot], docs: Path) -> list[str]:
     if not found:
         return [f"There is nothing to draw yet. Where there is: {PLOTS_HOW}."]
     here = [plot for plot in found if (docs / plot.file).exists()]
-    lines = [line for plot in here for line in (f"![{plot.title}: {plot.kind}]({plot.file})", "")]
-    missing = len(found) - len(here)
-    return [*lines, f"{missing} plots are not drawn; {PLOTS_HOW} draws them." if missing else f"Drawn by {PLOTS_HOW}."]
+    lines = [line for plot in here for line in (f"![{plot.title}]({plot.file})".replace("\n", ": "), "")]
+    left = len(found) - len(here)
+    return [*lines, f"{left} plots are not drawn; {PLOTS_HOW} draws them." if left else f"Drawn by {PLOTS_HOW}."]
 
 
 def readme(text: str, results: Results) -> str:
-    """The README with its table as it should be.
+    """The README with its tables as they should be.
 
     Raises:
-        ValueError: the lines that it stands between are missing.
+        ValueError: the lines that a table stands between are missing.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md must have the lines {BEGIN!r} and {END!r}, got {bool(begin)} and {bool(end)}")
-    return "\n".join([f"{before}{BEGIN}", "", *goals(results, readme=True), "", f"{END}{after}"])
+    text = _between(text, BEGIN, END, goals(results, readme=True))
+    return _between(text, QUALITY_BEGIN, QUALITY_END, quality(results))
+
+
+def _between(text: str, begin: str, end: str, lines: Sequence[str]) -> str:
+    """Lines in place of those that stand between two others."""
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"README.md must have the lines {begin!r} and {end!r}, got {bool(found)} and {bool(ended)}")
+    return "\n".join([f"{before}{begin}", "", *lines, "", f"{end}{after}"])
+
+
+def quality(results: Results) -> list[str]:
+    """The main columns of `bench.quality`, a table for every CSV."""
+    lines: list[str] = []
+    for file, records in results.quality.items():
+        lines += ["", f"{file}:", "", summary(records)] if len(results.quality) > 1 else [summary(records)]
+    return lines or [f"{NOT_YET}."]
 
 
 def wrong(results: Results) -> list[str]:
@@ -101,7 +137,7 @@ def _unknown(found: Sequence[Plot]) -> list[Path]:
 
 
 def write(results: Results) -> list[str]:
-    """The page, the README's table, and the plots where they can be drawn; what was not, in sentences."""
+    """The page, the README's tables, and the plots where they can be drawn; what was not, in sentences."""
     table = readme(README.read_text(), results)
     found = plots(results)
     for path in _unknown(found):
@@ -113,14 +149,14 @@ def write(results: Results) -> list[str]:
             (DOCS / plot.file).unlink()
     harness.write_text(DOCS / "benchmarks.md", markdown(results, DOCS))
     harness.write_text(README, table)
-    missing = [plot.file for plot in found if state(plot, DOCS) != "drawn"]
-    return [f"not drawn, matplotlib is not installed: {', '.join(missing)}; {PLOTS_HOW.strip('`')}"] if missing else []
+    left = [plot.file for plot in found if state(plot, DOCS) != "drawn"]
+    return [f"not drawn, matplotlib is not installed: {', '.join(left)}; {PLOTS_HOW.strip('`')}"] if left else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--write", action="store_true", help="write docs/benchmarks.md, the README's table and the plots")
+    how.add_argument("--write", action="store_true", help="write docs/benchmarks.md, the README's tables and the plots")
     how.add_argument("--check", action="store_true", help="fail where these are not what the CSVs say")
     options = parser.parse_args(arguments)
     try:

@@ -24,7 +24,7 @@ METHODS = {
 }
 FAMILIES = {
     "gather and SDPA": ("gather", "gather-cudnn", "gather-flash"),
-    "FlexAttention on tiles": ("flex", "flex-tuned", "flex-pretiled"),
+    "FlexAttention on tiles": ("flex", "flex-tuned", "flex-pretiled", "flex-options"),
     "NATTEN as called": ("natten",),
 }
 NO_TURNED_TEXT = ("FlexAttention on tiles", "NATTEN as called")  # text that is turned for each window is no option of theirs
@@ -41,7 +41,7 @@ class Found(NamedTuple):
     group: Group
     value: float | None
     words: str
-    commands: str = ""
+    commands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,11 @@ def comparable(task: str, family: str) -> str:
 
 
 def as_dense(group: Group) -> Found | None:
-    """Useful FLOP/s of windows by SDPA over those of full attention by SDPA, on the worst of the shapes."""
+    """Useful FLOP/s of windows by SDPA over those of full attention by SDPA, on the worst of the shapes; and how much sooner they end."""
     rows = {row["row"]: row for row in group.rows if row["shape"].startswith("cpu-")}
     tasks = [name.removesuffix("/sdpa") for name in rows if name.endswith("/sdpa")]
-    pairs = {task: (rows[f"{task}/sdpa"], rows[f"{task}/full"]) for task in tasks if f"{task}/full" in rows}
+    both = ((task, rows[f"{task}/sdpa"], rows.get(f"{task}/full")) for task in tasks)
+    pairs = {task: (mine, dense) for task, mine, dense in both if dense is not None and dense["status"] != "skipped"}
     if not pairs:
         return None
     for pair in pairs.values():
@@ -206,12 +207,13 @@ def as_dense(group: Group) -> Found | None:
             if row["status"] != "ok":
                 return Found(group, None, _refused(name, [row]))
     ratios = {task: float(mine["tflops"]) / float(dense["tflops"]) for task, (mine, dense) in pairs.items()}
-    words = ", ".join(f"{task} {ratio:.2f}" for task, ratio in ratios.items())
+    sooner = {task: float(dense["p50_ms"]) / float(mine["p50_ms"]) for task, (mine, dense) in pairs.items()}
+    words = "; ".join(f"{task.split('/')[0]} {ratio:.2f}, in {sooner[task]:.2f}x less time" for task, ratio in ratios.items())
     return Found(group, min(ratios.values()), words, _commands(*(row for pair in pairs.values() for row in pair)))
 
 
-def _commands(*rows: Row) -> str:
-    return ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+def _commands(*rows: Row) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row["command"] for row in rows))
 
 
 GOALS: tuple[Goal, ...] = (

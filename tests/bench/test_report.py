@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 import builtins
-import re
-from collections.abc import Mapping
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import attention, harness, report, report_plots
+from bench import attention, harness, report, report_drawing
 from bench.providers_compiled import PROVIDERS
 from bench.report_goals import FAMILIES, GOALS, KERNEL, METHODS, Goal, comparable
-from bench.report_plots import PARTS, plots, state
-from bench.report_rows import FACTS, NOT_YET, Results, read
+from bench.report_plots import plots, state
+from bench.report_rows import FACTS, HOW, NOT_YET, Results, read
 from bench.report_tables import goals
 from bench.shapes import tasks
+from tests.bench.made_up import CPU, H200, Table, call, part, run, written
 
-H200 = {
-    "machine": "NVIDIA H200",
-    "threads": "8",
-    "commit": "abc1234",
-    "python": "3.12.3",
-    "torch": "2.11.0",
-    "triton": "3.6.0",
-    "cuda": "13.0",
-}
-CPU = H200 | {"machine": "AMD EPYC", "threads": "2", "cuda": "", "triton": "absent"}
+README = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n{report.QUALITY_BEGIN}\nold\n{report.QUALITY_END}\nend\n"
 SHOWN = [goal for goal in GOALS if goal.readme]
-Table = Mapping[str, Mapping[str, str]]
-
-
-def run(
-    model: str, method: str, composed: float, measured: float | None = None, *, how: str = "eager", size: int = 4096, **more: str
-) -> Table:
-    """One run at 800 TFLOP/s of a matrix product and 8000 useful TFLOPs: a floor of 10 s."""
-    name = f"{model}/{size}/{method}/{how}/run"
-    return {name: {
-        "row": name, "status": "ok", "part": "run", "model": model, "size": str(size), "method": method, "compile": how,
-        "composed_s": f"{composed}", "measured_s": "" if measured is None else f"{measured}", "useful_tflop": "8000",
-        "matrix_tflops": "800", "matrix_percent": "50", "note": "", "command": f"python -m bench.cascade --model {model}", **H200, **more,
-    }}  # fmt: skip
-
-
-def part(model: str, method: str, name: str, seconds: float, *, size: int = 4096) -> Table:
-    row = f"{model}/{size}/{method}/eager/1-{size}/{name}"
-    return {row: {"row": row, "status": "ok", "part": name, "model": model, "size": str(size), "method": method, "compile": "eager",
-                  "in_run_s": f"{seconds}", "command": "python -m bench.cascade", **H200}}  # fmt: skip
-
-
-def call(task: str, provider: str, ms: float, *, status: str = "ok", note: str = "", facts: Mapping[str, str] = H200) -> Table:
-    name = f"{task}/{provider}"
-    return {name: {
-        "row": name, "status": status, "shape": task.split("/")[0], "dtype": task.split("/")[1], "provider": provider, "function": "window",
-        "p20_ms": f"{ms}", "p50_ms": f"{ms}", "p80_ms": f"{ms}", "tflops": f"{2000 / (ms or 1)}", "matrix_percent": "70",
-        "useful_gflop": "2000", "megabytes": "10000", "copy_gbs": "4000", "matrix_tflops": "800", "error": "1e-3", "note": note,
-        "command": "python -m bench.attention --quick", **facts,
-    }}  # fmt: skip
 
 
 @pytest.fixture
@@ -65,17 +28,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of nothing but results, docs and a README."""
     (tmp_path / "results").mkdir()
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "README.md").write_text(README)
     for name, value in (("RESULTS", "results"), ("DOCS", "docs"), ("README", "README.md")):
         monkeypatch.setattr(report, name, tmp_path / value)
     return tmp_path
-
-
-def written(place: Path, name: str, *tables: Table) -> Results:
-    rows = [row for table in tables for row in table.values()]
-    fields = list(dict.fromkeys(field for row in rows for field in row))
-    harness.write_rows(place / "results" / name, fields, [dict.fromkeys(fields, "") | row for row in rows])
-    return read(place / "results")
 
 
 def told(results: Results, what: str, *, number: int = 0) -> str:
@@ -96,12 +52,12 @@ def test_without_rows_every_goal_and_every_row_is_not_measured_yet(place: Path) 
     assert len([line for line in goals(results) if NOT_YET in line]) == len(GOALS)
     page = report.markdown(results, place / "docs")
     for words in (
-        "| H200 | sdxl | 4096 | DemoFusion | not measured yet |",
-        "| CPU | cpu-64/fp32 | sdpa, gather, flex, full | not measured yet |",
+        "| H200 | sdxl, 4096 px | all methods |",
+        "| H200 | flux-4096 | all implementations |",
+        "| CPU | cpu-64 | all implementations |",
+        "| CPU | demo, 1024 px | all methods |",
     ):
         assert words in page
-    for task in KERNEL:
-        assert f"| H200 | {task} | triton, gather, " in page
     assert "on a GPU: not run yet." in page
     assert "There is nothing to draw yet" in page
 
@@ -120,14 +76,12 @@ def test_numbers_are_divided_out_of_the_rows(place: Path) -> None:
     assert told(results, SDXL.format("over the floor of its FLOPs")) == "2x, met (20 s composed, floor 10 s, eager)"
     assert told(results, FLUX.format("beside MultiDiffusion")).startswith("3x, missed (")
     assert told(results, FLUX.format("over the floor of its FLOPs")).startswith("1.4x, met (")
-    (line,) = (line for line in goals(results) if "beside DemoFusion" in line)
-    assert (
-        "`python -m bench.cascade --model sdxl`: NVIDIA H200, torch 2.11.0, triton 3.6.0, cuda 13.0, python 3.12.3, commit abc1234" in line
-    )
+    versions = "NVIDIA H200, torch 2.11.0, triton 3.6.0, cuda 13.0, python 3.12.3, commit abc1234"
+    assert goals(results)[-2:] == [
+        "", f"cascade-nvidia-h200.csv, `python -m bench.cascade --model sdxl`, `python -m bench.cascade --model flux`: {versions}."
+    ]  # fmt: skip
     page = report.markdown(results, place / "docs")
-    assert "| sdxl | 4096 | DemoFusion | eager |  | 200 | 10.00 | 8000 | 50 |" in page
-    assert "| H200 | sdxl |" not in page, "nothing of SDXL is missing"
-    assert f"| H200 | flux | 4096 | {METHODS['authors-jitter']} | not measured yet |" in page
+    assert "| sdxl | 4096 | DemoFusion | eager | 200 | 10.00 composed | 8000 | 50 |  |" in page
 
 
 def test_a_goal_just_missed_is_missed(place: Path) -> None:
@@ -153,8 +107,8 @@ def test_a_baseline_counts_at_its_best_of_what_both_were_tried_in(place: Path) -
     assert told(written(place, "cascade-x.csv", *tables, refused), what) == "8x, met (10 s for 80 s, composed; compiled for eager)"
 
 
-@pytest.mark.parametrize("fact", ["commit", "torch", "machine"])
-def test_no_ratio_between_commits_versions_or_devices(place: Path, fact: str) -> None:
+@pytest.mark.parametrize("fact", ["commit", "torch", "machine", "card", *HOW])
+def test_no_ratio_between_commits_versions_devices_or_ways(place: Path, fact: str) -> None:
     other = run("sdxl", "multidiffusion", 90, **{fact: "NVIDIA H200 NVL" if fact == "machine" else "another"})
     results = written(place, "cascade-x.csv", run("sdxl", "npa", 20), other)
     assert told(results, SDXL.format("beside MultiDiffusion")) == f"{NOT_YET}: MultiDiffusion was not run beside it"
@@ -194,7 +148,7 @@ def test_what_failed_is_told_and_is_no_number(place: Path) -> None:
     results = written(place, "cascade-x.csv", failed, run("sdxl", "multidiffusion", 90))
     for what in ("beside MultiDiffusion", "over the floor of its FLOPs"):
         assert told(results, SDXL.format(what)) == "FAILED, ScaleDiff, ours: not timed: it did not pass its gate"
-    assert "| sdxl | 4096 | ScaleDiff, ours | eager |  |  |  |  |  |  | FAILED: not timed" in report.markdown(results, place / "docs")
+    assert "| sdxl | 4096 | ScaleDiff, ours | eager |  |  |  | FAILED: not timed" in report.markdown(results, place / "docs")
     skipped = run("sdxl", "demofusion", 1, status="skipped", note="too long")
     results = written(place, "cascade-x.csv", run("sdxl", "npa", 20), skipped)
     assert told(results, SDXL.format("beside DemoFusion")) == f"{NOT_YET}: DemoFusion skipped, too long"
@@ -226,10 +180,6 @@ def test_the_kernel_beside_the_best_of_every_family(place: Path) -> None:
     assert told(results, f"{title}, beside gather and SDPA") == "2.5x, met (3 ms for 7.5 ms, gather-cudnn)"
     assert told(results, f"{title}, beside FlexAttention on tiles") == "2.5x, met (2 ms for 5 ms, flex-pretiled)"
     assert told(results, f"{title}, beside NATTEN as called") == f"{NOT_YET}: NATTEN as called skipped, the natten package is not installed"
-    page = report.markdown(results, place / "docs")
-    assert f"| {task} | gather-cudnn | window | 7.5 (7.5 - 7.5) | 2.50 |" in page
-    assert "Skipped: natten, the natten package is not installed (1 rows)." in page
-    assert f"| H200 | {task} | full, full-cudnn, multidiffusion-cudnn | not measured yet |" in page
 
 
 def test_windows_on_a_cpu_count_on_their_worst_shape(place: Path) -> None:
@@ -237,21 +187,11 @@ def test_windows_on_a_cpu_count_on_their_worst_shape(place: Path) -> None:
                                                                             (64, "full", 8))]  # fmt: skip
     results = written(place, "attention-amd-epyc.csv", *tables)
     goal = next(goal for goal in SHOWN if goal.device == "CPU")
-    assert told(results, goal.what) == "0.8x, missed (cpu-32/fp32 0.95, cpu-64/fp32 0.80)"
-    (line,) = (line for line in goals(results, readme=True) if "AMD EPYC" in line)
-    assert line.endswith("`python -m bench.attention --quick`: AMD EPYC, torch 2.11.0, python 3.12.3, 2 threads, commit abc1234 |")
-    assert "| CPU | cpu-128/fp32 | sdpa, gather, flex, full | not measured yet |" in report.markdown(results, place / "docs")
-
-
-def test_shares_of_a_run(place: Path) -> None:
-    seconds = {"step": 10, "denoiser": 8, "attention": 3, "cross": 1, "guidance": 1, "decode": 2, "mixing": 0.5}
-    results = written(place, "cascade-x.csv", run("sdxl", "npa", 12.5), *(part("sdxl", "npa", name, s) for name, s in seconds.items()))
-    cells = ["24.0%", "8.0%", "32.0%", "8.0%", "8.0%", "4.0%", "0.0%", "16.0%", "0.0%"]
-    assert f"| sdxl | 4096 | ScaleDiff, ours | eager | {' | '.join(cells)} |" in report.markdown(results, place / "docs")
-    (plot,) = plots(results)
-    assert {name: line[1] for name, line in plot.lines.items()}["rest of the denoiser"] == [4.0]
-    assert sum(line[1][0] for line in plot.lines.values()) == pytest.approx(12.5)
-    assert set(plot.lines) == set(PARTS)
+    assert told(results, goal.what) == "0.8x, missed (cpu-32 0.95, in 0.95x less time; cpu-64 0.80, in 0.80x less time)"
+    *lines, _, made = goals(results, readme=True)
+    assert max(map(len, lines)) < 200
+    versions = "AMD EPYC, torch 2.11.0, python 3.12.3, 2 threads, commit abc1234"
+    assert made == f"attention-amd-epyc.csv, `python -m bench.attention --quick`: {versions}."
 
 
 def test_tests_on_a_device_are_told(place: Path) -> None:
@@ -272,20 +212,12 @@ def measured(place: Path) -> Results:
         run("sdxl", "npa", 5, size=2048),
         run("sdxl", "npa", 20),
         part("sdxl", "npa", "step", 20),
+        part("sdxl", "npa", "denoiser", 15),
         part("sdxl", "npa", "attention", 4),
     ]
     written(place, "cascade-x.csv", *tables, run("flux", "npa", 20))
     task = "sdxl-64-4096/fp16"
     return written(place, "attention-x.csv", call(task, "triton", 4), call(task, "full", 8), call(task, "natten", 0, status="skipped"))
-
-
-def test_plots_have_the_numbers_of_the_rows(place: Path) -> None:
-    found = {plot.kind: plot for plot in plots(measured(place))}
-    assert found["latency"].lines == {"ScaleDiff, ours, eager": ([2048.0, 4096.0], [5.0, 20.0])}, "one size of FLUX is no curve"
-    roofline = found["roofline"]
-    assert roofline.lines == {"triton, fp16": ([200.0], [500.0]), "full, fp16": ([200.0], [250.0])}
-    assert roofline.ceilings == {"fp16": (4000.0, 800.0)}
-    assert re.fullmatch(r"benchmarks-roofline-nvidia-h200-abc1234-torch-2-11-0-[0-9a-f]{4}\.svg", roofline.file), roofline.file
 
 
 def test_without_matplotlib_the_page_is_whole_and_says_how_to_draw(
@@ -299,7 +231,7 @@ def test_without_matplotlib_the_page_is_whole_and_says_how_to_draw(
         return own(name, *rest, **how)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(report_plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(report_drawing, "find_spec", lambda name: None)
     (place / "docs" / plots(results)[0].file).write_text("numbers of another day")
     report.main(["--write"])
     assert "not drawn, matplotlib is not installed: benchmarks-latency" in capsys.readouterr().out
@@ -317,7 +249,7 @@ def test_plots_of_other_numbers_and_of_nothing_are_found_without_drawing(place: 
         (place / "docs" / plot.file).write_text(f"<svg>numbers {plot.digest}</svg>")
         assert state(plot, place / "docs") == "drawn"
     (place / "docs" / "benchmarks.md").write_text(report.markdown(results, place / "docs"))
-    report.README.write_text(report.readme(report.README.read_text(), results))
+    report.README.write_text(report.readme(README, results))
     assert report.wrong(results) == []
     assert (place / "docs" / "benchmarks.md").read_text().count(".svg)") == 3
     (place / "docs" / "benchmarks-share-gone.svg").write_text("<svg/>")
@@ -343,16 +275,49 @@ def test_a_page_that_departs_is_named_with_its_line(place: Path, capsys: pytest.
     assert stop.value.code == 0
     text = (place / "README.md").read_text()
     assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
+    assert "\nafter\n" in text
+    assert text.endswith("\nend\n")
     assert "old" not in text
     (place / "README.md").write_text(text.replace(f"at least 12x | {NOT_YET}", "at least 12x | 13x"))
     with pytest.raises(
         SystemExit, match=r"README.md, line 7, is not what is counted now, got '.*13x.*\nrun python -m bench.report --write"
     ):
         report.main(["--check"])
-    (place / "README.md").write_text("no place for it")
-    with pytest.raises(SystemExit, match=r"README.md must have the lines .* got False and False"):
+
+
+@pytest.mark.parametrize(("gone", "name", "seen"), [
+    (report.BEGIN, "from here", "False and False"), (report.END, "from here", "True and False"),
+    (report.QUALITY_BEGIN, "quality", "False and False"), (report.QUALITY_END, "quality", "True and False"),
+])  # fmt: skip
+def test_a_readme_without_a_place_for_a_table_is_refused(place: Path, gone: str, name: str, seen: str) -> None:
+    (place / "README.md").write_text(README.replace(gone, ""))
+    with pytest.raises(SystemExit, match=rf"README.md must have the lines '.*{name} -->' and '.*', got {seen}"):
         report.main(["--write"])
+
+
+def drawn_by(method: str, discs: float) -> Table:
+    return {method: {"row": method, "one_disc": "0.5", "discs": f"{discs}", "swd": "100", "seconds": "2", "gflops": "20"}}
+
+
+def test_the_readme_has_the_table_of_quality(place: Path) -> None:
+    assert f"{report.QUALITY_BEGIN}\n\n{NOT_YET}.\n" in report.readme(README, read(place / "results"))
+    results = written(place, "quality-x.csv", drawn_by("direct", 5.31), drawn_by("npa", 1.0625))
+    report.main(["--write"])
+    assert "| NPA + LFM + SG | 50.0% | 1.06 | 100.0 | 2.00 | 20.00 |\n\n" + report.QUALITY_END in report.README.read_text()
+    assert report.wrong(results) == []
+    assert report.wrong(written(place, "quality-x.csv", drawn_by("direct", 5.31), drawn_by("npa", 2)))
+    text = report.readme(README, written(place, "quality-y.csv", drawn_by("npa", 3)))
+    assert "quality-x.csv:\n\n| |" in text
+    assert "quality-y.csv:\n\n| |" in text
+
+
+def test_the_report_needs_none_of_what_measuring_needs() -> None:
+    missing = ("diffusers", "transformers", "triton", "matplotlib", "PIL")
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); from bench import report; from bench.report_rows import read"
+    code += "; results = read(report.RESULTS.parent); print(report.markdown(results, report.DOCS), report.quality(results))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=True)
+    assert "| H200 | flux-4096 | all implementations |" in ran.stdout
+    assert ran.stdout.endswith("['not measured yet.']\n")
 
 
 def test_a_damaged_csv_is_refused(place: Path) -> None:
@@ -367,9 +332,12 @@ def test_the_benchmarks_write_the_columns_that_are_read() -> None:
     def columns(table: Table) -> set[str]:
         return {column for row in table.values() for column in row}
 
-    assert columns(call("a/b", "c", 1)) | set(FACTS) - {"diffusers"} <= set(attention.FIELDS)
+    assert columns(call("a/b", "c", 1)) | set(FACTS) - {"diffusers", *HOW} | {"executed_gflop", "setup_ms"} <= set(attention.FIELDS)
     cascade = pytest.importorskip("bench.cascade", reason="bench/cascade.py is not in this checkout")
-    assert columns(run("a", "b", 1)) | columns(part("a", "b", "c", 1)) | set(FACTS) - {"natten"} | {"peak_megabytes"} <= set(cascade.FIELDS)
+    rows = (
+        columns(run("a", "b", 1)) | columns(part("a", "b", "c", 1)) | {"p20_ms", "p50_ms", "p80_ms", "peak_megabytes", "before_megabytes"}
+    )
+    assert rows | set(FACTS) - {"natten"} <= set(cascade.FIELDS)
     assert set(METHODS) >= set(cascade.METHODS)
 
 
