@@ -1,318 +1,292 @@
 """Low-pass filters and guided steps against what else does the job: `python -m bench.lowpass`.
 
 Every row of the paper's filter is first compared with the definition in fp64, at that very shape; ours and the compiled ones are timed only
-within the error budget that eager torch sets. A row goes to the CSV as soon as it is
-measured, and what stands there is not measured again; `--doc docs/filters-measured.md` writes the page from the committed CSVs.
+within the error budget that eager torch sets. Sets of inputs are taken in turn, so that caches are cold. A row that fails its gate says
+FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are measured, and a second run of the same commit, machine
+and versions goes on where the first one stopped. On a CPU the process keeps the memory that a call frees for the next one, whoever calls
+(`scalediff.allocator`). `--doc docs/filters-measured.md` writes the page from the committed CSVs.
 
-Legend: B batch, C channels, Y x X pixels; bytes are those that an operation must move, every picture read or written once per pass.
+Bytes are those that an operation must move, every picture read or written once per pass.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import math
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bench import harness
-from bench.timing import launches, measure
-from scalediff_kernels import GuidedStep, NoiseLevel, low_pass, mix_frequencies
-from scalediff_kernels.lowpass.reference import low_pass_reference
-from scalediff_kernels.steps.reference import guided_step_reference
-from scalediff_kernels.testing import assert_within_budget
+from bench import harness, lowpass_page
+from bench.gate import GateFailed
+from bench.lowpass_cases import FEATURES, IMPLEMENTATIONS, LATENTS, Call, Case, Implementation, Operation, Pictures
+from bench.lowpass_page import KEPT, RETURNED
+from bench.timing import launches, measure_in_turn, peak_memory
+from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
-CUTOFF, GAMMA, LEVEL = 0.125, 0.7, NoiseLevel.of_alpha_bar(0.4)
 RESULTS = harness.ROOT / "bench" / "results"
+CPU_CACHE = 2**26  # bytes, assumed
 
-LEGEND = """Milliseconds are p50 (p20 - p80) of single calls; MB are those that the operation must move; "of copy" is the time of
-`dst.copy_(src)` for as many bytes in the same run over the time of the row; "x" is the time of eager torch, with one filter per operation,
-over the time of the row. Rows of scalediff and torch.compile passed the [error budget](numerics.md) that "eager" sets at that shape before
-they were timed; "line by line" is shown with its error, which may exceed it. FFT and Gaussian blurs are other filters for the same
-purpose. Cutoff 1/8, epsilon prediction. Made by `python -m bench.lowpass` (the options used stand above each table) and
-`python -m bench.lowpass --doc docs/filters-measured.md`."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """Pictures of one shape."""
-
-    name: str
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
-
-    def pictures(self, device: str) -> list[Tensor]:
-        """x, model output, reference."""
-        rng = torch.Generator().manual_seed(0)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return [torch.randn(self.shape, generator=rng).to(device, self.dtype).contiguous(memory_format=layout) for _ in range(3)]
-
-
-LATENTS = [
-    Case(f"latent {b} x {c} x 512 x 512", (b, c, 512, 512), dtype)
-    for dtype in (torch.float32, torch.float16)
-    for b, c in ((1, 4), (4, 4), (1, 16), (4, 16))
-]
-FEATURES = [
-    Case(f"features 1 x {c} x 512 x 512", (1, c, 512, 512), dtype, last)
-    for dtype, c in ((torch.float32, 256), (torch.bfloat16, 512))
-    for last in (False, True)
-]
-
-
-def eager_low_pass(x: Tensor) -> Tensor:
-    """As it is written by hand: antialiased bilinear down, bilinear up."""
-    size = [int(n * CUTOFF) for n in x.shape[-2:]]
-    down = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return F.interpolate(down, size=x.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def eager_mix(high: Tensor, low: Tensor) -> Tensor:
-    return high + eager_low_pass(low - high)
-
-
-def eager_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
-    """One filter a step, its result moved into epsilon: the best that can be written by hand."""
-    x0 = (x - LEVEL.noise * output) / LEVEL.signal
-    return output - (GAMMA * LEVEL.signal / LEVEL.noise) * eager_low_pass(reference - x0)
-
-
-def published_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
-    """The definition line by line, with two filters a step, then back to epsilon."""
-    x0 = (x - LEVEL.noise * output) / LEVEL.signal
-    x0 = x0 + GAMMA * (eager_low_pass(reference) - eager_low_pass(x0))
-    return (x - LEVEL.signal * x0) / LEVEL.noise
-
-
-def fft_low_pass(x: Tensor) -> Tensor:
-    """A radial Butterworth filter of order 4 through the Fourier transform, with the mask made beforehand as users do."""
-    mask = _fft_mask(x.shape[-2], x.shape[-1], x.device)
-    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x.float()) * mask, s=x.shape[-2:])
-    return filtered.to(x.dtype)
-
-
-_masks: dict[Any, Tensor] = {}
-
-
-def _fft_mask(height: int, width: int, device: torch.device) -> Tensor:
-    key = (height, width, device)
-    if key not in _masks:
-        squared = torch.fft.fftfreq(height, 0.5, device=device)[:, None] ** 2 + torch.fft.rfftfreq(width, 0.5, device=device) ** 2
-        _masks[key] = 1 / (1 + (squared / CUTOFF**2) ** 4)
-    return _masks[key]
-
-
-STD = math.sqrt(2 * math.log(2)) / (math.pi * CUTOFF)  # of a Gaussian with half of the amplitude at the cutoff
-TAPS = 2 * math.ceil(4 * STD) + 1
-
-
-def torchvision_blur(x: Tensor) -> Tensor:
-    from torchvision.transforms.functional import gaussian_blur
-
-    blurred: Tensor = gaussian_blur(x, [TAPS, TAPS], [STD, STD])
-    return blurred
-
-
-def kornia_blur(x: Tensor) -> Tensor:
-    from kornia.filters import gaussian_blur2d
-
-    blurred: Tensor = gaussian_blur2d(x, (TAPS, TAPS), (STD, STD))
-    return blurred
-
-
-@dataclass(frozen=True)
-class Row:
-    """One implementation of one operation; `exact` is the definition in fp64, None for another filter."""
-
-    operation: str
-    implementation: str
-    call: Callable[[], Tensor]
-    passes: int  # pictures read or written
-    exact: Callable[[], Tensor] | None
-    eager: Callable[[], Tensor]
-
-
-def rows(case: Case, device: str) -> Iterator[Row]:
-    x, output, reference = case.pictures(device)
-    step = GuidedStep(reference, cutoff=CUTOFF, prediction="epsilon")
-    how: dict[str, Any] = {"level": LEVEL, "prediction": "epsilon", "gamma": GAMMA, "cutoff": CUTOFF, "kind": "resize"}
-
-    def doubled(function: Callable[..., Tensor], *tensors: Tensor, **more: Any) -> Callable[[], Tensor]:
-        return lambda: function(*(t.double() for t in tensors), **more)
-
-    def mixed(high: Tensor, low: Tensor) -> Tensor:
-        return high + low_pass_reference(low - high, cutoff=CUTOFF, kind="resize")
-
-    operations: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int, Callable[[], Tensor], dict[str, Callable[[], Tensor]]]] = {
-        "guided step": (
-            eager_step, (x, output, reference), 4, doubled(guided_step_reference, x, output, reference, **how),
-            {
-                "scalediff": lambda: step(x, output, level=LEVEL, gamma=GAMMA),
-                "eager, line by line": lambda: published_step(x, output, reference),
-            },
-        ),
-        "mix frequencies": (
-            eager_mix, (x, reference), 4, doubled(mixed, x, reference),
-            {"scalediff": lambda: mix_frequencies(x, reference, cutoff=CUTOFF)},
-        ),
-        "low pass": (
-            eager_low_pass, (x,), 2, doubled(low_pass_reference, x, cutoff=CUTOFF, kind="resize"),
-            {"scalediff": lambda: low_pass(x, cutoff=CUTOFF)},
-        ),
-    }  # fmt: skip
-    for name, (eager, tensors, passes, exact, ours) in operations.items():
-        torch._dynamo.reset()  # or later shapes get one graph for all
-        compiled = torch.compile(eager, fullgraph=True, dynamic=False)
-        calls = {"eager": lambda e=eager, t=tensors: e(*t), **ours, "torch.compile": lambda c=compiled, t=tensors: c(*t)}  # type: ignore[misc]
-        for implementation, call in calls.items():
-            yield Row(name, implementation, call, passes, exact, calls["eager"])
-    others = {"FFT, Butterworth": fft_low_pass, "torchvision gaussian_blur": torchvision_blur, "kornia gaussian_blur2d": kornia_blur}
-    for implementation, blur in others.items():
-        yield Row("low pass", implementation, lambda b=blur: b(x), 2, None, lambda: eager_low_pass(x))  # type: ignore[misc]
-
-
+SAME = lowpass_page.FACTS
 FIELDS = (
-    "case", "dtype", "layout", "operation", "implementation", "p20_ms", "p50_ms", "p80_ms", "megabytes", "copy_ms", "launches", "error",
-    "note", "command", "triton", *harness.FACTS,
+    "row", "status", "case", "dtype", "layout", "operation", "implementation", "p20_ms", "p50_ms", "p80_ms", "megabytes", "copy_ms",
+    "peak_megabytes", "launches", "error", "eager_error", "sets", "note", "seconds", "command", *SAME,
 )  # fmt: skip
 
 
-KEY = FIELDS[:5]  # no two rows of a device have all of these in common
-Records = dict[tuple[str, ...], dict[str, str]]
+def facts(device: str, commit: str | None) -> dict[str, str]:
+    """What a row is measured with, but for the memory of its process."""
+    packages = {name: harness.package_version(name) for name in ("torchvision", "kornia")}
+    found = harness.facts(device, commit=commit) | harness.versions(device) | packages | {"memory": ""}
+    return {key: found[key] for key in SAME}
 
 
-def identity(case: Case) -> tuple[str, str, str]:
-    """Case, dtype and layout, as rows have them."""
-    return case.name, str(case.dtype).removeprefix("torch."), "channels last" if case.channels_last else "planes"
+def key(case: Case, implementation: Implementation) -> str:
+    """The name of a row, unlike any other."""
+    return "/".join([*case.identity.values(), implementation.operation.name, implementation.name])
 
 
-def measured(case: Case, row: Row, device: str, copy_ms: float, *, seconds: float) -> dict[str, str]:
-    """Gate, then time; what fails says so in `note` and has no time."""
-    facts = dict(zip(KEY, (*identity(case), row.operation, row.implementation), strict=True)) | {
-        "megabytes": f"{row.passes * math.prod(case.shape) * case.dtype.itemsize / 1e6:.1f}",
+class Truth(NamedTuple):
+    """What an operation gives: by its definition in fp64, and by eager torch in the pictures' dtype."""
+
+    exact: Tensor
+    eager: Tensor
+
+
+class Bench:
+    """One case: its pictures and what they should give, made when they are first needed and shared by all implementations."""
+
+    def __init__(self, case: Case, device: str, *, seconds: float) -> None:
+        self.case, self.device, self.seconds = case, device, seconds
+        self._sets: list[Pictures] = []
+        self._truths: dict[str, Truth] = {}
+        self._copies: dict[int, float] = {}
+
+    @property
+    def sets(self) -> int:
+        return self.case.sets(torch.cuda.get_device_properties(0).L2_cache_size if self.device == "cuda" else CPU_CACHE)
+
+    def measured(self, implementation: Implementation) -> dict[str, str]:
+        """A row: skipped, refused by what it called, FAILED at the gate, or timed."""
+        operation, package = implementation.operation, implementation.package
+        row = self.case.identity | {
+            "operation": operation.name, "implementation": implementation.name,
+            "megabytes": f"{operation.passes * self.case.bytes / 1e6:.1f}", "seconds": f"{self.seconds:g}",
+        }  # fmt: skip
+        if package and find_spec(package) is None:
+            return row | {"status": "skipped", "note": f"the {package} package is not installed"}
+        try:
+            return row | self._gated_and_timed(implementation)
+        except GateFailed as failed:
+            return row | {"status": "FAILED", "note": _line(failed)}
+        except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
+            status = "FAILED" if harness.device_lost(self.device) else "error"  # what loses the device is not tried again
+            return row | {"status": status, "note": f"{type(problem).__name__}: {_line(problem)}"}
+        finally:
+            harness.forget(self.device)
+
+    def _gated_and_timed(self, implementation: Implementation) -> dict[str, str]:
+        operation = implementation.operation
+        self._sets = self._sets or self.case.pictures(self.device, self.sets)
+        calls = implementation.prepare([operation.tensors(pictures) for pictures in self._sets])
+        row = {"sets": str(len(calls))} | self._gate(implementation, calls[0])
+        timing = measure_in_turn(calls, self.device, seconds=self.seconds)
+        row |= {"p20_ms": f"{timing.p20:.4g}", "p50_ms": f"{timing.p50:.4g}", "p80_ms": f"{timing.p80:.4g}"}
+        return row | {"copy_ms": f"{self._copy(operation.passes):.4g}"} | _counted(calls[0], self.device) | {"status": "ok"}
+
+    def _gate(self, implementation: Implementation, call: Call) -> dict[str, str]:
+        """Errors of the result and of eager torch; what our code leaves unwritten is NaN.
+
+        Raises:
+            GateFailed: an error exceeds the budget, a value is not finite, or the result is no such picture.
+        """
+        with poisoned_memory() if implementation.ours else nullcontext():
+            result = call()
+        if (tuple(result.shape), result.dtype) != (self.case.shape, self.case.dtype):
+            raise GateFailed(f"the result must be {self.case.shape} in {self.case.dtype}, got {tuple(result.shape)} in {result.dtype}")
+        if not result.isfinite().all():
+            raise GateFailed("the result has NaN or infinite values")
+        if implementation.held == "other":
+            return {}
+        truth = self._truth(implementation.operation)
+        if implementation.held == "budget":
+            try:
+                assert_within_budget(result, truth.eager, truth.exact)
+            except AssertionError as failed:
+                raise GateFailed(str(failed)) from None
+        error, eager_error = ((x.double() - truth.exact).abs().max().item() for x in (result, truth.eager))
+        return {"error": f"{error:.2e}", "eager_error": f"{eager_error:.2e}"}
+
+    def _truth(self, operation: Operation) -> Truth:
+        """Of one operation at a time: it is as large as three sets of some pictures."""
+        if operation.name not in self._truths:
+            self._truths.clear()
+            tensors = operation.tensors(self._sets[0])
+            exact = operation.exact(*(x.double() for x in tensors))
+            self._truths[operation.name] = Truth(exact, operation.eager(*tensors))
+        return self._truths[operation.name]
+
+    def _copy(self, passes: int) -> float:
+        """Milliseconds of a copy that moves as many bytes: half of them read, half written."""
+        if passes not in self._copies:
+            shape = (passes // 2 * math.prod(self.case.shape),)  # ones: pages that nobody wrote are all one page, which caches hold
+            pairs = [[torch.ones(shape, dtype=self.case.dtype, device=self.device) for _ in range(2)] for _ in range(self.sets)]
+            calls = [partial(target.copy_, source) for target, source in pairs]
+            self._copies[passes] = measure_in_turn(calls, self.device, seconds=self.seconds).p50
+        return self._copies[passes]
+
+
+def _counted(call: Call, device: str) -> dict[str, str]:
+    """Memory and kernels of a call that was timed; what cannot be told is a note, for the time is good."""
+    peak, peak_note = _told("peak memory", peak_memory, call, device)
+    count, count_note = _told("launches", launches, call, device)
+    return {
+        "peak_megabytes": "" if peak is None else f"{peak / 1e6:.4g}", "launches": "" if count is None else str(count),
+        "note": "; ".join(filter(None, (peak_note, count_note))),
     }  # fmt: skip
+
+
+def _told(what: str, count: Callable[[Call, str], int | None], call: Call, device: str) -> tuple[int | None, str]:
     try:
-        result = row.call()
-        if row.exact is not None:
-            exact = row.exact()
-            facts["error"] = f"{(result.double() - exact).abs().max().item():.2e}"
-            if not row.implementation.startswith("eager"):  # one filter sets the budget, line by line is shown as it is
-                assert_within_budget(result, row.eager(), exact)
-            del exact
-        del result
-        timing = measure(row.call, device, seconds=seconds)
-    except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
-        return facts | {"note": f"{type(problem).__name__}: {str(problem).splitlines()[0][:100]}"}
-    count = launches(row.call, device)
-    return facts | {
-        "p20_ms": f"{timing.p20:.4g}", "p50_ms": f"{timing.p50:.4g}", "p80_ms": f"{timing.p80:.4g}", "copy_ms": f"{copy_ms:.4g}",
-        "launches": "" if count is None else str(count),
-    }  # fmt: skip
+        found = count(call, device)
+    except Exception as problem:
+        return None, f"{what} not told: {type(problem).__name__}: {_line(problem)}"
+    return (None, f"{what} not told: none seen") if found == 0 else (found, "")
 
 
-def copy_time(case: Case, passes: int, *, device: str, seconds: float) -> float:
-    """Milliseconds of a copy that moves as many bytes: half of them read, half written."""
-    source = torch.zeros(passes // 2 * math.prod(case.shape), dtype=case.dtype, device=device)
-    target = torch.empty_like(source)
-    return measure(lambda: target.copy_(source), device, seconds=seconds).p50
-
-
-def markdown(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
-    """docs/filters-measured.md from the rows of every device."""
-    lines = ["# Low-pass filters and guided steps: times", "", LEGEND]
-    for records in tables.values():
-        first = records[0]
-        lines += ["", f"## {first['machine']}", "", f"`{first['command']}`: torch {first['torch']}, triton {first['triton']},"]
-        lines += [f"{first['threads']} threads, commit {first['commit']}.", ""]
-        lines.append("| case | operation | implementation | ms | MB | of copy | launches | x | error |")
-        lines.append("|---|---|---|--:|--:|--:|--:|--:|--:|")
-        for r in records:
-            eager = next(e for e in records if _same(e, r) and e["implementation"] == "eager")
-            case = f"{r['case']}, {r['dtype']}" + (", channels last" if r["layout"] == "channels last" else "")
-            if r["p50_ms"]:
-                spread = f"{r['p50_ms']} ({r['p20_ms']} - {r['p80_ms']})"
-                cells = [spread, r["megabytes"], f"{100 * float(r['copy_ms']) / float(r['p50_ms']):.0f}%", r["launches"] or "-",
-                         f"{float(eager['p50_ms']) / float(r['p50_ms']):.2f}", r["error"] or "-"]  # fmt: skip
-            else:
-                cells = [r["note"], "", "", "", "", ""]
-            lines.append("| " + " | ".join([case, r["operation"], r["implementation"], *cells]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
-    return all(a[key] == b[key] for key in ("case", "dtype", "layout", "operation"))
-
-
-def committed() -> dict[str, list[dict[str, str]]]:
-    """Rows by device."""
-    tables = {}
-    for path in sorted(RESULTS.glob("lowpass-*.csv")):
-        tables[path.stem] = harness.read_records(path)
-    return tables
-
-
-def standing(rows: Records, facts: Mapping[str, str]) -> set[tuple[str, ...]]:
-    """Rows of an earlier run that were timed with the same facts at a commit that is one."""
-    kept = harness.standing({str(key): row for key, row in rows.items()}, facts)
-    return {key for key, row in rows.items() if str(key) in kept and row["p50_ms"]}
+def measured_rows(cases: Sequence[Case], device: str, standing: set[str], *, seconds: float) -> Iterator[tuple[str, dict[str, str]]]:
+    """Key and row of everything that does not stand yet."""
+    for case in cases:
+        bench = Bench(case, device, seconds=seconds)
+        for implementation in IMPLEMENTATIONS:
+            name = key(case, implementation)
+            if name not in standing:
+                yield name, bench.measured(implementation)
+                if harness.device_lost(device):
+                    raise SystemExit(f"the device was lost in {name}: the same command goes on after it")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.doc:
-        harness.write_text(options.doc, markdown(committed()))
+        try:
+            harness.write_text(options.doc, lowpass_page.markdown(committed()))
+        except ValueError as error:
+            parser.error(str(error))
         return
-    facts = harness.facts(options.device, commit=options.commit) | {
-        "command": _command(options),
-        "triton": harness.package_version("triton"),
-    }
-    path = options.csv or RESULTS / f"lowpass-{harness.slug(facts['machine'])}.csv"
+    cases = _picked(parser, options)
+    wanted = {key(case, implementation): implementation for case in cases for implementation in IMPLEMENTATIONS}
+    try:
+        measured_with = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
+        path = options.csv or RESULTS / f"lowpass-{harness.slug(measured_with['machine'])}.csv"
+        if not path.is_file() and (path.exists() or options.no_measure):
+            parser.error(f"--csv takes a file{', that is there with --no-measure' if options.no_measure else ''}, got {path}")
+        rows = harness.read_rows(path, FIELDS)
+        others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
+    except ValueError as error:
+        parser.error(str(error))
+    if options.device == "cpu" and not options.no_measure:
+        measured_with["memory"] = KEPT if _keep_freed_memory() else RETURNED
+    # What was skipped may run now; what failed or was timed stays so.
+    standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
+    standing = set() if options.again else set(wanted) if options.no_measure else standing
+    for name in (name for name in wanted if name in standing):
+        if name not in rows:
+            print(f"{name}: not in {path.name}", file=sys.stderr if options.json else sys.stdout)
+        elif options.json or options.no_measure:
+            print(json.dumps(rows[name]) if options.json else line(rows[name]))
+        else:
+            print(f"{name}: as measured before", flush=True)
+    if not options.no_measure:
+        command = shlex.join(["python", "-m", "bench.lowpass", *(sys.argv[1:] if arguments is None else arguments)])
+        for name, row in measured_rows(cases, options.device, standing, seconds=options.seconds):
+            rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"row": name, "command": command}
+            harness.write_rows(path, FIELDS, rows.values())
+            print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
+    shown = {name: rows[name] for name in wanted if name in rows}
+    if options.compare:
+        for sentence in harness.compared(shown, others, facts=SAME):
+            print(sentence, file=sys.stderr if options.json else sys.stdout)
+    ours = [name for name, row in shown.items() if wanted[name].ours and row["status"] in ("FAILED", "error")]
+    raise SystemExit(f"ours did not run as it should: {', '.join(ours)}" if ours else 0)
+
+
+def _keep_freed_memory() -> bool:
+    from scalediff.allocator import keep_freed_memory  # a device's machine may lack what the library needs
+
+    return keep_freed_memory()
+
+
+def line(row: Mapping[str, str]) -> str:
+    """For people, on a terminal."""
+    if row["status"] != "ok":
+        return f"{row['row']}: {row['status']}, {row['note']}"
+    parts = [
+        f"{row['row']}: {row['p50_ms']} ms ({row['p20_ms']} - {row['p80_ms']})",
+        f"{100 * float(row['copy_ms']) / float(row['p50_ms']):.0f}% of a copy",
+        f"error {row['error']} (eager {row['eager_error'] or 'not told'})" if row["error"] else "",
+        f"{row['peak_megabytes']} MB" if row["peak_megabytes"] else "",
+        f"{row['launches']} launches" if row["launches"] else "",
+        row["note"],
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def committed() -> dict[str, list[dict[str, str]]]:
+    """Rows by device.
+
+    Raises:
+        ValueError: a CSV is not of this version of the benchmark.
+    """
+    tables = {path.stem: list(harness.read_rows(path, FIELDS).values()) for path in sorted(RESULTS.glob("lowpass-*.csv"))}
+    return {name: rows for name, rows in tables.items() if rows}
+
+
+def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+    """Cases; refuses what is not known."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch sees, got none")
+    if not 0 < options.seconds < math.inf:
+        parser.error(f"--seconds must be positive and finite, got {options.seconds}")
+    if options.compare and not options.compare.is_file():
+        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which is no file")
+    if options.no_measure and options.again:
+        parser.error("rows are taken as they are or measured anew, got --no-measure and --again")
     # A CPU's fp16 is nobody's choice; a GPU's fp32 latents are.
-    cases = [c for c in LATENTS + FEATURES if (options.device == "cuda" or c.dtype is torch.float32) and options.cases in c.name]
+    known = [case for case in LATENTS + FEATURES if options.device == "cuda" or case.dtype is torch.float32]
+    cases = [case for case in known if options.cases in case.name]
     if not cases:
-        parser.error(f"--cases names none of {', '.join(c.name for c in LATENTS + FEATURES)}, got {options.cases!r}")
-    records: Records = {tuple(row[key] for key in KEY): row for row in harness.read_records(path)}
-    stands, failed = set() if options.again else standing(records, facts), False
-    for case in cases:
-        copied = cache(partial(copy_time, case, device=options.device, seconds=options.seconds))
-        for row in rows(case, options.device):
-            key = (*identity(case), row.operation, row.implementation)
-            if key in stands:
-                continue
-            record = measured(case, row, options.device, copied(row.passes), seconds=options.seconds)
-            records[key] = dict.fromkeys(FIELDS, "") | record | facts
-            failed |= row.implementation == "scalediff" and "p50_ms" not in record
-            print(", ".join(f"{key} {record[key]}" for key in FIELDS if record.get(key) and key != "command"), flush=True)
-            harness.write_rows(path, FIELDS, records.values())
-        gc.collect()
-    raise SystemExit(failed)
+        parser.error(f"--cases takes a part of {', '.join(dict.fromkeys(case.name for case in known))}, got {options.cases!r}")
+    return cases
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.lowpass", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per row (default: %(default)s)")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--doc", type=Path, help="measure nothing, write this page from the committed rows")
+    parser.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per row (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="results (default: bench/results/lowpass-DEVICE.csv)")
+    parser.add_argument("--doc", type=Path, metavar="FILE", help="measure nothing, write this page from the committed rows")
+    parser.add_argument("--json", action="store_true", help="one object per row and line")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="another CSV, row by row")
+    parser.add_argument("--no-measure", action="store_true", help="take the rows of --csv as they are")
     parser.add_argument("--again", action="store_true", help="measure what stands, too")
     parser.add_argument("--commit", help="of a copy of the tree that git knows nothing of")
     return parser
 
 
-def _command(options: argparse.Namespace) -> str:
-    parts = ["python -m bench.lowpass", f"--cases {options.cases!r}" if options.cases else ""]
-    parts.append(f"--seconds {options.seconds:g}" if options.seconds != 1 else "")
-    return " ".join(part for part in parts if part)
+def _line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [""])[0][:160]
 
 
 if __name__ == "__main__":

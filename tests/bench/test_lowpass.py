@@ -1,90 +1,377 @@
-"""The filters' benchmark: one small run through every row, and the page that shows the committed rows."""
+"""The filters' benchmark: a wrong row is not timed, what cannot run says why, runs resume; the page shows the committed rows."""
 
 from __future__ import annotations
 
 import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import lowpass
+from bench import harness, lowpass, lowpass_cases, lowpass_page
+from bench.lowpass_cases import FEATURES, IMPLEMENTATIONS, LATENTS, LOW_PASS, Case
 from bench.timing import launches, measure
 
 ROOT = Path(__file__).parents[2]
+SMALL = Case("small", (1, 2, 32, 32))
+OURS = [f"small/float32/planes/{name}/scalediff" for name in ("guided step", "mix frequencies", "low pass")]
 
 
-def test_the_page_is_that_of_the_committed_rows() -> None:
-    assert (ROOT / "docs" / "filters-measured.md").read_text() == lowpass.markdown(lowpass.committed())
+@pytest.fixture(autouse=True)
+def _this_process_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowpass, "_keep_freed_memory", lambda: True)
 
 
-def test_a_run_gates_and_times_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lowpass, "LATENTS", [lowpass.Case("small", (1, 2, 32, 32))])
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A benchmark of small pictures on a checkout without changes; the path of its CSV."""
+    monkeypatch.setattr(lowpass, "LATENTS", [SMALL])
     monkeypatch.setattr(lowpass, "FEATURES", [])
+    monkeypatch.setattr(lowpass, "CPU_CACHE", 2**13)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr("bench.harness._commit", lambda: "0123abc")
+    monkeypatch.setattr("bench.harness.forget", lambda device: None)  # small pictures leave nothing, and it takes most of the time
+    return tmp_path / "rows.csv"
+
+
+def run(path: Path, *arguments: str) -> tuple[list[dict[str, str]], Any]:
+    """Rows of the CSV, and the exit status or message."""
     with pytest.raises(SystemExit) as stop:
-        lowpass.main(["--device", "cpu", "--seconds", "0.01", "--csv", str(tmp_path / "rows.csv")])
-    assert stop.value.code == 0
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    ours = [r for r in rows if r["implementation"] == "scalediff"]
-    assert [r["operation"] for r in ours] == ["guided step", "mix frequencies", "low pass"]
-    assert all(float(r["p50_ms"]) > 0 and float(r["error"]) < 1e-5 for r in ours)
-    assert {"torchvision gaussian_blur", "kornia gaussian_blur2d"} <= {r["implementation"] for r in rows}, "absent or not, they are named"
+        lowpass.main(["--device", "cpu", "--seconds", "0.001", "--csv", str(path), *arguments])
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file)), stop.value.code
 
 
-def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lowpass, "LATENTS", [lowpass.Case("small", (1, 2, 32, 32))])
-    monkeypatch.setattr(lowpass, "FEATURES", [])
+def replaced(monkeypatch: pytest.MonkeyPatch, operation: str, name: str, **more: Any) -> None:
+    """One implementation by another with the same name."""
+    changed = [replace(i, **more) if (i.operation.name, i.name) == (operation, name) else i for i in lowpass.IMPLEMENTATIONS]
+    monkeypatch.setattr(lowpass, "IMPLEMENTATIONS", changed)
+
+
+def test_a_run_gates_and_times_every_row(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowpass, "find_spec", lambda package: None)
+    rows, status = run(small)
+    assert status == 0
+    assert [r["row"] for r in rows] == [lowpass.key(SMALL, i) for i in IMPLEMENTATIONS]
+    assert [r["row"] for r in rows if r["implementation"] == "scalediff"] == OURS
+    for row in rows:
+        assert row["status"] == ("skipped" if "gaussian_blur" in row["implementation"] else "ok")
+        assert (row["p50_ms"] != "") == (row["status"] == "ok")
+        assert (row["note"] != "") == (row["status"] == "skipped")
+        assert (row["memory"], row["seconds"]) == ("kept", "0.001")
+        assert (row["commit"], row["torch"], row["python"]) == ("0123abc", torch.__version__, platform.python_version())
+        assert row["cuda"] == row["cudnn"] == row["card"] == ""
+    for row in (r for r in rows if r["status"] == "ok"):
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert float(row["copy_ms"]) > 0
+        assert (row["error"] != "") == (row["implementation"] != "FFT, Butterworth")
+        assert float(row["error"] or 0) < 1e-5
+        assert row["sets"] == "4", "four times 8 KB in pictures of 8 KB"
+    assert rows[-1]["note"] == "the kornia package is not installed"
+    assert {r["megabytes"] for r in rows if r["operation"] == "guided step"} == {f"{4 * SMALL.bytes / 1e6:.1f}"}
+
+
+def test_sets_of_inputs_are_more_than_caches_hold() -> None:
+    """By hand: latents of 4 MB with a cache of 64 MB, of 64 MB, and feature maps that no cache holds anyway."""
+    assert [case.sets(2**26) for case in (LATENTS[0], LATENTS[3], FEATURES[0])] == [lowpass_cases.SETS, 4, 1]
+    sets = Case("last", (1, 3, 8, 8), torch.bfloat16, channels_last=True).pictures("cpu", 3)
+    flat = [x for pictures in sets for x in pictures]
+    assert len({x.data_ptr() for x in flat}) == 9, "memory of their own"
+    assert all(x.is_contiguous(memory_format=torch.channels_last) and x.dtype is torch.bfloat16 for x in flat)
+    assert all(torch.equal(a, b) for a, b in zip(sets[0], sets[2], strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-3], ids=lambda i: f"{i.operation.name}-{i.name}")
+def test_every_set_gives_what_is_defined(implementation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With guidance and mixing written out, for every set and not only for the one that is gated."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    own = lowpass.low_pass
+    sets = [tuple(torch.randn(1, 2, 32, 24, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in range(s, s + 3))
+            for s in (0, 3)]  # fmt: skip
+    calls = implementation.prepare([implementation.operation.tensors(pictures) for pictures in sets])
+    for call, (x, output, reference) in zip(calls, sets, strict=True):
+        low = lowpass_cases.exact_low_pass
+        if implementation.operation is LOW_PASS:
+            expected = low(x)
+        elif implementation.operation.name == "mix frequencies":
+            expected = x - low(x) + low(reference)
+        else:
+            alpha = 0.4
+            x0 = (x - (1 - alpha) ** 0.5 * output) / alpha**0.5
+            guided = x0 + lowpass_cases.GAMMA * (low(reference) - low(x0))
+            expected = (x - alpha**0.5 * guided) / (1 - alpha) ** 0.5
+        torch.testing.assert_close(call(), expected, atol=1e-5, rtol=0)
 
-    def wrong(x: Any, **how: Any) -> Any:
-        return own(x, **how) + 1e-3
 
-    monkeypatch.setattr(lowpass, "low_pass", wrong)
-    with pytest.raises(SystemExit) as stop:
-        lowpass.main(["--device", "cpu", "--seconds", "0.01", "--csv", str(tmp_path / "rows.csv")])
-    assert stop.value.code == 1
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        (row,) = [r for r in csv.DictReader(file) if (r["implementation"], r["operation"]) == ("scalediff", "low pass")]
-    assert row["p50_ms"] == ""
-    assert "exceeds the budget" in row["note"]
+@pytest.mark.parametrize(("amount", "sentence"), [(1e-3, "exceeds the budget"), (float("nan"), "the result has NaN or infinite values")])
+def test_a_wrong_result_is_not_timed(small: Path, monkeypatch: pytest.MonkeyPatch, amount: float, sentence: str) -> None:
+    own = lowpass_cases.low_pass
+    monkeypatch.setattr(lowpass_cases, "low_pass", lambda x, **how: own(x, **how) + amount)
+    rows, status = run(small)
+    assert status == f"ours did not run as it should: {OURS[2]}"
+    row = {r["row"]: r for r in rows}[OURS[2]]
+    assert (row["status"], row["p50_ms"]) == ("FAILED", "")
+    assert sentence in row["note"]
+    assert {r["status"] for r in rows if r["row"] != OURS[2]} <= {"ok", "skipped"}
+    assert run(small)[1] == status, "it stands, and is told again"
 
 
-def test_what_was_timed_at_a_commit_is_not_timed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lowpass, "LATENTS", [lowpass.Case("small", (1, 2, 32, 32)), lowpass.Case("other", (1, 2, 32, 32))])
-    monkeypatch.setattr(lowpass, "FEATURES", [])
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    timed: list[tuple[str, str, str]] = []
-    own = lowpass.measured
+def test_what_nobody_wrote_is_seen(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = lowpass_cases.low_pass
 
-    def watched(case: Any, row: Any, *rest: Any, **how: Any) -> dict[str, str]:
-        timed.append((case.name, row.operation, row.implementation))
-        return own(case, row, *rest, **how)
+    def partly(x: Any, **how: Any) -> Any:
+        out = torch.empty_like(x)
+        out[..., 1:, :] = own(x, **how)[..., 1:, :]
+        return out
 
-    monkeypatch.setattr(lowpass, "measured", watched)
-    path = tmp_path / "rows.csv"
+    monkeypatch.setattr(lowpass_cases, "low_pass", partly)
+    row = {r["row"]: r for r in run(small)[0]}[OURS[2]]
+    assert (row["status"], row["note"]) == ("FAILED", "the result has NaN or infinite values")
 
-    def run(*arguments: str, commit: str = "abc") -> list[tuple[str, str, str]]:
+
+def test_a_baseline_that_is_wrong_or_cannot_run_is_a_result(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(sets: Any) -> Any:
+        raise RuntimeError("no kernel\nfor this")
+
+    replaced(monkeypatch, "mix frequencies", "torch.compile", prepare=lowpass_cases.each(lambda high, low: high))
+    replaced(monkeypatch, "low pass", "torch.compile", prepare=broken)
+    replaced(monkeypatch, "low pass", "FFT, Butterworth", prepare=lowpass_cases.each(lambda x: x.double()))
+    rows, status = run(small)
+    assert status == 0
+    by_name = {(r["operation"], r["implementation"]): r for r in rows}
+    assert by_name["mix frequencies", "torch.compile"]["status"] == "FAILED"
+    refused = by_name["low pass", "torch.compile"]
+    assert (refused["status"], refused["note"], refused["p50_ms"]) == ("error", "RuntimeError: no kernel", "")
+    other = by_name["low pass", "FFT, Butterworth"]
+    assert (other["status"], other["p50_ms"]) == ("FAILED", "")
+    assert other["note"] == "the result must be (1, 2, 32, 32) in torch.float32, got (1, 2, 32, 32) in torch.float64"
+
+
+def test_ours_in_an_error_is_told_by_the_exit_status(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*tensors: Any, **how: Any) -> Any:
+        raise NotImplementedError("no such filter")
+
+    monkeypatch.setattr(lowpass_cases, "mix_frequencies", broken)
+    rows, status = run(small)
+    assert status == f"ours did not run as it should: {OURS[1]}"
+    assert {r["row"]: r["note"] for r in rows}[OURS[1]] == "NotImplementedError: no such filter"
+
+
+def test_the_gate_is_kept_without_assertions() -> None:
+    """python -O takes every `assert` out."""
+    code = """
+from bench import lowpass
+from dataclasses import replace
+from bench.lowpass_cases import IMPLEMENTATIONS, Case, each
+wrong = replace(IMPLEMENTATIONS[9], prepare=each(lambda x: x))
+print(__debug__, wrong.operation.name, wrong.name, lowpass.Bench(Case("small", (1, 2, 32, 32)), "cpu", seconds=0.001).measured(wrong))
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    told = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+    assert told.startswith("False low pass torch.compile ")
+    assert "'status': 'FAILED'" in told
+    assert "exceeds the budget" in told
+    assert "p50_ms" not in told
+
+
+def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[int] = []
+
+    def illegal(sets: Any) -> Any:
+        lost.append(1)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    replaced(monkeypatch, "guided step", "torch.compile", prepare=illegal)
+    monkeypatch.setattr("bench.harness.device_lost", lambda device: bool(lost))
+    rows, status = run(small)
+    assert status == "the device was lost in small/float32/planes/guided step/torch.compile: the same command goes on after it"
+    assert (len(rows), rows[-1]["status"]) == (4, "FAILED")
+    lost.clear()
+    rows, status = run(small)
+    assert (len(rows), status, lost) == (len(IMPLEMENTATIONS), 0, [])
+
+
+def test_what_cannot_be_counted_is_a_note_beside_the_time(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def untold(call: Any, device: str) -> int:
+        raise RuntimeError("no profiler\nhere")
+
+    monkeypatch.setattr(lowpass, "launches", untold)
+    monkeypatch.setattr(lowpass, "peak_memory", lambda call, device: 3_000_000)
+    row = run(small)[0][0]
+    assert (row["status"], row["peak_megabytes"], row["launches"]) == ("ok", "3", "")
+    assert row["note"] == "launches not told: RuntimeError: no profiler"
+
+
+def test_a_second_run_goes_on(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(lowpass, "LATENTS", [SMALL, Case("other", (1, 2, 32, 32))])
+    monkeypatch.setattr(lowpass, "find_spec", lambda package: None)
+    timed: list[str] = []
+    own = lowpass.Bench.measured
+
+    def watched(bench: Any, implementation: Any) -> dict[str, str]:
+        timed.append(lowpass.key(bench.case, implementation))
+        return own(bench, implementation)
+
+    monkeypatch.setattr(lowpass.Bench, "measured", watched)
+
+    def again(*arguments: str) -> list[str]:
         timed.clear()
-        with pytest.raises(SystemExit):
-            lowpass.main(["--device", "cpu", "--seconds", "0.01", "--csv", str(path), "--commit", commit, *arguments])
+        run(small, *arguments)
         return list(timed)
 
-    every = run()
-    whole = path.read_text().splitlines()
-    path.write_text("\n".join(whole[:4]) + "\n")
-    absent = [key for key in every if "gaussian_blur" in key[2]]  # may have no time; these do not stand
-    assert run() == every[3:], "the first three rows stand"
-    assert len(path.read_text().splitlines()) == len(whole)
-    assert set(run()) <= set(absent)
-    assert set(run("--cases", "other", "--again")) == {key for key in every if key[0] == "other"}
-    assert len(path.read_text().splitlines()) == len(whole), "rows that were not asked for are kept"
-    assert run("--again") == every
-    assert run(commit="def") == every, "another commit"
-    assert run(commit="abc with changes") == run(commit="abc with changes") == every
+    every = again()
+    whole = small.read_text().splitlines()
+    assert len(whole) == len(every) + 1
+    small.write_text("\n".join(whole[:4]) + "\n")
+    capsys.readouterr()
+    assert again() == every[3:], "the first three rows stand"
+    assert f"{every[0]}: as measured before" in capsys.readouterr().out
+    assert len(small.read_text().splitlines()) == len(whole)
+    assert again() == [name for name in every if "gaussian_blur" in name], "what was skipped is tried again"
+    assert again("--cases", "other", "--again") == [name for name in every if name.startswith("other")]
+    assert len(small.read_text().splitlines()) == len(whole), "rows that were not asked for are kept"
+    assert again("--again") == every
+    assert again("--seconds", "0.002") == every, "measured for another time"
+    monkeypatch.setattr("bench.harness._commit", lambda: "4567def")
+    assert again() == every, "another commit"
+    monkeypatch.setattr("bench.harness._commit", lambda: "4567def with changes")
+    assert again() == again() == every
+
+
+def test_json_lines_and_a_comparison(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(small)
+    other = small.with_name("other.csv")
+    other.write_text(small.read_text())
+    capsys.readouterr()
+    rows, _ = run(small, "--json", "--compare", str(other), "--again")
+    told = capsys.readouterr()
+    assert [json.loads(row) for row in told.out.splitlines()] == rows
+    assert f"{OURS[0]}: " in told.err
+    assert "x\n" in told.err
+    monkeypatch.setattr("bench.harness._commit", lambda: "4567def")
+    run(small, "--compare", str(other))
+    assert "not the same commit: here 4567def, there 0123abc; the ratios below hold that too" in capsys.readouterr().out
+
+
+def test_rows_are_shown_as_they_are(small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(small)
+    capsys.readouterr()
+    before = small.read_text()
+    monkeypatch.setattr(lowpass, "LATENTS", [SMALL, Case("other", (1, 2, 32, 32))])
+    monkeypatch.setattr(lowpass, "_keep_freed_memory", lambda: pytest.fail("nothing is measured"))
+    rows, status = run(small, "--no-measure")
+    told = capsys.readouterr().out
+    assert (status, small.read_text()) == (0, before)
+    assert f"{OURS[0]}: {rows[1]['p50_ms']} ms ({rows[1]['p20_ms']} - {rows[1]['p80_ms']})" in told
+    assert "other/float32/planes/low pass/eager: not in rows.csv" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--commit", "magic"], "--commit is for a copy of the tree that git knows nothing of: git has '0123abc' here, got 'magic'"),
+        (["--cases", "magic"], "--cases takes a part of small, got 'magic'"),
+        (["--seconds", "0"], "--seconds must be positive and finite, got 0.0"),
+        (["--seconds", "inf"], "--seconds must be positive and finite, got inf"),
+        (["--seconds", "nan"], "--seconds must be positive and finite, got nan"),
+        (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
+        (["--compare", __file__], "must have a column 'row'"),
+        (["--no-measure", "--again"], "rows are taken as they are or measured anew, got --no-measure and --again"),
+        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes a file, that is there with --no-measure, got nowhere.csv"),
+        (["--csv", str(ROOT)], f"--csv takes a file, got {ROOT}"),
+        (["--device", "cuda"], "--device cuda needs a GPU that torch sees, got none"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], sentence: str, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        lowpass.main(["--device", "cpu", "--csv", str(small), *arguments])
+    assert stop.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert not small.exists()
+
+
+def test_rows_of_an_earlier_version_are_refused(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small.write_text("row,case\na,b\n")
+    with pytest.raises(SystemExit) as stop:
+        lowpass.main(["--device", "cpu", "--csv", str(small)])
+    assert stop.value.code == 2
+    assert "rows.csv is not of this benchmark and version of it" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(lowpass, "RESULTS", small.parent)
+    small.rename(small.with_name("lowpass-x.csv"))
+    with pytest.raises(SystemExit) as stop:
+        lowpass.main(["--doc", str(small.with_name("page.md"))])
+    assert stop.value.code == 2
+    assert "lowpass-x.csv is not of this benchmark and version of it" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
+    assert (ROOT / "docs" / "filters-measured.md").read_text() == lowpass_page.markdown(lowpass.committed())
+    lowpass.main(["--doc", str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text() == lowpass_page.markdown(lowpass.committed())
+
+
+def test_committed_rows_are_named_and_say_what_came_of_them() -> None:
+    for rows in lowpass.committed().values():
+        for row in rows:
+            assert row["row"] == "/".join(row[key] for key in ("case", "dtype", "layout", "operation", "implementation"))
+            assert (row["p50_ms"] != "") == (row["status"] == "ok")
+            assert row["note"] or row["status"] == "ok"
+            assert harness.is_commit(row["commit"])
+
+
+def _row(case: Case, implementation: str, **more: str) -> dict[str, str]:
+    row = dict.fromkeys(lowpass.FIELDS, "") | case.identity | {"operation": "low pass", "implementation": implementation, "status": "ok"}
+    return row | {"machine": "CPU", "p50_ms": "2", "p20_ms": "1", "p80_ms": "3", "megabytes": "4", "copy_ms": "1"} | more
+
+
+def test_what_has_no_package_is_told_once_and_what_failed_in_its_row() -> None:
+    cases = LATENTS[:2]
+    absent = {"p50_ms": "", "status": "skipped", "note": "the kornia package is not installed"}
+    records = [row for case in cases for row in (_row(case, "eager"), _row(case, "kornia gaussian_blur2d", **absent))]
+    failed = _row(cases[0], "scalediff", p50_ms="", status="FAILED", note="error 1 exceeds the budget")
+    text = lowpass_page.markdown({"cpu": [*records, failed]})
+    assert text.count("kornia") == 2
+    assert "Skipped: kornia gaussian_blur2d: the kornia package is not installed (2 rows)." in text
+    assert "| low pass | scalediff | FAILED: error 1 exceeds the budget |" in text
+
+
+def test_rows_without_an_eager_time_have_no_ratio() -> None:
+    alone = lowpass_page.markdown({"cpu": [_row(LATENTS[0], "scalediff"), _row(LATENTS[0], "eager", p50_ms="", status="error", note="no")]})
+    assert "| scalediff | 2 (1 - 3) | 4 | 50% | - | - | - |" in alone
+
+
+def test_the_page_says_how_rows_were_measured_and_sets_those_apart_that_were_measured_otherwise() -> None:
+    for memory, words in (("kept", "keeps freed memory"), ("", "gave freed memory back")):
+        assert words in lowpass_page.markdown({"cpu": [_row(LATENTS[0], "eager", memory=memory)]})
+    gpu = _row(LATENTS[0], "eager", cuda="12.8", cudnn="91002", card="driver 570, 700 W", torch="2.11.0", seconds="0.2", command="run")
+    text = lowpass_page.markdown({"gpu": [gpu]})
+    assert "freed memory" not in text
+    assert "`run`: torch 2.11.0, cuda 12.8, cudnn 91002, driver 570, 700 W," in text
+    assert "Calls took sets of inputs in turn" in text
+    two = [_row(LATENTS[0], "eager", commit="a"), _row(LATENTS[0], "scalediff", commit="b"), _row(LATENTS[1], "eager", commit="a")]
+    text = lowpass_page.markdown({"cpu": two})
+    assert text.count("| case |") == text.count("Every call had the same inputs") == 2
+    assert text.count("## CPU") == 1
+    assert "| scalediff | 2 (1 - 3) | 4 | 50% | - | - | - |" in text, "no ratio to what was measured otherwise"
+
+
+def test_the_page_ends_with_the_cases_that_the_gpu_has_no_time_for() -> None:
+    every = LATENTS + FEATURES
+    elsewhere = lowpass_page.markdown({"cpu": [_row(case, "eager") for case in every]})
+    assert elsewhere.count("\n- ") == len(every)
+    assert "On an H200, by `python -m bench.lowpass --device cuda`:" in elsewhere
+    partly = lowpass_page.markdown({"gpu": [_row(case, "eager", machine="NVIDIA H200") for case in every[1:]]})
+    assert partly.endswith(f"\n\n- {every[0].name}, float32\n")
+    assert "Not measured yet" not in lowpass_page.markdown({"gpu": [_row(case, "eager", machine="NVIDIA H200") for case in every]})
 
 
 def test_percentiles_are_in_order() -> None:
@@ -95,7 +382,7 @@ def test_percentiles_are_in_order() -> None:
 
 def test_the_ratios_in_prose_are_those_of_the_committed_rows() -> None:
     """docs/filters.md: guided steps on latents, against the definition line by line and against one filter a step."""
-    (rows,) = (rows for rows in lowpass.committed().values() if not rows[0]["launches"])
+    (rows,) = (rows for rows in lowpass.committed().values() if not rows[0]["cuda"])
     ratios: dict[str, list[float]] = {"eager": [], "eager, line by line": []}
     for case in {r["case"] for r in rows if r["case"].startswith("latent")}:
         times = {r["implementation"]: float(r["p50_ms"]) for r in rows if (r["case"], r["operation"]) == (case, "guided step")}

@@ -1,0 +1,223 @@
+"""What the filters' benchmark runs: pictures of some shapes, the operations on them, and everything that does these.
+
+Legend: B batch, C channels, Y x X pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scalediff_kernels import GuidedStep, NoiseLevel, low_pass, mix_frequencies
+from scalediff_kernels.lowpass.reference import low_pass_reference
+from scalediff_kernels.steps.reference import guided_step_reference
+
+CUTOFF, GAMMA, LEVEL = 0.125, 0.7, NoiseLevel.of_alpha_bar(0.4)
+STD = math.sqrt(2 * math.log(2)) / (math.pi * CUTOFF)  # of a Gaussian with half of the amplitude at the cutoff
+TAPS = 2 * math.ceil(4 * STD) + 1
+SETS = 16  # at most
+
+Call = Callable[[], Tensor]
+Pictures = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Pictures of one shape."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """As rows have it."""
+        layout = "channels last" if self.channels_last else "planes"
+        return {"case": self.name, "dtype": str(self.dtype).removeprefix("torch."), "layout": layout}
+
+    @property
+    def bytes(self) -> int:
+        """Of one picture."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def sets(self, cache: int) -> int:
+        """Of inputs: as many as have together four times the last cache in what every operation reads, one picture of each."""
+        return min(SETS, math.ceil(4 * cache / self.bytes))
+
+    def pictures(self, device: str, sets: int) -> list[Pictures]:
+        """Sets of x, model output and reference: the same numbers, in memory of their own."""
+        rng = torch.Generator().manual_seed(0)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        first = [torch.randn(self.shape, generator=rng).to(device, self.dtype).contiguous(memory_format=layout) for _ in range(3)]
+        return [tuple(first), *(tuple(x.clone() for x in first) for _ in range(sets - 1))]
+
+
+LATENTS = [
+    Case(f"latent {b} x {c} x 512 x 512", (b, c, 512, 512), dtype)
+    for dtype in (torch.float32, torch.float16)
+    for b, c in ((1, 4), (4, 4), (1, 16), (4, 16))
+]
+FEATURES = [
+    Case(f"features 1 x {c} x 512 x 512", (1, c, 512, 512), dtype, last)
+    for dtype, c in ((torch.float32, 256), (torch.bfloat16, 512))
+    for last in (False, True)
+]
+
+
+def eager_low_pass(x: Tensor) -> Tensor:
+    """As it is written by hand: antialiased bilinear down, bilinear up."""
+    size = [int(n * CUTOFF) for n in x.shape[-2:]]
+    down = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(down, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def eager_mix(high: Tensor, low: Tensor) -> Tensor:
+    return high + eager_low_pass(low - high)
+
+
+def eager_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
+    """One filter a step, its result moved into epsilon: the best that can be written by hand."""
+    x0 = (x - LEVEL.noise * output) / LEVEL.signal
+    return output - (GAMMA * LEVEL.signal / LEVEL.noise) * eager_low_pass(reference - x0)
+
+
+def published_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
+    """The definition line by line, with two filters a step, then back to epsilon."""
+    x0 = (x - LEVEL.noise * output) / LEVEL.signal
+    x0 = x0 + GAMMA * (eager_low_pass(reference) - eager_low_pass(x0))
+    return (x - LEVEL.signal * x0) / LEVEL.noise
+
+
+def exact_low_pass(x: Tensor) -> Tensor:
+    return low_pass_reference(x, cutoff=CUTOFF, kind="resize")
+
+
+def exact_mix(high: Tensor, low: Tensor) -> Tensor:
+    return high + exact_low_pass(low - high)
+
+
+def exact_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
+    return guided_step_reference(
+        x, output, reference, level=LEVEL, prediction="epsilon", gamma=GAMMA, cutoff=CUTOFF, kind="resize"
+    )  # fmt: skip
+
+
+def our_low_pass(x: Tensor) -> Tensor:
+    return low_pass(x, cutoff=CUTOFF)
+
+
+def our_mix(high: Tensor, low: Tensor) -> Tensor:
+    return mix_frequencies(high, low, cutoff=CUTOFF)
+
+
+def our_steps(sets: Sequence[Pictures]) -> list[Call]:
+    """A stage's step, which holds the coarse grid of its reference."""
+    made = [(GuidedStep(reference, cutoff=CUTOFF, prediction="epsilon"), x, output) for x, output, reference in sets]
+    return [partial(step, x, output, level=LEVEL, gamma=GAMMA) for step, x, output in made]
+
+
+def fft_low_pass(x: Tensor) -> Tensor:
+    """A radial Butterworth filter of order 4 through the Fourier transform, with the mask made beforehand as users do."""
+    mask = _fft_mask(x.shape[-2], x.shape[-1], x.device)
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x.float()) * mask, s=x.shape[-2:])
+    return filtered.to(x.dtype)
+
+
+_masks: dict[Any, Tensor] = {}
+
+
+def _fft_mask(height: int, width: int, device: torch.device) -> Tensor:
+    key = (height, width, device)
+    if key not in _masks:
+        squared = torch.fft.fftfreq(height, 0.5, device=device)[:, None] ** 2 + torch.fft.rfftfreq(width, 0.5, device=device) ** 2
+        _masks[key] = 1 / (1 + (squared / CUTOFF**2) ** 4)
+    return _masks[key]
+
+
+def torchvision_blur(x: Tensor) -> Tensor:
+    from torchvision.transforms.functional import gaussian_blur
+
+    blurred: Tensor = gaussian_blur(x, [TAPS, TAPS], [STD, STD])
+    return blurred
+
+
+def kornia_blur(x: Tensor) -> Tensor:
+    from kornia.filters import gaussian_blur2d
+
+    blurred: Tensor = gaussian_blur2d(x, (TAPS, TAPS), (STD, STD))
+    return blurred
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is computed, by hand in eager torch and as it is defined, of some of x, model output and reference."""
+
+    name: str
+    takes: tuple[int, ...]  # of a set of pictures
+    passes: int  # pictures read or written
+    eager: Callable[..., Tensor]
+    exact: Callable[..., Tensor]
+
+    def tensors(self, pictures: Pictures) -> Pictures:
+        return tuple(pictures[n] for n in self.takes)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Of one operation.
+
+    Attributes:
+        prepare: Calls for some sets of tensors; what is not part of a call is done here.
+        held: To the error budget that eager torch sets; or its error is shown; or it is another filter and only has to be finite.
+        package: Without which it is skipped; none when empty.
+    """
+
+    operation: Operation
+    name: str
+    prepare: Callable[[Sequence[Pictures]], list[Call]]
+    held: Literal["budget", "shown", "other"] = "budget"
+    package: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.name == "scalediff"
+
+
+def each(function: Callable[..., Tensor]) -> Callable[[Sequence[Pictures]], list[Call]]:
+    return lambda sets: [partial(function, *tensors) for tensors in sets]
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[[Sequence[Pictures]], list[Call]]:
+    def prepare(sets: Sequence[Pictures]) -> list[Call]:
+        torch._dynamo.reset()  # or later shapes get one graph for all
+        return each(torch.compile(function, fullgraph=True, dynamic=False))(sets)
+
+    return prepare
+
+
+STEP = Operation("guided step", (0, 1, 2), 4, eager_step, exact_step)
+MIX = Operation("mix frequencies", (0, 2), 4, eager_mix, exact_mix)
+LOW_PASS = Operation("low pass", (0,), 2, eager_low_pass, exact_low_pass)
+IMPLEMENTATIONS = (
+    Implementation(STEP, "eager", each(eager_step)),
+    Implementation(STEP, "scalediff", our_steps),
+    Implementation(STEP, "eager, line by line", each(published_step), "shown"),
+    Implementation(STEP, "torch.compile", compiled(eager_step)),
+    Implementation(MIX, "eager", each(eager_mix)),
+    Implementation(MIX, "scalediff", each(our_mix)),
+    Implementation(MIX, "torch.compile", compiled(eager_mix)),
+    Implementation(LOW_PASS, "eager", each(eager_low_pass)),
+    Implementation(LOW_PASS, "scalediff", each(our_low_pass)),
+    Implementation(LOW_PASS, "torch.compile", compiled(eager_low_pass)),
+    Implementation(LOW_PASS, "FFT, Butterworth", each(fft_low_pass), "other"),
+    Implementation(LOW_PASS, "torchvision gaussian_blur", each(torchvision_blur), "other", "torchvision"),
+    Implementation(LOW_PASS, "kornia gaussian_blur2d", each(kornia_blur), "other", "kornia"),
+)
