@@ -37,7 +37,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-LIMITS = {"cuda": 120.0, "cpu": 700.0}
+LIMITS = {"cuda": 120.0, "cpu": 210.0}
 
 
 def facts(options: argparse.Namespace) -> dict[str, str]:
@@ -147,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", nargs="+", metavar="HOW", help="of eager, compiled: repeated blocks (default: eager; on a GPU both)")
     parser.add_argument("--small", action="store_true", help="small models (default on a CPU)")
     parser.add_argument("--growth", action="store_true", help="the embedded model from 128 to 1024 pixels")
-    parser.add_argument("--limit", type=float, metavar="S", help="seconds of a run that is measured whole (default: 120; on a CPU 700)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of every stage (default: %(default)s)")
+    parser.add_argument("--limit", type=float, metavar="S", help="seconds of a run that is measured whole (default: 120; on a CPU 210)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of every stage (default: %(default)s)")
     parser.add_argument("--view-batch", type=int, default=8, help="views in one pass (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="results (default: bench/results/cascade-MACHINE.csv)")
     parser.add_argument("--json", action="store_true", help="one object per row and line")

@@ -31,7 +31,7 @@ from scalediff.hooks import denoiser_of
 Row = dict[str, str]
 COMPILE = ("eager", "compiled")
 BACKEND = "inductor"
-_GUESS = 0.3  # of a matrix product's speed, before anything is measured
+_GUESS = {"cuda": 0.3, "cpu": 0.7}  # of a matrix product's speed, before anything is measured
 _RUNS, _AGAIN = 3, 20.0  # true runs at most, and the seconds of them after which none is begun
 _GRAPHS = 128  # sizes, widths and levels that one block is compiled for
 
@@ -123,11 +123,12 @@ class Bench:
             planned = self.drawn.plan(method, unit.size)
         except ValueError as wrong:
             return _line(wrong)
-        rate = _GUESS * self._ceiling(self._subject.dtype).matrix_tflops
+        guess = _GUESS[self._device]
+        rate = guess * self._ceiling(self._subject.dtype).matrix_tflops
         step = sum(sum(self.work.step(method, one)) for one in planned)
         needed = (self._watched_steps + 1) * step / rate
         if needed > self._limits.seconds:
-            speed = f"at {_GUESS:.0%} of a matrix product's speed"
+            speed = f"at {guess:.0%} of a matrix product's speed"
             return f"to watch it would take about {needed:.0f} s, {speed}, --limit is {self._limits.seconds:g} s"
         return ""
 

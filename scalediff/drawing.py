@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from scalediff.allocator import keep_freed_memory
+from scalediff.allocator import KEPT, keep_freed_memory
 from scalediff.draw import Result, generate, upscale
 from scalediff.loading import UsageError, load_model, one_line
 from scalediff.memory import estimate, gib, is_offloaded, room, wants_tiling
@@ -121,13 +121,10 @@ def _jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Jo
 
 
 def _loaded(options: Namespace) -> Any:
-    pipe = load_model(
+    return load_model(
         options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler, spacing=options.timestep_spacing,
         low_memory=options.low_memory,
     )  # fmt: skip
-    if pipe._execution_device.type == "cpu":
-        keep_freed_memory()
-    return pipe
 
 
 def _settings(pipe: Any, options: Namespace) -> Settings:
@@ -166,7 +163,7 @@ def _preview_of(job: Job) -> Path:
 
 
 def _tell_memory(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
-    """Say what the run will need, what there is, and what to do where that is too little."""
+    """Say what the run will need, what there is, and what to do where that is too little; on a CPU use it where there is much."""
     arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
@@ -186,6 +183,8 @@ def _tell_memory(pipe: Any, options: Namespace, job: Job, size: tuple[int, int],
         _say(f"memory: about {gib(peak)}")
     else:
         _say(f"memory: about {gib(peak)} of {gib(there)}" + (f": too little; {needs.advice(there, **now)}" if peak > there else ""))
+        if pipe._execution_device.type == "cpu" and KEPT * peak <= there:
+            keep_freed_memory()
 
 
 def _tiling(options: Namespace) -> bool | None:

@@ -202,7 +202,7 @@ def test_what_would_take_too_long_to_watch_is_skipped_in_a_sentence(benches: dic
     rows = rows_of(bench, unit("flux-small", "npa"))
     assert list(rows) == ["run"]
     assert rows["run"]["status"] == "skipped"
-    assert "s, at 30% of a matrix product's speed, --limit is 100 s" in rows["run"]["note"]
+    assert "s, at 70% of a matrix product's speed, --limit is 100 s" in rows["run"]["note"]
 
 
 def test_a_size_that_the_model_cannot_draw_is_skipped_in_a_sentence(benches: dict[str, Bench]) -> None:

@@ -46,7 +46,7 @@ def test_what_stands_is_not_measured_again(ran: Any, tmp_path: Path) -> None:
     first = harness.read_rows(path)
     assert {"flux-small/32/direct/eager/run", "flux-small/32/npa-global/eager/2-32/attention"} <= set(first)
     assert len(out.splitlines()) == len(first)
-    assert all(row["commit"] == "abc" and row["torch"] == torch.__version__ and row["limit_s"] == "700" for row in first.values())
+    assert all(row["commit"] == "abc" and row["torch"] == torch.__version__ and row["limit_s"] == "210" for row in first.values())
     assert not list(tmp_path.glob("*.part"))
     _, out, _ = ran(*DIRECT, "--commit", "abc")
     assert out == "flux-small/32/direct/eager: as measured before\n"
@@ -58,7 +58,7 @@ def test_what_stands_is_not_measured_again(ran: Any, tmp_path: Path) -> None:
     third = harness.read_rows(path)
     assert "flux-small/32/direct/eager/run" in third
     assert "flux-small/32/direct/eager/9-99/step" not in third
-    for changed in (("--commit", "def"), ("--commit", "abc", "--again"), ("--commit", "abc", "--limit", "701")):
+    for changed in (("--commit", "def"), ("--commit", "abc", "--again"), ("--commit", "abc", "--limit", "211")):
         _, out, _ = ran(*DIRECT, *changed)
         assert "as measured before" not in out
     assert "flux-small/32/npa-global/eager/run" in harness.read_rows(path), "other units stay"

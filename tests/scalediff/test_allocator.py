@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from scalediff import allocator
+from scalediff import allocator, drawing
+from scalediff.cli import main
 
 # Pages that are mapped anew while 64 MB are allocated, written and freed again and again.
 FAULTS = """
@@ -47,3 +49,17 @@ def test_another_allocator_is_told(monkeypatch: pytest.MonkeyPatch, missing: typ
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert not allocator.keep_freed_memory()
+
+
+@pytest.mark.parametrize(("room", "kept"), [(10**6, 1), (1, 0)])
+def test_the_command_keeps_it_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int, kept: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(drawing, "keep_freed_memory", lambda: asked.append(1))
+    monkeypatch.setattr(drawing, "room", lambda device: room * 2**30)
+    assert (
+        main(["generate", "a moon", "--size", "64", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "moon.png"), "--quiet"]) == 0
+    )
+    assert len(asked) == kept
+    assert f"of {room}" in capsys.readouterr().err
