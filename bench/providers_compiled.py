@@ -225,7 +225,7 @@ class Natten(Provider):
         if task.device == "cuda":
             return 10 * result_bytes(task)  # permuted q, k, v, results of image and of text, and merging
         tokens = s.tokens  # on a CPU all scores are made, by eager FlexAttention
-        return 5 * s.batch * s.heads * tokens**2 * 4
+        return 6 * s.batch * s.heads * tokens**2 * 4
 
     def executed(self, task: Task) -> int | None:
         return None  # by its tiles, which it does not tell
