@@ -9,10 +9,8 @@ call frees for the next one, whoever calls (`scalediff.allocator`).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +20,8 @@ from typing import Any
 
 import torch
 
-from bench import harness, providers_compiled
+from bench import command, harness, providers_compiled
+from bench.command import Benchmark
 from bench.gate import GateFailed, Truth, truth
 from bench.providers import Ours, Provider, Ready
 from bench.providers_compiled import PROVIDERS
@@ -32,7 +31,6 @@ from bench.shapes import CPU_QUICK, CPU_SHAPES, QUICK, SHAPES, Inputs, Task, tas
 from bench.timing import kernels, measure_in_turn, peak_memory
 from scalediff_kernels.testing import poisoned_memory
 
-RESULTS = harness.ROOT / "bench" / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_CACHE = 2**26  # bytes, assumed
 SETS = 16  # at most
@@ -193,40 +191,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     picked, names = _picked(parser, options)
-    wanted = {key(task, name): name for task in picked for name in names}
-    try:
-        measured_with = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
-        path = options.csv or RESULTS / f"attention-{harness.slug(measured_with['machine'])}.csv"
-        if not path.is_file() and (path.exists() or options.no_measure):
-            parser.error(f"--csv takes a file{', with --no-measure one that is there' if options.no_measure else ''}, got {path}")
-        rows = harness.read_rows(path, FIELDS)
-        others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
-    except ValueError as error:
-        parser.error(str(error))
-    # What was skipped may run now; what failed or was timed stays so.
-    standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
-    standing = set() if options.again else set(wanted) if options.no_measure else standing
-    for name in (name for name in wanted if name in standing):
-        if name not in rows:
-            print(f"{name}: not in {path.name}", file=sys.stderr if options.json else sys.stdout)
-        elif options.json or options.no_measure:
-            print(json.dumps(rows[name]) if options.json else line(rows[name]))
-        else:
-            print(f"{name}: as measured before", flush=True)
-    if not options.no_measure:
+
+    def measure(standing: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
         if options.device == "cpu":
             _keep_freed_memory()
-        command = "python -m bench.attention " + " ".join(sys.argv[1:] if arguments is None else arguments)
-        for name, row in measured_rows(picked, names, standing, seconds=options.seconds):
-            rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"row": name, "command": command.strip()}
-            harness.write_rows(path, FIELDS, rows.values())
-            print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
-    shown = {name: rows[name] for name in wanted if name in rows}
-    if options.compare:
-        for sentence in harness.compared(shown, others, facts=SAME):
-            print(sentence, file=sys.stderr if options.json else sys.stdout)
-    ours = [name for name, row in shown.items() if isinstance(PROVIDERS[wanted[name]], Ours) and row["status"] in ("FAILED", "error")]
-    raise SystemExit(f"ours did not run as it should: {', '.join(ours)}" if ours else 0)
+        return measured_rows(picked, names, standing, seconds=options.seconds)
+
+    Benchmark("attention", FIELDS, SAME, line).run(
+        parser, options, arguments,
+        facts=lambda: facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"},
+        wanted={key(task, name): isinstance(PROVIDERS[name], Ours) for task in picked for name in names},
+        measure=measure,
+    )  # fmt: skip
 
 
 def _keep_freed_memory() -> None:
@@ -254,20 +230,12 @@ def line(row: Mapping[str, str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n")[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser = command.parser_of("attention", __doc__.split("\n")[0])
     parser.add_argument("--shape", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES | CPU_SHAPES)}")
     parser.add_argument("--provider", nargs="+", metavar="NAME", help=f"of {', '.join(PROVIDERS)}")
     parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)} (default: bf16 fp16; on a CPU fp32)")
     parser.add_argument("--quick", action="store_true", help="few shapes and providers, each shape in its model's dtype")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per row (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="results (default: bench/results/attention-DEVICE.csv)")
-    parser.add_argument("--json", action="store_true", help="one object per row and line")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="another CSV, row by row")
-    parser.add_argument("--no-measure", action="store_true", help="take the rows of --csv as they are")
-    parser.add_argument("--again", action="store_true", help="measure what stands, too")
-    parser.add_argument("--commit", help="of a copy of the tree that git knows nothing of")
+    command.add_seconds(parser, 0.5)
     return parser
 
 
@@ -278,14 +246,7 @@ def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tup
     for name, values in known.items():
         if unknown := [value for value in getattr(options, name) or () if value not in values]:
             parser.error(f"--{name} takes {', '.join(values)}, got {', '.join(unknown)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch sees, got none")
-    if not 0 < options.seconds < math.inf:
-        parser.error(f"--seconds must be positive and finite, got {options.seconds}")
-    if options.compare and not options.compare.is_file():
-        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which is no file")
-    if options.no_measure and options.again:
-        parser.error("rows are taken as they are or measured anew, got --no-measure and --again")
+    command.check(parser, options)
     shapes = options.shape or list((CPU_QUICK if options.quick else CPU_SHAPES) if cpu else (QUICK if options.quick else SHAPES))
     names = options.provider or list(
         providers_compiled.CPU if cpu else (providers_compiled.QUICK if options.quick else PROVIDERS)

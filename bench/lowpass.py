@@ -12,10 +12,7 @@ Bytes are those that an operation must move, every picture read or written once 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -26,14 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench import harness, lowpass_page
+from bench import command, harness, lowpass_page
+from bench.command import RESULTS, Benchmark
 from bench.gate import GateFailed
 from bench.lowpass_cases import FEATURES, IMPLEMENTATIONS, LATENTS, Call, Case, Implementation, Operation, Pictures
 from bench.lowpass_page import KEPT, RETURNED
 from bench.timing import launches, measure_in_turn, peak_memory
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
-RESULTS = harness.ROOT / "bench" / "results"
 CPU_CACHE = 2**26  # bytes, assumed
 
 SAME = lowpass_page.FACTS
@@ -185,40 +182,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
         return
     cases = _picked(parser, options)
-    wanted = {key(case, implementation): implementation for case in cases for implementation in IMPLEMENTATIONS}
-    try:
-        measured_with = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
-        path = options.csv or RESULTS / f"lowpass-{harness.slug(measured_with['machine'])}.csv"
-        if not path.is_file() and (path.exists() or options.no_measure):
-            parser.error(f"--csv takes a file{', that is there with --no-measure' if options.no_measure else ''}, got {path}")
-        rows = harness.read_rows(path, FIELDS)
-        others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
-    except ValueError as error:
-        parser.error(str(error))
-    if options.device == "cpu" and not options.no_measure:
-        measured_with["memory"] = KEPT if _keep_freed_memory() else RETURNED
-    # What was skipped may run now; what failed or was timed stays so.
-    standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
-    standing = set() if options.again else set(wanted) if options.no_measure else standing
-    for name in (name for name in wanted if name in standing):
-        if name not in rows:
-            print(f"{name}: not in {path.name}", file=sys.stderr if options.json else sys.stdout)
-        elif options.json or options.no_measure:
-            print(json.dumps(rows[name]) if options.json else line(rows[name]))
-        else:
-            print(f"{name}: as measured before", flush=True)
-    if not options.no_measure:
-        command = shlex.join(["python", "-m", "bench.lowpass", *(sys.argv[1:] if arguments is None else arguments)])
-        for name, row in measured_rows(cases, options.device, standing, seconds=options.seconds):
-            rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"row": name, "command": command}
-            harness.write_rows(path, FIELDS, rows.values())
-            print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
-    shown = {name: rows[name] for name in wanted if name in rows}
-    if options.compare:
-        for sentence in harness.compared(shown, others, facts=SAME):
-            print(sentence, file=sys.stderr if options.json else sys.stdout)
-    ours = [name for name, row in shown.items() if wanted[name].ours and row["status"] in ("FAILED", "error")]
-    raise SystemExit(f"ours did not run as it should: {', '.join(ours)}" if ours else 0)
+
+    def measured_with() -> dict[str, str]:
+        found = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
+        kept = options.device == "cpu" and not options.no_measure
+        return found | ({"memory": KEPT if _keep_freed_memory() else RETURNED} if kept else {})
+
+    Benchmark("lowpass", FIELDS, SAME, line).run(
+        parser, options, arguments,
+        facts=measured_with,
+        wanted={key(case, implementation): implementation.ours for case in cases for implementation in IMPLEMENTATIONS},
+        measure=lambda standing: measured_rows(cases, options.device, standing, seconds=options.seconds),
+    )  # fmt: skip
 
 
 def _keep_freed_memory() -> bool:
@@ -254,14 +229,7 @@ def committed() -> dict[str, list[dict[str, str]]]:
 
 def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
     """Cases; refuses what is not known."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch sees, got none")
-    if not 0 < options.seconds < math.inf:
-        parser.error(f"--seconds must be positive and finite, got {options.seconds}")
-    if options.compare and not options.compare.is_file():
-        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which is no file")
-    if options.no_measure and options.again:
-        parser.error("rows are taken as they are or measured anew, got --no-measure and --again")
+    command.check(parser, options)
     # A CPU's fp16 is nobody's choice; a GPU's fp32 latents are.
     known = [case for case in LATENTS + FEATURES if options.device == "cuda" or case.dtype is torch.float32]
     cases = [case for case in known if options.cases in case.name]
@@ -271,17 +239,10 @@ def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> lis
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.lowpass", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = command.parser_of("lowpass", __doc__.split("\n")[0])
     parser.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per row (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="results (default: bench/results/lowpass-DEVICE.csv)")
     parser.add_argument("--doc", type=Path, metavar="FILE", help="measure nothing, write this page from the committed rows")
-    parser.add_argument("--json", action="store_true", help="one object per row and line")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="another CSV, row by row")
-    parser.add_argument("--no-measure", action="store_true", help="take the rows of --csv as they are")
-    parser.add_argument("--again", action="store_true", help="measure what stands, too")
-    parser.add_argument("--commit", help="of a copy of the tree that git knows nothing of")
+    command.add_seconds(parser, 0.3)
     return parser
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import attention, harness, providers, providers_compiled, roofline
+from bench import attention, command, harness, providers, providers_compiled, roofline
 from bench.flops import views
 from bench.gate import GateFailed, Outputs, truth
 from bench.providers import Ready
@@ -402,12 +402,12 @@ def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(monkeypatch: 
 
     monkeypatch.setattr(PROVIDERS["gather"], "prepare", illegal)
     monkeypatch.setattr("bench.harness.device_lost", lambda device: bool(lost))
-    command = ("--shape", "even", "--provider", "gather", "full")
-    (row,), status = run(small, *command)
+    arguments = ("--shape", "even", "--provider", "gather", "full")
+    (row,), status = run(small, *arguments)
     assert status == "the device was lost in even/fp32/gather: the same command goes on after it"
     assert (row["status"], row["note"]) == ("FAILED", "RuntimeError: an illegal memory access was encountered")
     lost.clear()
-    rows, status = run(small, *command)
+    rows, status = run(small, *arguments)
     assert [r["status"] for r in rows] == ["FAILED", "ok"]
     assert (status, lost) == (0, [])
 
@@ -529,7 +529,7 @@ def test_json_lines_and_a_comparison(monkeypatch: pytest.MonkeyPatch, small: Pat
 def test_what_the_command_refuses(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(attention, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("bench.harness._commit", lambda: "0123abc")
     with pytest.raises(SystemExit) as stop:

@@ -283,7 +283,7 @@ def test_rows_are_shown_as_they_are(small: Path, capsys: pytest.CaptureFixture[s
         (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
         (["--compare", __file__], "must have a column 'row'"),
         (["--no-measure", "--again"], "rows are taken as they are or measured anew, got --no-measure and --again"),
-        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes a file, that is there with --no-measure, got nowhere.csv"),
+        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes a file, with --no-measure one that is there, got nowhere.csv"),
         (["--csv", str(ROOT)], f"--csv takes a file, got {ROOT}"),
         (["--device", "cuda"], "--device cuda needs a GPU that torch sees, got none"),
     ],
