@@ -17,18 +17,16 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
-from bench import harness
+from bench import command, harness
 from bench.cascade_methods import METHODS, OURS
 from bench.cascade_models import GROWTH_METHODS, GROWTH_SIZES, SMALL, SUBJECTS, TRUE
 from bench.cascade_rows import COMPILE, Bench, Limits, Row, Unit
 from bench.roofline import Ceilings, ceilings
 from scalediff.allocator import keep_freed_memory
 
-RESULTS = harness.ROOT / "bench" / "results"
 SAME = (*harness.FACTS, *harness.VERSIONS, "timed_steps", "limit_s", "view_batch")
 FIELDS = (
     "row", "status", "model", "size", "method", "compile", "stage", "part", "p20_ms", "p50_ms", "p80_ms", "count", "in_run_s", "steps",
@@ -79,13 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = _picked(parser, options)
     try:
         measured_with = facts(options)
-        path = options.csv or RESULTS / f"cascade-{harness.slug(measured_with['machine'])}.csv"
+        path = command.path_of(parser, options, "cascade", measured_with["machine"])
         rows = harness.read_rows(path, FIELDS)
         others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
     except ValueError as error:
         parser.error(str(error))
-    if options.no_measure and not path.exists():
-        parser.error(f"--no-measure takes rows that there are, got --csv {path}, which does not exist")
     # What was skipped may run now; what failed or was timed stays so. A unit is done when its run is.
     standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
     done = [] if options.again else [unit for unit in wanted if f"{unit.name}/run" in standing]
@@ -95,14 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.no_measure:
         for unit in () if options.json else done:
             print(f"{unit.name}: as measured before")
-        command = "python -m bench.cascade " + " ".join(sys.argv[1:] if arguments is None else arguments)
         begun: set[Unit] = set()
         for unit, row in measured_rows([unit for unit in wanted if unit not in done], options):
             if unit not in begun:  # nothing of an earlier run stays beside what is measured now
                 begun.add(unit)
                 rows = {name: old for name, old in rows.items() if not name.startswith(f"{unit.name}/")}
             name = row["row"]
-            rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"command": command.strip()}
+            rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"command": command.shown("cascade", arguments)}
             harness.write_rows(path, FIELDS, rows.values())
             told.add(name)
             print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
@@ -111,12 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(shown[name]) if options.json else line(shown[name]))
     if absent := [unit.name for unit in wanted if f"{unit.name}/run" not in shown]:
         print(f"not in {path.name}: {', '.join(absent)}", file=sys.stderr)
-    if options.compare:
-        mine, theirs = ({name: row for name, row in table.items() if row["part"] != "gate"} for table in (shown, others))  # no times
-        for sentence in harness.compared(mine, theirs, facts=SAME):
-            print(sentence, file=sys.stderr if options.json else sys.stdout)
-    wrong = [name for name, row in shown.items() if row["method"] in OURS and row["status"] in ("FAILED", "error")]
-    raise SystemExit(f"ours did not run as it should: {', '.join(wrong)}" if wrong else 0)
+    mine, theirs = ({name: row for name, row in table.items() if row["part"] != "gate"} for table in (shown, others))  # no times
+    command.compare(options, mine, theirs, SAME)
+    command.end([name for name, row in shown.items() if row["method"] in OURS and row["status"] in ("FAILED", "error")])
 
 
 def line(row: Mapping[str, str]) -> str:
@@ -138,9 +130,7 @@ def line(row: Mapping[str, str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.cascade", description=__doc__.split("\n")[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser = command.parser_of("cascade", __doc__.split("\n")[0])
     parser.add_argument("--model", nargs="+", metavar="NAME", help=f"of {', '.join(SUBJECTS)}")
     parser.add_argument("--size", nargs="+", type=int, metavar="N", help="pixels per side (default: the model's own list)")
     parser.add_argument("--method", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)}")
@@ -150,23 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=float, metavar="S", help="seconds of a run that is measured whole (default: 120; on a CPU 210)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of every stage (default: %(default)s)")
     parser.add_argument("--view-batch", type=int, default=8, help="views in one pass (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="results (default: bench/results/cascade-MACHINE.csv)")
-    parser.add_argument("--json", action="store_true", help="one object per row and line")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="another CSV, row by row")
-    parser.add_argument("--no-measure", action="store_true", help="take the rows of --csv as they are")
-    parser.add_argument("--again", action="store_true", help="measure what stands, too")
-    parser.add_argument("--commit", help="of a copy of the tree that git knows nothing of")
     return parser
 
 
 def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Unit]:
     """What to measure; refuses what is not known or cannot be."""
+    command.check(parser, options)
     known: dict[str, Sequence[str]] = {"model": tuple(SUBJECTS), "method": tuple(METHODS), "compile": COMPILE}
     for name, values in known.items():
         if unknown := [value for value in getattr(options, name) or () if value not in values]:
             parser.error(f"--{name} takes {', '.join(values)}, got {', '.join(unknown)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch sees, got none")
     if options.limit is None:
         options.limit = LIMITS[options.device]
     for name, least in (("limit", 0), ("steps", 1), ("view_batch", 1)):
@@ -178,10 +161,6 @@ def _picked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> lis
     if options.growth and (options.model or options.small):
         given = " and ".join(["--growth", *(["--model " + " ".join(options.model)] if options.model else []), *["--small"] * options.small])
         parser.error(f"--growth is of the embedded model and takes no --model and no --small, got {given}")
-    if options.compare and not options.compare.is_file():
-        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which is no file")
-    if options.no_measure and options.again:
-        parser.error("--no-measure measures nothing, --again measures everything, got both")
     models = options.model or (("demo",) if options.growth else SMALL if options.small or options.device == "cpu" else TRUE)
     if large := [name for name in models if not SUBJECTS[name].small and (options.device == "cpu" or options.small)]:
         parser.error(f"--model {' '.join(large)} is of true size, for a GPU and without --small; small ones are {', '.join(SMALL)}")

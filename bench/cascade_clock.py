@@ -53,18 +53,24 @@ class DeviceClock:
 class Memory:
     """Bytes of a device: what is there, and the most there was since the last `reset`; None where the system does not tell.
 
-    On a GPU what torch has allocated; on a CPU the resident set of the process, libraries and all, without what the allocator keeps.
+    On a GPU what torch has allocated; on a CPU the resident set of the process, libraries and all, and what the allocator has kept since
+    the last `give_back`.
     """
 
     def __init__(self, device: str) -> None:
         self._device = device
 
+    def give_back(self) -> None:
+        """What the allocator of a CPU's process keeps, to the system."""
+        if self._device == "cpu":
+            with suppress(OSError, AttributeError):  # glibc's alone
+                ctypes.CDLL(None).malloc_trim(0)
+
     def reset(self) -> None:
+        """The peak begins again."""
         if self._device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             return
-        with suppress(OSError, AttributeError):  # glibc's alone
-            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set begins again
         except OSError:

@@ -34,6 +34,7 @@ from scalediff import plan
 from scalediff.families import family_of
 from scalediff.hooks import denoiser_of
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
+from scalediff_kernels.testing import poisoned_memory
 
 STEPS = 2
 _SLACK = {False: 2.0, True: 4.0}  # by whether blocks are compiled
@@ -86,7 +87,7 @@ class Gate:
             return self._drawn.stage(_windows(rule), steps=STEPS)
 
     def _draw_eager(self, rule: str) -> Tensor:
-        with self._plain_attention(), _computed_by(_torchs_own), _computed_by(self._seen):
+        with self._plain_attention(), _computed_by(lambda function: self._seen(_torchs_own(function))):
             return self._drawn.stage(_windows(rule), steps=STEPS)
 
     def _plain_attention(self) -> Any:
@@ -119,12 +120,15 @@ class Gate:
             truth = gate.truth(inputs, "window")
             how: dict[str, Any] = {"window": shape.window, "patch": shape.patch}
             how |= {"text_rope": inputs.rope, "text_queries": rule} if rule else {}
-            found = _outputs(self._attention(method)(*inputs.image, *(inputs.text if rule else ()), **how))
+            with poisoned_memory():
+                found = _outputs(self._attention(method)(*inputs.image, *(inputs.text if rule else ()), **how))
+            if not all(out.isfinite().all() for out in found):
+                return Verdict("size", math.inf, 0.0, f"attention in fp64: the result has NaN or infinite values at {size} pixels")
             for sample, out in zip((truth.image, truth.text), (found[0].flatten(1, 2), *found[1:]), strict=False):
                 if sample is not None:
                     allowed = 2 * _distance(sample.eager, sample.exact) + _rounding(sample.exact, shape.dtype)
                     pairs.append((_distance(out[:, sample.tokens], sample.exact), allowed))
-        error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
+        error, allowed = max(pairs, key=_excess)
         return Verdict("size", error, allowed, f"attention in fp64, a sample of {len(shapes)} kinds of layer at {size} pixels")
 
     def _attention(self, method: Method, offset: tuple[int, int] | None = None) -> Callable[..., Any]:
@@ -164,7 +168,7 @@ class Gate:
         actual, eager = _outputs(found(*tensors, **how)), _outputs(ours(*tensors, **how, impl="reference"))
         exact = _outputs(ours(*(x.double() for x in tensors), **precise))
         pairs = [(_distance(a, x), 2 * _distance(e, x) + _rounding(x, dtype)) for a, e, x in zip(actual, eager, exact, strict=True)]
-        error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
+        error, allowed = max(pairs, key=_excess)
         return Verdict("definition", error, allowed, f"the definition at offset {offset}, on random tensors")
 
 
@@ -176,6 +180,12 @@ def _distance(x: Tensor, y: Tensor) -> float:
     """The largest difference; infinite where one is not finite."""
     difference = (x.double() - y.double()).abs().max().item()
     return difference if difference == difference else float("inf")
+
+
+def _excess(pair: tuple[float, float]) -> float:
+    """Of an error over what is allowed; infinite where that is not finite."""
+    error, allowed = pair
+    return error / allowed if math.isfinite(allowed) else math.inf
 
 
 def _rounding(x: Tensor, dtype: torch.dtype | None = None) -> float:

@@ -165,6 +165,7 @@ class Bench:
         """Bytes that are there before, the watch, and what it saw."""
         self.drawn.draw(method, unit.size, steps=1)
         gc.collect()
+        self.memory.give_back()
         self.memory.reset()
         before = self.memory.now()
         watch = Watch(self.clock, self.memory, steps=self._watched_steps, deep=unit.compile == "eager")

@@ -122,8 +122,10 @@ class Counter:
         passes = [passes_of_a_step(self.model, settings) * n for n in steps]
         works = [self.forward(side, how.attention) for side in sides]
         run = Forward(*(sum(n * part for n, part in zip(passes, parts, strict=True)) for parts in zip(*works, strict=True)))
-        coded = sides if how.cascade else sides[-1:]
-        vae = sum(self._coded(side, after) for side, after in zip(coded, [*coded[1:], None], strict=True))
+        encoded: list[int | None] = (
+            [*sides[1:]] if how.cascade else [None] * (len(sides) - 1)
+        )  # every phase is decoded, every stage encoded again as well
+        vae = sum(self._coded(side, after) for side, after in zip(sides, [*encoded, None], strict=True))
         rule = how.attention if how.attention in self._queries else ""
         text = self._inputs(size)["encoder_hidden_states"].shape[1]
         return Row(self.name, size, method, text, rule, passes[-1], sum(works[-1]), sum(run) + vae, *works[-1], *run, vae)

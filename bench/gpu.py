@@ -83,7 +83,7 @@ class Run:
         return self._ran(part, command, left)
 
     def _ran(self, part: Part, command: Sequence[str], left: float) -> Outcome:
-        before, begun = len(self._measured(part)), time.monotonic()
+        before, begun = self._measured(part), time.monotonic()
         own = part.limit + min(self._spare, part.limit)
         ended = run(part, command, self._out, limit=min(own, left))
         seconds, rows = time.monotonic() - begun, self._measured(part)
@@ -92,7 +92,7 @@ class Run:
         if ended.status == 0:
             return Outcome("done", said, seconds)
         if ended.status is None:
-            why = "the end of the time for all parts" if left < own else OWN if len(rows) > before else STUCK
+            why = "the end of the time for all parts" if left < own else OWN if rows != before else STUCK
             return Outcome("stopped", f"after {min(own, left):.0f} s, {why}; {said}", seconds)
         if refused := part.refused(ended.printed):
             return Outcome("skipped", refused, seconds)
@@ -122,10 +122,12 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
         found = read(out)
     except ValueError as error:
         return [f"no results: {error}"]
+    attention_rows, cascade_rows = ([g for g in kind if g.facts["commit"] == commit] for kind in (found.attention, found.cascade))
+    found = found._replace(attention=attention_rows, cascade=cascade_rows)
     lines = []
     for goal in (goal for goal in GOALS if goal.device != "CPU"):
         here = replace(goal, device=machine)
-        answers = [here.told(answer) for answer in here.found(found) if answer.group.facts["commit"] == commit]
+        answers = [here.told(answer) for answer in here.found(found)]
         lines += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.told(None)]]
     quick = {attention.key(task, "") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}
     for row in harness.read_records(out / f"attention-{harness.slug(machine)}.csv"):

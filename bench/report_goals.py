@@ -208,7 +208,7 @@ def as_dense(group: Group) -> Found | None:
                 return Found(group, None, _refused(name, [row]))
     ratios = {task: float(mine["tflops"]) / float(dense["tflops"]) for task, (mine, dense) in pairs.items()}
     sooner = {task: float(dense["p50_ms"]) / float(mine["p50_ms"]) for task, (mine, dense) in pairs.items()}
-    words = "; ".join(f"{task.split('/')[0]} {ratio:.2f}, in {sooner[task]:.2f}x less time" for task, ratio in ratios.items())
+    words = "; ".join(f"{task.replace('/fp32', '')} {ratio:.2f}, in {sooner[task]:.2f}x less time" for task, ratio in ratios.items())
     return Found(group, min(ratios.values()), words, _commands(*(row for pair in pairs.values() for row in pair)))
 
 

@@ -259,6 +259,37 @@ def test_an_attention_that_is_wrong_on_the_timed_grid_alone_does_not_pass(
     assert f"layer at {4 * TINY[model]} pixels" in failed[0].what
 
 
+def test_what_ours_is_compared_with_is_not_ours(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever implementation the model is patched with, as the kernel on a GPU."""
+    monkeypatch.setattr(Drawn, "impl", "reference")
+    asked: list[str] = []
+
+    def recorded(*tensors: Tensor, impl: str, **how: Any) -> Tensor:
+        asked.append(impl)
+        return neighborhood_patch_attention(*tensors, **how)
+
+    gate = Gate(benches["sdxl-small"].drawn)
+    monkeypatch.setattr(cascade_gate, "neighborhood_patch_attention", recorded)
+    gate.prepare(METHODS["npa"])
+    assert set(asked) == {"sdpa"}
+
+
+def test_a_result_that_is_not_finite_where_nobody_looks_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one element of a large picture, of which a sample is compared."""
+
+    def holed(q: Tensor, *others: Tensor, **how: Any) -> Tensor:
+        found = neighborhood_patch_attention(q, *others, **how)
+        if q.shape[1] * q.shape[2] > 16 * 16:
+            found[0, 1, 1, 0, 0] = float("nan")
+        return found
+
+    gate = Gate(benches["sdxl-small"].drawn)
+    gate.prepare(METHODS["npa"])
+    monkeypatch.setattr(cascade_gate, "neighborhood_patch_attention", holed)
+    failed = [verdict for verdict in gate.check(METHODS["npa"], 4 * TINY["sdxl-small"]) if not verdict.passed]
+    assert [verdict.name for verdict in failed] == ["size"]
+
+
 @pytest.mark.parametrize(("error", "allowed"), [(0.0, float("inf")), (float("inf"), float("inf")), (0.0, float("nan"))])
 def test_what_is_compared_with_something_not_finite_does_not_pass(error: float, allowed: float) -> None:
     assert not Verdict("stage", error, allowed, "").passed
@@ -438,5 +469,6 @@ def test_memory_has_a_peak_that_begins_again() -> None:
     block = torch.ones(2**26)
     assert memory.peak() - before >= 0.9 * 2**28  # type: ignore[operator]
     del block
+    memory.give_back()
     memory.reset()
     assert memory.peak() - before < 0.5 * 2**28  # type: ignore[operator]

@@ -129,9 +129,9 @@ def test_the_embedded_model_grows_in_time_and_memory(ran: Any, tmp_path: Path) -
         (["--view-batch", "0"], "--view-batch must be at least 1, got 0"),
         (["--size", "0"], "--size takes pixels per side, got 0"),
         (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
-        (["--no-measure", "--csv", "nowhere.csv"], "--no-measure takes rows that there are, got --csv nowhere.csv, which does not exist"),
+        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes a file, with --no-measure one that is there, got nowhere.csv"),
         (["--limit", "inf"], "--limit must be positive, got inf"),
-        (["--no-measure", "--again"], "--no-measure measures nothing, --again measures everything, got both"),
+        (["--no-measure", "--again"], "rows are taken as they are or measured anew, got --no-measure and --again"),
     ],
 )
 def test_what_is_unknown_is_refused_in_a_sentence(ran: Any, arguments: list[str], sentence: str) -> None:

@@ -327,17 +327,6 @@ def test_rows_are_told_by_what_came_of_them_and_why() -> None:
         "12 rows; 1 FAILED, first b: image: NaN; 2 error, first c: RuntimeError: No available kernel; "
         "natten is not installed: 5 rows; needs about N GB: 2 rows"
     )
-    filters = {"case": "latent", "dtype": "float32", "operation": "low pass", "p50_ms": ""}
-    rows = [
-        filters | {"implementation": "eager", "p50_ms": "1", "note": ""},
-        filters | {"implementation": "kornia", "note": "ModuleNotFoundError: No module named 'kornia'"},
-        filters | {"implementation": "scalediff", "note": "AssertionError: error 2 exceeds 1"},
-        filters | {"implementation": "FFT", "note": "RuntimeError: cuFFT"},
-    ]
-    assert gpu_parts.told(rows) == (
-        "4 rows; 1 FAILED, first latent, float32, low pass, scalediff: AssertionError: error 2 exceeds 1; "
-        "1 error, first latent, float32, low pass, FFT: RuntimeError: cuFFT; kornia is not installed: 1 row"
-    )
 
 
 def test_errors_and_packages_that_came_are_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
