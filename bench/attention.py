@@ -81,10 +81,10 @@ class Bench:
         try:
             return row | self._gated_and_timed(provider)
         except GateFailed as failed:
-            return row | {"status": "FAILED", "note": _line(failed)}
+            return row | {"status": "FAILED", "note": harness.first_line(failed)}
         except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
             status = "FAILED" if harness.device_lost(task.device) else "error"  # what loses the device is not tried again
-            return row | {"status": status, "note": f"{type(problem).__name__}: {_line(problem)}"}
+            return row | {"status": status, "note": f"{type(problem).__name__}: {harness.first_line(problem)}"}
         finally:
             harness.forget(task.device)
 
@@ -145,14 +145,14 @@ def _counted(call: Callable[[], Any], device: str) -> dict[str, str]:
         if (peak := peak_memory(call, device)) is not None:
             row["peak_megabytes"] = f"{peak / 1e6:.4g}"
     except Exception as problem:
-        notes.append(f"peak memory not told: {type(problem).__name__}: {_line(problem)}")
+        notes.append(f"peak memory not told: {type(problem).__name__}: {harness.first_line(problem)}")
     try:
         if found := kernels(call, device):
             row |= {"launches": str(len(found)), "kernel": max(found, key=lambda k: k[1])[0][:80]}
         elif found is not None:
             notes.append("kernels not told: the profiler saw none")
     except Exception as problem:
-        notes.append(f"kernels not told: {type(problem).__name__}: {_line(problem)}")
+        notes.append(f"kernels not told: {type(problem).__name__}: {harness.first_line(problem)}")
     return row | {"note": "; ".join(notes)}
 
 
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure(standing: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
         if options.device == "cpu":
-            _keep_freed_memory()
+            command.keep_freed_memory()
         return measured_rows(picked, names, standing, seconds=options.seconds)
 
     Benchmark("attention", FIELDS, SAME, line).run(
@@ -203,12 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted={key(task, name): isinstance(PROVIDERS[name], Ours) for task in picked for name in names},
         measure=measure,
     )  # fmt: skip
-
-
-def _keep_freed_memory() -> None:
-    from scalediff.allocator import keep_freed_memory  # a device's machine may lack what the library needs
-
-    keep_freed_memory()
 
 
 def line(row: Mapping[str, str]) -> str:
@@ -272,10 +266,6 @@ def _dtype(task: Task) -> str:
 def _wait(task: Task) -> None:
     if task.device == "cuda":
         torch.cuda.synchronize()
-
-
-def _line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [""])[0][:160]
 
 
 if __name__ == "__main__":

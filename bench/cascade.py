@@ -25,7 +25,6 @@ from bench.cascade_methods import METHODS, OURS
 from bench.cascade_models import GROWTH_METHODS, GROWTH_SIZES, SMALL, SUBJECTS, TRUE
 from bench.cascade_rows import COMPILE, Bench, Limits, Row, Unit
 from bench.roofline import Ceilings, ceilings
-from scalediff.allocator import keep_freed_memory
 
 SAME = (*harness.FACTS, *harness.VERSIONS, "timed_steps", "limit_s", "view_batch")
 FIELDS = (
@@ -33,8 +32,6 @@ FIELDS = (
     "composed_s", "measured_s", "runs", "rate_of", "useful_tflop", "tflops", "matrix_percent", "matrix_tflops", "peak_megabytes",
     "before_megabytes", "backend", "error", "allowed", "note", "command", *SAME,
 )  # fmt: skip
-
-
 LIMITS = {"cuda": 120.0, "cpu": 210.0}
 
 
@@ -86,9 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
     done = [] if options.again else [unit for unit in wanted if f"{unit.name}/run" in standing]
     told: set[str] = set()
-    if options.device == "cpu":
-        keep_freed_memory()
     if not options.no_measure:
+        if options.device == "cpu":
+            command.keep_freed_memory()
         for unit in () if options.json else done:
             print(f"{unit.name}: as measured before")
         begun: set[Unit] = set()

@@ -107,10 +107,10 @@ class Bench:
                 yield from self._timed(unit, method, about, run)
         except NotImplementedError as refused:
             status = "error" if unit.method in OURS else "skipped"  # the library refuses nothing of what is its own
-            yield run | {"status": status, "note": _line(refused)}
+            yield run | {"status": status, "note": harness.first_line(refused)}
         except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
             status = "FAILED" if harness.device_lost(self._device) else "error"  # what loses the device is not tried again
-            yield run | {"status": status, "note": f"{type(problem).__name__}: {_line(problem)}"}
+            yield run | {"status": status, "note": f"{type(problem).__name__}: {harness.first_line(problem)}"}
         finally:
             harness.forget(self._device)
 
@@ -122,7 +122,7 @@ class Bench:
         try:
             planned = self.drawn.plan(method, unit.size)
         except ValueError as wrong:
-            return _line(wrong)
+            return harness.first_line(wrong)
         guess = _GUESS[self._device]
         rate = guess * self._ceiling(self._subject.dtype).matrix_tflops
         step = sum(sum(self.work.step(method, one)) for one in planned)
@@ -252,7 +252,3 @@ def _percentiles(seconds: list[float], count: int) -> Row:
 
 def _mega(size: int) -> str:
     return f"{size / 1e6:.5g}"
-
-
-def _line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [""])[0][:200]

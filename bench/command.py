@@ -58,6 +58,13 @@ def path_of(parser: argparse.ArgumentParser, options: argparse.Namespace, name: 
     return path
 
 
+def keep_freed_memory() -> bool:
+    """As the command `scalediff` does; a machine that measures calls of kernels may lack what the library needs to be imported."""
+    from scalediff import allocator
+
+    return allocator.keep_freed_memory()
+
+
 def shown(name: str, arguments: Sequence[str] | None) -> str:
     """The command as it can be typed."""
     return shlex.join(["python", "-m", f"bench.{name}", *(sys.argv[1:] if arguments is None else arguments)])

@@ -136,6 +136,11 @@ def forget(device: str) -> None:
             torch.cuda.empty_cache()
 
 
+def first_line(problem: Exception) -> str:
+    """What a row says of it."""
+    return (str(problem).splitlines() or [""])[0][:200]
+
+
 def read_records(path: Path) -> list[dict[str, str]]:
     """Rows as a CSV has them; none where there is no file."""
     if not path.exists():

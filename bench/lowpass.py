@@ -84,10 +84,10 @@ class Bench:
         try:
             return row | self._gated_and_timed(implementation)
         except GateFailed as failed:
-            return row | {"status": "FAILED", "note": _line(failed)}
+            return row | {"status": "FAILED", "note": harness.first_line(failed)}
         except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
             status = "FAILED" if harness.device_lost(self.device) else "error"  # what loses the device is not tried again
-            return row | {"status": status, "note": f"{type(problem).__name__}: {_line(problem)}"}
+            return row | {"status": status, "note": f"{type(problem).__name__}: {harness.first_line(problem)}"}
         finally:
             harness.forget(self.device)
 
@@ -156,7 +156,7 @@ def _told(what: str, count: Callable[[Call, str], int | None], call: Call, devic
     try:
         found = count(call, device)
     except Exception as problem:
-        return None, f"{what} not told: {type(problem).__name__}: {_line(problem)}"
+        return None, f"{what} not told: {type(problem).__name__}: {harness.first_line(problem)}"
     return (None, f"{what} not told: none seen") if found == 0 else (found, "")
 
 
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def measured_with() -> dict[str, str]:
         found = facts(options.device, options.commit) | {"seconds": f"{options.seconds:g}"}
         kept = options.device == "cpu" and not options.no_measure
-        return found | ({"memory": KEPT if _keep_freed_memory() else RETURNED} if kept else {})
+        return found | ({"memory": KEPT if command.keep_freed_memory() else RETURNED} if kept else {})
 
     Benchmark("lowpass", FIELDS, SAME, line).run(
         parser, options, arguments,
@@ -194,12 +194,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted={key(case, implementation): implementation.ours for case in cases for implementation in IMPLEMENTATIONS},
         measure=lambda standing: measured_rows(cases, options.device, standing, seconds=options.seconds),
     )  # fmt: skip
-
-
-def _keep_freed_memory() -> bool:
-    from scalediff.allocator import keep_freed_memory  # a device's machine may lack what the library needs
-
-    return keep_freed_memory()
 
 
 def line(row: Mapping[str, str]) -> str:
@@ -244,10 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--doc", type=Path, metavar="FILE", help="measure nothing, write this page from the committed rows")
     command.add_seconds(parser, 0.3)
     return parser
-
-
-def _line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [""])[0][:160]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import harness, lowpass, lowpass_cases, lowpass_page
+from bench import command, harness, lowpass, lowpass_cases, lowpass_page
 from bench.lowpass_cases import FEATURES, IMPLEMENTATIONS, LATENTS, LOW_PASS, Case
 from bench.timing import launches, measure
 
@@ -26,7 +26,7 @@ OURS = [f"small/float32/planes/{name}/scalediff" for name in ("guided step", "mi
 
 @pytest.fixture(autouse=True)
 def _this_process_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowpass, "_keep_freed_memory", lambda: True)
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: True)
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_rows_are_shown_as_they_are(small: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     before = small.read_text()
     monkeypatch.setattr(lowpass, "LATENTS", [SMALL, Case("other", (1, 2, 32, 32))])
-    monkeypatch.setattr(lowpass, "_keep_freed_memory", lambda: pytest.fail("nothing is measured"))
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: pytest.fail("nothing is measured"))
     rows, status = run(small, "--no-measure")
     told = capsys.readouterr().out
     assert (status, small.read_text()) == (0, before)
