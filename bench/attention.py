@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from bench.gate import GateFailed, Truth, truth
 from bench.providers import Ours, Provider, Ready
 from bench.providers_compiled import PROVIDERS
 from bench.providers_sdpa import Loop
-from bench.roofline import Ceilings, ceilings
+from bench.roofline import Ceilings, ceilings, window_ceiling
 from bench.shapes import CPU_QUICK, CPU_SHAPES, QUICK, SHAPES, Inputs, Task, tasks
 from bench.timing import kernels, measure_in_turn, peak_memory
 from scalediff_kernels.testing import poisoned_memory
@@ -39,7 +39,7 @@ SAME = ("machine", "threads", "commit", "torch", *harness.VERSIONS, "natten")
 FIELDS = (
     "row", "status", "shape", "problem", "dtype", "rule", "provider", "function", "backend", "kernel", "p20_ms", "p50_ms", "p80_ms",
     "tflops", "matrix_percent", "copy_percent", "useful_gflop", "executed_gflop", "megabytes", "peak_megabytes", "launches", "error",
-    "eager_error", "first_ms", "setup_ms", "sets", "copy_gbs", "matrix_tflops", "note", "seconds", "command", *SAME,
+    "eager_error", "first_ms", "setup_ms", "sets", "copy_gbs", "matrix_tflops", "window_tflops", "note", "seconds", "command", *SAME,
 )  # fmt: skip
 
 
@@ -67,6 +67,11 @@ class Bench:
         """Of inputs: as many as together are four times the last cache."""
         cache = torch.cuda.get_device_properties(0).L2_cache_size if self.task.device == "cuda" else CPU_CACHE
         return min(SETS, math.ceil(4 * cache / self.task.bytes("full")))
+
+    @cached_property
+    def window_tflops(self) -> str:
+        """What torch's attention reaches on one window alone; on a GPU one is too little to say anything."""
+        return f"{window_ceiling(self.task, seconds=self.seconds):.4g}" if self.task.device == "cpu" else ""
 
     def measured(self, provider: Provider) -> dict[str, str]:
         """A row: skipped, refused by what it called, FAILED at the gate, or timed."""
@@ -123,6 +128,8 @@ class Bench:
             "matrix_percent": f"{100 * rate / ceiling.matrix_tflops:.3g}", "copy_percent": f"{100 * moved / ceiling.copy_gbs:.3g}",
             "copy_gbs": f"{ceiling.copy_gbs:.4g}", "matrix_tflops": f"{ceiling.matrix_tflops:.4g}",
         }  # fmt: skip
+        if provider.function == "window":
+            row["window_tflops"] = self.window_tflops
         if executed := provider.executed(task):
             row["executed_gflop"] = f"{executed / 1e9:.4g}"
         return row | _counted(calls[0], task.device)

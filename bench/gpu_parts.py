@@ -96,7 +96,7 @@ class Part:
 
 _PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "-k")
 _RIGHT = "every_dtype or windows_of_the_paper or latents or feature_maps or low_precision"
-_MARKED = ("-m", "gpu", "tests/kernels", "tests/bench/test_attention.py")
+_MARKED = ("-m", "gpu", "tests/kernels", "tests/bench/test_providers.py")
 _PIPELINES = ("diffusers", "transformers", "bench.cascade")
 # PFLOPs and seconds at 4096 px: SDXL at 400 TFLOP/s npa, authors 6.6, 17 s (whole at --limit 50), multidiffusion 33, 84 s (whole at 150),
 # demofusion 76, 190 s (composed); FLUX at 500 npa 29, 58 s (whole), multidiffusion 110, 220 s (composed of four steps, 30 s).

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from bench import shapes
 from bench.harness import write_rows
@@ -66,6 +68,20 @@ def ceilings(device: str, dtype: torch.dtype, *, seconds: float = 0.5) -> Ceilin
     a, b = (torch.randn(side, side, generator=rng, dtype=dtype, device=device) for _ in range(2))
     product = measure_in_turn([lambda: a @ b], device, seconds=seconds).p50
     return Ceilings(2 * size / copy / 1e6, 2 * side**3 / product / 1e9)
+
+
+def window_ceiling(task: shapes.Task, *, seconds: float = 0.5) -> float:
+    """TFLOP/s of torch's attention on one window and its text, over and over: nothing is gathered, and caches hold all of it."""
+    s = task.shape
+    queries, keys = prod(s.patch) + (s.text if task.rule == "window" else 0), prod(task.window) + s.text
+    rng = torch.Generator(task.device).manual_seed(0)
+    q, k, v = (
+        torch.randn(s.batch, heads, tokens, s.head_dim, generator=rng, dtype=task.dtype, device=task.device)
+        for heads, tokens in ((s.heads, queries), (s.key_heads, keys), (s.key_heads, keys))
+    )
+    grouped = s.heads != s.key_heads
+    call = partial(F.scaled_dot_product_attention, q, k, v, scale=task.scale, enable_gqa=grouped)
+    return 4 * s.batch * s.heads * s.head_dim * queries * keys / measure_in_turn([call], task.device, seconds=seconds).p50 / 1e9
 
 
 class Cycles(NamedTuple):

@@ -1,12 +1,18 @@
-"""Made-up rows of benchmarks, and a repository of nothing but results, docs and a README, for the tests of the report."""
+"""Made up for tests: small shapes, rows of benchmarks, and a repository of nothing but results, docs and a README."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from bench import harness
 from bench.report_rows import Results, read
+from bench.shapes import Shape
+
+EVEN = Shape((16, 24), (8, 8), (4, 4), 2, 16, batch=2, dtype=torch.float32)
+ODD = Shape((13, 18), (8, 6), (4, 3), 4, 16, text=9, groups=2, dtype=torch.float32)
 
 H200 = {
     "machine": "NVIDIA H200",
@@ -45,8 +51,8 @@ def call(task: str, provider: str, ms: float, *, status: str = "ok", note: str =
     return {name: {
         "row": name, "status": status, "shape": task.split("/")[0], "dtype": task.split("/")[1], "provider": provider, "function": "window",
         "p20_ms": f"{ms}", "p50_ms": f"{ms}", "p80_ms": f"{ms}", "tflops": f"{2000 / (ms or 1)}", "matrix_percent": "70",
-        "useful_gflop": "2000", "megabytes": "10000", "copy_gbs": "4000", "matrix_tflops": "800", "error": "1e-3", "note": note,
-        "command": "python -m bench.attention --quick", **facts,
+        "useful_gflop": "2000", "megabytes": "10000", "copy_gbs": "4000", "matrix_tflops": "800", "window_tflops": "150",
+        "error": "1e-3", "note": note, "command": "python -m bench.attention --quick", **facts,
     }}  # fmt: skip
 
 

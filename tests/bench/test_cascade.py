@@ -1,82 +1,28 @@
-"""Whole pictures by several methods: every one yields rows or says why not, gates catch a wrong attention, composed times are what a
-clock measures, runs go on where they were, and nothing is left changed."""
+"""Whole pictures by several methods: every one yields rows or says why not, composed times are what a clock measures, work is that on
+record, and nothing is left changed."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
-from bench import cascade, cascade_authors, cascade_gate, cascade_rows, harness
-from bench.cascade_authors import Authors
+from bench import cascade_rows, harness
 from bench.cascade_clock import HostClock, Memory
-from bench.cascade_gate import Gate, Verdict
 from bench.cascade_methods import METHODS, Drawn, Work
 from bench.cascade_models import SUBJECTS
-from bench.cascade_rows import Bench, Limits, Row, Unit
+from bench.cascade_rows import Bench, Limits, Unit
 from bench.cascade_watch import Watch, composed
 from bench.roofline import Ceilings
-from bench.zoo import ZOO
-from scalediff import cascade as library_cascade
-from scalediff import plan, schedule
-from scalediff.families import family_of
 from scalediff.hooks import denoiser_of
-from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
-from scalediff_kernels.neighborhood import windowed_sdpa
+from tests.bench.whole_pictures import TINY, rows_of, unit
 from tests.conftest import state_of
 
-pytestmark = pytest.mark.slow  # a minute in all
-
-REPLACED = {
-    (F, "scaled_dot_product_attention"), (plan, "neighborhood_patch_attention"), (plan, "joint_neighborhood_patch_attention"),
-    (plan.Call, "attend"), (library_cascade, "mix_frequencies"), (schedule, "_guided"), (windowed_sdpa, "_sdpa"),
-    (cascade_authors, "_sdpa"),
-}  # fmt: skip
-LIMITS = Limits(100.0, 2)
-TINY = {"sdxl-small": 16, "flux-small": 32, "demo": 128}
-
-
-def ceiling(dtype: torch.dtype) -> Ceilings:
-    return Ceilings(1.0, 1.0)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays() -> Iterator[None]:
-    before = {(owner, name): getattr(owner, name) for owner, name in REPLACED}
-    default = torch.get_default_dtype()
-    yield
-    assert {(owner, name): getattr(owner, name) for owner, name in REPLACED} == before
-    assert torch.get_default_dtype() == default
-
-
-@pytest.fixture(scope="module")
-def benches() -> dict[str, Bench]:
-    """Each has drawn once: diffusers leaves something of its own in a model that it has run."""
-    found = {name: Bench(name, "cpu", ceiling, LIMITS, view_batch=4) for name in ("sdxl-small", "flux-small")}
-    for bench in found.values():
-        bench.drawn.pipe(**bench.drawn.arguments, height=16, width=16, num_inference_steps=1, output_type="latent")
-    return found
-
-
-def unit(model: str, method: str, how: str = "eager") -> Unit:
-    return Unit(model, TINY[model], method, how)
-
-
-def rows_of(bench: Bench, one: Unit) -> dict[str, Row]:
-    found = list(bench.rows(one, METHODS[one.method]))
-    named = {row["row"].removeprefix(f"{one.name}/"): row for row in found}
-    assert len(named) == len(found), "rows must be named once"
-    assert all(set(row) <= set(cascade.FIELDS) for row in found)
-    return named
-
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_stays")]
 
 SKIPPED = {
     ("sdxl-small", "authors-jitter"): "the authors jitter FLUX alone",
@@ -209,172 +155,6 @@ def test_a_size_that_the_model_cannot_draw_is_skipped_in_a_sentence(benches: dic
     rows = list(benches["flux-small"].rows(Unit("flux-small", 33, "npa", "eager"), METHODS["npa"]))
     assert [row["status"] for row in rows] == ["skipped"]
     assert "height and width must be multiples of" in rows[0]["note"]
-
-
-@pytest.mark.parametrize("model", ["sdxl-small", "flux-small"])
-def test_a_wrong_form_of_the_authors_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
-    """Every window one token further."""
-    keys = cascade_authors._Cut._keys
-    monkeypatch.setattr(cascade_authors._Cut, "_keys", lambda cut, axis, count: (keys(cut, axis, count) + 1).clamp(max=cut.grid[axis] - 1))
-    rows = rows_of(benches[model], unit(model, "authors"))
-    assert list(rows) == ["gate-definition", "run"]
-    assert {row["status"] for row in rows.values()} == {"FAILED"}
-    stage = next(v for v in Gate(benches[model].drawn).check(METHODS["authors"], TINY[model]) if v.name == "stage")
-    assert not stage.passed, "the picture must show it, too"
-
-
-def test_a_wrong_attention_of_ours_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside the model alone: its windows half as wide."""
-
-    def narrow(q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], **how: Any) -> Tensor:
-        return neighborhood_patch_attention(q, k, v, window=(window[0] // 2, window[1]), **how)
-
-    monkeypatch.setattr(plan, "neighborhood_patch_attention", narrow)
-    rows = rows_of(benches["sdxl-small"], unit("sdxl-small", "npa"))
-    assert [(name, row["status"]) for name, row in rows.items()] == [
-        ("gate-definition", "ok"), ("gate-size", "ok"), ("gate-stage", "FAILED"), ("run", "FAILED"),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("model", ["sdxl-small", "flux-small"])
-def test_an_attention_that_is_wrong_on_the_timed_grid_alone_does_not_pass(
-    benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch, model: str
-) -> None:
-    def sized(function: Any) -> Any:
-        def call(q: Tensor, *others: Tensor, **how: Any) -> Any:
-            found = function(q, *others, **how)
-            image = found[0] if isinstance(found, tuple) else found
-            if q.shape[1] * q.shape[2] > 16 * 16:
-                image[:, -1, -1] += 1e-3
-            return found
-
-        return call
-
-    for function in (neighborhood_patch_attention, joint_neighborhood_patch_attention):
-        monkeypatch.setattr(cascade_gate, function.__name__, sized(function))
-    gate = Gate(benches[model].drawn)
-    assert all(verdict.passed for verdict in gate.check(METHODS["npa"], TINY[model]))
-    failed = [verdict for verdict in gate.check(METHODS["npa"], 4 * TINY[model]) if not verdict.passed]
-    assert [verdict.name for verdict in failed] == ["size"]
-    assert f"layer at {4 * TINY[model]} pixels" in failed[0].what
-
-
-def test_what_ours_is_compared_with_is_not_ours(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever implementation the model is patched with, as the kernel on a GPU."""
-    monkeypatch.setattr(Drawn, "impl", "reference")
-    asked: list[str] = []
-
-    def recorded(*tensors: Tensor, impl: str, **how: Any) -> Tensor:
-        asked.append(impl)
-        return neighborhood_patch_attention(*tensors, **how)
-
-    gate = Gate(benches["sdxl-small"].drawn)
-    monkeypatch.setattr(cascade_gate, "neighborhood_patch_attention", recorded)
-    gate.prepare(METHODS["npa"])
-    assert set(asked) == {"sdpa"}
-
-
-def test_a_result_that_is_not_finite_where_nobody_looks_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one element of a large picture, of which a sample is compared."""
-
-    def holed(q: Tensor, *others: Tensor, **how: Any) -> Tensor:
-        found = neighborhood_patch_attention(q, *others, **how)
-        if q.shape[1] * q.shape[2] > 16 * 16:
-            found[0, 1, 1, 0, 0] = float("nan")
-        return found
-
-    gate = Gate(benches["sdxl-small"].drawn)
-    gate.prepare(METHODS["npa"])
-    monkeypatch.setattr(cascade_gate, "neighborhood_patch_attention", holed)
-    failed = [verdict for verdict in gate.check(METHODS["npa"], 4 * TINY["sdxl-small"]) if not verdict.passed]
-    assert [verdict.name for verdict in failed] == ["size"]
-
-
-@pytest.mark.parametrize(("error", "allowed"), [(0.0, float("inf")), (float("inf"), float("inf")), (0.0, float("nan"))])
-def test_what_is_compared_with_something_not_finite_does_not_pass(error: float, allowed: float) -> None:
-    assert not Verdict("stage", error, allowed, "").passed
-
-
-@pytest.mark.parametrize("model", ["sdxl-small", "flux-small"])
-def test_views_in_the_wrong_places_do_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
-    multidiffusion, gate = import_module("scalediff.methods.multidiffusion"), Gate(benches[model].drawn)
-    assert all(verdict.passed for verdict in gate.check(METHODS["multidiffusion"], TINY[model]))
-    average = multidiffusion.average
-    monkeypatch.setattr(multidiffusion, "average", lambda parts, where, size: average(parts, where[::-1], size))
-    (verdict,) = gate.check(METHODS["multidiffusion"], TINY[model])
-    assert not verdict.passed
-
-
-def test_a_wrong_base_of_demofusion_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = benches["sdxl-small"].drawn
-    monkeypatch.setattr(drawn, "arguments", dict(drawn.arguments))
-    draw = drawn.draw
-
-    def other_text(method: Any, size: int, **how: Any) -> Any:
-        if method.name == "demofusion":
-            drawn.arguments["prompt_embeds"] = drawn.arguments["prompt_embeds"] + 1e-3
-        return draw(method, size, **how)
-
-    monkeypatch.setattr(drawn, "draw", other_text)
-    (verdict,) = Gate(drawn).check(METHODS["demofusion"], 16)
-    assert not verdict.passed
-
-
-@pytest.mark.parametrize("offset", [(0, 0), (3, 1)])
-@pytest.mark.parametrize(("grid", "window", "patch"), [((16, 8), (8, 8), (4, 4)), ((7, 11), (6, 4), (3, 2)), ((3, 12), (8, 8), (4, 4))])
-def test_the_authors_form_is_ours(
-    grid: tuple[int, int], window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int]
-) -> None:  # fmt: skip
-    """Ragged grids, windows over the grid; one patch to spare where there is an offset, and text turned for every window."""
-    offset = (offset[0] % patch[0], offset[1] % patch[1])
-    denoiser = ZOO["FLUX.1"].build()
-    family = family_of(denoiser)
-    assert family is not None
-    rotation = family.rotation(denoiser)
-    assert rotation is not None
-    rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, *grid, 2, rotation.channels, generator=rng, dtype=torch.float64) for _ in range(3))
-    texts = [torch.randn(2, 5, 2, rotation.channels, generator=rng, dtype=torch.float64) for _ in range(3)]
-    how: dict[str, Any] = {"window": window, "patch": patch}
-    ours = {**how, "offset": offset, "impl": "reference"}
-    authors = Authors(denoiser, offset=offset if any(offset) else None)
-    torch.testing.assert_close(authors.image(q, k, v, **how), neighborhood_patch_attention(q, k, v, **ours))
-    rope = rotation.tables(grid, window, window, patch, offset)
-    image, text = authors.joint(q, k, v, *texts, **how, text_rope=rope)
-    expected_image, expected_text = joint_neighborhood_patch_attention(q, k, v, *texts, **ours, text_rope=rope)
-    torch.testing.assert_close(image, expected_image, rtol=1e-5, atol=1e-5)  # their tables are fp32 where offsets change
-    if any(offset) and any(-(-(n + o) // p) <= -(-n // p) for n, p, o in zip(grid, patch, offset, strict=True)):
-        return  # a spare patch of nothing but padding is averaged into the text, which is theirs alone
-    assert text is not None
-    torch.testing.assert_close(text, expected_text, rtol=1e-5, atol=1e-5)
-
-
-def test_padded_jitter_computes_a_patch_more_along_each_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.56 times the windows at 2048 pixels, as published, and another offset in every call."""
-    seen: list[int] = []
-    sdpa = cascade_authors._sdpa
-
-    def counted(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-        seen.append(len(q))
-        return sdpa(q, k, v, **how)
-
-    q, k, v = (torch.randn(1, 8, 8, 1, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    how: dict[str, Any] = {"window": (4, 4), "patch": (2, 2)}
-    monkeypatch.setattr(cascade_authors, "_sdpa", counted)
-    jittered = Authors(ZOO["FLUX.1"].build(), jitter=True)
-    results = [jittered.image(q, k, v, **how) for _ in range(8)]
-    monkeypatch.undo()
-    assert set(seen) == {25}
-    assert len({float(x.sum()) for x in results}) > 1
-    every = [neighborhood_patch_attention(q, k, v, **how, offset=(y, x)) for y in range(2) for x in range(2)]
-    assert all(any(torch.allclose(x, one, atol=1e-6) for one in every) for x in results)
-
-
-def test_other_rules_for_text_are_refused_by_the_authors_form() -> None:
-    q = torch.zeros(1, 4, 4, 1, 16)
-    text = torch.zeros(1, 2, 1, 16)
-    with pytest.raises(ValueError, match="text_queries must be 'window', the authors' rule, got text_queries='global'"):
-        Authors(ZOO["FLUX.1"].build()).joint(q, q, q, text, text, text, window=(2, 2), patch=(1, 1), text_queries="global")
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention, cascade, gpu, gpu_parts, harness, lowpass
+from bench import gpu, gpu_parts, harness
 from bench.gpu_parts import PARTS, Part
 
 FACTS = {
@@ -84,21 +84,6 @@ def test_without_a_gpu_one_sentence_and_status_2(
     assert not (tmp_path / "new").exists()
 
 
-FIRST = ["tests", "kernel", "attention-goals", "cascade-sdxl", "cascade-flux"]
-
-
-def test_the_list_needs_no_gpu_and_says_how_long_all_of_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu.main(["--list"])
-    *listed, total = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == [part.name for part in PARTS]
-    assert [part.name for part in PARTS[:5]] == FIRST
-    assert total == f"{len(PARTS)} parts, 68 minutes at their limits, 9 runs of 8 minutes; the first has room for {', '.join(FIRST)}"
-    assert "about seventy minutes, nine runs" in " ".join(str(gpu.__doc__).split())
-    gpu.main(["--list", "--only", "sanitizer", "tests"])
-    listed = capsys.readouterr().out.splitlines()[:-1]
-    assert [line.split()[0] for line in listed] == ["tests", "sanitizer"], "the order is not the caller's"
-
-
 def test_help_says_what_to_do_without_diffusers_and_without_git(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--help"])
@@ -121,58 +106,11 @@ def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.Capt
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda p: p.name)
-def test_every_command_is_one_that_its_benchmark_takes(part: Part) -> None:
-    """By that benchmark's own parser; tests are collected by the slow way alone, on a device."""
-    words = part.command("NVIDIA H200", commit="abc", again=True)[2:]
-    if part.arguments[0] == "pytest":
-        assert all((harness.ROOT / word).exists() for word in words if word.startswith("tests/"))
-        return
-    assert words[-4:] == [f"{part.csv}-nvidia-h200.csv", "--commit", "abc", "--again"]
-    if part.csv == "attention":
-        options = attention._parser().parse_args(words)
-        assert options.device == "cuda"
-        assert set(options.provider or ()) <= set(attention.PROVIDERS)
-    elif part.csv == "lowpass":
-        assert lowpass._parser().parse_args(words).seconds == 0.2
-    else:
-        options = cascade._parser().parse_args(words)
-        assert set(options.method) <= set(cascade.METHODS)
-        assert set(options.model) <= set(cascade.SUBJECTS)
-
-
-def test_a_picture_is_of_one_part_and_what_is_compared_is_measured_in_one_way() -> None:
-    """Another limit is another measurement: it would replace the first, and no ratio is taken between the two."""
-    drawn: list[tuple[str, ...]] = []
-    ways: dict[tuple[str, ...], set[tuple[float, ...]]] = {}
-    for options in (cascade._parser().parse_args(part.arguments[1:]) for part in PARTS if part.csv == "cascade"):
-        (model,), (size,), (how,) = options.model, options.size, options.compile
-        drawn += [(model, str(size), method, how) for method in options.method]
-        ways.setdefault((model, how), set()).add((options.limit, options.steps, options.view_batch))
-    assert len(set(drawn)) == len(drawn)
-    assert all(len(way) == 1 for way in ways.values()), ways
-    assert all(steps >= 2 for way in ways.values() for _, steps, _ in way)
-
-
-def test_every_test_that_needs_a_gpu_is_run() -> None:
-    (part,) = (part for part in PARTS if part.name == "tests-all")
-    root = Path(__file__).parents[2]
-    marked = [path.relative_to(root) for path in (root / "tests").rglob("*.py") if re.search(r"\bmark\.gpu\b", path.read_text())]
-    assert Path("tests/kernels/test_on_the_gpu.py") in marked
-    assert not [path for path in marked if not any(path.is_relative_to(word) for word in part.arguments)]
-
-
 def test_what_a_part_is_run_with_names_the_packages_that_rows_are_skipped_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(harness, "package_version", lambda name: f"{name} 1")
     found = gpu.facts(None)
     assert (found["natten"], found["transformers"], found["diffusers"]) == ("natten 1", "transformers 1", "diffusers 1")
-
-
-def test_rows_of_one_shape_are_the_same_whoever_measures_them() -> None:
-    """Few shapes first and all of them later: what was measured stands only with the same seconds a row."""
-    seconds = {attention._parser().parse_args(part.arguments[1:]).seconds for part in PARTS if part.csv == "attention"}
-    assert len(seconds) == 1
 
 
 def test_parts_run_in_order_and_what_is_done_stands(
@@ -308,35 +246,6 @@ def test_a_tool_that_refuses_the_device_is_no_failure(module: Path, monkeypatch:
     assert part.refuses == "Device not supported"
 
 
-def row(name: str, status: str, note: str = "", **more: str) -> dict[str, str]:
-    return {"row": name, "status": status, "note": note} | more
-
-
-def test_rows_are_told_by_what_came_of_them_and_why() -> None:
-    rows = [
-        row("a", "ok", p50_ms="1"),
-        row("a/gate", "ok", part="gate"),
-        row("a/run", "ok", "composed, not measured: above --limit 50 s", part="run"),
-        row("b", "FAILED", "image: NaN"),
-        row("c", "error", "RuntimeError: No available kernel"),
-        row("d", "error", "OutOfMemoryError: CUDA"),
-        *(row(f"n{i}", "skipped", "the natten package is not installed") for i in range(5)),
-        *(row(f"m{i}", "skipped", f"needs about {i}.5 GB, 3 GB are free") for i in range(2)),
-    ]
-    assert gpu_parts.told(rows) == (
-        "12 rows; 1 FAILED, first b: image: NaN; 2 error, first c: RuntimeError: No available kernel; "
-        "natten is not installed: 5 rows; needs about N GB: 2 rows"
-    )
-
-
-def test_errors_and_packages_that_came_are_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = row("a", "skipped", "the no_such_package package is not installed")
-    assert not gpu_parts.to_do([row("a", "ok"), row("b", "FAILED"), row("c", "skipped", "too large"), lacking])
-    assert gpu_parts.to_do([row("a", "error", "RuntimeError: out of memory")])
-    monkeypatch.setattr(gpu_parts, "find_spec", lambda name: name == "no_such_package" or None)
-    assert gpu_parts.to_do([lacking])
-
-
 def test_a_part_with_an_error_among_its_rows_does_not_stand(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [told("one", csv="lowpass"), told("two", csv="lowpass")]
     assert main(module, monkeypatch, parts)[2] == ["one", "two"]
@@ -389,13 +298,6 @@ def test_a_damaged_csv_is_refused(module: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(module)])
     assert "must have a column 'row', got ['name']" in capsys.readouterr().err
-
-
-def test_tests_are_spread_where_pytest_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    (part,) = (part for part in PARTS if part.name == "tests")
-    for found, expected in ((None, False), (find_spec("pytest"), True)):
-        monkeypatch.setattr(gpu_parts, "find_spec", lambda name, found=found: found)
-        assert ("-n" in part.command("X")) is expected
 
 
 def test_it_ends_its_part_when_it_is_ended(module: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from bench import harness, roofline, timing
+from bench.shapes import Shape, Task
 from bench.timing import Timing, kernels, measure_in_turn, peak_memory
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +185,22 @@ def test_ceilings_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     found = roofline.ceilings("cpu", torch.float32)
     assert found.copy_gbs == pytest.approx(2 * 2**28 / 0.1 / 1e9)
     assert found.matrix_tflops == pytest.approx(2 * 2048**3 / 0.1 / 1e12)
+
+
+def test_the_ceiling_of_a_window_is_the_rate_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches of 4 x 4, windows of 8 x 8, 3 tokens of text; a call that takes 10 ms."""
+    seen: list[torch.Size] = []
+
+    def fixed(calls: Any, device: str, *, seconds: float) -> Timing:
+        seen.append(calls[0]().shape)
+        return Timing(9.0, 10.0, 11.0)
+
+    monkeypatch.setattr(roofline, "measure_in_turn", fixed)
+    shape = Shape((12, 16), (8, 8), (4, 4), 4, 16, groups=2, text=3, batch=2, dtype=torch.float32)
+    for rule, queries in (("global", 16), ("window", 16 + 3)):
+        found = roofline.window_ceiling(Task("made-up", shape, torch.float32, "cpu", rule))
+        assert found == pytest.approx(4 * 2 * 4 * 16 * queries * (64 + 3) / 0.01 / 1e12)
+        assert seen.pop() == (2, 4, queries, 16)
 
 
 def test_the_attention_benchmark_loads_neither_triton_nor_model_libraries() -> None:

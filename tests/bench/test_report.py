@@ -187,9 +187,10 @@ def test_windows_on_a_cpu_count_on_their_worst_shape(place: Path) -> None:
                                                                             (64, "full", 8))]  # fmt: skip
     results = written(place, "attention-amd-epyc.csv", *tables)
     goal = next(goal for goal in SHOWN if goal.device == "CPU")
-    assert told(results, goal.what) == "0.8x, missed (cpu-32 0.95, in 0.95x less time; cpu-64 0.80, in 0.80x less time)"
+    each, alone = "cpu-32 0.95, in 0.95x less time; cpu-64 0.80, in 0.80x less time", f"{150 / (2000 / 9.5):.2f}, {150 / (2000 / 8):.2f}"
+    assert told(results, goal.what) == f"0.8x, missed ({each}; SDPA on one such window alone, again and again: {alone})"
     *lines, _, made = goals(results, readme=True)
-    assert max(map(len, lines)) < 200
+    assert max(map(len, lines)) < 250
     versions = "AMD EPYC, torch 2.11.0, python 3.12.3, 2 threads, commit abc1234"
     assert made == f"attention-amd-epyc.csv, `python -m bench.attention --quick`: {versions}."
 
