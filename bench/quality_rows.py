@@ -119,7 +119,7 @@ The last rows of the first table are true pictures of other scenes: what the dis
 above share hour, terrain and place with the reference and can come nearer on the coarse levels. Autoencoded: true pictures that went
 once through the model's autoencoder, the best texture that anything it decodes can have.
 
-First pictures of rows of that table are side by side in [ablation.jpg](ablation.jpg). This page is written by every run, and
+The first pictures of that table's rows are side by side in [ablation.jpg](ablation.jpg). This page is written by every run, and
 without measuring by `python -m bench.quality --doc`."""
 
 

@@ -237,16 +237,7 @@ def test_rows_of_another_benchmark_are_refused_before_anything_is_measured(tmp_p
         harness.read_rows(tmp_path / "x.csv", ["row", "p50_ms"])
 
 
-LOST = pytest.mark.xfail(strict=True, reason="its first table was measured at a commit that was amended: docs/postmortems/0006")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[LOST] if path.name == "quality-amd-epyc.csv" else [], id=path.name)
-        for path in sorted((harness.ROOT / "bench" / "results").glob("*.csv"))
-    ],
-)
+@pytest.mark.parametrize("path", sorted((harness.ROOT / "bench" / "results").glob("*.csv")), ids=lambda path: path.name)
 def test_rows_are_of_commits_that_git_has(path: Path) -> None:
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=harness.ROOT, capture_output=True, text=True, check=False)
