@@ -2,8 +2,9 @@
 
 Every row is gated at its very shape against attention in fp64 (`gate`), then timed on sets of inputs taken in turn, so that caches are
 cold. A row that fails its gate says FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are measured, and
-a second run of the same commit, machine and versions goes on where the first one stopped. On a CPU the process keeps the memory that a
-call frees for the next one, whoever calls (`scalediff.allocator`).
+a second run of the same commit, machine and versions goes on where the first one stopped. On a CPU all that compute a shape are timed
+side by side, run by run, for other work on the machine comes and goes; and the process keeps the memory that a call frees for the next
+one, whoever calls (`scalediff.allocator`).
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import command, harness, providers_compiled
+from bench import command, harness, providers_compiled, side_by_side
 from bench.command import Benchmark
-from bench.gate import GateFailed, Truth, truth
+from bench.gate import Truth, truth
 from bench.providers import Ours, Provider, Ready
 from bench.providers_compiled import PROVIDERS
 from bench.providers_sdpa import Loop
-from bench.roofline import Ceilings, ceilings, window_ceiling
+from bench.roofline import Ceilings, ceilings, one_window
 from bench.shapes import CPU_QUICK, CPU_SHAPES, QUICK, SHAPES, Inputs, Task, tasks
-from bench.timing import kernels, measure_in_turn, peak_memory
+from bench.side_by_side import Entrant
+from bench.timing import Timing, kernels, peak_memory
 from scalediff_kernels.testing import poisoned_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,13 +70,15 @@ class Bench:
         cache = torch.cuda.get_device_properties(0).L2_cache_size if self.task.device == "cuda" else CPU_CACHE
         return min(SETS, math.ceil(4 * cache / self.task.bytes("full")))
 
-    @cached_property
-    def window_tflops(self) -> str:
-        """What torch's attention reaches on one window alone; on a GPU one is too little to say anything."""
-        return f"{window_ceiling(self.task, seconds=self.seconds):.4g}" if self.task.device == "cpu" else ""
+    def measured(self, providers: Sequence[Provider]) -> Iterator[dict[str, str]]:
+        """A row of each: skipped, refused by what it called, FAILED at the gate, or timed."""
+        for some in side_by_side.groups(providers, self.task.device):
+            try:
+                yield from self._timed(some, [self._entrant(provider) for provider in some])
+            finally:
+                harness.forget(self.task.device)
 
-    def measured(self, provider: Provider) -> dict[str, str]:
-        """A row: skipped, refused by what it called, FAILED at the gate, or timed."""
+    def _entrant(self, provider: Provider) -> Entrant:
         task = self.task
         row = {
             "shape": task.name, "problem": _problem(task), "dtype": _dtype(task), "rule": task.rule, "provider": provider.name,
@@ -82,23 +86,15 @@ class Bench:
             "megabytes": f"{task.bytes(provider.function) / 1e6:.4g}", "seconds": f"{self.seconds:g}",
         }  # fmt: skip
         if refusal := provider.refusal(task) or self._too_large(provider):
-            return row | {"status": "skipped", "note": refusal}
-        try:
-            return row | self._gated_and_timed(provider)
-        except GateFailed as failed:
-            return row | {"status": "FAILED", "note": harness.first_line(failed)}
-        except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
-            status = "FAILED" if harness.device_lost(task.device) else "error"  # what loses the device is not tried again
-            return row | {"status": status, "note": f"{type(problem).__name__}: {harness.first_line(problem)}"}
-        finally:
-            harness.forget(task.device)
+            return Entrant(row | {"status": "skipped", "note": refusal}, [])
+        return side_by_side.gated(row, partial(self._gated, provider), task.device)
 
-    def _gated_and_timed(self, provider: Provider) -> dict[str, str]:
+    def _gated(self, provider: Provider, row: dict[str, str]) -> Entrant:
         task = self.task
         self._sets = self._sets or [task.inputs(seed) for seed in range(self.sets)]
         ready = provider.prepare(task)
         laid = [ready.lay(inputs) for inputs in self._sets]
-        row = {"sets": str(len(laid))}
+        row = row | {"sets": str(len(laid))}
         row |= {} if ready.setup_ms is None else {"setup_ms": f"{ready.setup_ms:.4g}"}
         begun = time.perf_counter()
         ready.run(laid[0])
@@ -106,9 +102,21 @@ class Bench:
         row |= {"first_ms": f"{1000 * (time.perf_counter() - begun):.4g}", "backend": ready.backend(laid[0])}
         error, eager = self._gate(provider, ready, laid[0])
         row |= {"error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
-        calls = [partial(ready.run, x) for x in laid]
-        row |= self._numbers(provider, calls)
-        return row | {"status": "ok"}
+        return Entrant(row, [partial(ready.run, x) for x in laid])
+
+    def _timed(self, providers: Sequence[Provider], entrants: Sequence[Entrant]) -> Iterator[dict[str, str]]:
+        """On a CPU beside torch's attention on one window alone; on a GPU one window is too little to say anything."""
+        task = self.task
+        alone = one_window(task) if task.device == "cpu" and any(entrant.calls for entrant in entrants) else None
+        found = side_by_side.timed([*entrants, *([Entrant({}, [alone.call])] if alone else [])], task.device, seconds=self.seconds)
+        window = {}
+        if alone and (of_one := found.pop()[1]):
+            window["window_tflops"] = f"{alone.flops / of_one.p50 / 1e9:.4g}"
+        for provider, entrant, (row, timing) in zip(providers, entrants, found, strict=True):
+            if timing:
+                more = window if provider.function == "window" else {}
+                row = row | self._numbers(provider, timing) | more | _counted(entrant.calls[0], task.device) | {"status": "ok"}
+            yield row
 
     def _gate(self, provider: Provider, ready: Ready, laid: Any) -> tuple[float, float]:
         """Errors of the result and of eager torch; what eager torch code leaves unwritten is NaN."""
@@ -118,9 +126,8 @@ class Bench:
             result = ready.run(laid)
         return self._truths[provider.function].check(ready.unlay(result))
 
-    def _numbers(self, provider: Provider, calls: Sequence[Callable[[], Any]]) -> dict[str, str]:
+    def _numbers(self, provider: Provider, timing: Timing) -> dict[str, str]:
         task, ceiling = self.task, self._ceiling(self.task.dtype)
-        timing = measure_in_turn(calls, task.device, seconds=self.seconds)
         rate = task.flops(provider.function) / timing.p50 / 1e9
         moved = task.bytes(provider.function) / timing.p50 / 1e6
         row = {
@@ -128,11 +135,9 @@ class Bench:
             "matrix_percent": f"{100 * rate / ceiling.matrix_tflops:.3g}", "copy_percent": f"{100 * moved / ceiling.copy_gbs:.3g}",
             "copy_gbs": f"{ceiling.copy_gbs:.4g}", "matrix_tflops": f"{ceiling.matrix_tflops:.4g}",
         }  # fmt: skip
-        if provider.function == "window":
-            row["window_tflops"] = self.window_tflops
         if executed := provider.executed(task):
             row["executed_gflop"] = f"{executed / 1e9:.4g}"
-        return row | _counted(calls[0], task.device)
+        return row
 
     def _too_large(self, provider: Provider) -> str | None:
         """Estimated before anything runs: what is not there yet of the inputs, and what the provider takes beside them."""
@@ -184,13 +189,11 @@ def measured_rows(
         return found[dtype]
 
     for task in picked:
-        bench = Bench(task, ceiling, seconds=seconds)
-        for name in names:
-            if key(task, name) not in standing:
-                row = bench.measured(PROVIDERS[name])
-                yield key(task, name), row
-                if harness.device_lost(task.device):
-                    raise SystemExit(f"the device was lost in {key(task, name)}: the same command goes on after it")
+        wanted = [PROVIDERS[name] for name in names if key(task, name) not in standing]
+        for row in Bench(task, ceiling, seconds=seconds).measured(wanted):
+            yield (name := key(task, row["provider"])), row
+            if harness.device_lost(task.device):
+                raise SystemExit(f"the device was lost in {name}: the same command goes on after it")
 
 
 @torch.no_grad()

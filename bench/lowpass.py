@@ -3,8 +3,9 @@
 Every row of the paper's filter is first compared with the definition in fp64, at that very shape; ours and the compiled ones are timed only
 within the error budget that eager torch sets. Sets of inputs are taken in turn, so that caches are cold. A row that fails its gate says
 FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are measured, and a second run of the same commit, machine
-and versions goes on where the first one stopped. On a CPU the process keeps the memory that a call frees for the next one, whoever calls
-(`scalediff.allocator`). `--doc docs/filters-measured.md` writes the page from the committed CSVs.
+and versions goes on where the first one stopped. On a CPU all that do one operation are timed side by side, run by run, for other work on
+the machine comes and goes; and the process keeps the memory that a call frees for the next one, whoever calls (`scalediff.allocator`).
+`--doc docs/filters-measured.md` writes the page from the committed CSVs.
 
 Bytes are those that an operation must move, every picture read or written once per pass.
 """
@@ -17,17 +18,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench import command, harness, lowpass_page
+from bench import command, harness, lowpass_page, side_by_side
 from bench.command import RESULTS, Benchmark
 from bench.gate import GateFailed
 from bench.lowpass_cases import FEATURES, IMPLEMENTATIONS, LATENTS, Call, Case, Implementation, Operation, Pictures
 from bench.lowpass_page import KEPT, RETURNED
+from bench.side_by_side import Entrant
 from bench.timing import launches, measure_in_turn, peak_memory
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
@@ -72,33 +75,38 @@ class Bench:
     def sets(self) -> int:
         return self.case.sets(torch.cuda.get_device_properties(0).L2_cache_size if self.device == "cuda" else CPU_CACHE)
 
-    def measured(self, implementation: Implementation) -> dict[str, str]:
-        """A row: skipped, refused by what it called, FAILED at the gate, or timed."""
+    def measured(self, implementations: Sequence[Implementation]) -> Iterator[dict[str, str]]:
+        """A row of each of one operation: skipped, refused by what it called, FAILED at the gate, or timed."""
+        for some in side_by_side.groups(implementations, self.device):
+            try:
+                yield from self._timed(some, [self._entrant(implementation) for implementation in some])
+            finally:
+                harness.forget(self.device)
+
+    def _entrant(self, implementation: Implementation) -> Entrant:
         operation, package = implementation.operation, implementation.package
         row = self.case.identity | {
             "operation": operation.name, "implementation": implementation.name,
             "megabytes": f"{operation.passes * self.case.bytes / 1e6:.1f}", "seconds": f"{self.seconds:g}",
         }  # fmt: skip
         if package and find_spec(package) is None:
-            return row | {"status": "skipped", "note": f"the {package} package is not installed"}
-        try:
-            return row | self._gated_and_timed(implementation)
-        except GateFailed as failed:
-            return row | {"status": "FAILED", "note": harness.first_line(failed)}
-        except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
-            status = "FAILED" if harness.device_lost(self.device) else "error"  # what loses the device is not tried again
-            return row | {"status": status, "note": f"{type(problem).__name__}: {harness.first_line(problem)}"}
-        finally:
-            harness.forget(self.device)
+            return Entrant(row | {"status": "skipped", "note": f"the {package} package is not installed"}, [])
+        return side_by_side.gated(row, partial(self._gated, implementation), self.device)
 
-    def _gated_and_timed(self, implementation: Implementation) -> dict[str, str]:
+    def _gated(self, implementation: Implementation, row: dict[str, str]) -> Entrant:
         operation = implementation.operation
         self._sets = self._sets or self.case.pictures(self.device, self.sets)
         calls = implementation.prepare([operation.tensors(pictures) for pictures in self._sets])
-        row = {"sets": str(len(calls))} | self._gate(implementation, calls[0])
-        timing = measure_in_turn(calls, self.device, seconds=self.seconds)
-        row |= {"p20_ms": f"{timing.p20:.4g}", "p50_ms": f"{timing.p50:.4g}", "p80_ms": f"{timing.p80:.4g}"}
-        return row | {"copy_ms": f"{self._copy(operation.passes):.4g}"} | _counted(calls[0], self.device) | {"status": "ok"}
+        return Entrant(row | {"sets": str(len(calls))} | self._gate(implementation, calls[0]), calls)
+
+    def _timed(self, implementations: Sequence[Implementation], entrants: Sequence[Entrant]) -> Iterator[dict[str, str]]:
+        found = side_by_side.timed(entrants, self.device, seconds=self.seconds)
+        for implementation, entrant, (row, timing) in zip(implementations, entrants, found, strict=True):
+            if timing:
+                row = row | {"p20_ms": f"{timing.p20:.4g}", "p50_ms": f"{timing.p50:.4g}", "p80_ms": f"{timing.p80:.4g}"}
+                row |= {"copy_ms": f"{self._copy(implementation.operation.passes):.4g}"} | _counted(entrant.calls[0], self.device)
+                row |= {"status": "ok"}
+            yield row
 
     def _gate(self, implementation: Implementation, call: Call) -> dict[str, str]:
         """Errors of the result and of eager torch; what our code leaves unwritten is NaN.
@@ -164,10 +172,11 @@ def measured_rows(cases: Sequence[Case], device: str, standing: set[str], *, sec
     """Key and row of everything that does not stand yet."""
     for case in cases:
         bench = Bench(case, device, seconds=seconds)
-        for implementation in IMPLEMENTATIONS:
-            name = key(case, implementation)
-            if name not in standing:
-                yield name, bench.measured(implementation)
+        wanted = [implementation for implementation in IMPLEMENTATIONS if key(case, implementation) not in standing]
+        for _, some in groupby(wanted, key=lambda implementation: implementation.operation.name):
+            each = list(some)
+            for implementation, row in zip(each, bench.measured(each), strict=True):
+                yield (name := key(case, implementation)), row
                 if harness.device_lost(device):
                     raise SystemExit(f"the device was lost in {name}: the same command goes on after it")
 

@@ -17,6 +17,7 @@ _MEMORY = {
 }
 _ONE_SET = "Every call had the same inputs, which caches may hold."
 _IN_TURN = "Calls took sets of inputs in turn, as many as hold four times the last cache, at most 16."
+_BESIDE = "Rows of one operation were timed side by side, run by run."
 LEGEND = """Milliseconds are p50 (p20 - p80) of single calls; MB are those that the operation must move; "of copy" is the time of
 `dst.copy_(src)` for as many bytes in the same run over the time of the row; "x" is the time of eager torch, with one filter per operation,
 over the time of the row. Rows of scalediff and torch.compile passed the [error budget](numerics.md) that "eager" sets at that shape before
@@ -56,7 +57,8 @@ def _head(group: Sequence[Record]) -> list[str]:
     names = ("torch", "triton", "python", "cuda", "cudnn", "torchvision", "kornia")
     versions = [f"{name} {first[name]}" for name in names if first[name] not in ("", "absent")] + [first["card"]]
     memory = "" if first["cuda"] else _MEMORY[first["memory"] or RETURNED]
-    sentences = (f"{first['threads']} threads, commit {first['commit']}.", memory, _IN_TURN if first["seconds"] else _ONE_SET)
+    sets = [_ONE_SET] if not first["seconds"] else [_IN_TURN] if first["cuda"] else [_IN_TURN, _BESIDE]
+    sentences = (f"{first['threads']} threads, commit {first['commit']}.", memory, *sets)
     return [f"{commands}: {', '.join(filter(None, versions))},", " ".join(filter(None, sentences))]
 
 

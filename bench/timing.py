@@ -59,6 +59,25 @@ def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0)
     return Timing(*torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
 
 
+def measure_side_by_side(entrants: Sequence[Sequence[Call]], *, seconds: float = 1.0) -> list[Timing]:
+    """Time several calls by the host's clock, one run of each and then the next of each: what else the machine does meets all alike.
+
+    Each takes its own sets of inputs in turn, and is warmed up on all of them. At most 500 rounds, at least five.
+
+    Args:
+        entrants: Of each the call on every set of inputs.
+        seconds: For all of them together.
+    """
+    turns = [cycle(calls) for calls in entrants]
+    for turn, calls in zip(turns, entrants, strict=True):
+        for call in islice(turn, len(calls)):
+            call()
+    once = sum(_by_clock(next(turn) for turn in turns)) / 1000
+    rounds = [_by_clock(next(turn) for turn in turns) for _ in range(min(500, max(5, int(seconds / once))))]
+    times = torch.quantile(torch.tensor(rounds, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64), dim=0)
+    return [Timing(*column) for column in times.T.tolist()]
+
+
 def _warmed_up(turn: Iterator[Call], device: str, seconds: float) -> float:
     """Seconds of the last of the runs, waited for."""
     begun = time.perf_counter()

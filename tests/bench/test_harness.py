@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from bench import harness, roofline, timing
@@ -187,20 +189,36 @@ def test_ceilings_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.matrix_tflops == pytest.approx(2 * 2048**3 / 0.1 / 1e12)
 
 
-def test_the_ceiling_of_a_window_is_the_rate_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patches of 4 x 4, windows of 8 x 8, 3 tokens of text; a call that takes 10 ms."""
-    seen: list[torch.Size] = []
-
-    def fixed(calls: Any, device: str, *, seconds: float) -> Timing:
-        seen.append(calls[0]().shape)
-        return Timing(9.0, 10.0, 11.0)
-
-    monkeypatch.setattr(roofline, "measure_in_turn", fixed)
+def test_one_window_is_attended_as_often_as_there_are_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three by four patches of 4 x 4, windows of 8 x 8, 3 tokens of text in each."""
+    seen: list[tuple[torch.Size, torch.Size]] = []
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda q, k, v, **how: seen.append((q.shape, k.shape)))
     shape = Shape((12, 16), (8, 8), (4, 4), 4, 16, groups=2, text=3, batch=2, dtype=torch.float32)
     for rule, queries in (("global", 16), ("window", 16 + 3)):
-        found = roofline.window_ceiling(Task("made-up", shape, torch.float32, "cpu", rule))
-        assert found == pytest.approx(4 * 2 * 4 * 16 * queries * (64 + 3) / 0.01 / 1e12)
-        assert seen.pop() == (2, 4, queries, 16)
+        alone = roofline.one_window(Task("made-up", shape, torch.float32, "cpu", rule))
+        alone.call()
+        assert alone.flops == 12 * 4 * 2 * 4 * 16 * queries * (64 + 3)
+        assert seen == 12 * [((2, 4, queries, 16), (2, 2, 64 + 3, 16))]
+        seen.clear()
+
+
+def test_what_is_timed_side_by_side_runs_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two entrants of 10 and 30 ms by a clock of their own; each with its sets of inputs, warm before the first round."""
+    ran: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def entrant(name: str, seconds: float, sets: int) -> list[Any]:
+        def call(i: int) -> None:
+            ran.append(f"{name}{i}")
+            now[0] += seconds
+
+        return [partial(call, i) for i in range(sets)]
+
+    found = timing.measure_side_by_side([entrant("a", 0.01, 2), entrant("b", 0.03, 3)], seconds=0.24)
+    assert ran[:9] == ["a0", "a1", "b0", "b1", "b2", "a0", "b0", "a1", "b1"]
+    assert ran[5:] == [f"{name}{i % sets}" for i in range(1 + 6) for name, sets in (("a", 2), ("b", 3))]
+    assert [tuple(one) for one in found] == [pytest.approx((10.0,) * 3), pytest.approx((30.0,) * 3)]
 
 
 def test_the_attention_benchmark_loads_neither_triton_nor_model_libraries() -> None:

@@ -170,7 +170,7 @@ from bench import lowpass
 from dataclasses import replace
 from bench.lowpass_cases import IMPLEMENTATIONS, Case, each
 wrong = replace(IMPLEMENTATIONS[9], prepare=each(lambda x: x))
-print(__debug__, wrong.operation.name, wrong.name, lowpass.Bench(Case("small", (1, 2, 32, 32)), "cpu", seconds=0.001).measured(wrong))
+print(__debug__, wrong.operation.name, wrong.name, *lowpass.Bench(Case("small", (1, 2, 32, 32)), "cpu", seconds=0.001).measured([wrong]))
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     told = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
@@ -188,6 +188,7 @@ def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(small: Path, 
         raise RuntimeError("an illegal memory access was encountered")
 
     replaced(monkeypatch, "guided step", "torch.compile", prepare=illegal)
+    monkeypatch.setattr("bench.side_by_side.groups", lambda items, device: [[item] for item in items])  # as on a GPU
     monkeypatch.setattr("bench.harness.device_lost", lambda device: bool(lost))
     rows, status = run(small)
     assert status == "the device was lost in small/float32/planes/guided step/torch.compile: the same command goes on after it"
@@ -214,9 +215,9 @@ def test_a_second_run_goes_on(small: Path, monkeypatch: pytest.MonkeyPatch, caps
     timed: list[str] = []
     own = lowpass.Bench.measured
 
-    def watched(bench: Any, implementation: Any) -> dict[str, str]:
-        timed.append(lowpass.key(bench.case, implementation))
-        return own(bench, implementation)
+    def watched(bench: Any, implementations: Any) -> Any:
+        timed.extend(lowpass.key(bench.case, implementation) for implementation in implementations)
+        return own(bench, implementations)
 
     monkeypatch.setattr(lowpass.Bench, "measured", watched)
 
