@@ -2,8 +2,8 @@
 
 Every row is gated at its very shape against attention in fp64 (`gate`), then timed on sets of inputs taken in turn, so that caches are
 cold. A row that fails its gate says FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are measured, and
-a second run of the same commit, machine and versions goes on where the first one stopped. On a CPU all that compute a shape are timed
-side by side, run by run, for other work on the machine comes and goes; and the process keeps the memory that a call frees for the next
+a second run of the same commit, machine and versions goes on where the first one stopped. On a CPU all that one run times of a
+shape are timed side by side, for other work on the machine comes and goes; and the process keeps the memory that a call frees for the next
 one, whoever calls (`scalediff.allocator`).
 """
 
@@ -26,8 +26,8 @@ from bench.command import Benchmark
 from bench.gate import Truth, truth
 from bench.providers import Ours, Provider, Ready
 from bench.providers_compiled import PROVIDERS
-from bench.providers_sdpa import Loop
-from bench.roofline import Ceilings, ceilings, one_window
+from bench.providers_sdpa import Loop, one_window
+from bench.roofline import Ceilings, ceilings
 from bench.shapes import CPU_QUICK, CPU_SHAPES, QUICK, SHAPES, Inputs, Task, tasks
 from bench.side_by_side import Entrant
 from bench.timing import Timing, kernels, peak_memory
@@ -73,10 +73,8 @@ class Bench:
     def measured(self, providers: Sequence[Provider]) -> Iterator[dict[str, str]]:
         """A row of each: skipped, refused by what it called, FAILED at the gate, or timed."""
         for some in side_by_side.groups(providers, self.task.device):
-            try:
-                yield from self._timed(some, [self._entrant(provider) for provider in some])
-            finally:
-                harness.forget(self.task.device)
+            yield from self._timed(some, [self._entrant(provider) for provider in some])
+            harness.forget(self.task.device)
 
     def _entrant(self, provider: Provider) -> Entrant:
         task = self.task
@@ -105,17 +103,18 @@ class Bench:
         return Entrant(row, [partial(ready.run, x) for x in laid])
 
     def _timed(self, providers: Sequence[Provider], entrants: Sequence[Entrant]) -> Iterator[dict[str, str]]:
-        """On a CPU beside torch's attention on one window alone; on a GPU one window is too little to say anything."""
-        task = self.task
-        alone = one_window(task) if task.device == "cpu" and any(entrant.calls for entrant in entrants) else None
-        found = side_by_side.timed([*entrants, *([Entrant({}, [alone.call])] if alone else [])], task.device, seconds=self.seconds)
-        window = {}
-        if alone and (of_one := found.pop()[1]):
-            window["window_tflops"] = f"{alone.flops / of_one.p50 / 1e9:.4g}"
+        """On a CPU windows are timed beside torch's attention on one alone; on a GPU one window is too little to say anything."""
+        device = self.task.device
+        windows = any(one.calls and provider.function == "window" for provider, one in zip(providers, entrants, strict=True))
+        alone = one_window(self.task) if device == "cpu" and windows else None
+        beside = [Entrant({}, [alone.call])] if alone else []
+        found = side_by_side.timed([*entrants, *beside], device, seconds=self.seconds)
+        of_one = found.pop()[1] if beside else None
+        window = {"window_tflops": f"{alone.flops / of_one.p50 / 1e9:.4g}"} if alone and of_one else {}
         for provider, entrant, (row, timing) in zip(providers, entrants, found, strict=True):
             if timing:
-                more = window if provider.function == "window" else {}
-                row = row | self._numbers(provider, timing) | more | _counted(entrant.calls[0], task.device) | {"status": "ok"}
+                row = row | (window if provider.function == "window" else {})
+                row = side_by_side.finished(row, partial(self._numbers, provider, entrant, timing), device)
             yield row
 
     def _gate(self, provider: Provider, ready: Ready, laid: Any) -> tuple[float, float]:
@@ -126,7 +125,7 @@ class Bench:
             result = ready.run(laid)
         return self._truths[provider.function].check(ready.unlay(result))
 
-    def _numbers(self, provider: Provider, timing: Timing) -> dict[str, str]:
+    def _numbers(self, provider: Provider, entrant: Entrant, timing: Timing) -> dict[str, str]:
         task, ceiling = self.task, self._ceiling(self.task.dtype)
         rate = task.flops(provider.function) / timing.p50 / 1e9
         moved = task.bytes(provider.function) / timing.p50 / 1e6
@@ -137,7 +136,7 @@ class Bench:
         }  # fmt: skip
         if executed := provider.executed(task):
             row["executed_gflop"] = f"{executed / 1e9:.4g}"
-        return row
+        return row | _counted(entrant.calls[0], task.device)
 
     def _too_large(self, provider: Provider) -> str | None:
         """Estimated before anything runs: what is not there yet of the inputs, and what the provider takes beside them."""
@@ -191,7 +190,8 @@ def measured_rows(
     for task in picked:
         wanted = [PROVIDERS[name] for name in names if key(task, name) not in standing]
         for row in Bench(task, ceiling, seconds=seconds).measured(wanted):
-            yield (name := key(task, row["provider"])), row
+            name = key(task, row["provider"])
+            yield name, row
             if harness.device_lost(task.device):
                 raise SystemExit(f"the device was lost in {name}: the same command goes on after it")
 

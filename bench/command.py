@@ -35,7 +35,9 @@ def parser_of(name: str, title: str) -> argparse.ArgumentParser:
 
 def add_seconds(parser: argparse.ArgumentParser, default: float) -> None:
     """How long a row is timed."""
-    parser.add_argument("--seconds", type=float, default=default, help="per row (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=default, help="per row; on a CPU shared by what is timed side by side (default: %(default)s)"
+    )
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -3,8 +3,8 @@
 Every row of the paper's filter is first compared with the definition in fp64, at that very shape; ours and the compiled ones are timed only
 within the error budget that eager torch sets. Sets of inputs are taken in turn, so that caches are cold. A row that fails its gate says
 FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are measured, and a second run of the same commit, machine
-and versions goes on where the first one stopped. On a CPU all that do one operation are timed side by side, run by run, for other work on
-the machine comes and goes; and the process keeps the memory that a call frees for the next one, whoever calls (`scalediff.allocator`).
+and versions goes on where the first one stopped. On a CPU all that one run times of an operation are timed side by side, for other work
+on the machine comes and goes; and the process keeps the memory that a call frees for the next one, whoever calls (`scalediff.allocator`).
 `--doc docs/filters-measured.md` writes the page from the committed CSVs.
 
 Bytes are those that an operation must move, every picture read or written once per pass.
@@ -31,7 +31,7 @@ from bench.gate import GateFailed
 from bench.lowpass_cases import FEATURES, IMPLEMENTATIONS, LATENTS, Call, Case, Implementation, Operation, Pictures
 from bench.lowpass_page import KEPT, RETURNED
 from bench.side_by_side import Entrant
-from bench.timing import launches, measure_in_turn, peak_memory
+from bench.timing import Timing, launches, measure_in_turn, peak_memory
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
 CPU_CACHE = 2**26  # bytes, assumed
@@ -69,7 +69,7 @@ class Bench:
         self.case, self.device, self.seconds = case, device, seconds
         self._sets: list[Pictures] = []
         self._truths: dict[str, Truth] = {}
-        self._copies: dict[int, float] = {}
+        self._alone: dict[int, float] = {}
 
     @property
     def sets(self) -> int:
@@ -78,10 +78,8 @@ class Bench:
     def measured(self, implementations: Sequence[Implementation]) -> Iterator[dict[str, str]]:
         """A row of each of one operation: skipped, refused by what it called, FAILED at the gate, or timed."""
         for some in side_by_side.groups(implementations, self.device):
-            try:
-                yield from self._timed(some, [self._entrant(implementation) for implementation in some])
-            finally:
-                harness.forget(self.device)
+            yield from self._timed(some, [self._entrant(implementation) for implementation in some])
+            harness.forget(self.device)
 
     def _entrant(self, implementation: Implementation) -> Entrant:
         operation, package = implementation.operation, implementation.package
@@ -100,13 +98,20 @@ class Bench:
         return Entrant(row | {"sets": str(len(calls))} | self._gate(implementation, calls[0]), calls)
 
     def _timed(self, implementations: Sequence[Implementation], entrants: Sequence[Entrant]) -> Iterator[dict[str, str]]:
-        found = side_by_side.timed(entrants, self.device, seconds=self.seconds)
-        for implementation, entrant, (row, timing) in zip(implementations, entrants, found, strict=True):
+        """On a CPU beside the copy of as many bytes."""
+        passes = implementations[0].operation.passes
+        beside = [Entrant({}, self._copies(passes))] if self.device == "cpu" and any(one.calls for one in entrants) else []
+        found = side_by_side.timed([*entrants, *beside], self.device, seconds=self.seconds)
+        copy = found.pop()[1] if beside else None
+        for entrant, (row, timing) in zip(entrants, found, strict=True):
             if timing:
-                row = row | {"p20_ms": f"{timing.p20:.4g}", "p50_ms": f"{timing.p50:.4g}", "p80_ms": f"{timing.p80:.4g}"}
-                row |= {"copy_ms": f"{self._copy(implementation.operation.passes):.4g}"} | _counted(entrant.calls[0], self.device)
-                row |= {"status": "ok"}
+                row = side_by_side.finished(row, partial(self._numbers, passes, entrant, timing, copy), self.device)
             yield row
+
+    def _numbers(self, passes: int, entrant: Entrant, timing: Timing, copy: Timing | None) -> dict[str, str]:
+        milliseconds = copy.p50 if copy else self._copy(passes)
+        row = {"p20_ms": f"{timing.p20:.4g}", "p50_ms": f"{timing.p50:.4g}", "p80_ms": f"{timing.p80:.4g}"}
+        return row | {"copy_ms": f"{milliseconds:.4g}"} | _counted(entrant.calls[0], self.device)
 
     def _gate(self, implementation: Implementation, call: Call) -> dict[str, str]:
         """Errors of the result and of eager torch; what our code leaves unwritten is NaN.
@@ -141,13 +146,16 @@ class Bench:
         return self._truths[operation.name]
 
     def _copy(self, passes: int) -> float:
-        """Milliseconds of a copy that moves as many bytes: half of them read, half written."""
-        if passes not in self._copies:
-            shape = (passes // 2 * math.prod(self.case.shape),)  # ones: pages that nobody wrote are all one page, which caches hold
-            pairs = [[torch.ones(shape, dtype=self.case.dtype, device=self.device) for _ in range(2)] for _ in range(self.sets)]
-            calls = [partial(target.copy_, source) for target, source in pairs]
-            self._copies[passes] = measure_in_turn(calls, self.device, seconds=self.seconds).p50
-        return self._copies[passes]
+        """Milliseconds of a copy that moves as many bytes, by itself."""
+        if passes not in self._alone:
+            self._alone[passes] = measure_in_turn(self._copies(passes), self.device, seconds=self.seconds).p50
+        return self._alone[passes]
+
+    def _copies(self, passes: int) -> list[Call]:
+        """Copies that move as many bytes, half of them read, half written."""
+        shape = (passes // 2 * math.prod(self.case.shape),)  # ones: pages that nobody wrote are all one page, which caches hold
+        pairs = [[torch.ones(shape, dtype=self.case.dtype, device=self.device) for _ in range(2)] for _ in range(self.sets)]
+        return [partial(target.copy_, source) for target, source in pairs]
 
 
 def _counted(call: Call, device: str) -> dict[str, str]:
@@ -176,7 +184,8 @@ def measured_rows(cases: Sequence[Case], device: str, standing: set[str], *, sec
         for _, some in groupby(wanted, key=lambda implementation: implementation.operation.name):
             each = list(some)
             for implementation, row in zip(each, bench.measured(each), strict=True):
-                yield (name := key(case, implementation)), row
+                name = key(case, implementation)
+                yield name, row
                 if harness.device_lost(device):
                     raise SystemExit(f"the device was lost in {name}: the same command goes on after it")
 

@@ -17,7 +17,7 @@ _MEMORY = {
 }
 _ONE_SET = "Every call had the same inputs, which caches may hold."
 _IN_TURN = "Calls took sets of inputs in turn, as many as hold four times the last cache, at most 16."
-_BESIDE = "Rows of one operation were timed side by side, run by run."
+_BESIDE = "Rows of one operation, and the copy, were timed side by side."
 LEGEND = """Milliseconds are p50 (p20 - p80) of single calls; MB are those that the operation must move; "of copy" is the time of
 `dst.copy_(src)` for as many bytes in the same run over the time of the row; "x" is the time of eager torch, with one filter per operation,
 over the time of the row. Rows of scalediff and torch.compile passed the [error budget](numerics.md) that "eager" sets at that shape before

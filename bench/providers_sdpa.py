@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.gate import Outputs
 from bench.providers import Provider, Ready, answers, as_is, heads_first, held_bytes, image_and_text, result_bytes
 from bench.shapes import Inputs, Task
+from bench.timing import Call
 from scalediff_kernels.neighborhood.reference import rotate_pairs
 
 BACKENDS = {
@@ -216,6 +217,31 @@ class MultiDiffusion(_Sdpa):
             return Outputs(views.flatten(1, 2), None)
 
         return Ready(lay, lambda laid: _attend(*laid, scale=task.scale), unlay, lambda laid: answers(*laid))
+
+
+class OneWindow(NamedTuple):
+    """Attention on one window alone: `call`, and its FLOPs."""
+
+    call: Call
+    flops: int
+
+
+def one_window(task: Task) -> OneWindow:
+    """With its text, and as often as there are windows: nothing is gathered or put back, and most of it stays in cache."""
+    s = task.shape
+    queries, keys = prod(s.patch) + (s.text if task.rule == "window" else 0), prod(task.window) + s.text
+    rng = torch.Generator(task.device).manual_seed(0)
+    q, k, v = (
+        torch.randn(s.batch, heads, tokens, s.head_dim, generator=rng, dtype=task.dtype, device=task.device)
+        for heads, tokens in ((s.heads, queries), (s.key_heads, keys), (s.key_heads, keys))
+    )
+    windows = prod(map(len, task.spans))
+
+    def call() -> None:
+        for _ in range(windows):
+            _attend(q, k, v, scale=task.scale)
+
+    return OneWindow(call, 4 * windows * s.batch * s.heads * s.head_dim * queries * keys)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

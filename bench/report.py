@@ -53,10 +53,10 @@ alike."""
 ATTENTION = """One call by `python -m bench.attention`: ms are p50 (p20 - p80). "window" is neighborhood patch attention, "full" attention
 to the whole grid, "views" MultiDiffusion's views; each is counted and gated by its own definition. "Executed / useful" is how many FLOPs
 are run, padding and tiles included, for one that is useful; "made ready" what is done once for a shape, outside the clock, as a mask is.
-On a CPU the rows of one shape are timed side by side, run by run. There torch's attention takes 32, 64 or 256 queries at a time where a
-call has fewer than 192, fewer than 768, or more, and is the slower the fewer: a window has a quarter of the queries of a view of the same
-size, as the rows of `multidiffusion` show. What that leaves is the rate of SDPA on one window alone, again and again, most of it in cache,
-with nothing to gather and nothing to put back (`window_tflops` in the CSV)."""
+On a CPU what one run times of a shape is timed side by side. There torch's attention takes 32, 64 or 256 queries at a time where a call
+has fewer than 192, fewer than 768, or more, and is the slower the fewer: a window has a quarter of the queries of a view of the same size,
+as the rows of `multidiffusion` show. What that leaves is SDPA on one window alone, again and again, most of it in cache (`window_tflops` in
+the CSV); what is missing from there to ours is reading windows that are in no cache, gathering them and putting results back."""
 
 MISSING = """By the names that the command lines take: of `python -m bench.attention` every shape in its model's dtype by every
 implementation, of `python -m bench.cascade` every model and size by every method, on a GPU with blocks run eagerly and compiled. What

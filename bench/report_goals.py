@@ -208,10 +208,12 @@ def as_dense(group: Group) -> Found | None:
                 return Found(group, None, _refused(name, [row]))
     ratios = {task: float(mine["tflops"]) / float(dense["tflops"]) for task, (mine, dense) in pairs.items()}
     sooner = {task: float(dense["p50_ms"]) / float(mine["p50_ms"]) for task, (mine, dense) in pairs.items()}
-    rates = [(number(mine, "window_tflops"), float(dense["tflops"])) for mine, dense in pairs.values()]
-    alone = ", ".join(f"{rate / dense:.2f}" for rate, dense in rates if rate)
-    each = [f"{task.replace('/fp32', '')} {ratio:.2f}, in {sooner[task]:.2f}x less time" for task, ratio in ratios.items()]
-    words = "; ".join([*each, f"SDPA on one such window alone, again and again: {alone}"] if alone else each)
+    alone = {task: rate / float(dense["tflops"]) for task, (mine, dense) in pairs.items() if (rate := number(mine, "window_tflops"))}
+    each = (
+        f"{task.replace('/fp32', '')} {ratio:.2f}{f' of {alone[task]:.2f}' if task in alone else ''}, in {sooner[task]:.2f}x less time"
+        for task, ratio in ratios.items()
+    )
+    words = "; ".join([*each, *(["of: SDPA on one such window alone"] if alone else [])])
     return Found(group, min(ratios.values()), words, _commands(*(row for pair in pairs.values() for row in pair)))
 
 

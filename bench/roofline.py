@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from bench import shapes
 from bench.harness import write_rows
@@ -68,31 +66,6 @@ def ceilings(device: str, dtype: torch.dtype, *, seconds: float = 0.5) -> Ceilin
     a, b = (torch.randn(side, side, generator=rng, dtype=dtype, device=device) for _ in range(2))
     product = measure_in_turn([lambda: a @ b], device, seconds=seconds).p50
     return Ceilings(2 * size / copy / 1e6, 2 * side**3 / product / 1e9)
-
-
-class Alone(NamedTuple):
-    """Attention on one window alone: `call`, and its FLOPs."""
-
-    call: Callable[[], Any]
-    flops: int
-
-
-def one_window(task: shapes.Task) -> Alone:
-    """By torch's attention, with its text, and as often as there are windows: nothing is gathered or put back, and caches hold it."""
-    s = task.shape
-    queries, keys = prod(s.patch) + (s.text if task.rule == "window" else 0), prod(task.window) + s.text
-    rng = torch.Generator(task.device).manual_seed(0)
-    q, k, v = (
-        torch.randn(s.batch, heads, tokens, s.head_dim, generator=rng, dtype=task.dtype, device=task.device)
-        for heads, tokens in ((s.heads, queries), (s.key_heads, keys), (s.key_heads, keys))
-    )
-    windows = prod(map(len, task.spans))
-
-    def call() -> None:
-        for _ in range(windows):
-            F.scaled_dot_product_attention(q, k, v, scale=task.scale, enable_gqa=s.heads != s.key_heads)
-
-    return Alone(call, 4 * windows * s.batch * s.heads * s.head_dim * queries * keys)
 
 
 class Cycles(NamedTuple):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from bench import harness
+from bench.command import Row
 from bench.gate import GateFailed
 from bench.timing import Call, Timing, measure_in_turn, measure_side_by_side
 
-Row = dict[str, str]
 Item = TypeVar("Item")
 
 
@@ -22,7 +22,8 @@ class Entrant(NamedTuple):
 
 def groups(items: Sequence[Item], device: str) -> Iterator[Sequence[Item]]:
     """What is prepared and timed together: all on a CPU, where other work comes and goes; one on a GPU, whose memory is short."""
-    yield from [items] if device == "cpu" else [[item] for item in items]
+    if items:
+        yield from [items] if device == "cpu" else [[item] for item in items]
 
 
 def gated(row: Row, prepare: Callable[[Row], Entrant], device: str) -> Entrant:
@@ -33,20 +34,40 @@ def gated(row: Row, prepare: Callable[[Row], Entrant], device: str) -> Entrant:
         return Entrant(row | {"status": "FAILED", "note": harness.first_line(failed)}, [])
     except Exception as problem:
         return Entrant(row | _broken(problem, device), [])
+    finally:
+        harness.forget(device)
 
 
 def timed(entrants: Sequence[Entrant], device: str, *, seconds: float) -> list[tuple[Row, Timing | None]]:
-    """Their rows, with a time where there was something to time; `seconds` are for each."""
-    running = [entrant for entrant in entrants if entrant.calls]
+    """Their rows, with a time where there was something to time and it did not break.
+
+    `seconds` are for each; on a CPU rounds of all take what they have together.
+    """
+    running = [one.calls for one in entrants if one.calls]
+    if device == "cpu":
+        found = iter(measure_side_by_side(running, seconds=seconds * len(running)))
+    else:
+        found = iter([_measured(calls, device, seconds) for calls in running])
+    rows = list[tuple[Row, Timing | None]]()
+    for row, calls in entrants:
+        result = next(found) if calls else None
+        rows.append((row | _broken(result, device), None) if isinstance(result, Exception) else (row, result))
+    return rows
+
+
+def finished(row: Row, more: Callable[[], Row], device: str) -> Row:
+    """A row that was timed, with what is told of it after the clock; an error where that breaks."""
     try:
-        if device == "cpu":
-            timings = measure_side_by_side([one.calls for one in running], seconds=seconds * len(running)) if running else []
-        else:
-            timings = [measure_in_turn(one.calls, device, seconds=seconds) for one in running]
+        return row | more() | {"status": "ok"}
     except Exception as problem:
-        return [(one.row | (_broken(problem, device) if one.calls else {}), None) for one in entrants]
-    left = iter(timings)
-    return [(one.row, next(left) if one.calls else None) for one in entrants]
+        return row | _broken(problem, device)
+
+
+def _measured(calls: Sequence[Call], device: str, seconds: float) -> Timing | Exception:
+    try:
+        return measure_in_turn(calls, device, seconds=seconds)
+    except Exception as problem:
+        return problem
 
 
 def _broken(problem: Exception, device: str) -> Row:

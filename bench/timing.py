@@ -38,8 +38,7 @@ def measure(call: Call, device: str, *, seconds: float = 1.0) -> Timing:
     # Blocks of one run each: percentiles are those of calls, not of averages.
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     first = timer.timeit(1).median
-    times = torch.tensor([timer.timeit(1).median for _ in range(min(1000, max(5, int(seconds / first))))], dtype=torch.float64)
-    return Timing(*(1000 * torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))).tolist())
+    return _percentiles([1000 * timer.timeit(1).median for _ in range(min(1000, max(5, int(seconds / first))))])
 
 
 def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0) -> Timing:
@@ -55,27 +54,45 @@ def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0)
     _wait(device)
     once = _warmed_up(turn, device, max(seconds / 10, 0.3 if device == "cuda" else 0.0))
     timed = islice(turn, min(500, max(5 if once < 2 else 3, int(seconds / once))))
-    times = torch.tensor(_by_events(timed) if device == "cuda" else _by_clock(timed), dtype=torch.float64)
-    return Timing(*torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
+    return _percentiles(_by_events(timed) if device == "cuda" else _by_clock(timed))
 
 
-def measure_side_by_side(entrants: Sequence[Sequence[Call]], *, seconds: float = 1.0) -> list[Timing]:
+def measure_side_by_side(entrants: Sequence[Sequence[Call]], *, seconds: float = 1.0) -> list[Timing | Exception]:
     """Time several calls by the host's clock, one run of each and then the next of each: what else the machine does meets all alike.
 
-    Each takes its own sets of inputs in turn, and is warmed up on all of them. At most 500 rounds, at least five.
+    Each takes its own sets of inputs in turn, and is warmed up on all of them. At most 500 rounds, at least five. One that breaks is left
+    out from then on: what it raised stands in place of its time.
 
     Args:
         entrants: Of each the call on every set of inputs.
         seconds: For all of them together.
     """
     turns = [cycle(calls) for calls in entrants]
-    for turn, calls in zip(turns, entrants, strict=True):
-        for call in islice(turn, len(calls)):
-            call()
-    once = sum(_by_clock(next(turn) for turn in turns)) / 1000
-    rounds = [_by_clock(next(turn) for turn in turns) for _ in range(min(500, max(5, int(seconds / once))))]
-    times = torch.quantile(torch.tensor(rounds, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64), dim=0)
-    return [Timing(*column) for column in times.T.tolist()]
+    times: list[list[float]] = [[] for _ in entrants]
+    broken: dict[int, Exception] = {}
+
+    def run(i: int) -> None:
+        if i not in broken:
+            try:
+                times[i] += _by_clock([next(turns[i])])
+            except Exception as problem:
+                broken[i] = problem
+
+    for i, calls in enumerate(entrants):
+        for _ in calls:
+            run(i)
+        times[i].clear()
+    rounds, begun = 0, time.perf_counter()
+    while rounds < 5 or (rounds < 500 and time.perf_counter() - begun < seconds):
+        for i in range(len(entrants)):
+            run(i)
+        rounds += 1
+    return [broken[i] if i in broken else _percentiles(found) for i, found in enumerate(times)]
+
+
+def _percentiles(milliseconds: Sequence[float]) -> Timing:
+    times = torch.tensor(milliseconds, dtype=torch.float64)
+    return Timing(*torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
 
 
 def _warmed_up(turn: Iterator[Call], device: str, seconds: float) -> float:

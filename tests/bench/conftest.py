@@ -1,4 +1,7 @@
-"""Fixtures of the tests of `bench.cascade`: models that are made once, and a look at what a test has left changed."""
+"""Fixtures of the tests of `bench.cascade`: models that are made once, and a look at what a test has left changed.
+
+They import when they are used, for diffusers may be missing.
+"""
 
 from __future__ import annotations
 

@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from bench import harness, roofline, timing
-from bench.shapes import Shape, Task
 from bench.timing import Timing, kernels, measure_in_turn, peak_memory
 
 ROOT = Path(__file__).parents[2]
@@ -189,19 +187,6 @@ def test_ceilings_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.matrix_tflops == pytest.approx(2 * 2048**3 / 0.1 / 1e12)
 
 
-def test_one_window_is_attended_as_often_as_there_are_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three by four patches of 4 x 4, windows of 8 x 8, 3 tokens of text in each."""
-    seen: list[tuple[torch.Size, torch.Size]] = []
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda q, k, v, **how: seen.append((q.shape, k.shape)))
-    shape = Shape((12, 16), (8, 8), (4, 4), 4, 16, groups=2, text=3, batch=2, dtype=torch.float32)
-    for rule, queries in (("global", 16), ("window", 16 + 3)):
-        alone = roofline.one_window(Task("made-up", shape, torch.float32, "cpu", rule))
-        alone.call()
-        assert alone.flops == 12 * 4 * 2 * 4 * 16 * queries * (64 + 3)
-        assert seen == 12 * [((2, 4, queries, 16), (2, 2, 64 + 3, 16))]
-        seen.clear()
-
-
 def test_what_is_timed_side_by_side_runs_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two entrants of 10 and 30 ms by a clock of their own; each with its sets of inputs, warm before the first round."""
     ran: list[str] = []
@@ -215,10 +200,22 @@ def test_what_is_timed_side_by_side_runs_in_turn(monkeypatch: pytest.MonkeyPatch
 
         return [partial(call, i) for i in range(sets)]
 
-    found = timing.measure_side_by_side([entrant("a", 0.01, 2), entrant("b", 0.03, 3)], seconds=0.24)
-    assert ran[:9] == ["a0", "a1", "b0", "b1", "b2", "a0", "b0", "a1", "b1"]
-    assert ran[5:] == [f"{name}{i % sets}" for i in range(1 + 6) for name, sets in (("a", 2), ("b", 3))]
-    assert [tuple(one) for one in found] == [pytest.approx((10.0,) * 3), pytest.approx((30.0,) * 3)]
+    for seconds, rounds in ((0.27, 7), (0.01, 5)):
+        ran.clear()
+        found = timing.measure_side_by_side([entrant("a", 0.01, 2), entrant("b", 0.03, 3)], seconds=seconds)
+        assert ran[:5] == ["a0", "a1", "b0", "b1", "b2"]
+        assert ran[5:] == [f"{name}{i % sets}" for i in range(rounds) for name, sets in (("a", 2), ("b", 3))]
+        assert found == [pytest.approx((10.0,) * 3), pytest.approx((30.0,) * 3)]
+    assert timing.measure_side_by_side([], seconds=1e-9) == []
+
+
+def test_what_breaks_is_left_out_and_the_others_are_timed() -> None:
+    """At once, and after some rounds."""
+    left = iter(range(4))
+    first, second, third = timing.measure_side_by_side([[lambda: 1 / 0], [lambda: next(left)], [lambda: None]], seconds=0.001)
+    assert isinstance(first, ZeroDivisionError)
+    assert isinstance(second, StopIteration)
+    assert isinstance(third, Timing)
 
 
 def test_the_attention_benchmark_loads_neither_triton_nor_model_libraries() -> None:

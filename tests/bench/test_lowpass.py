@@ -217,6 +217,7 @@ def test_a_second_run_goes_on(small: Path, monkeypatch: pytest.MonkeyPatch, caps
     own = lowpass.Bench.measured
 
     def watched(bench: Any, implementations: Any) -> Any:
+        assert len({implementation.operation.name for implementation in implementations}) == 1, "one operation's truth is kept"
         timed.extend(lowpass.key(bench.case, implementation) for implementation in implementations)
         return own(bench, implementations)
 
@@ -359,6 +360,9 @@ def test_the_page_says_how_rows_were_measured_and_sets_those_apart_that_were_mea
     assert "freed memory" not in text
     assert "`run`: torch 2.11.0, cuda 12.8, cudnn 91002, driver 570, 700 W," in text
     assert "Calls took sets of inputs in turn" in text
+    assert "side by side" not in text
+    for seconds in ("", "0.2"):
+        assert ("side by side" in lowpass_page.markdown({"cpu": [_row(LATENTS[0], "eager", seconds=seconds)]})) is bool(seconds)
     two = [_row(LATENTS[0], "eager", commit="a"), _row(LATENTS[0], "scalediff", commit="b"), _row(LATENTS[1], "eager", commit="a")]
     text = lowpass_page.markdown({"cpu": two})
     assert text.count("| case |") == text.count("Every call had the same inputs") == 2

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bench import harness, providers_compiled
 from bench.gate import GateFailed, Outputs, truth
 from bench.providers_compiled import PROVIDERS
+from bench.providers_sdpa import one_window
 from bench.shapes import Inputs, Shape, Task
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from tests.bench.made_up import EVEN, ODD
@@ -212,3 +214,16 @@ def test_a_mask_of_blocks_is_that_of_its_tokens() -> None:
         back, back_text = tiles.untiled(tiles.tiled(image, text), task)
         assert torch.equal(back, image)
         assert back_text is None or torch.equal(back_text, text)
+
+
+def test_one_window_is_attended_as_often_as_there_are_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three by four patches of 4 x 4, windows of 8 x 8, 3 tokens of text in each."""
+    seen: list[tuple[torch.Size, torch.Size]] = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **how: seen.append((q.shape, k.shape)))
+    shape = Shape((12, 16), (8, 8), (4, 4), 4, 16, groups=2, text=3, batch=2, dtype=torch.float32)
+    for rule, queries in (("global", 16), ("window", 16 + 3)):
+        alone = one_window(Task("made-up", shape, torch.float32, "cpu", rule))
+        alone.call()
+        assert alone.flops == 12 * 4 * 2 * 4 * 16 * queries * (64 + 3)
+        assert seen == 12 * [((2, 4, queries, 16), (2, 2, 64 + 3, 16))]
+        seen.clear()

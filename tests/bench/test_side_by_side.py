@@ -10,32 +10,42 @@ import torch
 from bench import attention, roofline, side_by_side
 from bench.gate import GateFailed
 from bench.providers_compiled import PROVIDERS
+from bench.providers_sdpa import one_window
 from bench.shapes import Task
 from bench.side_by_side import Entrant
 from bench.timing import Timing
 from tests.bench.made_up import EVEN
 
-TWICE = [Entrant({"row": "a"}, [lambda: None]), Entrant({"row": "b", "status": "skipped"}, []), Entrant({"row": "c"}, [lambda: None])]
+SKIPPED = Entrant({"row": "b", "status": "skipped"}, [])
 
 
-@pytest.mark.parametrize(("device", "name"), [("cpu", "measure_side_by_side"), ("cuda", "measure_in_turn")])
-def test_what_breaks_while_it_is_timed_is_an_error(monkeypatch: pytest.MonkeyPatch, device: str, name: str) -> None:
-    def broken(*calls: Any, **how: Any) -> Any:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_breaks_while_it_is_timed_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    def broken() -> None:
         raise RuntimeError("out of memory\nat last")
 
-    monkeypatch.setattr(side_by_side, name, broken)
+    monkeypatch.setattr("bench.timing._wait", lambda device: None)
+    monkeypatch.setattr("bench.timing._by_events", lambda calls: [1.0 for call in calls if call() is None])
+    entrants = [Entrant({"row": "a"}, [broken]), SKIPPED, Entrant({"row": "c"}, [lambda: None])]
     for lost, status in ((False, "error"), (True, "FAILED")):
         monkeypatch.setattr("bench.harness.device_lost", lambda device, lost=lost: lost)
-        told = {"status": status, "note": "RuntimeError: out of memory"}
-        assert side_by_side.timed(TWICE, device, seconds=1.0) == [
-            ({"row": "a"} | told, None), ({"row": "b", "status": "skipped"}, None), ({"row": "c"} | told, None),
-        ]  # fmt: skip
+        (a, a_time), (b, b_time), (c, c_time) = side_by_side.timed(entrants, device, seconds=0.001)
+        assert (a, a_time) == ({"row": "a", "status": status, "note": "RuntimeError: out of memory"}, None)
+        assert (b, b_time, c) == (SKIPPED.row, None, {"row": "c"})
+        assert isinstance(c_time, Timing)
 
 
-def test_what_is_skipped_takes_no_time() -> None:
-    assert side_by_side.timed(TWICE[1:2], "cpu", seconds=1.0) == [({"row": "b", "status": "skipped"}, None)]
-    found = side_by_side.timed(TWICE, "cpu", seconds=0.001)
-    assert [timing is not None for _, timing in found] == [True, False, True]
+def test_what_breaks_after_the_clock_is_an_error() -> None:
+    def broken() -> dict[str, str]:
+        raise MemoryError("of the ceiling")
+
+    assert side_by_side.finished({"row": "a"}, broken, "cpu") == {"row": "a", "status": "error", "note": "MemoryError: of the ceiling"}
+    assert side_by_side.finished({"row": "a"}, lambda: {"p50_ms": "1"}, "cpu") == {"row": "a", "p50_ms": "1", "status": "ok"}
+
+
+def test_nothing_to_time_takes_no_time() -> None:
+    assert side_by_side.timed([SKIPPED], "cpu", seconds=1.0) == [(SKIPPED.row, None)]
+    assert [list(side_by_side.groups([], device)) for device in ("cpu", "cuda")] == [[], []]
 
 
 def test_a_failed_gate_is_not_an_error() -> None:
@@ -71,7 +81,7 @@ def test_on_a_cpu_rows_are_timed_side_by_side_and_on_a_gpu_alone(monkeypatch: py
     monkeypatch.setattr(attention, "_counted", lambda call, device: {})
     monkeypatch.setattr("bench.harness.forget", lambda device: made.append("forgotten"))
     providers = [PROVIDERS["sdpa"], PROVIDERS["full"]]
-    one = roofline.one_window(Task("even", EVEN, torch.float32, "cpu"))
+    one = one_window(Task("even", EVEN, torch.float32, "cpu"))
     for device, p50, order, rate in (
         ("cuda", "2", ["sdpa", "timed", "forgotten", "full", "timed", "forgotten"], None),
         ("cpu", "4", ["sdpa", "full", "3 in 6 s", "forgotten"], f"{one.flops / 4e9:.4g}"),
@@ -82,3 +92,5 @@ def test_on_a_cpu_rows_are_timed_side_by_side_and_on_a_gpu_alone(monkeypatch: py
         assert [r.get("window_tflops") for r in rows] == [rate, None], "full attention has no window"
         assert made == order
         made.clear()
+    assert len(list(bench.measured(providers[1:]))) == 1
+    assert made == ["full", "1 in 2 s", "forgotten"], "nothing stands beside full attention"
