@@ -108,9 +108,8 @@ class Bench:
         except NotImplementedError as refused:
             status = "error" if unit.method in OURS else "skipped"  # the library refuses nothing of what is its own
             yield run | {"status": status, "note": harness.first_line(refused)}
-        except Exception as problem:  # a baseline that cannot run is a result; ours is reported by the exit status
-            status = "FAILED" if harness.device_lost(self._device) else "error"  # what loses the device is not tried again
-            yield run | {"status": status, "note": f"{type(problem).__name__}: {harness.first_line(problem)}"}
+        except Exception as problem:
+            yield run | harness.broken(problem, self._device)
         finally:
             harness.forget(self._device)
 

@@ -122,9 +122,9 @@ class Counter:
         passes = [passes_of_a_step(self.model, settings) * n for n in steps]
         works = [self.forward(side, how.attention) for side in sides]
         run = Forward(*(sum(n * part for n, part in zip(passes, parts, strict=True)) for parts in zip(*works, strict=True)))
-        encoded: list[int | None] = (
-            [*sides[1:]] if how.cascade else [None] * (len(sides) - 1)
-        )  # every phase is decoded, every stage encoded again as well
+        encoded: list[int | None] = [None] * (len(sides) - 1)  # every phase is decoded
+        if how.cascade:
+            encoded = [*sides[1:]]  # and every stage encoded again
         vae = sum(self._coded(side, after) for side, after in zip(sides, [*encoded, None], strict=True))
         rule = how.attention if how.attention in self._queries else ""
         text = self._inputs(size)["encoder_hidden_states"].shape[1]

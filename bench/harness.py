@@ -141,6 +141,12 @@ def first_line(problem: Exception) -> str:
     return (str(problem).splitlines() or [""])[0][:200]
 
 
+def broken(problem: Exception, device: str) -> dict[str, str]:
+    """Of a row: a baseline that cannot run is a result, ours is reported by the exit status; what loses the device is not tried again."""
+    status = "FAILED" if device_lost(device) else "error"
+    return {"status": status, "note": f"{type(problem).__name__}: {first_line(problem)}"}
+
+
 def read_records(path: Path) -> list[dict[str, str]]:
     """Rows as a CSV has them; none where there is no file."""
     if not path.exists():

@@ -100,7 +100,8 @@ class Bench:
     def _timed(self, implementations: Sequence[Implementation], entrants: Sequence[Entrant]) -> Iterator[dict[str, str]]:
         """On a CPU beside the copy of as many bytes."""
         passes = implementations[0].operation.passes
-        beside = [Entrant({}, self._copies(passes))] if self.device == "cpu" and any(one.calls for one in entrants) else []
+        copies = self.device == "cpu" and any(one.calls for one in entrants)
+        beside = [side_by_side.gated({}, lambda row: Entrant(row, self._copies(passes)), self.device)] if copies else []
         found = side_by_side.timed([*entrants, *beside], self.device, seconds=self.seconds)
         copy = found.pop()[1] if beside else None
         for entrant, (row, timing) in zip(entrants, found, strict=True):

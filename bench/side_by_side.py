@@ -27,13 +27,13 @@ def groups(items: Sequence[Item], device: str) -> Iterator[Sequence[Item]]:
 
 
 def gated(row: Row, prepare: Callable[[Row], Entrant], device: str) -> Entrant:
-    """As it is prepared; FAILED where a gate says so, an error where it breaks: a baseline that cannot run is a result."""
+    """As it is prepared; FAILED where a gate says so, an error where it breaks."""
     try:
         return prepare(row)
     except GateFailed as failed:
         return Entrant(row | {"status": "FAILED", "note": harness.first_line(failed)}, [])
     except Exception as problem:
-        return Entrant(row | _broken(problem, device), [])
+        return Entrant(row | harness.broken(problem, device), [])
     finally:
         harness.forget(device)
 
@@ -51,7 +51,7 @@ def timed(entrants: Sequence[Entrant], device: str, *, seconds: float) -> list[t
     rows = list[tuple[Row, Timing | None]]()
     for row, calls in entrants:
         result = next(found) if calls else None
-        rows.append((row | _broken(result, device), None) if isinstance(result, Exception) else (row, result))
+        rows.append((row | harness.broken(result, device), None) if isinstance(result, Exception) else (row, result))
     return rows
 
 
@@ -60,7 +60,7 @@ def finished(row: Row, more: Callable[[], Row], device: str) -> Row:
     try:
         return row | more() | {"status": "ok"}
     except Exception as problem:
-        return row | _broken(problem, device)
+        return row | harness.broken(problem, device)
 
 
 def _measured(calls: Sequence[Call], device: str, seconds: float) -> Timing | Exception:
@@ -68,9 +68,3 @@ def _measured(calls: Sequence[Call], device: str, seconds: float) -> Timing | Ex
         return measure_in_turn(calls, device, seconds=seconds)
     except Exception as problem:
         return problem
-
-
-def _broken(problem: Exception, device: str) -> Row:
-    """What loses the device is not tried again."""
-    status = "FAILED" if harness.device_lost(device) else "error"
-    return {"status": status, "note": f"{type(problem).__name__}: {harness.first_line(problem)}"}

@@ -19,11 +19,11 @@ from scalediff.hooks import original_call
 from scalediff.latents import pack, unpack
 from scalediff.methods import METHODS, MultiDiffusion, multidiffusion, running
 from scalediff.methods.multidiffusion import SCHEDULERS
-from scalediff.methods.views import INPUTS, Denoise, average, corners, starts
+from scalediff.methods.views import average
 from scalediff.pipelines import native_size, preset
 from scalediff.stage import Stage
 from tests.conftest import seeded, state_of
-from tests.scalediff.test_pipelines import PIPELINES, built
+from tests.scalediff.test_pipelines import built
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -40,37 +40,6 @@ def run(
     given = {"generator": seeded(), **arguments}
     (stage,) = multidiffusion(pipe, given, size, settings, options or MultiDiffusion(), **more)
     return stage
-
-
-def test_views_are_those_of_the_paper() -> None:
-    assert len(corners((512, 512), window=(128, 128), stride=(64, 64))) == 49  # four times the native side, half a window apart
-    assert len(starts(256, window=64, stride=8)) == (256 - 64) / 8 + 1
-    assert starts(64, window=64, stride=8) == [0]
-    assert starts(27, window=8, stride=5) == [0, 5, 10, 15, 19]  # the last ends at the border
-    assert starts(6, window=8, stride=4) == [0]
-
-
-@pytest.mark.parametrize("size", [(16, 16), (23, 41), (17, 16), (100, 19)])
-@pytest.mark.parametrize("stride", [(1, 1), (8, 8), (16, 16), (5, 7)])
-def test_every_place_is_counted_by_the_views_that_cover_it(size: tuple[int, int], stride: tuple[int, int]) -> None:
-    """Views of a picture average to the picture; a view of ones among zeros counts one in as many as cover a place."""
-    x, where = torch.randn(2, 3, *size, generator=seeded()), corners(size, window=(16, 16), stride=stride)
-    views = [x[..., y : y + 16, z : z + 16] for y, z in where]
-    torch.testing.assert_close(average(views, where, size), x)
-    cover = sum(torch.nn.functional.pad(torch.ones(16, 16), (z, size[1] - z - 16, y, size[0] - y - 16)) for y, z in where)
-    assert isinstance(cover, Tensor)
-    assert cover.min() >= 1
-    marked = [torch.full((1, 1, 16, 16), float(i == 0)) for i in range(len(where))]
-    expected = torch.nn.functional.pad(torch.ones(16, 16), (0, size[1] - 16, 0, size[0] - 16)) / cover
-    torch.testing.assert_close(average(marked, where, size)[0, 0], expected)
-
-
-def test_averages_are_summed_in_fp32_and_of_the_views_type() -> None:
-    views = [torch.full((1, 1, 2, 2), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0, 1.0)]
-    mean = average(views, [(0, 0)] * 4, (2, 2))  # in bf16 the ones would be lost beside 256
-    assert mean.dtype == torch.bfloat16
-    assert torch.equal(mean, torch.full((1, 1, 2, 2), 259 / 4).bfloat16())
-    assert average([torch.ones(1, 1, 2, 2, dtype=torch.float64)], [(0, 0)], (2, 2)).dtype == torch.float64
 
 
 @torch.no_grad()
@@ -353,69 +322,3 @@ def test_the_stage_is_reported(demo: Any) -> None:
     assert seen == [stage]
     assert stage.seconds > 0
     assert METHODS["multidiffusion"] == (MultiDiffusion, multidiffusion)
-
-
-def test_options_out_of_range_are_refused(demo: Any) -> None:
-    with pytest.raises(ValueError, match=r"stride must be at least 1 latent, got stride=0"):
-        MultiDiffusion(stride=0)
-    with pytest.raises(ValueError, match=r"view_batch must be at least 1, got view_batch=0"):
-        MultiDiffusion(view_batch=0)
-    with pytest.raises(ValueError, match=r"at most the window's 16 latents and a multiple of a token's 1, got stride=17"):
-        run(demo, (128, 128), {"prompt": PROMPT}, MultiDiffusion(stride=17))
-    with pytest.raises(ValueError, match="must be at least the model's native 64 x 64, got height=32, width=64"):
-        run(demo, (32, 64), {"prompt": PROMPT})
-    pipe, arguments = built("SD3")
-    with scalediff.patch_model(pipe, window=WINDOW), pytest.raises(ValueError, match="a multiple of a token's 2, got stride=3"):
-        run(pipe, (32, 32), arguments, MultiDiffusion(stride=3))
-
-
-@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"])
-def test_schedulers_that_draw_noise_are_refused(demo: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "scheduler", getattr(diffusers, name)())
-    with pytest.raises(NotImplementedError, match=f"MultiDiffusion averages model outputs, .* got {name}"):
-        run(demo, (128, 128), {"prompt": PROMPT})
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "more", "why"),
-    [
-        (("DDIMScheduler", {"clip_sample": True}), {}, "DDIMScheduler without clip_sample, got clip_sample=True"),
-        (("DDIMScheduler", {"clip_sample": False}), {"eta": 0.5}, "call the pipeline with eta=0.0, got eta=0.5"),
-        (("DDIMScheduler", {"clip_sample": False}), {"guidance_rescale": 0.7}, "guidance_rescale=0.0, got guidance_rescale=0.7"),
-        (("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}), {}, r"got algorithm_type='sde-dpmsolver\+\+'"),
-        (("UniPCMultistepScheduler", {"thresholding": True}), {}, "got thresholding=True"),
-    ],
-)
-def test_steps_that_are_not_linear_are_refused(
-    demo: Any, scheduler: tuple[str, dict[str, Any]], more: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "scheduler", getattr(diffusers, scheduler[0])(**scheduler[1]))
-    with pytest.raises(NotImplementedError, match=why):
-        run(demo, (128, 128), {"prompt": PROMPT, **more})
-    run(demo, (64, 64), {"prompt": PROMPT})  # one view is the pipeline's own affair
-
-
-def test_lumina_2_is_told_how_to_guide_linearly() -> None:
-    pipe, arguments = built("Lumina 2")
-    with scalediff.patch_model(pipe, window=WINDOW):
-        with pytest.raises(NotImplementedError, match="call the pipeline with cfg_normalization=False, got cfg_normalization=True"):
-            run(pipe, (32, 32), arguments)
-        run(pipe, (32, 32), arguments | FREE["Lumina 2"])
-
-
-@pytest.mark.parametrize("name", sorted(set(PIPELINES) - set(CUT)))
-def test_families_that_cannot_be_cut_are_refused(name: str) -> None:
-    pipe, arguments = built(name)
-    with scalediff.patch_model(pipe, window=WINDOW):
-        native = native_size(pipe)
-        names = ", ".join(sorted(INPUTS))
-        with pytest.raises(NotImplementedError, match=f"MultiDiffusion cuts views for {names}, got {type(pipe.transformer).__name__}"):
-            run(pipe, (2 * native[0], native[1]), arguments)
-
-
-def test_arguments_tied_to_places_are_refused(demo: Any) -> None:
-    with pytest.raises(NotImplementedError, match="from everything the denoiser is given, got ip_adapter_masks"):
-        run(demo, (128, 128), {"prompt": PROMPT, "cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 32, 32)]}})
-    given = {"sample": torch.ones(1, 4, 8, 8), "timestep": 1, "mid_block_additional_residual": torch.ones(1)}
-    with pytest.raises(NotImplementedError, match="from everything the denoiser is given, got mid_block_additional_residual"):
-        Denoise(demo.unet, given, INPUTS["UNet2DConditionModel"], size=(8, 8), patch=1, view_batch=1)

@@ -1,0 +1,96 @@
+"""The page of the filters' benchmark shows the committed rows, how they were measured and what is missing; prose has their ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import harness, lowpass, lowpass_page
+from bench.lowpass_cases import FEATURES, LATENTS, Case
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
+    assert (ROOT / "docs" / "filters-measured.md").read_text() == lowpass_page.markdown(lowpass.committed())
+    lowpass.main(["--doc", str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text() == lowpass_page.markdown(lowpass.committed())
+
+
+def test_committed_rows_are_named_and_say_what_came_of_them() -> None:
+    for rows in lowpass.committed().values():
+        for row in rows:
+            assert row["row"] == "/".join(row[key] for key in ("case", "dtype", "layout", "operation", "implementation"))
+            assert (row["p50_ms"] != "") == (row["status"] == "ok")
+            assert row["note"] or row["status"] == "ok"
+            assert harness.is_commit(row["commit"])
+
+
+def _row(case: Case, implementation: str, **more: str) -> dict[str, str]:
+    row = dict.fromkeys(lowpass.FIELDS, "") | case.identity | {"operation": "low pass", "implementation": implementation, "status": "ok"}
+    return row | {"machine": "CPU", "p50_ms": "2", "p20_ms": "1", "p80_ms": "3", "megabytes": "4", "copy_ms": "1"} | more
+
+
+def test_what_has_no_package_is_told_once_and_what_failed_in_its_row() -> None:
+    cases = LATENTS[:2]
+    absent = {"p50_ms": "", "status": "skipped", "note": "the kornia package is not installed"}
+    records = [row for case in cases for row in (_row(case, "eager"), _row(case, "kornia gaussian_blur2d", **absent))]
+    failed = _row(cases[0], "scalediff", p50_ms="", status="FAILED", note="error 1 exceeds the budget")
+    text = lowpass_page.markdown({"cpu": [*records, failed]})
+    assert text.count("kornia") == 2
+    assert "Skipped: kornia gaussian_blur2d: the kornia package is not installed (2 rows)." in text
+    assert "| low pass | scalediff | FAILED: error 1 exceeds the budget |" in text
+
+
+def test_rows_without_an_eager_time_have_no_ratio() -> None:
+    alone = lowpass_page.markdown({"cpu": [_row(LATENTS[0], "scalediff"), _row(LATENTS[0], "eager", p50_ms="", status="error", note="no")]})
+    assert "| scalediff | 2 (1 - 3) | 4 | 50% | - | - | - |" in alone
+
+
+def test_the_page_says_how_rows_were_measured_and_sets_those_apart_that_were_measured_otherwise() -> None:
+    for memory, words in (("kept", "keeps freed memory"), ("", "gave freed memory back")):
+        assert words in lowpass_page.markdown({"cpu": [_row(LATENTS[0], "eager", memory=memory)]})
+    gpu = _row(LATENTS[0], "eager", cuda="12.8", cudnn="91002", card="driver 570, 700 W", torch="2.11.0", seconds="0.2", command="run")
+    text = lowpass_page.markdown({"gpu": [gpu]})
+    assert "freed memory" not in text
+    assert "`run`: torch 2.11.0, cuda 12.8, cudnn 91002, driver 570, 700 W," in text
+    assert "Calls took sets of inputs in turn" in text
+    assert "side by side" not in text
+    for seconds in ("", "0.2"):
+        assert ("side by side" in lowpass_page.markdown({"cpu": [_row(LATENTS[0], "eager", seconds=seconds)]})) is bool(seconds)
+    two = [_row(LATENTS[0], "eager", commit="a"), _row(LATENTS[0], "scalediff", commit="b"), _row(LATENTS[1], "eager", commit="a")]
+    text = lowpass_page.markdown({"cpu": two})
+    assert text.count("| case |") == text.count("Every call had the same inputs") == 2
+    assert text.count("## CPU") == 1
+    assert "| scalediff | 2 (1 - 3) | 4 | 50% | - | - | - |" in text, "no ratio to what was measured otherwise"
+
+
+def test_the_page_ends_with_the_cases_that_the_gpu_has_no_time_for() -> None:
+    every = LATENTS + FEATURES
+    elsewhere = lowpass_page.markdown({"cpu": [_row(case, "eager") for case in every]})
+    assert elsewhere.count("\n- ") == len(every)
+    assert "On an H200, by `python -m bench.lowpass --device cuda`:" in elsewhere
+    partly = lowpass_page.markdown({"gpu": [_row(case, "eager", machine="NVIDIA H200") for case in every[1:]]})
+    assert partly.endswith(f"\n\n- {every[0].name}, float32\n")
+    assert "Not measured yet" not in lowpass_page.markdown({"gpu": [_row(case, "eager", machine="NVIDIA H200") for case in every]})
+
+
+def test_the_ratios_in_prose_are_those_of_the_committed_rows() -> None:
+    """docs/filters.md: guided steps on latents against the definition line by line, and every operation against one filter by hand."""
+    (rows,) = (rows for rows in lowpass.committed().values() if not rows[0]["cuda"])
+    prose = (ROOT / "docs" / "filters.md").read_text()
+
+    def ratios(case: str, layout: str, operation: str, other: str) -> list[float]:
+        of = [r for r in rows if r["case"].startswith(case) and (r["layout"], r["operation"]) == (layout, operation)]
+        times = {(r["case"], r["implementation"]): float(r["p50_ms"]) for r in of if r["status"] == "ok"}
+        return sorted(times[name, other] / times[name, "scalediff"] for name, implementation in times if implementation == "scalediff")
+
+    def told(found: Sequence[float]) -> str:
+        return " to ".join(dict.fromkeys(f"{ratio:.1f}x" for ratio in (found[0], found[-1])))
+
+    by_line = ratios("latent", "planes", "guided step", "eager, line by line")
+    assert f"| {'met' if by_line[0] >= 2 else 'missed'}: {by_line[0]:.2f}x to {by_line[-1]:.2f}x |" in prose
+    columns = (("latent", "planes"), ("features", "planes"), ("features", "channels last"))
+    for operation in ("guided step", "mix frequencies", "low pass"):
+        cells = [told(ratios(case, layout, operation, "eager")) for case, layout in columns]
+        assert f"| {operation} | {' | '.join(cells)} |" in prose
