@@ -41,7 +41,8 @@ SAME = ("machine", "threads", "commit", "torch", *harness.VERSIONS, "natten")
 FIELDS = (
     "row", "status", "shape", "problem", "dtype", "rule", "provider", "function", "backend", "kernel", "p20_ms", "p50_ms", "p80_ms",
     "tflops", "matrix_percent", "copy_percent", "useful_gflop", "executed_gflop", "megabytes", "peak_megabytes", "launches", "error",
-    "eager_error", "first_ms", "setup_ms", "sets", "copy_gbs", "matrix_tflops", "window_tflops", "note", "seconds", "command", *SAME,
+    "eager_error", "kernels_ms", "first_ms", "setup_ms", "sets", "copy_gbs", "matrix_tflops", "window_tflops", "note", "seconds",
+    "command", *SAME,
 )  # fmt: skip
 
 
@@ -159,12 +160,21 @@ def _counted(call: Callable[[], Any], device: str) -> dict[str, str]:
         notes.append(f"peak memory not told: {type(problem).__name__}: {harness.first_line(problem)}")
     try:
         if found := kernels(call, device):
-            row |= {"launches": str(len(found)), "kernel": max(found, key=lambda k: k[1])[0][:80]}
+            row |= {"launches": str(len(found)), "kernel": max(found, key=lambda k: k[1])[0][:80], "kernels_ms": by_kernel(found)}
         elif found is not None:
             notes.append("kernels not told: the profiler saw none")
     except Exception as problem:
         notes.append(f"kernels not told: {type(problem).__name__}: {harness.first_line(problem)}")
     return row | {"note": "; ".join(notes)}
+
+
+def by_kernel(found: Sequence[tuple[str, float]]) -> str:
+    """Milliseconds of each kernel of one call by its name, the longest first, five at most."""
+    times: dict[str, float] = {}
+    for name, microseconds in found:
+        times[name[:40]] = times.get(name[:40], 0.0) + microseconds / 1000
+    longest = sorted(times.items(), key=lambda item: -item[1])[:5]
+    return ", ".join(f"{name} {milliseconds:.4g}" for name, milliseconds in longest)
 
 
 def free_memory(device: str) -> int | None:
@@ -227,7 +237,7 @@ def line(row: Mapping[str, str]) -> str:
         f"{row['launches']} launches" if row["launches"] else "",
         f"{row['setup_ms']} ms made ready" if row["setup_ms"] else "",
         row["backend"],
-        row["kernel"],
+        f"ms by kernel: {row['kernels_ms']}" if row["kernels_ms"] else "",
         row["note"],
     ]
     return ", ".join(part for part in parts if part)

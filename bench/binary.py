@@ -104,5 +104,15 @@ def spills(instructions: Iterable[str]) -> int:
     return sum(bool(re.search(r"\b(?:STL|LDL)\b", i)) for i in instructions)
 
 
+def serialised(loop: Iterable[str]) -> bool:
+    """Whether ptxas makes the warpgroup products of a loop wait for each other: more waits than its two products need."""
+    return sum("WARPGROUP.DEPBAR" in i for i in loop) > 2
+
+
+def exponentials(loop: Iterable[str], num_warps: int) -> int:
+    """Of one pass of a loop, all threads of a program together."""
+    return 32 * num_warps * sum("MUFU.EX2" in i for i in loop)
+
+
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,7 +1,8 @@
 """The attention kernels to compile: every entry of `launch_config`'s table, at a full and a padded head dim, on meta tensors.
 
 Gates: no spills (fp32, which runs beside the tensor cores: none in the main loops); the generation's matrix instructions; TMA on
-the descriptor path, cp.async on the pointer path; no trip of keys or values through registers in the main loops of sm_90.
+the descriptor path, cp.async on the pointer path; no trip of keys or values through registers in the main loops of sm_90; there no
+warpgroup products that wait for each other, and nowhere a softmax that several warps repeat, but for what `KNOWN` names.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from typing import Any
 
 import torch
 
-from bench.binary import Binary, spills
+from bench.binary import Binary, exponentials, serialised, spills
 from scalediff_kernels._launch import Launch
 from scalediff_kernels.neighborhood.config import LaunchConfig, shared_memory
 from scalediff_kernels.neighborhood.launch import image_launch, text_launch
 
 HEAD_DIMS = {torch.bfloat16: (40, 64, 128, 160), torch.float32: (64, 160)}  # every column of the table, full and padded
+
+REPEATED = 1.5  # exponentials a score: one, and one a row and key block, which the four threads of a row compute alike
+
+KNOWN = """Known and not gated: head dims above 128 with text, and without it below sm_90. No blocks were found that hold queries, scores
+and accumulator in registers, so warps share rows and repeat the softmax, and with text the products of sm_90 wait for each other. Odd
+strides, and query tiles of fewer than 64 rows: warps repeat the softmax."""
 
 LEGEND = """Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
 24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown."""
@@ -69,6 +76,12 @@ class Case:
             "warps": launch.arguments["num_warps"], "stages": config.num_stages,
         }  # fmt: skip
 
+    def _known(self, target: str, fault: str) -> bool:
+        """Whether a fault is one of `KNOWN`."""
+        if self.head_dim > 128:
+            return self.text > 0 or target not in ("sm_90", "sm_100")
+        return fault == "repeated" and self.layout == "odd"
+
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
         """What is wrong with a binary."""
         found = []
@@ -93,6 +106,12 @@ class Case:
             found.append(f"no {product}")
         if target == "sm_90" and descriptors and wide and _moves(binary):
             found.append("keys or values go through registers in the main loop")
+        if any(map(serialised, binary.loops)) and not self._known(target, "serialised"):
+            found.append("products that wait for each other")
+        scores = prod(launch.config.query_box) * max(prod(launch.config.key_box), launch.config.text_block if self.text else 0)
+        repeated = max((exponentials(loop, launch.config.num_warps) / scores for loop in binary.loops), default=0)
+        if repeated > REPEATED and wide and not self._known(target, "repeated"):
+            found.append(f"{repeated:.2f} exponentials a score")
         wide_loads = self.layout != "odd" and launch.config.num_stages > 1
         if target.startswith("sm_") and not descriptors and wide_loads and not binary.count(r"\bLDGSTS"):
             found.append("no cp.async")

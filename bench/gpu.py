@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, in one command, for eight minutes or as many as there are: `python -m bench.gpu`.
+"""Everything that needs a GPU, in one command, for eight minutes or as many as there are: `python3 -m bench.gpu`.
 
 Parts run one after another, the most valuable first, each in a process with a limit of its own; one that crashes or hangs is reported, and
 the next one runs. The first eight minutes are for the kernels' correctness, the attention kernel and what its goals are set beside, and
 whole pictures of SDXL and FLUX at 4096 px. All parts at their limits are about seventy minutes, nine runs, and every shape by every
 implementation is about an hour more: what was done at this commit, on this device, with these packages is not done again, so the same
-command goes on where it stopped, by parts and by rows. It ends with the goals as they are met, and with every timed call of the quick
-shapes. CSVs and one log lie in --out; CSVs copied to bench/results are what `python -m bench.report --write` shows. Exit status: 1 where a
-part failed, 2 without a GPU.
+command goes on where it stopped, by parts and by rows. It ends with a summary of at most sixty lines: the parts, the goals as they are met,
+and timed calls of the quick shapes. Nothing need be installed beside torch, Triton, einops and pytest. CSVs and one log lie in --out; CSVs
+copied to bench/results are what `python -m bench.report --write` shows. Exit status: 1 where a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from bench.gpu_parts import PARTS, Outcome, Part, run, shown, to_do, told
 
 PACKAGES = ("transformers", "natten")
 SAME = ("machine", "commit", "torch", "diffusers", *harness.VERSIONS, *PACKAGES)
+SUMMARY = 60  # lines
 FIELDS = ("row", "status", "seconds", "note", "command", *SAME)
 OWN, STUCK = "its own limit", "its own limit, and nothing new in that time"
 CARRY = (
@@ -114,6 +115,8 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
 
 def results(out: Path, machine: str, commit: str) -> list[str]:
     """The goals as a commit meets them on this machine, whatever device they are set for, and all timed calls of the quick shapes."""
+    if find_spec("scalediff_kernels") is None:  # the package need not be installed: parts are given this path as well
+        sys.path.append(str(harness.ROOT / "kernels"))
     from bench import attention, shapes  # not needed before something was measured
     from bench.report_goals import GOALS
     from bench.report_rows import read
@@ -132,8 +135,18 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
     quick = {attention.key(task, "") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}
     for row in harness.read_records(out / f"attention-{harness.slug(machine)}.csv"):
         if row["commit"] == commit and row["status"] == "ok" and row["row"].rpartition("/")[0] in quick:
-            lines.append(f"{row['row']}: {row['p50_ms']} ms, {row['tflops']} TFLOP/s")
+            each = f" ({row['kernels_ms']})" if row.get("kernels_ms") and row["provider"] == "triton" else ""
+            lines.append(f"{row['row']}: {row['p50_ms']} ms, {row['tflops']} TFLOP/s{each}")
     return lines
+
+
+def summary(outcomes: Mapping[str, Outcome], out: Path, machine: str, commit: str, end: Sequence[str]) -> list[str]:
+    """Parts, goals and timed calls, and how it ended; what is more than so many lines is in the CSVs."""
+    lines = [*table(outcomes).splitlines(), "", *results(out, machine, commit)]
+    room = SUMMARY - len(end)
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"and {len(lines) - room + 1} lines more: see the CSVs in {out}"]
+    return [*lines, *end]
 
 
 def listed(parts: Sequence[Part], minutes: float) -> list[str]:
@@ -158,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(listed(parts, options.minutes)))
         return
     if not torch.cuda.is_available():
-        parser.exit(2, "python -m bench.gpu needs a GPU that torch sees, got none.\n")
+        parser.exit(2, "python3 -m bench.gpu needs a GPU that torch sees, got none.\n")
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         measured_with = facts(options.commit)
@@ -176,15 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{part.name}: {part.title}", flush=True)
         outcome = every.part(part)
         print(f"{part.name}: {outcome.status}, {outcome.note}", flush=True)
-    print("", table(every.outcomes), "", *results(options.out, measured_with["machine"], measured_with["commit"]), sep="\n")
-    if unfinished := every.unfinished():
-        print(f"not finished: {', '.join(unfinished)}; the same command goes on with them")
-    failed = [name for name, outcome in every.outcomes.items() if outcome.status == "failed"]
-    raise SystemExit(f"failed: {', '.join(failed)}; all that they printed is in {options.out / 'gpu.log'}" if failed else 0)
+    unfinished, failed = every.unfinished(), [name for name, outcome in every.outcomes.items() if outcome.status == "failed"]
+    end = [f"not finished: {', '.join(unfinished)}; the same command goes on with them"] if unfinished else []
+    end += [f"failed: {', '.join(failed)}; all that they printed is in {options.out / 'gpu.log'}"] if failed else []
+    print("", *summary(every.outcomes, options.out, measured_with["machine"], measured_with["commit"], end), sep="\n", flush=True)
+    raise SystemExit(1 if failed else 0)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0], epilog=f"{CARRY} {COPY}")
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.split("\n")[0], epilog=f"{CARRY} {COPY}")
     parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(part.name for part in PARTS)}, in that order")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=harness.ROOT / "runs" / "gpu", help="folder of CSVs and gpu.log (default: runs/gpu)")

@@ -38,7 +38,7 @@ class Part:
         refuses: Words in which the tool says that it cannot work here.
         csv: Results are `CSV-MACHINE.csv`; none when empty. Such a command takes --csv, --commit and --again, and goes on where it
             stopped.
-        spread: Over several processes where pytest-xdist is installed.
+        spread: Over several processes where pytest-xdist is installed, with a limit for each test where pytest-timeout is.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Part:
         """What it measured of a commit: rows of its own command, in a CSV that it may share; where they name no CSV, all of them."""
         if not self.csv:
             return []
-        begin = f"{shown(['-m', *self.arguments])} --csv "
+        mine = f" {shlex.join(['-m', *self.arguments])} --csv "  # after the interpreter, by whatever name
         rows = [row for row in harness.read_records(out / self.file(machine)) if row.get("commit") == commit]
-        return [row for row in rows if (row.get("command") or "").startswith(begin) or " --csv " not in (row.get("command") or "")]
+        return [row for row in rows if mine in (row.get("command") or "") or " --csv " not in (row.get("command") or "")]
 
     def command(self, machine: str, *, commit: str = "", again: bool = False) -> list[str]:
-        """What follows `python`."""
+        """What follows `python3`."""
         words = ["-m", *self.arguments]
         if self.csv:
             words += ["--csv", self.file(machine)]
@@ -87,6 +87,8 @@ class Part:
             words += ["--again"] if again else []
         if self.spread and find_spec("xdist") is not None:
             words += ["-n", str(min(12, os.cpu_count() or 1))]
+        if self.spread and find_spec("pytest_timeout") is not None:
+            words += ["--timeout", "60", "--timeout-method", "thread"]  # of one test: one that hangs fails by name, and the others go on
         return words
 
     def folder(self, out: Path) -> Path:
@@ -94,7 +96,7 @@ class Part:
         return out if self.csv else harness.ROOT
 
 
-_PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "-k")
+_PYTEST = ("pytest", "-v", "-rf", "-p", "no:cacheprovider", "-k")  # every test by name: what is stopped shows how far it came
 _RIGHT = "every_dtype or windows_of_the_paper or latents or feature_maps or low_precision"
 _MARKED = ("-m", "gpu", "tests/kernels", "tests/bench/test_providers.py")
 _PIPELINES = ("diffusers", "transformers", "bench.cascade")
@@ -107,7 +109,10 @@ _SDXL_WHOLE = (*_RUN, "--model", "sdxl", "--limit", "150")
 _EAGER, _COMPILED = (("--size", "4096", "--compile", how, "--method") for how in ("eager", "compiled"))
 _SMALLER = ("--size", "2048", "--compile", "eager", "--method")
 _ATTENTION = ("bench.attention", "--device", "cuda", "--seconds", "0.3")
-_OF_GOALS = ("--shape", "flux-4096", "sdxl-64-4096", "sdxl-32-4096", "--provider", "gather", "gather-cudnn", "natten")
+_OF_GOALS = (
+    "--shape", "flux-4096", "sdxl-64-4096", "sdxl-32-4096",
+    "--provider", "windows-cudnn", "windows-flash", "gather", "gather-cudnn", "natten",
+)  # fmt: skip
 
 PARTS: tuple[Part, ...] = (  # five in the first eight minutes
     Part(
@@ -115,13 +120,13 @@ PARTS: tuple[Part, ...] = (  # five in the first eight minutes
         needs=("pytest", "triton"), spread=True,
     ),
     Part("kernel", "the attention kernel, few shapes", (*_ATTENTION, "--quick", "--provider", "triton"), 45, csv="attention"),
-    Part("attention-goals", "what its goals are set beside, without a compiler", (*_ATTENTION, "--quick", *_OF_GOALS), 40, csv="attention"),
+    Part("attention-goals", "what its goals are set beside, without a compiler", (*_ATTENTION, "--quick", *_OF_GOALS), 50, csv="attention"),
     Part(
-        "cascade-sdxl", "whole pictures, SDXL, 4096 px", (*_SDXL, *_EAGER, "npa", "multidiffusion", "demofusion", "authors"), 155,
+        "cascade-sdxl", "whole pictures, SDXL, 4096 px", (*_SDXL, *_EAGER, "npa", "multidiffusion", "demofusion", "authors"), 150,
         least=60, needs=_PIPELINES, csv="cascade",
     ),
     Part(
-        "cascade-flux", "whole pictures, FLUX.1-dev, 4096 px", (*_FLUX, *_EAGER, "npa", "multidiffusion"), 155,
+        "cascade-flux", "whole pictures, FLUX.1-dev, 4096 px", (*_FLUX, *_EAGER, "npa", "multidiffusion"), 150,
         least=75, needs=_PIPELINES, csv="cascade",
     ),
     Part("attention-quick", "few shapes by every implementation worth it", (*_ATTENTION, "--quick"), 240, csv="attention"),
@@ -179,7 +184,7 @@ class Outcome(NamedTuple):
 
 def shown(command: Sequence[str]) -> str:
     """A command as it can be typed."""
-    return f"python {shlex.join(command)}"
+    return f"python3 {shlex.join(command)}"
 
 
 class Ended(NamedTuple):
@@ -190,7 +195,7 @@ class Ended(NamedTuple):
 
     @property
     def last(self) -> str:
-        """Line."""
+        """The last line printed, cut to 160 characters."""
         return (self.printed.splitlines() or ["nothing was printed"])[-1].strip("= ")[:160]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.providers import Ours, Provider, Ready, as_is, heads_first, image_and_text, result_bytes
-from bench.providers_sdpa import Full, Gather, Loop, MultiDiffusion
+from bench.providers_sdpa import Full, Gather, Loop, MultiDiffusion, Windows
 from bench.shapes import Inputs, Pair, Task
 
 BLOCK = 128  # tokens of a block of FlexAttention's mask, its own default
@@ -266,12 +266,15 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Ours("triton"), Ours("sdpa"), Ours("reference"),
-        Gather(), Gather("cudnn"), Gather("flash"), Loop(), Loop("cudnn"),
+        Gather(), Gather("cudnn"), Gather("flash"), Windows("cudnn"), Windows("flash"), Loop(), Loop("cudnn"),
         Full(), Full("cudnn"), Full("flash"), Full("efficient"), Full("math"),
         Flex("flex"), Flex("flex-tuned", tuned=True), Flex("flex-pretiled", tuned=True, pretiled=True),
         Flex("flex-options", tuned=True, pretiled=True, options=True),
         Natten(), MultiDiffusion(), MultiDiffusion("cudnn"),
     )
 }  # fmt: skip
-QUICK = ("triton", "gather", "gather-cudnn", "full", "full-cudnn", "flex-tuned", "flex-pretiled", "natten", "multidiffusion-cudnn")
+QUICK = (
+    "triton", "gather", "gather-cudnn", "windows-cudnn", "windows-flash", "full", "full-cudnn", "flex-tuned", "flex-pretiled", "natten",
+    "multidiffusion-cudnn",
+)  # fmt: skip
 CPU = ("sdpa", "gather", "loop", "flex", "full", "natten", "multidiffusion")

@@ -28,6 +28,9 @@ BACKENDS = {
 }
 
 
+Parts = tuple[Tensor, Tensor, Tensor]  # q, k and v of one call, `[B, H or G, S, D]`
+
+
 class _Sdpa(Provider):
     """torch's scaled_dot_product_attention by whichever backend it chooses, or by a named one."""
 
@@ -86,13 +89,22 @@ class Gather(_Sdpa):
         return image + task.flops("window") - _image_flops(task)
 
     def ready(self, task: Task) -> Ready:
+        cut, attend, assemble = self._steps(task)
+        return Ready(as_is, lambda inputs: assemble(attend(cut(inputs))), image_and_text, lambda inputs: answers(*cut(inputs)[0]))
+
+    def _steps(
+        self, task: Task
+    ) -> tuple[
+        Callable[[Inputs], list[Parts]], Callable[[list[Parts]], list[Tensor]], Callable[[list[Tensor]], tuple[Tensor, Tensor | None]]
+    ]:
+        """Windows copied out, attention alone, results put back; under the rule "global" the text queries' attention is the second one."""
         rows, columns = task.spans
         device, (patch_y, patch_x) = task.device, task.shape.patch
         key_y = torch.tensor([[*range(s.key_start, s.key_stop)] for s in rows], device=device)[:, None, :, None]
         key_x = torch.tensor([[*range(s.key_start, s.key_stop)] for s in columns], device=device)[None, :, None, :]
         pad = (0, 0, 0, 0, 0, len(columns) * patch_x - task.shape.grid[1], 0, len(rows) * patch_y - task.shape.grid[0])
 
-        def cut(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        def cut(inputs: Inputs) -> list[Parts]:
             """Patches `[B n, H, P P, D]` and windows `[B n, G, W W, D]`, with text before them."""
             q, k, v = inputs.image
             q = (F.pad(q, pad) if any(pad) else q).unflatten(2, (-1, patch_x)).unflatten(1, (-1, patch_y)).transpose(2, 3)
@@ -104,20 +116,42 @@ class Gather(_Sdpa):
                 first = 0 if task.rule == "window" else 1  # queries of text are elsewhere under the rule "global"
                 parts[first:] = [torch.cat(pair, 2) for pair in zip(texts[first:], parts[first:], strict=True)]
             q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in parts)
-            return q, k, v
+            if task.rule != "global":
+                return [(q, k, v)]
+            text_q, text_k, text_v = inputs.sequences
+            return [(q, k, v), (heads_first(text_q[:, : task.shape.text]), heads_first(text_k), heads_first(text_v))]
 
-        def run(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-            out = _attend(*cut(inputs), scale=task.scale).transpose(1, 2).unflatten(0, (task.shape.batch, -1))  # [B, n, S, H, D]
-            text = None
+        def attend(calls: list[Parts]) -> list[Tensor]:
+            return [_attend(*call, scale=task.scale) for call in calls]
+
+        def assemble(results: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+            out = results[0].transpose(1, 2).unflatten(0, (task.shape.batch, -1))  # [B, n, S, H, D]
+            text = results[1].transpose(1, 2) if task.rule == "global" else None
             if task.rule == "window":
                 text, out = out[:, :, : task.shape.text].mean(1), out[:, :, task.shape.text :]
-            if task.rule == "global":
-                q, k, v = inputs.sequences
-                text = _attend(*(heads_first(x) for x in (q[:, : task.shape.text], k, v)), scale=task.scale).transpose(1, 2)
             canvas = out.unflatten(2, (patch_y, patch_x)).unflatten(1, (len(rows), len(columns))).transpose(2, 3)
             return canvas.flatten(3, 4).flatten(1, 2)[:, : task.shape.grid[0], : task.shape.grid[1]], text
 
-        return Ready(as_is, run, image_and_text, lambda inputs: answers(*cut(inputs)))
+        return cut, attend, assemble
+
+
+class Windows(Gather):
+    """The attention of `Gather` alone, on windows that lie ready: what a dense kernel reaches at their length if copies cost nothing."""
+
+    base = "windows"
+
+    def memory(self, task: Task) -> int:
+        return 2 * super().memory(task)  # one set laid out, another one's parts while it is made
+
+    def ready(self, task: Task) -> Ready:
+        cut, attend, assemble = self._steps(task)
+
+        def lay(inputs: Inputs) -> list[Parts]:
+            return [(q.contiguous(), k.contiguous(), v.contiguous()) for q, k, v in cut(inputs)]
+
+        return Ready(
+            lay, attend, lambda results: image_and_text(assemble(results)), lambda laid: f"{answers(*laid[0])}, windows lie ready"
+        )  # fmt: skip
 
 
 class Loop(_Sdpa):

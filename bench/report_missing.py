@@ -12,7 +12,7 @@ from bench.cascade_models import GROWTH_SIZES, SUBJECTS, TRUE
 from bench.providers import Provider
 from bench.providers_compiled import PROVIDERS, Flex, Natten
 from bench.providers_sdpa import Full, MultiDiffusion
-from bench.report_goals import H200
+from bench.report_goals import HOPPER, is_of
 from bench.report_rows import Group, Results, table
 from bench.shapes import CPU_SHAPES, SHAPES, Task, tasks
 
@@ -24,8 +24,8 @@ _NO_RULE: Mapping[str, tuple[type[Provider], ...]] = {"window": (Full, Flex, Nat
 def missing(results: Results) -> list[str]:
     """A line for every shape, and for every model and size, of which a row is missing."""
     found = [
-        *(_calls(results, H200, shape) for shape in SHAPES),
-        *(_runs(results, H200, model, size) for model in TRUE for size in SUBJECTS[model].sizes),
+        *(_calls(results, HOPPER, shape) for shape in SHAPES),
+        *(_runs(results, HOPPER, model, size) for model in TRUE for size in SUBJECTS[model].sizes),
         *(_calls(results, "CPU", shape) for shape in CPU_SHAPES),
         *(_runs(results, "CPU", "demo", size) for size in GROWTH_SIZES),
     ]
@@ -57,7 +57,7 @@ def _left(wanted: Mapping[str, Sequence[str]], seen: Set[str], what: str) -> str
 
 def _rows(groups: Iterable[Group], device: str) -> set[str]:
     """Names of rows of a device, whatever came of them."""
-    return {row["row"] for group in groups if (group.on_cpu if device == "CPU" else device in group.machine) for row in group.rows}
+    return {row["row"] for group in groups if is_of(device, group) for row in group.rows}
 
 
 def attention(shape: str, names: Iterable[str], device: str) -> dict[str, tuple[str, ...]]:

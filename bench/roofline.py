@@ -8,7 +8,9 @@ that share a multiprocessor overlap, and so do loads. A block takes, in cycles o
 
     max(matrix, other, l2, (matrix + other) / programs)      other = max(exponentials, issue)
 
-It ranks; it does not predict: latencies and clocks are not in it. Measurements replace it where there are any.
+Instructions are counted as they are executed: what warps repeat costs its cycles, and the bound is of the useful products alone. A loop
+whose products wait for each other has no bound; it ranks behind every one that has. It ranks; it does not predict: latencies and clocks
+are not in it (`bench/predictions.py` has them). Measurements replace it where there are any.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import re
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -35,7 +37,13 @@ MATRIX_FLOPS, EXPONENTIALS, SCHEDULERS, REGISTERS, THREADS = 4096, 16, 4, 65_536
 L2_BYTES = 24  # assumed: 5.6 TB/s over 132 multiprocessors at 1.75 GHz; not measured yet
 PEAK_TFLOPS = 989.5
 
-SHAPES = {"FLUX 4096 px": "flux-image-4096", "SDXL 4096 px, 256^2": "sdxl-64-4096", "SDXL 4096 px, 128^2": "sdxl-32-4096"}
+SHAPES: dict[str, tuple[str, Literal["image", "text"]]] = {
+    "FLUX 4096 px": ("flux-image-4096", "image"),
+    "FLUX 4096 px, text keys": ("flux-4096", "image"),
+    "FLUX 4096 px, text queries": ("flux-4096", "text"),
+    "SDXL 4096 px, 256^2": ("sdxl-64-4096", "image"),
+    "SDXL 4096 px, 128^2": ("sdxl-32-4096", "image"),
+}
 CANDIDATES = [
     config.Blocks(queries, keys, warps, stages)
     for queries, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
@@ -105,12 +113,13 @@ def cycles(binary: Binary, num_warps: int, block_bytes: int) -> Cycles:
 
 def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
     chosen = case.launch("sm_90").config._replace(
-        query_box=config.query_box(case.patch, blocks.queries),
+        query_box=config.query_box(case.patch, blocks.queries) if case.queries == "image" else (1, blocks.queries),
         key_box=config.key_box(case.window, blocks.keys),
+        text_block=blocks.keys,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
-    from bench.binary import compile_launch
+    from bench.binary import compile_launch, serialised
 
     facts: dict[str, Any] = {"shape": name} | blocks._asdict()
     try:
@@ -121,15 +130,22 @@ def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
     facts |= {"registers": binary.registers, "spills": binary.spills, "shared": binary.shared, "programs": c.programs}
     if binary.spills or c.programs == 0 or c.matrix == 0:
         return facts | {"note": "spills" if binary.spills else "does not fit" if c.programs == 0 else "no HGMMA"}
+    if any(map(serialised, binary.loops)):
+        return facts | {"note": "serialised"}
     shown = {"matrix": c.matrix, "exponentials": c.exponentials, "issue": c.issue, "compute": c.compute, "l2": c.l2, "total": c.total}
-    bound = PEAK_TFLOPS * c.matrix / c.total
+    useful = 4 * blocks.queries * blocks.keys * config.ceil_power_of_two(case.head_dim) / MATRIX_FLOPS
+    bound = PEAK_TFLOPS * useful / c.total
     return facts | {key: f"{value:.0f}" for key, value in shown.items()} | {"bound": f"{bound:.0f}"}
 
 
-def _case(shape: shapes.Shape) -> Case:
+def case_of(shape: shapes.Shape, queries: Literal["image", "text"] = "image") -> Case:
+    """A benchmark's shape as a kernel to compile."""
     from bench.compile_attention import Case
 
-    return Case(shape.head_dim, shape.dtype, grid=shape.grid, window=shape.window, patch=shape.patch, heads=shape.heads, batch=shape.batch)
+    return Case(
+        shape.head_dim, shape.dtype, shape.text, queries, grid=shape.grid, window=shape.window, patch=shape.patch, heads=shape.heads,
+        batch=shape.batch,
+    )  # fmt: skip
 
 
 FIELDS = (
@@ -150,7 +166,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in options.shape:
-        case = _case(shapes.SHAPES[SHAPES[name]])
+        shape, queries = SHAPES[name]
+        case = case_of(shapes.SHAPES[shape], queries)
         shipped = case.launch("sm_90").config
         ranked = sorted((row(name, case, blocks) for blocks in CANDIDATES), key=_rank)
         print(name, *(f"{f}" for f in FIELDS[1:]), sep="\t")

@@ -15,15 +15,21 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with everything it is called with: run it, or compile it for a device that is not there."""
+    """One kernel with everything it is called with: run it, or compile it for a device that is not there.
+
+    `then`: what runs after it, on what it wrote.
+    """
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     config: Any
+    then: Launch | None = None
 
     def run(self) -> None:
         self.kernel[(self.programs,)](**self.arguments)
+        if self.then is not None:
+            self.then.run()
 
 
 def device_name(device: torch.device) -> str:

@@ -53,6 +53,10 @@ class Problem:
         """q, k, v and, with text, text_q, text_k, text_v."""
         rng = torch.Generator().manual_seed(0)
         sizes = [(self.grid, n) for n in (self.heads, self.groups, self.groups)]
+        if self.layout == "joint":  # text and image cut out of one sequence, as a joint model holds them
+            shapes = [(self.batch, self.text + self.grid[0] * self.grid[1], heads, self.dim) for _, heads in sizes]
+            whole = [torch.randn(shape, generator=rng).to(DEVICE, self.dtype) for shape in shapes]
+            return *(x[:, self.text :].unflatten(1, self.grid) for x in whole), *(x[:, : self.text] for x in whole)
         sizes += [((self.text,), n) for n in (self.heads, self.groups, self.groups)] if self.text else []
         return tuple(self._laid_out((self.batch, *tokens, heads, self.dim), rng) for tokens, heads in sizes)
 
@@ -200,6 +204,7 @@ CHOSEN = [
     Problem((12, 12), (6, 6), (3, 3), (1, 1), 32, heads=4, groups=1, text=9, rope=True, rule="window", dtype=torch.float16),
     Problem((10, 8), (4, 8), (2, 4), (1, 0), 48, heads=4, groups=2, text=20, rope=True, rule="global", layout="heads first"),
     Problem((8, 8), (4, 4), (2, 2), (0, 1), 96, text=3, rule="window", layout="packed", dtype=torch.float16),
+    Problem((8, 12), (4, 8), (2, 4), (1, 2), 64, text=20, rope=True, rule="window", layout="joint", dtype=torch.float16),
     Problem((5, 6), (4, 4), (2, 2), (0, 0), 136, heads=1, groups=1, text=17, rope=True, rule="window", dtype=torch.float16),
     Problem((5, 6), (4, 4), (2, 2), (1, 0), 256, heads=1, groups=1, layout="odd"),
 ]

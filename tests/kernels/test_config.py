@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 
-from scalediff_kernels.neighborhood.config import MIN_BLOCK, Problem, has_descriptors, key_box, launch_config, query_box
+from scalediff_kernels.neighborhood.config import MIN_BLOCK, MULTIPROCESSORS, Problem, has_descriptors, key_box, launch_config, query_box
 
 DEVICES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942"]
 
@@ -24,7 +24,9 @@ DEVICES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm
         (Problem((128, 128), (32, 32), (16, 16), 64, 2), "sm_90", "descriptor", (8, 16), (2, 32), 4),
         (Problem((128, 128), (27, 15), (13, 7), 64, 2), "sm_90", "descriptor", (16, 8), (4, 8), 8),  # ragged: far sides
         (Problem((128, 128), (3, 3), (2, 2), 64, 2), "sm_90", "pointer", (4, 4), (4, 4), 8),  # no box of 16 tokens is inside
-        (Problem((256, 256), (64, 64), (32, 32), 128, 2, text=512, queries="text"), "sm_90", "descriptor", (1, 64), (1, 64), 8),
+        (Problem((256, 256), (64, 64), (32, 32), 128, 2, text=512, queries="text"), "sm_90", "descriptor", (1, 128), (1, 64), 8),
+        (Problem((256, 256), (64, 64), (32, 32), 64, 2), "sm_90", "descriptor", (8, 16), (1, 64), 4),
+        (Problem((256, 256), (64, 64), (32, 32), 64, 2, text=512), "sm_90", "descriptor", (8, 16), (2, 64), 8),  # four warps serialise
     ],
 )
 def test_choices_are_pinned(problem: Problem, device: str, path: str, query: tuple[int, int], key: tuple[int, int], warps: int) -> None:
@@ -62,3 +64,37 @@ def test_boxes_waste_little() -> None:
 def test_other_head_dims_are_refused(head_dim: int) -> None:
     with pytest.raises(NotImplementedError, match=f"from 8 to 256 in multiples of 8, got problem.head_dim={head_dim}"):
         launch_config(Problem((8, 8), (4, 4), (2, 2), head_dim, 2), "sm_90")
+
+
+def text_queries(heads: int, text: int, grid: tuple[int, int], offset: tuple[int, int] = (0, 0)) -> Problem:
+    return Problem(grid, (64, 64), (32, 32), 128, 2, text=text, queries="text", heads=heads, offset=offset)
+
+
+@pytest.mark.parametrize(
+    ("problem", "windows"),
+    [
+        (text_queries(24, 512, (256, 256)), 16),  # 96 tiles on 132 multiprocessors: in four parts each they end after 48 windows, not 64
+        (text_queries(33, 512, (256, 256)), 64),  # 132 tiles: one each
+        (text_queries(24, 512, (256, 256), (0, 1)), 18),  # nine columns of patches
+        (text_queries(1, 77, (256, 256)), 1),  # one tile: a window each
+    ],
+)
+def test_windows_of_text_queries_are_split_where_that_ends_sooner(problem: Problem, windows: int) -> None:
+    assert launch_config(problem, "sm_90").part_windows == windows
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("heads", "text"), [(1, 1), (24, 512), (38, 333), (200, 77)])
+def test_no_split_is_slower_than_none(device: str, heads: int, text: int) -> None:
+    """In windows that the busiest multiprocessor attends to, one program of eight warps at a time."""
+    problem = text_queries(heads, text, (256, 256))
+    config = launch_config(problem, device)
+    tiles = heads * -(-text // config.query_box[1])
+    at_once = MULTIPROCESSORS.get(device, 84) * max(1, 8 // config.num_warps)
+    assert 1 <= config.part_windows <= 64
+    assert -(-tiles * -(-64 // config.part_windows) // at_once) * config.part_windows <= -(-tiles // at_once) * 64
+
+
+def test_the_global_rule_has_one_window() -> None:
+    problem = Problem((64, 64), (64, 64), (64, 64), 128, 2, text=512, queries="text", heads=24)
+    assert launch_config(problem, "sm_90").part_windows == 1

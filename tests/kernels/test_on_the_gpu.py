@@ -38,6 +38,16 @@ def test_windows_of_the_paper(dim: int, dtype: torch.dtype) -> None:
     assert_right(Problem((96, 80), (64, 64), (32, 32), (5, 17), dim, text=77, rope=True, rule="window", dtype=dtype), None)
 
 
+@pytest.mark.parametrize("rule", ["window", "global"])
+def test_low_precision_as_flux_hands_it_over(rule: str) -> None:
+    """Text and image cut out of one sequence, the windows split over several programs: the shape of a layer, with fewer heads."""
+    rope = rule == "window"
+    problem = Problem(
+        (128, 128), (64, 64), (32, 32), (0, 0), 128, heads=3, groups=3, text=512, rope=rope, rule=rule, layout="joint", dtype=torch.bfloat16
+    )  # fmt: skip
+    assert_right(problem, None)
+
+
 def test_the_same_bits_every_run() -> None:
     problem = Problem((96, 96), (64, 64), (32, 32), (0, 0), 64, text=77, rope=True, rule="window", dtype=torch.bfloat16)
     first = run(problem, None)

@@ -15,6 +15,11 @@ from typing import Literal, NamedTuple
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may use
 SMALL_SHARED_MEMORY = 101_376  # sm_86, sm_89, sm_120 and whatever is not named above
 
+# Of the largest card of each name: the same split, and so the same bits, on all of them.
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
+FEW_MULTIPROCESSORS = 84  # whatever is not named above
+PROGRAM_KEYS = 512  # what a program costs before its first key and after its last one, in keys; an estimate, not measured yet
+
 MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
 
 
@@ -31,6 +36,8 @@ class Problem:
     queries: Literal["image", "text"] = "image"
     descriptors: bool = True
     vector: int = 8  # elements that every stride is a multiple of
+    heads: int = 1  # of all batches together; read for text queries alone, as is the offset
+    offset: tuple[int, int] = (0, 0)
 
 
 class LaunchConfig(NamedTuple):
@@ -41,6 +48,7 @@ class LaunchConfig(NamedTuple):
     key_box: tokens of one block of keys, powers of two.
     text_block: text tokens of one block of keys.
     num_warps, num_stages: as Triton means them.
+    part_windows: for text queries, windows of one program; those of all its programs are averaged by a second kernel.
     """
 
     path: Literal["descriptor", "pointer"]
@@ -49,6 +57,7 @@ class LaunchConfig(NamedTuple):
     text_block: int
     num_warps: int
     num_stages: int
+    part_windows: int = 1
 
 
 @cache
@@ -67,16 +76,37 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
         blocks = _blocks(replace(problem, vector=1), device, descriptors=False)
     keys = key_box(problem.window, blocks.keys)
     text = ceil_power_of_two(max(problem.text, MIN_BLOCK))
+    text_rows = min(blocks.queries, text)
     return LaunchConfig(
         path="descriptor" if descriptors else "pointer",
-        query_box=query_box(_cut(problem.patch, problem.grid), blocks.queries)
-        if problem.queries == "image"
-        else (1, min(blocks.queries, text)),
+        query_box=query_box(_cut(problem.patch, problem.grid), blocks.queries) if problem.queries == "image" else (1, text_rows),
         key_box=keys,
         text_block=min(blocks.keys, text),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        part_windows=_part_windows(problem, text_rows, blocks.num_warps, device) if problem.queries == "text" else 1,
     )
+
+
+def _part_windows(problem: Problem, rows: int, num_warps: int, device: str) -> int:
+    """Windows of one program of text queries, so that the multiprocessors end as nearly together as whole windows allow.
+
+    A program of so many warps is taken to use 255 registers a thread, as the text kernel does: eight warps fill a multiprocessor.
+    """
+    count = window_count(problem)
+    tiles = problem.heads * -(-problem.text // rows)
+    at_once = MULTIPROCESSORS.get(device, FEW_MULTIPROCESSORS) * max(1, 8 // num_warps)
+    keys = prod(min(w, n) for w, n in zip(problem.window, problem.grid, strict=True)) + problem.text
+
+    def cost(windows: int) -> int:
+        waves = -(-tiles * -(-count // windows) // at_once)
+        return waves * (windows * keys + PROGRAM_KEYS)
+
+    return min(range(count, 0, -1), key=cost)
+
+
+def window_count(problem: Problem) -> int:
+    return prod(-(-(n + o) // p) for n, p, o in zip(problem.grid, problem.patch, problem.offset, strict=True))
 
 
 def has_descriptors(device: str) -> bool:
@@ -96,21 +126,22 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# By kind of program and of queries, for registers of 64, 128 and 256 channels. Ragged: windows with far sides, whose loop is there
-# twice. Narrow: no wide loads, or masks on every load. Text programs hold a second accumulator, the mean over the windows,
-# so their blocks are smaller. `python -m bench.compile` compiles every entry and refuses spills.
+# By kind of program and of queries, for registers of 64, 128 and 256 channels. Joint: text keys before the window's. Ragged: windows
+# with far sides, whose loop is there twice. Narrow: no wide loads, or masks on every load. `python -m bench.compile` compiles every
+# entry and refuses spills, products that wait for each other and softmaxes that warps repeat; what it lets pass is `KNOWN` there.
 _BLOCKS = {
-    ("wgmma", "image"): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 8, 2)),
+    ("wgmma", "image"): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
+    ("wgmma joint", "image"): (Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 2), Blocks(64, 32, 8, 2)),
     ("wgmma ragged", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
-    ("wgmma", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
+    ("wgmma", "text"): (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(16, 32, 8, 2)),
     ("tcgen05", "image"): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
     ("tcgen05", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
     ("cp.async", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
-    ("cp.async", "text"): (Blocks(64, 32, 8, 3), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2)),
+    ("cp.async", "text"): (Blocks(128, 32, 8, 3), Blocks(128, 16, 8, 2), Blocks(16, 32, 8, 2)),
     ("cp.async, 99 KB", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 16, 8, 3), Blocks(64, 16, 8, 2)),
-    ("cp.async, 99 KB", "text"): (Blocks(64, 32, 8, 3), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2)),
+    ("cp.async, 99 KB", "text"): (Blocks(128, 32, 8, 3), Blocks(128, 16, 8, 2), Blocks(16, 32, 8, 2)),
     ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 16, 4, 2)),
-    ("narrow", "text"): (Blocks(16, 16, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    ("narrow", "text"): (Blocks(64, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma", "image"): (Blocks(128, 32, 4, 1), Blocks(128, 32, 4, 1), Blocks(64, 32, 4, 1)),
     ("mfma", "text"): (Blocks(64, 32, 4, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
     ("mfma narrow", "image"): (Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
@@ -137,6 +168,8 @@ def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
         box = key_box(problem.window, _BLOCKS[kind, problem.queries][column].keys)
         if (f"{kind} ragged", problem.queries) in _BLOCKS and any(w % b for w, b in zip(problem.window, box, strict=True)):
             kind += " ragged"
+        elif problem.text and (f"{kind} joint", problem.queries) in _BLOCKS:
+            kind += " joint"
     elif narrow:
         kind = "narrow"
     else:

@@ -182,7 +182,7 @@ def image_kernel(
         tl.store(ptrs, b_out, mask=m_m[:, None] & (offs_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["grid_y", "grid_x", "patches_y", "patches_x", "offset_y", "offset_x", "heads", "text"])
+@triton.jit(do_not_specialize=["grid_y", "grid_x", "patches_y", "patches_x", "offset_y", "offset_x", "heads", "text", "part_windows"])
 def text_kernel(
     text_q_ref,  # [B, T, H, D]
     k_ref,  # [B, Y, X, G, D]
@@ -191,23 +191,32 @@ def text_kernel(
     text_v_ref,  # [B, T, G, D]
     cos_ptr,  # [patches_y * patches_x, D / 2]
     sin_ptr,  # [patches_y * patches_x, D / 2]
-    out_ptr,  # [B, T, H, D]
-    text_q_strides, k_strides, v_strides, text_k_strides, text_v_strides, out_strides,
-    grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale,
+    sums_ptr,  # [B, H, parts, tiles, TEXT_ROWS, BLOCK_D], fp32: a tile for every program
+    text_q_strides, k_strides, v_strides, text_k_strides, text_v_strides,
+    grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale, part_windows,
     TEXT_ROWS: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
     ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Text queries: text and one window at a time, the results averaged over the windows. One window over the grid is the
-    global rule. The mean is summed in registers, in the order of the windows: no buffer, no atomics, the same bits every run."""
+    """Text queries: text and one window at a time; `mean_kernel` averages over the windows. One window over the grid is the global rule.
+
+    A program attends to `part_windows` windows, one after another, and adds each result to its own tile of sums. No two
+    programs write one element, so there are no atomics, and every run gives the same bits. The sums wait in memory (L2), not in
+    registers, which leaves room for tiles as large as those of the image queries; they lie so that every address is a constant
+    from the first one.
+    """
     pid = tl.program_id(0)
+    offs = tl.arange(0, TEXT_ROWS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    sums_ptrs = sums_ptr + pid.to(tl.int64) * (TEXT_ROWS * BLOCK_D) + offs
     tiles = tl.cdiv(text, TEXT_ROWS)
     t = pid % tiles * TEXT_ROWS
     pid = pid // tiles
+    parts = tl.cdiv(patches_y * patches_x, part_windows)
+    first = pid % parts * part_windows
+    pid = pid // parts
     head = pid % heads
     batch = pid // heads
-    mean = tl.zeros([TEXT_ROWS, BLOCK_D], tl.float32)
-    for i in range(0, patches_y * patches_x):
+    for i in range(first, tl.minimum(first + part_windows, patches_y * patches_x)):
         b_q = load_text(text_q_ref, text_q_strides, batch, t, head, text, TEXT_ROWS, D, BLOCK_D, VECTOR, BOXES)
         if NEGATE:
             b_q = -b_q
@@ -227,10 +236,30 @@ def text_kernel(
             b_q, state, (text_k_ref, text_v_ref), (text_k_strides, text_v_strides), batch, head // GROUP, text, scale,
             TEXT_BLOCK, D, BLOCK_D, VECTOR, BOXES, PRECISION, RAGGED_TEXT, STAGES,
         )  # fmt: skip
-        mean += state[2] / state[1][:, None]
-    b_out = (mean / (patches_y * patches_x)).to(out_ptr.dtype.element_ty)
-    offs_t = t + tl.arange(0, TEXT_ROWS)
+        b_sum = tl.load(sums_ptrs, mask=tl.zeros_like(offs) < i - first, other=0.0)  # nothing yet at the first window
+        tl.store(sums_ptrs, b_sum + state[2] / state[1][:, None])
+        tl.debug_barrier()  # another thread may load for the next window what this one has stored
+
+
+@triton.jit(do_not_specialize=["heads", "text", "parts", "count"])
+def mean_kernel(
+    sums_ptr,  # [B, H, parts, tiles, TEXT_ROWS, BLOCK_D], fp32
+    out_ptr,  # [B, T, H, D]
+    out_strides, heads, text, parts, count,
+    TEXT_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The mean over `count` windows from the sums of their parts, added in order and rounded once."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(text, TEXT_ROWS)
+    tile = pid % tiles
+    pid = pid // tiles
+    offs_t = tile * TEXT_ROWS + tl.arange(0, TEXT_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
-    place = batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[2]
+    offs = tl.arange(0, TEXT_ROWS)[:, None] * BLOCK_D + offs_d[None, :]
+    b_sum = tl.zeros([TEXT_ROWS, BLOCK_D], tl.float32)
+    for part in range(0, parts):
+        first = (pid.to(tl.int64) * parts + part) * tiles + tile
+        b_sum += tl.load(sums_ptr + first * (TEXT_ROWS * BLOCK_D) + offs)
+    place = (pid // heads).to(tl.int64) * out_strides[0] + (pid % heads).to(tl.int64) * out_strides[2]
     ptrs = out_ptr + place * VECTOR + (offs_t.to(tl.int64) * out_strides[1] * VECTOR)[:, None] + offs_d[None, :]
-    tl.store(ptrs, b_out, mask=(offs_t < text)[:, None] & (offs_d < D)[None, :])
+    tl.store(ptrs, (b_sum / count).to(out_ptr.dtype.element_ty), mask=(offs_t < text)[:, None] & (offs_d < D)[None, :])

@@ -6,15 +6,17 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalediff_kernels._launch import Launch
 from scalediff_kernels.neighborhood.config import MIN_BLOCK, LaunchConfig, Problem, ceil_power_of_two, launch_config
-from scalediff_kernels.neighborhood.kernel import image_kernel, text_kernel
+from scalediff_kernels.neighborhood.kernel import image_kernel, mean_kernel, text_kernel
 
 
 def image_launch(
@@ -68,14 +70,24 @@ def text_launch(
     device: str,
     config: LaunchConfig | None = None,
 ) -> Launch:
-    """The text queries, averaged over the windows: fills `out`, contiguous `[B, T, H, D]`. Window = patch = grid is the global rule."""
+    """The text queries, averaged over the windows: fills `out`, contiguous `[B, T, H, D]`. Window = patch = grid is the global rule.
+
+    Two kernels: the first one leaves sums over the windows in fp32, the size of `out` for each part of them, the second one takes
+    the mean.
+    """
     batch, text, heads, _ = text_q.shape
     config, shared = _shared_arguments(
         "text", text_q, (k, v), (text_k, text_v), rope, window=window, patch=patch, offset=offset, scale=scale, device=device, config=config
     )
-    arguments = _references({"text_q": (text_q, (1, config.query_box[1], 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
-    arguments |= {"out_ptr": out, "out_strides": _in_vectors(out, shared["VECTOR"]), "TEXT_ROWS": config.query_box[1]}
-    return Launch(text_kernel, batch * heads * -(-text // config.query_box[1]), shared | arguments, config)
+    rows, count = config.query_box[1], shared["patches_y"] * shared["patches_x"]
+    tiles, parts = batch * heads * -(-text // rows), -(-count // config.part_windows)
+    sums = torch.empty(tiles * parts * rows * shared["BLOCK_D"], dtype=torch.float32, device=out.device)
+    ours = {"sums_ptr": sums, "TEXT_ROWS": rows}
+    arguments = _references({"text_q": (text_q, (1, rows, 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
+    arguments |= ours | {"part_windows": config.part_windows}
+    mean = ours | {name: shared[name] for name in ("heads", "text", "D", "BLOCK_D", "VECTOR")}
+    mean |= {"out_ptr": out, "out_strides": _in_vectors(out, shared["VECTOR"]), "parts": parts, "count": count}
+    return Launch(text_kernel, tiles * parts, shared | arguments, config, then=Launch(mean_kernel, tiles, mean, config))
 
 
 def _shared_arguments(
@@ -100,6 +112,8 @@ def _shared_arguments(
     descriptors = all(_suits_descriptor(x) for x in tensors)
     vector = 8 if all(_suits_vectors(x) for x in tensors) else 1
     problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, vector)
+    if queries == "text":
+        problem = replace(problem, heads=q.shape[0] * q.shape[-2], offset=offset)
     config = config or launch_config(problem, device)
     rows, columns = config.key_box
     references: dict[str, tuple[Tensor | None, tuple[int, ...]]]
