@@ -28,8 +28,10 @@ KNOWN = """Known and not gated: head dims above 128 with text, and without it be
 and accumulator in registers, so warps share rows and repeat the softmax, and with text the products of sm_90 wait for each other. Odd
 strides, and query tiles of fewer than 64 rows: warps repeat the softmax."""
 
-LEGEND = """Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
-24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown."""
+LEGEND = f"""Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
+24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown.
+
+{KNOWN}"""
 
 
 @dataclass(frozen=True)

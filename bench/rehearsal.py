@@ -25,7 +25,18 @@ from pathlib import Path
 from bench.harness import ROOT
 
 DEVICE = "NVIDIA H100 80GB HBM3"
-PACKAGES = ("torch==2.11.0", "triton==3.6.0", "numpy==2.5.*", "transformers", "pytest", "pytest-xdist", "pytest-timeout", "einops")
+PACKAGES = (
+    "torch==2.11.0",
+    "triton==3.6.0",
+    "numpy==2.5.*",
+    "transformers",
+    "pytest",
+    "pytest-xdist",
+    "pytest-timeout",
+    "einops",
+    "requests",
+    "pillow",
+)
 HIDDEN = ("diffusers", "scalediff", "_editable_impl_scalediff", "__editable__")
 PARTS = ("tests", "kernel", "attention-goals", "cascade-sdxl", "filters")  # one of every kind
 
@@ -35,6 +46,7 @@ from dataclasses import replace
 import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_name = lambda *_: {DEVICE!r}
+torch.backends.cudnn.version = lambda: None  # asks the device
 from bench import gpu_parts
 INSTEAD = {{
     "attention": ("--device", "cpu", "--shape", "cpu-32", "--provider", "sdpa", "windows-flash", "--seconds", "0.05"),
@@ -52,6 +64,8 @@ runpy.run_module("bench.gpu", run_name="__main__")
 
 def copied(tree: Path) -> None:
     """The files that git knows, as they are now, without git."""
+    if not (ROOT / ".git").exists():
+        raise SystemExit(f"a rehearsal copies the files that git knows, and {ROOT} is no checkout")
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
     )

@@ -141,6 +141,7 @@ def test_what_is_counted_after_the_clock_leaves_the_time(
         assert (status, row["status"], row["p50_ms"] != "") == (0, "ok", True)
         assert row["peak_megabytes"] == ("" if "peak_memory" in replaced else "2.5")
         assert (row["launches"], row["kernel"]) == (("", "") if "kernels" in replaced else ("2", "large"))
+        assert row["kernels_ms"] == ("" if "kernels" in replaced else "large 0.002, small 0.001")
         assert row["note"] in capsys.readouterr().out
         notes.append(row["note"])
     memory, kernels = (f"{what} not told: RuntimeError: CUPTI is busy" for what in ("peak memory", "kernels"))

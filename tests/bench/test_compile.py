@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from bench import compile_lowpass
-from bench.binary import Binary, main_loops
+from bench import compile_lowpass, predictions
+from bench.binary import Binary, exponentials, main_loops, serialised
 from bench.compile import committed, markdown
 from bench.compile_attention import Case
 from bench.roofline import cycles
@@ -51,6 +51,44 @@ def test_cycles_follow_from_the_instructions() -> None:
     assert counted.l2 == 10
     assert counted.total == counted.matrix + counted.exponentials
     assert counted._replace(l2=1000.0).total == 1000
+
+
+def test_products_that_wait_for_each_other_and_repeated_softmaxes_are_faults() -> None:
+    (loop,) = main_loops(LISTING)
+    assert exponentials(loop, num_warps=8) == 8 * 32
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    assert not serialised([*loop, wait, wait])
+    assert serialised([*loop, wait, wait, wait])
+
+    def faults(case: Case, waits: int, exponential: int) -> list[str]:
+        loops = (("HGMMA.64x64x16", *[wait] * waits, *["MUFU.EX2 R7, R6"] * exponential),)
+        return case.faults("sm_90", case.launch("sm_90"), Binary(200, 0, 1000, "HGMMA UTMALDG", loops))
+
+    case = Case(128, text=512)  # 128 x 128 scores on eight warps: 64 exponentials a thread, and two of a row's maxima
+    assert faults(case, 2, 66) == []
+    assert faults(case, 3, 66) == ["products that wait for each other"]
+    assert faults(case, 1, 132) == ["2.06 exponentials a score"]
+    assert faults(Case(160, text=512), 34, 72) == [], "known: docs/compiled.md"
+    assert faults(Case(160), 34, 20) == ["products that wait for each other"]
+    assert "head dims above 128" in DOC.read_text()
+
+
+def test_the_roofline_counts_what_is_repeated_and_ranks_what_is_serialised_last() -> None:
+    with (ROOT / "bench" / "results" / "static-roofline-sm_90.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert not [row for row in rows if row["note"] and row["bound"]]
+    for row in (row for row in rows if row["bound"]):
+        width = 128 if row["shape"].startswith("FLUX") else 64
+        useful = 4 * int(row["queries"]) * int(row["keys"]) * width / 4096
+        assert float(row["bound"]) == pytest.approx(989.5 * useful / float(row["total"]), rel=2e-3)
+        assert float(row["matrix"]) >= useful
+    for name in dict.fromkeys(row["shape"] for row in rows):
+        bounds = [bool(row["bound"]) for row in rows if row["shape"] == name]
+        assert bounds == sorted(bounds, reverse=True)
+
+
+def test_predictions_shown_are_the_committed_ones() -> None:
+    assert "\n".join(predictions.table()) in (ROOT / "docs" / "kernels.md").read_text()
 
 
 def test_faults_are_named() -> None:

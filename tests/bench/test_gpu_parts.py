@@ -73,11 +73,17 @@ def test_rows_of_one_shape_are_the_same_whoever_measures_them() -> None:
     assert len(seconds) == 1
 
 
+def test_tests_kernels_and_goals_take_three_and_a_half_minutes_at_most() -> None:
+    assert sum(part.limit for part in PARTS[:3]) <= 210
+    assert sum(part.limit for part in PARTS[:5]) + gpu_parts.GRACE <= 480
+
+
 def test_tests_are_spread_where_pytest_can(monkeypatch: pytest.MonkeyPatch) -> None:
     (part,) = (part for part in PARTS if part.name == "tests")
     for found, expected in ((None, False), (find_spec("pytest"), True)):
         monkeypatch.setattr(gpu_parts, "find_spec", lambda name, found=found: found)
         assert ("-n" in part.command("X")) is expected
+        assert ("--timeout" in part.command("X")) is expected
 
 
 def row(name: str, status: str, note: str = "", **more: str) -> dict[str, str]:
