@@ -36,11 +36,14 @@ def row(case: Any, target: str) -> dict[str, Any]:
         binary = compile_launch(launch, target)
     except Exception as error:  # a compiler that gives up is a result: it belongs into the table
         return facts | {"registers": "", "spills": "", "shared": "", "faults": f"does not compile: {str(error).splitlines()[0][:80]}"}
+    faults = case.faults(target, launch, binary)
+    if launch.then is not None and (after := compile_launch(launch.then, target)).spills:
+        faults.append(f"{after.spills} spills in the kernel after it")
     return facts | {
         "registers": binary.registers,
         "spills": binary.spills,
         "shared": binary.shared,
-        "faults": "; ".join(case.faults(target, launch, binary)),
+        "faults": "; ".join(faults),
     }
 
 

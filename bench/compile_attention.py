@@ -24,9 +24,10 @@ HEAD_DIMS = {torch.bfloat16: (40, 64, 128, 160), torch.float32: (64, 160)}  # ev
 
 REPEATED = 1.5  # exponentials a score: one, and one a row and key block, which the four threads of a row compute alike
 
-KNOWN = """Known and not gated: head dims above 128 with text, and without it below sm_90. No blocks were found that hold queries, scores
-and accumulator in registers, so warps share rows and repeat the softmax, and with text the products of sm_90 wait for each other. Odd
-strides, and query tiles of fewer than 64 rows: warps repeat the softmax."""
+KNOWN = """Known and not gated: head dims above 128 with text, and without it other than on sm_90 and sm_100. Nine pairs of blocks and
+warps were compiled for sm_90, of 64 or 128 queries by 16 to 64 keys: with fewer warps all spill, so warps share rows and repeat the
+softmax, and the products wait for each other. Odd strides, and query tiles of fewer than 64 rows: warps repeat the softmax. Loops of
+gfx942 are not read."""
 
 LEGEND = f"""Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
 24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown.
@@ -111,6 +112,7 @@ class Case:
         if any(map(serialised, binary.loops)) and not self._known(target, "serialised"):
             found.append("products that wait for each other")
         scores = prod(launch.config.query_box) * max(prod(launch.config.key_box), launch.config.text_block if self.text else 0)
+        # of the larger of two loops' keys, where text and window have blocks of two sizes
         repeated = max((exponentials(loop, launch.config.num_warps) / scores for loop in binary.loops), default=0)
         if repeated > REPEATED and wide and not self._known(target, "repeated"):
             found.append(f"{repeated:.2f} exponentials a score")

@@ -114,7 +114,7 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
 
 
 def results(out: Path, machine: str, commit: str) -> list[str]:
-    """The goals as a commit meets them on this machine, whatever device they are set for, and all timed calls of the quick shapes."""
+    """Timed calls of the quick shapes, and the goals as a commit meets them on this machine, whatever device they are set for."""
     if find_spec("scalediff_kernels") is None:  # the package need not be installed: parts are given this path as well
         sys.path.append(str(harness.ROOT / "kernels"))
     from bench import attention, shapes  # not needed before something was measured
@@ -127,22 +127,27 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
         return [f"no results: {error}"]
     attention_rows, cascade_rows = ([g for g in kind if g.facts["commit"] == commit] for kind in (found.attention, found.cascade))
     found = found._replace(attention=attention_rows, cascade=cascade_rows)
-    lines = []
+    goals = []
     for goal in (goal for goal in GOALS if goal.device != "CPU"):
         here = replace(goal, device=machine)
         answers = [here.told(answer) for answer in here.found(found)]
-        lines += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.told(None)]]
+        goals += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.told(None)]]
+    lines = []
     quick = {attention.key(task, "") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}
     for row in harness.read_records(out / f"attention-{harness.slug(machine)}.csv"):
         if row["commit"] == commit and row["status"] == "ok" and row["row"].rpartition("/")[0] in quick:
             each = f" ({row['kernels_ms']})" if row.get("kernels_ms") and row["provider"] == "triton" else ""
             lines.append(f"{row['row']}: {row['p50_ms']} ms, {row['tflops']} TFLOP/s{each}")
-    return lines
+    return [*lines, *goals]
 
 
 def summary(outcomes: Mapping[str, Outcome], out: Path, machine: str, commit: str, end: Sequence[str]) -> list[str]:
     """Parts, goals and timed calls, and how it ended; what is more than so many lines is in the CSVs."""
-    lines = [*table(outcomes).splitlines(), "", *results(out, machine, commit)]
+    try:
+        found = results(out, machine, commit)
+    except Exception as error:  # whatever the environment lacks: parts and exit status are told all the same
+        found = [f"no results: {type(error).__name__}: {error}"]
+    lines = [*table(outcomes).splitlines(), "", *found]
     room = SUMMARY - len(end)
     if len(lines) > room:
         lines = [*lines[: room - 1], f"and {len(lines) - room + 1} lines more: see the CSVs in {out}"]

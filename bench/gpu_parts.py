@@ -96,7 +96,16 @@ class Part:
         return out if self.csv else harness.ROOT
 
 
-_PYTEST = ("pytest", "-v", "-rf", "-p", "no:cacheprovider", "-k")  # every test by name: what is stopped shows how far it came
+_PYTEST = (
+    "pytest",
+    "-v",
+    "-rf",
+    "-p",
+    "no:cacheprovider",
+    "-o",
+    "faulthandler_timeout=45",
+    "-k",
+)  # every test by name: what is stopped shows how far it came
 _RIGHT = "every_dtype or windows_of_the_paper or latents or feature_maps or low_precision"
 _MARKED = ("-m", "gpu", "tests/kernels", "tests/bench/test_providers.py")
 _PIPELINES = ("diffusers", "transformers", "bench.cascade")

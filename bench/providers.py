@@ -88,8 +88,9 @@ class Ours(Provider):
         return device_refusal(torch.device(task.device)) if has_triton() else "the triton package is not installed"
 
     def memory(self, task: Task) -> int:
-        if self.impl == "triton":
-            return result_bytes(task)
+        if self.impl == "triton":  # and of text queries fp32 sums of every part of their windows
+            sums = 4 * task.shape.batch * task.shape.text * task.shape.heads * config.ceil_power_of_two(task.shape.head_dim)
+            return result_bytes(task) + config.MOST_PARTS * sums
         s, (rows, columns) = task.shape, task.window
         needed = result_bytes(task)
         if s.text:  # keys of a window or of all with text before them, queries of a patch; text of a row of windows, turned in fp32

@@ -34,8 +34,8 @@ one (`bench/cascade_gate.py` tells each method's). Direct inference and full att
 "x ours" is a row's time divided by ours: the Triton kernel's on a GPU, windows by SDPA on a CPU. What no machine has measured yet is
 listed at the end."""
 
-GPU = """What needs a GPU, the most valuable first, for eight minutes: `python -m bench.gpu --out FOLDER`; the same command goes on where it
-stopped, and `--list` tells its parts. Then copy `FOLDER/*.csv` to `bench/results`, and run
+GPU = """What needs a GPU, the most valuable first, for eight minutes ([gpu.md](gpu.md)): `python3 -m bench.gpu --out FOLDER`; the same
+command goes on where it stopped, and `--list` tells its parts. Then copy `FOLDER/*.csv` to `bench/results`, and run
 `python -m bench.lowpass --doc docs/filters-measured.md` and `python -m bench.report --write`. One benchmark alone:
 `python -m bench.attention`, `bench.lowpass`, `bench.cascade`, on a CPU too."""
 

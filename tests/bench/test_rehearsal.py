@@ -27,14 +27,14 @@ def test_an_environment_without_the_project_and_without_diffusers() -> None:
 
 
 def test_what_travels_has_no_git_and_no_ignored_file(tmp_path: Path) -> None:
-    rehearsal.copied(tmp_path)
+    rehearsal.copy_tree(tmp_path)
     assert (tmp_path / "bench" / "gpu.py").exists()
     assert not (tmp_path / ".git").exists()
     assert not list(tmp_path.rglob("__pycache__"))
 
 
 def test_a_run_that_does_not_end_well_is_no_rehearsal() -> None:
-    with pytest.raises(SystemExit, match="the rehearsal failed: exit status 2, without a summary of no-such-part"):
+    with pytest.raises(SystemExit, match="the rehearsal failed: exit status 2; not done by the summary: no-such-part"):
         rehearsal.main(["--parts", "no-such-part"])
 
 

@@ -204,7 +204,7 @@ CHOSEN = [
     Problem((12, 12), (6, 6), (3, 3), (1, 1), 32, heads=4, groups=1, text=9, rope=True, rule="window", dtype=torch.float16),
     Problem((10, 8), (4, 8), (2, 4), (1, 0), 48, heads=4, groups=2, text=20, rope=True, rule="global", layout="heads first"),
     Problem((8, 8), (4, 4), (2, 2), (0, 1), 96, text=3, rule="window", layout="packed", dtype=torch.float16),
-    Problem((8, 12), (4, 8), (2, 4), (1, 2), 64, text=20, rope=True, rule="window", layout="joint", dtype=torch.float16),
+    Problem((4, 12), (4, 8), (2, 8), (0, 3), 32, text=20, rope=True, rule="window", layout="joint", dtype=torch.float16),
     Problem((5, 6), (4, 4), (2, 2), (0, 0), 136, heads=1, groups=1, text=17, rope=True, rule="window", dtype=torch.float16),
     Problem((5, 6), (4, 4), (2, 2), (1, 0), 256, heads=1, groups=1, layout="odd"),
 ]

@@ -66,17 +66,19 @@ def test_other_head_dims_are_refused(head_dim: int) -> None:
         launch_config(Problem((8, 8), (4, 4), (2, 2), head_dim, 2), "sm_90")
 
 
-def text_queries(heads: int, text: int, grid: tuple[int, int], offset: tuple[int, int] = (0, 0)) -> Problem:
-    return Problem(grid, (64, 64), (32, 32), 128, 2, text=text, queries="text", heads=heads, offset=offset)
+def text_queries(heads: int, text: int, windows: int = 64) -> Problem:
+    return Problem((256, 256), (64, 64), (32, 32), 128, 2, text=text, queries="text", heads=heads, windows=windows)
 
 
 @pytest.mark.parametrize(
     ("problem", "windows"),
     [
-        (text_queries(24, 512, (256, 256)), 16),  # 96 tiles on 132 multiprocessors: in four parts each they end after 48 windows, not 64
-        (text_queries(33, 512, (256, 256)), 64),  # 132 tiles: one each
-        (text_queries(24, 512, (256, 256), (0, 1)), 18),  # nine columns of patches
-        (text_queries(1, 77, (256, 256)), 1),  # one tile: a window each
+        (text_queries(24, 512), 16),  # 96 tiles on 132 multiprocessors: in four parts each they end after 48 windows, not 64
+        (text_queries(33, 512), 64),  # 132 tiles: one each
+        (text_queries(24, 512, 72), 18),
+        (text_queries(24, 512, 81), 21),  # moved patches: no more parts for less than 2 %
+        (text_queries(24, 512, 256), 64),
+        (text_queries(1, 77), 1),  # one tile: a window each
     ],
 )
 def test_windows_of_text_queries_are_split_where_that_ends_sooner(problem: Problem, windows: int) -> None:
@@ -87,7 +89,7 @@ def test_windows_of_text_queries_are_split_where_that_ends_sooner(problem: Probl
 @pytest.mark.parametrize(("heads", "text"), [(1, 1), (24, 512), (38, 333), (200, 77)])
 def test_no_split_is_slower_than_none(device: str, heads: int, text: int) -> None:
     """In windows that the busiest multiprocessor attends to, one program of eight warps at a time."""
-    problem = text_queries(heads, text, (256, 256))
+    problem = text_queries(heads, text)
     config = launch_config(problem, device)
     tiles = heads * -(-text // config.query_box[1])
     at_once = MULTIPROCESSORS.get(device, 84) * max(1, 8 // config.num_warps)

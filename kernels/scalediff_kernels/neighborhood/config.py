@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may use
 SMALL_SHARED_MEMORY = 101_376  # sm_86, sm_89, sm_120 and whatever is not named above
 
-# Of the largest card of each name: the same split, and so the same bits, on all of them.
+# Of one card of each name, whichever runs: the same split, and so the same bits, on all of them.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
-FEW_MULTIPROCESSORS = 84  # whatever is not named above
+FEW_MULTIPROCESSORS = 84  # other devices
+MOST_PARTS = 64  # of the windows of text queries
 PROGRAM_KEYS = 512  # what a program costs before its first key and after its last one, in keys; an estimate, not measured yet
 
 MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
@@ -36,8 +37,8 @@ class Problem:
     queries: Literal["image", "text"] = "image"
     descriptors: bool = True
     vector: int = 8  # elements that every stride is a multiple of
-    heads: int = 1  # of all batches together; read for text queries alone, as is the offset
-    offset: tuple[int, int] = (0, 0)
+    heads: int = 1  # of all batches together; read for text queries alone, as is the next
+    windows: int = 1
 
 
 class LaunchConfig(NamedTuple):
@@ -89,11 +90,11 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
 
 
 def _part_windows(problem: Problem, rows: int, num_warps: int, device: str) -> int:
-    """Windows of one program of text queries, so that the multiprocessors end as nearly together as whole windows allow.
+    """Windows of one program of text queries: the fewest parts with which the last multiprocessor ends within 2 % of the earliest end.
 
-    A program of so many warps is taken to use 255 registers a thread, as the text kernel does: eight warps fill a multiprocessor.
+    Every part costs memory for its sums. Eight warps are taken to fill a multiprocessor's registers.
     """
-    count = window_count(problem)
+    count = problem.windows
     tiles = problem.heads * -(-problem.text // rows)
     at_once = MULTIPROCESSORS.get(device, FEW_MULTIPROCESSORS) * max(1, 8 // num_warps)
     keys = prod(min(w, n) for w, n in zip(problem.window, problem.grid, strict=True)) + problem.text
@@ -102,11 +103,10 @@ def _part_windows(problem: Problem, rows: int, num_warps: int, device: str) -> i
         waves = -(-tiles * -(-count // windows) // at_once)
         return waves * (windows * keys + PROGRAM_KEYS)
 
-    return min(range(count, 0, -1), key=cost)
-
-
-def window_count(problem: Problem) -> int:
-    return prod(-(-(n + o) // p) for n, p, o in zip(problem.grid, problem.patch, problem.offset, strict=True))
+    parts = range(1, min(count, MOST_PARTS) + 1)
+    choices = list(dict.fromkeys(-(-count // n) for n in parts))  # fewest parts first
+    best = min(map(cost, choices))
+    return next(windows for windows in choices if 100 * cost(windows) <= 102 * best)
 
 
 def has_descriptors(device: str) -> bool:
@@ -135,9 +135,10 @@ _BLOCKS = {
     ("wgmma ragged", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
     ("wgmma", "text"): (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(16, 32, 8, 2)),
     ("tcgen05", "image"): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
-    ("tcgen05", "text"): (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
+    ("tcgen05", "text"): (Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3), Blocks(16, 32, 8, 2)),
     ("cp.async", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
     ("cp.async", "text"): (Blocks(128, 32, 8, 3), Blocks(128, 16, 8, 2), Blocks(16, 32, 8, 2)),
+    ("cp.async tcgen05", "text"): (Blocks(128, 32, 8, 3), Blocks(64, 16, 8, 2), Blocks(16, 32, 8, 2)),
     ("cp.async, 99 KB", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 16, 8, 3), Blocks(64, 16, 8, 2)),
     ("cp.async, 99 KB", "text"): (Blocks(128, 32, 8, 3), Blocks(128, 16, 8, 2), Blocks(16, 32, 8, 2)),
     ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 16, 4, 2)),
@@ -174,6 +175,8 @@ def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
         kind = "narrow"
     else:
         kind = "cp.async" if device in SHARED_MEMORY else "cp.async, 99 KB"
+        if device[3:-1] == "10" and (f"{kind} tcgen05", problem.queries) in _BLOCKS:
+            kind += " tcgen05"
     return _BLOCKS[kind, problem.queries][column]
 
 

@@ -1,12 +1,13 @@
 """Neighborhood patch attention as one flash attention: a query tile reads its window where it lies, text in the same softmax.
 
 A window is a box of the grid. Blocks of keys tile it; where they do not tile it evenly, the last block moves back inside the
-window and the keys that came before are masked, so that no key outside the window is ever read. Nothing is gathered,
-permuted or allocated beside the result.
+window and the keys that came before are masked, so that no key outside the window is ever read. Nothing is gathered or
+permuted, and nothing allocated beside the result but the sums of text queries.
 
-Two kernels, each compiled for one of two paths: `"descriptor"` (TMA boxes straight into shared memory, zero-filled outside
-the grid and above the head dim) and `"pointer"` (addresses and masks). The text keys of a window are rotated by the
-window's rotary angle; since a rotation moves from one factor of a dot product to the other, the queries turn instead, once.
+Two kernels, of image and of text queries, and a small one that averages the latter's sums. The two are compiled for one of two
+paths: `"descriptor"` (TMA boxes straight into shared memory, zero-filled outside the grid and above the head dim) and
+`"pointer"` (addresses and masks). The text keys of a window are rotated by the window's rotary angle; since a rotation moves
+from one factor of a dot product to the other, the queries turn instead, once.
 
 Legend: B batch, H query heads, G key heads, Y x X token grid, T text tokens, D head dim, M x N query x key block.
 """

@@ -6,7 +6,6 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
@@ -86,7 +85,14 @@ def text_launch(
     arguments = _references({"text_q": (text_q, (1, rows, 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
     arguments |= ours | {"part_windows": config.part_windows}
     mean = ours | {name: shared[name] for name in ("heads", "text", "D", "BLOCK_D", "VECTOR")}
-    mean |= {"out_ptr": out, "out_strides": _in_vectors(out, shared["VECTOR"]), "parts": parts, "count": count}
+    mean |= {
+        "out_ptr": out,
+        "out_strides": _in_vectors(out, shared["VECTOR"]),
+        "parts": parts,
+        "count": count,
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }
     return Launch(text_kernel, tiles * parts, shared | arguments, config, then=Launch(mean_kernel, tiles, mean, config))
 
 
@@ -111,9 +117,9 @@ def _shared_arguments(
     tensors = (q, *keys, *(text or ()))
     descriptors = all(_suits_descriptor(x) for x in tensors)
     vector = 8 if all(_suits_vectors(x) for x in tensors) else 1
-    problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, vector)
-    if queries == "text":
-        problem = replace(problem, heads=q.shape[0] * q.shape[-2], offset=offset)
+    patches = -(-(height + offset[0]) // patch[0]), -(-(width + offset[1]) // patch[1])
+    sums = {"heads": q.shape[0] * q.shape[-2], "windows": prod(patches)} if queries == "text" else {}
+    problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, vector, **sums)
     config = config or launch_config(problem, device)
     rows, columns = config.key_box
     references: dict[str, tuple[Tensor | None, tuple[int, ...]]]
@@ -124,8 +130,8 @@ def _shared_arguments(
         "sin_ptr": rope and rope[1],
         "grid_y": height,
         "grid_x": width,
-        "patches_y": -(-(height + offset[0]) // patch[0]),
-        "patches_x": -(-(width + offset[1]) // patch[1]),
+        "patches_y": patches[0],
+        "patches_x": patches[1],
         "offset_y": offset[0],
         "offset_x": offset[1],
         "heads": q.shape[-2],
