@@ -337,6 +337,19 @@ def test_it_ends_its_part_when_it_is_ended(module: Path) -> None:
     assert not stat.exists() or stat.read_text().split()[2] == "Z", "the part's child runs on"
 
 
+def test_what_results_lack_costs_neither_the_parts_nor_the_exit_status(
+    module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(*_: object) -> list[str]:
+        raise ModuleNotFoundError("No module named 'scalediff_kernels'")
+
+    monkeypatch.setattr(gpu, "results", lacking)
+    assert main(module, monkeypatch, [told("red", "--exit", "1")])[0] == 1
+    out = capsys.readouterr().out
+    assert "no results: ModuleNotFoundError: No module named 'scalediff_kernels'" in out
+    assert re.search(r"^red +failed", out, re.MULTILINE)
+
+
 def test_the_summary_has_sixty_lines_at_most_and_ends_with_how_it_ended(tmp_path: Path) -> None:
     outcomes = {f"part {n}": gpu.Outcome("done", "") for n in range(100)}
     lines = gpu.summary(outcomes, tmp_path, "NVIDIA H200", "abc", ["failed: x"])
