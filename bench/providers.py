@@ -88,9 +88,11 @@ class Ours(Provider):
         return device_refusal(torch.device(task.device)) if has_triton() else "the triton package is not installed"
 
     def memory(self, task: Task) -> int:
-        if self.impl == "triton":  # and of text queries fp32 sums of every part of their windows
-            sums = 4 * task.shape.batch * task.shape.text * task.shape.heads * config.ceil_power_of_two(task.shape.head_dim)
-            return result_bytes(task) + config.MOST_PARTS * sums
+        if self.impl == "triton":  # and of text queries fp32 sums, of whole tiles, of every part of their windows
+            rows = 128 * -(-task.shape.text // 128)
+            sums = 4 * task.shape.batch * rows * task.shape.heads * config.ceil_power_of_two(max(task.shape.head_dim, config.MIN_BLOCK))
+            parts = min(config.MOST_PARTS, prod(map(len, task.spans))) if task.rule == "window" else 1
+            return result_bytes(task) + parts * sums
         s, (rows, columns) = task.shape, task.window
         needed = result_bytes(task)
         if s.text:  # keys of a window or of all with text before them, queries of a patch; text of a row of windows, turned in fp32
