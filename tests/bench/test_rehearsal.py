@@ -33,6 +33,7 @@ def test_what_travels_has_no_git_and_no_ignored_file(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("__pycache__"))
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_end_well_is_no_rehearsal() -> None:
     with pytest.raises(SystemExit, match="the rehearsal failed: exit status 2; not done by the summary: no-such-part"):
         rehearsal.main(["--parts", "no-such-part"])
