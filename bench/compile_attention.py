@@ -24,10 +24,9 @@ HEAD_DIMS = {torch.bfloat16: (40, 64, 128, 160), torch.float32: (64, 160)}  # ev
 
 REPEATED = 1.5  # exponentials a score: one, and one a row and key block, which the four threads of a row compute alike
 
-KNOWN = """Known and not gated: head dims above 128 with text, and without it other than on sm_90 and sm_100. Nine pairs of blocks and
-warps were compiled for sm_90, of 64 or 128 queries by 16 to 64 keys: with fewer warps all spill, so warps share rows and repeat the
-softmax, and the products wait for each other. Odd strides, and query tiles of fewer than 64 rows: warps repeat the softmax. Loops of
-gfx942 are not read."""
+KNOWN = """Known and not gated: head dims above 128 with text, and without it other than on sm_90 and sm_100. Blocks with a warp for every
+16 rows, which would mend it, spill; the shipped ones share rows between warps and repeat the softmax, and with text their products wait for
+each other on sm_90. Odd strides, and query tiles of fewer than 64 rows: warps repeat the softmax. Loops of gfx942 are not read."""
 
 LEGEND = f"""Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
 24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown.

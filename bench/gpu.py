@@ -4,9 +4,9 @@ Parts run one after another, the most valuable first, each in a process with a l
 the next one runs. The first eight minutes are for the kernels' correctness, the attention kernel and what its goals are set beside, and
 whole pictures of SDXL and FLUX at 4096 px. All parts at their limits are about seventy minutes, nine runs, and every shape by every
 implementation is about an hour more: what was done at this commit, on this device, with these packages is not done again, so the same
-command goes on where it stopped, by parts and by rows. It ends with a summary of at most sixty lines: the parts, the goals as they are met,
-and timed calls of the quick shapes. Nothing need be installed beside torch, Triton, einops and pytest. CSVs and one log lie in --out; CSVs
-copied to bench/results are what `python -m bench.report --write` shows. Exit status: 1 where a part failed, 2 without a GPU.
+command goes on where it stopped, by parts and by rows. It ends with a summary of at most sixty lines: the parts, timed calls of the quick
+shapes, and the goals as they are met. Only torch, Triton, einops and pytest must be installed. CSVs and one log lie in --out; CSVs copied
+to bench/results are what `python -m bench.report --write` shows. Exit status: 1 where a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
 
 
 def summary(outcomes: Mapping[str, Outcome], out: Path, machine: str, commit: str, end: Sequence[str]) -> list[str]:
-    """Parts, goals and timed calls, and how it ended; what is more than so many lines is in the CSVs."""
+    """Parts, timed calls, goals, and how it ended: `SUMMARY` lines at most, the rest is in the CSVs."""
     try:
         found = results(out, machine, commit)
     except Exception as error:  # whatever the environment lacks: parts and exit status are told all the same
