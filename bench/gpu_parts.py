@@ -96,16 +96,8 @@ class Part:
         return out if self.csv else harness.ROOT
 
 
-_PYTEST = (
-    "pytest",
-    "-v",
-    "-rf",
-    "-p",
-    "no:cacheprovider",
-    "-o",
-    "faulthandler_timeout=45",
-    "-k",
-)  # every test by name: what is stopped shows how far it came
+# Every test by name: what is stopped shows how far it came.
+_PYTEST = ("pytest", "-v", "-rf", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=45", "-k")
 _RIGHT = "every_dtype or windows_of_the_paper or latents or feature_maps or low_precision"
 _MARKED = ("-m", "gpu", "tests/kernels", "tests/bench/test_providers.py")
 _PIPELINES = ("diffusers", "transformers", "bench.cascade")
@@ -129,7 +121,7 @@ PARTS: tuple[Part, ...] = (  # five in the first eight minutes
         needs=("pytest", "triton"), spread=True,
     ),
     Part("kernel", "the attention kernel, few shapes", (*_ATTENTION, "--quick", "--provider", "triton"), 45, csv="attention"),
-    Part("attention-goals", "what its goals are set beside, without a compiler", (*_ATTENTION, "--quick", *_OF_GOALS), 50, csv="attention"),
+    Part("attention-goals", "what its goals compare it with, without a compiler", (*_ATTENTION, "--quick", *_OF_GOALS), 50, csv="attention"),
     Part(
         "cascade-sdxl", "whole pictures, SDXL, 4096 px", (*_SDXL, *_EAGER, "npa", "multidiffusion", "demofusion", "authors"), 150,
         least=60, needs=_PIPELINES, csv="cascade",

@@ -20,10 +20,11 @@ import torch
 from bench import shapes
 from bench.harness import ROOT, write_rows
 from bench.roofline import case_of, cycles
+from scalediff_kernels.neighborhood.config import MULTIPROCESSORS
+from scalediff_kernels.neighborhood.geometry import attention_flops
 
 RESULT = ROOT / "bench" / "results" / "predicted-sm_90.csv"
 CLOCK = 1.83e9  # Hz
-MULTIPROCESSORS = 132
 # Triton's fused attention (its tutorial 06, forward, no mask) on an H100: 458 to 477 TFLOP/s at D = 128 and about 400 at D = 64 by figures
 # that others have published; nobody has measured it here. Its schedule is that of our 128 x 128 blocks with eight warps, one program on a
 # multiprocessor, bound at 653, and of 128 x 64 with four, two programs, bound at 742 TFLOP/s.
@@ -40,7 +41,9 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     shape = shapes.SHAPES[name]
     for rule in shape.rules:
         task = shapes.Task(name, shape, shape.dtype, "cuda", rule)
-        image_flops = 4 * shape.batch * shape.heads * shape.head_dim * prod(shape.grid) * (prod(task.window) + shape.text)
+        image_flops = attention_flops(
+            grid=shape.grid, window=shape.window, heads=shape.heads, head_dim=shape.head_dim, batch=shape.batch, text=shape.text
+        )  # fmt: skip
         found = [_row(task, "image", image_flops)]
         if rule:
             found.append(_row(task, "text", task.flops("window") - image_flops))
@@ -65,7 +68,7 @@ def _row(task: shapes.Task, queries: Literal["image", "text"], flops: int) -> di
     windows = config.part_windows if queries == "text" else 1
     text = -(-shape.text // config.text_block) if shape.text else 0
     blocks = windows * (prod(-(-min(w, g) // k) for w, g, k in zip(shape.window, shape.grid, config.key_box, strict=True)) + text)
-    turns = -(-launch.programs // MULTIPROCESSORS)  # programs of one multiprocessor, one after another or beside each other
+    turns = -(-launch.programs // MULTIPROCESSORS["sm_90"])  # programs of one multiprocessor, one after another or beside each other
     seconds = turns * blocks * c.total / CLOCK / REACHED[min(2, c.programs)]
     return {
         "kernel": queries, "blocks": f"{prod(config.query_box)} x {keys}, {config.num_warps}, {config.num_stages}",
