@@ -121,7 +121,7 @@ PARTS: tuple[Part, ...] = (  # five in the first eight minutes
         needs=("pytest", "triton"), spread=True,
     ),
     Part("kernel", "the attention kernel, few shapes", (*_ATTENTION, "--quick", "--provider", "triton"), 45, csv="attention"),
-    Part("attention-goals", "what its goals compare it with, without a compiler", (*_ATTENTION, "--quick", *_OF_GOALS), 50, csv="attention"),
+    Part("attention-goals", "what its goals compare with, without a compiler", (*_ATTENTION, "--quick", *_OF_GOALS), 50, csv="attention"),
     Part(
         "cascade-sdxl", "whole pictures, SDXL, 4096 px", (*_SDXL, *_EAGER, "npa", "multidiffusion", "demofusion", "authors"), 150,
         least=60, needs=_PIPELINES, csv="cascade",
