@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalediff.cascade import run
-from scalediff.generators import Generators, fresh_generator
-from scalediff.hooks import denoiser_of, handle_of
-from scalediff.memory import pictures_in
+from scalediff.cascade.generators import Generators, fresh_generator
+from scalediff.cascade.memory import pictures_in
+from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, named_preset, stage_sizes
+from scalediff.cascade.progress import Step
+from scalediff.cascade.run import run
+from scalediff.cascade.stage import Around, Stage
+from scalediff.cascade.workdir import Workdir, digest, fingerprint
 from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
-from scalediff.pipelines import Sizes, cascade_of, check_call, named_preset, stage_sizes
-from scalediff.progress import Step
+from scalediff.patching.networks import denoiser_of, handle_of
 from scalediff.settings import Attention, PerStage, Preset, Settings
-from scalediff.stage import Around, Stage
-from scalediff.workdir import Workdir, digest, fingerprint
 
 _DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
 

@@ -71,7 +71,7 @@ def test_public_names_are_pinned() -> None:
     [
         ("import scalediff_kernels", MODEL_LIBRARIES | {"scalediff", "triton"}),
         ("import scalediff", MODEL_LIBRARIES | {"triton"}),
-        ("from scalediff.cli import main", MODEL_LIBRARIES | {"triton"}),
+        ("from scalediff.command.cli import main", MODEL_LIBRARIES | {"triton"}),
     ],
 )
 def test_import_is_light(statement: str, absent: set[str]) -> None:

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from scalediff.grid import AttentionSite, Grid, Layout, Role
-from scalediff.rotation import TextRotation
+from scalediff.families.grid import AttentionSite, Grid, Layout, Role
+from scalediff.families.rotation import TextRotation
 from scalediff.settings import Preset
 
 Arguments = Mapping[str, Any]

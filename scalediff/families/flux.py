@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
+from scalediff.families.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.families.latents import all_ones, lengths
-from scalediff.grid import Grid, Layout, Sequence, Unreadable
-from scalediff.rotation import TextRotation
+from scalediff.families.rotation import TextRotation
 from scalediff.settings import Preset, Settings
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from scalediff.families.base import Arguments, Family, Reader
-from scalediff.grid import Grid, Layout, Sequence, Unreadable
-from scalediff.rotation import TextRotation
+from scalediff.families.grid import Grid, Layout, Sequence, Unreadable
+from scalediff.families.rotation import TextRotation
 
 
 def _layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
-from scalediff.grid import Grid, Layout, Sequence, Side, Unreadable
-from scalediff.rotation import TextRotation
+from scalediff.families.grid import Grid, Layout, Sequence, Side, Unreadable
+from scalediff.families.rotation import TextRotation
 from scalediff.settings import derived_presets
 
 _SHAPE = "hidden_states.shape[-2:] // patch_size"

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
+from scalediff.families.grid import Grid, Layout, Sequence, Unreadable
 from scalediff.families.latents import lengths
-from scalediff.grid import Grid, Layout, Sequence, Unreadable
-from scalediff.rotation import TextRotation
+from scalediff.families.rotation import TextRotation
 from scalediff.settings import derived_presets
 
 

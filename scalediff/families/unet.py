@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
-from scalediff.grid import Grid, Layout, Sequence, level_grid
+from scalediff.families.grid import Grid, Layout, Sequence, level_grid
 from scalediff.settings import Preset, Settings
 
 _PAPER = Settings(steps=50, restart=0.4, guidance_scale=7.5, lfm_cutoff=0.125, sg_cutoff=0.125)
@@ -28,8 +28,8 @@ _OTHERS = {"default": Preset(_PAPER, f"{_PUBLISHED}; the paper has none for this
 _SMALL = {
     "default": Preset(
         replace(_PAPER, steps=30, restart=0.3, guidance_scale=1.5),
-        "its own steps; restart and cutoff by the lowest SWD over all levels in docs/quality.md (8 pictures a row), guidance by the same "
-        "of 1.5, 2, 2.5 and 3",
+        "its own steps; restart and cutoff by the lowest SWD over all levels in docs/evidence/quality.md (8 pictures a row), guidance by "
+        "the same of 1.5, 2, 2.5 and 3",
     ),
     "paper": Preset(_PAPER, _PUBLISHED),
 }

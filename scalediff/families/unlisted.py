@@ -11,7 +11,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Family, Reader
-from scalediff.grid import Grid, Layout, Sequence, Side, Unreadable
+from scalediff.families.grid import Grid, Layout, Sequence, Side, Unreadable
 
 GridSource = Grid | Callable[[Arguments], Grid]
 TextSource = tuple[Side, int | str]
@@ -43,7 +43,7 @@ def unlisted(
     if grid is None and size is None:
         raise ValueError(
             f"{type(model).__name__} is of no known family: say where its token grid comes from, by grid=(Y, X), by a function "
-            f"grid=lambda arguments: (Y, X), or by patch_size= where an argument is [B, C, H, W]; see docs/models.md"
+            f"grid=lambda arguments: (Y, X), or by patch_size= where an argument is [B, C, H, W]; see docs/guide/models.md"
         )
 
     def layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:

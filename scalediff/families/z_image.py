@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
-from scalediff.grid import Grid, Layout, Sequence, Unreadable
-from scalediff.rotation import TextRotation
+from scalediff.families.grid import Grid, Layout, Sequence, Unreadable
+from scalediff.families.rotation import TextRotation
 from scalediff.settings import derived_presets
 
 _MULTIPLE = 32

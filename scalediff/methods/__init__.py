@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from scalediff.cascade.stage import Stage
 from scalediff.methods.demofusion import DemoFusion, demofusion
 from scalediff.methods.multidiffusion import MultiDiffusion, multidiffusion
-from scalediff.stage import Stage
 
 __all__ = ["METHODS", "DemoFusion", "Method", "MultiDiffusion"]
 

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.generators import Generators
-from scalediff.grid import Grid
-from scalediff.hooks import denoiser_of
+from scalediff.cascade.generators import Generators
+from scalediff.cascade.pipeline import native_size, stage_sizes
+from scalediff.cascade.stage import Stage
+from scalediff.families.grid import Grid
 from scalediff.methods import running
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of
-from scalediff.pipelines import native_size, stage_sizes
+from scalediff.patching.networks import denoiser_of
 from scalediff.settings import Settings
-from scalediff.stage import Stage
 
 _NAME = "DemoFusion"
 SCHEDULERS = frozenset({"DDIMScheduler", "EulerDiscreteScheduler"})  # a step is linear and knows no other: views lie elsewhere in each

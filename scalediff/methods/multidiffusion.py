@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalediff.generators import fresh_generator
-from scalediff.grid import Grid
-from scalediff.hooks import original_call
+from scalediff.cascade.generators import fresh_generator
+from scalediff.cascade.pipeline import cascade_of, native_size, stage_sizes
+from scalediff.cascade.schedule import Guidance, guided_scheduler, recording_scheduler
+from scalediff.cascade.stage import Stage
+from scalediff.families.grid import Grid
 from scalediff.methods import running
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of
-from scalediff.pipelines import cascade_of, native_size, stage_sizes
-from scalediff.schedule import Guidance, guided_scheduler, recording_scheduler
+from scalediff.patching.networks import original_call
 from scalediff.settings import Settings
-from scalediff.stage import Stage
 
 _NAME = "MultiDiffusion"
 # Their step is linear in the sample and in the model outputs, this step's and those before, and draws no noise.

@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from scalediff.generators import fresh_generator
-from scalediff.grid import Grid
-from scalediff.hooks import denoiser_of, handle_of, original_call
-from scalediff.latents import decode, pictures_of, unpack
-from scalediff.memory import out_of_memory, pictures_in, wants_tiling
+from scalediff.cascade.borrowing import answering, kept, tiled
+from scalediff.cascade.generators import fresh_generator
+from scalediff.cascade.latents import decode, pictures_of, unpack
+from scalediff.cascade.memory import out_of_memory, pictures_in, wants_tiling
+from scalediff.cascade.pipeline import cascade_of, own_call
+from scalediff.cascade.stage import Stage
+from scalediff.families.grid import Grid
 from scalediff.methods.views import INPUTS, Denoise, Inputs
-from scalediff.pipelines import answering, cascade_of, kept, own_call, tiled
+from scalediff.patching.networks import denoiser_of, handle_of, original_call
 from scalediff.settings import Settings
-from scalediff.stage import Stage
 
 
 def inputs_of(pipe: Any, method: str) -> Inputs:

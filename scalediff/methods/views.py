@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalediff.grid import Grid
-from scalediff.latents import pack, unpack
+from scalediff.cascade.latents import pack, unpack
+from scalediff.families.grid import Grid
 
 
 def starts(length: int, *, window: int, stride: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def benches() -> Any:
-    """A `bench.cascade_rows.Bench` by the name of each small model."""
+    """A `bench.cascade.rows.Bench` by the name of each small model."""
     from tests.bench.whole_pictures import small_benches
 
     return small_benches()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from bench import harness
-from bench.report_rows import Results, read
-from bench.shapes import Shape
+from bench.attention.shapes import Shape
+from bench.harness import rows as harness
+from bench.report.rows import Results, read
 
 EVEN = Shape((16, 24), (8, 8), (4, 4), 2, 16, batch=2, dtype=torch.float32)
 ODD = Shape((13, 18), (8, 6), (4, 3), 4, 16, text=9, groups=2, dtype=torch.float32)

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention, command, providers_compiled, roofline
-from bench.gate import Outputs
-from bench.providers import Ready
-from bench.providers_compiled import PROVIDERS
-from bench.shapes import CPU_SHAPES, SHAPES, Task
+from bench.attention import __main__ as attention
+from bench.attention import compiled as providers_compiled
+from bench.attention.compiled import PROVIDERS
+from bench.attention.gate import Outputs
+from bench.attention.providers import Ready
+from bench.attention.shapes import CPU_SHAPES, SHAPES, Task
+from bench.harness import command
+from bench.roofline import __main__ as roofline
 from tests.bench.made_up import EVEN, ODD
 
 
@@ -24,10 +27,10 @@ from tests.bench.made_up import EVEN, ODD
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A benchmark of two small shapes on a checkout without changes; the path of its CSV."""
     monkeypatch.setattr(attention, "SHAPES", {"even": EVEN, "odd": ODD})
-    monkeypatch.setattr("bench.shapes.SHAPES", {"even": EVEN, "odd": ODD})
+    monkeypatch.setattr("bench.attention.shapes.SHAPES", {"even": EVEN, "odd": ODD})
     monkeypatch.setattr(attention, "ceilings", lambda *_, **__: roofline.Ceilings(10.0, 0.1))
-    monkeypatch.setattr("bench.harness._commit", lambda: "0123abc")
-    monkeypatch.setattr("scalediff.allocator.keep_freed_memory", lambda: True)  # for the whole process, and this one goes on
+    monkeypatch.setattr("bench.harness.rows._commit", lambda: "0123abc")
+    monkeypatch.setattr("scalediff.command.allocator.keep_freed_memory", lambda: True)  # for the whole process, and this one goes on
     monkeypatch.setattr(attention, "CPU_CACHE", 2**16)
     return tmp_path / "rows.csv"
 
@@ -112,7 +115,7 @@ def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(monkeypatch: 
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(PROVIDERS["gather"], "prepare", illegal)
-    monkeypatch.setattr("bench.harness.device_lost", lambda device: bool(lost))
+    monkeypatch.setattr("bench.harness.rows.device_lost", lambda device: bool(lost))
     arguments = ("--shape", "even", "--provider", "gather", "full")
     (row,), status = run(small, *arguments)
     assert status == "the device was lost in even/fp32/gather: the same command goes on after it"
@@ -149,14 +152,14 @@ def test_what_is_counted_after_the_clock_leaves_the_time(
 
 
 def test_what_loses_the_device_after_the_clock_ends_the_run_too(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
-    monkeypatch.setattr("bench.harness.device_lost", lambda device: True)
+    monkeypatch.setattr("bench.harness.rows.device_lost", lambda device: True)
     (row,), status = run(small, "--shape", "even", "--provider", "gather", "full")
     assert (row["status"], status) == ("ok", "the device was lost in even/fp32/gather: the same command goes on after it")
 
 
 def test_freed_memory_is_kept_where_the_host_measures(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
     kept: list[int] = []
-    monkeypatch.setattr("scalediff.allocator.keep_freed_memory", lambda: kept.append(1))
+    monkeypatch.setattr("scalediff.command.allocator.keep_freed_memory", lambda: kept.append(1))
     run(small, "--shape", "even", "--provider", "gather")
     run(small, "--shape", "even", "--provider", "gather", "--no-measure")
     assert kept == [1]
@@ -193,7 +196,7 @@ def test_a_second_run_goes_on(monkeypatch: pytest.MonkeyPatch, small: Path, caps
     assert "even/fp32/sdpa: as measured before" in capsys.readouterr().out
     rows, _ = run(small, "--shape", "even", "--provider", "sdpa", "--again")
     assert rows[0]["command"] != first[0]["command"]
-    monkeypatch.setattr("bench.harness._commit", lambda: "4567def")
+    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
     rows, _ = run(small, "--shape", "even", "--provider", "sdpa")
     assert [(r["provider"], r["commit"]) for r in rows] == [("sdpa", "4567def"), ("full-cudnn", "0123abc"), ("loop", "0123abc")]
 
@@ -212,7 +215,7 @@ def test_json_lines_and_a_comparison(monkeypatch: pytest.MonkeyPatch, small: Pat
     run(small, "--shape", "even", "--provider", "sdpa", "--no-measure", "--compare", str(other))
     assert "even/fp32/sdpa: p50_ms must be a positive number, got 'fast' there" in capsys.readouterr().out
     other.write_text(small.read_text())
-    monkeypatch.setattr("bench.harness._commit", lambda: "4567def")
+    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
     run(small, "--shape", "even", "--provider", "sdpa", "--compare", str(other))
     assert "not the same commit: here 4567def, there 0123abc; the ratios below hold that too" in capsys.readouterr().out
     run(small, "--shape", "even", "--provider", "sdpa", "loop", "--compare", str(other), "--no-measure")
@@ -243,7 +246,7 @@ def test_what_the_command_refuses(
 ) -> None:
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("bench.harness._commit", lambda: "0123abc")
+    monkeypatch.setattr("bench.harness.rows._commit", lambda: "0123abc")
     with pytest.raises(SystemExit) as stop:
         attention.main(["--device", "cpu", *arguments])
     assert stop.value.code == 2

@@ -11,14 +11,15 @@ import torch
 
 pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
-from bench import cascade_rows, harness
-from bench.cascade_clock import HostClock, Memory
-from bench.cascade_methods import METHODS, Drawn, Work
-from bench.cascade_models import SUBJECTS
-from bench.cascade_rows import Bench, Limits, Unit
-from bench.cascade_watch import Watch, composed
-from bench.roofline import Ceilings
-from scalediff.hooks import denoiser_of
+from bench.cascade import rows as cascade_rows
+from bench.cascade.clock import HostClock, Memory
+from bench.cascade.methods import METHODS, Drawn, Work
+from bench.cascade.models import SUBJECTS
+from bench.cascade.rows import Bench, Limits, Unit
+from bench.cascade.watch import Watch, composed
+from bench.harness import rows as harness
+from bench.roofline.__main__ import Ceilings
+from scalediff.patching.networks import denoiser_of
 from tests.bench.whole_pictures import TINY, rows_of, unit
 from tests.conftest import state_of
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
-from bench import cascade_authors
-from bench.cascade_authors import Authors
-from bench.zoo import ZOO
+from bench.cascade import authors as cascade_authors
+from bench.cascade.authors import Authors
+from bench.models.zoo import ZOO
 from scalediff.families import family_of
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 

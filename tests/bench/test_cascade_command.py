@@ -13,11 +13,12 @@ import torch
 
 pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
-from bench import cascade, harness
-from bench.cascade_methods import METHODS
-from bench.cascade_rows import Unit
-from bench.roofline import Ceilings
-from scalediff import plan
+from bench.cascade import __main__ as cascade
+from bench.cascade.methods import METHODS
+from bench.cascade.rows import Unit
+from bench.harness import rows as harness
+from bench.roofline.__main__ import Ceilings
+from scalediff.patching import plan
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
-from bench import cascade_authors, cascade_gate
-from bench.cascade_gate import Gate, Verdict
-from bench.cascade_methods import METHODS, Drawn
-from bench.cascade_rows import Bench
-from scalediff import plan
+from bench.cascade import authors as cascade_authors
+from bench.cascade import gate as cascade_gate
+from bench.cascade.gate import Gate, Verdict
+from bench.cascade.methods import METHODS, Drawn
+from bench.cascade.rows import Bench
+from scalediff.patching import plan
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from tests.bench.whole_pictures import TINY, rows_of, unit
 

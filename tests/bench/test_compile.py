@@ -12,14 +12,15 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from bench import compile_lowpass, predictions
-from bench.binary import Binary, exponentials, main_loops, serialised
-from bench.compile import committed, markdown
-from bench.compile_attention import Case
-from bench.roofline import cycles
+from bench.compile import lowpass as compile_lowpass
+from bench.compile.__main__ import committed, markdown
+from bench.compile.attention import Case
+from bench.compile.binary import Binary, exponentials, main_loops, serialised
+from bench.predictions import __main__ as predictions
+from bench.roofline.__main__ import cycles
 
 ROOT = Path(__file__).parents[2]
-DOC = ROOT / "docs" / "compiled.md"
+DOC = ROOT / "docs" / "evidence" / "compiled.md"
 
 LISTING = """
 .L_x_0:
@@ -68,7 +69,7 @@ def test_products_that_wait_for_each_other_and_repeated_softmaxes_are_faults() -
     assert faults(case, 2, 66) == []
     assert faults(case, 3, 66) == ["products that wait for each other"]
     assert faults(case, 1, 132) == ["2.06 exponentials a score"]
-    assert faults(Case(160, text=512), 34, 72) == [], "known: docs/compiled.md"
+    assert faults(Case(160, text=512), 34, 72) == [], "known: docs/evidence/compiled.md"
     assert faults(Case(160), 34, 20) == ["products that wait for each other"]
     assert "head dims above 128" in DOC.read_text()
 
@@ -88,7 +89,7 @@ def test_the_roofline_counts_what_is_repeated_and_ranks_what_is_serialised_last(
 
 
 def test_predictions_shown_are_the_committed_ones() -> None:
-    assert "\n".join(predictions.table()) in (ROOT / "docs" / "kernels.md").read_text()
+    assert "\n".join(predictions.table()) in (ROOT / "docs" / "internals" / "kernels.md").read_text()
 
 
 def test_faults_are_named() -> None:
@@ -111,7 +112,7 @@ def test_the_page_is_that_of_the_committed_rows() -> None:
 
 
 def test_the_roofline_shown_is_that_of_the_committed_rows() -> None:
-    """Every line of the table in docs/kernels.md is a line of the CSV: blocks, programs, cycles, bound."""
+    """Every line of the table in docs/internals/kernels.md is a line of the CSV: blocks, programs, cycles, bound."""
     with (ROOT / "bench" / "results" / "static-roofline-sm_90.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns = ("programs", "matrix", "exponentials", "issue", "l2", "total", "bound")
@@ -119,7 +120,7 @@ def test_the_roofline_shown_is_that_of_the_committed_rows() -> None:
         (r["shape"][:4], f"{r['queries']} x {r['keys']}, {r['num_warps']}, {r['num_stages']}", *(r[c] for c in columns)) for r in rows
     }
     shown, shape = set(), ""
-    for line in (ROOT / "docs" / "kernels.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "internals" / "kernels.md").read_text().splitlines():
         cells = [cell.strip(" *") for cell in line.split("|")[1:-1]]
         if len(cells) == 2 + len(columns) and cells[1][:1].isdigit():
             shape = cells[0][:4] or shape
@@ -129,8 +130,9 @@ def test_the_roofline_shown_is_that_of_the_committed_rows() -> None:
 
 
 COMPILED = """
-from bench import compile_attention, compile_lowpass
-from bench.binary import compile_launch
+from bench.compile import attention as compile_attention
+from bench.compile import lowpass as compile_lowpass
+from bench.compile.binary import compile_launch
 cases = [compile_attention.Case(128, text=512), compile_lowpass.Case("down", "latent", pictures=3)]
 launches = [case.launch("sm_90") for case in cases]
 binaries = [compile_launch(launch, "sm_90") for launch in launches]

@@ -17,11 +17,11 @@ pytest.importorskip("diffusers", reason="the models are diffusers' classes")
 
 import diffusers
 
-from bench import flops
-from bench.flops import Counter, Row, comma_separated, difference, main, markdown, views
-from bench.flops_models import MODELS
-from scalediff.flops import _attention_of, _counted, attention_work, count, layer_work
-from scalediff.hooks import patch_model
+from bench.flops import __main__ as flops
+from bench.flops.__main__ import Counter, Row, comma_separated, difference, main, markdown, views
+from bench.flops.models import MODELS
+from scalediff.cost.flops import _attention_of, _counted, attention_work, count, layer_work
+from scalediff.patch import patch_model
 
 counter = cache(Counter)
 
@@ -87,7 +87,7 @@ def test_a_cascade_is_what_the_plan_says() -> None:
 @pytest.mark.parametrize("attention", ["npa", "full"])
 @pytest.mark.parametrize("name", ["sd3.5-large", "lumina-next"])
 def test_attention_is_what_torch_counts(name: str, attention: Any, text_queries: Any) -> None:
-    """One block at true width, 2048 x 1536 pixels; those of SDXL and FLUX are in tests/scalediff/test_flops.py."""
+    """One block at true width, 2048 x 1536 pixels; those of SDXL and FLUX are in tests/scalediff/cost/test_flops.py."""
     with torch.device("meta"):
         if name == "sd3.5-large":
             denoiser: Any = diffusers.SD3Transformer2DModel(

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_parts, harness
-from bench.gpu_parts import PARTS, Part
+from bench.gpu import __main__ as gpu
+from bench.gpu import parts as gpu_parts
+from bench.gpu.parts import PARTS, Part
+from bench.harness import rows as harness
 
 FACTS = {
     "machine": "NVIDIA H200",

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import attention, cascade, gpu, gpu_parts, harness, lowpass
-from bench.gpu_parts import PARTS, Part
+from bench.attention import __main__ as attention
+from bench.cascade import __main__ as cascade
+from bench.gpu import __main__ as gpu
+from bench.gpu import parts as gpu_parts
+from bench.gpu.parts import PARTS, Part
+from bench.harness import rows as harness
+from bench.lowpass import __main__ as lowpass
 
 FIRST = ["tests", "kernel", "attention-goals", "cascade-sdxl", "cascade-flux"]
 

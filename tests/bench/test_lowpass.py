@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import command, lowpass, lowpass_cases
-from bench.lowpass_cases import FEATURES, IMPLEMENTATIONS, LATENTS, LOW_PASS, Case
-from bench.timing import launches, measure
+from bench.harness import command
+from bench.harness.timing import launches, measure
+from bench.lowpass import __main__ as lowpass
+from bench.lowpass import cases as lowpass_cases
+from bench.lowpass.cases import FEATURES, IMPLEMENTATIONS, LATENTS, LOW_PASS, Case
 
 ROOT = Path(__file__).parents[2]
 SMALL = Case("small", (1, 2, 32, 32))
@@ -36,8 +38,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(lowpass, "FEATURES", [])
     monkeypatch.setattr(lowpass, "CPU_CACHE", 2**13)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr("bench.harness._commit", lambda: "0123abc")
-    monkeypatch.setattr("bench.harness.forget", lambda device: None)  # small pictures leave nothing, and it takes most of the time
+    monkeypatch.setattr("bench.harness.rows._commit", lambda: "0123abc")
+    monkeypatch.setattr("bench.harness.rows.forget", lambda device: None)  # small pictures leave nothing, and it takes most of the time
     return tmp_path / "rows.csv"
 
 
@@ -166,9 +168,9 @@ def test_ours_in_an_error_is_told_by_the_exit_status(small: Path, monkeypatch: p
 def test_the_gate_is_kept_without_assertions() -> None:
     """python -O takes every `assert` out."""
     code = """
-from bench import lowpass
+from bench.lowpass import __main__ as lowpass
 from dataclasses import replace
-from bench.lowpass_cases import IMPLEMENTATIONS, Case, each
+from bench.lowpass.cases import IMPLEMENTATIONS, Case, each
 wrong = replace(IMPLEMENTATIONS[9], prepare=each(lambda x: x))
 print(__debug__, wrong.operation.name, wrong.name, *lowpass.Bench(Case("small", (1, 2, 32, 32)), "cpu", seconds=0.001).measured([wrong]))
 """
@@ -188,8 +190,8 @@ def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(small: Path, 
         raise RuntimeError("an illegal memory access was encountered")
 
     replaced(monkeypatch, "guided step", "torch.compile", prepare=illegal)
-    monkeypatch.setattr("bench.side_by_side.groups", lambda items, device: [[item] for item in items])  # as on a GPU
-    monkeypatch.setattr("bench.harness.device_lost", lambda device: bool(lost))
+    monkeypatch.setattr("bench.harness.side_by_side.groups", lambda items, device: [[item] for item in items])  # as on a GPU
+    monkeypatch.setattr("bench.harness.rows.device_lost", lambda device: bool(lost))
     rows, status = run(small)
     assert status == "the device was lost in small/float32/planes/guided step/torch.compile: the same command goes on after it"
     assert (len(rows), rows[-1]["status"]) == (4, "FAILED")
@@ -240,9 +242,9 @@ def test_a_second_run_goes_on(small: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert len(small.read_text().splitlines()) == len(whole), "rows that were not asked for are kept"
     assert again("--again") == every
     assert again("--seconds", "0.002") == every, "measured for another time"
-    monkeypatch.setattr("bench.harness._commit", lambda: "4567def")
+    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
     assert again() == every, "another commit"
-    monkeypatch.setattr("bench.harness._commit", lambda: "4567def with changes")
+    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def with changes")
     assert again() == again() == every
 
 
@@ -256,7 +258,7 @@ def test_json_lines_and_a_comparison(small: Path, monkeypatch: pytest.MonkeyPatc
     assert [json.loads(row) for row in told.out.splitlines()] == rows
     assert f"{OURS[0]}: " in told.err
     assert "x\n" in told.err
-    monkeypatch.setattr("bench.harness._commit", lambda: "4567def")
+    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
     run(small, "--compare", str(other))
     assert "not the same commit: here 4567def, there 0123abc; the ratios below hold that too" in capsys.readouterr().out
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import harness, lowpass, lowpass_page
-from bench.lowpass_cases import FEATURES, LATENTS, Case
+from bench.harness import rows as harness
+from bench.lowpass import __main__ as lowpass
+from bench.lowpass import page as lowpass_page
+from bench.lowpass.cases import FEATURES, LATENTS, Case
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
-    assert (ROOT / "docs" / "filters-measured.md").read_text() == lowpass_page.markdown(lowpass.committed())
+    assert (ROOT / "docs" / "evidence" / "filters-measured.md").read_text() == lowpass_page.markdown(lowpass.committed())
     lowpass.main(["--doc", str(tmp_path / "page.md")])
     assert (tmp_path / "page.md").read_text() == lowpass_page.markdown(lowpass.committed())
 
@@ -76,9 +78,9 @@ def test_the_page_ends_with_the_cases_that_the_gpu_has_no_time_for() -> None:
 
 
 def test_the_ratios_in_prose_are_those_of_the_committed_rows() -> None:
-    """docs/filters.md: guided steps on latents against the definition line by line, and every operation against one filter by hand."""
+    """docs/internals/filters.md: guided steps on latents against the definition, and every operation against one filter by hand."""
     (rows,) = (rows for rows in lowpass.committed().values() if not rows[0]["cuda"])
-    prose = (ROOT / "docs" / "filters.md").read_text()
+    prose = (ROOT / "docs" / "internals" / "filters.md").read_text()
 
     def ratios(case: str, layout: str, operation: str, other: str) -> list[float]:
         of = [r for r in rows if r["case"].startswith(case) and (r["layout"], r["operation"]) == (layout, operation)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.metrics import (
+from bench.quality.metrics import (
     _components,
     count_discs,
     disc_columns,

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import harness, providers_compiled
-from bench.gate import GateFailed, Outputs, truth
-from bench.providers_compiled import PROVIDERS
-from bench.providers_sdpa import one_window
-from bench.shapes import Inputs, Shape, Task
+from bench.attention import compiled as providers_compiled
+from bench.attention.compiled import PROVIDERS
+from bench.attention.gate import GateFailed, Outputs, truth
+from bench.attention.sdpa import one_window
+from bench.attention.shapes import Inputs, Shape, Task
+from bench.harness import rows as harness
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from tests.bench.made_up import EVEN, ODD
 
@@ -125,7 +126,7 @@ def test_the_gate_finds_one_wrong_patch_one_wrong_text_and_one_value_nobody_wrot
 def test_the_gate_stands_where_python_drops_asserts() -> None:
     code = (
         "import torch\n"
-        "from bench.gate import GateFailed, Outputs, Sample, Truth\n"
+        "from bench.attention.gate import GateFailed, Outputs, Sample, Truth\n"
         "from scalediff_kernels.testing import assert_within_budget\n"
         "tokens, right = torch.arange(2), torch.ones(1, 2, 1, 1)\n"
         "nan, zero, double = right * torch.nan, torch.zeros(1, 2, 1, 1), right.double()\n"

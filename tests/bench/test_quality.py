@@ -13,9 +13,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from bench import harness, quality
-from bench.quality_rows import FACTS, TABLES, summary
-from scalediff.pipelines import preset
+from bench.harness import rows as harness
+from bench.quality import __main__ as quality
+from bench.quality.rows import FACTS, TABLES, summary
+from scalediff.cascade.pipeline import preset
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import rehearsal
-from bench.gpu_parts import PARTS
+from bench.gpu.parts import PARTS
+from bench.rehearsal import __main__ as rehearsal
 
 
 def test_one_part_of_every_kind_is_rehearsed() -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
-from bench import attention, harness, report, report_drawing
-from bench.providers_compiled import PROVIDERS
-from bench.report_goals import FAMILIES, GOALS, KERNEL, METHODS, Goal, comparable
-from bench.report_plots import plots, state
-from bench.report_rows import FACTS, HOW, NOT_YET, Results, read
-from bench.report_tables import goals
-from bench.shapes import tasks
+from bench.attention import __main__ as attention
+from bench.attention.compiled import PROVIDERS
+from bench.attention.shapes import tasks
+from bench.harness import rows as harness
+from bench.report import __main__ as report
+from bench.report import drawing as report_drawing
+from bench.report.goals import FAMILIES, GOALS, KERNEL, METHODS, Goal, comparable
+from bench.report.plots import plots, state
+from bench.report.rows import FACTS, HOW, NOT_YET, Results, read
+from bench.report.tables import goals
 from tests.bench.made_up import CPU, H200, Table, call, part, run, written
 
 README = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n{report.QUALITY_BEGIN}\nold\n{report.QUALITY_END}\nend\n"
@@ -317,7 +320,7 @@ def test_the_readme_has_the_table_of_quality(place: Path) -> None:
 
 def test_the_report_needs_none_of_what_measuring_needs() -> None:
     missing = ("diffusers", "transformers", "triton", "matplotlib", "PIL")
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); from bench import report; from bench.report_rows import read"
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); from bench import report; from bench.report.rows import read"
     code += "; results = read(report.RESULTS.parent); print(report.markdown(results, report.DOCS), report.quality(results))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=True)
     assert "| H100 or H200 | flux-4096 | all implementations |" in ran.stdout
@@ -337,7 +340,7 @@ def test_the_benchmarks_write_the_columns_that_are_read() -> None:
         return {column for row in table.values() for column in row}
 
     assert columns(call("a/b", "c", 1)) | set(FACTS) - {"diffusers", *HOW} | {"executed_gflop", "setup_ms"} <= set(attention.FIELDS)
-    cascade = pytest.importorskip("bench.cascade", reason="bench/cascade.py is not in this checkout")
+    cascade = pytest.importorskip("bench.cascade", reason="bench/cascade/__main__.py is not in this checkout")
     rows = (
         columns(run("a", "b", 1)) | columns(part("a", "b", "c", 1)) | {"p20_ms", "p50_ms", "p80_ms", "peak_megabytes", "before_megabytes"}
     )

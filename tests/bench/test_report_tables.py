@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.cascade_methods import METHODS as DRAWN
-from bench.cascade_models import SUBJECTS
-from bench.providers_compiled import CPU as ON_CPU
-from bench.providers_compiled import PROVIDERS
-from bench.report_goals import METHODS
-from bench.report_missing import JOINT, attention, excluded, exists, missing
-from bench.report_pictures import PARTS, Run, pictures, shares
-from bench.report_plots import OTHER, Plot, Point, plots
-from bench.report_rows import Results, table
-from bench.report_tables import attention as calls
-from bench.shapes import CPU_SHAPES, SHAPES, tasks
+from bench.attention.compiled import CPU as ON_CPU
+from bench.attention.compiled import PROVIDERS
+from bench.attention.shapes import CPU_SHAPES, SHAPES, tasks
+from bench.cascade.methods import METHODS as DRAWN
+from bench.cascade.models import SUBJECTS
+from bench.report.goals import METHODS
+from bench.report.missing import JOINT, attention, excluded, exists, missing
+from bench.report.pictures import PARTS, Run, pictures, shares
+from bench.report.plots import OTHER, Plot, Point, plots
+from bench.report.rows import Results, table
+from bench.report.tables import attention as calls
 from tests.bench.made_up import CPU, Table, call, part, run, written
 
 
@@ -168,7 +168,7 @@ def test_implementations_are_excluded_by_what_they_refuse(shapes: dict[str, obje
 @pytest.mark.parametrize("model", ["sdxl-small", "flux-small", "demo"])
 def test_methods_are_excluded_by_what_the_models_refuse(model: str) -> None:
     pytest.importorskip("diffusers", reason="models are diffusers'")
-    from bench.cascade_methods import Drawn
+    from bench.cascade.methods import Drawn
 
     drawn = Drawn(SUBJECTS[model], "cpu")
     for method in DRAWN.values():
@@ -221,7 +221,7 @@ def test_a_roofline_tells_shapes_apart(place: Path) -> None:
 
 
 def test_every_method_has_a_colour_of_its_own() -> None:
-    from bench.report_drawing import _METHOD_COLORS, _PART_COLORS
+    from bench.report.drawing import _METHOD_COLORS, _PART_COLORS
 
     assert len(set(_METHOD_COLORS.values())) == len(METHODS)
     assert len(set(_PART_COLORS.values())) == len(PARTS) + 1

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import providers
-from bench.flops import views
-from bench.providers_compiled import PROVIDERS
-from bench.shapes import CPU_SHAPES, QUICK, SHAPES, Shape, Task, tasks, view_starts
+from bench.attention import providers
+from bench.attention.compiled import PROVIDERS
+from bench.attention.shapes import CPU_SHAPES, QUICK, SHAPES, Shape, Task, tasks, view_starts
+from bench.flops.__main__ import views
 from scalediff_kernels.neighborhood.geometry import attention_bytes
 from tests.bench.made_up import ODD
 

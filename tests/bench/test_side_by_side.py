@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention, roofline, side_by_side
-from bench.gate import GateFailed
-from bench.providers_compiled import PROVIDERS
-from bench.providers_sdpa import one_window
-from bench.shapes import Task
-from bench.side_by_side import Entrant
-from bench.timing import Timing
+from bench.attention import __main__ as attention
+from bench.attention.compiled import PROVIDERS
+from bench.attention.gate import GateFailed
+from bench.attention.sdpa import one_window
+from bench.attention.shapes import Task
+from bench.harness import side_by_side
+from bench.harness.side_by_side import Entrant
+from bench.harness.timing import Timing
+from bench.roofline import __main__ as roofline
 from tests.bench.made_up import EVEN
 
 SKIPPED = Entrant({"row": "b", "status": "skipped"}, [])
@@ -24,11 +26,11 @@ def test_what_breaks_while_it_is_timed_is_an_error_of_its_own(monkeypatch: pytes
     def broken() -> None:
         raise RuntimeError("out of memory\nat last")
 
-    monkeypatch.setattr("bench.timing._wait", lambda device: None)
-    monkeypatch.setattr("bench.timing._by_events", lambda calls: [1.0 for call in calls if call() is None])
+    monkeypatch.setattr("bench.harness.timing._wait", lambda device: None)
+    monkeypatch.setattr("bench.harness.timing._by_events", lambda calls: [1.0 for call in calls if call() is None])
     entrants = [Entrant({"row": "a"}, [broken]), SKIPPED, Entrant({"row": "c"}, [lambda: None])]
     for lost, status in ((False, "error"), (True, "FAILED")):
-        monkeypatch.setattr("bench.harness.device_lost", lambda device, lost=lost: lost)
+        monkeypatch.setattr("bench.harness.rows.device_lost", lambda device, lost=lost: lost)
         (a, a_time), (b, b_time), (c, c_time) = side_by_side.timed(entrants, device, seconds=0.001)
         assert (a, a_time) == ({"row": "a", "status": status, "note": "RuntimeError: out of memory"}, None)
         assert (b, b_time, c) == (SKIPPED.row, None, {"row": "c"})
@@ -79,7 +81,7 @@ def test_on_a_cpu_rows_are_timed_side_by_side_and_on_a_gpu_alone(monkeypatch: py
     monkeypatch.setattr(side_by_side, "measure_in_turn", alone)
     monkeypatch.setattr(side_by_side, "measure_side_by_side", beside)
     monkeypatch.setattr(attention, "_counted", lambda call, device: {})
-    monkeypatch.setattr("bench.harness.forget", lambda device: made.append("forgotten"))
+    monkeypatch.setattr("bench.harness.rows.forget", lambda device: made.append("forgotten"))
     providers = [PROVIDERS["sdpa"], PROVIDERS["full"]]
     one = one_window(Task("even", EVEN, torch.float32, "cpu"))
     for device, p50, order, rate in (

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from bench import cascade, cascade_authors
-from bench.cascade_methods import METHODS
-from bench.cascade_rows import Bench, Limits, Row, Unit
-from bench.roofline import Ceilings
-from scalediff import cascade as library_cascade
-from scalediff import plan, schedule
+from bench.cascade import __main__ as cascade
+from bench.cascade import authors as cascade_authors
+from bench.cascade.methods import METHODS
+from bench.cascade.rows import Bench, Limits, Row, Unit
+from bench.roofline.__main__ import Ceilings
+from scalediff.cascade import run as library_cascade
+from scalediff.cascade import schedule
+from scalediff.patching import plan
 from scalediff_kernels.neighborhood import windowed_sdpa
 
 REPLACED = {

@@ -33,7 +33,7 @@ class GuidedStep:
     Raises:
         ValueError, TypeError, NotImplementedError: as `low_pass`; unknown prediction.
 
-    ScaleDiff, arXiv:2510.25818; docs/math/guidance.md derives the weights.
+    ScaleDiff, arXiv:2510.25818; docs/internals/guidance.md derives the weights.
     """
 
     def __init__(self, reference: Tensor, *, cutoff: float, prediction: Prediction, kind: Kind = "resize", impl: Impl = "auto") -> None:

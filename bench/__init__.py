@@ -1,0 +1,1 @@
+"""Benchmarks and the pages made from them: a folder a command, `python -m bench.NAME`. Never installed."""

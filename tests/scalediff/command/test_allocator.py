@@ -1,0 +1,65 @@
+"""Freed memory is kept where a program asks for it, and nowhere else."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scalediff.command import allocator, drawing
+from scalediff.command.cli import main
+
+# Pages that are mapped anew while 64 MB are allocated, written and freed again and again.
+FAULTS = """
+import resource, torch
+{setup}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24), torch.ones(2**24)
+before = faults()
+for _ in range(8):
+    torch.ones(2**24)
+print((faults() - before) * resource.getpagesize() / (8 * 2**26))
+"""
+
+
+def mapped_anew(setup: str) -> float:
+    """The share of the tensors' memory, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", FAULTS.format(setup=setup)], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(not allocator.keep_freed_memory(), reason="the system's allocator is not glibc's")
+def test_freed_memory_is_used_again() -> None:
+    assert mapped_anew("from scalediff.command.allocator import keep_freed_memory\nassert keep_freed_memory()") < 0.01
+
+
+@pytest.mark.skipif(not allocator.keep_freed_memory(), reason="the system's allocator is not glibc's")
+def test_the_library_leaves_the_allocator_alone() -> None:
+    assert mapped_anew("import scalediff, scalediff.command.cli") > 0.99
+
+
+@pytest.mark.parametrize("missing", [AttributeError, OSError, TypeError])
+def test_another_allocator_is_told(monkeypatch: pytest.MonkeyPatch, missing: type[Exception]) -> None:
+    def load(name: None) -> object:
+        raise missing
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert not allocator.keep_freed_memory()
+
+
+@pytest.mark.parametrize(("room", "kept"), [(10**6, 1), (1, 0)])
+def test_the_command_keeps_it_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int, kept: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(drawing, "keep_freed_memory", lambda: asked.append(1))
+    monkeypatch.setattr(drawing, "room", lambda device: room * 2**30)
+    assert (
+        main(["generate", "a moon", "--size", "64", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "moon.png"), "--quiet"]) == 0
+    )
+    assert len(asked) == kept
+    assert f"of {room}" in capsys.readouterr().err

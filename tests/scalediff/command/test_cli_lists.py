@@ -1,0 +1,153 @@
+"""The command with several prompts and seeds, with a preset and switches, and what it says of memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scalediff.cascade.metadata import read_metadata
+from scalediff.command import drawing, loading
+from scalediff.command.cli import main
+
+Image = pytest.importorskip("PIL.Image")
+
+FAST = ["--size", "128", "--steps", "4", "--restart", "0.5", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def _here(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_demo", lambda: demo)
+    monkeypatch.chdir(tmp_path)
+
+
+def last_pictures(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("*.png") if ".stage" not in p.name)
+
+
+def settings_of(file: str) -> dict[str, Any]:
+    told: dict[str, Any] = read_metadata(Path(file))["settings"]
+    return told
+
+
+def test_every_prompt_with_every_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "more.txt").write_text("a sun\n\n  a moon \n")
+    assert main(["generate", "a moon", "--prompts", "more.txt", "--seed", "3,5-6", "--json", *FAST]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["prompt"], one["seed"]) for one in told] == [(p, s) for p in ("a moon", "a sun", "a moon") for s in (3, 5, 6)]
+    files = [one["file"] for one in told]
+    assert last_pictures(tmp_path) == sorted(files)
+    assert len(set(files)) == 9, "the prompt that is there twice has files of its own"
+    assert [read_metadata(Path(file))["seed"] for file in files] == [3, 5, 6] * 3
+    first, again = (Image.open(files[i]).tobytes() for i in (0, 6))
+    assert first == again
+    assert [(stage["height"], stage["steps"]) for stage in told[0]["stages"]] == [(64, 4), (128, 2)]
+    assert told[0]["settings"]["restart"] == 0.5
+
+
+def test_several_pictures_go_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "here").mkdir()
+    assert main(["generate", "a moon", "--seed", "0,1", "--out", "here", "--workdir", "kept", *FAST]) == 0
+    assert last_pictures(tmp_path / "here") == ["a-moon-0.png", "a-moon-1.png"]
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["a-moon-0", "a-moon-1"]
+    capsys.readouterr()
+    assert main(["generate", "a moon", "--seed", "0,1", "--out", "one.png", *FAST]) == 2
+    assert "--out must be a folder that exists for 2 pictures, got one.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a prompt is needed: on the line, or in a file with --prompts"),
+        (["--prompts", "missing.txt"], "--prompts must be a text file with a prompt in each line, got missing.txt"),
+        (["a moon", "--preset", "nope"], "preset must be one of default, paper for this UNet2DConditionModel, got 'nope'"),
+        (["a moon", "--restart", "0.5,0.2"], "restart must have one value for each stage above the native size, here 1, got"),
+        (["a moon", "--sizes", "64,256"], "the last of sizes must be the target 128 x 128"),
+        (["a moon", "--sizes", "32,128"], "at most twice along an axis, got (32, 32) and (128, 128)"),
+        (["a moon", "--vae-attention", "npa"], "vae_attention='npa' is for autoencoders of pictures with attention, got AutoencoderKL"),
+        (["a moon", "--size-conditioning", "native"], "size_conditioning is for pipelines that tell a size to the model"),
+    ],
+)
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["generate", *FAST, *arguments]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1]
+    assert said[-1].startswith("scalediff: error: ")
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_line_goes_before_the_preset() -> None:
+    assert main(["generate", "a moon", "--preset", "paper", "--steps", "5", "--size", "128", "--quiet"]) == 0
+    told = settings_of("a-moon-0.png")
+    assert (told["steps"], told["guidance_scale"], told["restart"]) == (5, 7.5, 0.4)
+    assert read_metadata(Path("a-moon-0.png"))["preset"] == "paper"
+
+
+def test_every_switch_has_an_option() -> None:
+    chosen = {
+        "restart": [0.5, 0.25], "guidance_until": 0.5, "sg_cutoff_start": [0.5, 0.25], "filter": "butterworth", "anchor": "trajectory",
+        "jitter": "alternate", "attention": "full", "lfm_cutoff": 0.25, "sg_cutoff": [0.125, 0.25], "guidance_scale": 2.0,
+    }  # fmt: skip
+    line = []
+    for name, value in chosen.items():
+        line += ["--" + name.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    assert main(["generate", "a moon", "--steps", "4", "--size", "256", "--sizes", "64,128,256", "--no-lfm", "--quiet", *line]) == 0
+    told = settings_of("a-moon-0.png")
+    assert {name: told[name] for name in chosen} == chosen
+    assert told["lfm"] is False
+    assert set(drawing._SWITCHES) == set(told), "an option for each"
+
+
+def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    keep = drawing.save_png
+
+    def look(image: Any, path: Path, *, metadata: Any) -> None:
+        if ".preview" in path.name:
+            shown.append((image.size, metadata["stage"], metadata["step"]))
+        keep(image, path, metadata=metadata)
+
+    monkeypatch.setattr(drawing, "save_png", look)
+    assert main(["generate", "a moon", "--preview", "2", *FAST]) == 0
+    assert shown == [((64, 64), "1/2", "2/4"), ((64, 64), "1/2", "4/4"), ((64, 64), "2/2", "2/2")]
+    assert last_pictures(tmp_path) == ["a-moon-0.png"]
+
+
+def test_memory_is_told_before_anything_is_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "room", lambda device: 2**20)
+    monkeypatch.setattr(drawing, "generate", lambda *args, **kwargs: pytest.fail("drawn") if not said() else stop())
+
+    def said() -> str:
+        told.append(capsys.readouterr().err)
+        return told[-1]
+
+    def stop() -> None:
+        raise torch.OutOfMemoryError("as foretold")
+
+    told: list[str] = []
+    assert main(["generate", "a moon", *FAST]) == 1
+    assert "memory: about 1.0 GiB of 0.0 GiB: too little; by estimate it takes 1.0 GiB as it is" in told[0]
+    assert capsys.readouterr().err == "scalediff: error: as foretold\n"
+
+
+def test_low_memory_draws_the_same_picture_nearly(tmp_path: Path) -> None:
+    """On a CPU nothing is moved; tiles and split guidance change roundings and the seams of tiles alone."""
+    assert main(["generate", "a moon", "--out", "a.png", *FAST]) == 0
+    assert main(["generate", "a moon", "--out", "b.png", "--split-guidance", *FAST]) == 0
+    assert main(["generate", "a moon", "--out", "c.png", "--low-memory", *FAST]) == 0
+    a, b, c = (torch.tensor(list(Image.open(tmp_path / name).tobytes())).float() for name in ("a.png", "b.png", "c.png"))
+    assert (a - b).abs().max() <= 1
+    assert 0 < (a - c).abs().mean() < 16
+
+
+def test_a_scheduler_of_trailing_steps(demo: Any) -> None:
+    config = demo.scheduler
+    try:
+        assert main(["generate", "a moon", "--scheduler", "euler", "--timestep-spacing", "trailing", *FAST]) == 0
+        assert demo.scheduler.config.timestep_spacing == "trailing"
+    finally:
+        demo.scheduler = config
+    assert read_metadata(Path("a-moon-0.png"))["scheduler"] == "EulerDiscreteScheduler"

@@ -1,0 +1,114 @@
+"""The counted work: attention's formulas against what torch runs, with windows and without, at true size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from scalediff.cascade.memory import planned
+from scalediff.command.cli import main
+from scalediff.cost.flops import MODELS, _attention_of, _counted, attention_work, count, forward_work, layer_work
+from scalediff.patch import patch_model
+from scalediff.settings import Attention
+from scalediff_kernels.neighborhood.api import TextQueries
+
+diffusers = pytest.importorskip("diffusers", reason="the models are diffusers' classes")
+
+
+def counted_attention(denoiser: Any, inputs: dict[str, Any], *, attention: Attention, text_queries: TextQueries = "window") -> float:
+    """TFLOPs of the attention that torch runs in a patched pass, window by window; position ids are read, so not on the meta device."""
+    with patch_model(denoiser, text_queries=text_queries) as handle:
+        handle.attention = attention
+        return _attention_of(_counted(lambda: denoiser(**inputs)))
+
+
+@pytest.mark.parametrize("attention", ["npa", "full"])
+def test_attention_of_sdxl_is_what_torch_counts(attention: Attention) -> None:
+    """Self-attention at two levels, over windows or all, and cross-attention to 77 tokens; a grid that is not square."""
+    with torch.device("meta"):
+        unet: Any = MODELS["sdxl"].denoiser()
+        inputs = MODELS["sdxl"].inputs(256, 192)
+    attended, cross = attention_work(unet, inputs, attention=attention)
+    blocks = {1: 10, 2: 60}  # by level: a quarter of the tokens and twice the channels each
+    assert cross == pytest.approx(sum(n * 4 * (256 * 192 // 4**k) * 77 * 640 * k for k, n in blocks.items()) / 1e12, rel=1e-12)
+    assert attended + cross == pytest.approx(counted_attention(unet, inputs, attention=attention), rel=1e-12)
+    linear, convolution = layer_work(unet, inputs)
+    assert linear > convolution > 0
+
+
+@pytest.mark.parametrize(("attention", "text_queries"), [("npa", "window"), ("npa", "global"), ("full", "window")])
+def test_attention_of_flux_is_what_torch_counts(attention: Attention, text_queries: TextQueries) -> None:
+    """One block of each kind, at true width and size: 2048 x 1536 pixels."""
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        inputs = MODELS["flux"].inputs(256, 192)
+    attended, cross = attention_work(transformer, inputs, attention=attention, text_queries=text_queries)
+    counted = counted_attention(transformer, inputs, attention=attention, text_queries=text_queries)
+    assert (attended, cross) == (pytest.approx(counted, rel=1e-12), 0)
+
+
+@pytest.mark.parametrize("latent", [(128, 128), (64, 256)])
+def test_up_to_the_native_area_windows_change_nothing(latent: tuple[int, int]) -> None:
+    """Nor do the rules for text: the hook lets such passes through."""
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        inputs = MODELS["flux"].inputs(*latent)
+    full = forward_work(transformer, inputs, attention="full")
+    assert forward_work(transformer, inputs, attention="npa") == full
+    assert full.attention == pytest.approx(counted_attention(transformer, inputs, attention="npa"), rel=1e-12)
+
+
+def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    settings, (base,) = count("sdxl", (1024, 1024))
+    assert (base.steps, base.passes, settings.steps) == (50, 100, 50)
+    assert base.total == pytest.approx(base.attention + base.linear + base.convolution + base.vae)
+    assert main(["plan", "--size", "1024"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[2].split()[:5] == ["1024", "x", "1024", "50", "100"]
+    (share,) = (line.split() for line in table if line.split()[0] == "share")
+    assert share[-1] == "100.0%"
+    assert table[-5].startswith("memory of a GPU in bf16")
+    assert [line.split()[1] for line in table[-4:]] == ["GiB"] * 4
+    assert main(["plan", "--size", "1024", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["unit"] == "TFLOP"
+    assert told["stages"][0]["total"] == pytest.approx(base.total)
+    for share in (told["share"], told["stages"][0]["share"]):
+        assert share["attention"] == pytest.approx(base.attention / base.total)
+    peaks = list(told["memory"]["peak"].values())
+    assert peaks == sorted(peaks, reverse=True)
+    assert 6e9 < peaks[-1] < peaks[0] < 12e9, "5 GB of U-Net and more"
+
+
+def test_the_memory_of_true_models_is_what_the_project_aims_at() -> None:
+    """SDXL at 4096 within 12 GB and at 8192 within 24 GB, FLUX at 4096 within 40 GB; weights by their published numbers."""
+    for name, size, parameters, goal in (("sdxl", 4096, 2.567e9, 12e9), ("sdxl", 8192, 2.567e9, 24e9), ("flux", 4096, 11.9e9, 40e9)):
+        needs = planned(name, (size, size))
+        assert needs.weights["denoiser"] == pytest.approx(2 * parameters, rel=0.01)
+        assert min(needs.ways().values()) < goal
+        assert needs.ways()["as it is"] > goal
+    texts = [planned(name, (1024, 1024)).weights for name in ("sdxl", "flux")]
+    assert [texts[0][f"text_encoder_{i}"] for i in (0, 1)] == pytest.approx([2 * 123.1e6, 2 * 694.7e6], rel=0.01)
+    assert texts[1]["text_encoder_1"] == pytest.approx(2 * 4.762e9, rel=0.01)
+
+
+def test_a_model_without_a_plan_is_refused() -> None:
+    with pytest.raises(ValueError, match="model must be one of sdxl, flux, got 'dalle'"):
+        planned("dalle", (1024, 1024))
+
+
+def test_unknown_models_and_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="model must be one of sdxl, flux, got 'dalle'"):
+        count("dalle", (1024, 1024))
+    assert main(["plan", "--size", "512"]) == 2
+    assert "at least the model's native 1024 x 1024" in capsys.readouterr().err
+
+
+def test_flux_is_counted_too() -> None:
+    """Text attends in every window under the authors' rule; the published figure is 28.6 to 31 PFLOP for 4096 x 4096."""
+    _, rows = count("flux", (4096, 4096))
+    assert [row.passes for row in rows] == [30, 18, 18]
+    assert 28_000 < sum(row.total for row in rows) < 31_000
