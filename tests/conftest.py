@@ -21,6 +21,16 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # the models are small: threads cost more than they bring, above all beside other work
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may be missing
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`-n` means `--dist worksteal`: neighbouring tests share fixtures and caches, and no worker waits for another's long test."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
     """Triton's interpreter replaces the builtins of `triton.language` again at every call of a device function: up to half its time."""
