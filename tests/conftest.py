@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,46 @@ if not torch.cuda.is_available():
 
 
 torch.set_num_threads(1)  # the models are small: threads cost more than they bring, above all beside other work
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may be missing
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`-n` means `--dist worksteal`: neighbouring tests share fixtures and caches, and no worker waits for another's long test."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces the builtins of `triton.language` again at every call of a device function: up to half its time."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    original, launch, replaced = interpreter._patch_lang, interpreter.GridExecutor.__call__, dict[frozenset[int], Any]()
+
+    @functools.cache
+    def languages(function: Any) -> frozenset[int]:
+        return frozenset(id(value) for value in function.__globals__.values() if value is interpreter.tl or value is interpreter.tl.core)
+
+    def once(function: Any) -> Any:
+        key = languages(function)
+        if key not in replaced:
+            replaced[key] = original(function)
+        return replaced[key]
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        launch(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_patch_lang", once)
+        patched.setattr(interpreter.GridExecutor, "__call__", launched)
+        yield
 
 
 @pytest.fixture(scope="session")

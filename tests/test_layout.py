@@ -112,19 +112,18 @@ def test_public_names_are_pinned() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("statement", "absent"),
-    [
-        ("import scalediff_kernels", MODEL_LIBRARIES | {"scalediff", "triton"}),
-        ("import scalediff", MODEL_LIBRARIES | {"triton"}),
-        ("from scalediff.command.cli import main", MODEL_LIBRARIES | {"triton"}),
-    ],
-)
-def test_import_is_light(statement: str, absent: set[str]) -> None:
-    """In a fresh process; what torch itself has loaded by then is not counted."""
-    code = f"import sys, torch; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
-    assert absent.isdisjoint(loaded)
+def test_imports_are_light() -> None:
+    """One after another in a fresh process, each on top of the last; what torch itself has loaded by then is not counted."""
+    absent = {
+        "import scalediff_kernels": MODEL_LIBRARIES | {"scalediff", "triton"},
+        "import scalediff": MODEL_LIBRARIES | {"triton"},
+        "from scalediff.command.cli import main": MODEL_LIBRARIES | {"triton"},
+    }
+    lines = [f"{statement}; print(*(set(sys.modules) - before))" for statement in absent]
+    code = "\n".join(["import sys, torch; before = set(sys.modules)", *lines])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    for (statement, names), loaded in zip(absent.items(), done.stdout.splitlines(), strict=True):
+        assert names.isdisjoint(loaded.split()), statement
 
 
 def lines(paths: list[Path]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import pytest
@@ -49,6 +50,16 @@ class Problem:
             "scale": self.dim**-0.5 if self.scale is None else self.scale,
         }
 
+    @property
+    def patches(self) -> Pair:
+        rows, columns = (len(windows(*axis)) for axis in zip(self.grid, self.window, self.patch, self.offset, strict=True))
+        return rows, columns
+
+    @property
+    def programs(self) -> int:
+        """Of image and text queries together, for patches of one tile."""
+        return self.batch * self.heads * prod(self.patches) * (2 if self.rule == "window" else 1)
+
     def inputs(self) -> tuple[Tensor, ...]:
         """q, k, v and, with text, text_q, text_k, text_v."""
         rng = torch.Generator().manual_seed(0)
@@ -79,14 +90,20 @@ class Problem:
     def tables(self) -> tuple[Tensor, Tensor] | None:
         if not self.rope:
             return None
-        patches = [len(windows(n, w, p, o)) for n, w, p, o in zip(self.grid, self.window, self.patch, self.offset, strict=True)]
-        angles = torch.rand(*patches, self.dim // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 6.3
+        angles = torch.rand(*self.patches, self.dim // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 6.3
         return angles.cos(), angles.sin()
+
+
+MOST_PROGRAMS = 64  # of a drawn problem: the interpreter runs one after another
 
 
 def draw(seed: int, target: str | None) -> Problem:
     """For a target with descriptors mostly what they can read: 16 bits, windows of 4 x 4 at least, aligned rows."""
     rng = random.Random(seed)
+    return next(problem for problem in iter(lambda: _draw(rng, target), None) if problem.programs <= MOST_PROGRAMS)
+
+
+def _draw(rng: random.Random, target: str | None) -> Problem:
     boxes = target == "sm_90" and rng.random() < 0.9
     axes = []
     for _ in range(2):
@@ -201,7 +218,7 @@ CHOSEN = [
     Problem((9, 9), (9, 9), (4, 4), (1, 2), 72, heads=1, groups=1),
     Problem((6, 10), (64, 64), (32, 32), (31, 7), 24),
     Problem((1, 23), (1, 7), (1, 3), (0, 2), 16),
-    Problem((12, 12), (6, 6), (3, 3), (1, 1), 32, heads=4, groups=1, text=9, rope=True, rule="window", dtype=torch.float16),
+    Problem((10, 10), (6, 6), (3, 3), (1, 1), 32, heads=4, groups=1, text=9, rope=True, rule="window", dtype=torch.float16),
     Problem((10, 8), (4, 8), (2, 4), (1, 0), 48, heads=4, groups=2, text=20, rope=True, rule="global", layout="heads first"),
     Problem((8, 8), (4, 4), (2, 2), (0, 1), 96, text=3, rule="window", layout="packed", dtype=torch.float16),
     Problem((4, 12), (4, 8), (2, 8), (0, 3), 32, text=20, rope=True, rule="window", layout="joint", dtype=torch.float16),

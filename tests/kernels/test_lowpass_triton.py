@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
 
+    @property
+    def tiles(self) -> int:
+        """Of 16 x 16 pixels, with four channels of a channels-last picture in one."""
+        batch, channels, height, width = self.shape
+        return batch * -(-channels // (4 if self.layout == "channels last" else 1)) * -(-height // 16) * -(-width // 16)
+
     def pictures(self) -> list[Tensor]:
         return [self._laid_out(torch.Generator().manual_seed(seed)) for seed in range(2)]
 
@@ -50,8 +57,15 @@ class Case:
         return x
 
 
-def draw(seed: int) -> Case:
+MOST_TILES = 40  # of a problem drawn for the interpreter, which runs one program after another
+
+
+def draw(seed: int, *, most_tiles: float = math.inf) -> Case:
     rng = random.Random(seed)
+    return next(case for case in iter(lambda: _draw(rng), None) if case.tiles <= most_tiles)
+
+
+def _draw(rng: random.Random) -> Case:
     layout = rng.choice(["contiguous", "contiguous", "channels last", "packed", "transposed", "cut out", "expanded"])
     sides = [rng.randint(2, 70) * (2 if layout == "packed" else 1) for _ in range(2)]
     channels = rng.choice([1, 2, 3, 4, 9, 16]) if layout == "channels last" else rng.choice([1, 3])
@@ -105,7 +119,7 @@ def test_chosen_problems_keep_the_error_budget(case: Case, name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_drawn_problems_keep_the_error_budget(seed: int) -> None:
-    assert_right(draw(seed), list(CALLS)[seed % 3])
+    assert_right(draw(seed, most_tiles=MOST_TILES), list(CALLS)[seed % 3])
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -117,7 +131,7 @@ def test_matrix_products_keep_the_error_budget(seed: int) -> None:
 @pytest.mark.parametrize("block", range(6))
 def test_many_drawn_problems_keep_the_error_budget(block: int) -> None:
     for seed in range(1000 + 50 * block, 1050 + 50 * block):
-        assert_right(draw(seed), list(CALLS)[seed % 3])
+        assert_right(draw(seed, most_tiles=MOST_TILES), list(CALLS)[seed % 3])
 
 
 @pytest.mark.slow

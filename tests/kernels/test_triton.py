@@ -70,14 +70,14 @@ def test_natten_agrees(seed: int) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_query_sees_its_window_and_nothing_else(target: str | None) -> None:
     """NaN in every key outside a patch's window must not reach the patch: boxes that do not tile the window stay inside it."""
-    problem = Problem((14, 13), (7, 6), (3, 2), (1, 1), 16, heads=1, groups=1, dtype=torch.float16)
+    problem = Problem((11, 9), (7, 6), (3, 2), (1, 1), 16, heads=1, groups=1, dtype=torch.float16)
     q, k, v = problem.inputs()
     clean = run(problem, target)[0]
     assert_path(target)
-    rows, columns = windows(14, 7, 3, 1), windows(13, 6, 2, 1)
+    rows, columns = windows(11, 7, 3, 1), windows(9, 6, 2, 1)
     for y0, y1, key_y0, key_y1 in rows[::3]:
-        for x0, x1, key_x0, key_x1 in columns[::5]:
-            outside = torch.ones(14, 13, dtype=torch.bool, device=DEVICE)
+        for x0, x1, key_x0, key_x1 in columns[::4]:
+            outside = torch.ones(11, 9, dtype=torch.bool, device=DEVICE)
             outside[key_y0:key_y1, key_x0:key_x1] = False
             poisoned = [x.masked_fill(outside[None, :, :, None, None], float("nan")) for x in (k, v)]
             out = run(problem, target, (q, *poisoned))[0]
@@ -86,10 +86,10 @@ def test_a_query_sees_its_window_and_nothing_else(target: str | None) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_rotating_text_by_zero_changes_nothing(target: str | None) -> None:
-    problem = Problem((8, 8), (4, 4), (2, 2), (0, 0), 16, text=5, rule="window", dtype=torch.float16)
+    problem = Problem((6, 6), (4, 4), (2, 2), (0, 0), 16, text=5, rule="window", dtype=torch.float16)
     plain = run(problem, target)
     assert_path(target)
-    zero = torch.zeros(4, 4, 8, device=DEVICE)
+    zero = torch.zeros(3, 3, 8, device=DEVICE)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Problem, "tables", lambda self: (zero.cos(), zero.sin()))
         turned = run(problem, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from scalediff.cascade.memory import planned
+from scalediff.command import commands
 from scalediff.command.cli import main
 from scalediff.cost.flops import MODELS, _attention_of, _counted, attention_work, count, forward_work, layer_work
 from scalediff.patch import patch_model
@@ -25,17 +27,25 @@ def counted_attention(denoiser: Any, inputs: dict[str, Any], *, attention: Atten
         return _attention_of(_counted(lambda: denoiser(**inputs)))
 
 
-@pytest.mark.parametrize("attention", ["npa", "full"])
-def test_attention_of_sdxl_is_what_torch_counts(attention: Attention) -> None:
-    """Self-attention at two levels, over windows or all, and cross-attention to 77 tokens; a grid that is not square."""
+@pytest.fixture(scope="module")
+def sdxl() -> tuple[Any, dict[str, Any]]:
+    """The U-Net at its true size, and inputs of a grid that is not square."""
     with torch.device("meta"):
-        unet: Any = MODELS["sdxl"].denoiser()
-        inputs = MODELS["sdxl"].inputs(256, 192)
+        return MODELS["sdxl"].denoiser(), MODELS["sdxl"].inputs(256, 192)
+
+
+@pytest.mark.parametrize("attention", ["npa", "full"])
+def test_attention_of_sdxl_is_what_torch_counts(sdxl: tuple[Any, dict[str, Any]], attention: Attention) -> None:
+    """Self-attention at two levels, over windows or all, and cross-attention to 77 tokens."""
+    unet, inputs = sdxl
     attended, cross = attention_work(unet, inputs, attention=attention)
     blocks = {1: 10, 2: 60}  # by level: a quarter of the tokens and twice the channels each
     assert cross == pytest.approx(sum(n * 4 * (256 * 192 // 4**k) * 77 * 640 * k for k, n in blocks.items()) / 1e12, rel=1e-12)
     assert attended + cross == pytest.approx(counted_attention(unet, inputs, attention=attention), rel=1e-12)
-    linear, convolution = layer_work(unet, inputs)
+
+
+def test_linear_layers_of_sdxl_are_most_of_its_layers(sdxl: tuple[Any, dict[str, Any]]) -> None:
+    linear, convolution = layer_work(*sdxl)
     assert linear > convolution > 0
 
 
@@ -61,8 +71,11 @@ def test_up_to_the_native_area_windows_change_nothing(latent: tuple[int, int]) -
     assert full.attention == pytest.approx(counted_attention(transformer, inputs, attention="npa"), rel=1e-12)
 
 
-def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    settings, (base,) = count("sdxl", (1024, 1024))
+def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    once = functools.cache(count)  # for the table and for JSON
+    monkeypatch.setattr(commands, "count", once)
+    monkeypatch.setattr(commands, "planned", functools.cache(planned))
+    settings, (base,) = once("sdxl", (1024, 1024), attention="npa")
     assert (base.steps, base.passes, settings.steps) == (50, 100, 50)
     assert base.total == pytest.approx(base.attention + base.linear + base.convolution + base.vae)
     assert main(["plan", "--size", "1024"]) == 0
@@ -85,12 +98,14 @@ def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_memory_of_true_models_is_what_the_project_aims_at() -> None:
     """SDXL at 4096 within 12 GB and at 8192 within 24 GB, FLUX at 4096 within 40 GB; weights by their published numbers."""
+    weights = {}
     for name, size, parameters, goal in (("sdxl", 4096, 2.567e9, 12e9), ("sdxl", 8192, 2.567e9, 24e9), ("flux", 4096, 11.9e9, 40e9)):
         needs = planned(name, (size, size))
+        weights[name] = needs.weights
         assert needs.weights["denoiser"] == pytest.approx(2 * parameters, rel=0.01)
         assert min(needs.ways().values()) < goal
         assert needs.ways()["as it is"] > goal
-    texts = [planned(name, (1024, 1024)).weights for name in ("sdxl", "flux")]
+    texts = [weights[name] for name in ("sdxl", "flux")]
     assert [texts[0][f"text_encoder_{i}"] for i in (0, 1)] == pytest.approx([2 * 123.1e6, 2 * 694.7e6], rel=0.01)
     assert texts[1]["text_encoder_1"] == pytest.approx(2 * 4.762e9, rel=0.01)
 

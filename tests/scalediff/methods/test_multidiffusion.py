@@ -129,10 +129,10 @@ def of_class(name: str) -> Any:
 def test_averaging_outputs_is_averaging_steps_of_the_schedulers_named(name: str) -> None:
     """Several steps of each, with a history of its own for every view."""
     pipe, arguments = built("SDXL")
-    pipe.scheduler, size = of_class(name), (16, 24)
+    pipe.scheduler, size = of_class(name), (16, 16)
     with scalediff.patch_model(pipe, window=WINDOW):
-        stage = run(pipe, size, arguments, MultiDiffusion(view_batch=3), steps=6)
-    noise = torch.randn(1, 4, 8, 12, generator=seeded())
+        stage = run(pipe, size, arguments, MultiDiffusion(view_batch=4), steps=6)
+    noise = torch.randn(1, 4, 8, 8, generator=seeded())
     expected = by_definition(sdxl_model(pipe, arguments, size), laid_out(pipe.scheduler, 6), noise, window=4, stride=2)
     scale = expected.abs().max()
     torch.testing.assert_close(stage.latents.double() / scale, expected / scale, rtol=1e-4, atol=1e-4)
