@@ -28,13 +28,30 @@ TILES = [(1 << i, BLOCK >> i) for i in range(1, 7)]
 class Tiling(NamedTuple):
     """A grid cut into tiles of BLOCK tokens, each contiguous: text first, padded to whole blocks, then tile after tile."""
 
+    task: Task
     tile: Pair
-    text: int  # tokens, padded
-    tiles: Pair
+
+    @property
+    def text(self) -> int:
+        """Text tokens, padded."""
+        return -(-self.task.shape.text // BLOCK) * BLOCK
+
+    @property
+    def tiles(self) -> Pair:
+        return -(-self.task.shape.grid[0] // self.tile[0]), -(-self.task.shape.grid[1] // self.tile[1])
 
     @property
     def tokens(self) -> int:
         return self.text + BLOCK * prod(self.tiles)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the mask with a pair that attends: of windows a product of both axes' tiles, and those of text."""
+        axes, text = [], self.text // BLOCK
+        for spans, tile, count in zip(self.task.spans, self.tile, self.tiles, strict=True):
+            seen = [[span for span in spans if span.query_start < (n + 1) * tile and span.query_stop > n * tile] for n in range(count)]
+            axes.append(sum(-(-some[-1].key_stop // tile) - some[0].key_start // tile for some in seen))
+        return prod(axes) + text * (2 * prod(self.tiles) + text)
 
     def tiled(self, image: Tensor, text: Tensor) -> Tensor:
         """`[B, Y, X, H, D]` and `[B, T, H, D]` to `[B, H, S, D]`."""
@@ -44,84 +61,32 @@ class Tiling(NamedTuple):
         joined: Tensor = torch.cat([F.pad(text.transpose(1, 2), (0, 0, 0, self.text - text.shape[1])), x], 2) if self.text else x
         return joined.contiguous()
 
-    def untiled(self, x: Tensor, task: Task) -> tuple[Tensor, Tensor | None]:
+    def untiled(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """`[B, H, S, D]` back to image and text."""
-        text = x[:, :, : task.shape.text].transpose(1, 2) if self.text else None
+        s = self.task.shape
+        text = x[:, :, : s.text].transpose(1, 2) if self.text else None
         image = x[:, :, self.text :].unflatten(2, (*self.tiles, *self.tile))
-        return rearrange(image, "b h r c y x d -> b (r y) (c x) h d")[:, : task.shape.grid[0], : task.shape.grid[1]], text
+        return rearrange(image, "b h r c y x d -> b (r y) (c x) h d")[:, : s.grid[0], : s.grid[1]], text
+
+    def attends(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q attends to key k, in arithmetic that a compiler sees. A padded query is the last real one."""
+        s, sees, inside = self.task.shape, k >= self.text, k >= self.text
+        for q_n, k_n, length, window, patch in zip(self.place(q), self.place(k), s.grid, self.task.window, s.patch, strict=True):
+            centre = torch.clamp(q_n, 0, length - 1) // patch * patch + patch // 2
+            start = torch.clamp(centre - window // 2, 0, length - window)
+            sees, inside = sees & (k_n >= start) & (k_n < start + window), inside & (k_n < length)
+        return torch.where((q < self.text) | (k < self.text), (k < s.text) | inside, sees) if self.text else sees
+
+    def place(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column in the grid of tiled token i."""
+        n, rest = (i - self.text) // BLOCK, (i - self.text) % BLOCK
+        columns, (height, width) = self.tiles[1], self.tile
+        return n // columns * height + rest // width, n % columns * width + rest % width
 
 
 def tiling(task: Task) -> Tiling:
     """The tiles whose mask keeps the fewest blocks."""
-
-    def kept(tile: Pair) -> int:
-        return prod(int(_axis(task, axis, tile[axis])[0].sum()) for axis in (0, 1))
-
-    tile = min(TILES, key=lambda t: (kept(t), max(t)))
-    text = -(-task.shape.text // BLOCK) * BLOCK
-    return Tiling(tile, text, (-(-task.shape.grid[0] // tile[0]), -(-task.shape.grid[1] // tile[1])))
-
-
-def blocks(task: Task, tiles: Tiling) -> tuple[Tensor, Tensor]:
-    """Blocks with a pair that attends, and blocks of such pairs alone, `[S / BLOCK, S / BLOCK]`: products of both axes' blocks."""
-    (some_y, all_y), (some_x, all_x) = (_axis(task, axis, tiles.tile[axis]) for axis in (0, 1))
-    n, count = tiles.text // BLOCK, tiles.tokens // BLOCK
-    some, every = (torch.ones(count, count, dtype=torch.bool) for _ in range(2))
-    some[n:, n:], every[n:, n:] = torch.kron(some_y, some_x), torch.kron(all_y, all_x)
-    whole = [torch.arange(1, m + 1) * size <= length for m, size, length in zip(tiles.tiles, tiles.tile, task.shape.grid, strict=True)]
-    every[:n, n:] = torch.kron(*whole)
-    every[:, :n] = torch.arange(1, n + 1) * BLOCK <= task.shape.text
-    return some, every
-
-
-def _axis(task: Task, axis: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Tiles of queries against tiles of keys along one axis: some pair attends, all do. A padded query is the last real one."""
-    length = task.shape.grid[axis]
-    count = -(-length // tile)
-    attends = torch.zeros(count * tile, count * tile, dtype=torch.bool)
-    for q0, q1, k0, k1 in task.spans[axis]:
-        attends[q0:q1, k0:k1] = True
-    attends[length:] = attends[length - 1]
-    cut = attends.view(count, tile, count, tile)
-    return cut.any(3).any(1), cut.all(3).all(1)
-
-
-def mask_of(task: Task, tiles: Tiling) -> Callable[..., Tensor]:
-    """The same mask token by token, in arithmetic that a compiler sees."""
-    text, (height, width), columns = tiles.text, tiles.tile, tiles.tiles[1]
-    grid, window, patch = task.shape.grid, task.window, task.shape.patch
-
-    def place(i: Tensor) -> tuple[Tensor, Tensor]:
-        n, rest = (i - text) // BLOCK, (i - text) % BLOCK
-        return n // columns * height + rest // width, n % columns * width + rest % width
-
-    def start(x: Tensor, axis: int) -> Tensor:
-        x = torch.clamp(x, 0, grid[axis] - 1)
-        return torch.clamp(x // patch[axis] * patch[axis] + patch[axis] // 2 - window[axis] // 2, 0, grid[axis] - window[axis])
-
-    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        (q_y, q_x), (k_y, k_x) = place(q), place(k)
-        y, x = start(q_y, 0), start(q_x, 1)
-        sees = (k_y >= y) & (k_y < y + window[0]) & (k_x >= x) & (k_x < x + window[1])
-        if not text:
-            return sees
-        real = (k < task.shape.text) | ((k >= text) & (k_y < grid[0]) & (k_x < grid[1]))
-        return torch.where((q < text) | (k < text), real, sees)
-
-    return mask
-
-
-def block_mask(task: Task, tiles: Tiling) -> Any:
-    """FlexAttention's mask, made from lists of blocks: its own function would make all S x S pairs."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    some, every = blocks(task, tiles)
-    lists = list[Tensor]()
-    for chosen in (some & ~every, every):
-        order = torch.argsort(chosen.to(torch.int8), dim=1, descending=True, stable=True)
-        lists += [x.to(task.device, torch.int32).contiguous()[None, None] for x in (chosen.sum(1), order)]
-    count, order, full_count, full_order = lists
-    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=BLOCK, mask_mod=mask_of(task, tiles))
+    return min((Tiling(task, tile) for tile in TILES), key=lambda tiles: (tiles.blocks, max(tiles.tile)))
 
 
 def flex(task: Task, *, pretiled: bool = False) -> Ready:
@@ -129,12 +94,15 @@ def flex(task: Task, *, pretiled: bool = False) -> Ready:
 
     With `pretiled` it takes and returns tiled tokens, as a model that tiles once would hold them; otherwise tiling is part of the call.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()  # or later shapes get one graph for all
     begun = time.perf_counter()
     tiles = tiling(task)
-    mask = block_mask(task, tiles)
+    mask = create_block_mask(
+        lambda b, h, q, k: tiles.attends(q, k), None, None, tiles.tokens, tiles.tokens,
+        device=task.device, BLOCK_SIZE=BLOCK, _compile=task.device == "cuda",  # compiled it does not make all pairs of tokens
+    )  # fmt: skip
     backend, setup_ms = f"tiles {tiles.tile[0]}x{tiles.tile[1]}", 1000 * (time.perf_counter() - begun)
     # On a GPU blocks are chosen by measuring. Every row of the mask has a key; queries are scaled once; Hopper's unit loads tiles.
     options: Any = {"ROWS_GUARANTEED_SAFE": True, "PRESCALE_QK": True, "USE_TMA": True} if task.device == "cuda" else None
@@ -148,20 +116,16 @@ def flex(task: Task, *, pretiled: bool = False) -> Ready:
         grouped = q.shape[1] != k.shape[1]
         return flex_attention(q, k, v, block_mask=mask, scale=task.scale, enable_gqa=grouped, kernel_options=options)
 
-    def untile(out: Tensor) -> tuple[Tensor, Tensor | None]:
-        return tiles.untiled(out, task)
-
     if pretiled:
         run = torch.compile(attend, dynamic=False, fullgraph=True, mode=mode)
-        return Ready(run, lay, lambda out: image_and_text(untile(out)), backend, setup_ms)
-    whole = torch.compile(lambda inputs: untile(attend(lay(inputs))), dynamic=False, fullgraph=True, mode=mode)
+        return Ready(run, lay, lambda out: image_and_text(tiles.untiled(out)), backend, setup_ms)
+    whole = torch.compile(lambda inputs: tiles.untiled(attend(lay(inputs))), dynamic=False, fullgraph=True, mode=mode)
     return Ready(whole, backend=backend, setup_ms=setup_ms)
 
 
 def blocks_flops(task: Task) -> int:
     """Of FlexAttention, which computes whole blocks."""
-    kept = int(blocks(task, tiling(task))[0].sum())
-    return 4 * task.shape.batch * task.shape.heads * task.shape.head_dim * kept * BLOCK**2
+    return 4 * task.shape.batch * task.shape.heads * task.shape.head_dim * tiling(task).blocks * BLOCK**2
 
 
 def natten(task: Task) -> Ready:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -75,12 +76,31 @@ def eager_low_pass(x: Tensor) -> Tensor:
     return F.interpolate(down, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def exact_low_pass(x: Tensor) -> Tensor:
-    return low_pass_reference(x, cutoff=CUTOFF, kind="resize")
+def eager_mix(high: Tensor, low: Tensor) -> Tensor:
+    return high + eager_low_pass(low - high)
 
 
-def our_low_pass(x: Tensor) -> Tensor:
-    return low_pass(x, cutoff=CUTOFF)
+def eager_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
+    """One filter a step, its result moved into epsilon: the best that can be written by hand."""
+    x0 = (x - LEVEL.noise * output) / LEVEL.signal
+    return output - (GAMMA * LEVEL.signal / LEVEL.noise) * eager_low_pass(reference - x0)
+
+
+def published_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
+    """The definition line by line, with two filters a step, then back to epsilon."""
+    x0 = (x - LEVEL.noise * output) / LEVEL.signal
+    x0 = x0 + GAMMA * (eager_low_pass(reference) - eager_low_pass(x0))
+    return (x - LEVEL.signal * x0) / LEVEL.noise
+
+
+exact_low_pass = partial(low_pass_reference, cutoff=CUTOFF, kind="resize")
+exact_step = partial(guided_step_reference, level=LEVEL, prediction="epsilon", gamma=GAMMA, cutoff=CUTOFF, kind="resize")
+
+
+def our_steps(sets: Sequence[Pictures]) -> list[Call]:
+    """Steps of one stage, which has made the coarse grid of its reference."""
+    made = [(GuidedStep(reference, cutoff=CUTOFF, prediction="epsilon"), x, output) for x, output, reference in sets]
+    return [partial(step, x, output, level=LEVEL, gamma=GAMMA) for step, x, output in made]
 
 
 def fft_low_pass(x: Tensor) -> Tensor:
@@ -97,50 +117,11 @@ def _butterworth(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def torchvision_blur(x: Tensor) -> Any:
-    from torchvision.transforms.functional import gaussian_blur
-
-    return gaussian_blur(x, [TAPS, TAPS], [STD, STD])
+    return import_module("torchvision.transforms.functional").gaussian_blur(x, [TAPS, TAPS], [STD, STD])
 
 
 def kornia_blur(x: Tensor) -> Any:
-    from kornia.filters import gaussian_blur2d
-
-    return gaussian_blur2d(x, (TAPS, TAPS), (STD, STD))
-
-
-def eager_mix(high: Tensor, low: Tensor) -> Tensor:
-    return high + eager_low_pass(low - high)
-
-
-def exact_mix(high: Tensor, low: Tensor) -> Tensor:
-    return high + exact_low_pass(low - high)
-
-
-def our_mix(high: Tensor, low: Tensor) -> Tensor:
-    return mix_frequencies(high, low, cutoff=CUTOFF)
-
-
-def eager_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
-    """One filter a step, its result moved into epsilon: the best that can be written by hand."""
-    x0 = (x - LEVEL.noise * output) / LEVEL.signal
-    return output - (GAMMA * LEVEL.signal / LEVEL.noise) * eager_low_pass(reference - x0)
-
-
-def published_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
-    """The definition line by line, with two filters a step, then back to epsilon."""
-    x0 = (x - LEVEL.noise * output) / LEVEL.signal
-    x0 = x0 + GAMMA * (eager_low_pass(reference) - eager_low_pass(x0))
-    return (x - LEVEL.signal * x0) / LEVEL.noise
-
-
-def exact_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
-    return guided_step_reference(x, output, reference, level=LEVEL, prediction="epsilon", gamma=GAMMA, cutoff=CUTOFF, kind="resize")
-
-
-def our_steps(sets: Sequence[Pictures]) -> list[Call]:
-    """Steps of one stage, which has made the coarse grid of its reference."""
-    made = [(GuidedStep(reference, cutoff=CUTOFF, prediction="epsilon"), x, output) for x, output, reference in sets]
-    return [partial(step, x, output, level=LEVEL, gamma=GAMMA) for step, x, output in made]
+    return import_module("kornia.filters").gaussian_blur2d(x, (TAPS, TAPS), (STD, STD))
 
 
 def each(function: Callable[..., Tensor]) -> Prepare:
@@ -186,7 +167,7 @@ class Implementation:
 
 
 STEP = Operation("guided step", (0, 1, 2), 4, eager_step, exact_step)
-MIX = Operation("mix frequencies", (0, 2), 4, eager_mix, exact_mix)
+MIX = Operation("mix frequencies", (0, 2), 4, eager_mix, lambda high, low: high + exact_low_pass(low - high))
 LOW_PASS = Operation("low pass", (0,), 2, eager_low_pass, exact_low_pass)
 IMPLEMENTATIONS = (
     Implementation(STEP, "eager", each(eager_step)),
@@ -194,10 +175,10 @@ IMPLEMENTATIONS = (
     Implementation(STEP, "eager, line by line", each(published_step), "shown"),
     Implementation(STEP, "torch.compile", compiled(eager_step)),
     Implementation(MIX, "eager", each(eager_mix)),
-    Implementation(MIX, "scalediff", each(our_mix)),
+    Implementation(MIX, "scalediff", each(lambda high, low: mix_frequencies(high, low, cutoff=CUTOFF))),
     Implementation(MIX, "torch.compile", compiled(eager_mix)),
     Implementation(LOW_PASS, "eager", each(eager_low_pass)),
-    Implementation(LOW_PASS, "scalediff", each(our_low_pass)),
+    Implementation(LOW_PASS, "scalediff", each(lambda x: low_pass(x, cutoff=CUTOFF))),
     Implementation(LOW_PASS, "torch.compile", compiled(eager_low_pass)),
     Implementation(LOW_PASS, "FFT, Butterworth", each(fft_low_pass), "other"),
     Implementation(LOW_PASS, "torchvision gaussian_blur", each(torchvision_blur), "other", "torchvision"),

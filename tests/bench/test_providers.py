@@ -173,42 +173,40 @@ def test_full_attention_that_stands_for_windows_fails_its_gate() -> None:
     truth(inputs, "full").check(found)
 
 
-def test_every_row_of_the_mask_has_a_key() -> None:
-    """Padded ones among them: FlexAttention is told so."""
-    for task in (
-        TASKS[0],
-        TASKS[2],
-        TASKS[4],
+@pytest.mark.parametrize(
+    "task",
+    [
         Task("x", Shape((37, 45), (16, 20), (8, 5), 1, 8, text=130), torch.float32, "cpu", "global"),
-    ):
-        tiles = providers_compiled.tiling(task)
-        i = torch.arange(tiles.tokens)
-        assert providers_compiled.mask_of(task, tiles)(i[:1], i[:1], i[:, None], i[None]).any(1).all()
-
-
-def test_a_mask_of_blocks_is_that_of_its_tokens() -> None:
-    """FlexAttention computes what is listed: blocks that hold no pair are absent, full ones hold nothing else."""
-    shape = Shape((37, 45), (16, 20), (8, 5), 1, 8, text=130)
-    for task in (
-        Task("x", shape, torch.float32, "cpu", "global"),
         Task("x", Shape((32, 64), (16, 32), (8, 16), 1, 8), torch.float32, "cpu"),
-    ):
-        tiles = providers_compiled.tiling(task)
-        some, every = providers_compiled.blocks(task, tiles)
-        i = torch.arange(tiles.tokens)
-        dense = providers_compiled.mask_of(task, tiles)(i[:1], i[:1], i[:, None], i[None])
-        cut = dense.expand(tiles.tokens, tiles.tokens).unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
-        assert torch.equal(some, cut.any(3).any(1))
-        assert torch.equal(every, cut.all(3).all(1))
-        assert every.any(), "no block is full: the test shows nothing"
-        assert (~some).any(), "no block is empty: the test shows nothing"
-        listed = providers_compiled.block_mask(task, tiles)
-        assert torch.equal(listed.to_dense()[0, 0].bool(), some)
-        x = torch.arange(float(task.shape.tokens)).view(1, -1, 1, 1)
-        image, text = x[:, task.shape.text :].unflatten(1, shape.grid if task.rule else (32, 64)), x[:, : task.shape.text]
-        back, back_text = tiles.untiled(tiles.tiled(image, text), task)
-        assert torch.equal(back, image)
-        assert back_text is None or torch.equal(back_text, text)
+        *(TASKS[n] for n in (0, 2, 4)),
+    ],
+    ids=lambda t: f"{t.shape.grid}",
+)
+def test_a_mask_of_blocks_is_that_of_its_tokens(task: Task) -> None:
+    """Every row has a key, padded ones among them, as FlexAttention is told; the blocks that are counted are those that it computes."""
+    tiles = providers_compiled.tiling(task)
+    i = torch.arange(tiles.tokens)
+    dense = tiles.attends(i[:, None], i[None]).expand(tiles.tokens, tiles.tokens)
+    assert dense.any(1).all()
+    assert int(dense.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(3).any(1).sum()) == tiles.blocks
+    s, real = task.shape, torch.cat([i[: task.shape.text], i[tiles.text :]])
+    y, x = tiles.place(real)
+    inside = (real < s.text) | ((y < s.grid[0]) & (x < s.grid[1]))
+    expected = torch.zeros(s.tokens, s.tokens, dtype=torch.bool)
+    expected[: s.text], expected[:, : s.text] = True, True
+    number = torch.arange(s.text, s.tokens).view(s.grid)
+    for y0, y1, key_y0, key_y1 in task.spans[0]:
+        for x0, x1, key_x0, key_x1 in task.spans[1]:
+            queries, keys = number[y0:y1, x0:x1].flatten(), number[key_y0:key_y1, key_x0:key_x1].flatten()
+            expected[queries[:, None], keys] = True
+    order = torch.where(real < s.text, real, s.text + y * s.grid[1] + x)[inside]
+    assert torch.equal(dense[real[inside]][:, real[inside]], expected[order][:, order]), "the windows of the geometry"
+    assert not dense[:, real[~inside]].any(), "padding is no key"
+    tokens = torch.arange(float(s.tokens)).view(1, -1, 1, 1)
+    image, text = tokens[:, s.text :].unflatten(1, s.grid), tokens[:, : s.text]
+    back, back_text = tiles.untiled(tiles.tiled(image, text))
+    assert torch.equal(back, image)
+    assert back_text is None or torch.equal(back_text, text)
 
 
 def test_one_window_is_attended_as_often_as_there_are_windows(monkeypatch: pytest.MonkeyPatch) -> None:
