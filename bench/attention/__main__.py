@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.attention import compiled
 from bench.attention.compiled import PROVIDERS
@@ -84,10 +84,12 @@ class Bench:
         row |= {} if ready.setup_ms is None else {"setup_ms": f"{ready.setup_ms:.4g}"}
         if provider.function not in self._truths:
             self._truths[provider.function] = truth(self._sets[0], provider.function)
-        with poisoned_memory() if provider.name in (*OURS, "loop") else nullcontext():  # what nobody writes is NaN
-            result, backends = watched(partial(ready.run, laid[0]))
+        seen = SeenBackends()
+        # What our code and the loop leave unwritten is NaN.
+        with poisoned_memory() if provider.name in (*OURS, "loop") else nullcontext(), nullcontext() if ready.backend else seen:
+            result = ready.run(laid[0])
         error, eager = self._truths[provider.function].check(ready.unlay(result))
-        row |= {"backend": ", ".join(filter(None, (backends, ready.backend))), "error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
+        row |= {"backend": ready.backend or " and ".join(seen.names), "error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
         return row, [partial(ready.run, x) for x in laid]
 
     def _numbers(self, provider: Provider, timing: Timing, beside: Timing | None) -> Row:
@@ -106,13 +108,17 @@ class Bench:
         return row
 
 
-def watched(call: Call) -> tuple[Any, str]:
-    """The result of a call, and the backends of torch's attention that answered in it."""
-    with profile(use_kineto=False) as trace:
-        result = call()
-    name = r"aten::_scaled_dot_product_(?:attention_)?(cudnn|flash|efficient|math)"
-    found = [match[1] for event in trace.function_events if (match := re.match(name, event.name))]
-    return result, " and ".join(dict.fromkeys(found))
+class SeenBackends(TorchDispatchMode):
+    """Notes the backends of torch's attention that answer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: dict[str, None] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if match := re.search(r"_scaled_dot_product_\w*?(cudnn|flash|efficient)", str(function)):
+            self.names[match[1]] = None
+        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

@@ -35,44 +35,26 @@ def image_and_text(found: tuple[Tensor, Tensor | None]) -> Outputs:
 
 
 class Ready(NamedTuple):
-    """A provider prepared for a task.
+    """A provider prepared for a task."""
 
-    Attributes:
-        run: The call that is timed.
-        lay: Turns inputs into what `run` takes, as a model with this provider would hold them; not timed.
-        unlay: Turns what `run` returns into `Outputs`; not timed.
-        backend: What answers, where torch's profiler cannot see it.
-        setup_ms: Time of what is made once for a shape.
-    """
-
-    run: Callable[[Any], Any]
-    lay: Callable[[Inputs], Any] = lambda inputs: inputs
-    unlay: Callable[[Any], Outputs] = image_and_text
-    backend: str = ""
-    setup_ms: float | None = None
+    run: Callable[[Any], Any]  # the call that is timed
+    lay: Callable[[Inputs], Any] = lambda inputs: inputs  # to what `run` takes, as a model with this provider would hold them; not timed
+    unlay: Callable[[Any], Outputs] = image_and_text  # from what `run` returns; not timed
+    backend: str = ""  # what answers, where it is not one of torch's attention
+    setup_ms: float | None = None  # of what is made once for a shape
 
 
 @dataclass
 class Provider:
-    """One implementation.
-
-    Attributes:
-        name: On the command line and in rows.
-        make: Prepares it for a task.
-        function: What it computes.
-        backend: The only backend that torch's attention may use; any when empty.
-        rules: The rules for text that it can follow.
-        unavailable: Why it cannot run a task here; empty where it may.
-        work: FLOPs of one call with its padding, None where they are unknown; the useful ones by default.
-    """
+    """One implementation."""
 
     name: str
     make: Callable[[Task], Ready]
     function: Literal["window", "full", "views"] = "window"
-    backend: str = ""
-    rules: tuple[str, ...] = ("", "window", "global")
-    unavailable: Callable[[Task], str] = lambda task: ""
-    work: Callable[[Task], int | None] | None = None
+    backend: str = ""  # the only one that torch's attention may use; any when empty
+    rules: tuple[str, ...] = ("", "window", "global")  # for text, that it can follow
+    unavailable: Callable[[Task], str] = lambda task: ""  # why it cannot run a task here; empty where it may
+    work: Callable[[Task], int | None] | None = None  # FLOPs of one call with its padding, where these are not the useful ones
 
     def refusal(self, task: Task) -> str:
         """Why it cannot run the task; empty where it may."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,26 +23,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Shape:
-    """Self-attention of one layer.
+    """Self-attention of one layer."""
 
-    Attributes:
-        grid, window, patch: Tokens, `(Y, X)`.
-        heads, head_dim: H and D.
-        batch: B; 2 for models with classifier-free guidance.
-        text: T, text tokens in the same softmax.
-        groups: G, or 0 for as many key heads as query heads.
-        dtype: The model's own.
-    """
-
-    grid: Pair
+    grid: Pair  # tokens, (Y, X), as the next two
     window: Pair
     patch: Pair
     heads: int
     head_dim: int
-    batch: int = 1
-    text: int = 0
-    groups: int = 0
-    dtype: torch.dtype = torch.bfloat16
+    batch: int = 1  # 2 for models with classifier-free guidance
+    text: int = 0  # tokens in the same softmax
+    groups: int = 0  # key heads; 0 for as many as query heads
+    dtype: torch.dtype = torch.bfloat16  # the model's own
 
     @property
     def key_heads(self) -> int:
@@ -79,11 +71,9 @@ SHAPES: dict[str, Shape] = {
     "lumina-next-4096": _square(256, 64, 32, 72, batch=2, groups=8),  # its text has attention of its own
     "lumina2-4096": _square(256, 64, 24, 96, batch=2, groups=8, text=256),
 }
-CPU_SHAPES: dict[str, Shape] = {
-    "cpu-32": replace(_square(32, 16, 8, 64), dtype=torch.float32),
-    "cpu-64": replace(_square(64, 32, 8, 64), dtype=torch.float32),
-    "cpu-128": replace(_square(128, 32, 4, 64), dtype=torch.float32),
-    "cpu-64-text": replace(_square(64, 32, 8, 64, text=64), dtype=torch.float32),
+_CPU = {"cpu-32": (32, 16, 8, 0), "cpu-64": (64, 32, 8, 0), "cpu-128": (128, 32, 4, 0), "cpu-64-text": (64, 32, 8, 64)}
+CPU_SHAPES = {
+    name: replace(_square(side, window, heads, 64, text=text), dtype=torch.float32) for name, (side, window, heads, text) in _CPU.items()
 }
 QUICK = ("flux-4096", "flux-image-4096", "sdxl-64-4096", "sdxl-32-4096")
 CPU_QUICK = ("cpu-32", "cpu-64")
@@ -130,16 +120,11 @@ class Task:
     def flops(self, function: str) -> int:
         """Useful FLOPs of one call of `"window"`, `"full"` or `"views"` attention, with the text queries by the rule."""
         s = self.shape
-        if function == "full":
-            return 4 * s.batch * s.heads * s.head_dim * s.tokens**2
-        if function == "views":
-            return len(self.views) * 4 * s.batch * s.heads * s.head_dim * (s.text + prod(self.window)) ** 2
-        image = attention_flops(grid=s.grid, window=s.window, heads=s.heads, head_dim=s.head_dim, batch=s.batch, text=s.text)
-        if not s.text:
-            return image
-        return image + text_attention_flops(
-            grid=s.grid, window=s.window, patch=s.patch, heads=s.heads, head_dim=s.head_dim, batch=s.batch, text=s.text, rule=self.rule
-        )
+        if function != "window":
+            count, tokens = (1, s.tokens) if function == "full" else (len(self.views), s.text + prod(self.window))
+            return count * 4 * s.batch * s.heads * s.head_dim * tokens**2
+        how: Any = {"grid": s.grid, "window": s.window, "heads": s.heads, "head_dim": s.head_dim, "batch": s.batch, "text": s.text}
+        return attention_flops(**how) + (text_attention_flops(**how, patch=s.patch, rule=self.rule) if s.text else 0)
 
     def bytes(self, function: str) -> int:
         """Bytes that a call must move: q, k and v are read once and the result written once, of each view."""

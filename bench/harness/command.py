@@ -63,21 +63,13 @@ def timed_line(row: Row, *parts: str) -> str:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark that measures named units, most often of one row each.
+    """A benchmark that measures named units, most often of one row each."""
 
-    Attributes:
-        name: As in `bench.NAME`; its CSVs are named after it.
-        fields: The columns.
-        same: Those that say what a row was measured with: of the harness, the caller's own, or names of packages.
-        line: Formats a row for a terminal.
-        last: For units of several rows, what the name of the last one adds to that of the unit, such as "/run".
-    """
-
-    name: str
-    fields: Sequence[str]
-    same: Sequence[str]
-    line: Callable[[Row], str]
-    last: str = ""
+    name: str  # as in `bench.NAME`; its CSVs are named after it
+    fields: Sequence[str]  # the columns
+    same: Sequence[str]  # those that say what a row was measured with: of the harness, the caller's own, or names of packages
+    line: Callable[[Row], str]  # formats a row for a terminal
+    last: str = ""  # for units of several rows, what the name of the last one adds to that of the unit, such as "/run"
 
     def run(
         self,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bench.harness import rows as harness
 from bench.harness.rows import Row
-from bench.harness.timing import Call, Timing, kernels, measure_in_turn, measure_side_by_side, peak_memory
+from bench.harness.timing import Call, Timing, kernels, measure_together, peak_memory
 
 
 class GateFailed(Exception):
@@ -15,19 +15,12 @@ class GateFailed(Exception):
 
 
 class Candidate(NamedTuple):
-    """What becomes one row.
+    """What becomes one row."""
 
-    Attributes:
-        row: The columns that are known before anything runs.
-        prepare: Runs the gate; returns more columns, and the call on every set of inputs. Raises GateFailed.
-        numbers: Columns made from the timing, and from that of what was timed beside it.
-        skipped: Why it cannot run; empty where it may.
-    """
-
-    row: Row
-    prepare: Callable[[], tuple[Row, Sequence[Call]]]
-    numbers: Callable[[Timing, Timing | None], Row]
-    skipped: str = ""
+    row: Row  # the columns that are known before anything runs
+    prepare: Callable[[], tuple[Row, Sequence[Call]]]  # runs the gate; more columns, and the call on every set of inputs
+    numbers: Callable[[Timing, Timing | None], Row]  # columns made from the timing, and that of what was timed beside it
+    skipped: str = ""  # why it cannot run; empty where it may
 
 
 def measured(
@@ -39,18 +32,18 @@ def measured(
     where memory is short, each is prepared and timed alone.
     """
     for group in [candidates] if device == "cpu" else [[one] for one in candidates]:
-        prepared = [_prepared(one, device) for one in group]
-        running = [calls for _, calls in prepared if calls]
-        together = running + ([beside()] if beside and running and device == "cpu" else [])
-        if device == "cpu":
-            timings = measure_side_by_side(together, seconds=seconds * len(running))
-        else:
-            timings = [_alone(calls, device, seconds) for calls in running]
-        other = timings.pop() if len(together) > len(running) else None
-        for one, (row, calls) in zip(group, prepared, strict=True):
-            yield row | _finished(one, calls[0], timings.pop(0), other, device) if calls else row
-        del prepared, running, together
+        yield from _measured_group(group, device, seconds, beside if device == "cpu" else None)
         harness.forget(device)
+
+
+def _measured_group(group: Sequence[Candidate], device: str, seconds: float, beside: Callable[[], Sequence[Call]] | None) -> Iterator[Row]:
+    prepared = [_prepared(one, device) for one in group]
+    running = [calls for _, calls in prepared if calls]
+    more = [beside()] if beside and running else []
+    timings = measure_together(running + more, device, seconds=seconds * len(running))
+    other = timings.pop() if more else None
+    for one, (row, calls) in zip(group, prepared, strict=True):
+        yield row | _finished(one, calls[0], timings.pop(0), other, device) if calls else row
 
 
 def _prepared(one: Candidate, device: str) -> tuple[Row, Sequence[Call]]:
@@ -65,13 +58,6 @@ def _prepared(one: Candidate, device: str) -> tuple[Row, Sequence[Call]]:
         return one.row | harness.broken(problem, device), []
     finally:
         harness.forget(device)
-
-
-def _alone(calls: Sequence[Call], device: str, seconds: float) -> Timing | Exception:
-    try:
-        return measure_in_turn(calls, device, seconds=seconds)
-    except Exception as problem:
-        return problem
 
 
 def _finished(one: Candidate, call: Call, timing: Timing | Exception, other: Timing | Exception | None, device: str) -> Row:

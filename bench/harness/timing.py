@@ -36,29 +36,49 @@ def sets_of_inputs(size: int, device: str) -> int:
 
 
 def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0) -> Timing:
-    """Time one call on several sets of inputs in turn: where caches do not hold all sets, every run finds its own cold.
+    """Time one call on several sets of inputs in turn: where caches do not hold all sets, every run finds its own cold."""
+    (found,) = measure_together([calls], device, seconds=seconds)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
-    On a GPU events are recorded around every call without waiting in between, so that launches which the host is too slow for count as
-    they do in a model. It is warm after all sets, a tenth of the time and 0.3 s. At least five runs (three of two seconds and more) and
-    at most 500.
+
+def measure_together(entrants: Sequence[Sequence[Call]], device: str, *, seconds: float = 1.0) -> list[Timing | Exception]:
+    """Time several calls, each on its sets of inputs in turn; returns what one raised in place of its timing.
+
+    On a CPU in rounds of one run of each, so that other work on the machine slows all of them alike; on a GPU one after the other.
+
+    Args:
+        entrants: For each the call on every set of inputs.
+        seconds: For all of them together.
     """
-    if device != "cuda":
-        (found,) = measure_side_by_side([calls], seconds=seconds)
-        if isinstance(found, Exception):
-            raise found
-        return found
+    if device == "cpu":
+        return _in_rounds(entrants, seconds)
+
+    def alone(calls: Sequence[Call]) -> Timing | Exception:
+        try:
+            return _by_events(calls, seconds / len(entrants))
+        except Exception as problem:
+            return problem
+
+    return [alone(calls) for calls in entrants]
+
+
+def _by_events(calls: Sequence[Call], seconds: float) -> Timing:
+    """Events are recorded around every call without waiting in between: launches that the host is too slow for count as in a model.
+
+    Warm after all sets, a tenth of the time and 0.3 s. At least five runs (three of two seconds and more), at most 500.
+    """
     turn = cycle(calls)
     for _ in calls:
         next(turn)()
-    begun = time.perf_counter()
-    once, ended = 0.0, begun
+    begun = started = ended = time.perf_counter()
     while ended - begun < max(seconds / 10, 0.3):
         started = time.perf_counter()
         next(turn)()
         torch.cuda.synchronize()
         ended = time.perf_counter()
-        once = ended - started
-    pairs = []
+    once, pairs = ended - started, []
     for _ in range(min(MOST_RUNS, max(5 if once < 2 else 3, int(seconds / once)))):
         pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
         pairs[-1][0].record()
@@ -68,16 +88,8 @@ def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0)
     return _percentiles([begin.elapsed_time(end) for begin, end in pairs])
 
 
-def measure_side_by_side(entrants: Sequence[Sequence[Call]], *, seconds: float = 1.0) -> list[Timing | Exception]:
-    """Time several calls on a CPU in rounds of one run of each, so that other work on the machine slows all of them alike.
-
-    Each takes its sets of inputs in turn and is warmed up on all of them. At most 500 rounds, at least five. One that raises takes no
-    further part, and what it raised is returned in place of its timing.
-
-    Args:
-        entrants: For each the call on every set of inputs.
-        seconds: For all of them together.
-    """
+def _in_rounds(entrants: Sequence[Sequence[Call]], seconds: float) -> list[Timing | Exception]:
+    """By the host's clock, warm after all sets; at least five rounds, at most 500. One that raises takes no further part."""
     turns = [cycle(calls) for calls in entrants]
     times: list[list[float]] = [[] for _ in entrants]
     raised: dict[int, Exception] = {}
@@ -93,13 +105,14 @@ def measure_side_by_side(entrants: Sequence[Sequence[Call]], *, seconds: float =
     for i, calls in enumerate(entrants):
         for _ in calls:
             run(i)
-    warm, rounds, begun = [len(found) for found in times], 0, time.perf_counter()
+        times[i].clear()
+    rounds, begun = 0, time.perf_counter()
     while rounds < 5 or (rounds < MOST_RUNS and time.perf_counter() - begun < seconds):
         for i in range(len(entrants)):
             if i not in raised:
                 run(i)
         rounds += 1
-    return [raised[i] if i in raised else _percentiles(found[warm[i] :]) for i, found in enumerate(times)]
+    return [raised[i] if i in raised else _percentiles(found) for i, found in enumerate(times)]
 
 
 def _percentiles(milliseconds: Sequence[float]) -> Timing:

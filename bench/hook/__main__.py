@@ -55,11 +55,10 @@ def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pai
         try:
             with mock.patch.multiple(plan, **image, **joint):
                 yield f"{name}: a call that is taken", lambda: F.scaled_dot_product_attention(q, k, v), lambda: None
-            causal: Any = {"is_causal": True}
             yield (
                 f"{name}: a call that is refused",
-                lambda: F.scaled_dot_product_attention(q, k, v, **causal),
-                lambda: SDPA(q, k, v, **causal),
+                lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+                lambda: SDPA(q, k, v, is_causal=True),
             )
             yield f"{name}: a call that is not", lambda: F.scaled_dot_product_attention(q, other, other), lambda: SDPA(q, other, other)
         finally:

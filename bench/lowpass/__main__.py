@@ -73,11 +73,7 @@ class Bench:
         return self._gate(one, calls[0]), calls
 
     def _gate(self, one: Implementation, call: Call) -> Row:
-        """Errors of the result and of eager torch.
-
-        Raises:
-            GateFailed: an error exceeds the budget, a value is not finite, or the result has another shape or dtype.
-        """
+        """Return errors of the result and of eager torch, or raise GateFailed: too large, not finite, or another shape or dtype."""
         with poisoned_memory() if one.name == "scalediff" else nullcontext():  # what nobody writes is NaN
             result = call()
         if (tuple(result.shape), result.dtype) != (self.case.shape, self.case.dtype):
@@ -161,11 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def committed() -> dict[str, list[Row]]:
-    """The committed rows by device.
-
-    Raises:
-        ValueError: a CSV is of another version of the benchmark.
-    """
+    """The committed rows by device; raises ValueError for a CSV that is not of this benchmark."""
     tables = {path.stem: list(harness.read_rows(path, FIELDS).values()) for path in sorted(RESULTS.glob("lowpass-*.csv"))}
     return {name: rows for name, rows in tables.items() if rows}
 

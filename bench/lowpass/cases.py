@@ -137,13 +137,13 @@ def compiled(function: Callable[..., Tensor]) -> Prepare:
 
 
 class Operation(NamedTuple):
-    """What is computed, of which of x, model output and reference; how many pictures that reads and writes; by hand and in fp64."""
+    """What is computed."""
 
     name: str
-    takes: tuple[int, ...]
-    passes: int
-    eager: Callable[..., Tensor]
-    exact: Callable[..., Tensor]
+    takes: tuple[int, ...]  # of x, model output and reference
+    passes: int  # pictures read or written
+    eager: Callable[..., Tensor]  # as it is written by hand
+    exact: Callable[..., Tensor]  # as it is defined
 
     def tensors(self, pictures: Pictures) -> Pictures:
         return tuple(pictures[n] for n in self.takes)
@@ -151,19 +151,13 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Implementation:
-    """Of one operation.
-
-    Attributes:
-        prepare: Makes the calls for some sets of tensors; what it does itself is not timed.
-        gate: The error budget that eager torch sets; or the error is only shown; or it is another filter and must be finite.
-        package: What it needs; nothing when empty.
-    """
+    """Of one operation."""
 
     operation: Operation
     name: str
-    prepare: Prepare
-    gate: Literal["budget", "shown", "other"] = "budget"
-    package: str = ""
+    prepare: Prepare  # makes the calls for some sets of tensors; what it does itself is not timed
+    gate: Literal["budget", "shown", "other"] = "budget"  # of eager torch; or the error is shown; or another filter, that must be finite
+    package: str = ""  # that it needs
 
 
 STEP = Operation("guided step", (0, 1, 2), 4, eager_step, exact_step)

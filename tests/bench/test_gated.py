@@ -31,7 +31,7 @@ def raising(problem: Exception) -> Any:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_breaks_while_it_is_timed_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr(gated, "measure_in_turn", lambda calls, device, seconds: Timing(1.0, 2.0, 3.0) if calls[0]() is None else None)
+    monkeypatch.setattr("bench.harness.timing._by_events", lambda calls, seconds: Timing(1.0, 2.0, 3.0) if calls[0]() is None else None)
     monkeypatch.setattr(gated, "profiled", lambda call, device: {})
     monkeypatch.setattr("bench.harness.rows.forget", lambda device: None)
     group = [
@@ -83,28 +83,23 @@ def test_on_a_cpu_rows_are_timed_side_by_side_and_on_a_gpu_alone(monkeypatch: py
         made.append(provider.name)
         return {"provider": provider.name}, [lambda: None]
 
-    def alone(calls: Any, device: str, *, seconds: float) -> Timing:
-        made.append("timed")
-        return Timing(1.0, 2.0, 3.0)
-
-    def beside(entrants: Any, *, seconds: float) -> list[Timing]:
+    def together(entrants: Any, device: str, *, seconds: float) -> list[Timing]:
         made.append(f"{len(entrants)} in {seconds:g} s")
         return [Timing(1.0, 4.0, 5.0)] * len(entrants)
 
     monkeypatch.setattr(attention.Bench, "_prepare", prepare)
-    monkeypatch.setattr(gated, "measure_in_turn", alone)
-    monkeypatch.setattr(gated, "measure_side_by_side", beside)
+    monkeypatch.setattr(gated, "measure_together", together)
     monkeypatch.setattr(gated, "profiled", lambda call, device: {})
     monkeypatch.setattr("bench.harness.rows.forget", lambda device: made.append("."))
     providers = [PROVIDERS["sdpa"], PROVIDERS["full"]]
     flops = one_window(Task("even", EVEN, torch.float32, "cpu"))[1]
-    for device, p50, order, rate in (
-        ("cuda", "2", ["sdpa", ".", "timed", ".", "full", ".", "timed", "."], None),
-        ("cpu", "4", ["sdpa", ".", "full", ".", "3 in 4 s", "."], f"{flops / 4e9:.4g}"),
+    for device, order, rate in (
+        ("cuda", ["sdpa", ".", "1 in 2 s", ".", "full", ".", "1 in 2 s", "."], None),
+        ("cpu", ["sdpa", ".", "full", ".", "3 in 4 s", "."], f"{flops / 4e9:.4g}"),
     ):
         bench = attention.Bench(Task("even", EVEN, torch.float32, device), lambda dtype: roofline.Ceilings(10.0, 0.1), seconds=2)
         rows = list(bench.measured(providers))
-        assert [(r["provider"], r["status"], r["p50_ms"]) for r in rows] == [("sdpa", "ok", p50), ("full", "ok", p50)]
+        assert [(r["provider"], r["status"], r["p50_ms"]) for r in rows] == [("sdpa", "ok", "4"), ("full", "ok", "4")]
         assert [r.get("window_tflops") for r in rows] == [rate, None], "full attention has no window"
         assert made == order
         made.clear()

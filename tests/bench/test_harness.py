@@ -219,17 +219,17 @@ def test_what_is_timed_side_by_side_runs_in_turn(monkeypatch: pytest.MonkeyPatch
 
     for seconds, rounds in ((0.27, 7), (0.01, 5)):
         ran.clear()
-        found = timing.measure_side_by_side([entrant("a", 0.01, 2), entrant("b", 0.03, 3)], seconds=seconds)
+        found = timing.measure_together([entrant("a", 0.01, 2), entrant("b", 0.03, 3)], "cpu", seconds=seconds)
         assert ran[:5] == ["a0", "a1", "b0", "b1", "b2"]
         assert ran[5:] == [f"{name}{i % sets}" for i in range(rounds) for name, sets in (("a", 2), ("b", 3))]
         assert found == [pytest.approx((10.0,) * 3), pytest.approx((30.0,) * 3)]
-    assert timing.measure_side_by_side([], seconds=1e-9) == []
+    assert timing.measure_together([], "cpu", seconds=1e-9) == []
 
 
 def test_what_breaks_is_left_out_and_the_others_are_timed() -> None:
     """At once, and after some rounds."""
     left = iter(range(4))
-    first, second, third = timing.measure_side_by_side([[lambda: 1 / 0], [lambda: next(left)], [lambda: None]], seconds=0.001)
+    first, second, third = timing.measure_together([[lambda: 1 / 0], [lambda: next(left)], [lambda: None]], "cpu", seconds=0.001)
     assert isinstance(first, ZeroDivisionError)
     assert isinstance(second, StopIteration)
     assert isinstance(third, Timing)
