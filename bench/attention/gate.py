@@ -8,7 +8,6 @@ Legend: B batch, H heads, G key heads, n sampled queries, K keys, T text tokens,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -25,10 +24,10 @@ CHUNK = 2**29  # bytes of fp64 keys at a time
 
 
 class Outputs(NamedTuple):
-    """A provider's result: image `[B, tokens, H, D]`, or the tokens of one view after the other; text `[B, T, H, D]` or None."""
+    """A provider's result."""
 
-    image: Tensor
-    text: Tensor | None
+    image: Tensor  # [B, tokens, H, D], or the tokens of one view after the other
+    text: Tensor | None  # [B, T, H, D]
 
 
 class Sample(NamedTuple):
@@ -38,43 +37,38 @@ class Sample(NamedTuple):
     exact: Tensor
     eager: Tensor
 
+    def check(self, name: str, result: Tensor | None) -> tuple[float, float]:
+        """The largest error, and that of plain torch in the same dtype."""
+        if result is None:
+            raise GateFailed(f"{name} is missing from the result")
+        if not result.isfinite().all():
+            raise GateFailed(f"{name}: the result has NaN or infinite values")
+        actual = result[:, self.tokens]
+        try:
+            assert_within_budget(actual, self.eager, self.exact)
+        except AssertionError as failed:
+            raise GateFailed(f"{name}: {failed}") from None
+        error, eager = ((x.double() - self.exact).abs().max().item() for x in (actual, self.eager))
+        return error, eager
 
-@dataclass(frozen=True)
-class Truth:
+
+class Truth(NamedTuple):
     """What one function of some inputs is."""
 
     image: Sample
     text: Sample | None
 
     def check(self, outputs: Outputs) -> tuple[float, float]:
-        """Return the largest error, and that of plain torch in the same dtype.
-
-        Raises:
-            GateFailed: an error exceeds the budget, a value is not finite, or the text is missing.
-        """
-        errors = []
-        for name, sample, result in (("image", self.image, outputs.image), ("text", self.text, outputs.text)):
-            if sample is None:
-                continue
-            if result is None:
-                raise GateFailed(f"{name} is missing from the result")
-            if not result.isfinite().all():
-                raise GateFailed(f"{name}: the result has NaN or infinite values")
-            actual = result[:, sample.tokens]
-            try:
-                assert_within_budget(actual, sample.eager, sample.exact)
-            except AssertionError as failed:
-                raise GateFailed(f"{name}: {failed}") from None
-            errors.append([(x.double() - sample.exact).abs().max().item() for x in (actual, sample.eager)])
-        return max(error for error, _ in errors), max(error for _, error in errors)
+        """The largest error, and that of plain torch; raises GateFailed: too large, not finite, or the text is missing."""
+        errors = [sample.check(name, result) for name, sample, result in zip(self._fields, self, outputs, strict=True) if sample]
+        return max(error for error, _ in errors), max(eager for _, eager in errors)
 
 
 def truth(inputs: Inputs, function: str) -> Truth:
     """Of `"window"`, `"full"` or `"views"` attention."""
-    task, (q, k, v) = inputs.task, inputs.sequences
+    task, (q, k, v), text = inputs.task, inputs.sequences, None
     if function == "views":
         return Truth(_views(inputs), None)
-    text = None
     if task.shape.text and (function == "full" or task.rule == "global"):
         tokens = _draw(task.shape.text, TEXT, inputs)
         text = Sample(tokens, *_attend(q[:, tokens], k, v, inputs))
@@ -118,9 +112,11 @@ def _windows(inputs: Inputs) -> tuple[Sample, Sample | None]:
             texts.append(_attend(rotate_pairs(text_q[:, tokens].double(), rope, i, j), keys, values, inputs))
         if n in checked:
             area = grid[y0:y1, x0:x1]
-            place = area.flatten() if n in (0, len(pairs) - 1) else _draw_patch(area, inputs)
-            places.append(place)
-            images.append(_attend(q.flatten(1, 2)[:, place], keys, values, inputs))
+            if n not in (0, len(pairs) - 1):  # corners and a sample
+                drawn = area.flatten()[_draw(area.numel(), QUERIES, inputs, seed=int(area[0, 0]))]
+                area = torch.cat([area[[0, 0, -1, -1], [0, -1, 0, -1]], drawn]).unique()
+            places.append(area.flatten())
+            images.append(_attend(q.flatten(1, 2)[:, places[-1]], keys, values, inputs))
     image = Sample(torch.cat(places), *(torch.cat(parts, 1) for parts in zip(*images, strict=True)))
     if tokens is None:
         return image, None
@@ -148,10 +144,3 @@ def _draw(total: int, most: int, inputs: Inputs, seed: int = 0) -> Tensor:
         inner = torch.randperm(total - 2, generator=torch.Generator().manual_seed(total + seed))[: most - 2] + 1
         drawn = torch.cat([torch.tensor([0, total - 1]), inner]).sort().values
     return drawn.to(inputs.sequences[0].device)
-
-
-def _draw_patch(area: Tensor, inputs: Inputs) -> Tensor:
-    """Of a patch `[y, x]` of token numbers: its corners and a sample."""
-    corners = area[[0, 0, -1, -1], [0, -1, 0, -1]]
-    both: Tensor = torch.cat([corners, area.flatten()[_draw(area.numel(), QUERIES, inputs, seed=int(area[0, 0]))]]).unique()
-    return both

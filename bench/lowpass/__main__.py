@@ -137,11 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     yield row_name(case, one), row
 
     wanted = {row_name(case, one): one.name == "scalediff" for case in cases for one in IMPLEMENTATIONS}
-    memory = ""
-    if options.device == "cpu" and not options.no_measure:
-        memory = page.KEPT if command.keep_freed_memory() else page.RETURNED
-    benchmark = Benchmark("lowpass", FIELDS, SAME, line)
-    benchmark.run(parser, options, arguments, wanted=wanted, measure=measure, own_facts={"memory": memory})
+    keeps = options.device == "cpu" and not options.no_measure and command.keep_freed_memory()
+    facts = {"memory": page.KEPT if keeps else ""}
+    Benchmark("lowpass", FIELDS, SAME, line).run(parser, options, arguments, wanted=wanted, measure=measure, own_facts=facts)
 
 
 def line(row: Row) -> str:

@@ -8,15 +8,12 @@ from collections.abc import Mapping, Sequence
 from bench.harness import rows as harness
 from bench.lowpass.cases import FEATURES, LATENTS
 
-KEPT, RETURNED = "kept", "returned"  # memory that the process has freed, on a CPU
+KEPT = "kept"  # memory that the process has freed, on a CPU
 FACTS = ("machine", "threads", "commit", "torch", *harness.VERSIONS, "torchvision", "kornia", "memory")
 GPU = "H200"  # of the goals in docs/internals/filters.md
 _CASE = ("case", "dtype", "layout")
 _ADR = "[adr/0009](../adr/0009-the-command-keeps-freed-memory.md)"
-_MEMORY = {
-    KEPT: f"The process keeps freed memory, as the command `scalediff` does on a CPU ({_ADR}).",
-    RETURNED: f"The process gave freed memory back to the system, as the command `scalediff` does not ({_ADR}).",
-}
+_MEMORY = f"The process keeps freed memory, as the command `scalediff` does on a CPU ({_ADR})."
 _IN_TURN = "Calls took sets of inputs in turn, as many as hold four times the last cache, at most 16."
 _BESIDE = "Rows of one operation, and the copy, were timed side by side."
 LEGEND = """Milliseconds are p50 (p20 - p80) of single calls; MB are those that the operation must move; "of copy" is the time of
@@ -59,7 +56,7 @@ def _head(group: Sequence[Record]) -> list[str]:
     commands = " and ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in group))
     names = ("torch", "triton", "python", "cuda", "cudnn", "torchvision", "kornia")
     versions = [f"{name} {first[name]}" for name in names if first[name] not in ("", "absent")] + [first["card"]]
-    how = [_IN_TURN] if first["cuda"] else [_MEMORY[first["memory"] or RETURNED], _IN_TURN, _BESIDE]
+    how = [*[_MEMORY] * (first["memory"] == KEPT), _IN_TURN, *[_BESIDE] * (not first["cuda"])]
     return [f"{commands}: {', '.join(filter(None, versions))},", " ".join([f"{first['threads']} threads, commit {first['commit']}.", *how])]
 
 
