@@ -96,16 +96,14 @@ class Bench:
         task, ceiling = self.task, self._ceiling(self.task.dtype)
         rate = task.flops(provider.function) / timing.p50 / 1e9
         moved = task.bytes(provider.function) / timing.p50 / 1e6
-        row = {
-            "tflops": f"{rate:.4g}", "matrix_percent": f"{100 * rate / ceiling.matrix_tflops:.3g}",
-            "copy_percent": f"{100 * moved / ceiling.copy_gbs:.3g}", "copy_gbs": f"{ceiling.copy_gbs:.4g}",
-            "matrix_tflops": f"{ceiling.matrix_tflops:.4g}",
+        numbers = {
+            "tflops": rate, "copy_gbs": ceiling.copy_gbs, "matrix_tflops": ceiling.matrix_tflops,
+            "executed_gflop": (provider.executed(task) or 0) / 1e9,
+            "window_tflops": one_window(task)[1] / beside.p50 / 1e9 if beside and provider.function == "window" else 0,
         }  # fmt: skip
-        if executed := provider.executed(task):
-            row["executed_gflop"] = f"{executed / 1e9:.4g}"
-        if beside and provider.function == "window":
-            row["window_tflops"] = f"{one_window(task)[1] / beside.p50 / 1e9:.4g}"
-        return row
+        percents = {"matrix_percent": rate / ceiling.matrix_tflops, "copy_percent": moved / ceiling.copy_gbs}
+        row = {name: f"{value:.4g}" for name, value in numbers.items() if value}
+        return row | {name: f"{100 * value:.3g}" for name, value in percents.items()}
 
 
 class SeenBackends(TorchDispatchMode):

@@ -55,7 +55,7 @@ class Run:
         self._spare = 0.0  # seconds that parts have left of their limits
         self._path = out / f"gpu-{harness.slug(measured_with['machine'])}.csv"
         self._rows = harness.read_rows(self._path)
-        self._standing = set() if again else harness.standing(self._rows, measured_with)
+        self._standing = set() if again else harness.finished_rows(self._rows, measured_with)
         self.outcomes: dict[str, Outcome] = {}
 
     def queue(self, parts: Sequence[Part]) -> list[Part]:

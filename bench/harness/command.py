@@ -98,7 +98,7 @@ class Benchmark:
         except ValueError as error:
             parser.error(str(error))
         # What was skipped may run now; what failed is not tried again.
-        same = {row for row in harness.standing(rows, measured_with) if rows[row]["status"] in ("ok", "FAILED")}
+        same = {row for row in harness.finished_rows(rows, measured_with) if rows[row]["status"] in ("ok", "FAILED")}
         finished = {name for name in wanted if options.no_measure or (name + self.last in same and not options.again)}
         for name in [name for name in wanted if name in finished]:
             if not (found := self._rows(rows, name)):

@@ -189,7 +189,7 @@ def difference(path: Path, expected: str) -> str:
     return ""
 
 
-def standing(rows: Table, measured_with: Mapping[str, str]) -> set[str]:
+def finished_rows(rows: Table, measured_with: Mapping[str, str]) -> set[str]:
     """Names of rows that have these facts and are of one commit: another run need not measure them again."""
     if not is_commit(measured_with["commit"]):
         return set()

@@ -30,10 +30,10 @@ def row(name: str, time: str, **facts: str) -> dict[str, str]:
 
 def test_rows_stand_only_with_the_same_facts_of_one_commit() -> None:
     rows = {"a": row("a", "1"), "b": row("b", "1", commit="def"), "c": row("c", "1", machine="Y"), "d": {"row": "d"}}
-    assert harness.standing(rows, FACTS) == {"a"}
+    assert harness.finished_rows(rows, FACTS) == {"a"}
     for commit in ("unknown", "abc with changes"):
         changed = {"a": row("a", "1", commit=commit)}
-        assert harness.standing(changed, FACTS | {"commit": commit}) == set()
+        assert harness.finished_rows(changed, FACTS | {"commit": commit}) == set()
 
 
 def test_a_comparison_says_what_differs_before_any_ratio() -> None:
