@@ -1,6 +1,6 @@
-"""What the attention benchmark runs: shapes of models by name, the tasks made of them, and their inputs.
+"""What the attention benchmark runs: the models' shapes by name, the tasks made of them, and their inputs.
 
-Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim, N text and image tokens. 2 FLOPs a multiply-add.
+Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim. 2 FLOPs a multiply-add.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +17,23 @@ from torch import Tensor
 from scalediff_kernels.neighborhood.geometry import PatchWindow, attention_flops, text_attention_flops, windows
 
 Pair = tuple[int, int]
+Heads = tuple[Tensor, Tensor, Tensor]  # q, k and v
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Self-attention of one layer.
+    """Self-attention of one layer."""
 
-    Attributes:
-        grid, window, patch: Tokens, `(Y, X)`.
-        heads, head_dim: H and D.
-        groups: G, key heads; those of the queries when 0.
-        batch: B; 2 where a model is guided by a second pass.
-        text: T, text tokens in the same softmax.
-        dtype: The one that the model is run in.
-    """
-
-    grid: Pair
+    grid: Pair  # tokens, (Y, X), as the next two
     window: Pair
     patch: Pair
     heads: int
     head_dim: int
-    batch: int = 1
-    text: int = 0
-    groups: int = 0
-    dtype: torch.dtype = torch.bfloat16
+    batch: int = 1  # 2 for models with classifier-free guidance
+    text: int = 0  # tokens in the same softmax
+    groups: int = 0  # key heads; 0 for as many as query heads
+    dtype: torch.dtype = torch.bfloat16  # the model's own
 
     @property
     def key_heads(self) -> int:
@@ -51,48 +45,45 @@ class Shape:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """Of the text queries; one empty rule where there is no text."""
+        """The rules for text queries; one empty rule without text."""
         return ("window", "global") if self.text else ("",)
 
 
 def _square(side: int, window: int, heads: int, head_dim: int, *, batch: int = 1, text: int = 0, groups: int = 0) -> Shape:
-    """In bf16, patches half a window."""
+    """In bf16, with patches of half a window."""
     return Shape((side, side), (window, window), (window // 2, window // 2), heads, head_dim, batch, text, groups)
 
 
-def _guided(side: int, window: int, heads: int, head_dim: int) -> Shape:
-    """A U-Net's: two passes as one batch, fp16."""
+def _unet(side: int, window: int, heads: int, head_dim: int) -> Shape:
     return replace(_square(side, window, heads, head_dim, batch=2), dtype=torch.float16)
 
 
 SHAPES: dict[str, Shape] = {
     **{f"flux-{px}": _square(px // 16, 64, 24, 128, text=512) for px in (2048, 4096, 8192)},
-    "flux-image-4096": _square(256, 64, 24, 128),  # as published figures of other kernels have it: no text
+    "flux-image-4096": _square(256, 64, 24, 128),  # without text, as published figures of other kernels have it
     "flux-uhd": replace(_square(0, 64, 24, 128, text=512), grid=(135, 240)),  # 2160 x 3840 px: no patch divides the grid
-    **{f"sdxl-64-{px}": _guided(px // 16, 64, 10, 64) for px in (2048, 4096, 8192)},
-    **{f"sdxl-32-{px}": _guided(px // 32, 32, 20, 64) for px in (2048, 4096, 8192)},
-    "sdxl-64-uhd": replace(_guided(0, 64, 10, 64), grid=(135, 240)),
-    "sdxl-32-uhd": replace(_guided(0, 32, 20, 64), grid=(68, 120)),
-    **{f"sd15-64-{px}": _guided(px // 8, 64, 8, 40) for px in (2048, 4096)},
-    **{f"sd15-32-{px}": _guided(px // 16, 32, 8, 80) for px in (2048, 4096)},
-    "lumina-next-4096": _square(256, 64, 32, 72, batch=2, groups=8),  # text is attended to apart
+    **{f"sdxl-64-{px}": _unet(px // 16, 64, 10, 64) for px in (2048, 4096, 8192)},
+    **{f"sdxl-32-{px}": _unet(px // 32, 32, 20, 64) for px in (2048, 4096, 8192)},
+    "sdxl-64-uhd": replace(_unet(0, 64, 10, 64), grid=(135, 240)),
+    "sdxl-32-uhd": replace(_unet(0, 32, 20, 64), grid=(68, 120)),
+    **{f"sd15-64-{px}": _unet(px // 8, 64, 8, 40) for px in (2048, 4096)},
+    **{f"sd15-32-{px}": _unet(px // 16, 32, 8, 80) for px in (2048, 4096)},
+    "lumina-next-4096": _square(256, 64, 32, 72, batch=2, groups=8),  # its text has attention of its own
     "lumina2-4096": _square(256, 64, 24, 96, batch=2, groups=8, text=256),
-}  # fmt: skip
-CPU_SHAPES: dict[str, Shape] = {
-    name: replace(_square(side, window, heads, 64, text=text), dtype=torch.float32)
-    for name, side, window, heads, text in (
-        ("cpu-32", 32, 16, 8, 0), ("cpu-64", 64, 32, 8, 0), ("cpu-128", 128, 32, 4, 0), ("cpu-64-text", 64, 32, 8, 64),
-    )
-}  # fmt: skip
+}
+_CPU = {"cpu-32": (32, 16, 8, 0), "cpu-64": (64, 32, 8, 0), "cpu-128": (128, 32, 4, 0), "cpu-64-text": (64, 32, 8, 64)}
+CPU_SHAPES = {
+    name: replace(_square(side, window, heads, 64, text=text), dtype=torch.float32) for name, (side, window, heads, text) in _CPU.items()
+}
 QUICK = ("flux-4096", "flux-image-4096", "sdxl-64-4096", "sdxl-32-4096")
 CPU_QUICK = ("cpu-32", "cpu-64")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A shape in a dtype on a device, with one rule for its text queries (`"window"`, `"global"`, or `""` without text).
+    """A shape in a dtype on a device, with one rule for its text queries: `"window"`, `"global"`, or `""` without text.
 
-    Under `"window"` text is turned for every window, as the method's authors do; under `"global"` it is not.
+    Under `"window"` text is rotated for every window, as the method's authors do; under `"global"` it is not.
     """
 
     name: str
@@ -100,6 +91,10 @@ class Task:
     dtype: torch.dtype
     device: str
     rule: str = ""
+
+    def row_name(self, provider: str) -> str:
+        dtype = next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+        return "/".join(filter(None, (self.name, dtype, self.rule, provider)))
 
     @property
     def scale(self) -> float:
@@ -112,7 +107,7 @@ class Task:
 
     @property
     def spans(self) -> tuple[tuple[PatchWindow, ...], tuple[PatchWindow, ...]]:
-        """Patches and windows of both axes, no offset."""
+        """Patches and windows along both axes, no offset."""
         rows, columns = (windows(n, w, p) for n, w, p in zip(self.shape.grid, self.shape.window, self.shape.patch, strict=True))
         return rows, columns
 
@@ -123,21 +118,16 @@ class Task:
         return [(y, x) for y in ys for x in xs]
 
     def flops(self, function: str) -> int:
-        """Useful FLOPs of one call of `"window"`, `"full"` or `"views"` attention, queries of text by the rule among them."""
+        """Useful FLOPs of one call of `"window"`, `"full"` or `"views"` attention, with the text queries by the rule."""
         s = self.shape
-        if function == "full":
-            return 4 * s.batch * s.heads * s.head_dim * s.tokens**2
-        if function == "views":
-            return len(self.views) * 4 * s.batch * s.heads * s.head_dim * (s.text + prod(self.window)) ** 2
-        image = attention_flops(grid=s.grid, window=s.window, heads=s.heads, head_dim=s.head_dim, batch=s.batch, text=s.text)
-        if not s.text:
-            return image
-        return image + text_attention_flops(
-            grid=s.grid, window=s.window, patch=s.patch, heads=s.heads, head_dim=s.head_dim, batch=s.batch, text=s.text, rule=self.rule
-        )
+        if function != "window":
+            count, tokens = (1, s.tokens) if function == "full" else (len(self.views), s.text + prod(self.window))
+            return count * 4 * s.batch * s.heads * s.head_dim * tokens**2
+        how: Any = {"grid": s.grid, "window": s.window, "heads": s.heads, "head_dim": s.head_dim, "batch": s.batch, "text": s.text}
+        return attention_flops(**how) + (text_attention_flops(**how, patch=s.patch, rule=self.rule) if s.text else 0)
 
     def bytes(self, function: str) -> int:
-        """Bytes that a call must move: q, k and v read once, the result written once; of views all of theirs."""
+        """Bytes that a call must move: q, k and v are read once and the result written once, of each view."""
         s = self.shape
         tokens = len(self.views) * (s.text + prod(self.window)) if function == "views" else s.tokens
         return self.dtype.itemsize * s.batch * s.head_dim * tokens * 2 * (s.heads + s.key_heads)
@@ -145,40 +135,39 @@ class Task:
     def inputs(self, seed: int) -> Inputs:
         """Unit normal sequences and random angles, made on the device."""
         s, rng = self.shape, torch.Generator(self.device).manual_seed(seed)
-
-        def drawn(heads: int) -> Tensor:
-            return torch.randn(s.batch, s.tokens, heads, s.head_dim, generator=rng, dtype=self.dtype, device=self.device)
-
-        sequences = drawn(s.heads), drawn(s.key_heads), drawn(s.key_heads)
+        q, k, v = (
+            torch.randn(s.batch, s.tokens, heads, s.head_dim, generator=rng, dtype=self.dtype, device=self.device)
+            for heads in (s.heads, s.key_heads, s.key_heads)
+        )
         if self.rule != "window":
-            return Inputs(self, sequences, None)
+            return Inputs(self, (q, k, v), None)
         angles = 2 * math.pi * torch.rand(*map(len, self.spans), s.head_dim // 2, generator=rng, device=self.device)
-        return Inputs(self, sequences, (angles.cos(), angles.sin()))
+        return Inputs(self, (q, k, v), (angles.cos(), angles.sin()))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v as a joint model holds them, one sequence `[B, T + Y X, H or G, D]` each, text first; what is cut from them are views."""
+    """q, k and v as a joint model holds them, one sequence `[B, T + Y X, H or G, D]` each, text first."""
 
     task: Task
-    sequences: tuple[Tensor, Tensor, Tensor]
+    sequences: Heads
     rope: tuple[Tensor, Tensor] | None
 
     @property
-    def image(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, Y, X, H or G, D]`."""
+    def image(self) -> Heads:
+        """Views of `[B, Y, X, H or G, D]`."""
         q, k, v = (x[:, self.task.shape.text :].unflatten(1, self.task.shape.grid) for x in self.sequences)
         return q, k, v
 
     @property
-    def text(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, T, H or G, D]`."""
+    def text(self) -> Heads:
+        """Views of `[B, T, H or G, D]`."""
         q, k, v = (x[:, : self.task.shape.text] for x in self.sequences)
         return q, k, v
 
 
 def tasks(names: list[str], dtypes: list[torch.dtype] | None, device: str) -> Iterator[Task]:
-    """Every shape in every dtype, its own when None, by every rule."""
+    """Every shape in every dtype, or its own, by every rule."""
     for name in names:
         shape = (SHAPES | CPU_SHAPES)[name]
         for dtype in dtypes or [shape.dtype]:
@@ -187,6 +176,6 @@ def tasks(names: list[str], dtypes: list[torch.dtype] | None, device: str) -> It
 
 
 def view_starts(length: int, native: int) -> list[int]:
-    """Along one axis, `native` at most `length`."""
+    """Along one axis, with `native` at most `length`."""
     step = max(1, native // 2)
     return [min(i * step, length - native) for i in range(1 + math.ceil((length - native) / step))]

@@ -13,9 +13,7 @@ their rate over that of a large matrix product in this very process. On a CPU th
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -25,6 +23,7 @@ from bench.cascade.models import GROWTH_METHODS, GROWTH_SIZES, SMALL, SUBJECTS, 
 from bench.cascade.rows import COMPILE, Bench, Limits, Row, Unit
 from bench.harness import command
 from bench.harness import rows as harness
+from bench.harness.command import Benchmark
 from bench.roofline.__main__ import Ceilings, ceilings
 
 SAME = (*harness.FACTS, *harness.VERSIONS, "timed_steps", "limit_s", "view_batch")
@@ -36,17 +35,7 @@ FIELDS = (
 LIMITS = {"cuda": 120.0, "cpu": 210.0}
 
 
-def facts(options: argparse.Namespace) -> dict[str, str]:
-    """What a row is measured with."""
-    return harness.facts(options.device, commit=options.commit) | {
-        **harness.versions(options.device),
-        "timed_steps": str(options.steps),
-        "limit_s": f"{options.limit:g}",
-        "view_batch": str(options.view_batch),
-    }
-
-
-def measured_rows(units: Sequence[Unit], options: argparse.Namespace) -> Iterator[tuple[Unit, Row]]:
+def measured_rows(units: Sequence[Unit], options: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     """Unit by unit, models one after the other; the ceilings are measured once per dtype."""
     found: dict[torch.dtype, Ceilings] = {}
 
@@ -61,9 +50,7 @@ def measured_rows(units: Sequence[Unit], options: argparse.Namespace) -> Iterato
         for unit in units:
             if unit.model == model:
                 for row in bench.rows(unit, METHODS[unit.method]):
-                    yield unit, row
-                    if row["status"] == "FAILED" and harness.device_lost(options.device):
-                        raise SystemExit(f"the device was lost in {unit.name}: the same command goes on after it")
+                    yield unit.name, row
         del bench
         harness.forget(options.device)
 
@@ -73,40 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     wanted = _picked(parser, options)
-    try:
-        measured_with = facts(options)
-        path = command.path_of(parser, options, "cascade", measured_with["machine"])
-        rows = harness.read_rows(path, FIELDS)
-        others = harness.read_rows(options.compare, FIELDS) if options.compare else {}
-    except ValueError as error:
-        parser.error(str(error))
-    # What was skipped may run now; what failed or was timed stays so. A unit is done when its run is.
-    standing = {name for name in harness.standing(rows, measured_with) if rows[name]["status"] in ("ok", "FAILED")}
-    done = [] if options.again else [unit for unit in wanted if f"{unit.name}/run" in standing]
-    told: set[str] = set()
-    if not options.no_measure:
-        if options.device == "cpu":
-            command.keep_freed_memory()
-        for unit in () if options.json else done:
-            print(f"{unit.name}: as measured before")
-        begun: set[Unit] = set()
-        for unit, row in measured_rows([unit for unit in wanted if unit not in done], options):
-            if unit not in begun:  # nothing of an earlier run stays beside what is measured now
-                begun.add(unit)
-                rows = {name: old for name, old in rows.items() if not name.startswith(f"{unit.name}/")}
-            name = row["row"]
-            rows[name] = dict.fromkeys(FIELDS, "") | row | measured_with | {"command": command.shown("cascade", arguments)}
-            harness.write_rows(path, FIELDS, rows.values())
-            told.add(name)
-            print(json.dumps(rows[name]) if options.json else line(rows[name]), flush=True)
-    shown = {name: row for unit in wanted for name, row in rows.items() if name.startswith(f"{unit.name}/")}
-    for name in [name for name in shown if name not in told] if options.json or options.no_measure else []:
-        print(json.dumps(shown[name]) if options.json else line(shown[name]))
-    if absent := [unit.name for unit in wanted if f"{unit.name}/run" not in shown]:
-        print(f"not in {path.name}: {', '.join(absent)}", file=sys.stderr)
-    mine, theirs = ({name: row for name, row in table.items() if row["part"] != "gate"} for table in (shown, others))  # no times
-    command.compare(options, mine, theirs, SAME)
-    command.end([name for name, row in shown.items() if row["method"] in OURS and row["status"] in ("FAILED", "error")])
+    Benchmark("cascade", FIELDS, SAME, line, last="/run").run(
+        parser,
+        options,
+        arguments,
+        wanted={unit.name: unit.method in OURS for unit in wanted},
+        measure=lambda finished: measured_rows([unit for unit in wanted if unit.name not in finished], options),
+        own_facts={"timed_steps": str(options.steps), "limit_s": f"{options.limit:g}", "view_batch": str(options.view_batch)},
+    )
 
 
 def line(row: Mapping[str, str]) -> str:

@@ -55,7 +55,7 @@ class Run:
         self._spare = 0.0  # seconds that parts have left of their limits
         self._path = out / f"gpu-{harness.slug(measured_with['machine'])}.csv"
         self._rows = harness.read_rows(self._path)
-        self._standing = set() if again else harness.standing(self._rows, measured_with)
+        self._standing = set() if again else harness.finished_rows(self._rows, measured_with)
         self.outcomes: dict[str, Outcome] = {}
 
     def queue(self, parts: Sequence[Part]) -> list[Part]:
@@ -118,7 +118,6 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
     """Timed calls of the quick shapes, and the goals as a commit meets them on this machine, whatever device they are set for."""
     if find_spec("scalediff_kernels") is None:  # the package need not be installed: parts are given this path as well
         sys.path.append(str(harness.ROOT / "kernels"))
-    from bench.attention import __main__ as attention
     from bench.attention import shapes  # not needed before something was measured
     from bench.report.goals import GOALS
     from bench.report.rows import read
@@ -135,7 +134,7 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
         answers = [here.told(answer) for answer in here.found(found)]
         goals += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.told(None)]]
     lines = []
-    quick = {attention.key(task, "") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}
+    quick = {task.row_name("") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}
     for row in harness.read_records(out / f"attention-{harness.slug(machine)}.csv"):
         if row["commit"] == commit and row["status"] == "ok" and row["row"].rpartition("/")[0] in quick:
             each = f" ({row['kernels_ms']})" if row.get("kernels_ms") and row["provider"] == "triton" else ""

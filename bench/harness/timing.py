@@ -1,138 +1,126 @@
-"""How long a call takes, and how many kernels it launches: by the library's own timers, on CPUs and GPUs alike."""
+"""How long calls take, how much memory they need and which kernels they launch."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 
 Call = Callable[[], Any]
-
-
 FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+CPU_CACHE = 2**26  # bytes, assumed
+MOST_SETS, MOST_RUNS = 16, 500
 
 
 class Timing(NamedTuple):
-    """Milliseconds: the percentiles 20, 50 and 80 of the runs."""
+    """The percentiles 20, 50 and 80 of the runs, in milliseconds."""
 
     p20: float
     p50: float
     p80: float
 
 
-def measure(call: Call, device: str, *, seconds: float = 1.0) -> Timing:
-    """Time a call, warmed up. On a GPU with the L2 cache cleared before every run."""
-    call()
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return Timing(*do_bench(call, warmup=100, rep=int(1000 * seconds), quantiles=[0.2, 0.5, 0.8]))
-    # Blocks of one run each: percentiles are those of calls, not of averages.
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    first = timer.timeit(1).median
-    return _percentiles([1000 * timer.timeit(1).median for _ in range(min(1000, max(5, int(seconds / first))))])
+def sets_of_inputs(size: int, device: str) -> int:
+    """How many sets of so many bytes are four times the last cache together: taken in turn, each is cold. At most 16."""
+    last = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else CPU_CACHE
+    return min(MOST_SETS, math.ceil(4 * last / size))
 
 
 def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0) -> Timing:
-    """Time one call on several sets of inputs, taken in turn: with more of them than caches hold, every run finds its own set cold.
-
-    On a GPU by events around every call, without waiting in between; what the host cannot launch fast enough counts, as it does in a
-    model. On a CPU by the host's clock. Warmed up on every set, then in turn for a tenth of the time, on a GPU for 0.3 s at least, until
-    its clocks are up. At most 500 runs; at least five, or three of those that take two seconds or more.
-    """
-    turn = cycle(calls)
-    for call in islice(turn, len(calls)):
-        call()
-    _wait(device)
-    once = _warmed_up(turn, device, max(seconds / 10, 0.3 if device == "cuda" else 0.0))
-    timed = islice(turn, min(500, max(5 if once < 2 else 3, int(seconds / once))))
-    return _percentiles(_by_events(timed) if device == "cuda" else _by_clock(timed))
+    """Time one call on several sets of inputs in turn: where caches do not hold all sets, every run finds its own cold."""
+    (found,) = measure_together([calls], device, seconds=seconds)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
-def measure_side_by_side(entrants: Sequence[Sequence[Call]], *, seconds: float = 1.0) -> list[Timing | Exception]:
-    """Time several calls by the host's clock, one run of each and then the next of each: what else the machine does meets all alike.
+def measure_together(entrants: Sequence[Sequence[Call]], device: str, *, seconds: float = 1.0) -> list[Timing | Exception]:
+    """Time several calls, each on its sets of inputs in turn; returns what one raised in place of its timing.
 
-    Each takes its own sets of inputs in turn, and is warmed up on all of them. At most 500 rounds, at least five. One that breaks is left
-    out from then on: what it raised stands in place of its time.
+    On a CPU in rounds of one run of each, so that other work on the machine slows all of them alike; on a GPU one after the other.
 
     Args:
-        entrants: Of each the call on every set of inputs.
+        entrants: For each the call on every set of inputs.
         seconds: For all of them together.
     """
+    if device == "cpu":
+        return _in_rounds(entrants, seconds)
+
+    def alone(calls: Sequence[Call]) -> Timing | Exception:
+        try:
+            return _by_events(calls, seconds / len(entrants))
+        except Exception as problem:
+            return problem
+
+    return [alone(calls) for calls in entrants]
+
+
+def _by_events(calls: Sequence[Call], seconds: float) -> Timing:
+    """Events are recorded around every call without waiting in between: launches that the host is too slow for count as in a model.
+
+    Warm after all sets, a tenth of the time and 0.3 s. At least five runs (three of two seconds and more), at most 500.
+    """
+    turn = cycle(calls)
+    for _ in calls:
+        next(turn)()
+    begun = started = ended = time.perf_counter()
+    while ended - begun < max(seconds / 10, 0.3):
+        started = time.perf_counter()
+        next(turn)()
+        torch.cuda.synchronize()
+        ended = time.perf_counter()
+    once, pairs = ended - started, []
+    for _ in range(min(MOST_RUNS, max(5 if once < 2 else 3, int(seconds / once)))):
+        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        pairs[-1][0].record()
+        next(turn)()
+        pairs[-1][1].record()
+    torch.cuda.synchronize()
+    return _percentiles([begin.elapsed_time(end) for begin, end in pairs])
+
+
+def _in_rounds(entrants: Sequence[Sequence[Call]], seconds: float) -> list[Timing | Exception]:
+    """By the host's clock, warm after all sets; at least five rounds, at most 500. One that raises takes no further part."""
     turns = [cycle(calls) for calls in entrants]
     times: list[list[float]] = [[] for _ in entrants]
-    broken: dict[int, Exception] = {}
+    raised: dict[int, Exception] = {}
 
     def run(i: int) -> None:
-        if i not in broken:
-            try:
-                times[i] += _by_clock([next(turns[i])])
-            except Exception as problem:
-                broken[i] = problem
+        try:
+            begun = time.perf_counter()
+            next(turns[i])()
+            times[i].append(1000 * (time.perf_counter() - begun))
+        except Exception as problem:
+            raised[i] = problem
 
     for i, calls in enumerate(entrants):
         for _ in calls:
             run(i)
         times[i].clear()
     rounds, begun = 0, time.perf_counter()
-    while rounds < 5 or (rounds < 500 and time.perf_counter() - begun < seconds):
+    while rounds < 5 or (rounds < MOST_RUNS and time.perf_counter() - begun < seconds):
         for i in range(len(entrants)):
-            run(i)
+            if i not in raised:
+                run(i)
         rounds += 1
-    return [broken[i] if i in broken else _percentiles(found) for i, found in enumerate(times)]
+    return [raised[i] if i in raised else _percentiles(found) for i, found in enumerate(times)]
 
 
 def _percentiles(milliseconds: Sequence[float]) -> Timing:
-    times = torch.tensor(milliseconds, dtype=torch.float64)
-    return Timing(*torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
-
-
-def _warmed_up(turn: Iterator[Call], device: str, seconds: float) -> float:
-    """Seconds of the last of the runs, waited for."""
-    begun = time.perf_counter()
-    while True:
-        started = time.perf_counter()
-        next(turn)()
-        _wait(device)
-        ended = time.perf_counter()
-        if ended - begun >= seconds:
-            return ended - started
-
-
-def _by_events(calls: Iterable[Call]) -> list[float]:
-    pairs = [(call, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for call in calls]
-    for call, begin, end in pairs:
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for _, begin, end in pairs]
-
-
-def _by_clock(calls: Iterable[Call]) -> list[float]:
-    times = []
-    for call in calls:
-        begun = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - begun))
-    return times
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return Timing(*np.percentile(milliseconds, (20, 50, 80)).tolist())
 
 
 def peak_memory(call: Call, device: str) -> int | None:
-    """Bytes that a call takes on a GPU beside what is there, its result among them; None on a CPU, where nobody counts."""
+    """Bytes that a call allocates on a GPU at once, its result included; None on a CPU."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()
@@ -143,14 +131,8 @@ def peak_memory(call: Call, device: str) -> int | None:
     return int(torch.cuda.max_memory_allocated() - before)
 
 
-def launches(call: Call, device: str) -> int | None:
-    """Kernels that one call runs on a GPU; None on a CPU, which has none."""
-    found = kernels(call, device)
-    return None if found is None else len(found)
-
-
 def kernels(call: Call, device: str) -> list[tuple[str, float]] | None:
-    """Name and microseconds of every kernel that one call runs on a GPU; None on a CPU, which has none."""
+    """Name and microseconds of every kernel that one call runs on a GPU; None on a CPU."""
     if device != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -165,10 +147,7 @@ def kernels(call: Call, device: str) -> list[tuple[str, float]] | None:
 
 @contextmanager
 def fused_attention(device: str, dtype: torch.dtype, head_dim: int) -> Iterator[None]:
-    """Inside, torch's attention takes the fastest of its fused backends that can run a call, and the math one where none can.
-
-    torch's own order is another one: on Hopper GPUs its first choice is not the fastest. On a CPU there is one to choose.
-    """
+    """Inside, torch's attention on a GPU uses the fastest fused backend that can run a call, or math. torch prefers another order."""
     if device != "cuda":
         yield
         return
@@ -178,10 +157,10 @@ def fused_attention(device: str, dtype: torch.dtype, head_dim: int) -> Iterator[
 
 @cache
 def by_speed(device: str, dtype: torch.dtype, head_dim: int, *, seconds: float = 0.1) -> tuple[SDPBackend, ...]:
-    """The fused backends that run here, the fastest first, on the self-attention of 64 x 64 tokens, 24 heads of this dimension."""
+    """The fused backends that run here, the fastest first, in self-attention of 64 x 64 tokens with 24 heads."""
     q = torch.randn(1, 24, 4096, head_dim, device=device, dtype=dtype)
     times: dict[SDPBackend, float] = {}
     for backend in FUSED:
         with suppress(RuntimeError), sdpa_kernel(backend):  # torch has no kernel of this backend here
-            times[backend] = measure(lambda: F.scaled_dot_product_attention(q, q, q), device, seconds=seconds).p50
+            times[backend] = measure_in_turn([lambda: F.scaled_dot_product_attention(q, q, q)], device, seconds=seconds).p50
     return tuple(sorted(times, key=times.__getitem__))

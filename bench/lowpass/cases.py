@@ -1,4 +1,4 @@
-"""What the filters' benchmark runs: pictures of some shapes, the operations on them, and everything that does these.
+"""What the filters' benchmark runs: pictures of some shapes, the operations on them, and the implementations of these.
 
 Legend: B batch, C channels, Y x X pixels.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from functools import cache, partial
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.harness.timing import Call
 from scalediff_kernels import GuidedStep, NoiseLevel, low_pass, mix_frequencies
 from scalediff_kernels.lowpass.reference import low_pass_reference
 from scalediff_kernels.steps.reference import guided_step_reference
@@ -22,10 +24,9 @@ from scalediff_kernels.steps.reference import guided_step_reference
 CUTOFF, GAMMA, LEVEL = 0.125, 0.7, NoiseLevel.of_alpha_bar(0.4)
 STD = math.sqrt(2 * math.log(2)) / (math.pi * CUTOFF)  # of a Gaussian with half of the amplitude at the cutoff
 TAPS = 2 * math.ceil(4 * STD) + 1
-SETS = 16  # at most
 
-Call = Callable[[], Tensor]
 Pictures = tuple[Tensor, ...]
+Prepare = Callable[[Sequence[Pictures]], list[Call]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Case:
 
     @property
     def identity(self) -> dict[str, str]:
-        """As rows have it."""
+        """Its columns."""
         layout = "channels last" if self.channels_last else "planes"
         return {"case": self.name, "dtype": str(self.dtype).removeprefix("torch."), "layout": layout}
 
@@ -48,12 +49,8 @@ class Case:
         """Of one picture."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def sets(self, cache: int) -> int:
-        """Of inputs: as many as have together four times the last cache in what every operation reads, one picture of each."""
-        return min(SETS, math.ceil(4 * cache / self.bytes))
-
     def pictures(self, device: str, sets: int) -> list[Pictures]:
-        """Sets of x, model output and reference: the same numbers, in memory of their own."""
+        """Sets of x, model output and reference: the same numbers in separate memory."""
         rng = torch.Generator().manual_seed(0)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         first = [torch.randn(self.shape, generator=rng).to(device, self.dtype).contiguous(memory_format=layout) for _ in range(3)]
@@ -96,106 +93,42 @@ def published_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
     return (x - LEVEL.signal * x0) / LEVEL.noise
 
 
-def exact_low_pass(x: Tensor) -> Tensor:
-    return low_pass_reference(x, cutoff=CUTOFF, kind="resize")
-
-
-def exact_mix(high: Tensor, low: Tensor) -> Tensor:
-    return high + exact_low_pass(low - high)
-
-
-def exact_step(x: Tensor, output: Tensor, reference: Tensor) -> Tensor:
-    return guided_step_reference(
-        x, output, reference, level=LEVEL, prediction="epsilon", gamma=GAMMA, cutoff=CUTOFF, kind="resize"
-    )  # fmt: skip
-
-
-def our_low_pass(x: Tensor) -> Tensor:
-    return low_pass(x, cutoff=CUTOFF)
-
-
-def our_mix(high: Tensor, low: Tensor) -> Tensor:
-    return mix_frequencies(high, low, cutoff=CUTOFF)
+exact_low_pass = partial(low_pass_reference, cutoff=CUTOFF, kind="resize")
+exact_step = partial(guided_step_reference, level=LEVEL, prediction="epsilon", gamma=GAMMA, cutoff=CUTOFF, kind="resize")
 
 
 def our_steps(sets: Sequence[Pictures]) -> list[Call]:
-    """A stage's step, which holds the coarse grid of its reference."""
+    """Steps of one stage, which has made the coarse grid of its reference."""
     made = [(GuidedStep(reference, cutoff=CUTOFF, prediction="epsilon"), x, output) for x, output, reference in sets]
     return [partial(step, x, output, level=LEVEL, gamma=GAMMA) for step, x, output in made]
 
 
 def fft_low_pass(x: Tensor) -> Tensor:
-    """A radial Butterworth filter of order 4 through the Fourier transform, with the mask made beforehand as users do."""
-    mask = _fft_mask(x.shape[-2], x.shape[-1], x.device)
-    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x.float()) * mask, s=x.shape[-2:])
+    """A radial Butterworth filter of order 4 through the Fourier transform."""
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x.float()) * _butterworth(*x.shape[-2:], x.device), s=x.shape[-2:])
     return filtered.to(x.dtype)
 
 
-_masks: dict[Any, Tensor] = {}
+@cache
+def _butterworth(height: int, width: int, device: torch.device) -> Tensor:
+    """The mask, made once as users do."""
+    squared: Tensor = torch.fft.fftfreq(height, 0.5, device=device)[:, None] ** 2 + torch.fft.rfftfreq(width, 0.5, device=device) ** 2
+    return 1 / (1 + (squared / CUTOFF**2) ** 4)
 
 
-def _fft_mask(height: int, width: int, device: torch.device) -> Tensor:
-    key = (height, width, device)
-    if key not in _masks:
-        squared = torch.fft.fftfreq(height, 0.5, device=device)[:, None] ** 2 + torch.fft.rfftfreq(width, 0.5, device=device) ** 2
-        _masks[key] = 1 / (1 + (squared / CUTOFF**2) ** 4)
-    return _masks[key]
+def torchvision_blur(x: Tensor) -> Any:
+    return import_module("torchvision.transforms.functional").gaussian_blur(x, [TAPS, TAPS], [STD, STD])
 
 
-def torchvision_blur(x: Tensor) -> Tensor:
-    from torchvision.transforms.functional import gaussian_blur
-
-    blurred: Tensor = gaussian_blur(x, [TAPS, TAPS], [STD, STD])
-    return blurred
+def kornia_blur(x: Tensor) -> Any:
+    return import_module("kornia.filters").gaussian_blur2d(x, (TAPS, TAPS), (STD, STD))
 
 
-def kornia_blur(x: Tensor) -> Tensor:
-    from kornia.filters import gaussian_blur2d
-
-    blurred: Tensor = gaussian_blur2d(x, (TAPS, TAPS), (STD, STD))
-    return blurred
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What is computed, by hand in eager torch and as it is defined, of some of x, model output and reference."""
-
-    name: str
-    takes: tuple[int, ...]  # of a set of pictures
-    passes: int  # pictures read or written
-    eager: Callable[..., Tensor]
-    exact: Callable[..., Tensor]
-
-    def tensors(self, pictures: Pictures) -> Pictures:
-        return tuple(pictures[n] for n in self.takes)
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """Of one operation.
-
-    Attributes:
-        prepare: Calls for some sets of tensors; what is not part of a call is done here.
-        held: To the error budget that eager torch sets; or its error is shown; or it is another filter and only has to be finite.
-        package: Without which it is skipped; none when empty.
-    """
-
-    operation: Operation
-    name: str
-    prepare: Callable[[Sequence[Pictures]], list[Call]]
-    held: Literal["budget", "shown", "other"] = "budget"
-    package: str = ""
-
-    @property
-    def ours(self) -> bool:
-        return self.name == "scalediff"
-
-
-def each(function: Callable[..., Tensor]) -> Callable[[Sequence[Pictures]], list[Call]]:
+def each(function: Callable[..., Tensor]) -> Prepare:
     return lambda sets: [partial(function, *tensors) for tensors in sets]
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[[Sequence[Pictures]], list[Call]]:
+def compiled(function: Callable[..., Tensor]) -> Prepare:
     def prepare(sets: Sequence[Pictures]) -> list[Call]:
         torch._dynamo.reset()  # or later shapes get one graph for all
         return each(torch.compile(function, fullgraph=True, dynamic=False))(sets)
@@ -203,8 +136,32 @@ def compiled(function: Callable[..., Tensor]) -> Callable[[Sequence[Pictures]], 
     return prepare
 
 
+class Operation(NamedTuple):
+    """What is computed."""
+
+    name: str
+    takes: tuple[int, ...]  # of x, model output and reference
+    passes: int  # pictures read or written
+    eager: Callable[..., Tensor]  # as it is written by hand
+    exact: Callable[..., Tensor]  # as it is defined
+
+    def tensors(self, pictures: Pictures) -> Pictures:
+        return tuple(pictures[n] for n in self.takes)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Of one operation."""
+
+    operation: Operation
+    name: str
+    prepare: Prepare  # makes the calls for some sets of tensors; what it does itself is not timed
+    gate: Literal["budget", "shown", "other"] = "budget"  # of eager torch; or the error is shown; or another filter, that must be finite
+    package: str = ""  # that it needs
+
+
 STEP = Operation("guided step", (0, 1, 2), 4, eager_step, exact_step)
-MIX = Operation("mix frequencies", (0, 2), 4, eager_mix, exact_mix)
+MIX = Operation("mix frequencies", (0, 2), 4, eager_mix, lambda high, low: high + exact_low_pass(low - high))
 LOW_PASS = Operation("low pass", (0,), 2, eager_low_pass, exact_low_pass)
 IMPLEMENTATIONS = (
     Implementation(STEP, "eager", each(eager_step)),
@@ -212,10 +169,10 @@ IMPLEMENTATIONS = (
     Implementation(STEP, "eager, line by line", each(published_step), "shown"),
     Implementation(STEP, "torch.compile", compiled(eager_step)),
     Implementation(MIX, "eager", each(eager_mix)),
-    Implementation(MIX, "scalediff", each(our_mix)),
+    Implementation(MIX, "scalediff", each(lambda high, low: mix_frequencies(high, low, cutoff=CUTOFF))),
     Implementation(MIX, "torch.compile", compiled(eager_mix)),
     Implementation(LOW_PASS, "eager", each(eager_low_pass)),
-    Implementation(LOW_PASS, "scalediff", each(our_low_pass)),
+    Implementation(LOW_PASS, "scalediff", each(lambda x: low_pass(x, cutoff=CUTOFF))),
     Implementation(LOW_PASS, "torch.compile", compiled(eager_low_pass)),
     Implementation(LOW_PASS, "FFT, Butterworth", each(fft_low_pass), "other"),
     Implementation(LOW_PASS, "torchvision gaussian_blur", each(torchvision_blur), "other", "torchvision"),

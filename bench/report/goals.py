@@ -24,7 +24,7 @@ METHODS = {
 }
 FAMILIES = {
     "gather and SDPA": ("gather", "gather-cudnn", "gather-flash"),
-    "FlexAttention on tiles": ("flex", "flex-tuned", "flex-pretiled", "flex-options"),
+    "FlexAttention on tiles": ("flex", "flex-pretiled"),
     "NATTEN as called": ("natten",),
     "the fastest dense attention, windows ready": ("windows-cudnn", "windows-flash"),
 }

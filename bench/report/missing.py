@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 import torch
 
 from bench.attention import compiled as providers_compiled
-from bench.attention.compiled import PROVIDERS, Flex, Natten
+from bench.attention.compiled import PROVIDERS
 from bench.attention.providers import Provider
-from bench.attention.sdpa import Full, MultiDiffusion
 from bench.attention.shapes import CPU_SHAPES, SHAPES, Task, tasks
 from bench.cascade.methods import METHODS, Method
 from bench.cascade.models import GROWTH_SIZES, SUBJECTS, TRUE
@@ -18,7 +17,6 @@ from bench.report.rows import Group, Results, table
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 JOINT = ("flux",)  # text in the same softmax, and no U-Net
-_NO_RULE: Mapping[str, tuple[type[Provider], ...]] = {"window": (Full, Flex, Natten), "global": (MultiDiffusion,)}
 
 
 def missing(results: Results) -> list[str]:
@@ -70,9 +68,7 @@ def attention(shape: str, names: Iterable[str], device: str) -> dict[str, tuple[
 
 def excluded(provider: Provider, task: Task) -> bool:
     """Whether it refuses the task for what the task is, on any machine, whatever is installed there."""
-    if isinstance(provider, _NO_RULE.get(task.rule, ())):
-        return True
-    return provider.name == "reference" and provider.refusal(task) is not None
+    return task.rule not in provider.rules or (provider.name == "reference" and provider.refusal(task) != "")
 
 
 def cascade(model: str, how: str) -> Iterator[str]:

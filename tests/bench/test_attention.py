@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from bench.attention.compiled import PROVIDERS
 from bench.attention.gate import Outputs
 from bench.attention.providers import Ready
 from bench.attention.shapes import CPU_SHAPES, SHAPES, Task
-from bench.harness import command
+from bench.harness import command, gated
 from bench.roofline import __main__ as roofline
 from tests.bench.made_up import EVEN, ODD
 
@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(attention, "ceilings", lambda *_, **__: roofline.Ceilings(10.0, 0.1))
     monkeypatch.setattr("bench.harness.rows._commit", lambda: "0123abc")
     monkeypatch.setattr("scalediff.command.allocator.keep_freed_memory", lambda: True)  # for the whole process, and this one goes on
-    monkeypatch.setattr(attention, "CPU_CACHE", 2**16)
+    monkeypatch.setattr("bench.harness.timing.CPU_CACHE", 2**16)
     return tmp_path / "rows.csv"
 
 
@@ -81,7 +81,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch, small: P
     for name in ("sdpa", "gather"):
         _shifted(monkeypatch, name, 1e-3)
     rows, status = run(small, "--shape", "even", "--provider", "sdpa", "gather", "loop")
-    assert status == "ours did not run as it should: even/fp32/sdpa"
+    assert status == "rows of scalediff failed: even/fp32/sdpa"
     assert [r["status"] for r in rows] == ["FAILED", "FAILED", "ok"]
     assert all("exceeds the budget" in r["note"] and r["p50_ms"] == "" for r in rows[:2])
 
@@ -95,14 +95,14 @@ def test_what_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch, small: Path) -
 
     monkeypatch.setattr(PROVIDERS["loop"], "prepare", broken)
     monkeypatch.setattr(PROVIDERS["flex"], "prepare", asserting)
-    monkeypatch.setattr(attention, "free_memory", lambda device: 4_000_000)
+    monkeypatch.setattr("bench.attention.providers.CPU_SCORES", 500_000)
     monkeypatch.setattr(providers_compiled, "find_spec", lambda name: None)
     rows, status = run(small, "--shape", "even", "--provider", "loop", "flex", "full-math", "natten")
     assert status == 0
     assert [(r["status"], r["note"]) for r in rows] == [
         ("error", "RuntimeError: no kernel"),
         ("error", "AssertionError: of a compiler"),
-        ("skipped", "needs about 0.0 GB, 0.0 GB are free"),
+        ("skipped", "on a CPU scores of all pairs of tokens may take 0.0 GB, got 0.0 GB"),
         ("skipped", "the natten package is not installed"),
     ]
 
@@ -118,7 +118,7 @@ def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(monkeypatch: 
     monkeypatch.setattr("bench.harness.rows.device_lost", lambda device: bool(lost))
     arguments = ("--shape", "even", "--provider", "gather", "full")
     (row,), status = run(small, *arguments)
-    assert status == "the device was lost in even/fp32/gather: the same command goes on after it"
+    assert status == "the device was lost in even/fp32/gather: run the same command again to continue after it"
     assert (row["status"], row["note"]) == ("FAILED", "RuntimeError: an illegal memory access was encountered")
     lost.clear()
     rows, status = run(small, *arguments)
@@ -139,7 +139,7 @@ def test_what_is_counted_after_the_clock_leaves_the_time(
     notes = []
     for replaced in ({}, {"kernels": lambda call, device: []}, {"peak_memory": broken}, {"peak_memory": broken, "kernels": broken}):
         for name, function in (found | replaced).items():
-            monkeypatch.setattr(attention, name, function)
+            monkeypatch.setattr(gated, name, function)
         (row,), status = run(small, "--shape", "even", "--provider", "gather", "--again")
         assert (status, row["status"], row["p50_ms"] != "") == (0, "ok", True)
         assert row["peak_megabytes"] == ("" if "peak_memory" in replaced else "2.5")
@@ -147,14 +147,14 @@ def test_what_is_counted_after_the_clock_leaves_the_time(
         assert row["kernels_ms"] == ("" if "kernels" in replaced else "large 0.002, small 0.001")
         assert row["note"] in capsys.readouterr().out
         notes.append(row["note"])
-    memory, kernels = (f"{what} not told: RuntimeError: CUPTI is busy" for what in ("peak memory", "kernels"))
-    assert notes == ["", "kernels not told: the profiler saw none", memory, f"{memory}; {kernels}"]
+    memory, kernels = (f"{what} unknown: RuntimeError: CUPTI is busy" for what in ("peak memory", "kernels"))
+    assert notes == ["", "kernels unknown: the profiler saw none", memory, f"{memory}; {kernels}"]
 
 
 def test_what_loses_the_device_after_the_clock_ends_the_run_too(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
     monkeypatch.setattr("bench.harness.rows.device_lost", lambda device: True)
     (row,), status = run(small, "--shape", "even", "--provider", "gather", "full")
-    assert (row["status"], status) == ("ok", "the device was lost in even/fp32/gather: the same command goes on after it")
+    assert (row["status"], status) == ("ok", "the device was lost in even/fp32/gather: run the same command again to continue after it")
 
 
 def test_freed_memory_is_kept_where_the_host_measures(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
@@ -171,18 +171,16 @@ def test_what_is_named_twice_is_measured_once(small: Path) -> None:
 
 
 def test_rows_are_taken_as_they_are(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All that are wanted, as sentences or JSON; those that are not there are named."""
+    """All that are wanted; those that are not there are named."""
     run(small, "--shape", "even", "--provider", "gather", "full-cudnn")
     before = small.read_text()
     capsys.readouterr()
     wanted = ("--shape", "even", "--provider", "gather", "loop", "full-cudnn", "--no-measure")
     rows, status = run(small, *wanted)
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith(f"even/fp32/gather: {rows[0]['p50_ms']} ms")
-    assert told[1:] == ["even/fp32/loop: not in rows.csv", "even/fp32/full-cudnn: skipped, torch has no cudnn attention on CPUs"]
-    run(small, *wanted, "--json")
     out, err = capsys.readouterr()
-    assert [json.loads(line) for line in out.splitlines()] == rows
+    first, *others = out.splitlines()
+    assert first.startswith(f"even/fp32/gather: {rows[0]['p50_ms']} ms")
+    assert others == ["even/fp32/full-cudnn: skipped, torch has no cudnn attention on CPUs"]
     assert err == "even/fp32/loop: not in rows.csv\n"
     assert (status, small.read_text()) == (0, before)
 
@@ -201,43 +199,40 @@ def test_a_second_run_goes_on(monkeypatch: pytest.MonkeyPatch, small: Path, caps
     assert [(r["provider"], r["commit"]) for r in rows] == [("sdpa", "4567def"), ("full-cudnn", "0123abc"), ("loop", "0123abc")]
 
 
-def test_json_lines_and_a_comparison(monkeypatch: pytest.MonkeyPatch, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison(monkeypatch: pytest.MonkeyPatch, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(small, "--shape", "even", "--provider", "sdpa", "loop")
     other = small.with_name("other.csv")
     other.write_text(small.read_text())
-    capsys.readouterr()
-    for standing in ((), ("--again",)):
-        rows, _ = run(small, "--shape", "even", "--provider", "sdpa", "--json", "--compare", str(other), *standing)
-        told = capsys.readouterr()
-        assert [json.loads(row) for row in told.out.splitlines()] == rows[:1]
-        assert "even/fp32/sdpa: " in told.err
-    other.write_text(small.read_text().replace(f",{rows[0]['p50_ms']},", ",fast,"))
-    run(small, "--shape", "even", "--provider", "sdpa", "--no-measure", "--compare", str(other))
-    assert "even/fp32/sdpa: p50_ms must be a positive number, got 'fast' there" in capsys.readouterr().out
-    other.write_text(small.read_text())
+    time = run(small, "--shape", "even", "--provider", "sdpa", "--compare", str(other))[0][0]["p50_ms"]
+    assert f"even/fp32/sdpa: {time} ms here, {time} ms there, 1.000x" in capsys.readouterr().out
     monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
     run(small, "--shape", "even", "--provider", "sdpa", "--compare", str(other))
-    assert "not the same commit: here 4567def, there 0123abc; the ratios below hold that too" in capsys.readouterr().out
+    assert "not the same commit: here 4567def, there 0123abc; the ratios below include that difference" in capsys.readouterr().out
     run(small, "--shape", "even", "--provider", "sdpa", "loop", "--compare", str(other), "--no-measure")
     assert "not the same commit: here 0123abc and 4567def, there 0123abc" in capsys.readouterr().out
+
+
+def choices(names: Iterable[str]) -> str:
+    """As argparse lists them, with quotes or without."""
+    return ", ".join(map(repr if sys.version_info < (3, 12) else str, names))
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--shape", "flux-9000"], f"--shape takes {', '.join([*SHAPES, *CPU_SHAPES])}, got flux-9000"),
-        (["--provider", "triton", "fa4"], f"--provider takes {', '.join(PROVIDERS)}, got fa4"),
-        (["--dtype", "fp8"], "--dtype takes bf16, fp16, fp32, got fp8"),
+        (["--shape", "flux-9000"], f"argument --shape: invalid choice: 'flux-9000' (choose from {choices([*SHAPES, *CPU_SHAPES])}"),
+        (["--provider", "triton", "fa4"], f"argument --provider: invalid choice: 'fa4' (choose from {choices(PROVIDERS)}"),
+        (["--dtype", "fp8"], f"argument --dtype: invalid choice: 'fp8' (choose from {choices(['bf16', 'fp16', 'fp32'])}"),
         (["--seconds", "0"], "--seconds must be positive and finite, got 0.0"),
         (["--seconds", "inf"], "--seconds must be positive and finite, got inf"),
         (["--seconds", "nan"], "--seconds must be positive and finite, got nan"),
         (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
         (["--compare", "/"], "--compare takes a CSV of this benchmark, got /, which is no file"),
         (["--compare", __file__], "must have a column 'row'"),
-        (["--no-measure", "--again"], "rows are taken as they are or measured anew, got --no-measure and --again"),
-        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes a file, with --no-measure one that is there, got nowhere.csv"),
+        (["--no-measure", "--again"], "--no-measure and --again exclude each other"),
+        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes an existing file with --no-measure, got nowhere.csv"),
         (["--csv", "/"], "--csv takes a file, got /"),
-        (["--commit", "4567def"], "--commit is for a copy of the tree that git knows nothing of: git has '0123abc' here, got '4567def'"),
+        (["--commit", "4567def"], "--commit is for a copy of the tree without git's data: git has '0123abc' here, got '4567def'"),
         (["--device", "cuda"], "--device cuda needs a GPU that torch sees, got none"),
     ],
 )

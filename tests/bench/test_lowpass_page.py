@@ -50,19 +50,18 @@ def test_rows_without_an_eager_time_have_no_ratio() -> None:
 
 
 def test_the_page_says_how_rows_were_measured_and_sets_those_apart_that_were_measured_otherwise() -> None:
-    for memory, words in (("kept", "keeps freed memory"), ("", "gave freed memory back")):
-        assert words in lowpass_page.markdown({"cpu": [_row(LATENTS[0], "eager", memory=memory)]})
+    for memory, said in (("kept", True), ("", False)):
+        assert ("keeps freed memory" in lowpass_page.markdown({"cpu": [_row(LATENTS[0], "eager", memory=memory)]})) is said
     gpu = _row(LATENTS[0], "eager", cuda="12.8", cudnn="91002", card="driver 570, 700 W", torch="2.11.0", seconds="0.2", command="run")
     text = lowpass_page.markdown({"gpu": [gpu]})
     assert "freed memory" not in text
     assert "`run`: torch 2.11.0, cuda 12.8, cudnn 91002, driver 570, 700 W," in text
     assert "Calls took sets of inputs in turn" in text
     assert "side by side" not in text
-    for seconds in ("", "0.2"):
-        assert ("side by side" in lowpass_page.markdown({"cpu": [_row(LATENTS[0], "eager", seconds=seconds)]})) is bool(seconds)
+    assert "side by side" in lowpass_page.markdown({"cpu": [_row(LATENTS[0], "eager")]})
     two = [_row(LATENTS[0], "eager", commit="a"), _row(LATENTS[0], "scalediff", commit="b"), _row(LATENTS[1], "eager", commit="a")]
     text = lowpass_page.markdown({"cpu": two})
-    assert text.count("| case |") == text.count("Every call had the same inputs") == 2
+    assert text.count("| case |") == text.count("Calls took sets of inputs in turn") == 2
     assert text.count("## CPU") == 1
     assert "| scalediff | 2 (1 - 3) | 4 | 50% | - | - | - |" in text, "no ratio to what was measured otherwise"
 

@@ -174,7 +174,7 @@ def test_the_kernel_beside_the_best_of_every_family(place: Path) -> None:
         call(task, "gather", 9),
         call(task, "gather-cudnn", 7.5),
         call(once, "triton", 2),
-        call(once, "flex-tuned", 1, status="FAILED"),
+        call(once, "flex", 1, status="FAILED"),
         call(once, "flex-pretiled", 5),
         call(once, "natten", 0, status="skipped", note="the natten package is not installed"),
     ]
