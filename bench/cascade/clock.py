@@ -1,88 +1,61 @@
-"""Marks in time and bytes in memory, on CPUs and GPUs alike."""
+"""Time and memory of a device: what `bench.cascade.watch` measures with."""
 
 from __future__ import annotations
 
-import ctypes
 import re
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 
-class Clock(Protocol):
-    """Marks in time, and seconds between them; `wait` before asking."""
+class Clock:
+    """Marks in time: events in a GPU's stream, the host's clock on a CPU. Call `wait` before asking for the seconds between two."""
 
-    def mark(self) -> Any: ...
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
 
-    def seconds(self, first: Any, last: Any) -> float: ...
-
-    def wait(self) -> None: ...
-
-
-class HostClock:
-    """Of a CPU."""
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, first: float, last: float) -> float:
-        return last - first
-
-    def wait(self) -> None:
-        pass
-
-
-class DeviceClock:
-    """Of a GPU: events in its stream."""
-
-    def mark(self) -> torch.cuda.Event:
+    def mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
-        return float(first.elapsed_time(last)) / 1000
+    def seconds(self, first: Any, last: Any) -> float:
+        return float(first.elapsed_time(last)) / 1000 if self._cuda else last - first
 
     def wait(self) -> None:
-        torch.cuda.synchronize()
+        if self._cuda:
+            torch.cuda.synchronize()
 
 
 class Memory:
-    """Bytes of a device: what is there, and the most there was since the last `reset`; None where the system does not tell.
+    """Bytes in use now and at most since the last `reset`: what torch has allocated on a GPU, the process's resident set on a CPU.
 
-    On a GPU what torch has allocated; on a CPU the resident set of the process, libraries and all, and what the allocator has kept since
-    the last `give_back`.
+    None where the system does not report it: outside Linux, or where its peak cannot be reset.
     """
 
     def __init__(self, device: str) -> None:
-        self._device = device
-
-    def give_back(self) -> None:
-        """What the allocator of a CPU's process keeps, to the system."""
-        if self._device == "cpu":
-            with suppress(OSError, AttributeError):  # glibc's alone
-                ctypes.CDLL(None).malloc_trim(0)
+        self._cuda, self._known = device == "cuda", True
 
     def reset(self) -> None:
-        """The peak begins again."""
-        if self._device == "cuda":
+        """Start the peak again."""
+        if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set begins again
+            Path("/proc/self/clear_refs").write_text("5")
         except OSError:
-            self._device = "unknown"
+            self._known = False
 
     def now(self) -> int | None:
-        return int(torch.cuda.memory_allocated()) if self._device == "cuda" else self._resident("VmRSS")
+        return torch.cuda.memory_allocated() if self._cuda else self._resident("VmRSS")
 
     def peak(self) -> int | None:
-        return int(torch.cuda.max_memory_allocated()) if self._device == "cuda" else self._resident("VmHWM")
+        return torch.cuda.max_memory_allocated() if self._cuda else self._resident("VmHWM")
 
     def _resident(self, name: str) -> int | None:
-        told = Path("/proc/self/status")
-        found = re.search(rf"^{name}:\s*(\d+) kB", told.read_text(), re.MULTILINE) if self._device == "cpu" and told.exists() else None
+        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE) if self._known else None
         return 1024 * int(found[1]) if found else None

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
 from bench.cascade import __main__ as cascade
 from bench.cascade.methods import METHODS
-from bench.cascade.rows import Unit
+from bench.cascade.rows import FIELDS, Unit
 from bench.harness import rows as harness
 from bench.roofline.__main__ import Ceilings
 from scalediff.patching import plan
@@ -54,7 +54,7 @@ def test_what_stands_is_not_measured_again(ran: Any, tmp_path: Path) -> None:
     assert harness.read_rows(path) == first
     del first["flux-small/32/direct/eager/run"]  # interrupted before its end, and beside it what no longer is measured
     first["flux-small/32/direct/eager/9-99/step"] = {**next(iter(first.values())), "row": "flux-small/32/direct/eager/9-99/step"}
-    harness.write_rows(path, cascade.FIELDS, first.values())
+    harness.write_rows(path, FIELDS, first.values())
     ran(*DIRECT, "--commit", "abc")
     third = harness.read_rows(path)
     assert "flux-small/32/direct/eager/run" in third
@@ -70,11 +70,11 @@ def test_json_and_a_comparison(ran: Any, tmp_path: Path) -> None:
     _, out, _ = ran(*DIRECT, "--commit", "abc", "--json")
     told = [json.loads(line) for line in out.splitlines()]
     assert told[-1]["row"] == "flux-small/32/direct/eager/run"
-    assert all(set(row) == set(cascade.FIELDS) for row in told)
+    assert all(set(row) == set(FIELDS) for row in told)
     other = tmp_path / "other.csv"
     for row in told:
         row |= {"commit": "def", "p50_ms": row["p50_ms"] and f"{2 * float(row['p50_ms']):.6g}"}
-    harness.write_rows(other, cascade.FIELDS, told)
+    harness.write_rows(other, FIELDS, told)
     code, out, _ = ran(*DIRECT, "--no-measure", "--compare", str(other))
     assert code == 0
     said = out.splitlines()[len(told) :]
@@ -120,18 +120,18 @@ def test_the_embedded_model_grows_in_time_and_memory(ran: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model", "dalle"], "--model takes sdxl, flux, sdxl-small, flux-small, demo, got dalle"),
-        (["--method", "npa", "magic"], "--method takes direct, multidiffusion, "),
-        (["--compile", "jit"], "--compile takes eager, compiled, got jit"),
+        (["--model", "dalle"], "argument --model: invalid choice: 'dalle' (choose from"),
+        (["--method", "npa", "magic"], "argument --method: invalid choice: 'magic' (choose from"),
+        (["--compile", "jit"], "argument --compile: invalid choice: 'jit' (choose from"),
         (["--model", "sdxl", "--device", "cpu"], "--model sdxl is of true size, for a GPU and without --small; small ones are sdxl-small"),
         (["--growth", "--model", "demo"], "takes no --model and no --small, got --growth and --model demo"),
-        (["--limit", "0"], "--limit must be positive, got 0"),
+        (["--limit", "0"], "--limit must be positive and finite, got 0"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--view-batch", "0"], "--view-batch must be at least 1, got 0"),
         (["--size", "0"], "--size takes pixels per side, got 0"),
         (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
         (["--no-measure", "--csv", "nowhere.csv"], "--csv takes a file, with --no-measure one that is there, got nowhere.csv"),
-        (["--limit", "inf"], "--limit must be positive, got inf"),
+        (["--limit", "inf"], "--limit must be positive and finite, got inf"),
         (["--no-measure", "--again"], "rows are taken as they are or measured anew, got --no-measure and --again"),
     ],
 )
@@ -143,8 +143,8 @@ def test_what_is_unknown_is_refused_in_a_sentence(ran: Any, arguments: list[str]
 
 def test_rows_that_stand_are_told_and_absent_ones_named(ran: Any, tmp_path: Path) -> None:
     unit = "flux-small/32/direct/eager"
-    row = dict.fromkeys(cascade.FIELDS, "") | {"row": f"{unit}/run", "part": "run", "status": "skipped", "note": "for a test"}
-    harness.write_rows(tmp_path / "rows.csv", cascade.FIELDS, [row])
+    row = dict.fromkeys(FIELDS, "") | {"row": f"{unit}/run", "part": "run", "status": "skipped", "note": "for a test"}
+    harness.write_rows(tmp_path / "rows.csv", FIELDS, [row])
     code, out, err = ran(*DIRECT, "npa", "--no-measure")
     assert (code, out) == (0, f"{unit}/run: skipped, for a test\n")
     assert err == "not in rows.csv: flux-small/32/npa/eager\n"
@@ -171,7 +171,7 @@ def test_a_broken_csv_is_refused(ran: Any, tmp_path: Path) -> None:
 
 
 def test_import_brings_no_diffusers() -> None:
-    code = "import sys, bench.cascade; print({'diffusers', 'transformers'} & set(sys.modules))"
+    code = "import sys, bench.cascade.__main__; print({'diffusers', 'transformers'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT, env=_paths())
     assert said.stdout.strip() == "set()"
 
