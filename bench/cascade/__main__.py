@@ -3,10 +3,8 @@
 On a GPU SDXL and FLUX.1-dev at their true size with random weights; on a CPU, and with --small, small random models of both and the
 embedded model. A row is one part of one stage, or one run. Rows go to bench/results/cascade-<machine>.csv as they are measured, and rows
 that the same commit measured on the same machine are not measured again. `p50_ms` is of one step, or of what a stage does once, and
-`in_run_s` what that adds up to in a run. A run has `composed_s`, the sum of its parts, and `measured_s` only if it was run whole: the
-median of `runs`, with `p20_ms` and `p80_ms` among these. Useful TFLOPs count neither padding nor tiles; `matrix_percent` is their rate in
-percent of that of a large matrix product in the same process. On a CPU the process keeps memory that it has freed, whatever the method,
-as the command `scalediff` does.
+`in_run_s` what that adds up to in a run. A run has `composed_s`, the sum of its parts, and `measured_s` only if it was run whole, the
+median of `runs`. Useful TFLOPs count neither padding nor tiles; `matrix_percent` compares with a large matrix product in this process.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 
 import torch
 
@@ -72,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = [unit for unit in units if f"{unit.name}/run" in standing and not options.again]
     printed: set[str] = set()
     if not options.no_measure:
-        if options.device == "cpu":
+        if options.device == "cpu":  # as the command `scalediff` does
             command.keep_freed_memory()
         for unit in () if options.json else done:
             print(f"{unit.name}: as measured before")
@@ -104,32 +102,31 @@ def line(row: Mapping[str, str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser_of("cascade", __doc__.split("\n")[0])
+    whole, number = (partial(_positive, kind) for kind in (int, float))
     parser.add_argument("--model", nargs="+", choices=SUBJECTS)
-    parser.add_argument("--size", nargs="+", type=int, metavar="N", help="pixels per side (default: the model's own list)")
+    parser.add_argument("--size", nargs="+", type=whole, metavar="N", help="pixels per side (default: the model's own list)")
     parser.add_argument("--method", nargs="+", choices=METHODS)
     parser.add_argument(
         "--compile", nargs="+", choices=COMPILE, help="whether repeated blocks are compiled (default: eager; on a GPU both)"
     )
     parser.add_argument("--small", action="store_true", help="small models (default on a CPU)")
     parser.add_argument("--growth", action="store_true", help="the embedded model from 128 to 1024 pixels")
-    parser.add_argument("--limit", type=float, metavar="S", help="seconds of a run that is measured whole (default: 120; on a CPU 210)")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of every stage (default: %(default)s)")
-    parser.add_argument("--view-batch", type=int, default=8, help="views in one pass (default: %(default)s)")
+    parser.add_argument("--limit", type=number, metavar="S", help="seconds of a run that is measured whole (default: 120; on a CPU 210)")
+    parser.add_argument("--steps", type=whole, default=2, help="timed steps of every stage (default: %(default)s)")
+    parser.add_argument("--view-batch", type=whole, default=8, help="views in one pass (default: %(default)s)")
     return parser
 
 
+def _positive(kind: Callable[[str], float], text: str) -> float:
+    if not 0 < (value := kind(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return value
+
+
 def _units(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Unit]:
-    """What to measure; exits with a message if an option is wrong or a package is missing."""
+    """What to measure; exits with a message if options do not fit together or a package is missing."""
     command.check(parser, options)
-    if options.limit is None:
-        options.limit = LIMITS[options.device]
-    if not 0 < options.limit < math.inf:
-        parser.error(f"--limit must be positive and finite, got {options.limit:g}")
-    for name in ("steps", "view_batch"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if any(size < 1 for size in options.size or ()):
-        parser.error(f"--size takes pixels per side, got {' '.join(map(str, options.size))}")
+    options.limit = options.limit or LIMITS[options.device]
     if options.growth and (options.model or options.small):
         given = f"--model {' '.join(options.model)}" if options.model else "--small"
         parser.error(f"--growth is of the embedded model and takes no --model and no --small, got --growth and {given}")

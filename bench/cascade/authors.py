@@ -16,28 +16,22 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.families import family_of
 from scalediff.families.grid import Grid
+from scalediff.families.rotation import TextRotation
 from scalediff.patching import plan
+from scalediff_kernels.neighborhood.reference import rotate_pairs
 
 _sdpa = F.scaled_dot_product_attention  # taken at import: in the pass of a patched model the attribute leads to the patch
 
 
 class Authors:
-    """Their attention for one denoiser.
+    """Their attention for a model that rotates so, with jitter or always with one offset `(Y, X)` in tokens, padded as with jitter."""
 
-    Args:
-        denoiser: Of a known family, which says how text is rotated.
-        jitter: Draw a new offset for every call, and pad by a patch for it.
-        offset: Always this offset `(Y, X)` in tokens, padded as with jitter; to compare with another implementation.
-    """
-
-    def __init__(self, denoiser: nn.Module, *, jitter: bool = False, offset: Grid | None = None) -> None:
-        family = family_of(denoiser)
-        self._rotation = None if family is None else family.rotation(denoiser)
+    def __init__(self, rotation: TextRotation | None, *, jitter: bool = False, offset: Grid | None = None) -> None:
+        self._rotation = rotation
         self._jitter, self._fixed, self._random = jitter, offset, random.Random(0)
         self._tables: dict[Any, list[Tensor]] = {}
 
@@ -60,11 +54,7 @@ class Authors:
         offset: Grid = (0, 0), scale: float | None = None, text_rope: tuple[Tensor, Tensor] | None = None,
         text_queries: str | None = "window", impl: str = "auto",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """As `scalediff_kernels.joint_neighborhood_patch_attention`; text `[B, T, H, D]`.
-
-        Raises:
-            ValueError: another rule for text queries than theirs.
-        """
+        """As `scalediff_kernels.joint_neighborhood_patch_attention`; text `[B, T, H, D]`. Another rule than theirs is a ValueError."""
         if text_queries != "window":
             raise ValueError(f"text_queries must be 'window', the authors' rule, got {text_queries=}")
         cut = self._cut(q, window, patch, offset)
@@ -88,14 +78,12 @@ class Authors:
         """cos and sin `[n_y, n_x, D / 2]` of the windows' top-left tokens, looked up on the device: offsets change from call to call."""
         assert self._rotation is not None
         key = (cut.grid, cut.window, cut.device)
-        if key not in self._tables:
-            tables = self._rotation.tables(cut.grid, cut.grid, cut.window, (1, 1), (0, 0))  # every token its own patch: every window
-            first = [min(w // 2, n - 1) for n, w in zip(cut.grid, cut.window, strict=True)]
-            y, x = (slice(i, i + n - min(w, n) + 1) for i, n, w in zip(first, cut.grid, cut.window, strict=True))  # all starts, once
-            self._tables[key] = [table[y, x].to(cut.device, torch.float32) for table in tables]
+        if key not in self._tables:  # of the window around every token
+            tables = self._rotation.tables(cut.grid, cut.grid, cut.window, (1, 1), (0, 0))
+            self._tables[key] = [table.to(cut.device, torch.float32) for table in tables]
+        y, x = (center.clamp(0, n - 1) for center, n in zip(cut.centers, cut.grid, strict=True))
         cos, sin = self._tables[key]
-        rows, columns = cut.places[0][:, :1], cut.places[1][:, 0]
-        return cos[rows, columns], sin[rows, columns]
+        return cos[y[:, None], x], sin[y[:, None], x]
 
 
 class _Cut:
@@ -106,13 +94,15 @@ class _Cut:
         self.window, self._patch, self._offset, self.device = window, patch, offset, q.device
         self._patches = [-(-n // p) + spare for n, p in zip(self.grid, patch, strict=True)]
         self.count = self._patches[0] * self._patches[1]
-        self.places = [self._keys(axis, count) for axis, count in enumerate(self._patches)]
+        counts = zip(self._patches, patch, offset, strict=True)
+        self.centers = [torch.arange(n, device=q.device) * p + (p // 2 - o) for n, p, o in counts]  # tokens along each axis
+        self._places = self._keys(0)[:, None, :, None], self._keys(1)[None, :, None, :]
 
-    def _keys(self, axis: int, count: int) -> Tensor:
-        """`[count, W]`, the tokens of every patch's window along an axis; made on the device."""
-        length, patch, window = self.grid[axis], self._patch[axis], min(self.window[axis], self.grid[axis])
-        starts = torch.arange(count, device=self.device) * patch + (patch // 2 - self.window[axis] // 2 - self._offset[axis])
-        return starts.clamp(0, length - window)[:, None] + torch.arange(window, device=self.device)
+    def _keys(self, axis: int) -> Tensor:
+        """`[n, W]`, the tokens of every patch's window along an axis."""
+        length, window = self.grid[axis], min(self.window[axis], self.grid[axis])
+        starts = (self.centers[axis] - self.window[axis] // 2).clamp(0, length - window)
+        return starts[:, None] + torch.arange(window, device=self.device)
 
     def queries(self, q: Tensor) -> Tensor:
         """`[B, n, P P, H, D]` of `[B, Y, X, H, D]`."""
@@ -124,8 +114,8 @@ class _Cut:
 
     def keys(self, x: Tensor) -> Tensor:
         """`[B, n, W W, H, D]` of `[B, Y, X, H, D]`, copied."""
-        rows, columns = self.places
-        return x[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4).flatten(1, 2)
+        rows, columns = self._places
+        return x[:, rows, columns].flatten(3, 4).flatten(1, 2)
 
     def canvas(self, out: Tensor) -> Tensor:
         """`[B, Y, X, H, D]` of `[B, n, P P, H, D]`, without the padding."""
@@ -143,7 +133,6 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Text `[B, T, H, D]` rotated for every window, `[B, n, T, H, D]`, in fp32 or better."""
-    cos, sin = (table.flatten(0, 1)[None, :, None, None] for table in rope)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x[:, None, ..., 0::2].to(dtype), x[:, None, ..., 1::2].to(dtype)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+    cos, sin = (table.flatten(0, 1)[None] for table in rope)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return rotate_pairs(wide, (cos, sin), 0).to(x.dtype).movedim(0, 1)

@@ -32,7 +32,6 @@ from bench.attention.shapes import Shape, Task
 from bench.cascade.authors import Authors
 from bench.cascade.methods import METHODS, Drawn, Method
 from scalediff.patching import plan
-from scalediff.patching.networks import denoiser_of
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels.neighborhood.api import TextQueries
 from scalediff_kernels.testing import poisoned_memory
@@ -126,7 +125,7 @@ class Gate:
     def _attention(self, method: Method, offset: tuple[int, int] | None = None) -> Callable[..., Any]:
         """The method's attention as a pass calls it."""
         if method.authors:
-            theirs = Authors(denoiser_of(self._drawn.pipe), offset=None if method.repeatable else offset)
+            theirs = Authors(self._drawn.rotation, offset=None if method.repeatable else offset)
             return theirs.joint if self._drawn.joint else theirs.image
         ours = joint_neighborhood_patch_attention if self._drawn.joint else neighborhood_patch_attention
         return partial(ours, impl=self._drawn.impl)

@@ -1,12 +1,14 @@
-"""How each of the methods that `bench.cascade` compares draws a picture."""
+"""How each of the methods that `bench.cascade` compares draws a picture, and the useful work of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,36 +18,28 @@ from bench.attention.shapes import view_starts
 from bench.cascade.authors import Authors
 from bench.cascade.models import SEED, Subject
 from scalediff.cascade.latents import packed
-from scalediff.cascade.pipeline import native_size, preset, stage_sizes, takes_size_conditioning
+from scalediff.cascade.pipeline import cascade_of, family_with_cascade, native_size, preset, stage_sizes, takes_size_conditioning
 from scalediff.cascade.stage import Stage
-from scalediff.families import family_of
+from scalediff.cost import flops
 from scalediff.methods import DemoFusion, MultiDiffusion, running
 from scalediff.methods.demofusion import demofusion, phase_sizes
 from scalediff.methods.multidiffusion import multidiffusion
 from scalediff.patching.networks import denoiser_of
+from scalediff.patching.subclass import own_class
 from scalediff.settings import Settings
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of drawing above the native size.
+    """One way of drawing above the native size."""
 
-    Attributes:
-        name: On the command line and in rows.
-        kind: All steps at the target, whole or in views; DemoFusion's phases; or ScaleDiff's stages.
-        attention: Of a cascade above its base stage.
-        text_queries: The rule for text queries in windows.
-        authors: Windows in the authors' form, without or with their jitter; empty for ours.
-        joint: Only for models with text in the same softmax.
-    """
-
-    name: str
-    kind: Literal["direct", "views", "phases", "cascade"]
-    attention: Literal["npa", "full"] = "full"
-    text_queries: TextQueries = "window"
-    authors: Literal["", "plain", "jitter"] = ""
-    joint: bool = False
+    name: str  # on the command line and in rows
+    kind: Literal["direct", "views", "phases", "cascade"]  # all steps at the target, whole or in views; DemoFusion; or ScaleDiff's stages
+    attention: Literal["npa", "full"] = "full"  # of a cascade above its base stage
+    text_queries: TextQueries = "window"  # the rule for text queries in windows
+    authors: Literal["", "plain", "jitter"] = ""  # windows in the authors' form, without or with their jitter
+    joint: bool = False  # only for models with text in the same softmax
 
     @property
     def repeatable(self) -> bool:
@@ -70,29 +64,16 @@ OURS = ("npa", "npa-global")
 
 
 class StagePlan(NamedTuple):
-    """One stage of a run.
+    """One stage of a run."""
 
-    Attributes:
-        side: Pixels.
-        steps: Of the whole run.
-        views: Passes of native size that make up the pass of a step; 0 for one pass of the stage's own size.
-        restarts: Whether it starts from the picture of the stage before.
-    """
-
-    side: int
-    steps: int
-    views: int
-    restarts: bool
+    side: int  # pixels
+    steps: int  # of the whole run
+    views: int  # passes of native size that make up the pass of a step; 0 for one pass of the stage's own size
+    restarts: bool  # from the picture of the stage before
 
 
 class Drawn:
-    """A pipeline that draws square pictures by any method; methods with views pass `view_batch` of them at once.
-
-    Attributes:
-        native: Pixels per side that the model was trained at.
-        joint: Whether text is in the same softmax.
-        rotation: How text is rotated in windows, if it is.
-    """
+    """A pipeline that draws square pictures by any method; methods with views pass `view_batch` of them at once."""
 
     def __init__(self, subject: Subject, device: str, *, view_batch: int = 8) -> None:
         self.subject, self.device, self.view_batch = subject, device, view_batch
@@ -102,12 +83,11 @@ class Drawn:
             self.pipe.vae.enable_tiling()  # as the authors do; pictures of native size are one tile
         self.settings = preset(self.pipe)
         denoiser = denoiser_of(self.pipe)
-        family = family_of(denoiser)
-        assert family is not None
-        self.rotation = family.rotation(denoiser)
-        self.joint = any(site.role == "joint" for site in family.sites(denoiser))
+        self.family = family_with_cascade(denoiser)[0]
+        self.rotation = self.family.rotation(denoiser)
+        self.joint = any(site.role == "joint" for site in self.family.sites(denoiser))  # text in the same softmax
         with self.patched(METHODS["direct"]):
-            self.native = native_size(self.pipe)[0]
+            self.native = native_size(self.pipe)[0]  # pixels per side that the model was trained at
 
     @property
     def impl(self) -> Impl:
@@ -122,11 +102,7 @@ class Drawn:
         return f"{what}, and {self.subject.title} has text in calls of its own"
 
     def plan(self, method: Method, side: int) -> list[StagePlan]:
-        """The stages of a whole run.
-
-        Raises:
-            ValueError: the model cannot draw this size.
-        """
+        """The stages of a whole run; raises ValueError for a size that the model cannot draw."""
         with self.patched(method):
             sizes = (phase_sizes if method.kind == "phases" else stage_sizes)(self.pipe, side, side)
         stages = []
@@ -143,8 +119,7 @@ class Drawn:
     ) -> list[Stage]:  # fmt: skip
         """A whole run, or one with this many `steps` in every stage; `call` are more arguments of the pipeline's call.
 
-        Raises:
-            NotImplementedError: the method cannot draw with this pipeline.
+        Raises NotImplementedError if the method cannot draw with this pipeline.
         """
         pipe, size, settings = self.pipe, (side, side), self._settings(method, steps)
         call = {**self.arguments, **call}
@@ -203,6 +178,54 @@ class Drawn:
         """Inside, the denoiser has the method's windows."""
         rule: TextQueries = method.text_queries if self.joint else "window"
         with scalediff.patch_model(self.pipe, window=self.subject.window, text_queries=rule, impl=self.impl):
-            authors = Authors(denoiser_of(self.pipe), jitter=not method.repeatable) if method.authors else None
-            with authors.installed() if authors else nullcontext():
+            authors = Authors(self.rotation, jitter=not method.repeatable)
+            with authors.installed() if method.authors else nullcontext():
                 yield
+
+
+class Work:
+    """Useful TFLOPs of the parts of a run, counted on the meta device as `scalediff.cost.flops` does; padding never counts.
+
+    An autoencoder that works in tiles attends only within them: it is counted as so many pictures of native size as fit into the area.
+    """
+
+    def __init__(self, drawn: Drawn) -> None:
+        self._drawn, denoiser = drawn, denoiser_of(drawn.pipe)
+        window = drawn.subject.window or drawn.family.native_grid(denoiser)  # a small model's family may name that of the large one
+        self._family = replace(drawn.family, native_grid=lambda _: window)
+        with torch.device("meta"):  # the same networks without weights, in fp32
+            twins: list[Any] = [own_class(type(net)).from_config(net.config).eval() for net in (denoiser, drawn.pipe.vae)]  # type: ignore[attr-defined]
+        self._denoiser, self._vae = twins
+        guided = drawn.settings.guidance_scale > 1 and cascade_of(drawn.pipe).conditional
+        self._passes = 2 if guided else 1
+        self._pass, self._coded = cache(self._count_pass), cache(self._count_coded)
+
+    def step(self, method: Method, stage: StagePlan) -> flops.Forward:
+        """One step, all views and both passes of guidance included."""
+        windows = stage.restarts and method.kind == "cascade" and method.attention == "npa"
+        one = self._pass(self._drawn.native if stage.views else stage.side, method.text_queries if windows else None)
+        return flops.Forward(*((stage.views or 1) * self._passes * part for part in one))
+
+    def run(self, method: Method, stages: Sequence[StagePlan]) -> float:
+        """A whole run: every stage is decoded, and encoded again for the next one of a cascade."""
+        total = sum(stage.steps * sum(self.step(method, stage)) + self._coded("decode", stage.side) for stage in stages)
+        return total + sum(self._coded("encode", stage.side) for stage in stages[1:] if method.kind == "cascade")
+
+    def _count_pass(self, side: int, rule: TextQueries | None) -> flops.Forward:
+        """One pass of the denoiser, with windows where there is a rule for text queries."""
+        grid = side // self._drawn.pipe.vae_scale_factor
+        with torch.device("meta"):
+            inputs = self._drawn.subject.inputs(grid, grid)
+        with mock.patch.object(flops, "family_of", return_value=self._family):
+            return flops.forward_work(self._denoiser, inputs, attention="npa" if rule else "full", text_queries=rule or "window")
+
+    def _count_coded(self, what: str, side: int) -> float:
+        from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
+
+        native, factor, channels = self._drawn.native, self._drawn.pipe.vae_scale_factor, self._vae.config.latent_channels
+        if getattr(self._drawn.pipe.vae, "use_tiling", False) and side != native:
+            return self._coded(what, native) * (side / native) ** 2
+        shape = (1, 3, side, side) if what == "encode" else (1, channels, side // factor, side // factor)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            getattr(self._vae, what)(torch.empty(shape, device="meta"))
+        return float(counter.get_total_flops()) / 1e12

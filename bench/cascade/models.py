@@ -25,33 +25,23 @@ from scalediff.families.grid import Grid
 SEED = 0
 PROMPT = "a full moon over snowy mountains at night"
 Made = tuple[Any, dict[str, Any]]  # a pipeline, and the arguments of its call that say what to draw
-_SCORES = 2.0  # standard deviation of the attention scores of random weights, about
 _NO_TEXT = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+_NO_POINTWISE = {"use_quant_conv": False, "use_post_quant_conv": False}
+_SMALL_AUTOENCODER = {"norm_num_groups": 4, "sample_size": 16, "latent_channels": 4, "shift_factor": 0.1, "scaling_factor": 0.4}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its pipeline.
+    """A model and its pipeline."""
 
-    Attributes:
-        title: For people.
-        sizes: Pixels per side that are measured by default.
-        dtype: Of weights and latents.
-        make: Builds the pipeline on a device; the same weights every time on one device.
-        inputs: Arguments of one pass of the denoiser over a Y x X latent grid, to count its work.
-        head_dim: D of self-attention, by which torch's backend is chosen on a GPU.
-        window: Key/value window in tokens; None for the model's own.
-        small: Fit for a CPU.
-    """
-
-    title: str
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[str], Made]
-    inputs: Callable[[int, int], dict[str, Any]]
-    head_dim: int = 64
-    window: Grid | None = None
-    small: bool = False
+    title: str  # for people
+    sizes: tuple[int, ...]  # pixels per side that are measured by default
+    dtype: torch.dtype  # of weights and latents
+    make: Callable[[str], Made]  # on a device; the same weights every time on one device
+    inputs: Callable[[int, int], dict[str, Any]]  # arguments of one pass of the denoiser over Y x X latents, to count its work
+    head_dim: int = 64  # of self-attention, by which torch's backend is chosen on a GPU
+    window: Grid | None = None  # key/value window in tokens, if not the model's own
+    small: bool = False  # fit for a CPU
 
 
 @contextmanager
@@ -67,58 +57,54 @@ def _seeded(device: str, dtype: torch.dtype) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def _autoencoder(*, small: bool, channels: int, **scale: float) -> Any:
-    """SDXL's (4 latent channels) or FLUX's (16), which has no pointwise convolutions; or a small one of 4 channels."""
+def _random(
+    name: str, specimen: str, device: str, *, small: bool, text: tuple[int, int, int], queries: tuple[str, ...], factor: float,
+    **autoencoder: Any,
+) -> tuple[Any, Any, dict[str, Any]]:  # fmt: skip
+    """A random denoiser, its autoencoder and text, of true size or small; `text` is tokens, their width and the pooled width.
+
+    Parameters that end like `queries` are multiplied by `factor`, so that attention scores have a standard deviation of about 2.
+    """
     import diffusers
 
-    widths: tuple[int, ...]
-    if small:
-        widths, config = (8, 8), {"norm_num_groups": 4, "sample_size": 16, "latent_channels": 4, "shift_factor": 0.1, "scaling_factor": 0.4}
-    else:
-        widths, config = (128, 256, 512, 512), {"layers_per_block": 2, "sample_size": 1024, "latent_channels": channels, **scale}
-    config |= dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), channels == 4 and not small)
+    dtype = torch.float32 if small else torch.bfloat16
+    widths = (8, 8) if small else (128, 256, 512, 512)
+    config = _SMALL_AUTOENCODER | _NO_POINTWISE if small else {"layers_per_block": 2, "sample_size": 1024, **autoencoder}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * len(widths), "up_block_types": ("UpDecoderBlock2D",) * len(widths)}
-    return diffusers.AutoencoderKL(block_out_channels=widths, **blocks, **config).eval()
-
-
-def _embeddings(device: str, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    draw = Draw(SEED)
-    return {name: draw(*shape).to(device, dtype) for name, shape in shapes.items()}
+    with _seeded("cpu" if small else device, dtype):
+        denoiser: Any = ZOO[specimen].build(SEED) if small else MODELS[name].denoiser().eval()
+        vae = diffusers.AutoencoderKL(block_out_channels=widths, **blocks, **config).eval()
+        for key, parameter in () if small else denoiser.named_parameters():
+            if key.endswith(queries):
+                parameter.mul_(factor)
+    draw, (tokens, width, pooled) = Draw(SEED), (6, 32, 32) if small else text
+    texts = {"prompt_embeds": draw(1, tokens, width).to(device, dtype), "pooled_prompt_embeds": draw(1, pooled).to(device, dtype)}
+    return denoiser.to(device), vae.to(device), texts
 
 
 def _sdxl(device: str, *, small: bool = False) -> Made:
     import diffusers
 
-    dtype, (tokens, width, pooled) = (torch.float32, (6, 32, 32)) if small else (torch.bfloat16, (77, 2048, 1280))
-    with _seeded("cpu" if small else device, dtype):
-        unet = ZOO["SDXL"].build(SEED) if small else MODELS["sdxl"].denoiser().eval()
-        vae = _autoencoder(small=small, channels=4, scaling_factor=0.13025)
-        for name, parameter in () if small else unet.named_parameters():
-            if name.endswith("attn1.to_q.weight"):  # as initialised, the products of queries and keys have a variance of a third
-                parameter.mul_(3 * _SCORES)
-    scheduler = diffusers.EulerDiscreteScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
-    )
-    parts = {"unet": unet.to(device), "vae": vae.to(device), "scheduler": scheduler, **_NO_TEXT}
-    shapes = {"prompt_embeds": (1, tokens, width), "pooled_prompt_embeds": (1, pooled)}
-    shapes |= {f"negative_{name}": shape for name, shape in shapes.items()}
-    return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False), _embeddings(device, dtype, shapes)
+    # As initialised, the products of queries and keys have a variance of a third.
+    how: dict[str, Any] = {"queries": ("attn1.to_q.weight",), "factor": 6.0, "latent_channels": 4, "scaling_factor": 0.13025}
+    unet, vae, texts = _random("sdxl", "SDXL", device, small=small, text=(77, 2048, 1280), **how)
+    beta = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **beta)
+    pipe = diffusers.StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, add_watermarker=False, **_NO_TEXT)
+    return pipe, texts | {f"negative_{name}": embedding.flip(-1) for name, embedding in texts.items()}
 
 
 def _flux(device: str, *, small: bool = False) -> Made:
     import diffusers
 
-    dtype, (tokens, width, pooled) = (torch.float32, (6, 32, 32)) if small else (torch.bfloat16, (512, 4096, 768))
-    with _seeded("cpu" if small else device, dtype):
-        transformer = ZOO["FLUX.1"].build(SEED) if small else MODELS["flux"].denoiser().eval()
-        vae = _autoencoder(small=small, channels=16, scaling_factor=0.3611, shift_factor=0.1159)
-        for name, parameter in () if small else transformer.named_parameters():
-            if name.endswith(("norm_q.weight", "norm_added_q.weight")):  # queries and keys have a variance of one
-                parameter.fill_(_SCORES)
+    queries = ("norm_q.weight", "norm_added_q.weight")  # queries and keys have a variance of one
+    how: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, **_NO_POINTWISE}
+    transformer, vae, texts = _random(
+        "flux", "FLUX.1", device, small=small, text=(512, 4096, 768), queries=queries, factor=2.0, **how
+    )  # fmt: skip
     shift = {"base_image_seq_len": 4, "max_image_seq_len": 64} if small else {}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, **shift)
-    pipe = diffusers.FluxPipeline(transformer=transformer.to(device), vae=vae.to(device), scheduler=scheduler, **_NO_TEXT)
-    return pipe, _embeddings(device, dtype, {"prompt_embeds": (1, tokens, width), "pooled_prompt_embeds": (1, pooled)})
+    return diffusers.FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **_NO_TEXT), texts
 
 
 def _demo(device: str) -> Made:

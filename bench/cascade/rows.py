@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.cascade.clock import Clock, Memory
 from bench.cascade.gate import Gate
-from bench.cascade.methods import METHODS, OURS, Drawn, Method, StagePlan
+from bench.cascade.methods import METHODS, OURS, Drawn, Method, StagePlan, Work
 from bench.cascade.models import SUBJECTS
-from bench.cascade.watch import StageTimes, Watch, composed
-from bench.cascade.work import Work
+from bench.cascade.watch import Clock, Memory, StageTimes, Watch, composed
 from bench.harness import rows as harness
 from bench.harness.timing import fused_attention
 from scalediff.patching.networks import denoiser_of
@@ -35,7 +33,7 @@ FIELDS = (
 )  # fmt: skip
 COMPILE = ("eager", "compiled")
 BACKEND = "inductor"
-_GUESS = {"cuda": 0.3, "cpu": 0.7}  # share of a matrix product's speed, before anything is measured
+_SPEED = {"cuda": 0.3, "cpu": 0.7}  # share of a matrix product's, before anything is measured
 _RUNS, _ENOUGH = 3, 20.0  # whole runs at most, and the seconds after which no further one is started
 _GRAPHS = 128  # sizes, widths and levels that one block is compiled for
 
@@ -57,19 +55,14 @@ class Unit(NamedTuple):
 
 
 class Bench:
-    """One model, built when it is first needed and shared by all its units.
-
-    Args:
-        matrix_tflops: What a large matrix product reaches in a dtype.
-        limit: Seconds; longer runs are only composed, and one that would be watched for longer is skipped.
-        steps: Timed steps of every watched stage.
-    """
+    """One model, built when it is first needed and shared by all its units."""
 
     def __init__(
         self, model: str, device: str, matrix_tflops: Callable[[torch.dtype], float], *, limit: float, steps: int, view_batch: int
     ) -> None:  # fmt: skip
         self._subject, self._device, self._matrix_tflops, self._view_batch = SUBJECTS[model], device, matrix_tflops, view_batch
-        self.limit, self._watched_steps = limit, steps + 2
+        self.limit = limit  # seconds; longer runs are only composed, and one that would be watched for longer is skipped
+        self._watched_steps = steps + 2
         self.memory, self.clock = Memory(device), Clock(device)
 
     @cached_property
@@ -124,28 +117,27 @@ class Bench:
             plan = self.drawn.plan(method, unit.size)
         except ValueError as wrong:
             return harness.first_line(wrong)
-        guess = _GUESS[self._device]
-        step = sum(sum(self.work.step(method, stage)) for stage in plan)
-        needed = (self._watched_steps + 1) * step / (guess * self._matrix_tflops(self._subject.dtype))
-        if needed > self.limit:
-            speed = f"at {guess:.0%} of a matrix product's speed"
-            return f"to watch it would take about {needed:.0f} s, {speed}, --limit is {self.limit:g} s"
-        return ""
+        step, speed = sum(sum(self.work.step(method, stage)) for stage in plan), _SPEED[self._device]
+        seconds = (self._watched_steps + 1) * step / (speed * self._matrix_tflops(self._subject.dtype))
+        if seconds <= self.limit:
+            return ""
+        return f"to watch it would take about {seconds:.0f} s, at {speed:.0%} of a matrix product's speed, --limit is {self.limit:g} s"
 
     def _timed(self, unit: Unit, method: Method) -> Iterator[Row]:
-        plan, limit = self.drawn.plan(method, unit.size), self.limit
+        plan, useful = self.drawn.plan(method, unit.size), self.work.run(method, self.drawn.plan(method, unit.size))
         before, stages = self._watched(unit, method)
         for number, (planned, times) in enumerate(zip(plan, stages, strict=True), start=1):
             yield from self._parts(unit, method, f"{number}-{planned.side}", planned, times)
-        seconds, useful = composed(stages, [stage.steps for stage in plan]), self.work.run(method, plan)
+        seconds = composed(stages, [stage.steps for stage in plan])
         row = unit.row("run", part="run", status="ok", composed_s=f"{seconds:.5g}", steps="+".join(str(stage.steps) for stage in plan))
-        if seconds <= limit:
+        if seconds <= self.limit:
             measured = self._whole(unit, method)
             median = statistics.median(measured)
             row |= _percentiles(measured, 1) | {"measured_s": f"{median:.5g}", "runs": str(len(measured)), "rate_of": "measured"}
             row |= self._rate(useful, median)
         else:
-            row |= self._rate(useful, seconds) | {"rate_of": "composed", "note": f"composed, not measured: above --limit {limit:g} s"}
+            row |= self._rate(useful, seconds)
+            row |= {"rate_of": "composed", "note": f"composed, not measured: above --limit {self.limit:g} s"}
         peaks = [stage.peak for stage in stages if stage.peak is not None]
         if before is not None and len(peaks) == len(stages):
             row |= {"peak_megabytes": _megabytes(max(peaks)), "before_megabytes": _megabytes(before)}
@@ -158,8 +150,9 @@ class Bench:
         self.memory.reset()
         before = self.memory.now()
         watch = Watch(self.clock, self.memory, steps=self._watched_steps, deep=unit.compile == "eager")
+        hooks: dict[str, Any] = {"on_stage": watch.on_stage, "callback_on_step_end": watch.on_step}
         with watch.over(self.drawn.pipe):
-            self.drawn.draw(method, unit.size, steps=self._watched_steps, on_stage=watch.on_stage, callback_on_step_end=watch.on_step)
+            self.drawn.draw(method, unit.size, steps=self._watched_steps, **hooks)
         return before, watch.stages()
 
     def _whole(self, unit: Unit, method: Method) -> list[float]:
@@ -178,20 +171,16 @@ class Bench:
         """The parts of one stage, without those that it does not have."""
         work = self.work.step(method, planned)
         useful = {"step": sum(work), "denoiser": sum(work), "attention": work.attention, "cross": work.cross}
-        more: dict[str, Row] = {"attention": {"backend": times.backends}}
-        if times.peak is not None:
-            more["step"] = {"peak_megabytes": _megabytes(times.peak)}
-        for part, seconds in times.each.items():
+        peak = "" if times.peak is None else _megabytes(times.peak)
+        more: dict[str, Row] = {"attention": {"backend": times.backends}, "step": {"peak_megabytes": peak}}
+        for part, seconds in (times.each | {part: [once] for part, once in times.once.items()}).items():
             if any(seconds):
-                row = unit.row(stage, part, stage=stage, part=part, status="ok") | _percentiles(seconds, planned.steps)
-                row |= self._rate(useful[part], float(row["p50_ms"]) / 1000) if useful.get(part) else {}
-                yield row | more.get(part, {})
+                row = unit.row(stage, part, stage=stage, part=part, status="ok", **more.get(part, {}))
+                row |= _percentiles(seconds, 1 if part in times.once else planned.steps)
+                yield row | (self._rate(useful[part], float(row["p50_ms"]) / 1000) if useful.get(part) else {})
         if "attention" not in times.each:
-            note = "inside compiled graphs, where it is not told apart"
+            note = "inside compiled graphs, where it cannot be timed apart"
             yield unit.row(stage, "attention", stage=stage, part="attention", status="skipped", note=note)
-        for part, once in times.once.items():
-            if once:
-                yield unit.row(stage, part, stage=stage, part=part, status="ok") | _percentiles([once], 1)
 
     def _rate(self, tflop: float, seconds: float) -> Row:
         matrix = self._matrix_tflops(self._subject.dtype)

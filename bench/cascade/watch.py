@@ -9,10 +9,14 @@ is not taken for slow attention. A GPU is timed by events, without waiting in be
 from __future__ import annotations
 
 import functools
+import re
 import statistics
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,7 +25,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from bench.cascade import authors as cascade_authors
-from bench.cascade.clock import Clock, Memory
 from scalediff.cascade import run as cascade
 from scalediff.cascade import schedule
 from scalediff.patching import plan
@@ -30,42 +33,74 @@ from scalediff_kernels import mix_frequencies
 from scalediff_kernels.neighborhood import windowed_sdpa
 
 
+class Clock:
+    """Marks in time: events in a GPU's stream, the host's clock on a CPU. Call `wait` before asking for the seconds between two."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+
+    def mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        return float(first.elapsed_time(last)) / 1000 if self._cuda else last - first
+
+    def wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+class Memory:
+    """Bytes in use now, and at most since the last `reset`: allocated by torch on a GPU, the process's resident set on a CPU.
+
+    None where the system does not report it: outside Linux, or where its peak cannot be reset.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda, self._known = device == "cuda", True
+
+    def reset(self) -> None:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self._known = False
+
+    def now(self) -> int | None:
+        return torch.cuda.memory_allocated() if self._cuda else self._resident("VmRSS")
+
+    def peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self._cuda else self._resident("VmHWM")
+
+    def _resident(self, name: str) -> int | None:
+        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE) if self._known else None
+        return 1024 * int(found[1]) if found else None
+
+
 class StageTimes(NamedTuple):
     """Seconds of the parts of one watched stage.
 
-    Attributes:
-        each: Of every timed step: `step`, the `denoiser` and `guidance` in it; `attention` of the image to itself, and to and of text in
-            one softmax, and `cross`-attention to text: of the median step, by their share of the denoiser in the last step. The latter
-            two are missing where nothing sees them, inside compiled graphs.
-        once: Of the stage: `encode`, `decode`, `mixing`, and the `rest` before its first step and after its last.
-        peak: Bytes; None where the system does not report it.
-        backends: What computed its attention calls.
+    `attention` is of the image to itself, and to and of text in one softmax, `cross` to text; both are of the median step, and missing
+    inside compiled graphs, where nothing sees them. `rest` is what comes before the first step and after the last.
     """
 
-    each: dict[str, list[float]]
-    once: dict[str, float]
-    peak: int | None
-    backends: str
+    each: dict[str, list[float]]  # of every timed step: step, and in it denoiser, guidance, attention, cross
+    once: dict[str, float]  # of the stage: encode, decode, mixing, rest
+    peak: int | None  # bytes
+    backends: str  # what computed its attention calls
 
 
 def composed(stages: Sequence[StageTimes], steps: Sequence[int]) -> float:
-    """Seconds of a run with this many steps in each stage.
-
-    Raises:
-        ValueError: not as many numbers as stages.
-    """
+    """Seconds of a run with this many steps in each stage; raises ValueError if there are not as many numbers as stages."""
     if len(stages) != len(steps):
         raise ValueError(f"every stage needs a number of steps, got {len(stages)} stages, {len(steps)=}")
     return sum(n * statistics.median(stage.each["step"]) + sum(stage.once.values()) for stage, n in zip(stages, steps, strict=True))
-
-
-class _Span(NamedTuple):
-    """One part under way in one step, from mark to mark."""
-
-    name: str
-    step: int
-    begin: Any
-    end: Any
 
 
 @dataclass
@@ -73,7 +108,7 @@ class _Marks:
     """What is taken down of one stage."""
 
     begin: Any
-    spans: list[_Span] = field(default_factory=list)
+    spans: dict[tuple[str, int], list[tuple[Any, Any]]] = field(default_factory=lambda: defaultdict(list))  # by part and step
     steps: list[Any] = field(default_factory=list)
     backends: list[str] = field(default_factory=list)
     end: Any = None
@@ -81,15 +116,9 @@ class _Marks:
 
 
 class Watch:
-    """Watches one run of a pipeline in which every stage has the same number of steps.
+    """Watches one run of a pipeline in which every stage has the same number of `steps`, the first and the last of them not timed.
 
-    Args:
-        clock, memory: What to measure with.
-        steps: Of every stage, at least 3: the first and the last are not timed.
-        deep: Time attention calls in the last step.
-
-    Raises:
-        ValueError: too few steps.
+    With `deep`, attention calls are timed in the last step. Raises ValueError if there are fewer than 3 steps.
     """
 
     def __init__(self, clock: Clock, memory: Memory, *, steps: int, deep: bool = True) -> None:
@@ -146,7 +175,7 @@ class Watch:
 
     def _leave(self) -> None:
         name, begin = self._inside.pop()
-        self._now.spans.append(_Span(name, len(self._now.steps), begin, self._clock.mark()))
+        self._now.spans[name, len(self._now.steps)].append((begin, self._clock.mark()))
 
     def _wanted(self, name: str) -> bool:
         """Parts that are not within each other; attention only in the denoiser and in the last step."""
@@ -176,7 +205,8 @@ class Watch:
         def call(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
             same = query.shape[-2] == key.shape[-2]
             if (same and self._wanted("attention")) or (self._inside and self._inside[-1][0] == "attention"):
-                self._now.backends.append(_backend(query, key, value, *args, **kwargs))
+                backend = SDPBackend(torch._fused_sdp_choice(query, key, value, *args, **kwargs))  # that torch chooses
+                self._now.backends.append(backend.name.lower().removesuffix("_attention"))
             return (own if same else cross)(query, key, value, *args, **kwargs)
 
         return call
@@ -196,39 +226,24 @@ class Watch:
         return call
 
     def stages(self) -> list[StageTimes]:
-        """The times of all stages that have ended.
-
-        Raises:
-            RuntimeError: a stage had another number of steps than `steps`.
-        """
+        """The times of all stages that have ended; raises RuntimeError if one had another number of steps."""
         self._clock.wait()
         return [self._read(marks) for marks in self._ended]
 
     def _read(self, marks: _Marks) -> StageTimes:
         if len(marks.steps) != self._steps:
             raise RuntimeError(f"every stage must run {self._steps} steps, got {len(marks.steps)}")
-        seconds = self._clock.seconds
+        seconds, timed, last = self._clock.seconds, range(1, self._steps - 1), self._steps - 1
 
-        def total(name: str, step: int | None = None) -> float:
-            return sum(seconds(s.begin, s.end) for s in marks.spans if s.name == name and step in (None, s.step))
+        def total(name: str, *steps: int) -> float:
+            return sum(seconds(*span) for step in steps for span in marks.spans[name, step])
 
-        timed, last = range(1, self._steps - 1), self._steps - 1
         each = {"step": [seconds(marks.steps[i - 1], marks.steps[i]) for i in timed]}
         each |= {name: [total(name, i) for i in timed] for name in ("denoiser", "guidance")}
         if self._deep:
             scale = statistics.median(each["denoiser"]) / total("denoiser", last)
             each |= {name: [scale * total(name, last)] for name in ("attention", "cross")}
-        once = {name: total(name) for name in ("encode", "decode", "mixing")}
-        first = next(span.begin for span in marks.spans if span.name == "denoiser")
-        in_steps = seconds(first, marks.steps[-1])
+        once = {name: total(name, *range(self._steps + 1)) for name in ("encode", "decode", "mixing")}
+        in_steps = seconds(marks.spans["denoiser", 0][0][0], marks.steps[-1])
         once["rest"] = max(0.0, seconds(marks.begin, marks.end) - in_steps - sum(once.values()))
         return StageTimes(each, once, marks.peak, " ".join(sorted(set(marks.backends))))
-
-
-def _backend(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, *,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> str:  # fmt: skip
-    """The backend that torch chooses for such a call."""
-    choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return SDPBackend(choice).name.lower().removesuffix("_attention")

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from bench.gpu import parts as gpu_parts
-from bench.gpu.parts import PARTS, Part, Row, describe, needs_rerun, typed
+from bench.gpu.parts import PARTS, Part, Row, describe, typed
 from bench.harness import rows as harness
 
 PACKAGES = ("transformers", "natten")
@@ -41,9 +41,9 @@ COPY = "In a copy of the tree without git: --commit $(git rev-parse --short HEAD
 
 
 class Outcome(NamedTuple):
-    """How a part ended: done, failed, stopped, skipped, did not fit, or done before; what is reported of it, and its seconds."""
+    """How a part ended."""
 
-    status: str
+    status: str  # done, failed, stopped, skipped, did not fit, or done before
     note: str
     seconds: float = 0.0
 
@@ -83,7 +83,8 @@ class Run:
 
     def _outcome(self, part: Part, command: Sequence[str]) -> Outcome:
         before, begun = self._measured(part), time.monotonic()
-        if part.name in self._standing and self._rows[part.name]["status"] == "done" and not needs_rerun(before):
+        failed = any(row["status"] == "error" for row in before)  # worth another try
+        if part.name in self._standing and self._rows[part.name]["status"] == "done" and not failed:
             return Outcome("done before", self._rows[part.name]["note"])
         if refusal := part.refusal():
             return Outcome("skipped", refusal)
@@ -117,10 +118,7 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
     from bench.report.goals import GOALS
     from bench.report.rows import read
 
-    try:
-        found = read(out)
-    except ValueError as error:
-        return [f"no results: {error}"]
+    found = read(out)
     attention_rows, cascade_rows = ([g for g in kind if g.facts["commit"] == commit] for kind in (found.attention, found.cascade))
     found = found._replace(attention=attention_rows, cascade=cascade_rows)
     goals = []

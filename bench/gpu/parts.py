@@ -25,29 +25,17 @@ GRACE = 10.0  # seconds between asking a process to end and killing it
 
 @dataclass(frozen=True)
 class Part:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: On the command line.
-        title: For people.
-        limit: Seconds; what earlier parts left of theirs is added, up to as many again.
-        arguments: Of `python -m`.
-        least: Seconds without which it is not started: it would end before its first row.
-        needs: Modules and programs without which it is skipped.
-        refuses: What it prints where its program cannot work on this device.
-        csv: Its results are `CSV-MACHINE.csv`; such a command takes --csv, --commit and --again, and resumes. Empty: it has none.
-        spread: Tests in several processes if pytest-xdist is installed, with a limit for each if pytest-timeout is.
-    """
-
-    name: str
-    title: str
-    limit: float
-    arguments: tuple[str, ...]
-    least: float = 20.0
-    needs: tuple[str, ...] = ()
-    refuses: str = ""
-    csv: str = ""
-    spread: bool = False
+    name: str  # on the command line
+    title: str  # for people
+    limit: float  # seconds; what earlier parts left of theirs is added, up to as many again
+    arguments: tuple[str, ...]  # of `python -m`
+    least: float = 20.0  # seconds without which it is not started: it would end before its first row
+    needs: tuple[str, ...] = ()  # modules and programs without which it is skipped
+    refuses: str = ""  # what it prints where its program cannot work on this device
+    csv: str = ""  # results are `CSV-MACHINE.csv`; such a command takes --csv, --commit and --again, and resumes
+    spread: bool = False  # tests in several processes with pytest-xdist, with a limit for each with pytest-timeout
 
     def refusal(self) -> str:
         """Why it cannot run here; empty where it can."""
@@ -120,41 +108,17 @@ def typed(command: Sequence[str]) -> str:
     return f"python3 {shlex.join(command)}"
 
 
-def missing_package(row: Row) -> str:
-    """The package without which a row has no time; empty if that is not why."""
-    if row.get("status") == "ok" or row.get("p50_ms"):
-        return ""
-    found = re.search(r"[Tt]he (\S+) package is not installed|No module named '(\w+)", row.get("note") or "")
-    return found[1] or found[2] if found else ""
-
-
-def row_status(row: Row) -> str:
-    """The status of a row; a missing package counts as skipped."""
-    return "skipped" if missing_package(row) else row["status"]
-
-
-def needs_rerun(rows: Sequence[Row]) -> bool:
-    """Whether a row met an error, or lacked a package that is there now."""
-    return any(row_status(row) == "error" or (missing_package(row) and find_spec(missing_package(row)) is not None) for row in rows)
-
-
 def describe(rows: Sequence[Row]) -> str:
     """How many rows there are, how many failed and the first of these, and how many were skipped for each reason."""
     rows = [row for row in rows if row.get("part") != "gate"]  # the run of a gate that failed has failed as well
     failed = [
         f"{len(wrong)} {status}, first {wrong[0]['row']}: {(wrong[0].get('note') or 'no note')[:100]}"
         for status in ("FAILED", "error")
-        if (wrong := [row for row in rows if row_status(row) == status])
+        if (wrong := [row for row in rows if row["status"] == status])
     ]
-    reasons = Counter(_reason(row) for row in rows if row_status(row) == "skipped")
+    notes = [re.split(r"[:;,] ", row.get("note") or "")[0] for row in rows if row["status"] == "skipped"]
+    reasons = Counter(re.sub(r"\d[\d.]*", "N", note) or "skipped" for note in notes)  # the same whatever the numbers
     return "; ".join([f"{len(rows)} rows", *failed, *(f"{reason}: {n} row{'s' * (n > 1)}" for reason, n in reasons.items())])
-
-
-def _reason(row: Row) -> str:
-    """The beginning of a note, the same whatever its numbers."""
-    if package := missing_package(row):
-        return f"{package} is not installed"
-    return re.sub(r"\d[\d.]*", "N", re.split(r"[:;,] ", row.get("note") or "")[0]) or "skipped"
 
 
 def _tests(name: str, title: str, limit: float, *words: str, **more: Any) -> Part:

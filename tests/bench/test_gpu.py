@@ -1,4 +1,4 @@
-"""The one command for a GPU: order, time, what stands, crashes and hangs, what is missing; parts are small processes of Python."""
+"""The one command for a GPU: order, time, resuming, crashes and hangs, what is missing; parts are small Python processes."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def script(name: str, *more: str, limit: float = 30.0, **facts: Any) -> Part:
 
 
 def main(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, parts: list[Part], *arguments: str, commit: str = "0123abc"
+    folder: Path, monkeypatch: pytest.MonkeyPatch, parts: list[Part], *arguments: str, commit: str = "0123abc", natten: str = "absent"
 ) -> tuple[object, dict[str, dict[str, str]], list[str]]:
     """Exit status or message, rows, and the names of the parts that were begun, as on a machine with a GPU."""
     monkeypatch.setattr(gpu, "PARTS", tuple(parts))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "facts", lambda given: FACTS | {"commit": given or commit})
+    monkeypatch.setattr(gpu, "facts", lambda given: FACTS | {"commit": given or commit, "natten": natten})
     (folder / "began").unlink(missing_ok=True)
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--out", str(folder), *arguments])
@@ -89,9 +89,9 @@ def test_without_a_gpu_one_sentence_and_status_2(
 def test_help_says_what_to_do_without_diffusers_and_without_git(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "unpack the wheels of diffusers, importlib-metadata and zipp" in said
-    assert "--commit $(git rev-parse --short HEAD)" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "unpack the wheels of diffusers, importlib-metadata and zipp" in printed
+    assert "--commit $(git rev-parse --short HEAD)" in printed
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_a_part_is_run_with_names_the_packages_that_rows_are_skipped_for(mo
     assert (found["natten"], found["transformers"], found["diffusers"]) == ("natten 1", "transformers 1", "diffusers 1")
 
 
-def test_parts_run_in_order_and_what_is_done_stands(
+def test_parts_run_in_order_and_what_is_done_is_not_run_again(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = [script("one"), script("two", csv="lowpass"), script("three")]
@@ -131,6 +131,7 @@ def test_parts_run_in_order_and_what_is_done_stands(
     assert capsys.readouterr().out.count("done before") == 6, "as it comes, and in the table"
     assert main(module, monkeypatch, parts, "--again", "--only", "two")[2] == ["two"]
     assert main(module, monkeypatch, parts, "--commit", "4567def")[2] == ["one", "two", "three"], "another commit"
+    assert main(module, monkeypatch, parts, natten="0.21")[2] == ["one", "two", "three"], "a package that rows are skipped without"
     changed = main(module, monkeypatch, parts, commit="0123abc with changes")
     assert changed[2] == main(module, monkeypatch, parts, commit="0123abc with changes")[2] == ["one", "two", "three"]
 
@@ -218,7 +219,7 @@ def test_what_is_missing_is_named_and_skipped(
     assert rows["models"]["note"] == "needs no_such_package, not installed here"
     assert rows["checked"]["note"] == "needs no-such-tool, not installed here"
     assert capsys.readouterr().out.count("needs no_such_package, not installed here") == 2
-    assert main(module, monkeypatch, parts)[1]["models"]["status"] == "skipped", "and asked again"
+    assert main(module, monkeypatch, parts)[1]["models"]["status"] == "skipped", "and tried again"
 
 
 def test_without_diffusers_it_says_once_what_to_do(
@@ -291,7 +292,7 @@ def test_it_ends_with_the_goals_and_the_quick_shapes(
     assert "windows by SDPA" not in out, "a CPU's goal"
     (module / "cascade-x.csv").write_text("name\na\n")
     main(module, monkeypatch, [script("one")])
-    assert "no results: cascade-x.csv must have a column 'row'" in capsys.readouterr().out
+    assert "no results: ValueError: cascade-x.csv must have a column 'row'" in capsys.readouterr().out
 
 
 def test_goals_are_shown_on_another_device_than_they_are_set_for(tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_a_damaged_csv_is_refused(module: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_it_ends_its_part_when_it_is_ended(module: Path) -> None:
-    """A process of its own, asked to end while its part sleeps."""
+    """A process that gets a signal to end while its part sleeps."""
     code = (
         "import pathlib, runpy, sys, torch; from bench.gpu import parts; from bench.harness import rows as harness\n"
         "from tests.bench.test_gpu import FACTS, script; harness.ROOT = pathlib.Path(sys.argv[1]); torch.cuda.is_available = lambda: True\n"

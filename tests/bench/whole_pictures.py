@@ -19,11 +19,11 @@ REPLACED = {
     (cascade_authors, "_sdpa"),
 }  # fmt: skip
 TINY = {"sdxl-small": 16, "flux-small": 32, "demo": 128}
-STEPS = {"sdxl-small": (10, 3), "flux-small": (4, 2)}  # of the base stage, and of a stage that restarts
+STEPS = {"sdxl-small": (6, 2), "flux-small": (4, 2)}  # of the base stage, and of a stage that restarts
 
 
 def small_benches() -> dict[str, Bench]:
-    """Each has drawn once: diffusers leaves something of its own in a model that it has run. SDXL runs 10 steps instead of its 30."""
+    """Each has drawn once: diffusers leaves something of its own in a model that it has run. SDXL runs 6 steps instead of its 30."""
     found = {name: Bench(name, "cpu", lambda dtype: 1.0, limit=100.0, steps=2, view_batch=4) for name in STEPS}
     for name, bench in found.items():
         bench.drawn.settings = replace(bench.drawn.settings, steps=STEPS[name][0])
