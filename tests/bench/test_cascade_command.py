@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from bench.cascade import rows as cascade_rows
 from bench.cascade.methods import METHODS
 from bench.cascade.rows import FIELDS, Unit
 from bench.harness import rows as harness
-from bench.roofline.__main__ import Ceilings
 from scalediff.patching import plan
 
 
@@ -26,7 +26,7 @@ from scalediff.patching import plan
 def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """The command, in a tree without git, with ceilings that take no time, into a CSV of its own: exit status, stdout and stderr."""
     monkeypatch.setattr(harness, "_commit", lambda: "unknown")
-    monkeypatch.setattr(cascade, "ceilings", lambda device, dtype: Ceilings(1.0, 1.0))
+    monkeypatch.setattr(cascade, "ceilings", lambda device, dtype: SimpleNamespace(matrix_tflops=1.0))
     monkeypatch.setattr(cascade_rows, "_RUNS", 1)
 
     def run(*arguments: str) -> tuple[Any, str, str]:
@@ -95,7 +95,7 @@ def test_a_failure_of_ours_is_the_exit_status(ran: Any, monkeypatch: pytest.Monk
 
 def test_growth_is_of_the_embedded_model(monkeypatch: pytest.MonkeyPatch, ran: Any) -> None:
     units: list[Unit] = []
-    monkeypatch.setattr(cascade, "measured_rows", lambda wanted, options: units.extend(wanted) or [])
+    monkeypatch.setattr(cascade, "measured_rows", lambda wanted, options: units.extend(wanted) or iter(()))
     ran("--growth")
     assert {one.model for one in units} == {"demo"}
     assert list(dict.fromkeys(one.size for one in units)) == [128, 256, 512, 1024]
