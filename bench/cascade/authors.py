@@ -1,9 +1,8 @@
-"""The authors' form of neighborhood patch attention, put in the place of ours: everything else of a run stays ours.
+"""The authors' form of neighborhood patch attention, in the place of ours: everything else of a run stays the same.
 
-Their code pads the canvas of queries to whole patches, gathers every patch's window of keys and values into one batch, and calls
-torch's attention on it. Text is copied into every window, turned, and averaged. For FLUX it may be jittered: a new offset for every
-call of every layer, by padding the canvas by one more patch, which is computed and thrown away. Written from the description of the
-method (arXiv:2510.25818), not from its code.
+Their code pads the canvas of queries to whole patches, gathers the window of keys and values of every patch into one batch, and calls
+torch's attention on it. Text is copied into every window, rotated, and averaged. With jitter every call of every layer draws a new offset
+and pads the canvas by one more patch. Written from the description of the method (arXiv:2510.25818), not from its code.
 
 Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim, P x P patch, W x W window, n windows.
 """
@@ -17,32 +16,24 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.families import family_of
 from scalediff.families.grid import Grid
+from scalediff.families.rotation import TextRotation
 from scalediff.patching import plan
+from scalediff_kernels.neighborhood.reference import rotate_pairs
 
-# Taken at import, as ours does: within a patched model's pass the attribute leads to the patch.
-_sdpa = F.scaled_dot_product_attention
+_sdpa = F.scaled_dot_product_attention  # taken at import: in the pass of a patched model the attribute leads to the patch
 
 
 class Authors:
-    """Their attention for one denoiser.
+    """Their attention for a model that rotates so, with jitter or always with one offset `(Y, X)` in tokens, padded as with jitter."""
 
-    Args:
-        denoiser: Of a known family; says how text is turned.
-        jitter: Draw a new offset for every call, and pad by a patch for it.
-        seed: Of the offsets.
-        offset: Instead of drawing, always this one, `(Y, X)` in tokens; to compare with another implementation.
-    """
-
-    def __init__(self, denoiser: nn.Module, *, jitter: bool = False, seed: int = 0, offset: Grid | None = None) -> None:
-        family = family_of(denoiser)
-        self._rotation = None if family is None else family.rotation(denoiser)
-        self._jitter, self._fixed, self._random = jitter, offset, random.Random(seed)
-        self._turns: dict[Any, tuple[Tensor, Tensor]] = {}
+    def __init__(self, rotation: TextRotation | None, *, jitter: bool = False, offset: Grid | None = None) -> None:
+        self._rotation = rotation
+        self._jitter, self._fixed, self._random = jitter, offset, random.Random(0)
+        self._tables: dict[Any, list[Tensor]] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -55,31 +46,23 @@ class Authors:
         impl: str = "auto",
     ) -> Tensor:  # fmt: skip
         """As `scalediff_kernels.neighborhood_patch_attention`, `[B, Y, X, H, D]`."""
-        cut = _Cut(q, window, patch, self._offset(offset, patch), spare=self._spare)
-        b_q, b_k, b_v = (x.flatten(0, 1).transpose(1, 2) for x in (cut.queries(q), cut.keys(k), cut.keys(v)))  # [B n, H, S, D]
-        out = _sdpa(b_q, b_k, b_v, scale=scale)
-        return cut.canvas(out.transpose(1, 2).unflatten(0, (q.shape[0], -1)))
+        cut = self._cut(q, window, patch, offset)
+        return cut.canvas(_attended(cut.queries(q), cut.keys(k), cut.keys(v), scale))
 
     def joint(
         self, q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, *, window: Grid, patch: Grid,
         offset: Grid = (0, 0), scale: float | None = None, text_rope: tuple[Tensor, Tensor] | None = None,
         text_queries: str | None = "window", impl: str = "auto",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """As `scalediff_kernels.joint_neighborhood_patch_attention`; text `[B, T, H, D]`.
-
-        Raises:
-            ValueError: another rule for queries of text than theirs.
-        """
+        """As `scalediff_kernels.joint_neighborhood_patch_attention`; text `[B, T, H, D]`. Another rule than theirs is a ValueError."""
         if text_queries != "window":
             raise ValueError(f"text_queries must be 'window', the authors' rule, got {text_queries=}")
-        cut = _Cut(q, window, patch, self._offset(offset, patch), spare=self._spare)
-        if text_rope is not None and self._spare:
-            text_rope = self._turned_by(cut)
-        texts = [_turned(x, text_rope) if text_rope is not None else x[:, None] for x in (text_q, text_k)]
+        cut = self._cut(q, window, patch, offset)
+        rope = self._rope(cut) if text_rope is not None and self._spare else text_rope
+        texts = [x[:, None] if rope is None else _rotated(x, rope) for x in (text_q, text_k)]
         texts = [x.expand(-1, cut.count, -1, -1, -1) for x in (*texts, text_v[:, None])]
-        parts = zip(texts, (cut.queries(q), cut.keys(k), cut.keys(v)), strict=True)
-        b_q, b_k, b_v = (torch.cat(pair, 2).flatten(0, 1).transpose(1, 2) for pair in parts)  # [B n, H, T + S, D]
-        out = _sdpa(b_q, b_k, b_v, scale=scale).transpose(1, 2).unflatten(0, (q.shape[0], -1))
+        b_q, b_k, b_v = (torch.cat(pair, 2) for pair in zip(texts, (cut.queries(q), cut.keys(k), cut.keys(v)), strict=True))
+        out = _attended(b_q, b_k, b_v, scale)
         text = text_q.shape[1]
         return cut.canvas(out[:, :, text:]), out[:, :, :text].mean(1)
 
@@ -87,67 +70,69 @@ class Authors:
     def _spare(self) -> bool:
         return self._jitter or self._fixed is not None
 
-    def _offset(self, given: Grid, patch: Grid) -> Grid:
-        if self._fixed is not None:
-            return self._fixed
-        return (self._random.randrange(patch[0]), self._random.randrange(patch[1])) if self._jitter else given
+    def _cut(self, q: Tensor, window: Grid, patch: Grid, offset: Grid) -> _Cut:
+        drawn = (self._random.randrange(patch[0]), self._random.randrange(patch[1])) if self._jitter else offset
+        return _Cut(q, window, patch, drawn if self._fixed is None else self._fixed, spare=self._spare)
 
-    def _turned_by(self, cut: _Cut) -> tuple[Tensor, Tensor]:
+    def _rope(self, cut: _Cut) -> tuple[Tensor, Tensor]:
         """cos and sin `[n_y, n_x, D / 2]` of the windows' top-left tokens, looked up on the device: offsets change from call to call."""
         assert self._rotation is not None
         key = (cut.grid, cut.window, cut.device)
-        if key not in self._turns:
-            cos, sin = self._rotation.tables(cut.grid, cut.grid, cut.window, (1, 1), (0, 0))  # every token its own patch: every window
-            first = [min(w // 2, n - 1) for n, w in zip(cut.grid, cut.window, strict=True)]
-            y, x = (slice(i, i + n - min(w, n) + 1) for i, n, w in zip(first, cut.grid, cut.window, strict=True))  # all starts, once
-            cos, sin = cos[y, x], sin[y, x]
-            self._turns[key] = cos.to(cut.device, torch.float32), sin.to(cut.device, torch.float32)
-        cos, sin = self._turns[key]
-        rows, columns = cut.places[0][:, :1], cut.places[1][:, 0]
-        return cos[rows, columns], sin[rows, columns]
+        if key not in self._tables:  # of the window around every token
+            tables = self._rotation.tables(cut.grid, cut.grid, cut.window, (1, 1), (0, 0))
+            self._tables[key] = [table.to(cut.device, torch.float32) for table in tables]
+        y, x = (center.clamp(0, n - 1) for center, n in zip(cut.centers, cut.grid, strict=True))
+        cos, sin = self._tables[key]
+        return cos[y[:, None], x], sin[y[:, None], x]
 
 
 class _Cut:
-    """A canvas of queries in whole patches, with one to spare along each axis or not, and the windows of these patches."""
+    """A canvas of queries in whole patches, with or without one to spare along each axis, and the windows of these patches."""
 
     def __init__(self, q: Tensor, window: Grid, patch: Grid, offset: Grid, *, spare: bool) -> None:
         self.grid: Grid = (q.shape[1], q.shape[2])
-        self.window, self._patch, self.device = window, patch, q.device
-        self._rows, self._columns = (-(-n // p) + spare for n, p in zip(self.grid, patch, strict=True))
-        self.count = self._rows * self._columns
-        self._first = offset
-        ends = (self._rows * patch[0] - offset[0] - self.grid[0], self._columns * patch[1] - offset[1] - self.grid[1])
-        self._pad = (0, 0, 0, 0, offset[1], ends[1], offset[0], ends[0])
-        self.places = [self._keys(axis, count) for axis, count in enumerate((self._rows, self._columns))]
+        self.window, self._patch, self._offset, self.device = window, patch, offset, q.device
+        self._patches = [-(-n // p) + spare for n, p in zip(self.grid, patch, strict=True)]
+        self.count = self._patches[0] * self._patches[1]
+        counts = zip(self._patches, patch, offset, strict=True)
+        self.centers = [torch.arange(n, device=q.device) * p + (p // 2 - o) for n, p, o in counts]  # tokens along each axis
+        self._places = self._keys(0)[:, None, :, None], self._keys(1)[None, :, None, :]
 
-    def _keys(self, axis: int, count: int) -> Tensor:
-        """`[count, W]`, the tokens of every patch's window along an axis; made on the device."""
-        length, window, patch = self.grid[axis], self.window[axis], self._patch[axis]
-        kept = min(window, length)
-        starts = torch.arange(count, device=self.device) * patch + (patch // 2 - window // 2 - self._first[axis])
-        return starts.clamp(0, length - kept)[:, None] + torch.arange(kept, device=self.device)
+    def _keys(self, axis: int) -> Tensor:
+        """`[n, W]`, the tokens of every patch's window along an axis."""
+        length, window = self.grid[axis], min(self.window[axis], self.grid[axis])
+        starts = (self.centers[axis] - self.window[axis] // 2).clamp(0, length - window)
+        return starts[:, None] + torch.arange(window, device=self.device)
 
     def queries(self, q: Tensor) -> Tensor:
         """`[B, n, P P, H, D]` of `[B, Y, X, H, D]`."""
-        q = F.pad(q, self._pad) if any(self._pad) else q
-        q = q.unflatten(2, (self._columns, self._patch[1])).unflatten(1, (self._rows, self._patch[0])).transpose(2, 3)
+        (y, x), (p_y, p_x), (n_y, n_x) = self._offset, self._patch, self._patches
+        pad = (0, 0, 0, 0, x, n_x * p_x - x - self.grid[1], y, n_y * p_y - y - self.grid[0])
+        q = F.pad(q, pad) if any(pad) else q
+        q = q.unflatten(2, (n_x, p_x)).unflatten(1, (n_y, p_y)).transpose(2, 3)
         return q.flatten(3, 4).flatten(1, 2)
 
     def keys(self, x: Tensor) -> Tensor:
         """`[B, n, W W, H, D]` of `[B, Y, X, H, D]`, copied."""
-        y, z = self.places
-        return x[:, y[:, None, :, None], z[None, :, None, :]].flatten(3, 4).flatten(1, 2)
+        rows, columns = self._places
+        return x[:, rows, columns].flatten(3, 4).flatten(1, 2)
 
     def canvas(self, out: Tensor) -> Tensor:
         """`[B, Y, X, H, D]` of `[B, n, P P, H, D]`, without the padding."""
-        (y, x), (rows, columns) = self._first, self.grid
-        out = out.unflatten(2, self._patch).unflatten(1, (self._rows, self._columns)).transpose(2, 3)
+        (y, x), (rows, columns) = self._offset, self.grid
+        out = out.unflatten(2, self._patch).unflatten(1, self._patches).transpose(2, 3)
         return out.flatten(3, 4).flatten(1, 2)[:, y : y + rows, x : x + columns]
 
 
-def _turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Text `[B, T, H, D]` turned for every window, `[B, n, T, H, D]`, in fp32 or better."""
-    cos, sin = (table.flatten(0, 1)[None, :, None, None] for table in rope)
-    kind = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x[:, None, ..., 0::2].to(kind), x[:, None, ..., 1::2].to(kind)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Torch's attention, the windows of all pictures in one batch; `[B, n, S, H, D]`."""
+    b_q, b_k, b_v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B n, H, S, D]
+    out: Tensor = _sdpa(b_q, b_k, b_v, scale=scale).transpose(1, 2).unflatten(0, q.shape[:2])
+    return out
+
+
+def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Text `[B, T, H, D]` rotated for every window, `[B, n, T, H, D]`, in fp32 or better."""
+    cos, sin = (table.flatten(0, 1)[None] for table in rope)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return rotate_pairs(wide, (cos, sin), 0).to(x.dtype).movedim(0, 1)

@@ -1,14 +1,9 @@
-"""How a picture is drawn by each of the methods that `bench.cascade` compares, and the useful work of it.
-
-Legend: Y x X latent grid.
-"""
+"""How each of the methods that `bench.cascade` compares draws a picture, and the useful work of it."""
 
 from __future__ import annotations
 
-import inspect
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,302 +11,221 @@ from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import scalediff
+from bench.attention.shapes import view_starts
 from bench.cascade.authors import Authors
 from bench.cascade.models import SEED, Subject
 from scalediff.cascade.latents import packed
-from scalediff.cascade.pipeline import cascade_of, native_size, preset, stage_sizes
+from scalediff.cascade.pipeline import cascade_of, family_with_cascade, native_size, preset, stage_sizes, takes_size_conditioning
 from scalediff.cascade.stage import Stage
 from scalediff.cost import flops
-from scalediff.cost.flops import Forward, forward_work
-from scalediff.families import family_of
-from scalediff.families.grid import Grid
 from scalediff.methods import DemoFusion, MultiDiffusion, running
-from scalediff.methods.demofusion import phase_sizes
+from scalediff.methods.demofusion import demofusion, phase_sizes
 from scalediff.methods.multidiffusion import multidiffusion
-from scalediff.methods.views import corners
-from scalediff.patching.networks import denoiser_of, original_call
+from scalediff.patching.networks import denoiser_of
 from scalediff.patching.subclass import own_class
 from scalediff.settings import Settings
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
-Kind = Literal["direct", "views", "phases", "cascade"]
-
 
 @dataclass(frozen=True)
 class Method:
-    """One way of drawing above the native size.
+    """One way of drawing above the native size."""
 
-    Attributes:
-        name: On the command line and in rows.
-        title: For people.
-        kind: All steps at the target, whole or in views; DemoFusion's phases; or ScaleDiff's stages.
-        attention: Of a cascade above its base stage.
-        text_queries: The rule for queries of text in windows.
-        authors: Windows in the authors' form: without jitter, with it, or not.
-        joint: For models alone that have text in the same softmax.
-    """
+    name: str  # on the command line and in rows
+    kind: Literal["direct", "views", "phases", "cascade"]  # all steps at the target, whole or in views; DemoFusion; or ScaleDiff's stages
+    attention: Literal["npa", "full"] = "full"  # of a cascade above its base stage
+    text_queries: TextQueries = "window"  # the rule for text queries in windows
+    authors: Literal["", "plain", "jitter"] = ""  # windows in the authors' form, without or with their jitter
+    joint: bool = False  # only for models with text in the same softmax
 
-    name: str
-    title: str
-    kind: Kind
-    attention: Literal["npa", "full"] = "full"
-    text_queries: TextQueries = "window"
-    authors: Literal["", "plain", "jitter"] = ""
-    joint: bool = False
+    @property
+    def repeatable(self) -> bool:
+        """Whether its windows are the same in every call."""
+        return self.authors != "jitter"
 
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("direct", "direct inference, full attention", "direct"),
-        Method("multidiffusion", "MultiDiffusion, views half a window apart", "views"),
-        Method("demofusion", "DemoFusion", "phases"),
-        Method("cascade-full", "ScaleDiff's cascade with full attention", "cascade"),
-        Method("authors", "ScaleDiff, attention in the authors' form", "cascade", "npa", authors="plain"),
-        Method("authors-jitter", "the same with their padded jitter", "cascade", "npa", authors="jitter", joint=True),
-        Method("npa", "ScaleDiff, ours", "cascade", "npa"),
-        Method("npa-global", "ScaleDiff, ours, text queries once", "cascade", "npa", text_queries="global", joint=True),
+        Method("direct", "direct"),
+        Method("multidiffusion", "views"),
+        Method("demofusion", "phases"),
+        Method("cascade-full", "cascade"),
+        Method("authors", "cascade", "npa", authors="plain"),
+        Method("authors-jitter", "cascade", "npa", authors="jitter", joint=True),
+        Method("npa", "cascade", "npa"),
+        Method("npa-global", "cascade", "npa", text_queries="global", joint=True),
     )
 }
 OURS = ("npa", "npa-global")
 
 
-class Planned(NamedTuple):
-    """One stage of a run.
+class StagePlan(NamedTuple):
+    """One stage of a run."""
 
-    Attributes:
-        size: Pixels.
-        steps: That the true run takes.
-        views: Passes of native size that a step's pass is made of; 0 where it is one pass of the stage's own size.
-        restarts: Begun from the picture of the stage before.
-    """
-
-    size: Grid
-    steps: int
-    views: int
-    restarts: bool
+    side: int  # pixels
+    steps: int  # of the whole run
+    views: int  # passes of native size that make up the pass of a step; 0 for one pass of the stage's own size
+    restarts: bool  # from the picture of the stage before
 
 
 class Drawn:
-    """A pipeline ready to draw by any method; methods with views pass `view_batch` of them at once."""
+    """A pipeline that draws square pictures by any method; methods with views pass `view_batch` of them at once."""
 
     def __init__(self, subject: Subject, device: str, *, view_batch: int = 8) -> None:
         self.subject, self.device, self.view_batch = subject, device, view_batch
-        self.pipe, self.arguments = subject.build(device)
+        self.pipe, self.arguments = subject.make(device)
+        self.pipe.set_progress_bar_config(disable=True)
         if not subject.small:
             self.pipe.vae.enable_tiling()  # as the authors do; pictures of native size are one tile
-
-    @property
-    def joint(self) -> bool:
-        """Whether text is in the same softmax."""
-        family = family_of(denoiser_of(self.pipe))
-        assert family is not None
-        return any(site.role == "joint" for site in family.sites(denoiser_of(self.pipe)))
+        self.settings = preset(self.pipe)
+        denoiser = denoiser_of(self.pipe)
+        self.family = family_with_cascade(denoiser)[0]
+        self.rotation = self.family.rotation(denoiser)
+        self.joint = any(site.role == "joint" for site in self.family.sites(denoiser))  # text in the same softmax
+        with self.patched(METHODS["direct"]):
+            self.native = native_size(self.pipe)[0]  # pixels per side that the model was trained at
 
     @property
     def impl(self) -> Impl:
-        """Of the attention: on a GPU the kernel for models of 16 bits or nothing, for what is timed as ours must be it."""
+        """Models of 16 bits on a GPU take the kernel and nothing else: what is timed as ours must be it."""
         return "triton" if self.device == "cuda" and self.subject.dtype.itemsize == 2 else "auto"
 
-    @property
-    def settings(self) -> Settings:
-        return preset(self.pipe)
-
     def refusal(self, method: Method) -> str:
-        """Why a method has no row for this model, in a sentence; empty where it has."""
-        if method.joint and not self.joint:
-            what = "the authors jitter FLUX alone" if method.authors else "queries of text have a rule only in joint attention"
-            return f"{what}, and {self.subject.title} has text in calls of its own"
-        return ""
+        """Why a method cannot draw with this model; empty where it can."""
+        if not method.joint or self.joint:
+            return ""
+        what = "the authors jitter FLUX alone" if method.authors else "queries of text have a rule only in joint attention"
+        return f"{what}, and {self.subject.title} has text in calls of its own"
 
-    def plan(self, method: Method, size: int) -> list[Planned]:
-        """The stages of a true run; raises ValueError for a size that the model cannot draw."""
+    def plan(self, method: Method, side: int) -> list[StagePlan]:
+        """The stages of a whole run; raises ValueError for a size that the model cannot draw."""
         with self.patched(method):
-            settings, target, native = self.settings, (size, size), native_size(self.pipe)
-            sizes = stage_sizes(self.pipe, size, size)
-            if method.kind == "cascade":
-                above = [Planned(one, settings.stage_steps, 0, True) for one in sizes[1:]]
-                return [Planned(sizes[0], settings.steps, 0, False), *above]
-            if method.kind == "direct":
-                return [Planned(target, settings.steps, 0, False)]
-            if method.kind == "views":
-                return [Planned(target, settings.steps, self._views(target, native), False)]
-            planned = [Planned(native, settings.steps, 0, False)]
-            for phase, one in enumerate(phase_sizes(self.pipe, size, size)[1:], start=2):
-                planned.append(Planned(one, settings.steps, self._views(one, native) + phase**2, True))
-            return planned
-
-    def _views(self, size: Grid, native: Grid) -> int:
-        factor = self.pipe.vae_scale_factor
-        (y, x), window = ([n // factor for n in one] for one in (size, native))
-        return len(corners((y, x), window=(window[0], window[1]), stride=(window[0] // 2, window[1] // 2)))
+            sizes = (phase_sizes if method.kind == "phases" else stage_sizes)(self.pipe, side, side)
+        stages = []
+        for number, (one, _) in enumerate(sizes[-1:] if method.kind in ("direct", "views") else sizes, start=1):
+            views = len(view_starts(one, self.native)) ** 2 if method.kind == "views" or (method.kind == "phases" and number > 1) else 0
+            dilated = number**2 if method.kind == "phases" and number > 1 else 0
+            steps = self.settings.stage_steps if method.kind == "cascade" and number > 1 else self.settings.steps
+            stages.append(StagePlan(one, steps, views + dilated, restarts=number > 1))
+        return stages
 
     def draw(
-        self, method: Method, size: int, *, steps: int | None = None, on_stage: Callable[[Stage], None] | None = None,
-        on_step: Callable[..., dict[str, Any]] | None = None,
+        self, method: Method, side: int, *, steps: int | None = None, stride: int | None = None,
+        on_stage: Callable[[Stage], None] | None = None, **call: Any,
     ) -> list[Stage]:  # fmt: skip
-        """A true run, or with `steps` one with so many in every stage.
+        """A whole run, or one with this many `steps` in every stage; `call` are more arguments of the pipeline's call.
 
-        Raises:
-            NotImplementedError: the method cannot draw with this pipeline.
+        Raises NotImplementedError if the method cannot draw with this pipeline.
         """
-        settings = self.settings if steps is None else replace(self.settings, steps=steps, restart=1.0)
-        settings = replace(settings, attention=method.attention if method.kind == "cascade" else settings.attention)
-        arguments = self.arguments | ({"callback_on_step_end": on_step} if on_step is not None else {})
+        pipe, size, settings = self.pipe, (side, side), self._settings(method, steps)
+        call = {**self.arguments, **call}
         generator = torch.Generator().manual_seed(SEED)
-        with self.patched(method):
-            if method.kind == "direct":
-                return self._direct(arguments | {"generator": generator}, (size, size), settings, on_stage)
-            prompt = arguments.pop("prompt", None)
-            how: dict[str, Any] = {"call": arguments, "generator": generator, "on_stage": on_stage, "preset": settings}
-            if method.kind != "cascade":
-                how["method"] = (MultiDiffusion if method.kind == "views" else DemoFusion)(view_batch=self.view_batch)
-            return scalediff.generate(self.pipe, prompt, height=size, width=size, **how).stages
+        with self.patched(method), torch.no_grad():
+            if method.kind == "cascade":
+                prompt = call.pop("prompt", None)
+                how: dict[str, Any] = {"call": call, "generator": generator, "preset": settings, "on_stage": on_stage}
+                return scalediff.generate(pipe, prompt, height=side, width=side, **how).stages
+            call = running.complete(pipe, call | {"generator": generator}, settings)
+            if method.kind == "views":  # one view at a time where they do not overlap: the passes of direct inference
+                options = MultiDiffusion(stride=stride, view_batch=1 if stride else self.view_batch)
+                return multidiffusion(pipe, call, size, settings, options, on_stage=on_stage)
+            if method.kind == "phases":
+                return demofusion(pipe, call, size, settings, DemoFusion(view_batch=self.view_batch), on_stage=on_stage)
+            since = time.perf_counter()
+            with running.borrowed(pipe):
+                latents = running.draw_latents(pipe, call, size)
+                stage = running.finished(pipe, call, latents, size, settings, index=1, of=1, since=since)
+            if on_stage is not None:
+                on_stage(stage)
+            return [stage]
 
-    def _direct(
-        self, arguments: dict[str, Any], size: Grid, settings: Settings, on_stage: Callable[[Stage], None] | None
-    ) -> list[Stage]:  # fmt: skip
-        since = time.perf_counter()
-        with torch.no_grad(), running.borrowed(self.pipe):
-            complete = running.complete(self.pipe, arguments, settings)
-            latents = running.draw_latents(self.pipe, complete, size)
-            stage = running.finished(self.pipe, complete, latents, size, settings, index=1, of=1, since=since)
-        if on_stage is not None:
-            on_stage(stage)
-        return [stage]
+    def _settings(self, method: Method, steps: int | None) -> Settings:
+        settings = replace(self.settings, attention=method.attention)
+        return settings if steps is None else replace(settings, steps=steps, restart=1.0)
 
     def stage(self, method: Method, *, steps: int) -> Tensor:
-        """The latents of one stage of twice the native size, from a picture of random pixels; for gates."""
+        """For gates: the latents of one stage of twice the native size that starts from random pixels."""
         from PIL import Image
 
+        rng, side, call = torch.Generator().manual_seed(SEED), 2 * self.native, dict(self.arguments)
+        picture = Image.fromarray(torch.randint(256, (self.native, self.native, 3), generator=rng, dtype=torch.uint8).numpy())
+        how: dict[str, Any] = {"generator": torch.Generator().manual_seed(SEED), "preset": self._settings(method, steps)}
         with self.patched(method):
-            height, width = native_size(self.pipe)
-            pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(SEED), dtype=torch.uint8)
-            settings = replace(self.settings, steps=steps, restart=1.0, attention=method.attention)
-            arguments = dict(self.arguments)
-            drawn = scalediff.upscale(
-                self.pipe, Image.fromarray(pixels.numpy()), arguments.pop("prompt", None), height=2 * height, width=2 * width,
-                sizes=[(2 * height, 2 * width)], call=arguments, generator=torch.Generator().manual_seed(SEED), preset=settings,
-            )  # fmt: skip
-        return drawn.stages[-1].latents
+            prompt = call.pop("prompt", None)
+            result = scalediff.upscale(self.pipe, picture, prompt, height=side, width=side, sizes=[(side, side)], call=call, **how)
+        return result.stages[-1].latents
 
     def quarters(self, *, steps: int) -> tuple[Tensor, Tensor]:
-        """Latents of twice the native size from one noise: by MultiDiffusion with a window between views, and each quarter by itself."""
-        settings, (height, width) = replace(self.settings, steps=steps, restart=1.0), self.native
-        y, x = (side // self.pipe.vae_scale_factor for side in (height, width))
-        rng = torch.Generator().manual_seed(SEED)
-        noise = torch.randn(1, self.pipe.vae.config.latent_channels, 2 * y, 2 * x, generator=rng).to(self.device, self.subject.dtype)
-        arguments = running.complete(self.pipe, dict(self.arguments), settings)
-        if "original_size" in inspect.signature(original_call(self.pipe)).parameters:
-            arguments |= dict.fromkeys(("original_size", "target_size"), (2 * height, 2 * width))  # a view is told the whole picture's
-        options = MultiDiffusion(stride=min(y, x), view_batch=1)
-        with self.patched(METHODS["direct"]), torch.no_grad():
-            given = arguments | {"latents": packed(self.pipe, noise)}
-            whole = multidiffusion(self.pipe, given, (2 * height, 2 * width), settings, options)[-1].latents
-            with running.borrowed(self.pipe):
-                quarters = [
-                    [
-                        running.draw_latents(self.pipe, arguments | {"latents": packed(self.pipe, quarter)}, (height, width))
-                        for quarter in half.split(x, dim=-1)
-                    ]
-                    for half in noise.split(y, dim=-2)
-                ]
-        return whole, torch.cat([torch.cat(half, dim=-1) for half in quarters], dim=-2)
+        """For gates: latents of twice the native size from one noise, by MultiDiffusion without overlap and by each quarter alone."""
+        view, side, rng = self.native // self.pipe.vae_scale_factor, 2 * self.native, torch.Generator().manual_seed(SEED)
+        noise = torch.randn(1, self.pipe.vae.config.latent_channels, 2 * view, 2 * view, generator=rng).to(self.device, self.subject.dtype)
+        call: dict[str, Any] = {}
+        if takes_size_conditioning(self.pipe):  # a view gets the size of the whole picture
+            call = dict.fromkeys(("original_size", "target_size"), (side, side))
 
-    @property
-    def native(self) -> Grid:
-        """Pixels."""
-        with self.patched(METHODS["direct"]):
-            return native_size(self.pipe)
+        def drawn(method: str, size: int, latents: Tensor) -> Tensor:
+            return self.draw(METHODS[method], size, steps=steps, stride=view, latents=packed(self.pipe, latents), **call)[-1].latents
+
+        halves = [[drawn("direct", self.native, quarter) for quarter in half.split(view, -1)] for half in noise.split(view, -2)]
+        return drawn("multidiffusion", side, noise), torch.cat([torch.cat(half, -1) for half in halves], -2)
 
     @contextmanager
     def patched(self, method: Method) -> Iterator[None]:
-        """Inside, the denoiser has the method's windows, for whatever is drawn in windows."""
+        """Inside, the denoiser has the method's windows."""
         rule: TextQueries = method.text_queries if self.joint else "window"
         with scalediff.patch_model(self.pipe, window=self.subject.window, text_queries=rule, impl=self.impl):
-            jitter = method.authors == "jitter"
-            with Authors(denoiser_of(self.pipe), jitter=jitter).installed() if method.authors else nullcontext():
+            authors = Authors(self.rotation, jitter=not method.repeatable)
+            with authors.installed() if method.authors else nullcontext():
                 yield
 
 
 class Work:
-    """Useful TFLOPs of the parts of a run, counted on the meta device; padding never counts.
+    """Useful TFLOPs of the parts of a run, counted on the meta device as `scalediff.cost.flops` does; padding never counts.
 
-    Of the denoiser as `scalediff.cost.flops` counts it. An autoencoder that works in tiles attends within them alone: counted as so many
-    pictures of native size as there are in the area, whatever overlaps.
+    An autoencoder that works in tiles attends only within them: it is counted as so many pictures of native size as fit into the area.
     """
 
     def __init__(self, drawn: Drawn) -> None:
-        self._drawn = drawn
-        pipe, family = drawn.pipe, family_of(denoiser_of(drawn.pipe))
-        assert family is not None
+        self._drawn, denoiser = drawn, denoiser_of(drawn.pipe)
+        window = drawn.subject.window or drawn.family.native_grid(denoiser)  # a small model's family may name that of the large one
+        self._family = replace(drawn.family, native_grid=lambda _: window)
+        with torch.device("meta"):  # the same networks without weights, in fp32
+            twins: list[Any] = [own_class(type(net)).from_config(net.config).eval() for net in (denoiser, drawn.pipe.vae)]  # type: ignore[attr-defined]
+        self._denoiser, self._vae = twins
+        guided = drawn.settings.guidance_scale > 1 and cascade_of(drawn.pipe).conditional
+        self._passes = 2 if guided else 1
+        self._pass, self._coded = cache(self._count_pass), cache(self._count_coded)
+
+    def step(self, method: Method, stage: StagePlan) -> flops.Forward:
+        """One step, all views and both passes of guidance included."""
+        windows = stage.restarts and method.kind == "cascade" and method.attention == "npa"
+        one = self._pass(self._drawn.native if stage.views else stage.side, method.text_queries if windows else None)
+        return flops.Forward(*((stage.views or 1) * self._passes * part for part in one))
+
+    def run(self, method: Method, stages: Sequence[StagePlan]) -> float:
+        """A whole run: every stage is decoded, and encoded again for the next one of a cascade."""
+        total = sum(stage.steps * sum(self.step(method, stage)) + self._coded("decode", stage.side) for stage in stages)
+        return total + sum(self._coded("encode", stage.side) for stage in stages[1:] if method.kind == "cascade")
+
+    def _count_pass(self, side: int, rule: TextQueries | None) -> flops.Forward:
+        """One pass of the denoiser, with windows where there is a rule for text queries."""
+        grid = side // self._drawn.pipe.vae_scale_factor
         with torch.device("meta"):
-            self._denoiser = _twin(denoiser_of(pipe))
-            self._vae = _twin(pipe.vae)
-        self._native = drawn.subject.window or family.native_grid(denoiser_of(pipe))
-        self._forward, self._coded = cache(self._count_forward), cache(self._count_coded)
+            inputs = self._drawn.subject.inputs(grid, grid)
+        with mock.patch.object(flops, "family_of", return_value=self._family):
+            return flops.forward_work(self._denoiser, inputs, attention="npa" if rule else "full", text_queries=rule or "window")
 
-    def step(self, method: Method, planned: Planned) -> Forward:
-        """Of one step, both passes of guidance and all views counted."""
-        above = planned.restarts and method.attention == "npa" and method.kind == "cascade"
-        kind = method.text_queries if above else "full"
-        one = self._forward(self._drawn.native if planned.views else planned.size, kind)
-        times = (planned.views or 1) * self.passes
-        return Forward(*(times * part for part in one))
-
-    @property
-    def passes(self) -> int:
-        """Passes of the denoiser in a step, guidance included."""
-        settings = self._drawn.settings
-        return 2 if settings.guidance_scale > 1 and cascade_of(self._drawn.pipe).conditional else 1
-
-    def autoencoder(self, method: Method, planned: list[Planned]) -> float:
-        """Of a run: every stage is decoded, and the next one of a cascade encoded."""
-        total = sum(self._coded("decode", one.size) for one in planned)
-        return total + (sum(self._coded("encode", one.size) for one in planned[1:]) if method.kind == "cascade" else 0.0)
-
-    def run(self, method: Method, planned: list[Planned]) -> float:
-        """Of a whole run."""
-        return sum(one.steps * sum(self.step(method, one)) for one in planned) + self.autoencoder(method, planned)
-
-    def _count_forward(self, size: Grid, kind: str) -> Forward:
-        factor = self._drawn.pipe.vae_scale_factor
-        grid = size[0] // factor, size[1] // factor
-        with torch.device("meta"):
-            inputs = self._drawn.subject.inputs(*grid)
-        rule: TextQueries = "global" if kind == "global" else "window"
-        if kind == "full" or self._drawn.subject.window is None:
-            return forward_work(self._denoiser, inputs, attention="full" if kind == "full" else "npa", text_queries=rule)
-        return self._small_windows(inputs, rule)
-
-    def _small_windows(self, inputs: dict[str, Any], rule: TextQueries) -> Forward:
-        """A small model's family may name the window of its large one."""
-        family = family_of(self._denoiser)
-        assert family is not None
-        own = replace(family, native_grid=lambda denoiser: self._native)
-        with mock.patch.object(flops, "family_of", return_value=own):
-            return forward_work(self._denoiser, inputs, attention="npa", text_queries=rule)
-
-    def _count_coded(self, what: str, size: Grid) -> float:
+    def _count_coded(self, what: str, side: int) -> float:
         from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
 
-        native = self._drawn.native
-        if getattr(self._drawn.pipe.vae, "use_tiling", False) and size != native:
-            return self._coded(what, native) * math.prod(size) / math.prod(native)
-        factor, channels = self._drawn.pipe.vae_scale_factor, self._vae.config.latent_channels
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), torch.device("meta"), counter:
-            if what == "encode":
-                self._vae.encode(torch.empty(1, 3, *size))
-            else:
-                self._vae.decode(torch.empty(1, channels, size[0] // factor, size[1] // factor))
-        return counter.get_total_flops() / 1e12
-
-
-def _twin(network: nn.Module) -> Any:
-    """The same network without weights, in fp32."""
-    cls: Any = own_class(type(network))
-    return cls.from_config(network.config).eval()
+        native, factor, channels = self._drawn.native, self._drawn.pipe.vae_scale_factor, self._vae.config.latent_channels
+        if getattr(self._drawn.pipe.vae, "use_tiling", False) and side != native:
+            return self._coded(what, native) * (side / native) ** 2
+        shape = (1, 3, side, side) if what == "encode" else (1, channels, side // factor, side // factor)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            getattr(self._vae, what)(torch.empty(shape, device="meta"))
+        return float(counter.get_total_flops()) / 1e12

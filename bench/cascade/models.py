@@ -1,10 +1,9 @@
-"""What `bench.cascade` runs: models at their true size with random weights, built on the device from their configurations, and small ones.
+"""The models that `bench.cascade` draws with: SDXL and FLUX.1-dev at their true size with random weights, and small ones.
 
-Nothing is downloaded. Text is random embeddings of the true shape; the embedded model alone has a prompt and trained weights.
-Random queries and keys are made larger than their initialisation has them, so that attention has something to choose among, and a wrong
-attention shows in the picture.
+Nothing is downloaded. Text is random embeddings of the true shape; only the embedded model has trained weights and a prompt. Random
+queries are scaled up, so that attention has something to choose among and a wrong attention shows in the picture.
 
-Legend: B batch, Y x X latent grid, T text tokens.
+Legend: Y x X latent grid, T text tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+import scalediff
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
 from scalediff.cost.flops import MODELS
@@ -24,52 +24,31 @@ from scalediff.families.grid import Grid
 
 SEED = 0
 PROMPT = "a full moon over snowy mountains at night"
-_SCORES = 2.0  # standard deviation of the scores of random weights, about
+Made = tuple[Any, dict[str, Any]]  # a pipeline, and the arguments of its call that say what to draw
+_NO_TEXT = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+_NO_POINTWISE = {"use_quant_conv": False, "use_post_quant_conv": False}
+_SMALL_AUTOENCODER = {"norm_num_groups": 4, "sample_size": 16, "latent_channels": 4, "shift_factor": 0.1, "scaling_factor": 0.4}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its pipeline.
+    """A model and its pipeline."""
 
-    Attributes:
-        name: On the command line and in rows.
-        title: For people.
-        sizes: Pixels per side that are measured where none are named.
-        dtype: Of weights and latents.
-        make: The pipeline on a device, and the arguments of its call that say what to draw.
-        inputs: Of one pass of its denoiser for a latent grid, whatever device is the default: values do not matter, but for positions.
-        head_dim: D of its self-attention, for the choice of torch's backend on a GPU.
-        window: Key/value window in tokens, where the model does not say what it was trained on; None: its own.
-        small: Fit for a CPU.
-    """
-
-    name: str
-    title: str
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[str], tuple[Any, dict[str, Any]]]
-    inputs: Callable[[int, int], dict[str, Any]]
-    head_dim: int = 64
-    window: Grid | None = None
-    small: bool = False
-
-    def build(self, device: str) -> tuple[Any, dict[str, Any]]:
-        """The pipeline, its progress bar hidden, and what its call draws; the same weights every time on one device.
-
-        Raises:
-            ImportError: diffusers or transformers is missing.
-        """
-        pipe, arguments = self.make(device)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe, arguments
+    title: str  # for people
+    sizes: tuple[int, ...]  # pixels per side that are measured by default
+    dtype: torch.dtype  # of weights and latents
+    make: Callable[[str], Made]  # on a device; the same weights every time on one device
+    inputs: Callable[[int, int], dict[str, Any]]  # arguments of one pass of the denoiser over Y x X latents, to count its work
+    head_dim: int = 64  # of self-attention, by which torch's backend is chosen on a GPU
+    window: Grid | None = None  # key/value window in tokens, if not the model's own
+    small: bool = False  # fit for a CPU
 
 
 @contextmanager
-def _made(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have their weights on the device and in the dtype, from a seed of their own."""
+def _seeded(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have their weights on the device, in the dtype and from `SEED`."""
     before = torch.get_default_dtype()
-    devices = [torch.cuda.current_device()] if device == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(device):
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []), torch.device(device), torch.no_grad():
         torch.manual_seed(SEED)
         torch.set_default_dtype(dtype)
         try:
@@ -78,117 +57,78 @@ def _made(device: str, dtype: torch.dtype) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def _autoencoder(channels: int, **scale: float) -> Any:
-    """That of SDXL (4 channels) or FLUX (16): the same but for a pointwise convolution, which FLUX has not."""
+def _random(
+    name: str, specimen: str, device: str, *, small: bool, text: tuple[int, int, int], queries: tuple[str, ...], factor: float,
+    **autoencoder: Any,
+) -> tuple[Any, Any, dict[str, Any]]:  # fmt: skip
+    """A random denoiser, its autoencoder and text, of true size or small; `text` is tokens, their width and the pooled width.
+
+    Parameters that end like `queries` are multiplied by `factor`, so that attention scores have a standard deviation of about 2.
+    """
     import diffusers
 
-    pointwise = {"use_quant_conv": channels == 4, "use_post_quant_conv": channels == 4}
-    return diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=channels, sample_size=1024,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **pointwise, **scale,
-    ).eval()  # fmt: skip
+    dtype = torch.float32 if small else torch.bfloat16
+    widths = (8, 8) if small else (128, 256, 512, 512)
+    config = _SMALL_AUTOENCODER | _NO_POINTWISE if small else {"layers_per_block": 2, "sample_size": 1024, **autoencoder}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * len(widths), "up_block_types": ("UpDecoderBlock2D",) * len(widths)}
+    with _seeded("cpu" if small else device, dtype):
+        denoiser: Any = ZOO[specimen].build(SEED) if small else MODELS[name].denoiser().eval()
+        vae = diffusers.AutoencoderKL(block_out_channels=widths, **blocks, **config).eval()
+        for key, parameter in () if small else denoiser.named_parameters():
+            if key.endswith(queries):
+                parameter.mul_(factor)
+    draw, (tokens, width, pooled) = Draw(SEED), (6, 32, 32) if small else text
+    texts = {"prompt_embeds": draw(1, tokens, width).to(device, dtype), "pooled_prompt_embeds": draw(1, pooled).to(device, dtype)}
+    return denoiser.to(device), vae.to(device), texts
 
 
-def _small_autoencoder() -> Any:
+def _sdxl(device: str, *, small: bool = False) -> Made:
     import diffusers
 
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16, use_quant_conv=False, use_post_quant_conv=False,
-        shift_factor=0.1, scaling_factor=0.4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()  # fmt: skip
+    # As initialised, the products of queries and keys have a variance of a third.
+    how: dict[str, Any] = {"queries": ("attn1.to_q.weight",), "factor": 6.0, "latent_channels": 4, "scaling_factor": 0.13025}
+    unet, vae, texts = _random("sdxl", "SDXL", device, small=small, text=(77, 2048, 1280), **how)
+    beta = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **beta)
+    pipe = diffusers.StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, add_watermarker=False, **_NO_TEXT)
+    return pipe, texts | {f"negative_{name}": embedding.flip(-1) for name, embedding in texts.items()}
 
 
-def _embeddings(device: str, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    draw = Draw(SEED)
-    return {name: draw(*shape).to(device, dtype) for name, shape in shapes.items()}
-
-
-def _sdxl_pipeline(unet: nn.Module, vae: Any) -> Any:
+def _flux(device: str, *, small: bool = False) -> Made:
     import diffusers
 
-    scheduler = diffusers.EulerDiscreteScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
-    )
-    texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return diffusers.StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=scheduler, add_watermarker=False, **texts)
-
-
-def _sdxl_shapes(tokens: int, width: int, pooled: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (1, tokens, width), "pooled_prompt_embeds": (1, pooled)}
-    return shapes | {f"negative_{name}": shape for name, shape in shapes.items()}
-
-
-def _sdxl(device: str) -> tuple[Any, dict[str, Any]]:
-    with _made(device, torch.bfloat16), torch.no_grad():
-        unet = MODELS["sdxl"].denoiser().eval()
-        for name, module in unet.named_modules():
-            if name.endswith("attn1.to_q"):  # layers begin with weights whose products have a variance of a third
-                module.weight.mul_(3 * _SCORES)
-        vae = _autoencoder(4, scaling_factor=0.13025)
-    pipe = _sdxl_pipeline(unet, vae)
-    return pipe, _embeddings(device, torch.bfloat16, _sdxl_shapes(77, 2048, 1280))
-
-
-def _small_sdxl(device: str) -> tuple[Any, dict[str, Any]]:
-    pipe = _sdxl_pipeline(ZOO["SDXL"].build(SEED), _small_autoencoder()).to(device)
-    return pipe, _embeddings(device, torch.float32, _sdxl_shapes(6, 32, 32))
-
-
-def _flux_pipeline(transformer: nn.Module, vae: Any, **shift: int) -> Any:
-    import diffusers
-
+    queries = ("norm_q.weight", "norm_added_q.weight")  # queries and keys have a variance of one
+    how: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, **_NO_POINTWISE}
+    transformer, vae, texts = _random(
+        "flux", "FLUX.1", device, small=small, text=(512, 4096, 768), queries=queries, factor=2.0, **how
+    )  # fmt: skip
+    shift = {"base_image_seq_len": 4, "max_image_seq_len": 64} if small else {}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, **shift)
-    texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return diffusers.FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
+    return diffusers.FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **_NO_TEXT), texts
 
 
-def _flux(device: str) -> tuple[Any, dict[str, Any]]:
-    with _made(device, torch.bfloat16), torch.no_grad():
-        transformer = MODELS["flux"].denoiser().eval()
-        for name, parameter in transformer.named_parameters():
-            if name.endswith(("norm_q.weight", "norm_added_q.weight")):  # queries and keys have a variance of one
-                parameter.fill_(_SCORES)
-        vae = _autoencoder(16, scaling_factor=0.3611, shift_factor=0.1159)
-    shapes = {"prompt_embeds": (1, 512, 4096), "pooled_prompt_embeds": (1, 768)}
-    return _flux_pipeline(transformer, vae), _embeddings(device, torch.bfloat16, shapes)
-
-
-def _small_flux(device: str) -> tuple[Any, dict[str, Any]]:
-    pipe = _flux_pipeline(ZOO["FLUX.1"].build(SEED), _small_autoencoder(), base_image_seq_len=4, max_image_seq_len=64).to(device)
-    return pipe, _embeddings(device, torch.float32, {"prompt_embeds": (1, 6, 32), "pooled_prompt_embeds": (1, 32)})
-
-
-def _demo(device: str) -> tuple[Any, dict[str, Any]]:
-    import scalediff
-
+def _demo(device: str) -> Made:
     return scalediff.load_demo().to(device), {"prompt": PROMPT}
 
 
-def _small_sdxl_inputs(y: int, x: int) -> dict[str, Any]:
+def _small_inputs(name: str, tokens: int, y: int, x: int) -> dict[str, Any]:
+    """`tokens` latents along an axis make a token."""
     with torch.device("cpu"):
-        return ZOO["SDXL"].inputs(Draw(), (y, x), 1)
-
-
-def _small_flux_inputs(y: int, x: int) -> dict[str, Any]:
-    with torch.device("cpu"):
-        return ZOO["FLUX.1"].inputs(Draw(), (y // 2, x // 2), 1)
+        return ZOO[name].inputs(Draw(), (y // tokens, x // tokens), 1)
 
 
 def _demo_inputs(y: int, x: int) -> dict[str, Any]:
-    text = torch.empty(1, 24, 64)
-    return {"sample": torch.empty(1, 4, y, x), "timestep": torch.tensor(1.0), "encoder_hidden_states": text}
+    return {"sample": torch.empty(1, 4, y, x), "timestep": torch.tensor(1.0), "encoder_hidden_states": torch.empty(1, 24, 64)}
 
 
 _F32, _BF16 = torch.float32, torch.bfloat16
+_SDXL_INPUTS, _FLUX_INPUTS = partial(_small_inputs, "SDXL", 1), partial(_small_inputs, "FLUX.1", 2)
 SUBJECTS: Mapping[str, Subject] = {
-    subject.name: subject
-    for subject in (
-        Subject("sdxl", "SDXL base 1.0, random weights", (2048, 4096), _BF16, _sdxl, MODELS["sdxl"].inputs, 64),
-        Subject("flux", "FLUX.1-dev, random weights", (2048, 4096), _BF16, _flux, MODELS["flux"].inputs, 128),
-        Subject("sdxl-small", "a small random SDXL", (16, 32), _F32, _small_sdxl, _small_sdxl_inputs, window=WINDOW, small=True),
-        Subject("flux-small", "a small random FLUX", (32, 64), _F32, _small_flux, _small_flux_inputs, window=WINDOW, small=True),
-        Subject("demo", "the embedded model", (128, 256), _F32, _demo, _demo_inputs, small=True),
-    )
+    "sdxl": Subject("SDXL base 1.0, random weights", (2048, 4096), _BF16, _sdxl, MODELS["sdxl"].inputs, head_dim=64),
+    "flux": Subject("FLUX.1-dev, random weights", (2048, 4096), _BF16, _flux, MODELS["flux"].inputs, head_dim=128),
+    "sdxl-small": Subject("a small random SDXL", (16, 32), _F32, partial(_sdxl, small=True), _SDXL_INPUTS, window=WINDOW, small=True),
+    "flux-small": Subject("a small random FLUX", (32, 64), _F32, partial(_flux, small=True), _FLUX_INPUTS, window=WINDOW, small=True),
+    "demo": Subject("the embedded model", (128, 256), _F32, _demo, _demo_inputs, small=True),
 }
 TRUE = tuple(name for name, subject in SUBJECTS.items() if not subject.small)
 SMALL = tuple(name for name, subject in SUBJECTS.items() if subject.small)

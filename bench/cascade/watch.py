@@ -1,18 +1,22 @@
 """Where the time of a run goes: a watch over the parts of a pipeline while it draws.
 
-A watch times, stage by stage, every step and the passes of the denoiser in it, what the autoencoder encodes and decodes, latent frequency
-mixing and structure guidance. A stage's first step is not among them, for it pays what is paid once. In the last step, which is not
-among them either, it times the attention calls of the denoiser one by one: what it tells is their share of that step's passes, in
-seconds of the median step, so that a slow step is not taken for slow attention. On a GPU by events, without waiting in between.
+Stage by stage it times every step and the passes of the denoiser in it, the autoencoder's encoding and decoding, latent frequency mixing
+and structure guidance. The first step of a stage is left out, because it pays what is paid once. In the last step, left out as well, the
+attention calls of the denoiser are timed one by one: their share of that step's passes is applied to the median step, so that a slow step
+is not taken for slow attention. A GPU is timed by events, without waiting in between.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,7 +25,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from bench.cascade import authors as cascade_authors
-from bench.cascade.clock import Clock, Memory
 from scalediff.cascade import run as cascade
 from scalediff.cascade import schedule
 from scalediff.patching import plan
@@ -30,149 +33,156 @@ from scalediff_kernels import mix_frequencies
 from scalediff_kernels.neighborhood import windowed_sdpa
 
 
-class Span(NamedTuple):
-    """One stretch of a run."""
+class Clock:
+    """Marks in time: events in a GPU's stream, the host's clock on a CPU. Call `wait` before asking for the seconds between two."""
 
-    name: str
-    step: int
-    begin: Any
-    end: Any
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+
+    def mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        return float(first.elapsed_time(last)) / 1000 if self._cuda else last - first
+
+    def wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
 
 
-@dataclass
-class StageTimes:
-    """Seconds of one stage of a watched run.
+class Memory:
+    """Bytes in use now, and at most since the last `reset`: allocated by torch on a GPU, the process's resident set on a CPU.
 
-    Attributes:
-        seconds: All of it.
-        steps: Steps that are timed.
-        denoiser, guidance: Of each of these.
-        attention, cross: Of the median of `denoiser`, by their share of the passes of the last step: calls of the image to itself, and
-            to and of text in one softmax; of the image to text. None where they are inside compiled graphs.
-        encode, decode, mixing: Of the stage.
-        rest: What is before its first step and after its last, beside these three.
-        peak: Bytes; None where nobody counts.
+    None where the system does not report it: outside Linux, or where its peak cannot be reset.
     """
 
-    seconds: float
-    steps: list[float]
-    denoiser: list[float]
-    guidance: list[float]
-    attention: float | None
-    cross: float | None
-    encode: float
-    decode: float
-    mixing: float
-    rest: float
-    peak: int | None
+    def __init__(self, device: str) -> None:
+        self._cuda, self._known = device == "cuda", True
 
-    @property
-    def step(self) -> float:
-        return statistics.median(self.steps)
+    def reset(self) -> None:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self._known = False
 
-    @property
-    def once(self) -> float:
-        """What does not grow with the number of steps."""
-        return self.encode + self.decode + self.mixing + self.rest
+    def now(self) -> int | None:
+        return torch.cuda.memory_allocated() if self._cuda else self._resident("VmRSS")
+
+    def peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self._cuda else self._resident("VmHWM")
+
+    def _resident(self, name: str) -> int | None:
+        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE) if self._known else None
+        return 1024 * int(found[1]) if found else None
+
+
+class StageTimes(NamedTuple):
+    """Seconds of the parts of one watched stage.
+
+    `attention` is of the image to itself, and to and of text in one softmax, `cross` to text; both are of the median step, and missing
+    inside compiled graphs, where nothing sees them. `rest` is what comes before the first step and after the last.
+    """
+
+    each: dict[str, list[float]]  # of every timed step: step, and in it denoiser, guidance, attention, cross
+    once: dict[str, float]  # of the stage: encode, decode, mixing, rest
+    peak: int | None  # bytes
+    backends: str  # what computed its attention calls
+
+
+def composed(stages: Sequence[StageTimes], steps: Sequence[int]) -> float:
+    """Seconds of a run with this many steps in each stage; raises ValueError if there are not as many numbers as stages."""
+    if len(stages) != len(steps):
+        raise ValueError(f"every stage needs a number of steps, got {len(stages)} stages, {len(steps)=}")
+    return sum(n * statistics.median(stage.each["step"]) + sum(stage.once.values()) for stage, n in zip(stages, steps, strict=True))
 
 
 @dataclass
 class _Marks:
-    """One stage under way."""
+    """What is taken down of one stage."""
 
     begin: Any
-    spans: list[Span] = field(default_factory=list)
+    spans: dict[tuple[str, int], list[tuple[Any, Any]]] = field(default_factory=lambda: defaultdict(list))  # by part and step
     steps: list[Any] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
     end: Any = None
     peak: int | None = None
 
 
 class Watch:
-    """Watches one run of a pipeline, every stage of which has as many steps.
+    """Watches one run of a pipeline in which every stage has the same number of `steps`, the first and the last of them not timed.
 
-    Args:
-        clock, memory: What to measure with.
-        steps: Of every stage, at least 3: the first and the last are not timed.
-        deep: Time attention calls in the last step.
-
-    Raises:
-        ValueError: too few steps.
+    With `deep`, attention calls are timed in the last step. Raises ValueError if there are fewer than 3 steps.
     """
 
     def __init__(self, clock: Clock, memory: Memory, *, steps: int, deep: bool = True) -> None:
         if steps < 3:
             raise ValueError(f"a watched stage needs at least 3 steps, its first and last are not timed, got {steps=}")
         self._clock, self._memory, self._steps, self._deep = clock, memory, steps, deep
-        self._inside: list[str] = []
-        self._stages: list[_Marks] = []
-        self._now: _Marks | None = None
-        self._answered: list[str] = []
-        self.backends: list[str] = []  # of every stage, who answered its attention calls
+        self._inside: list[tuple[str, Any]] = []  # parts under way, the outermost first, and when they began
+        self._ended: list[_Marks] = []
 
     def begin(self) -> None:
-        """The run begins."""
+        """A stage begins."""
         self._clock.wait()
         self._memory.reset()
         self._now = _Marks(self._clock.mark())
 
     def on_step(self, pipe: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         """For diffusers' `callback_on_step_end`."""
-        assert self._now is not None
         self._now.steps.append(self._clock.mark())
         return {}
 
     def on_stage(self, stage: Any) -> None:
-        """A stage has ended, and the next begins."""
-        assert self._now is not None
+        """A stage has ended, and the next one begins."""
         self._now.end = self._clock.mark()
         self._clock.wait()
         self._now.peak = self._memory.peak()
-        self._stages.append(self._now)
-        self.backends.append(" ".join(sorted(set(self._answered))))
-        self._answered = []
+        self._ended.append(self._now)
         self.begin()
 
     @contextmanager
     def over(self, pipe: Any) -> Iterator[None]:
-        """Inside, what the pipeline calls is timed; nothing is left in it after."""
+        """The first stage begins, and what the pipeline calls inside is timed; afterwards it is as it was."""
         denoiser = denoiser_of(pipe)
+        replaced: list[tuple[Any, str, Any]] = [
+            (cascade, "mix_frequencies", self._timed("mixing", mix_frequencies)),
+            (schedule, "_guided", self._timed("guidance", schedule._guided)),
+        ]
+        if self._deep:
+            replaced.append((F, "scaled_dot_product_attention", self._attention(F.scaled_dot_product_attention)))
+            replaced += [(module, "_sdpa", self._attention(module._sdpa)) for module in (windowed_sdpa, cascade_authors)]
+            replaced.append((plan.Call, "attend", self._windows(plan.Call.attend)))
         with ExitStack() as undo:
-            hooks = (
-                denoiser.register_forward_pre_hook(lambda *_: self._enter("denoiser")),
-                denoiser.register_forward_hook(lambda *_: self._leave("denoiser")),
-            )
-            for hook in hooks:
-                undo.callback(hook.remove)
+            undo.callback(denoiser.register_forward_pre_hook(lambda *_: self._enter("denoiser")).remove)
+            undo.callback(denoiser.register_forward_hook(lambda *_: self._leave()).remove)
             for name in ("encode", "decode"):
                 pipe.vae.__dict__[name] = self._timed(name, getattr(pipe.vae, name))
                 undo.callback(pipe.vae.__dict__.pop, name)
-            undo.enter_context(mock.patch.object(cascade, "mix_frequencies", self._timed("mixing", mix_frequencies)))
-            undo.enter_context(mock.patch.object(schedule, "_guided", self._timed("guidance", schedule._guided)))
-            if self._deep:
-                sdpa = F.scaled_dot_product_attention
-                undo.enter_context(mock.patch.object(F, "scaled_dot_product_attention", self._attention(sdpa)))
-                for module in (windowed_sdpa, cascade_authors):
-                    undo.enter_context(mock.patch.object(module, "_sdpa", self._attention(module._sdpa)))
-                undo.enter_context(mock.patch.object(plan.Call, "attend", self._windows(plan.Call.attend)))
+            for owner, name, instead in replaced:
+                undo.enter_context(mock.patch.object(owner, name, instead))
+            self.begin()
             yield
 
     def _enter(self, name: str) -> None:
-        assert self._now is not None
-        self._inside.append(name)
-        self._now.spans.append(Span(name, len(self._now.steps), self._clock.mark(), None))
+        self._inside.append((name, self._clock.mark()))
 
-    def _leave(self, name: str) -> None:
-        assert self._now is not None
-        innermost = self._inside.pop()
-        assert innermost == name, (innermost, name)
-        open_span = next(i for i in reversed(range(len(self._now.spans))) if self._now.spans[i].end is None)
-        self._now.spans[open_span] = self._now.spans[open_span]._replace(end=self._clock.mark())
+    def _leave(self) -> None:
+        name, begin = self._inside.pop()
+        self._now.spans[name, len(self._now.steps)].append((begin, self._clock.mark()))
 
     def _wanted(self, name: str) -> bool:
-        """Parts that are not within each other; attention of the denoiser alone, in the last step."""
+        """Parts that are not within each other; attention only in the denoiser and in the last step."""
+        inside = [part for part, _ in self._inside]
         if name in ("attention", "cross"):
-            return self._inside == ["denoiser"] and self._now is not None and len(self._now.steps) == self._steps - 1
-        return not self._inside and self._now is not None
+            return inside == ["denoiser"] and len(self._now.steps) == self._steps - 1
+        return not inside
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -183,88 +193,57 @@ class Watch:
             try:
                 return function(*args, **kwargs)
             finally:
-                self._leave(name)
+                self._leave()
 
         return call
 
     def _attention(self, sdpa: Callable[..., Any]) -> Callable[..., Any]:
-        """Stands in for torch's attention: queries and keys of one length are the image's own, or joint."""
+        """In place of torch's attention: queries and keys of one length are the image's own, or joint."""
         own, cross = self._timed("attention", sdpa), self._timed("cross", sdpa)
 
         @functools.wraps(sdpa)
         def call(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
             same = query.shape[-2] == key.shape[-2]
-            if (same and self._wanted("attention")) or self._inside[-1:] == ["attention"]:
-                self._answered.append(_backend(query, key, value, *args, **kwargs))
+            if (same and self._wanted("attention")) or (self._inside and self._inside[-1][0] == "attention"):
+                backend = SDPBackend(torch._fused_sdp_choice(query, key, value, *args, **kwargs))  # that torch chooses
+                self._now.backends.append(backend.name.lower().removesuffix("_attention"))
             return (own if same else cross)(query, key, value, *args, **kwargs)
 
         return call
 
     def _windows(self, attend: Callable[..., Any]) -> Callable[..., Any]:
-        """Stands in for an attention call in windows: by a kernel where torch's attention is not asked."""
+        """In place of an attention call in windows: computed by the kernel if torch's attention is not called."""
         timed = self._timed("attention", attend)
 
         @functools.wraps(attend)
         def call(*args: Any, **kwargs: Any) -> Any:
-            wanted, before = self._wanted("attention"), len(self._answered)
+            wanted, before = self._wanted("attention"), len(self._now.backends)
             result = timed(*args, **kwargs)
-            if wanted and len(self._answered) == before:
-                self._answered.append("triton")
+            if wanted and len(self._now.backends) == before:
+                self._now.backends.append("triton")
             return result
 
         return call
 
     def stages(self) -> list[StageTimes]:
-        """Of all stages that have ended.
-
-        Raises:
-            RuntimeError: a stage had another number of steps than was said.
-        """
+        """The times of all stages that have ended; raises RuntimeError if one had another number of steps."""
         self._clock.wait()
-        return [self._read(marks) for marks in self._stages]
+        return [self._read(marks) for marks in self._ended]
 
     def _read(self, marks: _Marks) -> StageTimes:
         if len(marks.steps) != self._steps:
             raise RuntimeError(f"every stage must run {self._steps} steps, got {len(marks.steps)}")
+        seconds, timed, last = self._clock.seconds, range(1, self._steps - 1), self._steps - 1
 
-        def total(name: str, step: int | None = None) -> float:
-            found = (s for s in marks.spans if s.name == name and (step is None or s.step == step))
-            return sum(self._clock.seconds(s.begin, s.end) for s in found)
+        def total(name: str, *steps: int) -> float:
+            return sum(seconds(*span) for step in steps for span in marks.spans[name, step])
 
-        timed, last = range(1, self._steps - 1), self._steps - 1
-        denoiser = [total("denoiser", i) for i in timed]
-        scale = statistics.median(denoiser) / total("denoiser", last)
-        first = next(span.begin for span in marks.spans if span.name == "denoiser")
-        seconds = self._clock.seconds(marks.begin, marks.end)
-        parts = {name: total(name) for name in ("encode", "decode", "mixing")}
-        return StageTimes(
-            seconds=seconds,
-            steps=[self._clock.seconds(marks.steps[i - 1], marks.steps[i]) for i in timed],
-            denoiser=denoiser,
-            guidance=[total("guidance", i) for i in timed],
-            attention=scale * total("attention", last) if self._deep else None,
-            cross=scale * total("cross", last) if self._deep else None,
-            **parts,
-            rest=max(0.0, seconds - self._clock.seconds(first, marks.steps[-1]) - sum(parts.values())),
-            peak=marks.peak,
-        )
-
-
-def _backend(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, *,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> str:  # fmt: skip
-    """The one that torch chooses for such a call."""
-    choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return SDPBackend(choice).name.lower().removesuffix("_attention")
-
-
-def composed(stages: list[StageTimes], steps: list[int]) -> float:
-    """Seconds of a run with so many steps in each stage, from one that was watched.
-
-    Raises:
-        ValueError: not as many numbers as stages.
-    """
-    if len(stages) != len(steps):
-        raise ValueError(f"every stage needs a number of steps, got {len(stages)} stages, {len(steps)=}")
-    return sum(n * stage.step + stage.once for stage, n in zip(stages, steps, strict=True))
+        each = {"step": [seconds(marks.steps[i - 1], marks.steps[i]) for i in timed]}
+        each |= {name: [total(name, i) for i in timed] for name in ("denoiser", "guidance")}
+        if self._deep:
+            scale = statistics.median(each["denoiser"]) / total("denoiser", last)
+            each |= {name: [scale * total(name, last)] for name in ("attention", "cross")}
+        once = {name: total(name, *range(self._steps + 1)) for name in ("encode", "decode", "mixing")}
+        in_steps = seconds(marks.spans["denoiser", 0][0][0], marks.steps[-1])
+        once["rest"] = max(0.0, seconds(marks.begin, marks.end) - in_steps - sum(once.values()))
+        return StageTimes(each, once, marks.peak, " ".join(sorted(set(marks.backends))))

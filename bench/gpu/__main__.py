@@ -1,12 +1,12 @@
 """Everything that needs a GPU, in one command, for eight minutes or as many as there are: `python3 -m bench.gpu`.
 
-Parts run one after another, the most valuable first, each in a process with a limit of its own; one that crashes or hangs is reported, and
-the next one runs. The first eight minutes are for the kernels' correctness, the attention kernel and what its goals are set beside, and
-whole pictures of SDXL and FLUX at 4096 px. All parts at their limits are about seventy minutes, nine runs, and every shape by every
-implementation is about an hour more: what was done at this commit, on this device, with these packages is not done again, so the same
-command goes on where it stopped, by parts and by rows. It ends with a summary of at most sixty lines: the parts, timed calls of the quick
-shapes, and the goals as they are met. Only torch, Triton, einops and pytest must be installed. CSVs and one log lie in --out; CSVs copied
-to bench/results are what `python -m bench.report --write` shows. Exit status: 1 where a part failed, 2 without a GPU.
+Parts run one after another, the most valuable first, each as a process with a time limit; if one crashes or hangs, that is reported and
+the next one runs. The first eight minutes are for the kernels' correctness, the attention kernel with what its goals are compared with,
+and whole pictures of SDXL and FLUX at 4096 px. All parts at their limits are about seventy minutes, nine runs, and every shape by every
+implementation is about an hour more. What is done at this commit, on this device and with these packages is not done again, so the same
+command resumes, by parts and by rows. It ends with a summary of at most sixty lines: the parts, timed calls of the quick shapes, and the
+goals as they are met. Only torch, Triton, einops and pytest must be installed. CSVs and one log are written to --out; CSVs copied to
+bench/results are what `python -m bench.report --write` shows. Exit status: 1 if a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bench.gpu import parts as gpu_parts
-from bench.gpu.parts import PARTS, Outcome, Part, run, shown, to_do, told
+from bench.gpu.parts import PARTS, Part, Row, describe, typed
 from bench.harness import rows as harness
 
 PACKAGES = ("transformers", "natten")
@@ -36,22 +37,30 @@ CARRY = (
     "Where diffusers is not installed and nothing can be fetched: unpack the wheels of diffusers, importlib-metadata and zipp, all of them "
     "pure Python, into one folder, and put that on PYTHONPATH."
 )
-COPY = "In a copy of the tree without git: --commit $(git rev-parse --short HEAD), run in the checkout, or nothing stands later."
+COPY = "In a copy of the tree without git: --commit $(git rev-parse --short HEAD), run in the checkout, or no later run resumes."
+
+
+class Outcome(NamedTuple):
+    """How a part ended."""
+
+    status: str  # done, failed, stopped, skipped, did not fit, or done before
+    note: str
+    seconds: float = 0.0
 
 
 def facts(commit: str | None) -> dict[str, str]:
     """What a part is run with."""
-    packages = {name: harness.package_version(name) for name in PACKAGES}
-    found = harness.facts("cuda", commit=commit) | harness.versions("cuda") | packages
+    found = harness.facts("cuda", commit=commit) | harness.versions("cuda")
+    found |= {name: harness.package_version(name) for name in PACKAGES}
     return {key: found[key] for key in SAME}
 
 
 class Run:
-    """Parts, the time that is left for them, and what came of each."""
+    """Runs parts in the time that there is, and keeps their outcomes in a CSV."""
 
     def __init__(self, out: Path, measured_with: Mapping[str, str], *, seconds: float, commit: str = "", again: bool = False) -> None:
         self._out, self._facts, self._commit, self._again = out, measured_with, commit, again
-        self._deadline = time.monotonic() + seconds - gpu_parts.GRACE  # in which the last part may have to be ended
+        self._deadline = time.monotonic() + seconds - gpu_parts.GRACE  # the last part may have to be ended
         self._spare = 0.0  # seconds that parts have left of their limits
         self._path = out / f"gpu-{harness.slug(measured_with['machine'])}.csv"
         self._rows = harness.read_rows(self._path)
@@ -59,73 +68,56 @@ class Run:
         self.outcomes: dict[str, Outcome] = {}
 
     def queue(self, parts: Sequence[Part]) -> list[Part]:
-        """In their order, but those last that an earlier run stopped without anything to show for it."""
-        stuck = {name for name in self._standing if STUCK in self._rows[name]["note"]}
-        return sorted(parts, key=lambda part: part.name in stuck)
+        """The parts in order, last those that an earlier run stopped without a new result."""
+        return sorted(parts, key=lambda part: part.name in self._standing and STUCK in self._rows[part.name]["note"])
 
     def part(self, part: Part) -> Outcome:
-        """Run one, unless it stands, cannot run here or has no time left; written down at once."""
+        """Run one, unless it is done, cannot run here or has no time left."""
         command = part.command(self._facts["machine"], commit=self._commit, again=self._again)
-        outcome = self._outcome(part, command)
-        self.outcomes[part.name] = outcome
+        outcome = self.outcomes[part.name] = self._outcome(part, command)
         if outcome.status not in ("done before", "did not fit"):
             row = {"row": part.name, "status": outcome.status, "seconds": f"{outcome.seconds:.0f}", "note": outcome.note}
-            self._rows[part.name] = row | {"command": shown(command)} | dict(self._facts)
+            self._rows[part.name] = row | {"command": typed(command)} | dict(self._facts)
             harness.write_rows(self._path, FIELDS, self._rows.values())
         return outcome
 
     def _outcome(self, part: Part, command: Sequence[str]) -> Outcome:
-        if part.name in self._standing and self._rows[part.name]["status"] == "done" and not to_do(self._measured(part)):
+        before, begun = self._measured(part), time.monotonic()
+        failed = any(row["status"] == "error" for row in before)  # worth another try
+        if part.name in self._standing and self._rows[part.name]["status"] == "done" and not failed:
             return Outcome("done before", self._rows[part.name]["note"])
         if refusal := part.refusal():
             return Outcome("skipped", refusal)
-        left = self._deadline - time.monotonic()
+        left, own = self._deadline - begun, part.limit + min(self._spare, part.limit)
         if left < part.least:
             return Outcome("did not fit", f"{max(left, 0):.0f} s were left, it is begun with {part.least:.0f}")
-        return self._ran(part, command, left)
-
-    def _ran(self, part: Part, command: Sequence[str], left: float) -> Outcome:
-        before, begun = self._measured(part), time.monotonic()
-        own = part.limit + min(self._spare, part.limit)
-        ended = run(part, command, self._out, limit=min(own, left))
+        status, printed = part.run(command, self._out, limit=min(own, left))
         seconds, rows = time.monotonic() - begun, self._measured(part)
         self._spare = max(0.0, self._spare + part.limit - seconds)
-        said = told(rows) if part.csv else ended.last
-        if ended.status == 0:
-            return Outcome("done", said, seconds)
-        if ended.status is None:
+        last = (printed.splitlines() or ["nothing was printed"])[-1].strip("= ")[:160]
+        result = describe(rows) if part.csv else last
+        if status == 0:
+            return Outcome("done", result, seconds)
+        if status is None:
             why = "the end of the time for all parts" if left < own else OWN if rows != before else STUCK
-            return Outcome("stopped", f"after {min(own, left):.0f} s, {why}; {said}", seconds)
-        if refused := part.refused(ended.printed):
-            return Outcome("skipped", refused, seconds)
-        died = f"signal {-ended.status}" if ended.status < 0 else f"exit status {ended.status}"
-        return Outcome("failed", f"{died}: {ended.last}" + (f"; {said}" if part.csv else ""), seconds)
+            return Outcome("stopped", f"after {min(own, left):.0f} s, {why}; {result}", seconds)
+        if refused := [line for line in printed.splitlines() if part.refuses and part.refuses in line]:
+            return Outcome("skipped", refused[0].rpartition("= ")[2].strip(), seconds)
+        died = f"signal {-status}" if status < 0 else f"exit status {status}"
+        return Outcome("failed", "; ".join([f"{died}: {last}", *([result] if part.csv else [])]), seconds)
 
-    def _measured(self, part: Part) -> list[gpu_parts.Row]:
+    def _measured(self, part: Part) -> list[Row]:
         return part.rows(self._out, self._facts["machine"], self._facts["commit"])
-
-    def unfinished(self) -> list[str]:
-        """Names of what another run would go on with."""
-        return [name for name, outcome in self.outcomes.items() if outcome.status in ("stopped", "did not fit")]
-
-
-def table(outcomes: Mapping[str, Outcome]) -> str:
-    """For people, on a terminal."""
-    return "\n".join(f"{name:<28}{o.status:<12}{o.seconds:>5.0f} s  {o.note}" for name, o in outcomes.items())
 
 
 def results(out: Path, machine: str, commit: str) -> list[str]:
     """Timed calls of the quick shapes, and the goals as a commit meets them on this machine, whatever device they are set for."""
-    if find_spec("scalediff_kernels") is None:  # the package need not be installed: parts are given this path as well
-        sys.path.append(str(harness.ROOT / "kernels"))
+    sys.path.append(str(harness.ROOT / "kernels"))  # the package need not be installed
     from bench.attention import shapes  # not needed before something was measured
     from bench.report.goals import GOALS
     from bench.report.rows import read
 
-    try:
-        found = read(out)
-    except ValueError as error:
-        return [f"no results: {error}"]
+    found = read(out)
     attention_rows, cascade_rows = ([g for g in kind if g.facts["commit"] == commit] for kind in (found.attention, found.cascade))
     found = found._replace(attention=attention_rows, cascade=cascade_rows)
     goals = []
@@ -143,21 +135,21 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
 
 
 def summary(outcomes: Mapping[str, Outcome], out: Path, machine: str, commit: str, end: Sequence[str]) -> list[str]:
-    """Parts, timed calls, goals, and how it ended: `SUMMARY` lines at most, the rest is in the CSVs."""
+    """Parts, timed calls, goals, and how it ended: at most `SUMMARY` lines, the rest is in the CSVs."""
     try:
         found = results(out, machine, commit)
-    except Exception as error:  # whatever the environment lacks: parts and exit status are told all the same
+    except Exception as error:  # whatever the environment lacks: parts and exit status are reported all the same
         found = [f"no results: {type(error).__name__}: {error}"]
-    lines = [*table(outcomes).splitlines(), "", *found]
-    room = SUMMARY - len(end)
+    parts = [f"{name:<28}{outcome.status:<12}{outcome.seconds:>5.0f} s  {outcome.note}" for name, outcome in outcomes.items()]
+    lines, room = [*parts, "", *found], SUMMARY - len(end)
     if len(lines) > room:
         lines = [*lines[: room - 1], f"and {len(lines) - room + 1} lines more: see the CSVs in {out}"]
     return [*lines, *end]
 
 
 def listed(parts: Sequence[Part], minutes: float) -> list[str]:
-    """Parts and their limits; how long they are together, and what the first run has room for."""
-    lines = [f"{part.name:<28}{part.limit:>4.0f} s at most  {part.title}: {shown(['-m', *part.arguments])}" for part in parts]
+    """Parts and their limits, how many runs they take, and what the first run has room for."""
+    lines = [f"{part.name:<28}{part.limit:>4.0f} s at most  {part.title}: {typed(['-m', *part.arguments])}" for part in parts]
     seconds, total = 60 * minutes - gpu_parts.GRACE, sum(part.limit for part in parts)
     first = [part.name for n, part in enumerate(parts, start=1) if sum(p.limit for p in parts[:n]) <= seconds]
     runs = f"{total / 60:.0f} minutes at their limits, {math.ceil(total / seconds)} runs of {minutes:g} minutes"
@@ -167,49 +159,47 @@ def listed(parts: Sequence[Part], minutes: float) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    names = [part.name for part in PARTS]
-    if unknown := [name for name in options.only or () if name not in names]:
-        parser.error(f"--only takes {', '.join(names)}, got {', '.join(unknown)}")
     if not 60 * options.minutes > gpu_parts.GRACE:
         parser.error(f"--minutes must be more than the {gpu_parts.GRACE:.0f} s in which a part is ended, got {options.minutes}")
-    parts = [part for part in PARTS if part.name in (options.only or names)]
+    parts = [part for part in PARTS if not options.only or part.name in options.only]
     if options.list:
         print("\n".join(listed(parts, options.minutes)))
         return
     if not torch.cuda.is_available():
         parser.exit(2, "python3 -m bench.gpu needs a GPU that torch sees, got none.\n")
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
     try:
         measured_with = facts(options.commit)
-        every = Run(
-            options.out.resolve(), measured_with, seconds=60 * options.minutes, commit=options.commit or "", again=options.again
-        )  # fmt: skip
+        run = Run(out, measured_with, seconds=60 * options.minutes, commit=options.commit or "", again=options.again)
     except ValueError as error:
         parser.error(str(error))
     print(", ".join(f"{key} {value}" for key, value in measured_with.items()), flush=True)
     if not harness.is_commit(measured_with["commit"]):
-        print(f"commit {measured_with['commit']}: its rows will not stand in another run; commit the changes. {COPY}", flush=True)
+        print(f"commit {measured_with['commit']}: no later run resumes; commit the changes. {COPY}", flush=True)
     if find_spec("diffusers") is None and any("diffusers" in part.needs for part in parts):
         print(f"diffusers is not installed, so there are no whole pictures. {CARRY}", flush=True)
-    for part in every.queue(parts):
+    for part in run.queue(parts):
         print(f"{part.name}: {part.title}", flush=True)
-        outcome = every.part(part)
+        outcome = run.part(part)
         print(f"{part.name}: {outcome.status}, {outcome.note}", flush=True)
-    unfinished, failed = every.unfinished(), [name for name, outcome in every.outcomes.items() if outcome.status == "failed"]
+    unfinished = [name for name, outcome in run.outcomes.items() if outcome.status in ("stopped", "did not fit")]
+    failed = [name for name, outcome in run.outcomes.items() if outcome.status == "failed"]
     end = [f"not finished: {', '.join(unfinished)}; the same command goes on with them"] if unfinished else []
-    end += [f"failed: {', '.join(failed)}; all that they printed is in {options.out / 'gpu.log'}"] if failed else []
-    print("", *summary(every.outcomes, options.out, measured_with["machine"], measured_with["commit"], end), sep="\n", flush=True)
+    end += [f"failed: {', '.join(failed)}; all that they printed is in {out / 'gpu.log'}"] if failed else []
+    print("", *summary(run.outcomes, out, measured_with["machine"], measured_with["commit"], end), sep="\n", flush=True)
     raise SystemExit(1 if failed else 0)
 
 
 def _parser() -> argparse.ArgumentParser:
+    names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.split("\n")[0], epilog=f"{CARRY} {COPY}")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(part.name for part in PARTS)}, in that order")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}, in that order")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=harness.ROOT / "runs" / "gpu", help="folder of CSVs and gpu.log (default: runs/gpu)")
     parser.add_argument("--list", action="store_true", help="print the parts and how long they are, run none")
-    parser.add_argument("--again", action="store_true", help="do what is done, too")
-    parser.add_argument("--commit", help="of a copy of the tree that git knows nothing of")
+    parser.add_argument("--again", action="store_true", help="run parts that are done, too")
+    parser.add_argument("--commit", help="of a copy of the tree without git")
     return parser
 
 

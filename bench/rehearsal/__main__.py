@@ -1,13 +1,13 @@
-"""Rehearse `bench.gpu` from its first line to its last one on a machine without a GPU: `python3 -m bench.rehearsal`.
+"""Rehearse `bench.gpu` from its first line to its last on a machine without a GPU: `python3 -m bench.rehearsal`.
 
-The tree is copied without git and without being installed, as it would be to another machine. The parent process is given a GPU that is
-not there; every part runs its own command on the CPU, on small problems, and tests are collected and skipped. What fails is what would have
-failed there: an import, a path, an option, a summary that never comes. Exit status: 0 where the run ended with status 0 and every part
-done, or skipped for want of diffusers.
+The tree is copied without git and is not installed, as on another machine. The parent process gets a pretended GPU; every part runs its
+own command on the CPU, on small problems, and tests are collected and skipped. What fails here would have failed there: an import, a path,
+an option, a missing summary. Exit status: 0 if the run ended with status 0 and every part was done, or skipped because diffusers is
+missing.
 
-Without options the environment is this one, less diffusers and the installed package. `--build FOLDER` makes one with Python 3.12, torch
-2.11, Triton 3.6, numpy 2.5, transformers and pytest-xdist (some gigabytes) and takes that. `--wheels FOLDER` is put on the path as it would
-be there: with diffusers unpacked in it, whole pictures are rehearsed, too.
+By default the environment is this one without diffusers and the installed package. `--build FOLDER` makes one with Python 3.12, torch
+2.11, Triton 3.6, numpy 2.5, transformers and pytest-xdist (some gigabytes) and uses that. `--wheels FOLDER` is put on the path: with
+diffusers unpacked in it, whole pictures are rehearsed, too.
 """
 
 from __future__ import annotations
@@ -26,58 +26,43 @@ from pathlib import Path
 
 from bench.harness.rows import ROOT
 
-DEVICE = "NVIDIA H100 80GB HBM3"
-PACKAGES = (
-    "torch==2.11.0",
-    "triton==3.6.0",
-    "numpy==2.5.*",
-    "transformers",
-    "pytest",
-    "pytest-xdist",
-    "pytest-timeout",
-    "einops",
-    "requests",
-    "pillow",
-)
+VERSIONS = ("torch==2.11.0", "triton==3.6.0", "numpy==2.5.*")
+PACKAGES = (*VERSIONS, "transformers", "pytest", "pytest-xdist", "pytest-timeout", "einops", "requests", "pillow")
 HIDDEN = ("diffusers", "scalediff", "_editable_impl_scalediff", "__editable__")
 PARTS = ("tests", "kernel", "attention-goals", "cascade-sdxl", "filters")  # one of every kind
 
-PRETENDED = f"""
-import runpy, sys
+PRETENDED = """
+import runpy, shlex
 from dataclasses import replace
 import torch
 torch.cuda.is_available = lambda: True
-torch.cuda.get_device_name = lambda *_: {DEVICE!r}
+torch.cuda.get_device_name = lambda *_: "NVIDIA H100 80GB HBM3"
 torch.backends.cudnn.version = lambda: None  # asks the device
-from bench.gpu import parts as gpu_parts
-INSTEAD = {{
-    "attention": ("--device", "cpu", "--shape", "cpu-32", "--provider", "sdpa", "windows-flash", "--seconds", "0.05"),
-    "lowpass": ("--device", "cpu", "--seconds", "0.01", "--cases", "latent 1 x 4"),
-    "cascade": ("--device", "cpu", "--model", "demo", "--size", "128", "--method", "npa", "--steps", "2", "--compile", "eager"),
-    "": ("-m", "gpu"),
-}}
-def small(part):  # its own options, and then those that take their place
-    return replace(part, arguments=(*part.arguments, *INSTEAD[part.csv]), limit=240.0)
-gpu_parts.PARTS = tuple(map(small, gpu_parts.PARTS))
+from bench.gpu import parts
+INSTEAD = {  # options that replace those before them
+    "attention": "--device cpu --shape cpu-32 --provider sdpa windows-flash --seconds 0.05",
+    "lowpass": "--device cpu --seconds 0.01 --cases 'latent 1 x 4'",
+    "cascade": "--device cpu --model demo --size 128 --method npa --steps 2 --compile eager",
+    "": "-m gpu",
+}
+parts.PARTS = tuple(replace(part, arguments=(*part.arguments, *shlex.split(INSTEAD[part.csv])), limit=240.0) for part in parts.PARTS)
 runpy.run_module("bench.gpu", run_name="__main__")
 """
 
 
 def copy_tree(tree: Path) -> None:
-    """The files that git knows, as they are now, without git."""
+    """Copy the files that git knows, as they are now, without git."""
     if not (ROOT / ".git").exists():
         raise SystemExit(f"a rehearsal copies the files that git knows, and {ROOT} is no checkout")
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
-    )
-    for name in filter(None, names.stdout.decode().split("\0")):
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0"):
         if (ROOT / name).is_file():  # not one that was deleted
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
 
 
 def link_packages(folder: Path) -> None:
-    """Links to this environment's packages but the hidden ones. In a folder of PYTHONPATH no .pth is read: no editable install is seen."""
+    """Link this environment's packages but the hidden ones. No .pth is read in a folder of PYTHONPATH: no editable install is seen."""
     for packages in dict.fromkeys([*site.getsitepackages(), *(path for path in sys.path if path.endswith("site-packages"))]):
         for entry in Path(packages).iterdir() if Path(packages).is_dir() else ():
             if not entry.name.lower().startswith(HIDDEN) and not (folder / entry.name).exists():
@@ -85,11 +70,10 @@ def link_packages(folder: Path) -> None:
 
 
 def build_environment(folder: Path) -> Path:
-    """The interpreter of an environment of `PACKAGES`; made where there is none yet."""
+    """The interpreter of an environment with `PACKAGES`, made if there is none yet."""
     python, finished = folder / "bin" / "python3", folder / "finished"
     if not finished.exists():
-        maker = shutil.which("python3.12")
-        if maker is None:
+        if (maker := shutil.which("python3.12")) is None:
             raise SystemExit("--build needs python3.12 on the path, got none")
         subprocess.run([maker, "-m", "venv", str(folder)], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
@@ -112,40 +96,37 @@ def stage(build: Path | None) -> Iterator[tuple[Path, Path, list[Path]]]:
 
 
 def rehearse(parts: Sequence[str], *, minutes: float = 8, build: Path | None = None, wheels: Path | None = None) -> tuple[int, str]:
-    """Exit status of the run and all that it printed; it prints as it goes, too."""
+    """The exit status of the run and all that it printed, which is printed as it comes, too."""
     with stage(build) as (work, python, paths):
-        tree, out = work / "tree", work / "out"
-        copy_tree(tree)
+        copy_tree(work / "tree")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
         environment |= {"PYTHONPATH": os.pathsep.join(map(str, [*([wheels.resolve()] if wheels else []), *paths])), "PYTHONUNBUFFERED": "1"}
-        command = [str(python), "-c", PRETENDED, "--out", str(out), "--commit", "0123abc", "--minutes", str(minutes), "--only", *parts]
-        with subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        options = ["--out", str(work / "out"), "--commit", "0123abc", "--minutes", str(minutes), "--only", *parts]
+        with subprocess.Popen(
+            [str(python), "-c", PRETENDED, *options], cwd=work / "tree", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:  # fmt: skip
             printed = []
             for line in process.stdout or ():
                 print(line, end="", flush=True)
                 printed.append(line)
-        log = out / "gpu.log"
-        if process.returncode and log.exists():
-            print(log.read_text()[-4000:])
+        if process.returncode and (work / "out" / "gpu.log").exists():
+            print((work / "out" / "gpu.log").read_text()[-4000:])
         return process.returncode, "".join(printed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python3 -m bench.rehearsal", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--build",
-        type=Path,
-        metavar="FOLDER",
-        help="an environment with Python 3.12, torch 2.11 and Triton 3.6, made where there is none yet",
+        "--build", type=Path, metavar="FOLDER", help="an environment with Python 3.12, torch 2.11, Triton 3.6; made if needed"
     )
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="unpacked packages, put on the path")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), help="of bench.gpu (default: one of every kind)")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of them (default: %(default)s)")
     options = parser.parse_args(arguments)
     status, printed = rehearse(options.parts, minutes=options.minutes, build=options.build, wheels=options.wheels)
-    wrong = [
-        part for part in options.parts if not re.search(rf"^{re.escape(part)} +(done|skipped .*needs diffusers)\b", printed, re.MULTILINE)
-    ]
+    well = re.findall(r"^(\S+) +(?:done|skipped .*needs diffusers)\b", printed, re.MULTILINE)
+    wrong = [part for part in options.parts if part not in well]
     if status or wrong:
         raise SystemExit(f"the rehearsal failed: exit status {status}; not done by the summary: {', '.join(wrong) or 'nothing'}")
     print("rehearsed: the run ended with its summary and exit status 0")

@@ -1,10 +1,11 @@
-"""The command that times whole pictures: rows that stand, comparisons, growth, and what it refuses."""
+"""The command that times whole pictures: finished rows, comparisons, growth, and what it refuses."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,24 +14,25 @@ import torch
 pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
 from bench.cascade import __main__ as cascade
+from bench.cascade import rows as cascade_rows
 from bench.cascade.methods import METHODS
-from bench.cascade.rows import Unit
+from bench.cascade.rows import FIELDS, Unit
 from bench.harness import rows as harness
-from bench.roofline.__main__ import Ceilings
 from scalediff.patching import plan
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The command, in a tree without git, with ceilings that take no time, into a CSV of its own: exit status and what was said."""
+    """The command, in a tree without git, with ceilings that take no time, into a CSV of its own: exit status, stdout and stderr."""
     monkeypatch.setattr(harness, "_commit", lambda: "unknown")
-    monkeypatch.setattr(cascade, "ceilings", lambda device, dtype: Ceilings(1.0, 1.0))
+    monkeypatch.setattr(cascade, "ceilings", lambda device, dtype: SimpleNamespace(matrix_tflops=1.0))
+    monkeypatch.setattr(cascade_rows, "_RUNS", 1)
 
     def run(*arguments: str) -> tuple[Any, str, str]:
         with pytest.raises(SystemExit) as ended:
             cascade.main(["--csv", str(tmp_path / "rows.csv"), *arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
 
     return run
 
@@ -39,7 +41,7 @@ DIRECT = ("--model", "flux-small", "--size", "32", "--method", "direct")
 
 
 @pytest.mark.slow
-def test_what_stands_is_not_measured_again(ran: Any, tmp_path: Path) -> None:
+def test_finished_rows_are_not_measured_again(ran: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     code, out, _ = ran(*DIRECT, "npa-global", "--commit", "abc")
     assert code == 0
@@ -53,7 +55,7 @@ def test_what_stands_is_not_measured_again(ran: Any, tmp_path: Path) -> None:
     assert harness.read_rows(path) == first
     del first["flux-small/32/direct/eager/run"]  # interrupted before its end, and beside it what no longer is measured
     first["flux-small/32/direct/eager/9-99/step"] = {**next(iter(first.values())), "row": "flux-small/32/direct/eager/9-99/step"}
-    harness.write_rows(path, cascade.FIELDS, first.values())
+    harness.write_rows(path, FIELDS, first.values())
     ran(*DIRECT, "--commit", "abc")
     third = harness.read_rows(path)
     assert "flux-small/32/direct/eager/run" in third
@@ -67,20 +69,20 @@ def test_what_stands_is_not_measured_again(ran: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_comparison(ran: Any, tmp_path: Path) -> None:
     _, out, _ = ran(*DIRECT, "--commit", "abc")
-    told = list(harness.read_rows(tmp_path / "rows.csv").values())
-    assert len(told) == len(out.splitlines())
-    assert told[-1]["row"] == "flux-small/32/direct/eager/run"
-    assert all(set(row) == set(cascade.FIELDS) for row in told)
+    records = list(harness.read_rows(tmp_path / "rows.csv").values())
+    assert len(records) == len(out.splitlines())
+    assert records[-1]["row"] == "flux-small/32/direct/eager/run"
+    assert all(set(row) == set(FIELDS) for row in records)
     other = tmp_path / "other.csv"
-    for row in told:
+    for row in records:
         row |= {"commit": "def", "p50_ms": row["p50_ms"] and f"{2 * float(row['p50_ms']):.6g}"}
-    harness.write_rows(other, cascade.FIELDS, told)
+    harness.write_rows(other, FIELDS, records)
     code, out, _ = ran(*DIRECT, "--no-measure", "--compare", str(other))
     assert code == 0
-    said = out.splitlines()[len(told) :]
-    assert said[0] == "not the same commit: here abc, there def; the ratios below include that difference"
-    assert next(line for line in said if "1-32/step" in line).endswith("2.000x")
-    assert next(line for line in said if line.startswith("flux-small/32/direct/eager/run")).endswith(("2.000x", "1.999x", "2.001x"))
+    printed = out.splitlines()[len(records) :]
+    assert printed[0] == "not the same commit: here abc, there def; the ratios below include that difference"
+    assert next(line for line in printed if "1-32/step" in line).endswith("2.000x")
+    assert next(line for line in printed if line.startswith("flux-small/32/direct/eager/run")).endswith(("2.000x", "1.999x", "2.001x"))
 
 
 @pytest.mark.slow
@@ -92,15 +94,15 @@ def test_a_failure_of_ours_is_the_exit_status(ran: Any, monkeypatch: pytest.Monk
 
 
 def test_growth_is_of_the_embedded_model(monkeypatch: pytest.MonkeyPatch, ran: Any) -> None:
-    asked: list[Unit] = []
-    monkeypatch.setattr(cascade, "measured_rows", lambda units, options: asked.extend(units) or [])
+    units: list[Unit] = []
+    monkeypatch.setattr(cascade, "measured_rows", lambda wanted, options: units.extend(wanted) or iter(()))
     ran("--growth")
-    assert {one.model for one in asked} == {"demo"}
-    assert list(dict.fromkeys(one.size for one in asked)) == [128, 256, 512, 1024]
-    assert {one.method for one in asked} == {"npa", "authors", "cascade-full", "multidiffusion", "demofusion", "direct"}
-    asked.clear()
+    assert {one.model for one in units} == {"demo"}
+    assert list(dict.fromkeys(one.size for one in units)) == [128, 256, 512, 1024]
+    assert {one.method for one in units} == {"npa", "authors", "cascade-full", "multidiffusion", "demofusion", "direct"}
+    units.clear()
     ran()
-    assert {(one.model, one.method) for one in asked} == {(m, n) for m in ("sdxl-small", "flux-small", "demo") for n in METHODS}
+    assert {(one.model, one.method) for one in units} == {(m, n) for m in ("sdxl-small", "flux-small", "demo") for n in METHODS}
 
 
 @pytest.mark.slow
@@ -108,7 +110,7 @@ def test_the_embedded_model_grows_in_time_and_memory(ran: Any, tmp_path: Path) -
     code, _, _ = ran("--growth", "--size", "128", "--method", "npa", "--limit", "1e-3", "--commit", "abc")
     assert code == 0
     row = harness.read_rows(tmp_path / "rows.csv")["demo/128/npa/eager/run"]
-    assert row["status"] == "skipped", "a limit of a millisecond is kept"
+    assert row["status"] == "skipped", "a limit of a millisecond"
     ran("--growth", "--size", "128", "--method", "npa", "--limit", "60", "--commit", "abc")
     row = harness.read_rows(tmp_path / "rows.csv")["demo/128/npa/eager/run"]
     assert row["status"] == "ok"
@@ -120,18 +122,18 @@ def test_the_embedded_model_grows_in_time_and_memory(ran: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model", "dalle"], "--model takes sdxl, flux, sdxl-small, flux-small, demo, got dalle"),
-        (["--method", "npa", "magic"], "--method takes direct, multidiffusion, "),
-        (["--compile", "jit"], "--compile takes eager, compiled, got jit"),
+        (["--model", "dalle"], "argument --model: invalid choice: 'dalle' (choose from"),
+        (["--method", "npa", "magic"], "argument --method: invalid choice: 'magic' (choose from"),
+        (["--compile", "jit"], "argument --compile: invalid choice: 'jit' (choose from"),
         (["--model", "sdxl", "--device", "cpu"], "--model sdxl is of true size, for a GPU and without --small; small ones are sdxl-small"),
         (["--growth", "--model", "demo"], "takes no --model and no --small, got --growth and --model demo"),
-        (["--limit", "0"], "--limit must be positive, got 0"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--view-batch", "0"], "--view-batch must be at least 1, got 0"),
-        (["--size", "0"], "--size takes pixels per side, got 0"),
+        (["--limit", "0"], "argument --limit: must be positive and finite, got 0"),
+        (["--steps", "0"], "argument --steps: must be positive and finite, got 0"),
+        (["--view-batch", "0"], "argument --view-batch: must be positive and finite, got 0"),
+        (["--size", "0"], "argument --size: must be positive and finite, got 0"),
         (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
         (["--no-measure", "--csv", "nowhere.csv"], "--csv takes an existing file with --no-measure, got nowhere.csv"),
-        (["--limit", "inf"], "--limit must be positive, got inf"),
+        (["--limit", "inf"], "argument --limit: must be positive and finite, got inf"),
         (["--no-measure", "--again"], "--no-measure and --again exclude each other"),
     ],
 )
@@ -141,10 +143,10 @@ def test_what_is_unknown_is_refused_in_a_sentence(ran: Any, arguments: list[str]
     assert sentence in err
 
 
-def test_rows_that_stand_are_told_and_absent_ones_named(ran: Any, tmp_path: Path) -> None:
+def test_finished_rows_are_shown_and_missing_ones_named(ran: Any, tmp_path: Path) -> None:
     unit = "flux-small/32/direct/eager"
-    row = dict.fromkeys(cascade.FIELDS, "") | {"row": f"{unit}/run", "part": "run", "status": "skipped", "note": "for a test"}
-    harness.write_rows(tmp_path / "rows.csv", cascade.FIELDS, [row])
+    row = dict.fromkeys(FIELDS, "") | {"row": f"{unit}/run", "part": "run", "status": "skipped", "note": "for a test"}
+    harness.write_rows(tmp_path / "rows.csv", FIELDS, [row])
     code, out, err = ran(*DIRECT, "npa", "--no-measure")
     assert (code, out) == (0, f"{unit}/run: skipped, for a test\n")
     assert err == "flux-small/32/npa/eager: not in rows.csv\n"
@@ -169,9 +171,9 @@ def test_a_broken_csv_is_refused(ran: Any, tmp_path: Path) -> None:
 
 
 def test_import_brings_no_diffusers() -> None:
-    code = "import sys, bench.cascade; print({'diffusers', 'transformers'} & set(sys.modules))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT, env=_paths())
-    assert said.stdout.strip() == "set()"
+    code = "import sys, bench.cascade.__main__; print({'diffusers', 'transformers'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT, env=_paths())
+    assert printed.stdout.strip() == "set()"
 
 
 def _paths() -> dict[str, str]:

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_stays")]
 def test_a_wrong_form_of_the_authors_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Every window one token further."""
     keys = cascade_authors._Cut._keys
-    monkeypatch.setattr(cascade_authors._Cut, "_keys", lambda cut, axis, count: (keys(cut, axis, count) + 1).clamp(max=cut.grid[axis] - 1))
+    monkeypatch.setattr(cascade_authors._Cut, "_keys", lambda cut, axis: (keys(cut, axis) + 1).clamp(max=cut.grid[axis] - 1))
     rows = rows_of(benches[model], unit(model, "authors"))
     assert list(rows) == ["gate-definition", "run"]
     assert {row["status"] for row in rows.values()} == {"FAILED"}
@@ -73,16 +73,16 @@ def test_an_attention_that_is_wrong_on_the_timed_grid_alone_does_not_pass(
 def test_what_ours_is_compared_with_is_not_ours(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever implementation the model is patched with, as the kernel on a GPU."""
     monkeypatch.setattr(Drawn, "impl", "reference")
-    asked: list[str] = []
+    used: list[str] = []
 
     def recorded(*tensors: Tensor, impl: str, **how: Any) -> Tensor:
-        asked.append(impl)
+        used.append(impl)
         return neighborhood_patch_attention(*tensors, **how)
 
     gate = Gate(benches["sdxl-small"].drawn)
     monkeypatch.setattr(cascade_gate, "neighborhood_patch_attention", recorded)
     gate.prepare(METHODS["npa"])
-    assert set(asked) == {"sdpa"}
+    assert set(used) == {"sdpa"}
 
 
 def test_a_result_that_is_not_finite_where_nobody_looks_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The one command for a GPU: order, time, what stands, crashes and hangs, what is missing; parts are small processes of Python."""
+"""The one command for a GPU: order, time, resuming, crashes and hangs, what is missing; parts are small Python processes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ FACTS = {
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose file `told.py` parts run as `python -m told`: it prints, writes a row, ends as it is told to."""
-    (tmp_path / "told.py").write_text(
+    """A folder with the program `script.py` that parts run as `python -m script`: it prints, writes rows, and ends as its options say."""
+    (tmp_path / "script.py").write_text(
         "import argparse, os, pathlib, subprocess, sys, time\n"
         "p = argparse.ArgumentParser()\n"
         "for name in ('--say', '--csv', '--commit', '--sleep', '--exit'): p.add_argument(name, default='')\n"
@@ -54,20 +54,20 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-TOLD = "3 rows; 1 FAILED, first b: nothing said; skipped: 1 row"
+DESCRIBED = "3 rows; 1 FAILED, first b: no note; skipped: 1 row"
 
 
-def told(name: str, *more: str, limit: float = 30.0, **facts: Any) -> Part:
-    return Part(name, f"part {name}", ("told", "--say", name, *more), limit, **facts)
+def script(name: str, *more: str, limit: float = 30.0, **facts: Any) -> Part:
+    return Part(name, f"part {name}", limit, ("script", "--say", name, *more), **facts)
 
 
 def main(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, parts: list[Part], *arguments: str, commit: str = "0123abc"
+    folder: Path, monkeypatch: pytest.MonkeyPatch, parts: list[Part], *arguments: str, commit: str = "0123abc", natten: str = "absent"
 ) -> tuple[object, dict[str, dict[str, str]], list[str]]:
     """Exit status or message, rows, and the names of the parts that were begun, as on a machine with a GPU."""
     monkeypatch.setattr(gpu, "PARTS", tuple(parts))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "facts", lambda given: FACTS | {"commit": given or commit})
+    monkeypatch.setattr(gpu, "facts", lambda given: FACTS | {"commit": given or commit, "natten": natten})
     (folder / "began").unlink(missing_ok=True)
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--out", str(folder), *arguments])
@@ -89,15 +89,15 @@ def test_without_a_gpu_one_sentence_and_status_2(
 def test_help_says_what_to_do_without_diffusers_and_without_git(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "unpack the wheels of diffusers, importlib-metadata and zipp" in said
-    assert "--commit $(git rev-parse --short HEAD)" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "unpack the wheels of diffusers, importlib-metadata and zipp" in printed
+    assert "--commit $(git rev-parse --short HEAD)" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "tests", "speed"], "--only takes tests, kernel, .*, got speed"),
+        (["--only", "tests", "speed"], r"argument --only: invalid choice: 'speed' \(choose from '?tests"),
         (["--minutes", "0"], r"--minutes must be more than the 10 s in which a part is ended, got 0\.0"),
         (["--minutes", "0.1"], r"got 0\.1"),
     ],
@@ -115,22 +115,23 @@ def test_what_a_part_is_run_with_names_the_packages_that_rows_are_skipped_for(mo
     assert (found["natten"], found["transformers"], found["diffusers"]) == ("natten 1", "transformers 1", "diffusers 1")
 
 
-def test_parts_run_in_order_and_what_is_done_stands(
+def test_parts_run_in_order_and_what_is_done_is_not_run_again(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = [told("one"), told("two", csv="lowpass"), told("three")]
+    parts = [script("one"), script("two", csv="lowpass"), script("three")]
     status, rows, began = main(module, monkeypatch, parts)
     assert (status, began) == (0, ["one", "two", "three"])
     assert [row["status"] for row in rows.values()] == ["done"] * 3
     assert rows["one"]["note"] == "one", "the last line printed"
-    assert rows["two"]["note"] == TOLD, "of this commit alone"
-    assert rows["two"]["command"] == "python3 -m told --say two --csv lowpass-nvidia-h200.csv", "no folder of this machine in it"
-    assert "== two: python3 -m told" in (module / "gpu.log").read_text()
+    assert rows["two"]["note"] == DESCRIBED, "of this commit alone"
+    assert rows["two"]["command"] == "python3 -m script --say two --csv lowpass-nvidia-h200.csv", "no folder of this machine in it"
+    assert "== two: python3 -m script" in (module / "gpu.log").read_text()
     capsys.readouterr()
     assert main(module, monkeypatch, parts)[2] == []
-    assert capsys.readouterr().out.count("done before") == 6, "told as it comes, and in the table"
+    assert capsys.readouterr().out.count("done before") == 6, "as it comes, and in the table"
     assert main(module, monkeypatch, parts, "--again", "--only", "two")[2] == ["two"]
     assert main(module, monkeypatch, parts, "--commit", "4567def")[2] == ["one", "two", "three"], "another commit"
+    assert main(module, monkeypatch, parts, natten="0.21")[2] == ["one", "two", "three"], "a package that rows are skipped without"
     changed = main(module, monkeypatch, parts, commit="0123abc with changes")
     assert changed[2] == main(module, monkeypatch, parts, commit="0123abc with changes")[2] == ["one", "two", "three"]
 
@@ -138,21 +139,21 @@ def test_parts_run_in_order_and_what_is_done_stands(
 def test_a_part_that_crashes_is_reported_and_the_next_one_runs(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
-    parts = [told("red", "--exit", "1"), told("crash", "--exit", "segfault", csv="lowpass"), told("last")]
+    parts = [script("red", "--exit", "1"), script("crash", "--exit", "segfault", csv="lowpass"), script("last")]
     status, rows, began = main(module, monkeypatch, parts)
     assert began == ["red", "crash", "last"]
     assert status == 1
     assert "\nfailed: red, crash; all that they printed is in " in capsys.readouterr().out
     assert rows["red"]["note"] == "exit status 1: red"
     assert rows["crash"]["note"].startswith("signal 6: ")
-    assert rows["crash"]["note"].endswith(f"; {TOLD}")
+    assert rows["crash"]["note"].endswith(f"; {DESCRIBED}")
     assert rows["last"]["status"] == "done"
     assert main(module, monkeypatch, parts)[2] == ["red", "crash"], "failed parts do not stand"
     assert re.search(r"^last +done before", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, rows, began = main(module, monkeypatch, [told("hang", "--sleep", "60", "--child", limit=3), told("last")])
+    status, rows, began = main(module, monkeypatch, [script("hang", "--sleep", "60", "--child", limit=3), script("last")])
     assert (status, began) == (0, ["hang", "last"])
     assert rows["hang"]["status"] == "stopped"
     assert rows["hang"]["note"] == "after 3 s, its own limit, and nothing new in that time; hang"
@@ -164,22 +165,22 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(module: Path, monkeypat
 
 def test_a_part_that_was_stopped_with_nothing_to_show_comes_last_the_next_time(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are something to show, as long as there are more of them than before."""
-    parts = [told("hang", "--sleep", "60", limit=2), told("rows", "--sleep", "60", limit=3, csv="lowpass"), told("last", limit=1)]
+    parts = [script("hang", "--sleep", "60", limit=2), script("rows", "--sleep", "60", limit=3, csv="lowpass"), script("last", limit=1)]
     assert main(module, monkeypatch, parts)[2] == ["hang", "rows", "last"]
     _, rows, began = main(module, monkeypatch, parts)
     assert began == ["rows", "hang"]
-    assert rows["rows"]["note"] == f"after 3 s, its own limit, and nothing new in that time; {TOLD}"
+    assert rows["rows"]["note"] == f"after 3 s, its own limit, and nothing new in that time; {DESCRIBED}"
     assert main(module, monkeypatch, parts)[2] == ["hang", "rows"]
     assert main(module, monkeypatch, parts, "--again", "--only", "hang", "last")[2] == ["hang", "last"]
 
 
 def test_what_a_part_leaves_of_its_limit_is_for_the_next_ones(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As much again as they have, at most."""
-    parts = [told("first"), told("second", "--sleep", "3.5", limit=3)]
+    parts = [script("first"), script("second", "--sleep", "3.5", limit=3)]
     rows = main(module, monkeypatch, parts)[1]
     assert [row["status"] for row in rows.values()] == ["done", "done"]
     assert main(module, monkeypatch, parts, "--again", "--only", "second")[1]["second"]["status"] == "stopped"
-    endless = [told("first"), told("second", "--sleep", "60", limit=1)]
+    endless = [script("first"), script("second", "--sleep", "60", limit=1)]
     assert "after 2 s, its own limit" in main(module, monkeypatch, endless, "--again")[1]["second"]["note"]
 
 
@@ -187,7 +188,7 @@ def test_the_time_for_all_is_kept_and_what_did_not_fit_is_named(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The seconds that a part is given to end in are of that time."""
-    parts = [told("first", least=1), told("long", "--sleep", "60", least=1), told("later", least=1)]
+    parts = [script("first", least=1), script("long", "--sleep", "60", least=1), script("later", least=1)]
     status, rows, began = main(module, monkeypatch, parts, "--minutes", "0.07")
     assert (status, began) == (0, ["first", "long"])
     assert list(rows) == ["first", "long"], "what was not begun has no row"
@@ -198,23 +199,27 @@ def test_the_time_for_all_is_kept_and_what_did_not_fit_is_named(
 def test_a_part_is_begun_with_the_time_that_it_needs_at_least(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = [told("pictures", least=60), told("small", least=1)]
+    parts = [script("pictures", least=60), script("small", least=1)]
     assert main(module, monkeypatch, parts, "--minutes", "0.5")[2] == ["small"]
     assert re.search(r"pictures: did not fit, (28|29) s were left, it is begun with 60", capsys.readouterr().out)
     assert all(part.least >= 60 for part in PARTS if part.csv == "cascade")
     assert all(part.least < part.limit for part in PARTS)
 
 
-def test_what_is_missing_is_told_and_skipped(
+def test_what_is_missing_is_named_and_skipped(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
-    parts = [told("models", needs=("torch", "no_such_package")), told("checked", tool="no-such-tool"), told("last", needs=("torch",))]
+    parts = [
+        script("models", needs=("torch", "no_such_package")),
+        script("checked", needs=("no-such-tool",)),
+        script("last", needs=("torch",)),
+    ]
     status, rows, began = main(module, monkeypatch, parts)
     assert (status, began) == (0, ["last"])
     assert rows["models"]["note"] == "needs no_such_package, not installed here"
     assert rows["checked"]["note"] == "needs no-such-tool, not installed here"
     assert capsys.readouterr().out.count("needs no_such_package, not installed here") == 2
-    assert main(module, monkeypatch, parts)[1]["models"]["status"] == "skipped", "and asked again"
+    assert main(module, monkeypatch, parts)[1]["models"]["status"] == "skipped", "and tried again"
 
 
 def test_without_diffusers_it_says_once_what_to_do(
@@ -222,7 +227,7 @@ def test_without_diffusers_it_says_once_what_to_do(
 ) -> None:  # fmt: skip
     for place in (gpu, gpu_parts):
         monkeypatch.setattr(place, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
-    parts = [told("pictures", needs=("diffusers",)), told("more", needs=("diffusers",))]
+    parts = [script("pictures", needs=("diffusers",)), script("more", needs=("diffusers",))]
     main(module, monkeypatch, parts)
     out = capsys.readouterr().out
     assert out.count("diffusers is not installed, so there are no whole pictures. Where diffusers is not installed") == 1
@@ -234,17 +239,17 @@ def test_a_folder_on_the_path_is_found_from_wherever_a_part_runs(module: Path, m
     monkeypatch.setenv("PYTHONPATH", ".")
     monkeypatch.setattr(gpu_parts.harness, "ROOT", module / "tree")
     (module / "out").mkdir()
-    assert main(module / "out", monkeypatch, [told("one", csv="lowpass")])[1]["one"]["status"] == "done"
+    assert main(module / "out", monkeypatch, [script("one", csv="lowpass")])[1]["one"]["status"] == "done"
 
 
 def test_a_tool_that_refuses_the_device_is_no_failure(
     module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     words = "E  ========= Error: Device not supported. See the list"
-    facts: dict[str, Any] = {"tool": "env", "refuses": "Device not supported"}
-    parts = [Part("refused", "", ("told", "--say", words, "--exit", "1"), 30, **facts), told("wrong", "--exit", "1", **facts)]
+    facts: dict[str, Any] = {"needs": ("env",), "refuses": "Device not supported"}
+    parts = [Part("refused", "", 30, ("script", "--say", words, "--exit", "1"), **facts), script("wrong", "--exit", "1", **facts)]
     status, rows, _ = main(module, monkeypatch, parts)
-    assert (rows["refused"]["status"], rows["refused"]["note"]) == ("skipped", "env: Error: Device not supported. See the list")
+    assert (rows["refused"]["status"], rows["refused"]["note"]) == ("skipped", "Error: Device not supported. See the list")
     assert rows["wrong"]["status"] == "failed"
     assert status == 1
     assert "\nfailed: wrong;" in capsys.readouterr().out
@@ -253,10 +258,10 @@ def test_a_tool_that_refuses_the_device_is_no_failure(
 
 
 def test_a_part_with_an_error_among_its_rows_does_not_stand(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [told("one", csv="lowpass"), told("two", csv="lowpass")]
+    parts = [script("one", csv="lowpass"), script("two", csv="lowpass")]
     assert main(module, monkeypatch, parts)[2] == ["one", "two"]
     path = module / "lowpass-nvidia-h200.csv"
-    begin, mine = "row,status,p50_ms,commit,command\n", "python -m told --say {} --csv x"
+    begin, mine = "row,status,p50_ms,commit,command\n", "python -m script --say {} --csv x"
     path.write_text(f"{begin}a,ok,1,0123abc,{mine.format('one')}\nb,error,,0123abc,{mine.format('two')}\nc,error,,f,{mine.format('one')}\n")
     assert main(module, monkeypatch, parts)[2] == ["two"], "rows are of the part whose command they name, and of one commit"
 
@@ -278,7 +283,7 @@ def test_it_ends_with_the_goals_and_the_quick_shapes(
     failed = flux | {"row": "sdxl-64-4096/fp16/gather", "status": "FAILED", "provider": "gather", "p50_ms": ""}
     older = flux | {"row": "flux-4096/bf16/global/triton", "commit": "4567def", "p50_ms": "27"}
     harness.write_rows(module / "attention-nvidia-h200.csv", list(flux), [flux, other, failed, older])
-    main(module, monkeypatch, [told("one")])
+    main(module, monkeypatch, [script("one")])
     out = capsys.readouterr().out
     assert "kernel, FLUX 4096 px, 512 text, bf16: 651 TFLOP/s, met (" in out
     assert re.search(r"SDXL 4096 px, a whole run, beside MultiDiffusion: not measured yet; at least .*x on H100 or H200", out)
@@ -286,11 +291,11 @@ def test_it_ends_with_the_goals_and_the_quick_shapes(
     assert [number for number in ("28", "27") if f"{number} ms" in out] == [], "another dtype than the model's, another commit"
     assert "windows by SDPA" not in out, "a CPU's goal"
     (module / "cascade-x.csv").write_text("name\na\n")
-    main(module, monkeypatch, [told("one")])
-    assert "no results: cascade-x.csv must have a column 'row'" in capsys.readouterr().out
+    main(module, monkeypatch, [script("one")])
+    assert "no results: ValueError: cascade-x.csv must have a column 'row'" in capsys.readouterr().out
 
 
-def test_goals_are_told_on_another_device_than_they_are_set_for(tmp_path: Path) -> None:
+def test_goals_are_shown_on_another_device_than_they_are_set_for(tmp_path: Path) -> None:
     row = {
         "row": "flux-4096/bf16/window/triton",
         "status": "ok",
@@ -314,11 +319,11 @@ def test_a_damaged_csv_is_refused(module: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_it_ends_its_part_when_it_is_ended(module: Path) -> None:
-    """A process of its own, asked to end while its part sleeps."""
+    """A process that gets a signal to end while its part sleeps."""
     code = (
-        "import runpy, sys, torch; from bench import gpu, gpu_parts, harness; from tests.bench.test_gpu import FACTS, told\n"
-        "import pathlib; gpu_parts.harness.ROOT = pathlib.Path(sys.argv[1]); torch.cuda.is_available = lambda: True\n"
-        "gpu_parts.PARTS = (told('hang', '--sleep', '60', '--child'),); harness.facts = lambda *a, **k: FACTS\n"
+        "import pathlib, runpy, sys, torch; from bench.gpu import parts; from bench.harness import rows as harness\n"
+        "from tests.bench.test_gpu import FACTS, script; harness.ROOT = pathlib.Path(sys.argv[1]); torch.cuda.is_available = lambda: True\n"
+        "parts.PARTS = (script('hang', '--sleep', '60', '--child'),); harness.facts = lambda *a, **k: FACTS\n"
         "sys.argv = ['x', '--out', sys.argv[1]]; runpy.run_module('bench.gpu', run_name='__main__')\n"
     )
     root = Path(__file__).parents[2]
@@ -346,7 +351,7 @@ def test_what_results_lack_costs_neither_the_parts_nor_the_exit_status(
         raise ModuleNotFoundError("No module named 'scalediff_kernels'")
 
     monkeypatch.setattr(gpu, "results", lacking)
-    assert main(module, monkeypatch, [told("red", "--exit", "1")])[0] == 1
+    assert main(module, monkeypatch, [script("red", "--exit", "1")])[0] == 1
     out = capsys.readouterr().out
     assert "no results: ModuleNotFoundError: No module named 'scalediff_kernels'" in out
     assert re.search(r"^red +failed", out, re.MULTILINE)

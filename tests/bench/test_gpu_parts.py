@@ -1,4 +1,4 @@
-"""The parts of the one command for a GPU: the most valuable first, each a command that its benchmark takes, its rows told in words."""
+"""The parts of the one command for a GPU: the most valuable first, each a command that its benchmark takes, its rows described."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_test_that_needs_a_gpu_is_run() -> None:
 
 
 def test_rows_of_one_shape_are_the_same_whoever_measures_them() -> None:
-    """Few shapes first and all of them later: what was measured stands only with the same seconds a row."""
+    """Few shapes first and all of them later: a row counts as measured only with the same seconds."""
     seconds = {attention._parser().parse_args(part.arguments[1:]).seconds for part in PARTS if part.csv == "attention"}
     assert len(seconds) == 1
 
@@ -95,7 +95,7 @@ def row(name: str, status: str, note: str = "", **more: str) -> dict[str, str]:
     return {"row": name, "status": status, "note": note} | more
 
 
-def test_rows_are_told_by_what_came_of_them_and_why() -> None:
+def test_rows_are_described_by_their_status_and_why() -> None:
     rows = [
         row("a", "ok", p50_ms="1"),
         row("a/gate", "ok", part="gate"),
@@ -106,15 +106,7 @@ def test_rows_are_told_by_what_came_of_them_and_why() -> None:
         *(row(f"n{i}", "skipped", "the natten package is not installed") for i in range(5)),
         *(row(f"m{i}", "skipped", f"needs about {i}.5 GB, 3 GB are free") for i in range(2)),
     ]
-    assert gpu_parts.told(rows) == (
+    assert gpu_parts.describe(rows) == (
         "12 rows; 1 FAILED, first b: image: NaN; 2 error, first c: RuntimeError: No available kernel; "
-        "natten is not installed: 5 rows; needs about N GB: 2 rows"
+        "the natten package is not installed: 5 rows; needs about N GB: 2 rows"
     )
-
-
-def test_errors_and_packages_that_came_are_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = row("a", "skipped", "the no_such_package package is not installed")
-    assert not gpu_parts.to_do([row("a", "ok"), row("b", "FAILED"), row("c", "skipped", "too large"), lacking])
-    assert gpu_parts.to_do([row("a", "error", "RuntimeError: out of memory")])
-    monkeypatch.setattr(gpu_parts, "find_spec", lambda name: name == "no_such_package" or None)
-    assert gpu_parts.to_do([lacking])

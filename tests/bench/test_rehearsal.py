@@ -28,7 +28,7 @@ def test_an_environment_without_the_project_and_without_diffusers() -> None:
 
 def test_what_travels_has_no_git_and_no_ignored_file(tmp_path: Path) -> None:
     rehearsal.copy_tree(tmp_path)
-    assert (tmp_path / "bench" / "gpu.py").exists()
+    assert (tmp_path / "bench" / "gpu" / "__main__.py").exists()
     assert not (tmp_path / ".git").exists()
     assert not list(tmp_path.rglob("__pycache__"))
 
