@@ -32,7 +32,7 @@ from bench.harness import rows as harness
 from bench.harness.command import Benchmark
 from bench.harness.side_by_side import Entrant
 from bench.harness.timing import Timing, kernels, peak_memory
-from bench.roofline.__main__ import Ceilings, ceilings
+from bench.roofline.ceilings import Ceilings, ceilings
 from scalediff_kernels.testing import poisoned_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

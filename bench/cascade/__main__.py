@@ -25,7 +25,7 @@ from bench.cascade.models import GROWTH_METHODS, GROWTH_SIZES, SMALL, SUBJECTS, 
 from bench.cascade.rows import COMPILE, Bench, Limits, Row, Unit
 from bench.harness import command
 from bench.harness import rows as harness
-from bench.roofline.__main__ import Ceilings, ceilings
+from bench.roofline.ceilings import Ceilings, ceilings
 
 SAME = (*harness.FACTS, *harness.VERSIONS, "timed_steps", "limit_s", "view_batch")
 FIELDS = (

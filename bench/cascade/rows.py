@@ -25,7 +25,7 @@ from bench.cascade.models import SUBJECTS
 from bench.cascade.watch import StageTimes, Watch, composed
 from bench.harness import rows as harness
 from bench.harness.timing import fused_attention
-from bench.roofline.__main__ import Ceilings
+from bench.roofline.ceilings import Ceilings
 from scalediff.patching.networks import denoiser_of
 
 Row = dict[str, str]

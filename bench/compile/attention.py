@@ -2,13 +2,13 @@
 
 Gates: no spills (fp32, which runs beside the tensor cores: none in the main loops); the generation's matrix instructions; TMA on
 the descriptor path, cp.async on the pointer path; no trip of keys or values through registers in the main loops of sm_90; there no
-warpgroup products that wait for each other, and nowhere a softmax that several warps repeat, but for what `KNOWN` names.
+warpgroup products that wait for each other, and nowhere a softmax that several warps repeat, but for what docs/evidence/compiled.md names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,14 +24,8 @@ HEAD_DIMS = {torch.bfloat16: (40, 64, 128, 160), torch.float32: (64, 160)}  # ev
 
 REPEATED = 1.5  # exponentials a score: one, and one a row and key block, which the four threads of a row compute alike
 
-KNOWN = """Known and not gated: head dims above 128 with text, and without it other than on sm_90 and sm_100. Blocks with a warp for every
-16 rows, which would mend it, spill; the shipped ones share rows between warps and repeat the softmax, and with text their products wait for
-each other on sm_90. Odd strides, and query tiles of fewer than 64 rows: warps repeat the softmax. Loops of gfx942 are not read."""
-
-LEGEND = f"""Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
-24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown.
-
-{KNOWN}"""
+KEYS = {"queries": "queries", "dtype": "dtype", "head_dim": "D", "text": "text"}  # columns of the page's table, and their headings
+SHOWN = "window == '64x64' and text != '77' and layout == 'contiguous'"  # rows of the page's table: the paper's windows
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Case:
         }  # fmt: skip
 
     def _known(self, target: str, fault: str) -> bool:
-        """Whether a fault is one of `KNOWN`."""
+        """Whether docs/evidence/compiled.md names the fault as known and not gated."""
         if self.head_dim > 128:
             return self.text > 0 or target not in ("sm_90", "sm_100")
         return fault == "repeated" and self.layout == "odd"
@@ -135,18 +129,6 @@ def cases() -> Iterator[Case]:
             for layout in ("odd", "expanded"):
                 yield Case(dim, dtype, text=77, layout=layout)
                 yield Case(dim, dtype, text=77, queries="text", layout=layout)
-
-
-def table(rows: Sequence[Mapping[str, str]], targets: Sequence[str]) -> list[str]:
-    """Lines of a markdown table: the paper's windows."""
-    lines = ["| queries | dtype | D | text | " + " | ".join(targets) + " |", "|---|---|--:|--:|" + "--:|" * len(targets)]
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for r in rows:
-        if r["window"] == "64x64" and r["text"] != "77" and r["layout"] == "contiguous":
-            path = "" if r["path"] == "descriptor" else "p "
-            cell = f"{path}{r['registers']}/{-(-int(r['shared']) // 1024)}" if r["registers"] else "does not compile"
-            cells.setdefault((r["queries"], r["dtype"], r["head_dim"], r["text"]), {})[r["target"]] = cell
-    return lines + ["| " + " | ".join([*key, *(row.get(t, "") for t in targets)]) + " |" for key, row in cells.items()]
 
 
 def _moves(binary: Binary) -> bool:

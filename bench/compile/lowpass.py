@@ -6,7 +6,7 @@ of 16-bit pictures by dense factors) wherever neighbours in memory allow them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from scalediff_kernels.lowpass.op import picture_size
 from scalediff_kernels.lowpass.operators import LowPass, Side
 from scalediff_kernels.neighborhood.config import shared_memory
 
-LEGEND = """Registers per thread / KB of shared memory per program. Cutoff 1/8. `pictures` are read at once: going down x, the model output
-and that of the unconditional pass, and then the coarse reference too; going up the outputs."""
+KEYS = {name: name for name in ("side", "kind", "dtype", "layout", "pictures")}  # columns of the page's table
+SHOWN = ""  # all rows
 
 FEW = 24  # loads and stores of spilled registers, once per step of the outer loop
 
@@ -110,14 +110,3 @@ def cases() -> Iterator[Case]:
             for layout in ("latent", "channels last"):
                 for pictures in (1, 3) if side == "down" else (0, 2):
                     yield Case(side, layout, dtype, pictures, "gaussian")
-
-
-def table(rows: Sequence[Mapping[str, str]], targets: Sequence[str]) -> list[str]:
-    """Lines of a markdown table."""
-    keys = ("side", "kind", "dtype", "layout", "pictures")
-    lines = ["| " + " | ".join([*keys, *targets]) + " |", "|---|---|---|---|--:|" + "--:|" * len(targets)]
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for r in rows:
-        cell = f"{r['registers']}/{-(-int(r['shared']) // 1024)}" if r["registers"] else "does not compile"
-        cells.setdefault(tuple(r[k] for k in keys), {})[r["target"]] = cell
-    return lines + ["| " + " | ".join([*key, *(row.get(t, "") for t in targets)]) + " |" for key, row in cells.items()]

@@ -18,7 +18,7 @@ from bench.cascade.models import SUBJECTS
 from bench.cascade.rows import Bench, Limits, Unit
 from bench.cascade.watch import Watch, composed
 from bench.harness import rows as harness
-from bench.roofline.__main__ import Ceilings
+from bench.roofline.ceilings import Ceilings
 from scalediff.patching.networks import denoiser_of
 from tests.bench.whole_pictures import TINY, rows_of, unit
 from tests.conftest import state_of

@@ -17,7 +17,7 @@ from bench.cascade import __main__ as cascade
 from bench.cascade.methods import METHODS
 from bench.cascade.rows import Unit
 from bench.harness import rows as harness
-from bench.roofline.__main__ import Ceilings
+from bench.roofline.ceilings import Ceilings
 from scalediff.patching import plan
 
 

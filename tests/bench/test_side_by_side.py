@@ -15,7 +15,7 @@ from bench.attention.shapes import Task
 from bench.harness import side_by_side
 from bench.harness.side_by_side import Entrant
 from bench.harness.timing import Timing
-from bench.roofline import __main__ as roofline
+from bench.roofline import ceilings as roofline
 from tests.bench.made_up import EVEN
 
 SKIPPED = Entrant({"row": "b", "status": "skipped"}, [])

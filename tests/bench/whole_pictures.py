@@ -9,7 +9,7 @@ from bench.cascade import __main__ as cascade
 from bench.cascade import authors as cascade_authors
 from bench.cascade.methods import METHODS
 from bench.cascade.rows import Bench, Limits, Row, Unit
-from bench.roofline.__main__ import Ceilings
+from bench.roofline.ceilings import Ceilings
 from scalediff.cascade import run as library_cascade
 from scalediff.cascade import schedule
 from scalediff.patching import plan
