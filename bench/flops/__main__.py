@@ -54,36 +54,19 @@ def comma_separated(found: DataFrame) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
-    try:
-        found = DataFrame(rows(options.model, options.size, options.method))
-    except ValueError as error:
-        raise SystemExit(f"python -m bench.flops: {error}") from error
-    if options.write or options.check:
-        files = {RESULTS: comma_separated(found), DOC: fill(DOC.read_text(), {"tables": sections(found)})}
-        write_or_check(files, check=options.check, command="python -m bench.flops --write")
-    else:
-        print(comma_separated(found), end="")
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.flops", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--size", nargs="+", type=int, default=list(SIZES), metavar="N", help="pixels per side (default: 2048 4096 8192)")
-    parser.add_argument("--method", nargs="+", default=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)}")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--write", action="store_true", help="write bench/results/flops.csv and the tables of docs/evidence/flops.md")
     how.add_argument("--check", action="store_true", help="fail where these files are not what is counted")
     options = parser.parse_args(arguments)
     if package_version("diffusers") == "absent":
         parser.error('models are built from diffusers, not installed here: pip install "scalediff[diffusers]"')
-    for name, known in (("model", MODELS), ("method", METHODS)):
-        if unknown := [value for value in getattr(options, name) if value not in known]:
-            parser.error(f"--{name} takes {', '.join(known)}, got {', '.join(unknown)}")
-    picked = (options.model, options.size, options.method)
-    if (options.write or options.check) and picked != (list(MODELS), list(SIZES), list(METHODS)):
-        parser.error(f"--write and --check take every row, got {' '.join(map(str, (*options.model, *options.size, *options.method)))}")
-    return options
+    found = DataFrame(rows(MODELS, SIZES))
+    if options.write or options.check:
+        files = {RESULTS: comma_separated(found), DOC: fill(DOC.read_text(), {"tables": sections(found)})}
+        write_or_check(files, check=options.check, command="python -m bench.flops --write")
+    else:
+        print(comma_separated(found), end="")
 
 
 if __name__ == "__main__":

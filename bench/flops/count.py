@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -112,15 +112,7 @@ def views(side: int, native: int) -> int:
     return 1 + math.ceil((side - native) / (native // 2))
 
 
-def rows(models: Sequence[str], sizes: Sequence[int], methods: Sequence[str]) -> list[Row]:
-    """Every combination that exists.
-
-    Raises:
-        ValueError: there is none, or a model cannot draw a size.
-    """
-    counters = map(Counter, models)
-    found = [counter.row(size, name) for counter in counters for size in sizes for name in methods if name in counter.methods]
-    if not found:
-        what = "text queries have a rule only in joint attention, and DemoFusion is for U-Nets"
-        raise ValueError(f"{what}, got method {' '.join(methods)} of {' '.join(models)}")
-    return found
+def rows(models: Iterable[str], sizes: Sequence[int]) -> Iterator[Row]:
+    """Every model and size by every method that the model has."""
+    for counter in map(Counter, models):
+        yield from (counter.row(size, method) for size in sizes for method in counter.methods)

@@ -14,7 +14,7 @@ from bench.quality.page import summary
 from bench.report.missing import missing
 from bench.report.plots import PREFIX, Plot, plots, save
 from bench.report.rows import NOT_YET, Results, read
-from bench.report.sections import attention, checks, goals, pictures, work
+from bench.report.sections import attention, checks, goals, pictures
 from bench.report.tables import fill, write_or_check
 
 RESULTS = harness.ROOT / "bench" / "results"
@@ -27,7 +27,7 @@ def pages(results: Results, found: Sequence[Plot]) -> dict[Path, str]:
     images = [f"![{plot.title}: {plot.source}]({plot.file})\n" for plot in found]
     blocks = {
         "goals": goals(results), "checks": checks(results), "pictures": pictures(results), "attention": attention(results),
-        "plots": images or ["There is nothing to draw yet."], "work": work(results), "missing": missing(results),
+        "plots": images or ["There is nothing to draw yet."], "missing": missing(results),
     }  # fmt: skip
     readme = {"goals": goals(results, readme=True), "quality": quality(results)}
     return {PAGE: fill(PAGE.read_text(), blocks), README: fill(README.read_text(), readme)}
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.write and not options.check:
             print("\n".join(goals(results)))
             return
-        found = plots(results)
+        found = list(plots(results))
         files = pages(results, found)
     except ValueError as error:
         raise SystemExit(f"python -m bench.report: {error}") from error

@@ -55,12 +55,11 @@ class Group(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Groups of every benchmark that is reported, the rows of flops.csv, and those of picture quality by file."""
+    """Groups of every benchmark that is reported, and the rows of picture quality by file."""
 
     attention: Sequence[Group]
     cascade: Sequence[Group]
     gpu: Sequence[Group]
-    flops: Sequence[Row]
     quality: Mapping[str, Mapping[str, Row]]
 
 
@@ -75,7 +74,7 @@ def read(folder: Path) -> Results:
         return [group for path in sorted(folder.glob(f"{kind}-*.csv")) for group in grouped(path.name, harness.read_rows(path).values())]
 
     quality = {path.name: harness.read_rows(path) for path in sorted(folder.glob("quality-*.csv"))}
-    return Results(groups("attention"), groups("cascade"), groups("gpu"), harness.read_records(folder / "flops.csv"), quality)
+    return Results(groups("attention"), groups("cascade"), groups("gpu"), quality)
 
 
 def grouped(file: str, rows: Iterable[Row]) -> list[Group]:

@@ -7,8 +7,6 @@ from typing import Any
 
 from pandas import DataFrame, Series
 
-from bench.flops.count import METHODS as COUNTED
-from bench.flops.models import TITLES
 from bench.report.frames import PARTS, RUN, numbers, of_full_size, runs, shares, shown
 from bench.report.goals import GOALS, METHODS, Answer
 from bench.report.rows import NOT_YET, Group, Results, Row
@@ -131,17 +129,3 @@ def _calls(group: Group) -> list[str]:
     return table(cells[frame["status"] != "skipped"], text=("shape", "implementation", "computes", "by")) + skipped(
         frame["provider"], frame
     )
-
-
-def work(results: Results, size: int = 4096) -> list[str]:
-    """TFLOPs of a run, method by method, and how many times those of NPA."""
-    if not results.flops:
-        return [f"{NOT_YET}."]
-    frame = DataFrame(results.flops).query(f"size == '{size}'")
-    frame = frame.assign(tflops=frame["tflops_run"].astype(float))
-    methods, models = frame["method"].unique(), frame["model"].unique()
-    tflops = frame.pivot(index="method", columns="model", values="tflops").loc[methods, models]
-    cells = tflops.map("{:,.0f}".format) + tflops.div(tflops.loc["npa"]).map(" ({:.2f}x)".format)
-    cells = cells.where(tflops.notna(), "-").rename(index=lambda m: COUNTED[m].label, columns=TITLES)
-    cells.insert(0, f"TFLOP of a run, {size} px", cells.index)
-    return table(cells, text=cells.columns[:1])

@@ -27,7 +27,7 @@ def blocks(*names: str) -> str:
 
 
 README = f"before\n{blocks('goals', 'quality')}end\n"
-PAGE = blocks("goals", "checks", "pictures", "attention", "plots", "work", "missing")
+PAGE = blocks("goals", "checks", "pictures", "attention", "plots", "missing")
 SHOWN = [goal for goal in GOALS if goal.readme]
 
 
@@ -44,7 +44,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def page_of(results: Results) -> str:
-    return report.pages(results, plots(results))[report.PAGE]
+    return report.pages(results, list(plots(results)))[report.PAGE]
 
 
 def problems() -> list[str]:
@@ -231,40 +231,34 @@ def test_tests_on_a_device_are_told(place: Path) -> None:
 
 
 def measured(place: Path) -> Results:
-    """Rows that make one plot of time and one roofline."""
-    tables = [
-        run("sdxl", "npa", 5, size=2048),
-        run("sdxl", "npa", 20),
-        part("sdxl", "npa", "step", 20),
-        part("sdxl", "npa", "denoiser", 15),
-        part("sdxl", "npa", "attention", 4),
-    ]
-    written(place, "cascade-x.csv", *tables, run("flux", "npa", 20))
-    task = "sdxl-64-4096/fp16"
-    return written(place, "attention-x.csv", call(task, "triton", 4), call(task, "full", 8), call(task, "natten", 0, status="skipped"))
+    """Rows that make a plot of time and one of memory."""
+    memory = [{"peak_megabytes": peak, "before_megabytes": "5"} for peak in ("6", "9")]
+    tables = [run("sdxl", "npa", 5, size=2048, **memory[0]), run("sdxl", "npa", 20, **memory[1]), part("sdxl", "npa", "step", 20)]
+    return written(place, "cascade-x.csv", *tables, run("flux", "npa", 20))
 
 
 def test_plots_of_other_numbers_and_of_nothing_are_found_without_drawing(place: Path) -> None:
     results = measured(place)
     names = [plot.file for plot in plots(results)]
-    assert [name.split("-")[1] for name in names] == ["latency", "roofline"]
-    for path, text in report.pages(results, plots(results)).items():
+    assert [name.split("-")[1] for name in names] == ["seconds", "memory"]
+    for path, text in report.pages(results, list(plots(results))).items():
         path.write_text(text)
-    assert problems() == [*(f"docs/evidence/{name} is not drawn" for name in names), "run python -m bench.report --write"]
+    assert set(problems()) == {*(f"docs/evidence/{name} is not drawn" for name in names), "run python -m bench.report --write"}
     for name in names:
         (place / "docs" / name).write_text("<svg/>")
     assert problems() == []
     assert report.PAGE.read_text().count(".svg)") == 2
-    written(place, "attention-x.csv", call("sdxl-64-4096/fp16", "triton", 5))
-    (other,) = (plot.file for plot in plots(read(place / "results")) if plot.kind == "roofline")
-    assert other != names[1]
-    assert problems()[-3:-1] == [f"docs/evidence/{other} is not drawn", f"docs/evidence/{names[1]} is a plot of nothing in bench/results"]
+    results = written(place, "cascade-x.csv", run("sdxl", "npa", 6, size=2048), run("sdxl", "npa", 20))
+    (other,) = (plot.file for plot in plots(results))
+    assert other not in names
+    assert problems()[-4:-1] == [f"docs/evidence/{other} is not drawn",
+                                 *(f"docs/evidence/{name} is a plot of nothing in bench/results" for name in sorted(names))]  # fmt: skip
 
 
 def test_plots_are_drawn_by_matplotlib(place: Path) -> None:
     pytest.importorskip("matplotlib", reason='pip install -e ".[bench]"')
     results = measured(place)
-    (place / "docs" / "benchmarks-latency-gone.svg").write_text("<svg/>")
+    (place / "docs" / "benchmarks-share-gone.svg").write_text("<svg/>")
     report.main(["--write"])
     drawn = {path.name: path.read_bytes() for path in (place / "docs").glob("*.svg")}
     assert set(drawn) == {plot.file for plot in plots(results)}
