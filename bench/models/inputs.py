@@ -58,7 +58,7 @@ def constant(value: Any) -> Make:
     return lambda draw, grid, batch: value
 
 
-def _prompts(batch: int, shorter: int = 1) -> Tensor:
+def _prompts(draw: Draw, grid: Grid, batch: int, shorter: int = 1) -> Tensor:
     """A mask `[B, 6]` over prompts, each `shorter` by so many tokens than the one before."""
     return torch.arange(6)[None, :] < 6 - shorter * torch.arange(batch)[:, None]
 
@@ -80,7 +80,7 @@ def _ids(axes: int) -> Arguments:
 
 
 TEXT: Arguments = {"encoder_hidden_states": drawn("B 6 32")}
-MASK: Arguments = {"encoder_attention_mask": lambda draw, grid, batch: _prompts(batch)}
+MASK: Arguments = {"encoder_attention_mask": _prompts}
 POOLED: Arguments = {"pooled_projections": drawn("B 32")}
 TOKENS_CONTROL: Arguments = {"controlnet_cond": drawn("B YX 16")}
 LATENTS_CONTROL: Arguments = {"controlnet_cond": drawn("B 4 2Y 2X")}
@@ -88,14 +88,15 @@ _SIZES: Arguments = {"target_size": full("B 2", 256.0), "crop_coords": full("B 2
 
 # Packed tokens.
 FLUX: Arguments = {"hidden_states": drawn("B YX 16"), **TEXT, "timestep": full("B", 0.5), **_ids(3)}
+FLUX1: Arguments = FLUX | POOLED
 FLUX2: Arguments = {**FLUX, **_ids(4)}
 FIBO: Arguments = {**FLUX, "text_encoder_layers": lambda draw, grid, batch: [draw(batch, 6, 16) for _ in range(3)]}
 QWEN: Arguments = {
     "hidden_states": drawn("B YX 16"), **TEXT,
-    "encoder_hidden_states_mask": lambda draw, grid, batch: _prompts(batch) if batch > 1 else None,
+    "encoder_hidden_states_mask": lambda draw, grid, batch: _prompts(draw, grid, batch) if batch > 1 else None,
     "timestep": full("B", 0.5), "img_shapes": lambda draw, grid, batch: [[(1, *grid)]] * batch,
 }  # fmt: skip
-NUCLEUS: Arguments = {**QWEN, "encoder_hidden_states_mask": lambda draw, grid, batch: _prompts(batch)}
+NUCLEUS: Arguments = {**QWEN, "encoder_hidden_states_mask": _prompts}
 KREA: Arguments = {
     "hidden_states": drawn("B YX 16"), "encoder_hidden_states": drawn("B 6 3 32"), "timestep": full("B", 0.5),
     "position_ids": lambda draw, grid, batch: torch.cat([torch.zeros(6, 3), ids(grid)]), **MASK,
@@ -103,6 +104,7 @@ KREA: Arguments = {
 
 # Latents in patches of 2 x 2, or of 1 x 1.
 LATENTS: Arguments = {"hidden_states": drawn("B 4 2Y 2X"), **TEXT, "timestep": full("B", 500)}
+SD3: Arguments = LATENTS | POOLED
 COGVIEW: Arguments = {**LATENTS, "original_size": full("B 2", 256.0), **_SIZES}
 PIXART: Arguments = {
     **LATENTS, "added_cond_kwargs": constant({"resolution": None, "aspect_ratio": None}), "encoder_attention_mask": full("B 6", 1.0),
@@ -114,7 +116,7 @@ HUNYUAN: Arguments = {
 LUMINA_NEXT: Arguments = {
     **LATENTS, "encoder_mask": full("B 6", 1.0), "image_rotary_emb": _lumina_rotary, "cross_attention_kwargs": constant({}),
 }  # fmt: skip
-LUMINA2: Arguments = {**LATENTS, "encoder_attention_mask": lambda draw, grid, batch: _prompts(batch, 2).long()}
+LUMINA2: Arguments = {**LATENTS, "encoder_attention_mask": lambda draw, grid, batch: _prompts(draw, grid, batch, 2).long()}
 HIDREAM: Arguments = {
     "hidden_states": drawn("B 4 2Y 2X"), "timesteps": full("B", 500), "encoder_hidden_states_t5": drawn("B 4 32"),
     "encoder_hidden_states_llama3": drawn("3 B 3 32"), "pooled_embeds": drawn("B 32"),
@@ -128,10 +130,10 @@ DIT: Arguments = {
     "cross_attention_kwargs": constant({}),
 }  # fmt: skip
 GLM: Arguments = {**LATENTS, "prior_token_id": full("B YX", 0), "prior_token_drop": full("B YX", False), **_SIZES}
-PRX: Arguments = {**LATENTS, "attention_mask": lambda draw, grid, batch: _prompts(batch)}
+PRX: Arguments = {**LATENTS, "attention_mask": _prompts}
 ERNIE: Arguments = {
     "hidden_states": drawn("B 4 Y X"), "timestep": full("B", 500.0), "text_bth": drawn("B 6 24"),
-    "text_lens": lambda draw, grid, batch: _prompts(batch).sum(1),
+    "text_lens": lambda draw, grid, batch: _prompts(draw, grid, batch).sum(1),
 }  # fmt: skip
 HUNYUAN_IMAGE: Arguments = {
     "hidden_states": drawn("B 4 Y X"), "timestep": full("B", 500.0), **TEXT, **MASK,

@@ -9,7 +9,7 @@ from pandas import DataFrame, Series
 
 from bench.report.frames import PARTS, RUN, numbers, of_full_size, runs, shares, shown
 from bench.report.goals import GOALS, METHODS, Answer
-from bench.report.rows import NOT_YET, Group, Results, Row
+from bench.report.rows import Group, Results, Row
 from bench.report.tables import table
 
 _FAR = 10  # percent between composed and measured from which a note says so
