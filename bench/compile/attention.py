@@ -44,22 +44,20 @@ class Case:
     layout: str = "contiguous"  # "odd": strides that allow no wide loads; "expanded": one batch seen twice, which no descriptor takes
 
     def launch(self, device: str, config: LaunchConfig | None = None) -> Launch:
-        def tokens(*shape: int) -> torch.Tensor:
+        def tokens(*shape: int) -> Any:
             pad = self.layout == "odd"
             x = torch.empty(self.batch, *shape, self.heads, self.head_dim + pad, dtype=self.dtype, device="meta")[..., : self.head_dim]
             return x.expand(2, *x.shape[1:]) if self.layout == "expanded" else x
 
         q, k, v = (tokens(*self.grid) for _ in range(3))
-        text_q, text_k, text_v = (tokens(self.text) for _ in range(3)) if self.text else (None, None, None)
+        texts: list[Any] = [tokens(self.text) if self.text else None for _ in range(3)]
+        text_q, text_k, text_v = texts
         rope = (torch.empty(64, self.head_dim // 2, device="meta"),) * 2 if self.text else None
         arguments: dict[str, Any] = {
             "window": self.window, "patch": self.patch, "offset": (0, 0), "scale": self.head_dim**-0.5, "device": device, "config": config,
         }  # fmt: skip
         if self.queries == "image":
             return image_launch(torch.empty_like(q), q, k, v, text_k, text_v, rope, **arguments)
-        assert text_q is not None
-        assert text_k is not None
-        assert text_v is not None
         return text_launch(torch.empty_like(text_q), text_q, k, v, text_k, text_v, rope, **arguments)
 
     def facts(self, launch: Launch) -> dict[str, Any]:
@@ -80,39 +78,32 @@ class Case:
 
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
         """What is wrong with a binary."""
-        found = []
-        if target.startswith("sm_") and not binary.loops:
-            found.append("no main loop found")
-        if binary.shared > shared_memory(target):
-            found.append(f"{binary.shared} bytes of shared memory, {shared_memory(target)} there")
-        spilled = sum(map(spills, binary.loops)) if self.dtype is torch.float32 and binary.loops else binary.spills
-        if spilled:
-            found.append(f"{spilled} spills")
-        descriptors = launch.config.path == "descriptor"
-        if descriptors and not binary.count(r"\bUTMALDG"):
-            found.append("no TMA")
-        if self.dtype is torch.float32:
-            return found
-        if self.layout == "contiguous" and min(self.window) >= 4 and target in ("sm_90", "sm_100") and not descriptors:
-            found.append("not on the descriptor path")
-        generation = {"sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "gfx942": "v_mfma"}
-        wide = prod(launch.config.query_box) >= 64  # a matrix instruction of sm_90 and sm_100 takes 64 rows
-        product = generation.get(target, r"\bHMMA") if wide or target == "gfx942" else r"\bHMMA"
-        if not binary.count(product):
-            found.append(f"no {product}")
-        if target == "sm_90" and descriptors and wide and _moves(binary):
-            found.append("keys or values go through registers in the main loop")
-        if any(map(serialised, binary.loops)) and not self._known(target, "serialised"):
-            found.append("products that wait for each other")
-        scores = prod(launch.config.query_box) * max(prod(launch.config.key_box), launch.config.text_block if self.text else 0)
+        config, nvidia, descriptors = launch.config, target.startswith("sm_"), launch.config.path == "descriptor"
+        exact = self.dtype is torch.float32
+        spilled = sum(map(spills, binary.loops)) if exact and binary.loops else binary.spills
+        wide = prod(config.query_box) >= 64  # a matrix instruction of sm_90 and sm_100 takes 64 rows
+        products = {"gfx942": "v_mfma"} | ({"sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA"} if wide else {})
+        product = products.get(target, r"\bHMMA")
+        moves = any(re.search(r"\b(?:LDSM|STSM|STS|LDS)\b", i) for loop in binary.loops for i in loop)
+        scores = prod(config.query_box) * max(prod(config.key_box), config.text_block if self.text else 0)
         # of the larger of two loops' keys, where text and window have blocks of two sizes
-        repeated = max((exponentials(loop, launch.config.num_warps) / scores for loop in binary.loops), default=0)
-        if repeated > REPEATED and wide and not self._known(target, "repeated"):
-            found.append(f"{repeated:.2f} exponentials a score")
-        wide_loads = self.layout != "odd" and launch.config.num_stages > 1
-        if target.startswith("sm_") and not descriptors and wide_loads and not binary.count(r"\bLDGSTS"):
-            found.append("no cp.async")
-        return found
+        repeated = max((exponentials(loop, config.num_warps) / scores for loop in binary.loops), default=0)
+        must_describe = self.layout == "contiguous" and min(self.window) >= 4 and target in ("sm_90", "sm_100")
+        copies = self.layout != "odd" and config.num_stages > 1 and nvidia and not descriptors
+        waits = any(map(serialised, binary.loops)) and not self._known(target, "serialised")
+        checks = {
+            "no main loop found": nvidia and not binary.loops,
+            f"{binary.shared} bytes of shared memory, {shared_memory(target)} there": binary.shared > shared_memory(target),
+            f"{spilled} spills": spilled > 0,
+            "no TMA": descriptors and not binary.count(r"\bUTMALDG"),
+            "not on the descriptor path": not exact and must_describe and not descriptors,
+            f"no {product}": not exact and not binary.count(product),
+            "keys or values go through registers in the main loop": not exact and target == "sm_90" and descriptors and wide and moves,
+            "products that wait for each other": not exact and waits,
+            f"{repeated:.2f} exponentials a score": not exact and repeated > REPEATED and wide and not self._known(target, "repeated"),
+            "no cp.async": not exact and copies and not binary.count(r"\bLDGSTS"),
+        }
+        return [fault for fault, found in checks.items() if found]
 
 
 def cases() -> Iterator[Case]:
@@ -129,8 +120,3 @@ def cases() -> Iterator[Case]:
             for layout in ("odd", "expanded"):
                 yield Case(dim, dtype, text=77, layout=layout)
                 yield Case(dim, dtype, text=77, queries="text", layout=layout)
-
-
-def _moves(binary: Binary) -> bool:
-    """Whether a loop moves anything between registers and shared memory."""
-    return any(re.search(r"\b(?:LDSM|STSM|STS|LDS)\b", i) for loop in binary.loops for i in loop)

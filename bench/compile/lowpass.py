@@ -74,28 +74,23 @@ class Case:
 
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
         """What is wrong with a binary."""
-        found = []
-        if binary.shared > shared_memory(target):
-            found.append(f"{binary.shared} bytes of shared memory, {shared_memory(target)} there")
-        if spilled := sum(map(spills, binary.loops)) if binary.loops else binary.spills:
-            found.append(f"{spilled} spills in the main loops")
-        if binary.spills > FEW:
-            found.append(f"{binary.spills} spills")
-        product = "v_mfma" if target.startswith("gfx") else r"\b(?:HMMA|HGMMA|UTC\w*MMA)\S*TF32"
-        if not binary.count(product):
-            found.append(f"no {product}")
-        if self.layout in ("packed", "odd"):
-            return found
-        load, store = r"\bLDG(?:STS)?\S*\.128\b", r"\bSTG\S*\.128\b"
-        if self.kind != "resize" and self.dtype is torch.bfloat16:  # the tiles of dense factors are small
-            load, store = load.replace("128", "(?:64|128)"), store.replace("128", "(?:64|128)")
-        if target.startswith("gfx"):
-            load, store = r"(?:global|buffer)_load_dwordx[24]", r"(?:global|buffer)_store_dwordx[24]"
-        if self.pictures and binary.count(load) <= self.pictures:  # the factors' own loads are wide in any case
-            found.append("pictures without wide loads")
-        if self.side == "up" and not binary.count(store):
-            found.append("no wide stores")
-        return found
+        spilled = sum(map(spills, binary.loops)) if binary.loops else binary.spills
+        amd, neighbours = target.startswith("gfx"), self.layout not in ("packed", "odd")
+        product = "v_mfma" if amd else r"\b(?:HMMA|HGMMA|UTC\w*MMA)\S*TF32"
+        # The tiles of dense factors are small.
+        width = "(?:64|128)" if self.kind != "resize" and self.dtype is torch.bfloat16 else "128"
+        load = r"(?:global|buffer)_load_dwordx[24]" if amd else rf"\bLDG(?:STS)?\S*\.{width}\b"
+        store = r"(?:global|buffer)_store_dwordx[24]" if amd else rf"\bSTG\S*\.{width}\b"
+        checks = {
+            f"{binary.shared} bytes of shared memory, {shared_memory(target)} there": binary.shared > shared_memory(target),
+            f"{spilled} spills in the main loops": spilled > 0,
+            f"{binary.spills} spills": binary.spills > FEW,
+            f"no {product}": not binary.count(product),
+            # the factors' own loads are wide in any case
+            "pictures without wide loads": neighbours and self.pictures > 0 and binary.count(load) <= self.pictures,
+            "no wide stores": neighbours and self.side == "up" and not binary.count(store),
+        }
+        return [fault for fault, found in checks.items() if found]
 
 
 def cases() -> Iterator[Case]:

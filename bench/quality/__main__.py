@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -80,6 +79,10 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
     """Complete the options; exit with a message where they cannot be measured."""
     named = options.rows.split(",") if options.rows else SWEEP if options.sweep else SWITCHES if options.switches else DEFAULT
     options.rows, options.csv = list(dict.fromkeys(named)), options.csv.resolve()
+    try:
+        foreign = {name for row in harness.read_rows(options.csv).values() for name in row} - set(FIELDS)
+    except ValueError as error:
+        parser.error(f"--csv: {error}")
     if unknown := [row for row in options.rows if row not in KNOWN]:
         parser.error(f"--rows takes {', '.join(KNOWN)}, got {', '.join(unknown)}")
     for name in ("n", "native", "words"):
@@ -89,20 +92,8 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
         parser.error(f"--seed must be from 0 to 2^63 - 1, got {options.seed}")
     if options.sheet and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         parser.error(f"--sheet must be a .png or .jpg, got {options.sheet}")
-    try:
-        records = harness.read_rows(options.csv)
-    except ValueError as error:
-        parser.error(f"--csv: {error}")
-    if foreign := {name for row in records.values() for name in row} - set(FIELDS):
+    if foreign:
         parser.error(f"--csv must have no columns but those of this benchmark, got {', '.join(sorted(foreign))} in {options.csv}")
-
-
-def _check_size(parser: argparse.ArgumentParser, pipe: Any, size: int) -> None:
-    try:
-        stage_sizes(pipe, size, size)
-        seam_score(torch.zeros(1, 3, size, size), period=border(pipe))
-    except ValueError as error:
-        parser.error(f"--size {size}: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,7 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row, columns in counted(pipe, n=n, seed=options.seed).items():
             add_row(options, measured_with, row, columns)
         return
-    _check_size(parser, pipe, options.size)
+    try:
+        stage_sizes(pipe, options.size, options.size)
+        seam_score(torch.zeros(1, 3, options.size, options.size), period=border(pipe))
+    except ValueError as error:
+        parser.error(f"--size {options.size}: {error}")
     task = Task(pipe, options.n, options.size, options.seed)
     reference = quantised(render(HELD_OUT_SEED, task.n, task.size))
     pictures = {"true renders of the captions": reference}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the pro
 Columns = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """What all rows share: the pipeline, the number and size of the pictures, and the seed of the first."""
 
     pipe: Any

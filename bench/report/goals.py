@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 from bench.report.rows import NOT_YET, Group, Results, Row
@@ -105,88 +106,74 @@ def _untimed(group: Group, **sides: Iterable[Row]) -> Answer:
     return Answer(group, None, f"{NOT_YET}: {skipped}")
 
 
-def _fastest(*sides: Iterable[Row], columns: Sequence[str]) -> tuple[str, list[Row]] | None:
-    """The first of these columns that every side has a time in, and the fastest row of each side."""
-    for column in columns:
+def _fastest(*sides: Iterable[Row]) -> tuple[str, list[Row]] | None:
+    """The fastest row of each side in the first column that every side has a time in: never a measured run beside a composed one."""
+    for column in ("measured_s", "composed_s", "p50_ms"):  # whole runs have p50_ms only beside measured_s
         timed = [[row for row in rows if row["status"] == "ok" and row.get(column)] for rows in sides]
         if all(timed):
             return column, [min(rows, key=lambda row: float(row[column])) for rows in timed]
     return None
 
 
-def _runs(group: Group, model: str, size: int, method: str) -> dict[str, Row]:
+def _runs(group: Group, model: str, method: str, size: int = 4096) -> dict[str, Row]:
     """Whole runs, by how blocks are run: eagerly or compiled."""
     wanted = ("run", model, str(size), method)
     return {row["compile"]: row for row in group.rows if (row["part"], row["model"], row["size"], row["method"]) == wanted}
-
-
-def quicker(model: str, size: int, other: str) -> Callable[[Group], Answer | None]:
-    """How many times as long another method takes for a whole run: both measured or both composed, each at its best."""
-
-    def find(group: Group) -> Answer | None:
-        runs, others = _runs(group, model, size, "npa"), _runs(group, model, size, other)
-        tried = [how for how in runs if how in others]
-        if not tried:
-            return Answer(group, None, f"{NOT_YET}: {METHODS[other]} was not run beside it") if runs else None
-        ours, theirs = ([rows[how] for how in tried] for rows in (runs, others))
-        best = _fastest(ours, theirs, columns=("measured_s", "composed_s"))
-        if best is None:
-            return _untimed(group, **{METHODS["npa"]: ours, METHODS[other]: theirs})
-        column, (one, two) = best
-        note = f"{one[column]} s for {two[column]} s, {column.removesuffix('_s')}; {one['compile']} for {two['compile']}"
-        return Answer(group, float(two[column]) / float(one[column]), note, (one, two))
-
-    return find
-
-
-def over_floor(model: str, size: int) -> Callable[[Group], Answer | None]:
-    """A whole run over the time of its useful FLOPs at the speed of a matrix product in the same process."""
-
-    def find(group: Group) -> Answer | None:
-        runs = list(_runs(group, model, size, "npa").values())
-        best = _fastest(runs, columns=("measured_s", "composed_s"))
-        if best is None:
-            return _untimed(group, **{METHODS["npa"]: runs}) if runs else None
-        column, (row,) = best
-        floor = float(row["useful_tflop"]) / float(row["matrix_tflops"])
-        note = f"{row[column]} s {column.removesuffix('_s')}, floor {floor:.4g} s, {row['compile']}"
-        return Answer(group, float(row[column]) / floor, note, (row,))
-
-    return find
 
 
 def _calls(group: Group, task: str, providers: Sequence[str]) -> list[Row]:
     return [row for row in group.rows if row["provider"] in providers and row["row"] == f"{task}/{row['provider']}"]
 
 
-def rate(task: str) -> Callable[[Group], Answer | None]:
+def _ratio(group: Group, **sides: list[Row]) -> Answer | None:
+    """How many times as long the second side takes as the first, each at its best."""
+    (ours, theirs), other = sides.values(), list(sides)[1]
+    if not ours or not theirs:
+        return Answer(group, None, f"{NOT_YET}: {other} was not run beside it") if ours else None
+    best = _fastest(ours, theirs)
+    if best is None:
+        return _untimed(group, **sides)
+    column, (one, two) = best
+    unit = column.rpartition("_")[2]
+    how = two["provider"] if unit == "ms" else f"{column.removesuffix('_s')}; {one['compile']} for {two['compile']}"
+    note = f"{one[column]} {unit} for {two[column]} {unit}, {how}"
+    return Answer(group, float(two[column]) / float(one[column]), note, (one, two))
+
+
+def quicker(model: str, other: str, group: Group) -> Answer | None:
+    """How many times as long another method takes for a whole run at 4096 px, in what both were tried in: eager or compiled blocks."""
+    runs, others = _runs(group, model, "npa"), _runs(group, model, other)
+    tried = [how for how in runs if how in others] or list(runs)
+    return _ratio(
+        group, **{METHODS["npa"]: [runs[how] for how in tried], METHODS[other]: [others[how] for how in tried if how in others]}
+    )  # fmt: skip
+
+
+def over_floor(model: str, group: Group) -> Answer | None:
+    """A whole run at 4096 px over the time of its useful FLOPs at the speed of a matrix product in the same process."""
+    runs = list(_runs(group, model, "npa").values())
+    best = _fastest(runs)
+    if best is None:
+        return _untimed(group, **{METHODS["npa"]: runs}) if runs else None
+    column, (row,) = best
+    floor = float(row["useful_tflop"]) / float(row["matrix_tflops"])
+    note = f"{row[column]} s {column.removesuffix('_s')}, floor {floor:.4g} s, {row['compile']}"
+    return Answer(group, float(row[column]) / floor, note, (row,))
+
+
+def rate(task: str, group: Group) -> Answer | None:
     """Useful TFLOP/s of the kernel."""
-
-    def find(group: Group) -> Answer | None:
-        for row in _calls(group, task, ("triton",)):
-            note = f"{row['p50_ms']} ms, {row['matrix_percent']}% of a matrix product" if row["status"] == "ok" else ""
-            return Answer(group, float(row["tflops"]), note, (row,)) if note else _untimed(group, **{"the kernel": [row]})
-        return None
-
-    return find
+    for row in _calls(group, task, ("triton",)):
+        if row["status"] != "ok":
+            return _untimed(group, **{"the kernel": [row]})
+        return Answer(group, float(row["tflops"]), f"{row['p50_ms']} ms, {row['matrix_percent']}% of a matrix product", (row,))
+    return None
 
 
-def quicker_kernel(task: str, family: str) -> Callable[[Group], Answer | None]:
+def quicker_kernel(task: str, family: str, group: Group) -> Answer | None:
     """How many times as long the best of a family takes."""
     task = comparable(task, family)
-
-    def find(group: Group) -> Answer | None:
-        ours, theirs = _calls(group, task, ("triton",)), _calls(group, task, FAMILIES[family])
-        if not ours or not theirs:
-            return Answer(group, None, f"{NOT_YET}: {family} was not run beside it") if ours else None
-        best = _fastest(ours, theirs, columns=("p50_ms",))
-        if best is None:
-            return _untimed(group, **{"the kernel": ours, family: theirs})
-        _, (one, two) = best
-        note = f"{one['p50_ms']} ms for {two['p50_ms']} ms, {two['provider']}"
-        return Answer(group, float(two["p50_ms"]) / float(one["p50_ms"]), note, (one, two))
-
-    return find
+    return _ratio(group, **{"the kernel": _calls(group, task, ("triton",)), family: _calls(group, task, FAMILIES[family])})
 
 
 def comparable(task: str, family: str) -> str:
@@ -213,19 +200,19 @@ def as_dense(group: Group) -> Answer | None:
 
 
 GOALS: tuple[Goal, ...] = (
-    Goal(HOPPER, "SDXL 4096 px, a whole run, beside MultiDiffusion", 3, "x", "cascade", quicker("sdxl", 4096, "multidiffusion")),
-    Goal(HOPPER, "SDXL 4096 px, a whole run, beside DemoFusion", 12, "x", "cascade", quicker("sdxl", 4096, "demofusion")),
-    Goal(HOPPER, "SDXL 4096 px, a whole run, beside the authors' form", 1.3, "x", "cascade", quicker("sdxl", 4096, "authors")),
-    Goal(HOPPER, "SDXL 4096 px, a whole run, over the floor of its FLOPs", 2, "x", "cascade", over_floor("sdxl", 4096), most=True),
-    Goal(HOPPER, "FLUX 4096 px, a whole run, beside MultiDiffusion", 3.5, "x", "cascade", quicker("flux", 4096, "multidiffusion")),
-    Goal(HOPPER, "FLUX 4096 px, a whole run, over the floor of its FLOPs", 1.5, "x", "cascade", over_floor("flux", 4096), most=True),
+    Goal(HOPPER, "SDXL 4096 px, a whole run, beside MultiDiffusion", 3, "x", "cascade", partial(quicker, "sdxl", "multidiffusion")),
+    Goal(HOPPER, "SDXL 4096 px, a whole run, beside DemoFusion", 12, "x", "cascade", partial(quicker, "sdxl", "demofusion")),
+    Goal(HOPPER, "SDXL 4096 px, a whole run, beside the authors' form", 1.3, "x", "cascade", partial(quicker, "sdxl", "authors")),
+    Goal(HOPPER, "SDXL 4096 px, a whole run, over the floor of its FLOPs", 2, "x", "cascade", partial(over_floor, "sdxl"), most=True),
+    Goal(HOPPER, "FLUX 4096 px, a whole run, beside MultiDiffusion", 3.5, "x", "cascade", partial(quicker, "flux", "multidiffusion")),
+    Goal(HOPPER, "FLUX 4096 px, a whole run, over the floor of its FLOPs", 1.5, "x", "cascade", partial(over_floor, "flux"), most=True),
     Goal("CPU", "useful FLOP/s of windows by SDPA, beside full attention by SDPA", 0.9, "x", "attention", as_dense),
     *(
-        Goal(HOPPER, f"kernel, {title}", bound, " TFLOP/s", "attention", rate(task), readme=False)
+        Goal(HOPPER, f"kernel, {title}", bound, " TFLOP/s", "attention", partial(rate, task), readme=False)
         for task, (title, bound) in KERNEL.items()
     ),
     *(
-        Goal(HOPPER, f"kernel, {title}, beside {family}", factor, "x", "attention", quicker_kernel(task, family), readme=False)
+        Goal(HOPPER, f"kernel, {title}, beside {family}", factor, "x", "attention", partial(quicker_kernel, task, family), readme=False)
         for task, (title, _) in KERNEL.items()
         for family, factor in FACTORS.items()
     ),

@@ -42,13 +42,10 @@ def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
     """One candidate: cycles and bound, or a note why it has none."""
     from bench.compile.binary import compile_launch, serialised
 
-    chosen = case.launch("sm_90").config._replace(
-        query_box=config.query_box(case.patch, blocks.queries) if case.queries == "image" else (1, blocks.queries),
-        key_box=config.key_box(case.window, blocks.keys),
-        text_block=blocks.keys,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-    )
+    query_box = config.query_box(case.patch, blocks.queries) if case.queries == "image" else (1, blocks.queries)
+    boxes = {"query_box": query_box, "key_box": config.key_box(case.window, blocks.keys), "text_block": blocks.keys}
+    warps = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    chosen = case.launch("sm_90").config._replace(**boxes, **warps)
     facts: dict[str, Any] = {"shape": name} | blocks._asdict()
     try:
         binary = compile_launch(case.launch("sm_90", chosen), "sm_90")
@@ -71,12 +68,10 @@ def _rank(row: dict[str, Any]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
     parser.add_argument("--csv", type=Path, help="where to write the rows")
     options = parser.parse_args()
     rows = []
-    for name in options.shape:
-        shape, queries = SHAPES[name]
+    for name, (shape, queries) in SHAPES.items():
         case = case_of(shapes.SHAPES[shape], queries)
         shipped = case.launch("sm_90").config
         used = (prod(shipped.query_box), prod(shipped.key_box), shipped.num_warps, shipped.num_stages)
