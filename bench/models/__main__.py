@@ -7,10 +7,10 @@ longer reached.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import diffusers
 from pandas import DataFrame
@@ -27,7 +27,6 @@ PAGE = harness.ROOT / "docs" / "guide" / "models.md"
 # Denoisers of pictures and videos: classes of diffusers in these places, by the shape of their names.
 _PLACES = ("diffusers.models.unets.", "diffusers.models.transformers.", "diffusers.models.controlnets.")
 _DENOISER = re.compile(r"^(?!Flax).*(Transformer2DModel|Transformer3DModel|DiT2D\w*Model|UNet\w*Model|ControlNet\w*Model|UNet)$")
-_GRIDS = ((9, 6), (8, 8))
 
 
 def row(name: str, specimen: Specimen) -> dict[str, str]:
@@ -38,7 +37,9 @@ def row(name: str, specimen: Specimen) -> dict[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with scalediff.patch_model(model, window=WINDOW) as handle:
-            _run(specimen, model)
+            with contextlib.suppress(RuntimeError):  # a few models take square pictures only
+                specimen.run(model, (9, 6))
+            specimen.run(model, (8, 8))
             reached = set(model.__dict__["_scalediff"].seen)
     patched = {entry.module for entry in handle.report.patched}
     if reached != patched:
@@ -51,14 +52,6 @@ def row(name: str, specimen: Specimen) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _run(specimen: Specimen, model: nn.Module) -> None:
-    """At an oblong size; at a square one where the model takes no other."""
-    try:
-        specimen.run(model, _GRIDS[0])
-    except RuntimeError:
-        specimen.run(model, _GRIDS[1])
-
-
 def _native(family: Family, model: nn.Module) -> str:
     """Where the default window comes from: the specimens' own configurations are small."""
     grid = family.native_grid(model)
@@ -69,20 +62,17 @@ def _native(family: Family, model: nn.Module) -> str:
 
 def refused() -> list[str]:
     """One item for every reason."""
-    families = DataFrame(
-        [(family.refusal, f"`{name}`") for name, family in sorted(FAMILIES.items()) if family.refusal], columns=["reason", "name"]
-    )
-    return [f"- {reason}: {', '.join(names)}" for reason, names in families.groupby("reason")["name"]]
+    names: dict[str, list[str]] = {}
+    for name, family in sorted(FAMILIES.items()):
+        names.setdefault(family.refusal, []).append(f"`{name}`")
+    return [f"- {reason}: {', '.join(names[reason])}" for reason in sorted(filter(None, names))]
 
 
-def others() -> list[str]:
+def unlisted() -> list[str]:
     """Denoisers of the installed diffusers that scalediff does not list."""
     found = {name: getattr(diffusers, name) for name in dir(diffusers) if _DENOISER.search(name) and name not in FAMILIES}
-    return sorted(name for name, cls in found.items() if _is_denoiser(cls))
-
-
-def _is_denoiser(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__.startswith(_PLACES)
+    classes = {name: cls for name, cls in found.items() if isinstance(cls, type) and issubclass(cls, nn.Module)}
+    return sorted(name for name, cls in classes.items() if cls.__module__.startswith(_PLACES))
 
 
 def page() -> str:
@@ -94,9 +84,8 @@ def page() -> str:
     if gone := sorted(name for name in FAMILIES if not hasattr(diffusers, name)):
         raise RuntimeError(f"the installed diffusers {harness.package_version('diffusers')} no longer has {', '.join(gone)}")
     known = DataFrame([row(name, specimen) for name, specimen in ZOO.items()])
-    unlisted = ", ".join(f"`{name}`" for name in others())
-    blocks = {"known": table(known, text=known.columns), "refused": refused(), "unlisted": [f"{unlisted}."]}
-    return fill(PAGE.read_text(), blocks)
+    others = ", ".join(f"`{name}`" for name in unlisted())
+    return fill(PAGE.read_text(), {"known": table(known, text=known.columns), "refused": refused(), "unlisted": [f"{others}."]})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

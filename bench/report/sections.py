@@ -32,12 +32,8 @@ def goals(results: Results, *, readme: bool = False) -> list[str]:
 
 def checks(results: Results) -> list[str]:
     """Tests and compute-sanitizer, as `bench.gpu` ran them on a device."""
-    rows = [
-        [row["row"], row["status"], row["note"], f"`{row['command']}`: {group.source([]).partition(': ')[2]}"]
-        for group in results.gpu
-        for row in group.rows
-        if row["row"] in ("tests", "tests-all", "sanitizer")
-    ]
+    parts = [(group, row) for group in results.gpu for row in group.rows if row["row"] in ("tests", "tests-all", "sanitizer")]
+    rows = [[row["row"], row["status"], row["note"], group.source([row]).partition(", ")[2]] for group, row in parts]
     found = DataFrame(rows, columns=["part", "status", "last line", "measured by"])
     return table(found, text=found.columns) if rows else ["Tests and compute-sanitizer on a GPU: not run yet."]
 
