@@ -47,7 +47,7 @@ def row(name: str, specimen: Specimen) -> dict[str, str]:
     rotates = family.rotation(model) is not None
     return {
         "model": name, "class": f"`{specimen.kind}`", "modules patched": f"{len(patched)} of {len(handle.report.rows)}",
-        "grid from": f"`{family.grid_source}`", "text": family.text, "text turned": "yes" if rotates else "-",
+        "grid from": f"`{family.grid_source}`", "text": family.text, "text rotated": "yes" if rotates else "-",
         "window": _native(family, model), "tested by": f"`test_families[{name}]`" + (", `test_joint`" if rotates else ""),
     }  # fmt: skip
 

@@ -30,7 +30,7 @@ FAMILIES = {
     "the fastest dense attention, windows ready": ("windows-cudnn", "windows-flash"),
 }
 FACTORS = dict(zip(FAMILIES, (2, 1.3, 1, 1), strict=True))  # how many times as fast as each the kernel should be
-NO_TURNED_TEXT = ("FlexAttention on tiles", "NATTEN as called")  # they cannot rotate text for each window
+NO_ROTATED_TEXT = ("FlexAttention on tiles", "NATTEN as called")  # they cannot rotate text for each window
 KERNEL = {
     "flux-4096/bf16/window": ("FLUX 4096 px, 512 text, bf16", 650.0),
     "sdxl-64-4096/fp16": ("SDXL 4096 px, 256 x 256, fp16", 476.0),
@@ -178,7 +178,7 @@ def quicker_kernel(task: str, family: str, group: Group) -> Answer | None:
 
 def comparable(task: str, family: str) -> str:
     """The task that a family can run in place of one: text queries once, where text would be rotated for each window."""
-    return task.replace("/window", "/global") if family in NO_TURNED_TEXT else task
+    return task.replace("/window", "/global") if family in NO_ROTATED_TEXT else task
 
 
 def as_dense(group: Group) -> Answer | None:
