@@ -31,7 +31,7 @@ from bench.harness.command import Benchmark
 from bench.harness.gated import Candidate, measured
 from bench.harness.rows import Row
 from bench.harness.timing import Call, Timing, sets_of_inputs
-from bench.roofline.__main__ import Ceilings, ceilings
+from bench.roofline.ceilings import Ceilings, ceilings
 from scalediff_kernels.testing import poisoned_memory
 
 OURS = ("triton", "sdpa", "reference")

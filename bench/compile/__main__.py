@@ -1,107 +1,105 @@
 """Compile the kernels for GPUs that are not there, and read the binaries: `python -m bench.compile --write`.
 
-What is compiled and what is demanded: `bench/compile/attention.py`, `bench/compile/lowpass.py`. Every launch is built by the library's
-own code on meta tensors.
+What is compiled and which faults are looked for: `bench/compile/attention.py`, `bench/compile/lowpass.py`. Every launch is built by the
+library's own code on meta tensors.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import triton
+from pandas import DataFrame, read_csv
 
-from bench.compile import attention as compile_attention
-from bench.compile import lowpass as compile_lowpass
+from bench.compile import attention, lowpass
 from bench.compile.binary import TARGETS, compile_launch
 from bench.harness.rows import ROOT, write_rows, write_text
+from bench.report.tables import fill, table
 
-KERNELS: dict[str, Any] = {"attention": compile_attention, "lowpass": compile_lowpass}
-TITLES = {"attention": "Neighborhood patch attention", "lowpass": "Low-pass filters"}
+KERNELS: dict[str, Any] = {"attention": attention, "lowpass": lowpass}
 RESULTS = ROOT / "bench" / "results"
-
-LEGEND = """Faults are what the gates find. Made on a CPU by `python -m bench.compile --write`, once by each Triton
-(`pip install --target DIR --no-deps "triton==3.6.*"` and `PYTHONPATH=DIR` for the oldest), and then
-`python -m bench.compile --doc docs/evidence/compiled.md`."""
 
 
 def row(case: Any, target: str) -> dict[str, Any]:
+    """One binary; a compiler that fails is a result as well."""
     launch = case.launch(target)
     facts: dict[str, Any] = {"triton": triton.__version__, "target": target} | case.facts(launch)
     try:
         binary = compile_launch(launch, target)
-    except Exception as error:  # a compiler that gives up is a result: it belongs into the table
+    except Exception as error:
         return facts | {"registers": "", "spills": "", "shared": "", "faults": f"does not compile: {str(error).splitlines()[0][:80]}"}
     faults = case.faults(target, launch, binary)
     if launch.then is not None and (after := compile_launch(launch.then, target)).spills:
         faults.append(f"{after.spills} spills in the kernel after it")
-    return facts | {
-        "registers": binary.registers,
-        "spills": binary.spills,
-        "shared": binary.shared,
-        "faults": "; ".join(faults),
-    }
+    return facts | {"registers": binary.registers, "spills": binary.spills, "shared": binary.shared, "faults": "; ".join(faults)}
 
 
-def markdown(tables: Mapping[tuple[str, str], Sequence[Mapping[str, str]]]) -> str:
-    """docs/evidence/compiled.md from the rows of every kernel and Triton version."""
-    lines = ["# What the compiler makes of the kernels", "", LEGEND]
-    for kernels in KERNELS:
-        lines += ["", f"## {TITLES[kernels]}", "", KERNELS[kernels].LEGEND]
-        for (name, version), rows in tables.items():
-            if name == kernels:
-                broken = sum(bool(r["faults"]) for r in rows)
-                targets = list(dict.fromkeys(r["target"] for r in rows))
-                lines += ["", f"Triton {version}: {len(rows)} kernels, {broken} with faults", "", *KERNELS[kernels].table(rows, targets)]
-    return "\n".join(lines) + "\n"
+def committed(kernels: str) -> dict[str, DataFrame]:
+    """Rows by Triton version, oldest first."""
+    paths = sorted(RESULTS.glob(f"compile-{kernels}-*.csv"))
+    return {path.stem.split("-")[2]: read_csv(path, dtype=str, keep_default_na=False) for path in paths}
 
 
-def committed() -> dict[tuple[str, str], list[dict[str, str]]]:
-    """Rows by kernels and Triton version, oldest first."""
-    tables = {}
-    for path in sorted(RESULTS.glob("compile-*.csv")):
-        with path.open(newline="") as file:
-            _, kernels, version = path.stem.split("-")
-            tables[kernels, version] = list(csv.DictReader(file))
-    return tables
+def tables(kernels: str) -> list[str]:
+    """Registers / KB of shared memory by target, for every Triton version; `p` marks the pointer path of attention."""
+    lines: list[str] = []
+    keys, shown = KERNELS[kernels].KEYS, KERNELS[kernels].SHOWN
+    for version, every in committed(kernels).items():
+        rows = every.query(shown) if shown else every
+        cell = rows["registers"] + "/" + [str(-(-int(shared or 0) // 1024)) for shared in rows["shared"]]
+        pointers = rows.get("path", rows["target"]).map({"pointer": "p "}).fillna("")
+        cells = (pointers + cell).where(rows["registers"] != "", "does not compile")
+        by_target = rows.assign(cell=cells).pivot(index=list(keys), columns="target", values="cell")[list(rows["target"].unique())]
+        ordered = rows[list(keys)].drop_duplicates().merge(by_target, on=list(keys)).rename(columns=keys)
+        lines += [f"Triton {version}: {len(every)} kernels, {(every['faults'] != '').sum()} with faults", ""]
+        lines += [*table(ordered, text=("queries", "side", "kind", "dtype", "layout")), ""]
+    return lines[:-1]
+
+
+def page(text: str) -> str:
+    """docs/evidence/compiled.md with its tables from the committed rows."""
+    return fill(text, {kernels: tables(kernels) for kernels in KERNELS})
 
 
 def _rows_of(kernels: str, target: str) -> list[dict[str, Any]]:
     return [row(case, target) for case in KERNELS[kernels].cases()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def _compile(kernels: str, options: argparse.Namespace, pool: ProcessPoolExecutor) -> int:
+    """Compile everything for the targets, print and write the rows; the number of kernels with faults."""
+    rows, broken = list[dict[str, Any]](), 0
+    for target, result in zip(options.targets, pool.map(_rows_of, [kernels] * len(options.targets), options.targets), strict=True):
+        faulty = [row for row in result if row["faults"]]
+        rows, broken = rows + result, broken + len(faulty)
+        print(f"triton {triton.__version__} {kernels} {target}: {len(result)} kernels, {len(faulty)} with faults", flush=True)
+        for found in faulty:
+            print("  ", *(f"{key}={value}" for key, value in found.items() if key not in ("triton", "target")), flush=True)
+    if options.write:
+        version = ".".join(triton.__version__.split(".")[:2])
+        write_rows(RESULTS / f"compile-{kernels}-{version}.csv", list(rows[0]), rows)
+    return broken
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write the rows to bench/results/compile-KERNELS-VERSION.csv")
-    parser.add_argument("--doc", type=Path, help="compile nothing, write this page from the committed rows")
-    options = parser.parse_args()
+    parser.add_argument("--doc", type=Path, help="compile nothing, write the tables of this page from the committed rows")
+    options = parser.parse_args(arguments)
     if options.doc:
-        write_text(options.doc, markdown(committed()))
+        write_text(options.doc, page(options.doc.read_text()))
         return
     if options.write and options.targets != list(TARGETS):
         parser.error(f"--write takes all targets, got --targets {' '.join(options.targets)}")
-    broken = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for kernels in options.kernels:
-            rows = []
-            for target, result in zip(options.targets, pool.map(_rows_of, [kernels] * len(options.targets), options.targets), strict=True):
-                rows += result
-                faulty = [r for r in result if r["faults"]]
-                broken += len(faulty)
-                print(f"triton {triton.__version__} {kernels} {target}: {len(result)} kernels, {len(faulty)} with faults", flush=True)
-                for r in faulty:
-                    print("  ", *(f"{key}={value}" for key, value in r.items() if key not in ("triton", "target")), flush=True)
-            if options.write:
-                version = ".".join(triton.__version__.split(".")[:2])
-                write_rows(RESULTS / f"compile-{kernels}-{version}.csv", list(rows[0]), rows)
+        broken = sum(_compile(kernels, options, pool) for kernels in options.kernels)
     raise SystemExit(broken > 0)
 
 

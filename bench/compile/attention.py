@@ -2,13 +2,13 @@
 
 Gates: no spills (fp32, which runs beside the tensor cores: none in the main loops); the generation's matrix instructions; TMA on
 the descriptor path, cp.async on the pointer path; no trip of keys or values through registers in the main loops of sm_90; there no
-warpgroup products that wait for each other, and nowhere a softmax that several warps repeat, but for what `KNOWN` names.
+warpgroup products that wait for each other, and nowhere a softmax that several warps repeat, but for what docs/evidence/compiled.md names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,14 +24,8 @@ HEAD_DIMS = {torch.bfloat16: (40, 64, 128, 160), torch.float32: (64, 160)}  # ev
 
 REPEATED = 1.5  # exponentials a score: one, and one a row and key block, which the four threads of a row compute alike
 
-KNOWN = """Known and not gated: head dims above 128 with text, and without it other than on sm_90 and sm_100. Blocks with a warp for every
-16 rows, which would mend it, spill; the shipped ones share rows between warps and repeat the softmax, and with text their products wait for
-each other on sm_90. Odd strides, and query tiles of fewer than 64 rows: warps repeat the softmax. Loops of gfx942 are not read."""
-
-LEGEND = f"""Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
-24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown.
-
-{KNOWN}"""
+KEYS = {"queries": "queries", "dtype": "dtype", "head_dim": "D", "text": "text"}  # columns of the page's table, and their headings
+SHOWN = "window == '64x64' and text != '77' and layout == 'contiguous'"  # rows of the page's table: the paper's windows
 
 
 @dataclass(frozen=True)
@@ -50,22 +44,20 @@ class Case:
     layout: str = "contiguous"  # "odd": strides that allow no wide loads; "expanded": one batch seen twice, which no descriptor takes
 
     def launch(self, device: str, config: LaunchConfig | None = None) -> Launch:
-        def tokens(*shape: int) -> torch.Tensor:
+        def tokens(*shape: int) -> Any:
             pad = self.layout == "odd"
             x = torch.empty(self.batch, *shape, self.heads, self.head_dim + pad, dtype=self.dtype, device="meta")[..., : self.head_dim]
             return x.expand(2, *x.shape[1:]) if self.layout == "expanded" else x
 
         q, k, v = (tokens(*self.grid) for _ in range(3))
-        text_q, text_k, text_v = (tokens(self.text) for _ in range(3)) if self.text else (None, None, None)
+        texts: list[Any] = [tokens(self.text) if self.text else None for _ in range(3)]
+        text_q, text_k, text_v = texts
         rope = (torch.empty(64, self.head_dim // 2, device="meta"),) * 2 if self.text else None
         arguments: dict[str, Any] = {
             "window": self.window, "patch": self.patch, "offset": (0, 0), "scale": self.head_dim**-0.5, "device": device, "config": config,
         }  # fmt: skip
         if self.queries == "image":
             return image_launch(torch.empty_like(q), q, k, v, text_k, text_v, rope, **arguments)
-        assert text_q is not None
-        assert text_k is not None
-        assert text_v is not None
         return text_launch(torch.empty_like(text_q), text_q, k, v, text_k, text_v, rope, **arguments)
 
     def facts(self, launch: Launch) -> dict[str, Any]:
@@ -79,46 +71,39 @@ class Case:
         }  # fmt: skip
 
     def _known(self, target: str, fault: str) -> bool:
-        """Whether a fault is one of `KNOWN`."""
+        """Whether docs/evidence/compiled.md names the fault as known and not gated."""
         if self.head_dim > 128:
             return self.text > 0 or target not in ("sm_90", "sm_100")
         return fault == "repeated" and self.layout == "odd"
 
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
         """What is wrong with a binary."""
-        found = []
-        if target.startswith("sm_") and not binary.loops:
-            found.append("no main loop found")
-        if binary.shared > shared_memory(target):
-            found.append(f"{binary.shared} bytes of shared memory, {shared_memory(target)} there")
-        spilled = sum(map(spills, binary.loops)) if self.dtype is torch.float32 and binary.loops else binary.spills
-        if spilled:
-            found.append(f"{spilled} spills")
-        descriptors = launch.config.path == "descriptor"
-        if descriptors and not binary.count(r"\bUTMALDG"):
-            found.append("no TMA")
-        if self.dtype is torch.float32:
-            return found
-        if self.layout == "contiguous" and min(self.window) >= 4 and target in ("sm_90", "sm_100") and not descriptors:
-            found.append("not on the descriptor path")
-        generation = {"sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "gfx942": "v_mfma"}
-        wide = prod(launch.config.query_box) >= 64  # a matrix instruction of sm_90 and sm_100 takes 64 rows
-        product = generation.get(target, r"\bHMMA") if wide or target == "gfx942" else r"\bHMMA"
-        if not binary.count(product):
-            found.append(f"no {product}")
-        if target == "sm_90" and descriptors and wide and _moves(binary):
-            found.append("keys or values go through registers in the main loop")
-        if any(map(serialised, binary.loops)) and not self._known(target, "serialised"):
-            found.append("products that wait for each other")
-        scores = prod(launch.config.query_box) * max(prod(launch.config.key_box), launch.config.text_block if self.text else 0)
+        config, nvidia, descriptors = launch.config, target.startswith("sm_"), launch.config.path == "descriptor"
+        exact = self.dtype is torch.float32
+        spilled = sum(map(spills, binary.loops)) if exact and binary.loops else binary.spills
+        wide = prod(config.query_box) >= 64  # a matrix instruction of sm_90 and sm_100 takes 64 rows
+        products = {"gfx942": "v_mfma"} | ({"sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA"} if wide else {})
+        product = products.get(target, r"\bHMMA")
+        moves = any(re.search(r"\b(?:LDSM|STSM|STS|LDS)\b", i) for loop in binary.loops for i in loop)
+        scores = prod(config.query_box) * max(prod(config.key_box), config.text_block if self.text else 0)
         # of the larger of two loops' keys, where text and window have blocks of two sizes
-        repeated = max((exponentials(loop, launch.config.num_warps) / scores for loop in binary.loops), default=0)
-        if repeated > REPEATED and wide and not self._known(target, "repeated"):
-            found.append(f"{repeated:.2f} exponentials a score")
-        wide_loads = self.layout != "odd" and launch.config.num_stages > 1
-        if target.startswith("sm_") and not descriptors and wide_loads and not binary.count(r"\bLDGSTS"):
-            found.append("no cp.async")
-        return found
+        repeated = max((exponentials(loop, config.num_warps) / scores for loop in binary.loops), default=0)
+        must_describe = self.layout == "contiguous" and min(self.window) >= 4 and target in ("sm_90", "sm_100")
+        copies = self.layout != "odd" and config.num_stages > 1 and nvidia and not descriptors
+        waits = any(map(serialised, binary.loops)) and not self._known(target, "serialised")
+        checks = {
+            "no main loop found": nvidia and not binary.loops,
+            f"{binary.shared} bytes of shared memory, {shared_memory(target)} there": binary.shared > shared_memory(target),
+            f"{spilled} spills": spilled > 0,
+            "no TMA": descriptors and not binary.count(r"\bUTMALDG"),
+            "not on the descriptor path": not exact and must_describe and not descriptors,
+            f"no {product}": not exact and not binary.count(product),
+            "keys or values go through registers in the main loop": not exact and target == "sm_90" and descriptors and wide and moves,
+            "products that wait for each other": not exact and waits,
+            f"{repeated:.2f} exponentials a score": not exact and repeated > REPEATED and wide and not self._known(target, "repeated"),
+            "no cp.async": not exact and copies and not binary.count(r"\bLDGSTS"),
+        }
+        return [fault for fault, found in checks.items() if found]
 
 
 def cases() -> Iterator[Case]:
@@ -135,20 +120,3 @@ def cases() -> Iterator[Case]:
             for layout in ("odd", "expanded"):
                 yield Case(dim, dtype, text=77, layout=layout)
                 yield Case(dim, dtype, text=77, queries="text", layout=layout)
-
-
-def table(rows: Sequence[Mapping[str, str]], targets: Sequence[str]) -> list[str]:
-    """Lines of a markdown table: the paper's windows."""
-    lines = ["| queries | dtype | D | text | " + " | ".join(targets) + " |", "|---|---|--:|--:|" + "--:|" * len(targets)]
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for r in rows:
-        if r["window"] == "64x64" and r["text"] != "77" and r["layout"] == "contiguous":
-            path = "" if r["path"] == "descriptor" else "p "
-            cell = f"{path}{r['registers']}/{-(-int(r['shared']) // 1024)}" if r["registers"] else "does not compile"
-            cells.setdefault((r["queries"], r["dtype"], r["head_dim"], r["text"]), {})[r["target"]] = cell
-    return lines + ["| " + " | ".join([*key, *(row.get(t, "") for t in targets)]) + " |" for key, row in cells.items()]
-
-
-def _moves(binary: Binary) -> bool:
-    """Whether a loop moves anything between registers and shared memory."""
-    return any(re.search(r"\b(?:LDSM|STSM|STS|LDS)\b", i) for loop in binary.loops for i in loop)

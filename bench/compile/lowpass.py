@@ -6,7 +6,7 @@ of 16-bit pictures by dense factors) wherever neighbours in memory allow them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from scalediff_kernels.lowpass.op import picture_size
 from scalediff_kernels.lowpass.operators import LowPass, Side
 from scalediff_kernels.neighborhood.config import shared_memory
 
-LEGEND = """Registers per thread / KB of shared memory per program. Cutoff 1/8. `pictures` are read at once: going down x, the model output
-and that of the unconditional pass, and then the coarse reference too; going up the outputs."""
+KEYS = {name: name for name in ("side", "kind", "dtype", "layout", "pictures")}  # columns of the page's table
+SHOWN = ""  # all rows
 
 FEW = 24  # loads and stores of spilled registers, once per step of the outer loop
 
@@ -74,28 +74,23 @@ class Case:
 
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
         """What is wrong with a binary."""
-        found = []
-        if binary.shared > shared_memory(target):
-            found.append(f"{binary.shared} bytes of shared memory, {shared_memory(target)} there")
-        if spilled := sum(map(spills, binary.loops)) if binary.loops else binary.spills:
-            found.append(f"{spilled} spills in the main loops")
-        if binary.spills > FEW:
-            found.append(f"{binary.spills} spills")
-        product = "v_mfma" if target.startswith("gfx") else r"\b(?:HMMA|HGMMA|UTC\w*MMA)\S*TF32"
-        if not binary.count(product):
-            found.append(f"no {product}")
-        if self.layout in ("packed", "odd"):
-            return found
-        load, store = r"\bLDG(?:STS)?\S*\.128\b", r"\bSTG\S*\.128\b"
-        if self.kind != "resize" and self.dtype is torch.bfloat16:  # the tiles of dense factors are small
-            load, store = load.replace("128", "(?:64|128)"), store.replace("128", "(?:64|128)")
-        if target.startswith("gfx"):
-            load, store = r"(?:global|buffer)_load_dwordx[24]", r"(?:global|buffer)_store_dwordx[24]"
-        if self.pictures and binary.count(load) <= self.pictures:  # the factors' own loads are wide in any case
-            found.append("pictures without wide loads")
-        if self.side == "up" and not binary.count(store):
-            found.append("no wide stores")
-        return found
+        spilled = sum(map(spills, binary.loops)) if binary.loops else binary.spills
+        amd, neighbours = target.startswith("gfx"), self.layout not in ("packed", "odd")
+        product = "v_mfma" if amd else r"\b(?:HMMA|HGMMA|UTC\w*MMA)\S*TF32"
+        # The tiles of dense factors are small.
+        width = "(?:64|128)" if self.kind != "resize" and self.dtype is torch.bfloat16 else "128"
+        load = r"(?:global|buffer)_load_dwordx[24]" if amd else rf"\bLDG(?:STS)?\S*\.{width}\b"
+        store = r"(?:global|buffer)_store_dwordx[24]" if amd else rf"\bSTG\S*\.{width}\b"
+        checks = {
+            f"{binary.shared} bytes of shared memory, {shared_memory(target)} there": binary.shared > shared_memory(target),
+            f"{spilled} spills in the main loops": spilled > 0,
+            f"{binary.spills} spills": binary.spills > FEW,
+            f"no {product}": not binary.count(product),
+            # the factors' own loads are wide in any case
+            "pictures without wide loads": neighbours and self.pictures > 0 and binary.count(load) <= self.pictures,
+            "no wide stores": neighbours and self.side == "up" and not binary.count(store),
+        }
+        return [fault for fault, found in checks.items() if found]
 
 
 def cases() -> Iterator[Case]:
@@ -110,14 +105,3 @@ def cases() -> Iterator[Case]:
             for layout in ("latent", "channels last"):
                 for pictures in (1, 3) if side == "down" else (0, 2):
                     yield Case(side, layout, dtype, pictures, "gaussian")
-
-
-def table(rows: Sequence[Mapping[str, str]], targets: Sequence[str]) -> list[str]:
-    """Lines of a markdown table."""
-    keys = ("side", "kind", "dtype", "layout", "pictures")
-    lines = ["| " + " | ".join([*keys, *targets]) + " |", "|---|---|---|---|--:|" + "--:|" * len(targets)]
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for r in rows:
-        cell = f"{r['registers']}/{-(-int(r['shared']) // 1024)}" if r["registers"] else "does not compile"
-        cells.setdefault(tuple(r[k] for k in keys), {})[r["target"]] = cell
-    return lines + ["| " + " | ".join([*key, *(row.get(t, "") for t in targets)]) + " |" for key, row in cells.items()]

@@ -1,14 +1,19 @@
-"""What the denoisers of diffusers are given by their pipelines, small and random: one function for every kind of forward pass.
+"""What pipelines give to the denoisers of diffusers, small and random: how each argument of every kind of forward pass is made.
 
-Legend: B batch, Y x X token grid, T text tokens.
+Shapes are text: B batch, Y and X the token grid with a factor before, YX its product, or a number: `"B 4 2Y 2X"`.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Grid = tuple[int, int]
 
 
 class Draw:
@@ -21,7 +26,11 @@ class Draw:
         return torch.randn(*shape, generator=self._generator)
 
 
-def ids(grid: tuple[int, int], *, axes: int = 3) -> Tensor:
+Make = Callable[[Draw, Grid, int], Any]
+Arguments = dict[str, Make]
+
+
+def ids(grid: Grid, *, axes: int = 3) -> Tensor:
     """Position ids `[Y * X, axes]` of one picture, as the FLUX pipelines make them."""
     table = torch.zeros(*grid, axes)
     table[..., 1] += torch.arange(grid[0])[:, None]
@@ -29,185 +38,117 @@ def ids(grid: tuple[int, int], *, axes: int = 3) -> Tensor:
     return table.flatten(0, 1)
 
 
-def flux(draw: Draw, grid: tuple[int, int], batch: int, *, text: int = 6, axes: int = 3) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(batch, grid[0] * grid[1], 16), "encoder_hidden_states": draw(batch, text, 32),
-        "timestep": torch.full((batch,), 0.5), "img_ids": ids(grid, axes=axes), "txt_ids": torch.zeros(text, axes),
-    }  # fmt: skip
+def _shape(text: str, grid: Grid, batch: int) -> list[int]:
+    sizes = {"B": batch, "Y": grid[0], "X": grid[1], "YX": prod(grid), "": 1}
+    parts = [re.fullmatch(r"(\d*)(\D*)", part) for part in text.split()]
+    return [int(part[1] or 1) * sizes[part[2]] for part in parts if part]
 
 
-def flux1(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return flux(draw, grid, batch) | {"pooled_projections": draw(batch, 32)}
+def drawn(shape: str) -> Make:
+    """Unit normal."""
+    return lambda draw, grid, batch: draw(*_shape(shape, grid, batch))
 
 
-def flux_control(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return flux1(draw, grid, batch) | {"controlnet_cond": draw(batch, grid[0] * grid[1], 16)}
+def full(shape: str, value: float | bool) -> Make:
+    """One value everywhere, whose type is the tensor's."""
+    return lambda draw, grid, batch: torch.full(_shape(shape, grid, batch), value)
 
 
-def fibo(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return flux(draw, grid, batch) | {"text_encoder_layers": [draw(batch, 6, 16) for _ in range(3)]}
+def constant(value: Any) -> Make:
+    return lambda draw, grid, batch: value
 
 
-def latents(draw: Draw, grid: tuple[int, int], batch: int, *, channels: int = 4, text: int = 6) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(batch, channels, 2 * grid[0], 2 * grid[1]),
-        "encoder_hidden_states": draw(batch, text, 32),
-        "timestep": torch.full((batch,), 500),
-    }
+def _prompts(draw: Draw, grid: Grid, batch: int, shorter: int = 1) -> Tensor:
+    """A mask `[B, 6]` over prompts, each `shorter` by so many tokens than the one before."""
+    return torch.arange(6)[None, :] < 6 - shorter * torch.arange(batch)[:, None]
 
 
-def sd3(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return latents(draw, grid, batch) | {"pooled_projections": draw(batch, 32)}
-
-
-def sd3_control(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return sd3(draw, grid, batch) | {"controlnet_cond": draw(batch, 4, 2 * grid[0], 2 * grid[1])}
-
-
-def cogview(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    size = torch.tensor([[256.0, 256.0]] * batch)
-    return latents(draw, grid, batch) | {"original_size": size, "target_size": size, "crop_coords": torch.zeros(batch, 2)}
-
-
-def pixart(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    added = {"resolution": None, "aspect_ratio": None}
-    return latents(draw, grid, batch) | {"added_cond_kwargs": added, "encoder_attention_mask": torch.ones(batch, 6)}
-
-
-def _rotary(grid: tuple[int, int], dim: int) -> tuple[Tensor, Tensor]:
+def _rotary(draw: Draw, grid: Grid, batch: int) -> tuple[Tensor, Tensor]:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
-    return get_2d_rotary_pos_embed(dim, ((0, 0), grid), grid, output_type="pt")  # type: ignore[no-any-return]
+    return get_2d_rotary_pos_embed(16, ((0, 0), grid), grid, output_type="pt")  # type: ignore[no-any-return]
 
 
-def hunyuan(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return latents(draw, grid, batch) | {
-        "timestep": torch.full((batch,), 500.0), "text_embedding_mask": torch.ones(batch, 6),
-        "encoder_hidden_states_t5": draw(batch, 5, 32),
-        "text_embedding_mask_t5": torch.ones(batch, 5), "image_meta_size": torch.full((batch, 6), 256.0),
-        "style": torch.zeros(batch, dtype=torch.long), "image_rotary_emb": _rotary(grid, 16),
-    }  # fmt: skip
-
-
-def hunyuan_control(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return hunyuan(draw, grid, batch) | {"controlnet_cond": draw(batch, 4, 2 * grid[0], 2 * grid[1])}
-
-
-def lumina_next(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
+def _lumina_rotary(draw: Draw, grid: Grid, batch: int) -> Tensor:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
-    rotary = get_2d_rotary_pos_embed_lumina(16, 64, 64, linear_factor=1.0, ntk_factor=1.0)
-    return latents(draw, grid, batch) | {
-        "encoder_mask": torch.ones(batch, 6), "image_rotary_emb": rotary, "cross_attention_kwargs": {},
-    }  # fmt: skip
+    return get_2d_rotary_pos_embed_lumina(16, 64, 64, linear_factor=1.0, ntk_factor=1.0)  # type: ignore[no-any-return]
 
 
-def lumina2(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    mask = torch.zeros(batch, 6, dtype=torch.long)
-    for sample in range(batch):
-        mask[sample, : 6 - 2 * sample] = 1  # prompts of different length
-    return latents(draw, grid, batch) | {"encoder_attention_mask": mask}
+def _ids(axes: int) -> Arguments:
+    return {"img_ids": lambda draw, grid, batch: ids(grid, axes=axes), "txt_ids": full(f"6 {axes}", 0.0)}
 
 
-def qwen(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    mask = torch.zeros(batch, 6, dtype=torch.bool)
-    for sample in range(batch):
-        mask[sample, : 6 - sample] = True
-    return {
-        "hidden_states": draw(batch, grid[0] * grid[1], 16), "encoder_hidden_states": draw(batch, 6, 32),
-        "encoder_hidden_states_mask": mask if batch > 1 else None, "timestep": torch.full((batch,), 0.5),
-        "img_shapes": [[(1, *grid)]] * batch,
-    }  # fmt: skip
+TEXT: Arguments = {"encoder_hidden_states": drawn("B 6 32")}
+MASK: Arguments = {"encoder_attention_mask": _prompts}
+POOLED: Arguments = {"pooled_projections": drawn("B 32")}
+TOKENS_CONTROL: Arguments = {"controlnet_cond": drawn("B YX 16")}
+LATENTS_CONTROL: Arguments = {"controlnet_cond": drawn("B 4 2Y 2X")}
+_SIZES: Arguments = {"target_size": full("B 2", 256.0), "crop_coords": full("B 2", 0.0)}
 
+# Packed tokens.
+FLUX: Arguments = {"hidden_states": drawn("B YX 16"), **TEXT, "timestep": full("B", 0.5), **_ids(3)}
+FLUX1: Arguments = FLUX | POOLED
+FLUX2: Arguments = {**FLUX, **_ids(4)}
+FIBO: Arguments = {**FLUX, "text_encoder_layers": lambda draw, grid, batch: [draw(batch, 6, 16) for _ in range(3)]}
+QWEN: Arguments = {
+    "hidden_states": drawn("B YX 16"), **TEXT,
+    "encoder_hidden_states_mask": lambda draw, grid, batch: _prompts(draw, grid, batch) if batch > 1 else None,
+    "timestep": full("B", 0.5), "img_shapes": lambda draw, grid, batch: [[(1, *grid)]] * batch,
+}  # fmt: skip
+NUCLEUS: Arguments = {**QWEN, "encoder_hidden_states_mask": _prompts}
+KREA: Arguments = {
+    "hidden_states": drawn("B YX 16"), "encoder_hidden_states": drawn("B 6 3 32"), "timestep": full("B", 0.5),
+    "position_ids": lambda draw, grid, batch: torch.cat([torch.zeros(6, 3), ids(grid)]), **MASK,
+}  # fmt: skip
 
-def nucleus(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return qwen(draw, grid, batch) | {"encoder_hidden_states_mask": _falling(batch)}
+# Latents in patches of 2 x 2, or of 1 x 1.
+LATENTS: Arguments = {"hidden_states": drawn("B 4 2Y 2X"), **TEXT, "timestep": full("B", 500)}
+SD3: Arguments = LATENTS | POOLED
+COGVIEW: Arguments = {**LATENTS, "original_size": full("B 2", 256.0), **_SIZES}
+PIXART: Arguments = {
+    **LATENTS, "added_cond_kwargs": constant({"resolution": None, "aspect_ratio": None}), "encoder_attention_mask": full("B 6", 1.0),
+}  # fmt: skip
+HUNYUAN: Arguments = {
+    **LATENTS, "timestep": full("B", 500.0), "text_embedding_mask": full("B 6", 1.0), "encoder_hidden_states_t5": drawn("B 5 32"),
+    "text_embedding_mask_t5": full("B 5", 1.0), "image_meta_size": full("B 6", 256.0), "style": full("B", 0), "image_rotary_emb": _rotary,
+}  # fmt: skip
+LUMINA_NEXT: Arguments = {
+    **LATENTS, "encoder_mask": full("B 6", 1.0), "image_rotary_emb": _lumina_rotary, "cross_attention_kwargs": constant({}),
+}  # fmt: skip
+LUMINA2: Arguments = {**LATENTS, "encoder_attention_mask": lambda draw, grid, batch: _prompts(draw, grid, batch, 2).long()}
+HIDREAM: Arguments = {
+    "hidden_states": drawn("B 4 2Y 2X"), "timesteps": full("B", 500), "encoder_hidden_states_t5": drawn("B 4 32"),
+    "encoder_hidden_states_llama3": drawn("3 B 3 32"), "pooled_embeds": drawn("B 32"),
+}  # fmt: skip
+Z_IMAGE: Arguments = {
+    "x": lambda draw, grid, batch: [draw(4, 1, 2 * grid[0], 2 * grid[1]) for _ in range(batch)], "t": full("B", 0.5),
+    "cap_feats": lambda draw, grid, batch: [draw(7 + 64 * sample, 32) for sample in range(batch)],
+}  # fmt: skip
+DIT: Arguments = {
+    "hidden_states": drawn("B 4 2Y 2X"), "timestep": full("B", 500), "class_labels": lambda draw, grid, batch: torch.arange(batch),
+    "cross_attention_kwargs": constant({}),
+}  # fmt: skip
+GLM: Arguments = {**LATENTS, "prior_token_id": full("B YX", 0), "prior_token_drop": full("B YX", False), **_SIZES}
+PRX: Arguments = {**LATENTS, "attention_mask": _prompts}
+ERNIE: Arguments = {
+    "hidden_states": drawn("B 4 Y X"), "timestep": full("B", 500.0), "text_bth": drawn("B 6 24"),
+    "text_lens": lambda draw, grid, batch: _prompts(draw, grid, batch).sum(1),
+}  # fmt: skip
+HUNYUAN_IMAGE: Arguments = {
+    "hidden_states": drawn("B 4 Y X"), "timestep": full("B", 500.0), **TEXT, **MASK,
+    "encoder_hidden_states_2": drawn("B 3 16"), "encoder_attention_mask_2": full("B 3", True),
+}  # fmt: skip
 
-
-def qwen_control(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return qwen(draw, grid, batch) | {"controlnet_cond": draw(batch, grid[0] * grid[1], 16)}
-
-
-def hidream(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(batch, 4, 2 * grid[0], 2 * grid[1]), "timesteps": torch.full((batch,), 500),
-        "encoder_hidden_states_t5": draw(batch, 4, 32), "encoder_hidden_states_llama3": draw(3, batch, 3, 32),
-        "pooled_embeds": draw(batch, 32),
-    }  # fmt: skip
-
-
-def z_image(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return {
-        "x": [draw(4, 1, 2 * grid[0], 2 * grid[1]) for _ in range(batch)],
-        "t": torch.full((batch,), 0.5),
-        "cap_feats": [draw(7 + 64 * sample, 32) for sample in range(batch)],
-    }
-
-
-def unet(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return {"sample": draw(batch, 4, *grid), "timestep": 500, "encoder_hidden_states": draw(batch, 6, 32)}
-
-
-def unconditional(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return {"sample": draw(batch, 4, *grid), "timestep": 500}
-
-
-def sdxl(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    added = {"text_embeds": draw(batch, 32), "time_ids": torch.full((batch, 6), 64.0)}
-    return unet(draw, grid, batch) | {"added_cond_kwargs": added}
-
-
-def unet_control(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return unet(draw, grid, batch) | {"controlnet_cond": draw(batch, 3, 8 * grid[0], 8 * grid[1])}
-
-
-def union(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    picture = draw(batch, 3, 8 * grid[0], 8 * grid[1])
-    kinds = torch.tensor([[0, 1, 0, 0, 0, 0]] * batch)
-    added = {"text_embeds": draw(batch, 32), "time_ids": torch.full((batch, 6), 64.0)}
-    control = {"controlnet_cond": [picture], "control_type": kinds, "control_type_idx": [1], "added_cond_kwargs": added}
-    return unet(draw, grid, batch) | control
-
-
-def dit(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    latents = {"hidden_states": draw(batch, 4, 2 * grid[0], 2 * grid[1]), "timestep": torch.full((batch,), 500)}
-    return latents | {"class_labels": torch.arange(batch), "cross_attention_kwargs": {}}
-
-
-def glm(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    size, tokens = torch.tensor([[256.0, 256.0]] * batch), grid[0] * grid[1]
-    prior = {
-        "prior_token_id": torch.zeros(batch, tokens, dtype=torch.long),
-        "prior_token_drop": torch.zeros(batch, tokens, dtype=torch.bool),
-    }
-    return latents(draw, grid, batch) | prior | {"target_size": size, "crop_coords": torch.zeros(batch, 2)}
-
-
-def _falling(batch: int, text: int = 6) -> Tensor:
-    """A mask `[B, T]` over prompts, each one token shorter than the one before."""
-    return torch.arange(text)[None, :] < text - torch.arange(batch)[:, None]
-
-
-def prx(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return latents(draw, grid, batch) | {"attention_mask": _falling(batch)}
-
-
-def ernie(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    latents = {"hidden_states": draw(batch, 4, *grid), "timestep": torch.full((batch,), 500.0)}
-    return latents | {"text_bth": draw(batch, 6, 24), "text_lens": _falling(batch).sum(1)}
-
-
-def hunyuan_image(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(batch, 4, *grid), "timestep": torch.full((batch,), 500.0), "encoder_hidden_states": draw(batch, 6, 32),
-        "encoder_attention_mask": _falling(batch), "encoder_hidden_states_2": draw(batch, 3, 16),
-        "encoder_attention_mask_2": torch.ones(batch, 3, dtype=torch.bool),
-    }  # fmt: skip
-
-
-def krea(draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(batch, grid[0] * grid[1], 16), "encoder_hidden_states": draw(batch, 6, 3, 32),
-        "timestep": torch.full((batch,), 0.5), "position_ids": torch.cat([torch.zeros(6, 3), ids(grid)]),
-        "encoder_attention_mask": _falling(batch),
-    }  # fmt: skip
+# U-Nets.
+UNCONDITIONAL: Arguments = {"sample": drawn("B 4 Y X"), "timestep": constant(500)}
+UNET: Arguments = {**UNCONDITIONAL, **TEXT}
+SDXL: Arguments = {
+    **UNET, "added_cond_kwargs": lambda draw, grid, batch: {"text_embeds": draw(batch, 32), "time_ids": torch.full((batch, 6), 64.0)},
+}  # fmt: skip
+UNET_CONTROL: Arguments = {**UNET, "controlnet_cond": drawn("B 3 8Y 8X")}
+UNION: Arguments = {
+    **UNET, "controlnet_cond": lambda draw, grid, batch: [draw(batch, 3, 8 * grid[0], 8 * grid[1])],
+    "control_type": lambda draw, grid, batch: torch.tensor([[0, 1, 0, 0, 0, 0]] * batch), "control_type_idx": constant([1]),
+    "added_cond_kwargs": SDXL["added_cond_kwargs"],
+}  # fmt: skip

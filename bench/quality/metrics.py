@@ -30,19 +30,9 @@ _CONTROLS = (0.75, 0.875, 0.9375, 1.0625, 1.125, 1.25)  # control periods over t
 def count_discs(images: Tensor, *, native: int = 64) -> Tensor:
     """Number of suns or moons in each picture of a scene of `scalediff.demo.scenes`.
 
-    A disc is an 8-connected region of the slightly blurred luma (binomial, 3 x 3) that is above 0.83, reaches 0.865 and has
-    at least a quarter of the area of a disc of half the smallest native radius. So a disc drawn at its native size in pixels counts
-    as one drawn at its true size does, and a speck does not.
-
-    Args:
-        images: `[N, 3, Y, X]`, any size.
-        native: Pixels per side of the native picture, which sets the smallest area.
-
-    Returns:
-        `[N]` int64.
-
-    Raises:
-        ValueError: images are not of that shape.
+    A disc is an 8-connected region of the slightly blurred luma (binomial, 3 x 3) that is above 0.83, reaches 0.865 and has at least a
+    quarter of the area of a disc of half the smallest native radius, at `native` pixels per side. So a disc drawn at its native size in
+    pixels counts as one drawn at its true size does, and a speck does not. `[N]` int64.
     """
     _check(images=images)
     luma = _blur(luminance(images)[:, None], _BINOMIAL3)[:, 0]
@@ -73,14 +63,9 @@ def laplacian_swd(a: Tensor, b: Tensor, *, generator: torch.Generator) -> dict[i
 
     From every level of every picture 128 patches of 7 x 7 x 3 at random places (the same in both sets); every colour channel
     standardised over the set b; projected on 512 random unit directions; the mean absolute difference of the sorted
-    projections, times 1000. Fine levels speak of texture, coarse ones of layout; the coarsest is the low-pass residual.
-
-    Args:
-        a, b: `[N, 3, Y, X]`, of one shape. b is the reference: with statistics of its own, a set would hide lost contrast.
-        generator: For places and directions; the same state makes two calls comparable.
-
-    Returns:
-        Shorter side of the level, in pixels, to distance, from the finest level to 16.
+    projections, times 1000, by the shorter side of the level in pixels, from the finest level to 16. Fine levels show texture, coarse
+    ones layout; the coarsest is the low-pass residual. b is the reference: with statistics of its own, a set would hide lost contrast.
+    `generator` draws places and directions; the same state makes two calls comparable.
 
     Raises:
         ValueError: shapes disagree, or a side is below 16 pixels.
@@ -92,8 +77,8 @@ def laplacian_swd(a: Tensor, b: Tensor, *, generator: torch.Generator) -> dict[i
         raise ValueError(f"a and b must be of one shape with sides of at least 16, got {tuple(a.shape)=}, {tuple(b.shape)=}")
     distances = {}
     for level_a, level_b in zip(_laplacian(a), _laplacian(b), strict=True):
-        places = _places(level_a, 128, generator)
-        patches_a, patches_b = _patches(level_a, places), _patches(level_b, places)
+        y, x = (torch.randint(0, n - 6, (len(level_a), 128), generator=generator) for n in level_a.shape[2:])
+        patches_a, patches_b = _patches(level_a, y, x), _patches(level_b, y, x)
         std, mean = torch.std_mean(patches_b, dim=(0, 2, 3), keepdim=True)
         std = std.clamp(min=1e-8)
         flat_a, flat_b = (((p - mean) / std).flatten(1) for p in (patches_a, patches_b))
@@ -107,19 +92,13 @@ def spectrum_distance(a: Tensor, b: Tensor) -> float:
     """Distance of two radial power spectra: the mean of `|log10 P_a - log10 P_b|` over 0.02 to 0.5 cycles per pixel.
 
     P is the power of the luma, its mean removed and a Hann window applied on both axes, averaged over the pictures and over
-    rings of integer radius. 0.3 is a factor of 2 in power.
-
-    Args:
-        a, b: `[N, 3, Y, X]`; of the same size, in any number.
-
-    Raises:
-        ValueError: sizes disagree.
+    rings of integer radius. 0.3 is a factor of 2 in power. The sets have pictures of one size (or ValueError), in any number.
     """
     _check(a=a, b=b)
     if a.shape[2:] != b.shape[2:]:
         raise ValueError(f"a and b must be of one size, got {tuple(a.shape)=}, {tuple(b.shape)=}")
-    rings = _rings(a.shape[2], a.shape[3]).to(a.device)
     side = min(a.shape[2:])
+    rings = (_frequency(a.shape[2], a.shape[3]) * side).round().long().to(a.device)  # integer radius, in cycles per shorter side
     kept = slice(math.ceil(_BAND[0] * side), math.floor(_BAND[1] * side) + 1)
     spectra = [_power(x).mean(0).flatten() for x in (a, b)]
     counts = torch.bincount(rings.flatten()).double()
@@ -145,14 +124,8 @@ def seam_score(images: Tensor, *, period: int) -> dict[int, float]:
     Along an axis, g(x) is the mean over the other axis of `|Y(x + 1) - Y(x)|`, less its moving median over three periods,
     averaged over x modulo the period. The score is the value at the border (between pixels kP - 1 and kP), less the median of
     all phases, over 1.4826 times their median absolute deviation; it is averaged over the pictures and both axes. A seam
-    stands out of the same score at control periods, 0.75 to 1.25 of the period, by 3 or more.
-
-    Args:
-        images: `[N, 3, Y, X]`.
-        period: Pixels between borders, the first at 0; at least 16.
-
-    Returns:
-        Period to score: the period itself first, then the controls.
+    stands out of the same score at control periods, 0.75 to 1.25 of the period, by 3 or more. Returns scores by period: the
+    period itself first, then the controls.
 
     Raises:
         ValueError: the period is below 16, or a side is below two of the longest control period.
@@ -216,19 +189,10 @@ def _laplacian(images: Tensor) -> list[Tensor]:
     return [*levels, images]
 
 
-def _places(level: Tensor, per_image: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`[N, per_image]` top rows and left columns of 7 x 7 patches inside the level."""
-    y, x = (torch.randint(0, n - 6, (level.shape[0], per_image), generator=generator).to(level.device) for n in level.shape[2:])
-    return y, x
-
-
-def _patches(level: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
-    """`[N * per_image, 3, 7, 7]`."""
-    reach = torch.arange(7, device=level.device)
-    y = places[0][:, :, None, None] + reach[:, None]
-    x = places[1][:, :, None, None] + reach
-    picture = torch.arange(level.shape[0], device=level.device)[:, None, None, None]
-    return level.permute(0, 2, 3, 1)[picture, y, x].flatten(0, 1).permute(0, 3, 1, 2)
+def _patches(level: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """`[N * P, 3, 7, 7]` from the `[N, P]` top rows and left columns of patches inside the level."""
+    reach, picture = torch.arange(7), torch.arange(level.shape[0])[:, None, None, None]
+    return level.permute(0, 2, 3, 1)[picture, y[:, :, None, None] + reach[:, None], x[:, :, None, None] + reach].flatten(0, 1).movedim(3, 1)
 
 
 def _power(images: Tensor) -> Tensor:
@@ -244,11 +208,6 @@ def _frequency(height: int, width: int) -> Tensor:
     """`[Y, X]` distance from zero frequency, in cycles per pixel."""
     y, x = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.fftfreq(width, dtype=torch.float64)
     return torch.hypot(*torch.meshgrid(y, x, indexing="ij"))
-
-
-def _rings(height: int, width: int) -> Tensor:
-    """`[Y, X]` int64: frequency as an integer radius, in cycles per shorter side."""
-    return (_frequency(height, width) * min(height, width)).round().long()
 
 
 def _check(**images: Tensor) -> None:

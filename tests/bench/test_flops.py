@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import csv
-import json
-import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import torch
+from pandas import read_csv
 
 pytest.importorskip("diffusers", reason="the models are diffusers' classes")
 
 import diffusers
 
 from bench.flops import __main__ as flops
-from bench.flops.__main__ import Counter, Row, comma_separated, difference, main, markdown, views
+from bench.flops.__main__ import comma_separated, main, sections
+from bench.flops.count import Counter, Row, views
 from bench.flops.models import MODELS
+from bench.report.tables import fill
 from scalediff.cost.flops import _attention_of, _counted, attention_work, count, layer_work
 from scalediff.patch import patch_model
 
@@ -29,23 +30,23 @@ counter = cache(Counter)
 @pytest.mark.parametrize(
     ("model", "method", "part", "expected"),
     [
-        ("sdxl", "npa", lambda row: row.forward_linear + row.forward_convolution, 94.9),
-        ("sdxl", "direct", lambda row: row.forward_attention, 192.4),
-        ("sdxl", "npa", lambda row: row.forward_attention, 12.0),
-        ("sdxl", "multidiffusion", lambda row: row.tflops_forward, 331),
-        ("sdxl", "npa", lambda row: row.tflops_forward, 107),
-        ("flux", "npa", lambda row: row.forward_linear, 853),
-        ("flux", "direct", lambda row: row.forward_attention, 3056),
-        ("flux", "npa", lambda row: row.forward_attention, 211 + 106),
-        ("flux", "npa-global", lambda row: row.forward_attention, 235),
-        ("flux", "multidiffusion", lambda row: row.tflops_forward, 3645),
-        ("flux", "npa", lambda row: row.tflops_forward, 1170),
+        ("sdxl", "npa", lambda row: row["forward_linear"] + row["forward_convolution"], 94.9),
+        ("sdxl", "direct", lambda row: row["forward_attention"], 192.4),
+        ("sdxl", "npa", lambda row: row["forward_attention"], 12.0),
+        ("sdxl", "multidiffusion", lambda row: row["tflops_forward"], 331),
+        ("sdxl", "npa", lambda row: row["tflops_forward"], 107),
+        ("flux", "npa", lambda row: row["forward_linear"], 853),
+        ("flux", "direct", lambda row: row["forward_attention"], 3056),
+        ("flux", "npa", lambda row: row["forward_attention"], 211 + 106),
+        ("flux", "npa-global", lambda row: row["forward_attention"], 235),
+        ("flux", "multidiffusion", lambda row: row["tflops_forward"], 3645),
+        ("flux", "npa", lambda row: row["tflops_forward"], 1170),
     ],
 )
 def test_a_pass_at_4096_pixels(model: str, method: str, part: Callable[[Row], float], expected: float) -> None:
     """77 text tokens for SDXL, 512 for FLUX; counted independently of this code."""
     row = counter(model).row(4096, method)
-    assert row.text == {"sdxl": 77, "flux": 512}[model]
+    assert row["text"] == {"sdxl": 77, "flux": 512}[model]
     assert part(row) == pytest.approx(expected, rel=0.01)
 
 
@@ -54,33 +55,37 @@ def test_a_run_is_the_sum_of_its_stages(method: str) -> None:
     """SDXL at 2048 pixels: 50 steps, or 50 at 1024 and 20 at 2048, two passes each; the autoencoder once, or with a round trip."""
     row, base = counter("sdxl").row(2048, method), counter("sdxl").row(1024, "direct")
     cascade = method not in ("direct", "multidiffusion")
-    assert row.passes == (40 if cascade else 100)
-    assert row.run_linear == pytest.approx(row.passes * row.forward_linear + cascade * 100 * base.forward_linear)
-    assert row.run_attention == pytest.approx(row.passes * row.forward_attention + cascade * 100 * base.forward_attention)
-    assert row.vae == pytest.approx(85.06 if cascade else 48.48, rel=1e-3)
-    assert row.tflops_run == pytest.approx(row.run_attention + row.run_cross + row.run_linear + row.run_convolution + row.vae)
-    assert row.tflops_forward == pytest.approx(row.forward_attention + row.forward_cross + row.forward_linear + row.forward_convolution)
+    assert row["passes"] == (40 if cascade else 100)
+    assert row["run_linear"] == pytest.approx(row["passes"] * row["forward_linear"] + cascade * 100 * base["forward_linear"])
+    assert row["run_attention"] == pytest.approx(row["passes"] * row["forward_attention"] + cascade * 100 * base["forward_attention"])
+    assert row["vae"] == pytest.approx(85.06 if cascade else 48.48, rel=1e-3)
+    assert row["tflops_run"] == pytest.approx(
+        row["run_attention"] + row["run_cross"] + row["run_linear"] + row["run_convolution"] + row["vae"]
+    )
+    assert row["tflops_forward"] == pytest.approx(
+        row["forward_attention"] + row["forward_cross"] + row["forward_linear"] + row["forward_convolution"]
+    )
 
 
 @pytest.mark.parametrize(("size", "of_native"), [(2048, 1 + 9 + 4), (4096, 1 + 9 + 25 + 49 + 4 + 9 + 16)])
 def test_demofusion_runs_views_and_dilated_samples_in_every_phase(size: int, of_native: int) -> None:
     """SDXL: all of native size at these sizes, 50 steps of two passes; every phase is decoded."""
     row, native = counter("sdxl").row(size, "demofusion"), counter("sdxl").row(1024, "direct")
-    assert row.tflops_run - row.vae == pytest.approx(100 * of_native * native.tflops_forward)
-    assert row.vae == pytest.approx(sum(counter("sdxl").row(side, "direct").vae for side in range(1024, size + 1, 1024)))
+    assert row["tflops_run"] - row["vae"] == pytest.approx(100 * of_native * native["tflops_forward"])
+    assert row["vae"] == pytest.approx(sum(counter("sdxl").row(side, "direct")["vae"] for side in range(1024, size + 1, 1024)))
 
 
 def test_dilated_samples_of_a_last_phase_that_is_cut_are_smaller() -> None:
     row, native = counter("sdxl").row(2560, "demofusion"), counter("sdxl").forward(1024, "full")
     sample = counter("sdxl").forward(8 * 107, "full")  # every third of 320
-    assert row.forward_attention == pytest.approx(16 * native.attention + 9 * sample.attention)
+    assert row["forward_attention"] == pytest.approx(16 * native.attention + 9 * sample.attention)
 
 
 @pytest.mark.slow
 def test_a_cascade_is_what_the_plan_says() -> None:
     """The same number in two ways, at a size that is no doubling."""
     _, planned = count("sdxl", (3072, 3072))
-    assert counter("sdxl").row(3072, "npa").tflops_run == pytest.approx(sum(stage.total for stage in planned), rel=1e-12)
+    assert counter("sdxl").row(3072, "npa")["tflops_run"] == pytest.approx(sum(stage.total for stage in planned), rel=1e-12)
 
 
 @pytest.mark.parametrize("text_queries", ["window", "global"])
@@ -121,11 +126,11 @@ def test_linear_layers_by_hand() -> None:
     tokens, width = 128 * 128, 2432
     block = 4 * width**2 + 2 * width * 4 * width  # q, k, v, out; up and down
     text = 333 * (38 * block - block + 3 * width**2)  # the last block's text ends at q, k and v
-    assert counter("sd3.5-large").row(2048, "npa").forward_linear == pytest.approx(2 * (tokens * 38 * block + text) / 1e12, rel=2e-3)
+    assert counter("sd3.5-large").row(2048, "npa")["forward_linear"] == pytest.approx(2 * (tokens * 38 * block + text) / 1e12, rel=2e-3)
     width, keys = 2304, 8 * 72
     block = 2 * width**2 + 2 * width * keys + width**2 + 3 * width * 6144  # q of both attentions, k and v, out; gated up, down
     text = 256 * 24 * 2 * 2048 * keys
-    assert counter("lumina-next").row(2048, "npa").forward_linear == pytest.approx(2 * (tokens * 24 * block + text) / 1e12, rel=2e-3)
+    assert counter("lumina-next").row(2048, "npa")["forward_linear"] == pytest.approx(2 * (tokens * 24 * block + text) / 1e12, rel=2e-3)
 
 
 def test_models_have_their_published_size() -> None:
@@ -144,64 +149,52 @@ def test_views_cover_the_picture() -> None:
     assert views(1025, 1024) == views(1536, 1024) == 2
 
 
-def test_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--json", "--model", "lumina-next", "flux", "--size", "2048", "--method", "npa", "npa-global"])
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(row["model"], row["method"], row["text_queries"]) for row in told] == [
-        ("lumina-next", "npa", ""), ("flux", "npa", "window"), ("flux", "npa-global", "global"),
-    ]  # fmt: skip
-    assert all(row["size"] == 2048 and row["tflops_run"] > row["tflops_forward"] > 0 for row in told)
-    main(["--model", "lumina-next", "--size", "2048", "--method", "npa"])
-    table = capsys.readouterr().out.splitlines()
-    assert table[-1].split()[:3] == ["lumina-next", "2048", "npa"]
-    assert float(table[-1].split()[-1].replace(",", "")) == pytest.approx(told[0]["tflops_run"], rel=1e-3)
+def test_rows_are_printed_as_csv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(flops, "MODELS", ["lumina-next", "flux"])
+    monkeypatch.setattr(flops, "SIZES", (2048,))
+    main([])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    rules = {(row["model"], row["method"]): row["text_queries"] for row in rows}
+    assert rules["lumina-next", "npa"] == ""
+    assert (rules["flux", "npa"], rules["flux", "npa-global"]) == ("window", "global")
+    assert {("lumina-next", "npa-global"), ("lumina-next", "demofusion")}.isdisjoint(rules), "text in cross-attention, and no U-Net"
+    assert all(row["size"] == "2048" and float(row["tflops_run"]) > float(row["tflops_forward"]) > 0 for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--model", "dalle"], "--model takes sdxl, flux, sd3.5-large, lumina-next, got dalle"),
-        (["--method", "npa", "magic"], "--method takes direct, .*, npa-global, got magic"),
-        (["--check", "--model", "flux"], "--write and --check take every row, got flux 2048 .*"),
-        (["--model", "lumina-next", "--size", "512"], "at least the model's native 1024 x 1024, got height=512"),
-        (["--model", "lumina-next", "--method", "npa-global"], "DemoFusion is for U-Nets, got method npa-global of lumina-next"),
-    ],
-)
-def test_what_is_unknown_is_refused_in_a_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as refused:
-        main(arguments)
-    assert refused.value.code != 0
-    assert re.search(sentence, f"{refused.value.code} {capsys.readouterr().err}")
+def test_a_size_that_a_model_cannot_draw_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least the model's native 1024 x 1024, got height=512"):
+        counter("lumina-next").row(512, "npa")
 
 
 def test_written_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RESULTS": tmp_path / "flops.csv", "DOC": tmp_path / "flops.md", "SIZES": (2048,)}.items():
         monkeypatch.setattr(flops, name, value)
     monkeypatch.setattr(flops, "MODELS", {"lumina-next": MODELS["lumina-next"]})
+    flops.DOC.write_text("<!-- begin tables -->\n<!-- end tables -->\n")
     main(["--write"])
     with pytest.raises(SystemExit) as same:
         main(["--check"])
     assert same.value.code == 0
     flops.RESULTS.write_text(flops.RESULTS.read_text().replace("2048,direct", "2049,direct"))
-    flops.DOC.unlink()
+    flops.DOC.write_text(flops.DOC.read_text().replace("## Lumina-Next", "## Lumina"))
     with pytest.raises(SystemExit, match=r"flops\.csv, line 2, is not what is counted now, got .*2049") as changed:
         main(["--check"])
-    assert "flops.md, line 1, is not what is counted now, got None for '# The work of a picture'" in str(changed.value.code)
+    assert "flops.md, line 3, is not what is counted now, got '## Lumina' for '## Lumina-Next'" in str(changed.value.code)
 
 
 def test_a_missing_diffusers_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(flops, "package_version", lambda name: "absent")
     with pytest.raises(SystemExit):
-        main(["--size", "2048"])
+        main([])
     assert "models are built from diffusers, not installed here" in capsys.readouterr().err
 
 
 def test_the_page_is_that_of_the_committed_rows() -> None:
-    kinds = get_type_hints(Row)
-    with flops.RESULTS.open(newline="") as file:
-        rows = [Row(*(kinds[name](value) for name, value in record.items())) for record in csv.DictReader(file)]
+    rows = read_csv(flops.RESULTS, keep_default_na=False)
     assert len(rows) == 3 * (6 + 6 + 6 + 5)
-    assert difference(flops.DOC, markdown(rows)) == difference(flops.RESULTS, comma_separated(rows)) == ""
+    assert comma_separated(rows) == flops.RESULTS.read_text()
+    page = flops.DOC.read_text()
+    assert fill(page, {"tables": sections(rows)}) == page
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from bench.harness import rows as harness
 from bench.harness import timing
 from bench.harness.timing import Timing, kernels, measure_in_turn, peak_memory
-from bench.roofline import __main__ as roofline
+from bench.roofline import ceilings as roofline
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"machine": "X", "commit": "abc", "torch": "2"}

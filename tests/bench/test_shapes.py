@@ -9,7 +9,7 @@ import torch
 from bench.attention import providers
 from bench.attention.compiled import PROVIDERS
 from bench.attention.shapes import CPU_SHAPES, QUICK, SHAPES, Shape, Task, tasks, view_starts
-from bench.flops.__main__ import views
+from bench.flops.count import views
 from scalediff_kernels.neighborhood.geometry import attention_bytes
 from tests.bench.made_up import ODD
 

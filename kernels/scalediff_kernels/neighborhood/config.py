@@ -128,7 +128,7 @@ class Blocks(NamedTuple):
 
 # By kind of program and of queries, for registers of 64, 128 and 256 channels. Joint: text keys before the window's. Ragged: windows
 # with far sides, whose loop is there twice. Narrow: no wide loads, or masks on every load. `python -m bench.compile` compiles every
-# entry and refuses spills, products that wait for each other and softmaxes that warps repeat; what it lets pass is `KNOWN` there.
+# entry and refuses spills, products that wait for each other and softmaxes that warps repeat, but for what docs/evidence/compiled.md names.
 _BLOCKS = {
     ("wgmma", "image"): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
     ("wgmma joint", "image"): (Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 2), Blocks(64, 32, 8, 2)),

@@ -93,7 +93,7 @@ def test_training_end_to_end_on_a_handful_of_scenes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_native_samples_show_exactly_one_disc(demo: Any) -> None:
-    from bench.quality.__main__ import native_rows
+    from bench.quality.pictures import native_rows
 
     drawn, true = native_rows(demo, n=64, seed=0).values()
     assert drawn["one_disc"] >= 0.9
@@ -102,7 +102,7 @@ def test_native_samples_show_exactly_one_disc(demo: Any) -> None:
 
 @pytest.mark.slow
 def test_pictures_show_the_hour_and_the_place_of_their_words(demo: Any) -> None:
-    from bench.quality.__main__ import word_rows
+    from bench.quality.pictures import word_rows
 
     (heeded,) = word_rows(demo, n=4, seed=0).values()
     assert heeded["hour"] >= 0.9

@@ -1,0 +1,171 @@
+"""The pictures of every row of `bench.quality`, and what is measured of them."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import scalediff
+from bench.quality.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
+from bench.quality.rows import BATCH, CASCADES, LABELS, METHODS, SPREAD, SWITCHES, UNDRAWN
+from bench.quality.work import native_grid, work
+from scalediff.cascade.pipeline import native_size, preset
+from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
+from scalediff.families.grid import patch_of
+
+FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the prompts
+Columns = dict[str, float]
+
+
+class Task(NamedTuple):
+    """What all rows share: the pipeline, the number and size of the pictures, and the seed of the first."""
+
+    pipe: Any
+    n: int
+    size: int
+    seed: int
+
+
+@dataclass
+class Drawn:
+    """What a row has so far: pictures `[3, size, size]` in 256 levels, and for every batch the seconds of one picture."""
+
+    images: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def draw(task: Task, row: str, first: int, drawn: Drawn) -> None:
+    """Add the batch of a row that begins with picture number `first`."""
+    prompts = [caption(describe(HELD_OUT_SEED + i)) for i in range(first, min(first + BATCH, task.n))]
+    since = time.perf_counter()
+    if row in CASCADES or row in METHODS:
+        chosen: dict[str, Any] = {"method": row} if row in METHODS else {"preset": replace(preset(task.pipe), **CASCADES[row])}
+        generators = _generators(task.seed + first, len(prompts))
+        images = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **chosen).images
+        drawn.images += map(_to_tensor, images)
+    else:
+        drawn.images += _direct(task.pipe, prompts, seed=task.seed + first, size=task.size)
+    drawn.seconds.append((time.perf_counter() - since) / len(prompts))
+    print(f"{row}: {len(drawn.images)}/{task.n} pictures, {drawn.seconds[-1]:.2f} s each", file=sys.stderr, flush=True)
+
+
+def _direct(pipe: Any, prompts: Sequence[str], *, seed: int, size: int) -> list[Tensor]:
+    settings = preset(pipe)
+    options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    images = pipe(list(prompts), height=size, width=size, generator=_generators(seed, len(prompts)), **options).images
+    return [_to_tensor(picture) for picture in images]
+
+
+def _generators(seed: int, count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def in_turn(task: Task, rows: Sequence[str]) -> Iterator[tuple[str, Drawn]]:
+    """Draw batch by batch, every row in each round; yields each row when its last batch is done."""
+    found = {row: Drawn() for row in rows}
+    for first in range(0, task.n, BATCH):
+        for row, drawn in found.items():
+            if row not in UNDRAWN:
+                draw(task, row, first, drawn)
+            if first + BATCH >= task.n:
+                yield row, drawn
+
+
+def measure(task: Task, row: str, drawn: Drawn, reference: Tensor) -> tuple[Columns, Tensor]:
+    """The columns of one row of the ablation, the switches or the sweep, and its pictures `[N, 3, size, size]`."""
+    columns: Columns = {}
+    if row in UNDRAWN:
+        images = quantised(render(FLOOR_SEED, task.n, task.size))
+        if row == "autoencoded":
+            images = torch.cat([_autoencoded(task.pipe, batch) for batch in images.split(BATCH)])
+    else:
+        images = torch.stack(drawn.images)
+        columns = _spread(drawn.seconds) if row not in SWITCHES else {}
+        columns["gflops"], columns["all_gflops"] = work(task.pipe, task.size, row)
+    swd = laplacian_swd(images, reference, generator=torch.Generator().manual_seed(0))
+    seam, *controls = seam_score(images, period=border(task.pipe)).values()
+    columns |= _discs(images, task.pipe) | {"swd": statistics.mean(swd.values()), "swd_fine": swd[max(swd)]}
+    columns |= {"spectrum": spectrum_distance(images, reference), "hf_ratio": high_frequency_ratio(images)}
+    return columns | {"seam": seam, "seam_control": max(controls)}, images
+
+
+def native_rows(pipe: Any, *, n: int, seed: int) -> dict[str, Columns]:
+    """Discs in `n` pictures drawn at native size, and in 512 true renders, which shows how good the detector is."""
+    native = native_size(pipe)[0]
+    ((_, drawn),) = in_turn(Task(pipe, n, native, seed), ["native"])
+    found = _discs(torch.stack(drawn.images), pipe) | _spread(drawn.seconds)
+    return {"native": found, "native-true": _discs(render(FLOOR_SEED, 512, native), pipe)}
+
+
+def word_rows(pipe: Any, *, n: int, seed: int) -> dict[str, Columns]:
+    """How often native pictures show the hour and the place that their prompt names; `n` pictures of each of the 12 pairs.
+
+    The hour is that of the true scenes whose mean sky colour is nearest; the place is the third of the picture that the
+    disc's centre lies in.
+    """
+    native = native_size(pipe)[0]
+    wanted = [(hour, place) for hour in TIMES for place in PLACES for _ in range(n)]
+    prompts = [f"a {'moon' if t == 'night' else 'sun'} {PHRASES[p][0]} over hills {PHRASES[t][0]}" for t, p in wanted]
+    batches = range(0, len(prompts), 4 * BATCH)
+    drawn = torch.stack([x for i in batches for x in _direct(pipe, prompts[i : i + 4 * BATCH], seed=seed + i, size=native)])
+    true, scenes = render(FLOOR_SEED, 256, native), [describe(FLOOR_SEED + i) for i in range(256)]
+    sky = torch.stack([sky_colors(true[[scene.time == hour for scene in scenes]]).mean(0) for hour in TIMES])
+    hours = [TIMES[int(i)] for i in torch.cdist(sky_colors(drawn), sky).argmin(1)]
+    places = [PLACES[min(2, int(3 * x))] if x == x else "none" for x in disc_columns(drawn).tolist()]
+    hour_share = statistics.mean(seen == hour for seen, (hour, _) in zip(hours, wanted, strict=True))
+    place_share = statistics.mean(seen == place for seen, (_, place) in zip(places, wanted, strict=True))
+    return {"words": {"n": len(wanted), "size": native, "hour": hour_share, "place": place_share}}
+
+
+def border(pipe: Any) -> int:
+    """Pixels between borders of the query patches."""
+    return patch_of(native_grid(pipe), 0)[0] * int(pipe.vae_scale_factor)
+
+
+def quantised(images: Tensor) -> Tensor:
+    """As in a picture file: what the pipeline draws is rounded too, and spectra of dark skies show that."""
+    return (images * 255).round() / 255
+
+
+def _spread(seconds: Sequence[float]) -> Columns:
+    return dict(zip((SPREAD[0], "seconds", SPREAD[1]), np.quantile(seconds, (0.2, 0.5, 0.8)).tolist(), strict=True))
+
+
+def _discs(images: Tensor, pipe: Any) -> Columns:
+    discs = count_discs(images, native=native_size(pipe)[0]).double()
+    return {"n": len(images), "size": images.shape[-1], "one_disc": (discs == 1).double().mean().item(), "discs": discs.mean().item()}
+
+
+@torch.no_grad()
+def _autoencoded(pipe: Any, images: Tensor) -> Tensor:
+    restored: Tensor = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample
+    return quantised((restored / 2 + 0.5).clamp(0, 1))
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+def write_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = 6) -> None:
+    """A contact sheet: one labelled row of pictures per method."""
+    size, header = next(iter(rows.values())).shape[-1], 14
+    count = min(columns, max(len(images) for images in rows.values()))
+    sheet = Image.new("RGB", (count * (size + 2) - 2, len(rows) * (size + header)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for top, (name, images) in zip(range(0, sheet.height, size + header), rows.items(), strict=True):
+        pen.text((2, top + 1), LABELS.get(name, name), fill="black")
+        for column, image in enumerate(images[:count]):
+            pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0)
+            sheet.paste(Image.fromarray(pixels.numpy()), (column * (size + 2), top + header))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
