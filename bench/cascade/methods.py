@@ -33,7 +33,7 @@ from scalediff.methods.demofusion import phase_sizes
 from scalediff.methods.multidiffusion import multidiffusion
 from scalediff.methods.views import corners
 from scalediff.patching.networks import denoiser_of, original_call
-from scalediff.patching.subclass import own_class
+from scalediff.patching.subclass import original_class
 from scalediff.settings import Settings
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
@@ -177,7 +177,7 @@ class Drawn:
         since = time.perf_counter()
         with torch.no_grad(), running.borrowed(self.pipe):
             complete = running.complete(self.pipe, arguments, settings)
-            latents = running.draw_latents(self.pipe, complete, size)
+            latents = running.generate_latents(self.pipe, complete, size)
             stage = running.finished(self.pipe, complete, latents, size, settings, index=1, of=1, since=since)
         if on_stage is not None:
             on_stage(stage)
@@ -214,7 +214,7 @@ class Drawn:
             with running.borrowed(self.pipe):
                 quarters = [
                     [
-                        running.draw_latents(self.pipe, arguments | {"latents": packed(self.pipe, quarter)}, (height, width))
+                        running.generate_latents(self.pipe, arguments | {"latents": packed(self.pipe, quarter)}, (height, width))
                         for quarter in half.split(x, dim=-1)
                     ]
                     for half in noise.split(y, dim=-2)
@@ -313,5 +313,5 @@ class Work:
 
 def _twin(network: nn.Module) -> Any:
     """The same network without weights, in fp32."""
-    cls: Any = own_class(type(network))
+    cls: Any = original_class(type(network))
     return cls.from_config(network.config).eval()

@@ -18,7 +18,7 @@ from scalediff.families.grid import Grid
 from scalediff.methods.demofusion import phase_sizes
 from scalediff.methods.views import corners
 from scalediff.patching.networks import denoiser_of
-from scalediff.patching.subclass import own_class
+from scalediff.patching.subclass import original_class
 
 # Keyword arguments of scalediff.generate for every row that the cascade draws.
 ABLATION: dict[str, dict[str, Any]] = {
@@ -148,7 +148,7 @@ def work(pipe: Any, size: int, row: str) -> Work:
 
 
 def _twin(network: nn.Module) -> Any:
-    cls: Any = own_class(type(network))
+    cls: Any = original_class(type(network))
     return cls.from_config(network.config).eval()
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from scalediff.cascade.pipeline import cascade_of, native_size
 from scalediff.patching.handle import Handle
 from scalediff.patching.hooks import patch_networks
-from scalediff.patching.networks import handle_of, nets_of
+from scalediff.patching.networks import handle_of, networks_of
 from scalediff.patching.subclass import is_patched
 from scalediff.settings import Attention, Settings
 
@@ -48,7 +48,7 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
     with ExitStack() as undo:
         undo.enter_context(kept(pipe))
         if handle is None and settings.attention == "npa":
-            nets = nets_of(pipe)  # ControlNets that the caller has patched by themselves stay as they are
+            nets = networks_of(pipe)  # ControlNets that the caller has patched by themselves stay as they are
             whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
             handle = undo.enter_context(patch_networks(whole, jitter=settings.jitter or "none"))
         if vae_attention not in get_args(Attention):
@@ -85,12 +85,12 @@ def _attends(part: nn.Module) -> bool:
     return any(hasattr(module, "to_q") for module in part.modules())
 
 
-Respond = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-_RESPOND = "_scalediff_respond"
+DenoiserInterceptor = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_INTERCEPTOR = "_scalediff_respond"
 
 
 @contextmanager
-def answering(pipe: Any, respond: Respond) -> Iterator[None]:
+def intercept_denoiser(pipe: Any, respond: DenoiserInterceptor) -> Iterator[None]:
     """Within, every call that the pipeline makes of its denoiser is `respond(the call as it was, args, kwargs)`.
 
     The denoiser gets a class with another call for that long, on top of whatever it is: patched, compiled, offloaded. What responds is
@@ -98,22 +98,22 @@ def answering(pipe: Any, respond: Respond) -> Iterator[None]:
     """
     owner: Any = next(part for name in ("unet", "transformer") if isinstance(part := getattr(pipe, name, None), nn.Module))
     cls: Any = type(owner)
-    owner.__dict__[_RESPOND] = respond
-    owner.__class__ = _answering(cls)
+    owner.__dict__[_INTERCEPTOR] = respond
+    owner.__class__ = _intercepting_subclass(cls)
     try:
         yield
     finally:
         owner.__class__ = cls
-        del owner.__dict__[_RESPOND]
+        del owner.__dict__[_INTERCEPTOR]
 
 
 @functools.cache  # a graph that was compiled for the class serves the next run
-def _answering(cls: type) -> type:
+def _intercepting_subclass(cls: type) -> type:
     forward: Any = cls.__call__
 
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_RESPOND](functools.partial(forward, self), args, kwargs)
+        return self.__dict__[_INTERCEPTOR](functools.partial(forward, self), args, kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
@@ -148,7 +148,7 @@ def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> 
             return _joined(output, output)
         return _joined(run(first), run(second)) if split else forward(*args, **kwargs)
 
-    with answering(pipe, respond):
+    with intercept_denoiser(pipe, respond):
         yield
 
 

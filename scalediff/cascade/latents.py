@@ -20,8 +20,8 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     """`[B, 3, height, width]` in [-1, 1]."""
     mean, std = _latent_statistics(pipe.vae, latents)
     latents = latents * std / _scale(pipe.vae) + mean
-    with _in_range(pipe.vae) as vae:
-        if _of_frames(vae):
+    with _upcast_vae(pipe.vae) as vae:
+        if _is_video_vae(vae):
             return vae.decode(latents[:, :, None].to(vae.dtype)).sample[:, :, 0]  # type: ignore[no-any-return]
         image: Tensor = vae.decode(latents.to(vae.dtype)).sample
     return image
@@ -29,15 +29,15 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 
 def encode(pipe: Any, image: Tensor) -> Tensor:
     """`[B, C, Y, X]`, the mode of the posterior; the inverse of `decode` as far as the autoencoder goes."""
-    with _in_range(pipe.vae) as vae:
-        frames = _of_frames(vae)
+    with _upcast_vae(pipe.vae) as vae:
+        frames = _is_video_vae(vae)
         latents: Tensor = vae.encode((image[:, :, None] if frames else image).to(vae.dtype)).latent_dist.mode()
     latents = latents[:, :, 0] if frames else latents
     mean, std = _latent_statistics(pipe.vae, latents)
     return latents.sub(mean).mul(_scale(pipe.vae)).div(std)
 
 
-def _of_frames(vae: Any) -> bool:
+def _is_video_vae(vae: Any) -> bool:
     """Whether an autoencoder is one for videos, which Qwen-Image uses for a picture as a single frame."""
     return type(vae).__name__ == "AutoencoderKLQwenImage"
 
@@ -68,7 +68,7 @@ def unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @contextmanager
-def _in_range(vae: Any) -> Iterator[Any]:
+def _upcast_vae(vae: Any) -> Iterator[Any]:
     """diffusers' rule: an fp16 autoencoder whose config says `force_upcast` overflows, and runs in fp32."""
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if upcast:
@@ -90,7 +90,7 @@ def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def pictures_of(pipe: Any, decoded: Tensor) -> list[Any]:
+def to_pil_images(pipe: Any, decoded: Tensor) -> list[Any]:
     """PIL pictures, through the pipeline's safety checker where it has one."""
     flagged = None
     if getattr(pipe, "safety_checker", None) is not None:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from scalediff.cascade.borrowing import answering, kept, sample_of
-from scalediff.cascade.pipeline import cascade_of, own_call
+from scalediff.cascade.borrowing import intercept_denoiser, kept, sample_of
+from scalediff.cascade.pipeline import call_pipeline, cascade_of
 from scalediff.cost.flops import FACTOR, MODELS, built, passes_of_a_step, stages
-from scalediff.cost.tally import peak_of
-from scalediff.patching.networks import denoiser_of, nets_of
-from scalediff.patching.subclass import own_class
+from scalediff.cost.tally import peak_bytes
+from scalediff.patching.networks import denoiser_of, networks_of
+from scalediff.patching.subclass import original_class
 
 MARGIN = 2**30  # bytes: a process with torch, or a CUDA context and the workspaces of its libraries; not measured yet
 _TILES = 1.8  # pictures that tiles are together: they overlap by a quarter of a side
@@ -77,12 +77,12 @@ class Estimate:
         less = {words: size for words, size in more.items() if size < peak}
         for words, size in less.items():
             if room is not None and size <= room:
-                return f"{words} it takes about {gib(size)}"
-        takes = ", ".join([f"{gib(peak)} as it is", *(f"{gib(size)} {words}" for words, size in less.items())])
+                return f"{words} it takes about {format_gib(size)}"
+        takes = ", ".join([f"{format_gib(peak)} as it is", *(f"{format_gib(size)} {words}" for words, size in less.items())])
         return f"by estimate it takes {takes}; else a smaller size, a smaller dtype, or pipe.enable_group_offload"
 
 
-def gib(size: float) -> str:
+def format_gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
@@ -98,9 +98,9 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
     weights = _weights(parts)
     denoiser, vae = denoiser_of(pipe), pipe.vae
     weights["denoiser"] = weights.pop(next(name for name in ("unet", "transformer") if name in weights))
-    args, kwargs, batch = _first_call(pipe, arguments, size)
-    with _explained(denoiser):
-        held = peak_of(functools.partial(_twin(denoiser), *args, **kwargs))
+    args, kwargs, batch = _first_denoiser_call(pipe, arguments, size)
+    with _wrap_meta_errors(denoiser):
+        held = peak_bytes(functools.partial(_meta_copy(denoiser), *args, **kwargs))
     halves = 2 if cascade_of(pipe).conditional and sample_of(args, kwargs).shape[0] == 2 * batch else 1
     return Estimate(weights, held, halves, vae_bytes(vae, size, batch, tiled=False), vae_bytes(vae, size, batch, tiled=True))
 
@@ -114,15 +114,15 @@ def planned(name: str, size: tuple[int, int]) -> Estimate:
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     model = MODELS[name]
-    denoiser, vae = (_in_dtype(part, torch.bfloat16) for part in built(model))
+    denoiser, vae = (_cast(part, torch.bfloat16) for part in built(model))
     with torch.device("meta"):
-        texts = [_in_dtype(part, torch.bfloat16) for part in model.texts()]
+        texts = [_cast(part, torch.bfloat16) for part in model.texts()]
     passes = passes_of_a_step(model, stages(model, denoiser, size)[0])
     inputs = model.inputs(size[0] // FACTOR, size[1] // FACTOR)
     batch = tree_map_only(Tensor, lambda x: torch.cat([x] * passes) if passes > 1 and x.ndim else x, inputs)
     batch = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, batch)
     parts = {"denoiser": denoiser, "vae": vae, **{f"text_encoder_{i}": part for i, part in enumerate(texts)}}
-    held = peak_of(functools.partial(denoiser, **batch))
+    held = peak_bytes(functools.partial(denoiser, **batch))
     return Estimate(_weights(parts), held, passes, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
 
 
@@ -141,7 +141,7 @@ def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> in
     tile = getattr(vae, "tile_sample_min_size", getattr(vae, "tile_sample_min_height", None))
     if not tiled or tile is None or max(size) <= tile:
         config = tuple(sorted((name, repr(value)) for name, value in vae.config.items()))
-        key = own_class(type(vae)), config, size, batch, dtype
+        key = original_class(type(vae)), config, size, batch, dtype
         if key not in _KNOWN:
             _KNOWN[key] = _vae_bytes(vae, size, batch, dtype)
         return _KNOWN[key]
@@ -154,13 +154,13 @@ _KNOWN: dict[Any, int] = {}  # bytes, by all that they depend on
 
 
 def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
-    with _explained(vae):
-        twin = _in_dtype(_twin(vae), dtype)
+    with _wrap_meta_errors(vae):
+        twin = _cast(_meta_copy(vae), dtype)
         frame = (1,) if type(vae).__name__ == "AutoencoderKLQwenImage" else ()
         picture = torch.empty(batch, 3, *frame, *size, device="meta", dtype=dtype)
         latents: list[Tensor] = []
-        encoding = peak_of(lambda: latents.append(twin.encode(picture).latent_dist.mode()))
-        decoding = peak_of(lambda: twin.decode(latents[0]).sample)
+        encoding = peak_bytes(lambda: latents.append(twin.encode(picture).latent_dist.mode()))
+        decoding = peak_bytes(lambda: twin.decode(latents[0]).sample)
     return max(encoding, decoding)
 
 
@@ -168,17 +168,17 @@ def room(device: torch.device) -> int | None:
     """Bytes that a device has for a run now, with what this process has put there already; None where it cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return _of_machine("MemAvailable") if device.type == "cpu" else None
+    return _read_meminfo("MemAvailable") if device.type == "cpu" else None
 
 
 def capacity(device: torch.device) -> int | None:
     """Bytes that a device has in all; None where it cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return _of_machine("MemTotal") if device.type == "cpu" else None
+    return _read_meminfo("MemTotal") if device.type == "cpu" else None
 
 
-def _of_machine(field: str) -> int | None:
+def _read_meminfo(field: str) -> int | None:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -190,7 +190,7 @@ def is_offloaded(pipe: Any) -> bool:
     return any(hasattr(part, "_hf_hook") for part in pipe.components.values())
 
 
-def wants_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
+def needs_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
     """Whether the autoencoder would not fit beside the weights, for pictures of a size, as far as that can be told.
 
     It depends on the machine and not on what is free just now: one seed is one picture.
@@ -207,7 +207,7 @@ def wants_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
     return sum(weights.values()) + needed + MARGIN > there
 
 
-def pictures_in(arguments: Mapping[str, Any]) -> int:
+def images_per_call(arguments: Mapping[str, Any]) -> int:
     """How many pictures a pipeline's call draws at once."""
     prompts = arguments.get("prompt")
     prompts = arguments.get("prompt_embeds") if prompts is None else prompts
@@ -242,32 +242,32 @@ def out_of_memory(
         advice = estimate(pipe, arguments, size).advice(there, tiled=tiled, split=split, offloaded=is_offloaded(pipe))
     except (NotImplementedError, RuntimeError) as why:
         advice = f"no estimate: {why}"
-    has = f", which has {gib(there)}" if there is not None else ""
+    has = f", which has {format_gib(there)}" if there is not None else ""
     raise torch.OutOfMemoryError(f"{stage}, {size[0]} x {size[1]}, ran out of memory on {device}{has}; {advice}") from failed
 
 
-class _Seen(Exception):
+class _DenoiserCalled(Exception):
     """The denoiser was called: carries its arguments."""
 
 
-def _first_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+def _first_denoiser_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any], int]:
     """What the pipeline calls its denoiser with at a size, and how many pictures that is for."""
-    if len(nets_of(pipe)) > 1:
+    if len(networks_of(pipe)) > 1:
         raise NotImplementedError("the memory of a pipeline with a ControlNet cannot be told without running that")
 
     def seen(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Seen(args, kwargs)
+        raise _DenoiserCalled(args, kwargs)
 
     own = {name: value for name, value in arguments.items() if name not in ("latents", "callback_on_step_end")}
     changes = {"height": size[0], "width": size[1], "generator": torch.Generator(), "output_type": "latent", "return_dict": False}
     try:
-        with torch.no_grad(), kept(pipe), answering(pipe, seen):
+        with torch.no_grad(), kept(pipe), intercept_denoiser(pipe, seen):
             pipe.scheduler = copy.deepcopy(pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
-            own_call(pipe, {**own, **changes})
-    except _Seen as call:
+            call_pipeline(pipe, {**own, **changes})
+    except _DenoiserCalled as call:
         args, kwargs = call.args
-        return args, kwargs, pictures_in(arguments)
+        return args, kwargs, images_per_call(arguments)
     except Exception as error:  # whatever foreign code stumbles over
         raise NotImplementedError(f"the memory of {type(pipe).__name__} cannot be told: {error}") from error
     finally:
@@ -276,19 +276,19 @@ def _first_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) 
     raise NotImplementedError(f"{type(pipe).__name__} does not call its denoiser")
 
 
-def _twin(network: Any) -> Any:
+def _meta_copy(network: Any) -> Any:
     """The same network without weights."""
     with torch.device("meta"):
-        twin = own_class(type(network)).from_config(network.config)  # type: ignore[attr-defined]
-    return _in_dtype(twin, network.dtype)
+        twin = original_class(type(network)).from_config(network.config)  # type: ignore[attr-defined]
+    return _cast(twin, network.dtype)
 
 
-def _in_dtype(twin: Any, dtype: torch.dtype) -> Any:
+def _cast(twin: Any, dtype: torch.dtype) -> Any:
     return nn.Module.to(twin, dtype).eval()  # not diffusers' own, which warns of what does not matter without weights
 
 
 @contextmanager
-def _explained(network: nn.Module) -> Iterator[None]:
+def _wrap_meta_errors(network: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever foreign code stumbles over on a device without values

@@ -83,7 +83,7 @@ def stage_sizes(
     return [(int(y), int(x)) for y, x in given]
 
 
-def own_call(pipe: Any, arguments: Mapping[str, Any]) -> Any:
+def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Any:
     """The pipeline's own call, with lists of its own: Z-Image's writes its chat template into a list of prompts."""
     copied = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
     return original_call(pipe)(pipe, **copied)

@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from scalediff.cascade.borrowing import borrowed, guidance_in_halves, tiled
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
-from scalediff.cascade.latents import decode, encode, packed, pictures_of, unpacked
-from scalediff.cascade.memory import out_of_memory, pictures_in, wants_tiling
-from scalediff.cascade.pipeline import Sizes, cascade_of, check_run, native_size, own_call
+from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
+from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
+from scalediff.cascade.pipeline import Sizes, call_pipeline, cascade_of, check_run, native_size
 from scalediff.cascade.progress import Progress
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, recording_scheduler, upsampled
-from scalediff.cascade.stage import Around, Stage
+from scalediff.cascade.stage import RunOptions, Stage
 from scalediff.cascade.workdir import Saved
 from scalediff.patching.handle import Handle
 from scalediff.settings import PerStage, Settings
@@ -44,7 +44,7 @@ def run(
     arguments: Mapping[str, Any],
     sizes: Sizes,
     settings: Settings,
-    around: Around,
+    around: RunOptions,
     *,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
@@ -68,7 +68,7 @@ class _Run:
         arguments: Mapping[str, Any],
         sizes: list[tuple[int, int]],
         settings: Settings,
-        around: Around,
+        around: RunOptions,
         handle: Handle | None,
         base: tuple[int, int],
     ) -> None:
@@ -111,7 +111,7 @@ class _Run:
         self.decoded = decode(self.pipe, self.latents)
         if self.around.on_stage is None:
             return
-        images, seconds = pictures_of(self.pipe, self.decoded), time.perf_counter() - since
+        images, seconds = to_pil_images(self.pipe, self.decoded), time.perf_counter() - since
         if self.around.workdir is not None and not getattr(self.pipe, "interrupt", False):
             states, in_tiles = states_of(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
             trajectory = self.trajectory if index == 1 else []
@@ -127,7 +127,7 @@ class _Run:
             self.trajectory = saved.trajectory
         set_states(self.arguments["generator"], saved.states)
         self.progress.skip(index)
-        self._tell(index, pictures_of(self.pipe, self.decoded), saved.seconds)
+        self._tell(index, to_pil_images(self.pipe, self.decoded), saved.seconds)
 
     def _tell(self, index: int, images: list[Any], seconds: float) -> None:
         if self.around.on_stage is not None:
@@ -155,7 +155,7 @@ class _Run:
             pipe.set_progress_bar_config(disable=True)
         self.progress.begin(index)
         with guidance_in_halves(pipe, unguided_from=unguided, split=self.around.split_guidance):
-            result = own_call(pipe, {**self.arguments, **changes, **output})
+            result = call_pipeline(pipe, {**self.arguments, **changes, **output})
         if not restarts and len(self.sizes) > 1:
             self.asked = pipe.scheduler.asked
         return result
@@ -227,7 +227,7 @@ class _Run:
         """Whether the autoencoder is to tile; None: as it does."""
         if self.around.vae_tiling is not None:
             return self.around.vae_tiling
-        return wants_tiling(self.pipe, size, pictures_in(self.arguments)) or None
+        return needs_tiling(self.pipe, size, images_per_call(self.arguments)) or None
 
     def _progress(self) -> Progress:
         calls = [self._calls(i) for i in range(1, len(self.sizes) + 1)]
@@ -239,7 +239,7 @@ class _Run:
         shrunk = math.sqrt(math.prod(native_size(self.pipe)) / math.prod(self.sizes[index - 1]))
         if shrunk < 1:
             latents = F.interpolate(latents, scale_factor=shrunk, mode="area")
-        return pictures_of(self.pipe, decode(self.pipe, latents))
+        return to_pil_images(self.pipe, decode(self.pipe, latents))
 
     def _rehearsed(self) -> Mapping[str, Any]:
         """What the pipeline would ask of its scheduler for a picture of the base size: its call, with a schedule of no steps."""
@@ -247,7 +247,7 @@ class _Run:
         if self.around.progress is not None:
             self.pipe.set_progress_bar_config(disable=True)
         changes = {"height": self.base[0], "width": self.base[1], "generator": fresh_generator()}
-        own_call(self.pipe, {**self.arguments, **changes, **_LATENT})
+        call_pipeline(self.pipe, {**self.arguments, **changes, **_LATENT})
         asked: Mapping[str, Any] = self.pipe.scheduler.asked
         self.pipe.scheduler = self.scheduler
         return asked
@@ -256,7 +256,7 @@ class _Run:
         """The pipeline's own return value for the latents of now: its call, with a schedule of no steps."""
         self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, kept=0, guidance=Guidance(None, 1.0))
         changes = {"height": size[0], "width": size[1], "latents": packed(self.pipe, self.latents), "num_inference_steps": 1}
-        return own_call(self.pipe, {**self.arguments, **changes})
+        return call_pipeline(self.pipe, {**self.arguments, **changes})
 
 
 def _one(value: PerStage) -> float:

@@ -39,7 +39,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Around:
+class RunOptions:
     """What goes on beside a run.
 
     Attributes:

@@ -103,7 +103,7 @@ def _write(path: Path, write: Any) -> None:
         part.unlink(missing_ok=True)
 
 
-def fingerprint(networks: Sequence[nn.Module]) -> str:
+def fingerprint_weights(networks: Sequence[nn.Module]) -> str:
     """A short hash that tells networks with other weights, adapters or scales: of a few numbers of every parameter."""
     parts, scales = [], []
     for network in networks:

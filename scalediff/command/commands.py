@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from dataclasses import asdict
 
-from scalediff.cascade.memory import gib, planned
+from scalediff.cascade.memory import format_gib, planned
 from scalediff.cascade.metadata import read_metadata
 from scalediff.command.loading import UsageError
 from scalediff.cost.flops import MODELS, built, count
@@ -38,7 +38,7 @@ def show_plan(options: Namespace) -> None:
     print(f"{'share':>28}" + "".join(f"{share[part]:>13.1%}" for part in parts))
     print("memory of a GPU in bf16, an estimate that no device has confirmed yet:")
     for way, peak in ways.items():
-        print(f"{gib(peak):>12}  {way}")
+        print(f"{format_gib(peak):>12}  {way}")
 
 
 def show_models(options: Namespace) -> None:

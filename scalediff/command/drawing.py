@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from scalediff.cascade.memory import estimate, gib, is_offloaded, room, wants_tiling
+from scalediff.cascade.memory import estimate, format_gib, is_offloaded, needs_tiling, room
 from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import cascade_of, check_run, named_preset, native_size, stage_sizes
 from scalediff.cascade.progress import Step
@@ -30,7 +30,7 @@ from scalediff.draw import Result, generate, upscale
 from scalediff.settings import Settings
 
 # Fields of Settings that have an option each.
-_SWITCHES = (
+_SETTING_OPTIONS = (
     "steps", "restart", "guidance_scale", "guidance_until", "attention", "jitter", "lfm", "sg", "lfm_cutoff", "sg_cutoff",
     "sg_cutoff_start", "filter", "anchor", "size_conditioning",
 )  # fmt: skip
@@ -48,18 +48,18 @@ class Job:
 def generate_pictures(options: Namespace) -> None:
     """Draw a picture for every prompt and seed, save every stage as it ends, and compare if asked."""
     jobs = _jobs(options, _prompts(options))
-    pipe = _loaded(options)
+    pipe = _load_pipeline(options)
     settings = _settings(pipe, options)
     native = native_size(pipe)
     height, width = options.size or (4 * native[0], 4 * native[1])
     sizes = stage_sizes(pipe, height, width, options.sizes)
     check_run(pipe, {}, sizes, settings, restarts=len(sizes) - 1)
-    _tell_memory(pipe, options, jobs[0], (height, width), settings)
+    _print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
-        _say(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {_device_name(pipe)}")
+        _print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {_device_name(pipe)}")
         told = {"sizes": [f"{h}x{w}" for h, w in sizes]}
-        with _saved(pipe, options, job, told) as (keep, written):
-            how = _how(pipe, options, job, settings, several=len(jobs) > 1)
+        with _stage_saver(pipe, options, job, told) as (keep, written):
+            how = _run_arguments(pipe, options, job, settings, several=len(jobs) > 1)
             result = generate(pipe, job.prompt, height=height, width=width, sizes=options.sizes, **how, on_stage=keep)
             seconds = _tell(result, job, options)
             if options.compare:
@@ -68,7 +68,7 @@ def generate_pictures(options: Namespace) -> None:
                 metadata = _metadata(pipe, options, job, result.settings) | told | {"kind": "comparison", "panels": list(panels)}
                 save_png(side_by_side(list(panels.values()), list(panels)), path, metadata=metadata)
                 written.append(path)
-                _say(f"{path}: {' | '.join(panels)}")
+                _print_status(f"{path}: {' | '.join(panels)}")
 
 
 def upscale_pictures(options: Namespace) -> None:
@@ -77,17 +77,17 @@ def upscale_pictures(options: Namespace) -> None:
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
         raise UsageError(f"--out must be another file than the picture itself, got {options.file}")
     image = open_picture(options.file)
-    pipe = _loaded(options)
+    pipe = _load_pipeline(options)
     settings = _settings(pipe, options)
     height, width = options.size or (2 * image.height, 2 * image.width)
     told = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
     check_scheduler(pipe.scheduler)
     stage_sizes(pipe, height, width)
-    _tell_memory(pipe, options, jobs[0], (height, width), settings)
+    _print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
-        _say(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {_device_name(pipe)}")
-        with _saved(pipe, options, job, told) as (keep, _):
-            how = _how(pipe, options, job, settings, several=len(jobs) > 1)
+        _print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {_device_name(pipe)}")
+        with _stage_saver(pipe, options, job, told) as (keep, _):
+            how = _run_arguments(pipe, options, job, settings, several=len(jobs) > 1)
             _tell(upscale(pipe, image, job.prompt, height=height, width=width, sizes=options.sizes, **how, on_stage=keep), job, options)
 
 
@@ -121,7 +121,7 @@ def _jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Jo
     return list(jobs.values())
 
 
-def _loaded(options: Namespace) -> Any:
+def _load_pipeline(options: Namespace) -> Any:
     return load_model(
         options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler, spacing=options.timestep_spacing,
         low_memory=options.low_memory,
@@ -130,11 +130,11 @@ def _loaded(options: Namespace) -> Any:
 
 def _settings(pipe: Any, options: Namespace) -> Settings:
     """The preset's, but for what the line names."""
-    named = {name: getattr(options, name) for name in _SWITCHES if getattr(options, name) is not None}
+    named = {name: getattr(options, name) for name in _SETTING_OPTIONS if getattr(options, name) is not None}
     return replace(named_preset(pipe, options.preset).settings, **named)
 
 
-def _how(pipe: Any, options: Namespace, job: Job, settings: Settings, *, several: bool) -> dict[str, Any]:
+def _run_arguments(pipe: Any, options: Namespace, job: Job, settings: Settings, *, several: bool) -> dict[str, Any]:
     """Arguments that drawing and enlarging share."""
     preset = named_preset(pipe, options.preset)
     return {
@@ -146,24 +146,24 @@ def _how(pipe: Any, options: Namespace, job: Job, settings: Settings, *, several
         "vae_tiling": _tiling(options),
         "vae_attention": options.vae_attention,
         "split_guidance": options.low_memory or options.split_guidance,
-        "on_step": _previewing(options.preview, job) if options.preview else None,
+        "on_step": _preview_callback(options.preview, job) if options.preview else None,
     }
 
 
-def _previewing(every: int, job: Job) -> Callable[[Step], None]:
+def _preview_callback(every: int, job: Job) -> Callable[[Step], None]:
     def show(step: Step) -> None:
         if step.step % every == 0:
             told = {"prompt": job.prompt, "seed": job.seed, "stage": f"{step.stage}/{step.stages}", "step": f"{step.step}/{step.steps}"}
-            save_png(step.preview()[0], _preview_of(job), metadata=told)
+            save_png(step.preview()[0], _preview_path(job), metadata=told)
 
     return show
 
 
-def _preview_of(job: Job) -> Path:
+def _preview_path(job: Job) -> Path:
     return job.out.with_name(f"{job.out.stem}.preview.png")
 
 
-def _tell_memory(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
+def _print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
     """Say what the run will need, what there is, and what to do where that is too little; on a CPU use it where there is much."""
     arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
     if options.negative_prompt is not None:
@@ -171,19 +171,22 @@ def _tell_memory(pipe: Any, options: Namespace, job: Job, size: tuple[int, int],
     try:
         needs = estimate(pipe, arguments, size)
     except NotImplementedError as why:
-        _say(f"memory: no estimate: {one_line(why)}")
+        _print_status(f"memory: no estimate: {one_line(why)}")
         return
     tiling = _tiling(options)
     now = {
-        "tiled": wants_tiling(pipe, size, 1) if tiling is None else tiling,
+        "tiled": needs_tiling(pipe, size, 1) if tiling is None else tiling,
         "split": options.low_memory or options.split_guidance,
         "offloaded": is_offloaded(pipe),
     }
     peak, there = needs.peak(**now), room(pipe._execution_device)
     if there is None:
-        _say(f"memory: about {gib(peak)}")
+        _print_status(f"memory: about {format_gib(peak)}")
     else:
-        _say(f"memory: about {gib(peak)} of {gib(there)}" + (f": too little; {needs.advice(there, **now)}" if peak > there else ""))
+        _print_status(
+            f"memory: about {format_gib(peak)} of {format_gib(there)}"
+            + (f": too little; {needs.advice(there, **now)}" if peak > there else "")
+        )
         if pipe._execution_device.type == "cpu" and KEPT * peak <= there:
             keep_freed_memory()
 
@@ -195,7 +198,7 @@ def _tiling(options: Namespace) -> bool | None:
 
 
 @contextmanager
-def _saved(pipe: Any, options: Namespace, job: Job, told: Mapping[str, Any]) -> Iterator[tuple[Callable[[Stage], None], list[Path]]]:
+def _stage_saver(pipe: Any, options: Namespace, job: Job, told: Mapping[str, Any]) -> Iterator[tuple[Callable[[Stage], None], list[Path]]]:
     """What saves a stage, with what is told of the run, when it ends, and the files so far; an interruption names them."""
     written: list[Path] = []
     if pipe._execution_device.type == "cuda":
@@ -204,24 +207,24 @@ def _saved(pipe: Any, options: Namespace, job: Job, told: Mapping[str, Any]) -> 
     def keep(stage: Stage) -> None:
         last = stage.index == stage.of
         path = job.out if last else job.out.with_name(f"{job.out.stem}.stage{stage.index}-{stage.height}x{stage.width}.png")
-        save_png(stage.images[0], path, metadata={**_metadata(pipe, options, job, stage.settings), **told, **_of_stage(stage)})
+        save_png(stage.images[0], path, metadata={**_metadata(pipe, options, job, stage.settings), **told, **_stage_metadata(stage)})
         written.append(path)
 
     try:
         yield keep, written
     except KeyboardInterrupt:
-        _say("interrupted; finished: " + (", ".join(map(str, written)) or "nothing yet"))
+        _print_status("interrupted; finished: " + (", ".join(map(str, written)) or "nothing yet"))
         raise
-    _preview_of(job).unlink(missing_ok=True)
+    _preview_path(job).unlink(missing_ok=True)
 
 
 def _tell(result: Result, job: Job, options: Namespace) -> float:
     """Say what has been drawn; returns its seconds."""
     last, seconds = result.stages[-1], sum(stage.seconds for stage in result.stages)
-    _say(f"{job.out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory(last.latents.device)}")
+    _print_status(f"{job.out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory(last.latents.device)}")
     if options.json:
         told = {"file": str(job.out), "prompt": job.prompt, "seed": job.seed, "seconds": round(seconds, 3)}
-        stages = [_of_stage(stage) for stage in result.stages]
+        stages = [_stage_metadata(stage) for stage in result.stages]
         print(json.dumps({**told, "settings": asdict(result.settings), "stages": stages}, ensure_ascii=False), flush=True)
     return seconds
 
@@ -277,7 +280,7 @@ def _metadata(pipe: Any, options: Namespace, job: Job, settings: Settings) -> di
     }
 
 
-def _of_stage(stage: Stage) -> dict[str, Any]:
+def _stage_metadata(stage: Stage) -> dict[str, Any]:
     place = f"{stage.index}/{stage.of}"
     return {"stage": place, "height": stage.height, "width": stage.width, "steps": stage.steps, "seconds": round(stage.seconds, 3)}
 
@@ -310,5 +313,5 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
 
 
-def _say(line: str) -> None:
+def _print_status(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ def load_model(
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    place = place_of(device)
+    place = parse_device(device)
     if dtype == "auto":
         dtype = "fp32" if place.type == "cpu" or name == "demo" else "bf16"
     try:
@@ -74,7 +74,7 @@ def load_model(
     return pipe
 
 
-def place_of(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
     """A device that can hold a tensor; "auto" is the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

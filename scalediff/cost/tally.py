@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-def peak_of(run: Callable[[], Any]) -> int:
+def peak_bytes(run: Callable[[], Any]) -> int:
     """Bytes of the tensors that are alive at the worst moment of a computation on the meta device, beside those that it is given.
 
     Whole numbers, vectors and tables of positions are computed on the CPU, where the code looks at them.

@@ -146,15 +146,15 @@ def demofusion(
             since = time.perf_counter()
             running.show_progress(pipe, progress, index=phase, of=len(sizes), size=pixels)
             if phase == 1:
-                latents = base = running.draw_latents(pipe, arguments, pixels)
+                latents = base = running.generate_latents(pipe, arguments, pixels)
                 jitter = _own_generator(arguments["generator"]) if options.jitter else None  # now: the first phase is the pipeline's own
             else:
                 canvas = Canvas.of(pipe, pixels, phase, options, jitter)
                 pipe.scheduler = _skipping(scheduler, _enlarged(latents, canvas.size), arguments, options)
                 pipe.scheduler.set_timesteps(steps)
                 start = {"latents": pipe.scheduler.trajectory(pipe.scheduler.timesteps[0])}
-                with running.answered_by(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=_NAME):
-                    latents = standardised(running.draw_latents(pipe, {**arguments, **start}, pixels), base)
+                with running.replace_denoiser(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=_NAME):
+                    latents = standardised(running.generate_latents(pipe, {**arguments, **start}, pixels), base)
             stages.append(running.finished(pipe, arguments, latents, pixels, settings, index=phase, of=len(sizes), since=since))
             if on_stage is not None:
                 on_stage(stages[-1])

@@ -105,7 +105,7 @@ def multidiffusion(
     with running.borrowed(pipe):
         running.show_progress(pipe, progress, index=1, of=1, size=size)
         if len(where) == 1:
-            latents = running.draw_latents(pipe, arguments, size)
+            latents = running.generate_latents(pipe, arguments, size)
         else:
             running.inputs_of(pipe, _NAME)
             running.check_linear(pipe, arguments, SCHEDULERS, _NAME)
@@ -118,8 +118,8 @@ def multidiffusion(
                 views = [denoise.latents[..., y : y + window[0], x : x + window[1]] for y, x in where]
                 return average(denoise(views), where, whole)
 
-            with running.answered_by(pipe, mean_of_views, size=whole, view_batch=options.view_batch, method=_NAME):
-                latents = running.draw_latents(pipe, arguments, size)
+            with running.replace_denoiser(pipe, mean_of_views, size=whole, view_batch=options.view_batch, method=_NAME):
+                latents = running.generate_latents(pipe, arguments, size)
         stage = running.finished(pipe, arguments, latents, size, settings, index=1, of=1, since=since)
     if on_stage is not None:
         on_stage(stage)

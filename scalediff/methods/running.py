@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from scalediff.cascade.borrowing import answering, kept, tiled
+from scalediff.cascade.borrowing import intercept_denoiser, kept, tiled
 from scalediff.cascade.generators import fresh_generator
-from scalediff.cascade.latents import decode, pictures_of, unpack
-from scalediff.cascade.memory import out_of_memory, pictures_in, wants_tiling
-from scalediff.cascade.pipeline import cascade_of, own_call
+from scalediff.cascade.latents import decode, to_pil_images, unpack
+from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
+from scalediff.cascade.pipeline import call_pipeline, cascade_of
 from scalediff.cascade.stage import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods.views import INPUTS, Denoise, Inputs
@@ -79,7 +79,7 @@ def borrowed(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def answered_by(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, view_batch: int, method: str) -> Iterator[None]:
+def replace_denoiser(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, view_batch: int, method: str) -> Iterator[None]:
     """Within, every call that the pipeline makes of its denoiser is answered by `compute`, `[B, C, Y, X]` from a `Denoise`.
 
     The denoiser gets a class with another call for that long, on top of whatever it is: patched, compiled, offloaded.
@@ -96,14 +96,14 @@ def answered_by(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, 
         denoise = Denoise(forward, given, inputs, size=size, patch=patch, view_batch=view_batch)
         return denoise.answer(compute(denoise))
 
-    with answering(pipe, respond):
+    with intercept_denoiser(pipe, respond):
         yield
 
 
-def draw_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
+def generate_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
     """`[B, C, Y, X]` by the pipeline's own call, for a picture of a size in pixels."""
     changes = {"height": size[0], "width": size[1], "output_type": "latent", "return_dict": False}
-    latents: Tensor = own_call(pipe, {**arguments, **changes})[0]
+    latents: Tensor = call_pipeline(pipe, {**arguments, **changes})[0]
     packed = cascade_of(pipe).packed
     return unpack(latents, latent_size(pipe, size)) if packed else latents
 
@@ -127,10 +127,10 @@ def finished(
         torch.OutOfMemoryError: names the stage, and what would fit.
     """
     steps = arguments["num_inference_steps"]
-    tiles = wants_tiling(pipe, size, pictures_in(arguments)) or None
+    tiles = needs_tiling(pipe, size, images_per_call(arguments)) or None
     now = {"tiled": bool(tiles or getattr(pipe.vae, "use_tiling", False)), "split": False}
     with tiled(pipe.vae, on=tiles), out_of_memory(pipe, pipe.scheduler, arguments, size, f"stage {index} of {of}", **now):
-        images = pictures_of(pipe, decode(pipe, latents))
+        images = to_pil_images(pipe, decode(pipe, latents))
     seconds = time.perf_counter() - since
     return Stage(
         index=index, of=of, height=size[0], width=size[1], images=images, latents=latents, steps=steps, seconds=seconds, settings=settings

@@ -141,11 +141,11 @@ def test_sizes_that_a_cascade_can_go_through(sizes: list[tuple[int, int]]) -> No
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([], r"the last of sizes must be the target 256 x 256, got sizes=\[\]"),
-        ([(64, 64), (128, 128)], r"the last of sizes must be the target 256 x 256, got sizes=\[\(64, 64\), \(128, 128\)\]"),
-        ([(128, 128), (256, 256)], r"first of sizes is drawn with full attention, at most the native 64 x 64, got \(128, 128\)"),
+        ([], r"the last stage in sizes must be the target 256 x 256, got sizes=\[\]"),
+        ([(64, 64), (128, 128)], r"the last stage in sizes must be the target 256 x 256, got sizes=\[\(64, 64\), \(128, 128\)\]"),
+        ([(128, 128), (256, 256)], r"first stage in sizes must have at most the native area, 64 x 64, got \(128, 128\)"),
         ([(64, 64), (132, 132), (256, 256)], r"sizes must be multiples of 8, got .*\(132, 132\)"),
-        ([(64, 64), (256, 256)], r"larger than the one before, at most twice along an axis, got \(64, 64\) and \(256, 256\)"),
+        ([(64, 64), (256, 256)], r"larger than the one before, by at most 2x along an axis, got \(64, 64\) and \(256, 256\)"),
         ([(64, 64), (128, 128), (128, 128), (256, 256)], r"larger than the one before, .* got \(128, 128\) and \(128, 128\)"),
         ([(64, 64), (56, 56), (112, 112), (224, 224), (256, 256)], r"larger than the one before, .* got \(64, 64\) and \(56, 56\)"),
     ],

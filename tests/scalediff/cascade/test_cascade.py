@@ -330,7 +330,7 @@ def test_pipelines_that_take_a_picture_keep_their_call(demo: Any) -> None:
         generate(other, PROMPT, height=128, width=128)
     with scalediff.patch_model(other) as handle:
         assert type(other) is cls
-        assert "takes a picture: its call stays as it is" in str(handle.report)
+        assert "is not a text-to-image pipeline: its call is unchanged" in str(handle.report)
 
 
 def test_stable_diffusion_xl(demo: Any) -> None:

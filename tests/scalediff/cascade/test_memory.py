@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 import scalediff
 from bench.models.zoo import WINDOW
 from scalediff.cascade import memory
-from scalediff.cascade.memory import Estimate, estimate, vae_bytes, wants_tiling
+from scalediff.cascade.memory import Estimate, estimate, needs_tiling, vae_bytes
 from scalediff.cascade.pipeline import native_size
 from scalediff.cost import tally
-from scalediff.cost.tally import peak_of
+from scalediff.cost.tally import peak_bytes
 from scalediff.patching.networks import denoiser_of
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import PIPELINES, autoencoder, built
@@ -129,7 +129,7 @@ def test_the_tally_is_the_sum_by_hand(function: Callable[[Tensor], Tensor], expe
     """Also of real tensors: then the comparisons below compare the same."""
     given = torch.empty(10, 10, device="meta")
     expected += 4 * (function is freed)  # the sum itself
-    assert peak_of(lambda: function(given)) == expected
+    assert peak_bytes(lambda: function(given)) == expected
     x = torch.ones(10, 10)
     assert real_peak_of(lambda: function(x)) == expected
 
@@ -137,9 +137,9 @@ def test_the_tally_is_the_sum_by_hand(function: Callable[[Tensor], Tensor], expe
 def test_one_tally_knows_nothing_of_the_one_before() -> None:
     x = torch.empty(10, 10, device="meta")
     outside: list[Tensor] = []
-    assert peak_of(lambda: outside.append(x + 1)) == 400
-    assert peak_of(lambda: outside.append(outside[0] + 1)) == 400
-    assert [peak_of(lambda: chain(x)) for _ in range(3)] == [800] * 3
+    assert peak_bytes(lambda: outside.append(x + 1)) == 400
+    assert peak_bytes(lambda: outside.append(outside[0] + 1)) == 400
+    assert [peak_bytes(lambda: chain(x)) for _ in range(3)] == [800] * 3
 
 
 # Networks
@@ -292,13 +292,13 @@ def test_tiling_is_wanted_where_a_picture_does_not_fit(demo: Any, monkeypatch: p
     needed = int(held + every + memory.MARGIN)
     for there, wanted in ((needed + 2**16, False), (needed - 2**16, True), (0, True), (None, False)):
         monkeypatch.setattr(memory, "capacity", lambda device, there=there: there)
-        assert wants_tiling(demo, (128, 128), 1) == wanted
+        assert needs_tiling(demo, (128, 128), 1) == wanted
     monkeypatch.setattr(memory, "capacity", lambda device: needed + 2**16)
-    assert wants_tiling(demo, (128, 128), 2)
+    assert needs_tiling(demo, (128, 128), 2)
     demo.enable_model_cpu_offload(device="cpu")
     try:
         monkeypatch.setattr(memory, "capacity", lambda device: needed - 2**20)
-        assert not wants_tiling(demo, (128, 128), 1)
+        assert not needs_tiling(demo, (128, 128), 1)
     finally:
         demo.remove_all_hooks()
 

@@ -16,7 +16,7 @@ from torch import nn
 import scalediff
 from bench.models.zoo import WINDOW
 from scalediff.cascade import memory
-from scalediff.cascade.latents import decode, pictures_of
+from scalediff.cascade.latents import decode, to_pil_images
 from scalediff.settings import Settings
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import built, picture
@@ -137,9 +137,9 @@ def test_windows_in_the_autoencoder_are_those_of_the_native_size(name: str) -> N
     assert (windows.stages[1].latents - full.stages[1].latents).abs().max() > 1e-5
     last = windows.stages[1]
     with torch.no_grad():
-        assert pictures_of(pipe, decode(pipe, last.latents))[0].tobytes() != last.images[0].tobytes()
+        assert to_pil_images(pipe, decode(pipe, last.latents))[0].tobytes() != last.images[0].tobytes()
         with scalediff.patch_model(pipe.vae.decoder, patch_size=1, window=(8, 8)):
-            assert pictures_of(pipe, decode(pipe, last.latents))[0].tobytes() == last.images[0].tobytes()
+            assert to_pil_images(pipe, decode(pipe, last.latents))[0].tobytes() == last.images[0].tobytes()
 
 
 def test_windows_are_gone_after_an_error() -> None:

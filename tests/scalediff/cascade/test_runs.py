@@ -68,8 +68,8 @@ def test_a_stage_that_a_callback_ended_is_not_a_finished_one(demo: Any, tmp_path
     [
         (np.zeros((8, 8, 3)), "a moon", TypeError, "image must be a PIL picture, or a list of them, got ndarray"),
         ("moon.png", "a moon", TypeError, "image must be a PIL picture, or a list of them, got str"),
-        ([Image.new("RGB", (64, 64))] * 2, "a moon", ValueError, "as many pictures as prompts, got 2 for 1"),
-        (Image.new("RGB", (64, 64)), ["a", "b"], ValueError, "as many pictures as prompts, got 1 for 2"),
+        ([Image.new("RGB", (64, 64))] * 2, "a moon", ValueError, "one picture per prompt, 1 in all, got 2"),
+        (Image.new("RGB", (64, 64)), ["a", "b"], ValueError, "one picture per prompt, 2 in all, got 1"),
     ],
 )
 def test_what_is_no_picture_is_refused(demo: Any, image: Any, prompt: Any, error: type[Exception], message: str) -> None:
@@ -78,7 +78,7 @@ def test_what_is_no_picture_is_refused(demo: Any, image: Any, prompt: Any, error
 
 
 def test_part_of_a_step_is_refused(demo: Any) -> None:
-    with pytest.raises(TypeError, match=r"steps must be a whole number, got steps=4\.5"):
+    with pytest.raises(TypeError, match=r"steps must be an integer, got steps=4\.5"):
         scalediff.generate(demo, "a moon", height=128, width=128, steps=4.5)  # type: ignore[arg-type]
 
 

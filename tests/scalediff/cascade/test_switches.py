@@ -242,9 +242,9 @@ def test_a_tuple_of_another_length_draws_nothing(name: str) -> None:
     settings = Settings(steps=4, **{name: (0.5, 0.5, 0.5)})  # type: ignore[arg-type]
     how: dict[str, Any] = {"height": 64, "width": 64, "call": arguments}
     with scalediff.patch_model(pipe, window=WINDOW):
-        with pytest.raises(ValueError, match=rf"{name} must have one value for each stage above the native size, here 2, got {name}=\("):
+        with pytest.raises(ValueError, match=rf"{name} must have one value for each of the 2 stages above the native size, got {name}=\("):
             scalediff.generate(pipe, None, preset=settings, **how)
-        with pytest.raises(ValueError, match=rf"{name} must have one value for each stage above the native size, here 1, got {name}=\("):
+        with pytest.raises(ValueError, match=rf"{name} must have one value for each of the 1 stages above the native size, got {name}=\("):
             scalediff.upscale(pipe, picture(32, 32), None, preset=settings, **how)
 
 
@@ -269,18 +269,18 @@ def test_enlarging_through_the_callers_own_sizes() -> None:
         assert own.stages[0].latents.shape[-2:] == (20, 20)
         assert own.stages[-1].latents.isfinite().all()
         cases: list[tuple[Any, str]] = [
-            ([(56, 56), (64, 64)], r"larger than the one before, at most twice along an axis, got \(24, 24\) and \(56, 56\)"),
+            ([(56, 56), (64, 64)], r"larger than the one before, by at most 2x along an axis, got \(24, 24\) and \(56, 56\)"),
             ([(24, 24), (48, 48), (64, 64)], r"larger than the one before, .* got \(24, 24\) and \(24, 24\)"),
-            ([(40, 40)], r"the last of sizes must be the target 64 x 64, got sizes=\[.*\(40, 40\)\]"),
-            ([], r"the last of sizes must be the target 64 x 64, got sizes="),
+            ([(40, 40)], r"the last stage in sizes must be the target 64 x 64, got sizes=\[.*\(40, 40\)\]"),
+            ([], r"the last stage in sizes must be the target 64 x 64, got sizes="),
             ([(42, 42), (64, 64)], r"sizes must be multiples of 4, got .*\(42, 42\)"),
         ]
         for sizes, message in cases:
             with pytest.raises(ValueError, match=message):
                 scalediff.upscale(pipe, picture(24, 24), None, sizes=sizes, **how)
         for sizes, message in (
-            ([(32, 32), (64, 64)], r"the first of sizes is drawn with full attention, at most the native 16 x 16, got \(32, 32\)"),
-            ([(16, 16), (64, 64)], r"at most twice along an axis, got \(16, 16\) and \(64, 64\)"),
+            ([(32, 32), (64, 64)], r"the first stage in sizes must have at most the native area, 16 x 16, got \(32, 32\)"),
+            ([(16, 16), (64, 64)], r"by at most 2x along an axis, got \(16, 16\) and \(64, 64\)"),
         ):
             with pytest.raises(ValueError, match=message):
                 scalediff.generate(pipe, None, sizes=sizes, **how)

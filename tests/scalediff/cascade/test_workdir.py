@@ -155,7 +155,7 @@ def test_a_full_disk_loses_nothing(demo: Any, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_is_not_a_workdir_is_refused(demo: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a workdir needs a generator whose state can be named again, got generator=None"):
+    with pytest.raises(ValueError, match="workdir needs a generator, so that the same call can resume the run, got generator=None"):
         scalediff.generate(demo, PROMPT, workdir=tmp_path, **RUN)
     file = tmp_path / "file"
     file.write_text("x")

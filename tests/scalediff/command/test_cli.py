@@ -108,7 +108,7 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (told["picture"], told["picture_size"], told["height"], told["stage"]) == ("photo.jpg", "72x72", 192, "2/2")
     before = source.read_bytes()
     for arguments, message in [
-        ([*run, "--size", "64"], "the target must exceed the picture's 72 x 72"),
+        ([*run, "--size", "64"], "the target must be larger than the picture, 72 x 72"),
         ([*run, "--size", "128x256"], "a picture of 72 x 72 would be distorted"),
         (["upscale", str(tmp_path / "none.jpg"), "a moon"], "there is no picture"),
         (["upscale", str(Path(__file__)), "a moon", "--out", str(tmp_path / "y.png")], "must be a picture that Pillow reads"),

@@ -64,9 +64,9 @@ def test_several_pictures_go_to_a_folder(tmp_path: Path, capsys: pytest.CaptureF
         ([], "a prompt is needed: on the line, or in a file with --prompts"),
         (["--prompts", "missing.txt"], "--prompts must be a text file with a prompt in each line, got missing.txt"),
         (["a moon", "--preset", "nope"], "preset must be one of default, paper for this UNet2DConditionModel, got 'nope'"),
-        (["a moon", "--restart", "0.5,0.2"], "restart must have one value for each stage above the native size, here 1, got"),
-        (["a moon", "--sizes", "64,256"], "the last of sizes must be the target 128 x 128"),
-        (["a moon", "--sizes", "32,128"], "at most twice along an axis, got (32, 32) and (128, 128)"),
+        (["a moon", "--restart", "0.5,0.2"], "restart must have one value for each of the 1 stages above the native size, got"),
+        (["a moon", "--sizes", "64,256"], "the last stage in sizes must be the target 128 x 128"),
+        (["a moon", "--sizes", "32,128"], "by at most 2x along an axis, got (32, 32) and (128, 128)"),
         (["a moon", "--vae-attention", "npa"], "vae_attention='npa' is for autoencoders of pictures with attention, got AutoencoderKL"),
         (["a moon", "--size-conditioning", "native"], "size_conditioning is for pipelines that tell a size to the model"),
     ],
@@ -98,7 +98,7 @@ def test_every_switch_has_an_option() -> None:
     told = settings_of("a-moon-0.png")
     assert {name: told[name] for name in chosen} == chosen
     assert told["lfm"] is False
-    assert set(drawing._SWITCHES) == set(told), "an option for each"
+    assert set(drawing._SETTING_OPTIONS) == set(told), "an option for each"
 
 
 def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
