@@ -176,7 +176,7 @@ class Drawn:
     ) -> list[Stage]:  # fmt: skip
         since = time.perf_counter()
         with torch.no_grad(), running.borrowed(self.pipe):
-            complete = running.complete(self.pipe, arguments, settings)
+            complete = running.complete_arguments(self.pipe, arguments, settings)
             latents = running.generate_latents(self.pipe, complete, size)
             stage = running.finished(self.pipe, complete, latents, size, settings, index=1, of=1, since=since)
         if on_stage is not None:
@@ -204,7 +204,7 @@ class Drawn:
         y, x = (side // self.pipe.vae_scale_factor for side in (height, width))
         rng = torch.Generator().manual_seed(SEED)
         noise = torch.randn(1, self.pipe.vae.config.latent_channels, 2 * y, 2 * x, generator=rng).to(self.device, self.subject.dtype)
-        arguments = running.complete(self.pipe, dict(self.arguments), settings)
+        arguments = running.complete_arguments(self.pipe, dict(self.arguments), settings)
         if "original_size" in inspect.signature(original_call(self.pipe)).parameters:
             arguments |= dict.fromkeys(("original_size", "target_size"), (2 * height, 2 * width))  # a view is told the whole picture's
         options = MultiDiffusion(stride=min(y, x), view_batch=1)

@@ -33,7 +33,9 @@ def test_pictures_and_arrays_are_told_by_their_content() -> None:
     assert digest(long) != digest(np.where(long == 2500, 0, long)), "numpy prints long arrays in short"
     assert digest(long) != digest(long.reshape(50, 100))
     assert digest(lambda: 1) == digest(lambda: 2), "a function is told by its name"
-    with pytest.raises(TypeError, match="a run with a workdir must be told by values, got <object object at"):
+    with pytest.raises(
+        TypeError, match="arguments of a run with a workdir must have a repr that identifies their value, got <object object at"
+    ):
         digest(object())
 
 
@@ -115,4 +117,4 @@ def test_a_scheduler_that_cannot_restart_is_refused_in_words(demo: Any, tmp_path
     index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
     line = ["--model", str(tmp_path / "pndm"), "--size", "128", "--out", str(tmp_path / "x.png"), "--quiet"]
     assert main(["generate", "a moon", *line]) == 2
-    assert "high-resolution stages know the schedulers" in capsys.readouterr().err.splitlines()[-1]
+    assert "high-resolution stages support the schedulers" in capsys.readouterr().err.splitlines()[-1]

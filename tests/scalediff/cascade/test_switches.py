@@ -55,7 +55,7 @@ def test_every_call_is_guided_with_its_own_cutoff_and_anchor(
     calls = base.order * (KEPT - 1) + 1
     anchors = [noise(10 + i, (6, 8)) for i in range(calls)] if trajectory else None
     guidance = Guidance(noise(1), 0.25, start=0.75, kind=kind, trajectory=anchors)
-    guided = guided_scheduler(base, steps=STEPS, kept=KEPT, guidance=guidance)
+    guided = guided_scheduler(base, steps=STEPS, last_steps=KEPT, guidance=guidance)
     guided.set_timesteps(KEPT)
     sigmas = [float(s) for s in guided.sigmas] if hasattr(guided, "sigmas") else []
     restart, x = None, noise(0)
@@ -107,7 +107,7 @@ class Run:
 
     @torch.no_grad()
     def by_hand(self, pipe: Any) -> Tensor:
-        rng, scale, kept = seeded(), pipe.vae.config.scaling_factor, 3
+        rng, scale, last_steps = seeded(), pipe.vae.config.scaling_factor, 3
         abar, times = pipe.scheduler.alphas_cumprod.double(), [999, 749, 499, 249]
         texts = [pipe.text_encoder(pipe.tokenizer(p, padding="max_length", return_tensors="pt").input_ids)[0] for p in ("", PROMPT)]
         taken: list[Tensor] = []  # what the base stage took for the clean latents
@@ -118,7 +118,7 @@ class Run:
         def ddim(x: Tensor, times: list[int], reference: Tensor | None) -> Tensor:
             for i, t in enumerate(times):
                 v = pipe.unet(x, t, texts[1]).sample
-                if reference is None or i < self.guidance_until * kept:
+                if reference is None or i < self.guidance_until * last_steps:
                     without = pipe.unet(x, t, texts[0]).sample
                     v = without + 3 * (v - without)
                 a, s = float(abar[t]) ** 0.5, (1 - float(abar[t])) ** 0.5
@@ -127,8 +127,10 @@ class Run:
                     taken.append(x0)
                 elif self.sg:
                     start = self.sg_cutoff_start or self.sg_cutoff
-                    cutoff = start + (self.sg_cutoff - start) * i / (kept - 1)
-                    anchor = F.interpolate(taken[i - kept], size=(32, 32), mode="bicubic") if self.anchor == "trajectory" else reference
+                    cutoff = start + (self.sg_cutoff - start) * i / (last_steps - 1)
+                    anchor = (
+                        F.interpolate(taken[i - last_steps], size=(32, 32), mode="bicubic") if self.anchor == "trajectory" else reference
+                    )
                     x0 = x0 + float((1 - abar[t]) / (1 - abar[times[0]])) * (smooth(anchor, cutoff) - smooth(x0, cutoff))
                     eps = (x - a * x0) / s
                 after = float(abar[t - 250]) if t > 250 else 1.0
@@ -141,9 +143,9 @@ class Run:
         if self.lfm:
             z_lu = F.interpolate(base, size=(32, 32), mode="bicubic")
             reference = reference - smooth(reference, self.lfm_cutoff) + smooth(z_lu, self.lfm_cutoff)
-        start = float(abar[times[-kept]])
+        start = float(abar[times[-last_steps]])
         x = start**0.5 * reference + (1 - start) ** 0.5 * torch.randn(reference.shape, generator=rng)
-        return ddim(x, times[-kept:], reference)
+        return ddim(x, times[-last_steps:], reference)
 
 
 @pytest.mark.parametrize(

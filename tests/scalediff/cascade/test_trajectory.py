@@ -124,7 +124,7 @@ def test_a_picture_has_no_trajectory() -> None:
     pipe, arguments = built("SDXL")
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("nothing may be drawn"))
     how: dict[str, Any] = {"height": 16, "width": 16, "call": arguments, "preset": TRAJECTORY}
-    with pytest.raises(ValueError, match="anchor='trajectory' is what the base stage took for the picture: a given picture has none"):
+    with pytest.raises(ValueError, match="anchor='trajectory' needs a base stage, which upscale does not have"):
         scalediff.upscale(pipe, picture(8, 8), None, **how)
 
 

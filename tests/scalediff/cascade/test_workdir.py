@@ -159,11 +159,11 @@ def test_what_is_not_a_workdir_is_refused(demo: Any, tmp_path: Path) -> None:
         scalediff.generate(demo, PROMPT, workdir=tmp_path, **RUN)
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(ValueError, match="workdir must be a folder of a run, or one that can be written"):
+    with pytest.raises(ValueError, match="workdir must be a writable folder, new or of this run"):
         scalediff.generate(demo, PROMPT, generator=seeded(), workdir=file, **RUN)
     interrupted_in_the_second_stage(demo, tmp_path / "run")
     (tmp_path / "run" / "stage1.pt").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"stage1.pt is not what a run saves: delete it to have that stage drawn again"):
+    with pytest.raises(ValueError, match=r"stage1.pt cannot be read as a saved stage: delete it to compute the stage again"):
         scalediff.generate(demo, PROMPT, generator=seeded(), workdir=tmp_path / "run", **RUN)
 
 

@@ -112,7 +112,7 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([*run, "--size", "128x256"], "a picture of 72 x 72 would be distorted"),
         (["upscale", str(tmp_path / "none.jpg"), "a moon"], "there is no picture"),
         (["upscale", str(Path(__file__)), "a moon", "--out", str(tmp_path / "y.png")], "must be a picture that Pillow reads"),
-        (["upscale", str(out), "a moon", "--out", str(out)], "--out must be another file than the picture itself"),
+        (["upscale", str(out), "a moon", "--out", str(out)], "--out must not be the input picture"),
     ]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--guidance-scale", "nan"], "guidance_scale must be finite"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--lfm-cutoff", "0.01"], "at least one coarse pixel, got cutoff=0.01"),
-        (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or a model id that can be reached, got 'no/such/folder'"),
+        (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or the id of an accessible model, got 'no/such/folder'"),
         (["--device", "tpu9"], "--device must be a device of this machine, got 'tpu9'"),
         (["--device", "meta"], "--device must be a device of this machine, got 'meta'"),
         (["--out", "missing/folder/x.png"], "existing, writable folder, got missing/folder/x.png"),
@@ -189,7 +189,7 @@ def test_ctrl_c_keeps_finished_stages_and_says_where(
     monkeypatch.setattr(demo.unet, "forward", interrupted)
     assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), *FAST]) == 130
     assert files(tmp_path) == ["x.stage1-64x64.png"]
-    assert f"interrupted; finished: {tmp_path / 'x.stage1-64x64.png'}" in capsys.readouterr().err
+    assert f"interrupted; files written: {tmp_path / 'x.stage1-64x64.png'}" in capsys.readouterr().err
     assert torch.nn.functional.scaled_dot_product_attention.__module__ != "scalediff.patching.hooks"
 
 
@@ -236,7 +236,7 @@ def test_info_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     Image.new("RGB", (4, 4)).save(tmp_path / "broken.png", pnginfo=broken)
     for name in ("foreign.png", "text.png", "missing.png", "broken.png"):
         assert main(["info", str(tmp_path / name)]) == 2
-        assert f"expected a picture written by scalediff, got {tmp_path / name}" in capsys.readouterr().err
+        assert f"the file must be a picture written by scalediff, got {tmp_path / name}" in capsys.readouterr().err
 
 
 def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path) -> None:

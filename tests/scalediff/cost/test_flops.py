@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from scalediff.cascade.memory import planned
+from scalediff.cascade.memory import estimate_model
 from scalediff.command.cli import main
 from scalediff.cost.flops import MODELS, _attention_of, _counted, attention_work, count, forward_work, layer_work
 from scalediff.patch import patch_model
@@ -70,7 +70,7 @@ def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[2].split()[:5] == ["1024", "x", "1024", "50", "100"]
     (share,) = (line.split() for line in table if line.split()[0] == "share")
     assert share[-1] == "100.0%"
-    assert table[-5].startswith("memory of a GPU in bf16")
+    assert table[-5].startswith("estimated GPU memory in bf16")
     assert [line.split()[1] for line in table[-4:]] == ["GiB"] * 4
     assert main(["plan", "--size", "1024", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -86,18 +86,18 @@ def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_memory_of_true_models_is_what_the_project_aims_at() -> None:
     """SDXL at 4096 within 12 GB and at 8192 within 24 GB, FLUX at 4096 within 40 GB; weights by their published numbers."""
     for name, size, parameters, goal in (("sdxl", 4096, 2.567e9, 12e9), ("sdxl", 8192, 2.567e9, 24e9), ("flux", 4096, 11.9e9, 40e9)):
-        needs = planned(name, (size, size))
+        needs = estimate_model(name, (size, size))
         assert needs.weights["denoiser"] == pytest.approx(2 * parameters, rel=0.01)
         assert min(needs.ways().values()) < goal
         assert needs.ways()["as it is"] > goal
-    texts = [planned(name, (1024, 1024)).weights for name in ("sdxl", "flux")]
+    texts = [estimate_model(name, (1024, 1024)).weights for name in ("sdxl", "flux")]
     assert [texts[0][f"text_encoder_{i}"] for i in (0, 1)] == pytest.approx([2 * 123.1e6, 2 * 694.7e6], rel=0.01)
     assert texts[1]["text_encoder_1"] == pytest.approx(2 * 4.762e9, rel=0.01)
 
 
 def test_a_model_without_a_plan_is_refused() -> None:
     with pytest.raises(ValueError, match="model must be one of sdxl, flux, got 'dalle'"):
-        planned("dalle", (1024, 1024))
+        estimate_model("dalle", (1024, 1024))
 
 
 def test_unknown_models_and_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
