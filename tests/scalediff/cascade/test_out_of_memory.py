@@ -245,7 +245,8 @@ def test_it_is_told_where_and_what_would_fit(
         ),
         (
             GIB // 2,
-            r"which has 0.5 GiB available; it needs about 1.\d GiB as configured, .* 1.\d GiB with both and .*; otherwise use a smaller",
+            r"which has 0.5 GiB available; it needs about 1.\d GiB as configured, .* 1.\d GiB with both and .*; "
+            r"otherwise use a smaller size",
         ),
     ],
 )
