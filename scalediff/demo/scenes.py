@@ -101,7 +101,7 @@ def render(seed: int, n: int, resolution: int) -> Tensor:
         `[N, 3, R, R]` float32 in [0, 1].
 
     Raises:
-        ValueError: an argument is below its minimum.
+        ValueError: An argument is below its minimum.
     """
     if seed < 0 or n < 1 or resolution < 16:
         raise ValueError(f"render needs seed >= 0, n >= 1 and resolution >= 16, got {seed=}, {n=}, {resolution=}")

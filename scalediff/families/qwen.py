@@ -78,7 +78,7 @@ QWEN = (
     replace(
         _QWEN,
         denoiser="NucleusMoEImageTransformer2DModel",
-        text="joint, after the image, keys alone",
+        text="joint, after the image, keys only",
         native_grid=lambda denoiser: None,
         layout=_nucleus_layout,
         cascade=None,

@@ -181,7 +181,7 @@ def test_levels() -> None:
         (NoiseLevel.of_alpha_bar, 1.5, r"alpha_bar must lie in \[0, 1\], got alpha_bar=1.5"),
         (NoiseLevel.of_flow, -0.1, r"sigma of a flow must lie in \[0, 1\], got sigma=-0.1"),
         (NoiseLevel.of_sigma, float("nan"), r"must be finite.*self.noise=nan"),
-        (NoiseLevel.of_sigma, -1.0, r"not negative.*self.noise=-1.0"),
+        (NoiseLevel.of_sigma, -1.0, r"non-negative.*self.noise=-1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             make(value)
@@ -205,7 +205,7 @@ def test_what_cannot_be_guided_is_refused() -> None:
         step(x, output.long(), **how)
     with pytest.raises(ValueError, match=r"needs both unconditional and guidance_scale, got guidance_scale=None with unconditional"):
         step(x, output, unconditional=unconditional, **how)
-    with pytest.raises(ValueError, match=r"together, got guidance_scale=2.0 without unconditional"):
+    with pytest.raises(ValueError, match=r"needs both unconditional and guidance_scale, got guidance_scale=2.0 without unconditional"):
         step(x, output, guidance_scale=2.0, **how)
     with pytest.raises(ValueError, match=r"guidance_scale must be finite, got guidance_scale=nan"):
         step(x, output, unconditional=unconditional, guidance_scale=float("nan"), **how)
