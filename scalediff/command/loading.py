@@ -57,9 +57,9 @@ def load_model(
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    target = parse_device(device)
+    torch_device = parse_device(device)
     if dtype == "auto":
-        dtype = "fp32" if target.type == "cpu" or name == "demo" else "bf16"
+        dtype = "fp32" if torch_device.type == "cpu" or name == "demo" else "bf16"
     try:
         pipe = load_demo() if name == "demo" else diffusers.DiffusionPipeline.from_pretrained(name, dtype=_DTYPES[dtype])
     except Exception as error:  # diffusers may raise anything here; in every case the model cannot be loaded
@@ -71,13 +71,15 @@ def load_model(
     if scheduler is not None or spacing is not None:
         kind = getattr(diffusers, SCHEDULERS[scheduler]) if scheduler is not None else type(pipe.scheduler)
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **({"timestep_spacing": spacing} if spacing is not None else {}))
-    if not low_memory or target.type == "cpu":
+    if not low_memory or torch_device.type == "cpu":
         try:
-            return pipe.to(target, _DTYPES[dtype])
+            return pipe.to(torch_device, _DTYPES[dtype])
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"the weights of {name} do not fit on {target}: use --low-memory or a smaller --dtype") from error
+            raise torch.OutOfMemoryError(
+                f"the weights of {name} do not fit on {torch_device}: use --low-memory or a smaller --dtype"
+            ) from error
     pipe.to(dtype=_DTYPES[dtype])
-    pipe.enable_model_cpu_offload(device=target)
+    pipe.enable_model_cpu_offload(device=torch_device)
     return pipe
 
 

@@ -19,9 +19,7 @@ _SHAPE = "hidden_states.shape[-2:] // patch_size"
 
 def _grid(denoiser: Any, arguments: Arguments) -> Grid:
     hidden, size = arguments["hidden_states"], denoiser.config.patch_size
-    if hidden.ndim == 3 and isinstance(
-        arguments.get("controlnet_cond"), Tensor
-    ):  # hidden_states are tokens of the transformer, controlnet_cond has the latents
+    if hidden.ndim == 3 and isinstance(arguments.get("controlnet_cond"), Tensor):  # hidden_states are tokens; latents are here
         hidden = arguments["controlnet_cond"]
     if hidden.ndim != 4:
         raise UnknownLayout(f"hidden_states must be latents [B, C, H, W], got {tuple(hidden.shape)}")

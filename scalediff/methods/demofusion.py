@@ -33,9 +33,8 @@ from scalediff.patching.networks import denoiser_of
 from scalediff.settings import Settings
 
 _NAME = "DemoFusion"
-SCHEDULERS = frozenset(
-    {"DDIMScheduler", "EulerDiscreteScheduler"}
-)  # steps that are linear and need no history, because views move from step to step
+# Their steps are linear and need no history, which matters because views move from step to step.
+SCHEDULERS = frozenset({"DDIMScheduler", "EulerDiscreteScheduler"})
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,8 @@ def demofusion(
             running.show_progress(pipe, progress, index=phase, of=len(sizes), size=pixels)
             if phase == 1:
                 latents = base = running.generate_latents(pipe, arguments, pixels)
-                jitter = (
-                    _jitter_generator(arguments["generator"]) if options.jitter else None
-                )  # after the first phase, which equals the pipeline's result
+                # Only now, so that the first phase equals the result of the pipeline.
+                jitter = _jitter_generator(arguments["generator"]) if options.jitter else None
             else:
                 canvas = Canvas.of(pipe, pixels, phase, options, jitter)
                 pipe.scheduler = _scheduler_with_skip(scheduler, _enlarged(latents, canvas.size), arguments, options)
@@ -176,7 +174,7 @@ def _check(pipe: Any, arguments: Mapping[str, Any]) -> None:
     running.check_linear(pipe, arguments, SCHEDULERS, _NAME)
     for name in ("timesteps", "sigmas", "denoising_end"):
         if arguments.get(name) is not None:
-            raise ValueError(f"phases set their with_skip schedule, got {name}={arguments[name]}")
+            raise ValueError(f"phases set their own schedule, got {name}={arguments[name]}")
 
 
 def _jitter_generator(generator: Generators) -> torch.Generator:

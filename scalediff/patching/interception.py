@@ -86,9 +86,8 @@ class _Replacement:
 
     def acquire(self) -> None:
         with self._lock:
-            if (
-                F.scaled_dot_product_attention is not scaled_dot_product_attention
-            ):  # another library may have restored a value that it saved during a pass
+            # Already replaced in another thread, unless another library has restored a value that it saved during a pass.
+            if F.scaled_dot_product_attention is not scaled_dot_product_attention:
                 self.original = F.scaled_dot_product_attention
                 F.scaled_dot_product_attention = scaled_dot_product_attention
             if self._users == 0:

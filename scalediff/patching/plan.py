@@ -186,7 +186,7 @@ def with_score_bias(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, of_keys
 
 
 def got(*values: Tensor | int) -> str:
-    """The end of a message: ", got" with shapes and dtypes, or sizes. Empty inside a compiled graph, where shapes may be symbolic."""
+    """The end of a message: ", got" with shapes and dtypes, or numbers. Empty inside a compiled graph, where shapes may be symbolic."""
     if torch.compiler.is_compiling():
         return ""
     return ", got " + ", ".join(f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{x}" for x in values)

@@ -56,9 +56,7 @@ def restore_class(owner: Any, patch: object) -> None:
     """Remove this patch and restore the object's class, if this patch is the current one."""
     if owner is not None and owner.__dict__.get(ATTRIBUTE) is patch:
         del owner.__dict__[ATTRIBUTE]
-        if (
-            _ORIGINAL_CLASS in type(owner).__dict__
-        ):  # a subclass made by other code stays: without a patch, our methods call the original ones
+        if _ORIGINAL_CLASS in type(owner).__dict__:  # a subclass made by other code stays: without a patch it calls the original methods
             owner.__class__ = type(owner).__dict__[_ORIGINAL_CLASS]
 
 

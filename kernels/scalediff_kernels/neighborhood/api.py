@@ -180,7 +180,7 @@ def _check_image(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if k.shape[3] == 0 or q.shape[3] % k.shape[3]:
         raise ValueError(f"the heads of q must be a multiple of those of k and v, got {q.shape[3]=}, {k.shape[3]=}")
-    _check_dtype_and_device("q, k and v", {"q": q, "k": k, "v": v})
+    _check_kind("q, k and v", {"q": q, "k": k, "v": v})
 
 
 def _check_text(q: Tensor, k: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor) -> None:
@@ -193,10 +193,10 @@ def _check_text(q: Tensor, k: Tensor, text_q: Tensor, text_k: Tensor, text_v: Te
             f"text_q must be [B, T, H, D] and text_k, text_v [B, T, G, D] with T >= 1 for B, H, G, D = {batch}, {heads}, {groups}, {dim}, "
             f"got {shapes[0]}, {shapes[1]}, {shapes[2]}"
         )
-    _check_dtype_and_device("image and text", {"q": q, "text_q": text_q, "text_k": text_k, "text_v": text_v})
+    _check_kind("image and text", {"q": q, "text_q": text_q, "text_k": text_k, "text_v": text_v})
 
 
-def _check_dtype_and_device(subject: str, tensors: dict[str, Tensor]) -> None:
+def _check_kind(subject: str, tensors: dict[str, Tensor]) -> None:
     if len({x.dtype for x in tensors.values()}) > 1:
         raise ValueError(f"{subject} must have the same dtype, got " + ", ".join(f"{name}.dtype={x.dtype}" for name, x in tensors.items()))
     if len({x.device for x in tensors.values()}) > 1:

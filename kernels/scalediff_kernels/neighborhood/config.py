@@ -202,12 +202,7 @@ def key_box(window: tuple[int, int], tokens: int) -> tuple[int, int]:
 
     def cost(box: tuple[int, int]) -> tuple[bool, int, int, int]:
         steps = _covered(window, box) // prod(box)
-        return (
-            not fits_inside(box, window),
-            steps * (prod(box) + tokens // 8),
-            -prod(box),
-            -box[1],
-        )  # each step has a fixed cost besides its keys
+        return not fits_inside(box, window), steps * (prod(box) + tokens // 8), -prod(box), -box[1]  # tokens // 8: cost of a step
 
     return min(_boxes(MIN_BLOCK, tokens), key=cost)
 

@@ -40,11 +40,11 @@ def windows(length: int, window: int, patch: int, offset: int = 0) -> tuple[Patc
     (arXiv:2504.16922).
     """
     check_axis(length, window, patch, offset)
-    width = min(window, length)
+    kept = min(window, length)
     spans = []
     for origin in range(-offset, length, patch):
-        start = min(max(origin + patch // 2 - window // 2, 0), length - width)
-        spans.append(PatchWindow(max(origin, 0), min(origin + patch, length), start, start + width))
+        start = min(max(origin + patch // 2 - window // 2, 0), length - kept)
+        spans.append(PatchWindow(max(origin, 0), min(origin + patch, length), start, start + kept))
     return tuple(spans)
 
 

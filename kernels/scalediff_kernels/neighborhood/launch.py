@@ -81,10 +81,10 @@ def text_launch(
     rows, count = config.query_box[1], shared["patches_y"] * shared["patches_x"]
     tiles, parts = batch * heads * -(-text // rows), -(-count // config.part_windows)
     sums = torch.empty(tiles * parts * rows * shared["BLOCK_D"], dtype=torch.float32, device=out.device)
-    sums_arguments = {"sums_ptr": sums, "TEXT_ROWS": rows}
+    ours = {"sums_ptr": sums, "TEXT_ROWS": rows}
     arguments = _references({"text_q": (text_q, (1, rows, 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
-    arguments |= sums_arguments | {"part_windows": config.part_windows}
-    mean = sums_arguments | {name: shared[name] for name in ("heads", "text", "D", "BLOCK_D", "VECTOR")}
+    arguments |= ours | {"part_windows": config.part_windows}
+    mean = ours | {name: shared[name] for name in ("heads", "text", "D", "BLOCK_D", "VECTOR")}
     mean |= {
         "out_ptr": out,
         "out_strides": _in_vectors(out, shared["VECTOR"]),

@@ -31,7 +31,7 @@ def image_attention(
     scale: float,
 ) -> Tensor:
     """Attention of the image queries; arguments as in `api.joint_neighborhood_patch_attention`, already checked."""
-    return _run_launch("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
+    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
 
 
 @torch.library.custom_op("scalediff::text_attention", mutates_args=())
@@ -49,7 +49,7 @@ def text_attention(
     scale: float,
 ) -> Tensor:
     """Attention of the text queries, averaged over the windows; arguments as in `image_attention`."""
-    return _run_launch("text_launch", (text_q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
+    return _launched("text_launch", (text_q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
 
 
 @image_attention.register_fake
@@ -105,7 +105,7 @@ for _name in ("image_attention", "text_attention"):
         _library.impl(_name, _autocast_rule(getattr(torch.ops.scalediff, _name), _key), _key.name)
 
 
-def _run_launch(
+def _launched(
     name: str,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     cos: Tensor | None,
@@ -119,9 +119,9 @@ def _run_launch(
     window, patch, offset, scale = numbers
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
-    geometry = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
+    how = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
     with on(q.device):
-        getattr(launch, name)(out, *tensors, rope, **geometry, device=device_name(q.device)).run()
+        getattr(launch, name)(out, *tensors, rope, **how, device=device_name(q.device)).run()
     return out
 
 

@@ -100,5 +100,5 @@ def test_every_stage_has_the_schedule_of_the_base() -> None:
 @pytest.mark.parametrize("option", ["stochastic_sampling", "invert_sigmas"])
 def test_a_flow_that_is_another_is_refused(option: str) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{option: True})
-    with pytest.raises(NotImplementedError, match=f"knows FlowMatchEulerDiscreteScheduler without {option}"):
+    with pytest.raises(NotImplementedError, match=f"supports FlowMatchEulerDiscreteScheduler without {option}"):
         guided_scheduler(scheduler, steps=4, last_steps=2, guidance=Guidance(None, 0.5))

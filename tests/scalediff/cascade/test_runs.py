@@ -68,8 +68,8 @@ def test_a_stage_that_a_callback_ended_is_not_a_finished_one(demo: Any, tmp_path
 @pytest.mark.parametrize(
     ("image", "prompt", "error", "message"),
     [
-        (np.zeros((8, 8, 3)), "a moon", TypeError, "image must be a PIL picture, or a list of them, got ndarray"),
-        ("moon.png", "a moon", TypeError, "image must be a PIL picture, or a list of them, got str"),
+        (np.zeros((8, 8, 3)), "a moon", TypeError, "image must be a PIL picture or a list of them, got ndarray"),
+        ("moon.png", "a moon", TypeError, "image must be a PIL picture or a list of them, got str"),
         ([Image.new("RGB", (64, 64))] * 2, "a moon", ValueError, "one picture per prompt, 1 in all, got 2"),
         (Image.new("RGB", (64, 64)), ["a", "b"], ValueError, "one picture per prompt, 2 in all, got 1"),
     ],

@@ -144,7 +144,7 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         guided_scheduler(
             make("DPMSolverMultistepScheduler", "flow_prediction", use_flow_sigmas=True), steps=10, last_steps=4, guidance=guidance
         )
-    with pytest.raises(NotImplementedError, match=r"knows epsilon, v_prediction with EulerDiscreteScheduler, got prediction='sample'"):
+    with pytest.raises(NotImplementedError, match=r"supports epsilon, v_prediction with EulerDiscreteScheduler, got prediction='sample'"):
         guided_scheduler(make("EulerDiscreteScheduler", "sample"), steps=10, last_steps=4, guidance=guidance)
     guided = guided_scheduler(make("DDIMScheduler", "epsilon"), steps=10, last_steps=4, guidance=guidance)
     with pytest.raises(ValueError, match=r"this stage runs 4 of 10 steps.*got count=7"):

@@ -128,7 +128,7 @@ def test_a_run_that_is_drawn_to_its_base_stage_goes_on(demo: Any, tmp_path: Path
 def test_a_folder_is_of_one_run(demo: Any, tmp_path: Path, changes: dict[str, Any], seed: int, name: str) -> None:
     interrupted_in_the_second_stage(demo, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=f"belongs to another run .*{name}: .* there.*: name another workdir"):
+    with pytest.raises(ValueError, match=f"belongs to another run .*{name}: .* there.*: use another workdir"):
         scalediff.generate(demo, PROMPT, generator=seeded(seed), workdir=tmp_path, **(RUN | changes))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -89,7 +89,7 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["UNet2DConditionModel", "cascade", "and", "attention;", "text:", "cross-attention"]
     assert any(line.startswith("AuraFlowTransformer2DModel ") and "attention; text: joint" in line for line in lines)
-    assert any(line.startswith("refused") and "WanTransformer3DModel" in line for line in lines)
+    assert any(line.startswith("not supported") and "WanTransformer3DModel" in line for line in lines)
     assert [line.split(":")[0] for line in lines if line.startswith("preset")] == [
         *(f"preset {name} of sdxl" for name in ("default", "paper", "turbo", "lightning")),
         *(f"preset {name} of flux" for name in ("default", "paper")),
@@ -109,8 +109,8 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     before = source.read_bytes()
     for arguments, message in [
         ([*run, "--size", "64"], "the target must be larger than the picture, 72 x 72"),
-        ([*run, "--size", "128x256"], "a picture of 72 x 72 would be distorted"),
-        (["upscale", str(tmp_path / "none.jpg"), "a moon"], "there is no picture"),
+        ([*run, "--size", "128x256"], "the target must have the aspect ratio of the picture, 72 x 72"),
+        (["upscale", str(tmp_path / "none.jpg"), "a moon"], "the picture must be an existing file"),
         (["upscale", str(Path(__file__)), "a moon", "--out", str(tmp_path / "y.png")], "must be a picture that Pillow reads"),
         (["upscale", str(out), "a moon", "--out", str(out)], "--out must not be the input picture"),
     ]:

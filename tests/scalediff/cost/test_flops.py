@@ -10,7 +10,7 @@ import torch
 
 from scalediff.cascade.memory import estimate_model
 from scalediff.command.cli import main
-from scalediff.cost.flops import MODELS, _attention_of, _counted, attention_work, count, forward_work, layer_work
+from scalediff.cost.flops import MODELS, _attention_flops, _count_flops, attention_work, count, forward_work, layer_work
 from scalediff.patch import patch_model
 from scalediff.settings import Attention
 from scalediff_kernels.neighborhood.api import TextQueries
@@ -22,11 +22,11 @@ def counted_attention(denoiser: Any, inputs: dict[str, Any], *, attention: Atten
     """TFLOPs of the attention that torch runs in a patched pass, window by window; position ids are read, so not on the meta device."""
     with patch_model(denoiser, text_queries=text_queries) as handle:
         handle.attention = attention
-        return _attention_of(_counted(lambda: denoiser(**inputs)))
+        return _attention_flops(_count_flops(lambda: denoiser(**inputs)))
 
 
 @pytest.mark.parametrize("attention", ["npa", "full"])
-def test_attention_of_sdxl_is_what_torch_counts(attention: Attention) -> None:
+def test_attention_flops_sdxl_is_what_torch_counts(attention: Attention) -> None:
     """Self-attention at two levels, over windows or all, and cross-attention to 77 tokens; a grid that is not square."""
     with torch.device("meta"):
         unet: Any = MODELS["sdxl"].denoiser()
@@ -40,7 +40,7 @@ def test_attention_of_sdxl_is_what_torch_counts(attention: Attention) -> None:
 
 
 @pytest.mark.parametrize(("attention", "text_queries"), [("npa", "window"), ("npa", "global"), ("full", "window")])
-def test_attention_of_flux_is_what_torch_counts(attention: Attention, text_queries: TextQueries) -> None:
+def test_attention_flops_flux_is_what_torch_counts(attention: Attention, text_queries: TextQueries) -> None:
     """One block of each kind, at true width and size: 2048 x 1536 pixels."""
     with torch.device("meta"):
         transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
@@ -88,8 +88,8 @@ def test_the_memory_of_true_models_is_what_the_project_aims_at() -> None:
     for name, size, parameters, goal in (("sdxl", 4096, 2.567e9, 12e9), ("sdxl", 8192, 2.567e9, 24e9), ("flux", 4096, 11.9e9, 40e9)):
         needs = estimate_model(name, (size, size))
         assert needs.weights["denoiser"] == pytest.approx(2 * parameters, rel=0.01)
-        assert min(needs.ways().values()) < goal
-        assert needs.ways()["as it is"] > goal
+        assert min(needs.peaks().values()) < goal
+        assert needs.peaks()["as it is"] > goal
     texts = [estimate_model(name, (1024, 1024)).weights for name in ("sdxl", "flux")]
     assert [texts[0][f"text_encoder_{i}"] for i in (0, 1)] == pytest.approx([2 * 123.1e6, 2 * 694.7e6], rel=0.01)
     assert texts[1]["text_encoder_1"] == pytest.approx(2 * 4.762e9, rel=0.01)
@@ -107,7 +107,7 @@ def test_unknown_models_and_sizes_are_refused(capsys: pytest.CaptureFixture[str]
     assert "at least the model's native 1024 x 1024" in capsys.readouterr().err
 
 
-def test_flux_is_counted_too() -> None:
+def test_flux_is_count_flops_too() -> None:
     """Text attends in every window under the authors' rule; the published figure is 28.6 to 31 PFLOP for 4096 x 4096."""
     _, rows = count("flux", (4096, 4096))
     assert [row.passes for row in rows] == [30, 18, 18]
