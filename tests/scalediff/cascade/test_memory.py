@@ -36,11 +36,11 @@ class RealTally(tally._Tally):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
-                self._count(x.untyped_storage(), made=False)
+                self._count(x.untyped_storage(), is_new=False)
         out = function(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
-                self._count(x.untyped_storage(), made=True)
+                self._count(x.untyped_storage(), is_new=True)
         return out
 
 
