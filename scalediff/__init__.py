@@ -1,4 +1,4 @@
-"""Training-free high-resolution diffusion: patch a model, or draw a picture."""
+"""Training-free high-resolution diffusion: patch a model, generate a picture, or upscale one."""
 
 from scalediff.demo import load_demo
 from scalediff.draw import Result, generate, upscale

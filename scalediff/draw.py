@@ -1,4 +1,4 @@
-"""Draw a picture, or enlarge one: what users call. The cascade itself is in `scalediff.cascade`."""
+"""`generate` and `upscale`, the public functions. The cascade itself is in `scalediff.cascade`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalediff.cascade.generators import Generators, fresh_generator
-from scalediff.cascade.memory import pictures_in
+from scalediff.cascade.generators import Generators, fresh_generator, states_of
+from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, named_preset, stage_sizes
 from scalediff.cascade.progress import Step
 from scalediff.cascade.run import run
-from scalediff.cascade.stage import Around, Stage
-from scalediff.cascade.workdir import Workdir, digest, fingerprint
+from scalediff.cascade.stage import RunOptions, Stage
+from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
 from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
 from scalediff.patching.networks import denoiser_of, handle_of
 from scalediff.settings import Attention, PerStage, Preset, Settings
 
-_DISTORTION = 0.02  # of the aspect ratio, as a logarithm: sizes are multiples of the model's
+_MAX_DISTORTION = 0.02  # change of the log aspect ratio that is allowed, because sizes are rounded to multiples of the model's
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `generate` returns: the final pictures, every stage, and the settings that were used."""
+    """What `generate` and `upscale` return.
+
+    Attributes:
+        images: The final PIL pictures, one per prompt.
+        stages: Every stage, first to last.
+        settings: The settings of the run.
+    """
 
     images: list[Any]
     stages: list[Stage]
@@ -63,60 +69,62 @@ def generate(
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
 ) -> Result:
-    """Draw a picture above the model's native size.
+    """Generate a picture above the model's native size.
 
     Args:
-        pipe: A diffusers pipeline around a known denoiser, patched or not; it is left as it was found.
-        prompt: What to draw; a list makes a batch; None where `call` has embeddings.
-        height, width: Target in pixels, at least the native area; any aspect ratio.
-        negative_prompt: As in the pipeline's own call.
-        call: Further arguments of the pipeline's own call, for every stage.
-        generator: Makes the whole run reproducible; a fresh one with a random seed when None. The global RNG is not used, but for what
-            diffusers itself draws from it: the control latents of Stable Diffusion 3's ControlNet pipeline.
-        preset: `"default"`, `"paper"` for what was published for this model, another of the family's (`scalediff models` names them), or
-            Settings or a Preset of one's own, which have every switch.
-        steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `Settings`; the preset's where None.
-        sizes: (height, width) of every stage, base first and target last; twice the size from stage to stage when None.
-        vae_tiling: Encode and decode in tiles, whose seams are blended, or not; None: as the pipeline does, and in tiles where a picture
-            in one piece would not fit beside the weights into the device's memory.
-        vae_attention: `"npa"` for neighborhood patch attention in the autoencoder too.
-        split_guidance: Run the two passes of classifier-free guidance one after the other, where they are one doubled batch: the
-            denoiser then works in half the memory.
-        method: `"scalediff"`, or what it is compared with: `"multidiffusion"`, `"demofusion"`, or one of these with options
-            (`scalediff.methods`). They take prompt, size, steps, guidance scale and generator; what else belongs to ScaleDiff is refused.
-        workdir: A folder that keeps every finished stage. A run that was interrupted, called again with the same arguments and a
-            generator in the same state, begins after its last finished stage and ends with the same bits.
-        on_stage: Called with every stage as it ends, or as it is found in the workdir.
-        on_step: Called with every denoising step: where the run is, seconds left, and a preview for the asking.
-        progress: Show one bar over all stages, with the time left.
+        pipe: A diffusers pipeline with a known denoiser, patched or not. Its state is restored after the run.
+        prompt: The prompt, or a list of prompts for a batch; None if `call` holds prompt embeddings.
+        height, width: Target size in pixels. Its area must be at least the native one; any aspect ratio.
+        negative_prompt: The negative prompt, or a list of them, passed to the pipeline.
+        call: Further arguments of the pipeline's call, used in every stage.
+        generator: Random generator, or one per picture. It makes the whole run reproducible; a generator with a random seed when None.
+            The global RNG is not used, with one exception in diffusers: Stable Diffusion 3's ControlNet pipeline samples its control
+            latents from it.
+        preset: `"default"`; `"paper"`, the values published for this model; another preset of the family (`scalediff models` lists
+            them); or a `Settings` or `Preset` object.
+        steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: Override the preset, as in `Settings`.
+        sizes: (height, width) of every stage in pixels, base first and target last. When None, each stage doubles the size.
+        vae_tiling: Encode and decode in tiles with blended seams. When None, the pipeline's setting holds, and tiling is turned on if the
+            autoencoder would not fit into the device's memory beside the weights.
+        vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder too.
+        split_guidance: Run the two passes of classifier-free guidance one after the other instead of as one doubled batch, which halves
+            the memory of the denoiser's activations.
+        method: `"scalediff"`, or a method to compare with: `"multidiffusion"`, `"demofusion"`, or an options object of one
+            (`scalediff.methods`). These accept prompt, size, steps, guidance scale and generator; any option of ScaleDiff alone raises an
+            error.
+        workdir: Folder in which every finished stage is saved. If a run was interrupted, the same call with a generator in the same state
+            resumes after the last finished stage and gives the same result bit for bit.
+        on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
+        on_step: Called after every denoising step with a `Step`: position in the run, seconds left, and a function that makes a preview.
+        progress: Show one progress bar over all stages, with the remaining time.
 
     Returns:
         A Result with `.images`, `.stages` and `.settings`.
 
     Raises:
-        ValueError: a size or setting is out of range, the pipeline is of no known family, or the workdir belongs to another run.
-        TypeError: not a text-to-image pipeline.
-        NotImplementedError: the pipeline's scheduler cannot be guided.
-        torch.OutOfMemoryError: names the stage, and what would fit.
+        ValueError: A size or setting is out of range, the pipeline belongs to no known family, or the workdir belongs to another run.
+        TypeError: The pipeline is not a text-to-image pipeline.
+        NotImplementedError: The pipeline's scheduler is not supported.
+        torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
 
     ScaleDiff, arXiv:2510.25818.
     """
-    given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
+    given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
     check_call(pipe)
     if method != "scalediff":
         others = {"sizes": sizes, "vae_tiling": vae_tiling, "workdir": workdir, "on_step": on_step}
         named = [*(set(given) - {"steps", "guidance_scale"}), *(name for name, value in others.items() if value is not None)]
         named += ["vae_attention"] * (vae_attention != "full") + ["split_guidance"] * split_guidance
         if named:
-            raise ValueError(f"method={method!r} has no {', '.join(sorted(named))}")
-        chosen = _preset(pipe, preset)
+            raise ValueError(f"method={method!r} does not support {', '.join(sorted(named))}")
+        chosen = _resolve_preset(pipe, preset)
         settings = replace(chosen.settings, **given)
-        arguments = _complete(pipe, _arguments(prompt, negative_prompt, generator, call, chosen), settings)
-        return _other(pipe, method, arguments, (height, width), settings, on_stage, progress)
-    around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
-    chosen = _preset(pipe, preset)
-    arguments = _arguments(prompt, negative_prompt, generator, call, chosen)
-    return _draw(pipe, arguments, stage_sizes(pipe, height, width, sizes), replace(chosen.settings, **given), around, workdir)
+        arguments = _complete_arguments(pipe, _call_arguments(prompt, negative_prompt, generator, call, chosen), settings)
+        return _run_other_method(pipe, method, arguments, (height, width), settings, on_stage, progress)
+    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
+    chosen = _resolve_preset(pipe, preset)
+    arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
+    return _run_cascade(pipe, arguments, stage_sizes(pipe, height, width, sizes), replace(chosen.settings, **given), run_options, workdir)
 
 
 def upscale(
@@ -147,55 +155,65 @@ def upscale(
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
 ) -> Result:
-    """Enlarge a picture and draw detail into it: the cascade, entered with a picture in place of a base stage.
+    """Upscale a picture and add detail: the cascade starts from this picture instead of a base stage.
 
     Args:
-        image: A PIL picture, or a list of pictures of one size, as many as prompts.
-        height, width: Target in pixels, above the picture's own area and of its shape.
-        sizes: (height, width) of every stage, the first above the picture's own area.
-        pipe, prompt, negative_prompt, call, generator, preset: As in `generate`.
-        steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`. The larger `restart`, the more is
-            drawn anew.
+        pipe: A diffusers pipeline with a known denoiser, as in `generate`.
+        image: A PIL picture, or a list of pictures of the same size, one per prompt.
+        prompt: What the picture shows: a prompt, or a list of them; None if `call` holds prompt embeddings.
+        height, width: Target size in pixels. It must be larger than the picture and have its aspect ratio.
+        sizes: (height, width) of every stage in pixels; the first must be larger than the picture. When None, each stage doubles the size.
+        restart: Share of the steps that every stage runs. The larger it is, the more the picture changes.
+        negative_prompt, call, generator, preset, steps, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`.
         vae_tiling, vae_attention, split_guidance, workdir, on_stage, on_step, progress: As in `generate`.
 
     Returns:
-        As `generate`.
+        A Result, as `generate`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `generate`; also a target that is no larger than the picture, or of another
-            shape.
+        ValueError: As `generate`; also if the target is not larger than the picture, or has another aspect ratio.
+        TypeError: As `generate`; also if `image` is not a PIL picture or a list of them.
+        NotImplementedError: As `generate`.
+        torch.OutOfMemoryError: As `generate`.
+
+    ScaleDiff, arXiv:2510.25818.
     """
-    given = _given(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
+    given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
     check_call(pipe)
     images = image if isinstance(image, list) else [image]
     if not all(hasattr(picture, "convert") for picture in images):
-        raise TypeError(f"image must be a PIL picture, or a list of them, got {', '.join(type(picture).__name__ for picture in images)}")
+        raise TypeError(f"image must be a PIL picture or a list of them, got {', '.join(type(picture).__name__ for picture in images)}")
     if len({picture.size for picture in images}) != 1:
-        raise ValueError(f"pictures must be of one size, got {[picture.size for picture in images]}")
-    if len(images) != (drawn := pictures_in({"prompt": prompt, **(call or {})})):
-        raise ValueError(f"there must be as many pictures as prompts, got {len(images)} for {drawn}")
+        raise ValueError(f"all pictures must have the same size, got {[picture.size for picture in images]}")
+    if len(images) != (expected := images_per_call({"prompt": prompt, **(call or {})})):
+        raise ValueError(f"image must hold one picture per prompt, {expected} in all, got {len(images)}")
     own_width, own_height = images[0].size
-    if abs(math.log(height * own_width / (width * own_height))) > _DISTORTION:
-        raise ValueError(f"a picture of {own_height} x {own_width} would be distorted, got {height=}, {width=}")
+    if abs(math.log(height * own_width / (width * own_height))) > _MAX_DISTORTION:
+        raise ValueError(f"the target must have the aspect ratio of the picture, {own_height} x {own_width}, got {height=}, {width=}")
     planned = stage_sizes(pipe, height, width)
     above = [size for size in planned if size[0] * size[1] > own_height * own_width]
     if not above:
-        raise ValueError(f"the target must exceed the picture's {own_height} x {own_width}, got {height=}, {width=}")
+        raise ValueError(f"the target must be larger than the picture, {own_height} x {own_width}, got {height=}, {width=}")
     multiple = pipe.vae_scale_factor * cascade_of(pipe).patch
     near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
     if sizes is not None:
         above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]))
     picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
-    around = Around(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
-    chosen = _preset(pipe, preset)
-    arguments = _arguments(prompt, negative_prompt, generator, call, chosen)
-    return _draw(pipe, arguments, above, replace(chosen.settings, **given), around, workdir, picture, planned[0])
+    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
+    chosen = _resolve_preset(pipe, preset)
+    arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
+    return _run_cascade(pipe, arguments, above, replace(chosen.settings, **given), run_options, workdir, picture, planned[0])
 
 
-def _story(
-    pipe: Any, arguments: Mapping[str, Any], sizes: list[tuple[int, int]], settings: Settings, around: Around, picture: Tensor | None
+def _fingerprint_run(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    sizes: list[tuple[int, int]],
+    settings: Settings,
+    run_options: RunOptions,
+    picture: Tensor | None,
 ) -> dict[str, Any]:
-    """What makes a run what it is: with the same weights, machine and versions it is drawn again to the bit."""
+    """Everything that determines the result of a run bit for bit, on one machine; a workdir is resumed only if all of it matches."""
     generator = arguments["generator"]
     denoiser: Any = denoiser_of(pipe)
     handle = handle_of(pipe)
@@ -205,25 +223,25 @@ def _story(
         "negative_prompt": arguments.get("negative_prompt"),
         "sizes": [f"{height}x{width}" for height, width in sizes],
         "settings": asdict(settings),
-        "seed": digest([one.get_state() for one in (generator if isinstance(generator, list) else [generator])]),
+        "seed": digest(states_of(generator)),
         "call": digest({name: value for name, value in arguments.items() if name not in named}),
         "picture": None if picture is None else digest(picture),
         "model": f"{type(denoiser).__name__} {digest(dict(denoiser.config))}",
-        "weights": fingerprint([part for part in pipe.components.values() if isinstance(part, nn.Module)]),
+        "weights": fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)]),
         "patched": None if handle is None else [list(handle.window), handle.jitter, digest(asdict(handle.options))],
         "versions": [torch.__version__, version("diffusers")],
         "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "vae": [around.vae_tiling, around.vae_attention],
-        "split_guidance": around.split_guidance,
+        "vae": [run_options.vae_tiling, run_options.vae_attention],
+        "split_guidance": run_options.split_guidance,
     }
 
 
-def _given(
+def _explicit_settings(
     steps: int | None, restart: PerStage | None, guidance_scale: float | None, attention: Attention | None, lfm: bool | None,
     sg: bool | None, lfm_cutoff: PerStage | None, sg_cutoff: PerStage | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The settings that a caller has named."""
+    """The settings that the caller passed."""
     given = {
         "steps": steps, "restart": restart, "guidance_scale": guidance_scale, "attention": attention, "lfm": lfm, "sg": sg,
         "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff,
@@ -231,33 +249,35 @@ def _given(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _preset(pipe: Any, preset: str | Preset | Settings) -> Preset:
+def _resolve_preset(pipe: Any, preset: str | Preset | Settings) -> Preset:
     if isinstance(preset, Settings):
         return Preset(preset, "the caller")
     return preset if isinstance(preset, Preset) else named_preset(pipe, preset)
 
 
-def _arguments(
+def _call_arguments(
     prompt: str | list[str] | None,
     negative_prompt: str | list[str] | None,
     generator: Generators | None,
     call: Mapping[str, Any] | None,
     preset: Preset,
 ) -> dict[str, Any]:
-    """Those of the pipeline's call that are the same in every stage."""
+    """The arguments of the pipeline's call that are the same in every stage."""
     own = {"prompt", "negative_prompt", "height", "width", "generator", "num_inference_steps", "latents", "output_type", "return_dict"}
-    if taken := own & set(call or {}):
-        raise ValueError(f"call may not hold what has an argument of its own or belongs to the stages, got {', '.join(sorted(taken))}")
+    if reserved := own & set(call or {}):
+        raise ValueError(
+            f"call must not hold arguments of generate or upscale, or those that each stage sets, got {', '.join(sorted(reserved))}"
+        )
     if preset.suffix and prompt is not None:
         prompt = [one + preset.suffix for one in prompt] if isinstance(prompt, list) else prompt + preset.suffix
     named = {"prompt": prompt, "negative_prompt": negative_prompt}
     given = {name: value for name, value in named.items() if value is not None} | dict(call or {})
-    told = "negative_prompt" if any(name.startswith("negative_prompt") for name in given) else ""
-    return {**{name: value for name, value in preset.call.items() if name != told}, **given, "generator": generator}
+    overridden = "negative_prompt" if any(name.startswith("negative_prompt") for name in given) else ""
+    return {**{name: value for name, value in preset.call.items() if name != overridden}, **given, "generator": generator}
 
 
-def _complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Those arguments, with steps, guidance and a generator."""
+def _complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Add steps, guidance, the family's negative prompt and a generator to the arguments that lack them."""
     cascade = cascade_of(pipe)
     own: dict[str, Any] = {cascade.guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
     if cascade.negative is not None and not any(name.startswith("negative_prompt") for name in arguments):
@@ -265,7 +285,7 @@ def _complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> di
     return {**own, **arguments, "generator": arguments["generator"] or fresh_generator()}
 
 
-def _other(
+def _run_other_method(
     pipe: Any,
     method: str | MultiDiffusion | DemoFusion,
     arguments: Mapping[str, Any],
@@ -274,36 +294,36 @@ def _other(
     on_stage: Callable[[Stage], None] | None,
     progress: bool,
 ) -> Result:
-    """By another published method."""
+    """Run MultiDiffusion or DemoFusion through the same pipeline call."""
     by_name = {name: one.options() for name, one in METHODS.items()}
     options = by_name.get(method) if isinstance(method, str) else method
-    run_it = next((one.run for one in METHODS.values() if type(options) is one.options), None)
-    if run_it is None:
-        raise ValueError(f"method must be one of scalediff, {', '.join(METHODS)}, or the options of one, got {method!r}")
-    stages = run_it(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
+    run_method = next((one.run for one in METHODS.values() if type(options) is one.options), None)
+    if run_method is None:
+        raise ValueError(f"method must be one of scalediff, {', '.join(METHODS)}, or an options object of one, got {method!r}")
+    stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
     return Result(stages[-1].images, stages, settings)
 
 
-def _draw(
+def _run_cascade(
     pipe: Any,
     arguments: Mapping[str, Any],
     sizes: list[tuple[int, int]],
     settings: Settings,
-    around: Around,
+    run_options: RunOptions,
     workdir: str | Path | None,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
 ) -> Result:
     if workdir is not None and arguments["generator"] is None:
-        raise ValueError("a workdir needs a generator whose state can be named again, got generator=None")
-    arguments = _complete(pipe, arguments, settings)
+        raise ValueError("workdir needs a generator, so that the same call can resume the run, got generator=None")
+    arguments = _complete_arguments(pipe, arguments, settings)
     stages: list[Stage] = []
-    folder = None if workdir is None else Workdir(Path(workdir), _story(pipe, arguments, sizes, settings, around, picture))
+    folder = None if workdir is None else Workdir(Path(workdir), _fingerprint_run(pipe, arguments, sizes, settings, run_options, picture))
 
-    def keep(stage: Stage) -> None:
+    def collect(stage: Stage) -> None:
         stages.append(stage)
-        if around.on_stage is not None:
-            around.on_stage(stage)
+        if run_options.on_stage is not None:
+            run_options.on_stage(stage)
 
-    run(pipe, arguments, sizes, settings, replace(around, on_stage=keep, workdir=folder), picture=picture, base=base)
+    run(pipe, arguments, sizes, settings, replace(run_options, on_stage=collect, workdir=folder), picture=picture, base=base)
     return Result(stages[-1].images, stages, settings)

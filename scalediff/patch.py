@@ -1,4 +1,4 @@
-"""`patch_model` and `unpatch_model`: neighborhood patch attention in a model, and the cascade behind a pipeline's own call."""
+"""`patch_model` and `unpatch_model`: neighborhood patch attention in a model, and the cascade behind a pipeline's `__call__`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.pipeline import cascade_of, native_size, preset, stage_sizes
 from scalediff.cascade.run import run
-from scalediff.cascade.stage import Around
+from scalediff.cascade.stage import RunOptions
 from scalediff.families import family_of
 from scalediff.families.grid import Grid
 from scalediff.families.unlisted import GridSource, TextSource
 from scalediff.patching.handle import Handle
-from scalediff.patching.hooks import patch_networks, runs_the_cascade, unpatch_networks
+from scalediff.patching.hooks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.networks import denoiser_of, handle_of, original_call
-from scalediff.patching.subclass import ATTRIBUTE, mark
+from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
@@ -39,42 +39,44 @@ def patch_model(
     strict: bool = True,
     impl: Impl = "auto",
 ) -> Handle:
-    """Give a model neighborhood patch attention above its native area; up to there it computes the same bits as before.
+    """Replace a model's self-attention above its native area by neighborhood patch attention; below it, results stay bit for bit the same.
 
     Args:
         model: A diffusers pipeline, its denoiser (docs/guide/models.md lists the known ones), or any module whose attention
-            reaches `F.scaled_dot_product_attention`. A pipeline's ControlNets are patched with it. Where the cascade knows the
-            family, the pipeline's text-to-image call then runs it when `height` x `width` exceeds the native size, with the
-            family's preset for what the call does not name.
-        grid: For a module of no known family: the tokens `(Y, X)` of its forward passes, or a function from their named
-            arguments to that.
-        patch_size: For such a module, instead of `grid`: latents or pixels per token of its first `[B, C, H, W]` argument; found
-            by itself where the module, its config or its `patch_embed` names one.
-        text: For such a module with text in the same softmax: `("prefix" | "suffix", T)`, where T is a number of tokens or the
-            name of the argument `[B, T, C]` that has them.
-        window: Key/value window in tokens `(Y, X)` of the finest level, and with it what counts as the native area; the model's
-            native token grid when None.
-        text_queries: In joint attention, `"window"` (the authors' rule) or `"global"`, as in
+            reaches `F.scaled_dot_product_attention`. A pipeline's ControlNets are patched too. If the cascade supports the
+            family, a text-to-image call of the pipeline runs the cascade whenever `height` x `width` exceeds the native size; the
+            family's preset fills in the arguments that the call leaves out.
+        grid: Token grid `(Y, X)` of a module that belongs to no known family, or a function that returns it from the named
+            arguments of a forward pass.
+        patch_size: Latents or pixels per token, as an alternative to `grid`; applied to the first `[B, C, H, W]` argument. Read from
+            the module, its config or its `patch_embed` when None.
+        text: Text tokens in the same softmax as the image, for a module that belongs to no known family:
+            `("prefix" | "suffix", T)`, where T is a number of tokens or the name of the argument `[B, T, C]` that holds them.
+        window: Key/value window in tokens `(Y, X)` at the finest level. It also defines the native area. The model's native
+            token grid when None.
+        text_queries: What text queries attend to in joint attention: `"window"` (the authors' rule) or `"global"`, as in
             `scalediff_kernels.joint_neighborhood_patch_attention`.
-        text_rope: Turn text for each window where the family is rotary and known (the authors' rule).
-        jitter: `"none"`; `"alternate"` moves the patch grid by half a patch at every second step; `"random"` by a random part
-            of a patch at every step. Passes with the same input tensor are one step; `Handle.restart_jitter` begins again.
-        seed: Of the random offsets, drawn from a generator of their own.
-        strict: Raise when a self-attention module cannot be patched, or an unlisted model has no call to take in its first
-            large pass; otherwise warn.
+        text_rope: Rotate text for each window, if the family is known and has rotary positions (the authors' rule).
+        jitter: How the patch grid moves: `"none"`; `"alternate"`, by half a patch at every second step; `"random"`, by a random
+            fraction of a patch at every step. Forward passes with the same input tensor count as one step;
+            `Handle.restart_jitter` starts the sequence again.
+        seed: Seed of the random offsets. They come from a separate generator.
+        strict: Raise an error if a self-attention module cannot be patched, or if no attention call of an unlisted model could
+            be replaced in its first pass above the native area. Warn instead when False.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
 
     Returns:
-        A Handle with `.report`; as a context manager it unpatches on leaving. Patching twice is patching once, with the
-        later arguments.
+        A Handle with a `.report`. Used as a context manager, it unpatches the model on exit. Patching a model again replaces
+        the earlier patch.
 
     Raises:
-        ValueError: nothing to patch, or under `strict` only a part; a module of no known family without a grid or window; the
-            model is patched through another pipeline; an argument is out of range.
-        TypeError: the model is neither a module nor a pipeline with a denoiser, or is a traced graph.
-        NotImplementedError: the model is a video model, or runs diffusers' context parallelism; `impl="triton"` where the
-            triton package is missing. A model that is not on a GPU, and gradient checkpointing, are refused by the first call
-            above the native area.
+        ValueError: The model has no self-attention to patch, or, under `strict`, only a part of it can be patched; a module
+            of no known family comes without a grid or window; the model is already patched through another pipeline; an
+            argument is out of range.
+        TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph.
+        NotImplementedError: The model is a video model, or uses diffusers' context parallelism; `impl="triton"` without the
+            triton package. `impl="triton"` on a model that is not on a GPU, and gradient checkpointing, raise this error at the
+            first call above the native area.
 
     ScaleDiff, arXiv:2510.25818.
     """
@@ -84,33 +86,36 @@ def patch_model(
     )  # fmt: skip
     if not isinstance(model, nn.Module):
         family = family_of(denoiser_of(model))
-        if family is not None and runs_the_cascade(type(model), family):
-            mark(model, handle, _cascading)
+        if family is not None and supports_cascade(type(model), family):
+            patch_class(model, handle, _cascade_methods)
     return handle
 
 
 def unpatch_model(model: Any) -> None:
-    """Undo `patch_model` on this pipeline or denoiser, bit for bit; a model that is not patched is left alone."""
+    """Undo `patch_model` bit for bit.
+
+    Args:
+        model: The pipeline or denoiser. Nothing happens if it is not patched.
+    """
     unpatch_networks(model)
 
 
-def _cascading(cls: type) -> dict[str, Callable[..., Any]]:
-    """The call of a pipeline class that runs the cascade above the native size."""
+def _cascade_methods(cls: type) -> dict[str, Callable[..., Any]]:
+    """A `__call__` for a pipeline class that runs the cascade above the native size."""
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-
         handle: Handle | None = self.__dict__.get(ATTRIBUTE)
-        if handle is None or not handle.active:  # another pipeline of the same class, or a copy of one since unpatched
+        if handle is None or not handle.active:  # a copy made while patched, or a pipeline unpatched since
             return cls.__call__(self, *args, **kwargs)
         bound = inspect.signature(functools.partial(cls.__call__, self)).bind(*args, **kwargs)
-        return _call_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
+        return _call_patched_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
 
     return {"__call__": call}
 
 
-def _call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
-    """A patched pipeline's call: its own up to the native size, the cascade above; arguments and return value are the pipeline's."""
+def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
+    """Run the original call up to the native size and the cascade above it; arguments and return value are those of the pipeline."""
     native = native_size(pipe)
     height, width = arguments.get("height") or native[0], arguments.get("width") or native[1]
     if (height <= native[0] and width <= native[1]) or height * width <= native[0] * native[1]:
@@ -123,7 +128,7 @@ def _call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
         attention=handle.attention if handle is not None else settings.attention,
     )
     arguments["generator"] = arguments.get("generator") or fresh_generator()
-    told = {name for name, value in arguments.items() if value is not None}
-    if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in told):
+    given = {name for name, value in arguments.items() if value is not None}
+    if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in given):
         arguments["negative_prompt"] = cascade_of(pipe).negative
-    return run(pipe, arguments, stage_sizes(pipe, height, width), settings, Around())
+    return run(pipe, arguments, stage_sizes(pipe, height, width), settings, RunOptions())

@@ -1,4 +1,4 @@
-"""The settings of a cascade, checked, the presets that name them, and the picture sizes that its stages go through."""
+"""Settings of the cascade, presets, and the picture sizes of its stages."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ _CHOICES = {"attention": Attention, "filter": Kind, "anchor": Anchor, "size_cond
 
 @dataclass(frozen=True)
 class Settings:
-    """One setting of the method; `dataclasses.replace` makes another.
+    """Settings of one run; change a copy with `dataclasses.replace`.
 
-    `restart`, `guidance_until` and the cutoffs are one number for all stages above the native size, or a tuple with one for each.
+    `restart`, `guidance_until` and the cutoffs take one number for all stages above the native size, or a tuple with one number for
+    each of them.
 
     Attributes:
-        steps: Steps of the whole noise schedule, all of them run by the base stage.
-        restart: Share of the steps that a high-resolution stage runs, its last ones, in (0, 1].
-        guidance_scale: Classifier-free guidance.
-        guidance_until: Share of a high-resolution stage's steps with classifier-free guidance, in [0, 1]; the steps after them run the
-            prompt's pass alone. 1 guides them all.
-        attention: `"npa"` for neighborhood patch attention, `"full"` for the model's own attention over the whole grid.
-        jitter: How the patch grid moves from step to step, as in `patch_model`; None leaves a patched pipeline's as it is, and is
-            `"none"` for another.
-        lfm: Latent frequency mixing; without it a stage starts from the picture upsampled in RGB alone.
+        steps: Steps of the whole noise schedule. The base stage runs all of them.
+        restart: Share of the steps that a high-resolution stage runs, in (0, 1]. It runs the last ones.
+        guidance_scale: Scale of classifier-free guidance.
+        guidance_until: Share of a high-resolution stage's steps that use classifier-free guidance, in [0, 1]. The remaining steps run
+            only the conditional pass.
+        attention: `"npa"` for neighborhood patch attention, `"full"` for the model's attention over the whole grid.
+        jitter: How the patch grid moves from step to step, as in `patch_model`. None means the jitter of an already patched pipeline,
+            and `"none"` otherwise.
+        lfm: Latent frequency mixing. Without it, a stage starts only from the picture upsampled in RGB.
         sg: Structure guidance at every step of a high-resolution stage.
-        lfm_cutoff, sg_cutoff: Kept fraction of the Nyquist frequency, in (0, 1]. The paper takes one value for both.
-        sg_cutoff_start: The cutoff of structure guidance at a stage's first step, from where it goes to `sg_cutoff` at the last, by the
-            same amount at every step; None: `sg_cutoff` throughout.
-        filter: Low-pass filter of both, as in `scalediff_kernels.low_pass`.
-        anchor: What structure guidance draws to: `"picture"`, the reference that the stage starts from, or `"trajectory"`, what the
-            base stage took for the clean picture at the same noise.
-        size_conditioning: The size that Stable Diffusion XL is told a high-resolution stage's picture has: `"target"`, the stage's own,
-            as the pipeline does by itself, or `"native"`, the size that the model has seen most.
+        lfm_cutoff, sg_cutoff: Kept fraction of the Nyquist frequency, in (0, 1]. The paper uses one value for both.
+        sg_cutoff_start: Cutoff of structure guidance at a stage's first step. It changes linearly to `sg_cutoff` at the last step. None
+            means `sg_cutoff` throughout.
+        filter: Low-pass filter of latent frequency mixing and structure guidance, as in `scalediff_kernels.low_pass`.
+        anchor: Target of structure guidance: `"picture"`, the reference that the stage starts from, or `"trajectory"`, the base stage's
+            prediction of the clean picture at the same noise level.
+        size_conditioning: The picture size in Stable Diffusion XL's size conditioning in high-resolution stages: `"target"`, the size of
+            the stage, which is the pipeline's default, or `"native"`, the size that the model was mostly trained on.
 
     Raises:
-        ValueError: a value is outside its range.
-        TypeError: steps is no whole number.
+        ValueError: A value is outside its range.
+        TypeError: `steps` is not an integer.
     """
 
     steps: int = 50
@@ -68,7 +69,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int):
-            raise TypeError(f"steps must be a whole number, got steps={self.steps!r}")
+            raise TypeError(f"steps must be an integer, got steps={self.steps!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got steps={self.steps}")
         if not math.isfinite(self.guidance_scale):
@@ -76,9 +77,9 @@ class Settings:
         for name in _PER_STAGE:
             value = getattr(self, name)
             if isinstance(value, Sequence):
-                object.__setattr__(self, name, tuple(value))  # of a list, as JSON has it
+                object.__setattr__(self, name, tuple(value))  # JSON gives lists
                 if not value:
-                    raise ValueError(f"{name} must be a number, or one for each stage, got {name}=()")
+                    raise ValueError(f"{name} must be a number, or one number for each stage, got {name}=()")
             for one in value if isinstance(value, Sequence) else () if value is None else (value,):
                 if not (0 < one <= 1 or (one == 0 and name == "guidance_until")):
                     raise ValueError(f"{name} must lie in {'[' if name == 'guidance_until' else '('}0, 1], got {name}={one}")
@@ -89,36 +90,40 @@ class Settings:
 
     @property
     def stage_steps(self) -> int:
-        """Steps of a high-resolution stage, at least one; all of them must run as many, or `of_stage` says which is meant."""
+        """Steps of a high-resolution stage, at least one. `restart` must be a single number; `of_stage` selects one from a tuple."""
         assert isinstance(self.restart, float | int)
         return max(1, round(self.steps * self.restart))
 
     def of_stage(self, number: int, count: int) -> Settings:
-        """Those of one high-resolution stage: the first is number 1 of `count`.
+        """The settings of one high-resolution stage, with a single number in place of each tuple.
+
+        Args:
+            number: The stage's number; the first high-resolution stage is 1.
+            count: Number of high-resolution stages.
 
         Raises:
-            ValueError: a tuple that has not one value for each of them.
+            ValueError: A tuple does not have `count` values.
         """
         chosen: dict[str, Any] = {}
         for name in _PER_STAGE:
             value = getattr(self, name)
             if isinstance(value, tuple):
                 if len(value) != count:
-                    raise ValueError(f"{name} must have one value for each stage above the native size, here {count}, got {name}={value}")
+                    raise ValueError(f"{name} must have one value for each of the {count} stages above the native size, got {name}={value}")
                 chosen[name] = value[number - 1]
         return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings with a name, and what else belongs to them.
+    """Settings with their source, and further defaults of the pipeline's call.
 
     Attributes:
         settings: The settings.
-        source: Where they come from, for people.
-        suffix: Text put after every prompt.
-        call: Arguments of the pipeline's call, where the caller does not name them.
-        spacing: The `timestep_spacing` that the scheduler must have; empty where any will do.
+        source: Where the values come from, as text for the user.
+        suffix: Text appended to every prompt.
+        call: Default arguments of the pipeline's call.
+        spacing: The `timestep_spacing` that the scheduler must have; empty if any works.
     """
 
     settings: Settings
@@ -129,18 +134,26 @@ class Preset:
 
 
 def derived_presets(*, steps: int, guidance_scale: float) -> Mapping[str, Preset]:
-    """Those of a model that the paper has none for: FLUX's restart and cutoffs, the steps and guidance that its pipeline defaults to."""
+    """Presets of a model that the paper does not cover: the restart and cutoffs of FLUX, and the pipeline's default steps and guidance."""
     settings = Settings(steps=steps, restart=0.6, guidance_scale=guidance_scale, lfm_cutoff=0.25, sg_cutoff=0.25)
     return {"default": Preset(settings, "the pipeline's own steps and guidance, restart and cutoffs of the paper's FLUX.1-dev")}
 
 
 def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: int) -> list[tuple[int, int]]:
-    """The (height, width) of every stage in pixels: a base of native area and the target's shape, then x2 to the target.
+    """Choose the size of every stage: a base with the native area and the target's aspect ratio, then x2 per stage up to the target.
 
-    The last factor is whatever is left, in (1, 2].
+    The last factor is the remainder, in (1, 2].
+
+    Args:
+        target: (height, width) in pixels.
+        native: Native (height, width) of the model in pixels.
+        multiple: Sides must be multiples of this number of pixels.
+
+    Returns:
+        (height, width) of every stage in pixels, base first.
 
     Raises:
-        ValueError: a target side is not a multiple of `multiple`, or the target is smaller than native.
+        ValueError: A target side is not a multiple of `multiple`, or the target is smaller than native.
     """
     height, width = target
     _check_target(target, native=native, multiple=multiple)
@@ -148,7 +161,7 @@ def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: in
     hops = math.ceil(math.log2(factor))
 
     def base(side: int) -> int:
-        """Near side / factor, but large enough for `hops` doublings to reach the side."""
+        """A multiple near side / factor that is large enough to reach the side in `hops` doublings."""
         return max(round(side / factor / multiple), math.ceil(side / (1 << hops) / multiple)) * multiple
 
     stages = [(min(height, base(height) << k), min(width, base(width) << k)) for k in range(hops)]
@@ -163,25 +176,32 @@ def check_sizes(
     multiple: int,
     picture: tuple[int, int] | None = None,
 ) -> None:
-    """Refuse a caller's own list of stages that no cascade could go through; with a picture's size, stages above that picture.
+    """Check the caller's list of stage sizes.
+
+    Args:
+        sizes: (height, width) of every stage in pixels.
+        target: The size that the last stage must have.
+        native: Native (height, width) of the model in pixels.
+        multiple: Sides must be multiples of this number of pixels.
+        picture: Size of the picture that replaces the base stage; then every stage must be larger than it.
 
     Raises:
-        ValueError: as `plan_sizes`; the last is not the target, a base above the native area, a stage that is no larger than the one
-            before or more than twice as large along an axis, or of another shape.
+        ValueError: As `plan_sizes`; also if the last size is not the target, the base exceeds the native area, or a stage is not larger
+            than the one before, more than twice as large along an axis, or of another aspect ratio.
     """
     _check_target(target, native=picture or native, multiple=multiple)
     if not sizes or tuple(sizes[-1]) != tuple(target):
-        raise ValueError(f"the last of sizes must be the target {target[0]} x {target[1]}, got {sizes=}")
+        raise ValueError(f"the last stage in sizes must be the target {target[0]} x {target[1]}, got {sizes=}")
     if picture is None and sizes[0][0] * sizes[0][1] > native[0] * native[1] * 1.1:
-        raise ValueError(f"the first of sizes is drawn with full attention, at most the native {native[0]} x {native[1]}, got {sizes[0]}")
+        raise ValueError(f"the first stage in sizes must have at most the native area, {native[0]} x {native[1]}, got {sizes[0]}")
     for height, width in sizes:
         if height % multiple or width % multiple:
             raise ValueError(f"sizes must be multiples of {multiple}, got {(height, width)}")
     for (h0, w0), (h1, w1) in itertools.pairwise([*([] if picture is None else [picture]), *sizes]):
         if not (h0 <= h1 <= 2 * h0 and w0 <= w1 <= 2 * w0 and h0 * w0 < h1 * w1):
-            raise ValueError(f"a stage must be larger than the one before, at most twice along an axis, got {(h0, w0)} and {(h1, w1)}")
+            raise ValueError(f"a stage must be larger than the one before, by at most 2x along an axis, got {(h0, w0)} and {(h1, w1)}")
         if abs(h1 * w0 - h0 * w1) > multiple * max(h1, w1):
-            raise ValueError(f"stages must be of one shape, got {(h0, w0)} and {(h1, w1)}")
+            raise ValueError(f"all stages must have the same aspect ratio, got {(h0, w0)} and {(h1, w1)}")
 
 
 def _check_target(target: tuple[int, int], *, native: tuple[int, int], multiple: int) -> None:

@@ -25,7 +25,7 @@ from scalediff.methods import DemoFusion, MultiDiffusion, running
 from scalediff.methods.demofusion import demofusion, phase_sizes
 from scalediff.methods.multidiffusion import multidiffusion
 from scalediff.patching.networks import denoiser_of
-from scalediff.patching.subclass import own_class
+from scalediff.patching.subclass import original_class
 from scalediff.settings import Settings
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
@@ -129,7 +129,7 @@ class Drawn:
                 prompt = call.pop("prompt", None)
                 how: dict[str, Any] = {"call": call, "generator": generator, "preset": settings, "on_stage": on_stage}
                 return scalediff.generate(pipe, prompt, height=side, width=side, **how).stages
-            call = running.complete(pipe, call | {"generator": generator}, settings)
+            call = running.complete_arguments(pipe, call | {"generator": generator}, settings)
             if method.kind == "views":  # one view at a time where they do not overlap: the passes of direct inference
                 options = MultiDiffusion(stride=stride, view_batch=1 if stride else self.view_batch)
                 return multidiffusion(pipe, call, size, settings, options, on_stage=on_stage)
@@ -137,7 +137,7 @@ class Drawn:
                 return demofusion(pipe, call, size, settings, DemoFusion(view_batch=self.view_batch), on_stage=on_stage)
             since = time.perf_counter()
             with running.borrowed(pipe):
-                latents = running.draw_latents(pipe, call, size)
+                latents = running.generate_latents(pipe, call, size)
                 stage = running.finished(pipe, call, latents, size, settings, index=1, of=1, since=since)
             if on_stage is not None:
                 on_stage(stage)
@@ -194,7 +194,7 @@ class Work:
         window = drawn.subject.window or drawn.family.native_grid(denoiser)  # a small model's family may name that of the large one
         self._family = replace(drawn.family, native_grid=lambda _: window)
         with torch.device("meta"):  # the same networks without weights, in fp32
-            twins: list[Any] = [own_class(type(net)).from_config(net.config).eval() for net in (denoiser, drawn.pipe.vae)]  # type: ignore[attr-defined]
+            twins: list[Any] = [original_class(type(net)).from_config(net.config).eval() for net in (denoiser, drawn.pipe.vae)]  # type: ignore[attr-defined]
         self._denoiser, self._vae = twins
         guided = drawn.settings.guidance_scale > 1 and cascade_of(drawn.pipe).conditional
         self._passes = 2 if guided else 1

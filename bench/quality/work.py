@@ -16,7 +16,7 @@ from scalediff.families.grid import Grid
 from scalediff.methods.demofusion import phase_sizes
 from scalediff.methods.views import corners
 from scalediff.patching.networks import denoiser_of
-from scalediff.patching.subclass import own_class
+from scalediff.patching.subclass import original_class
 from scalediff.settings import Attention
 
 
@@ -53,7 +53,7 @@ def native_grid(pipe: Any) -> Grid:
 
 
 def _without_weights(network: nn.Module) -> Any:
-    cls: Any = own_class(type(network))
+    cls: Any = original_class(type(network))
     return cls.from_config(network.config).eval()
 
 

@@ -1,4 +1,4 @@
-"""Kernels for training-free high-resolution diffusion: needs torch, and triton where there is a GPU; nothing else."""
+"""Kernels for training-free high-resolution diffusion. They only need torch, and Triton on a GPU."""
 
 from scalediff_kernels.lowpass.api import guide_structure, low_pass, mix_frequencies, packed_view
 from scalediff_kernels.lowpass.operators import LowPass

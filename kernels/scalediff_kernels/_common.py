@@ -1,6 +1,6 @@
-"""Device functions that several kernels use: loading boxes of tokens, one step of the online softmax, a rotation.
+"""Device functions of several kernels: loading tokens, one step of the online softmax, and rotation.
 
-Strides come in units of VECTOR elements: the compiler then knows how wide an aligned load may be.
+Strides are in units of VECTOR elements, which tells the compiler how wide an aligned load can be.
 
 Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim, M x N query x key block.
 """
@@ -22,7 +22,7 @@ def softmax_step(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of keys through the online softmax. `scale` carries log2(e); fp32 throughout, weights rounded to v's dtype."""
+    """Process one block of keys by the online softmax. `scale` includes log2(e). fp32, with the weights rounded to v's dtype."""
     scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(keep[None, :], scores * scale, float("-inf"))
@@ -43,7 +43,7 @@ def load_box(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
     BOXES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """`[ROWS * COLUMNS, BLOCK_D]` of one head from (y, x); zero above D and, where MASKED, outside `[0, limit)`."""
+    """Load `[ROWS * COLUMNS, BLOCK_D]` of one head at (y, x); zero above D and, if MASKED, outside `[0, limit)`."""
     if BOXES:
         return ref.load([batch, y, x, head, 0]).reshape(ROWS * COLUMNS, BLOCK_D)
     else:
@@ -68,7 +68,7 @@ def load_text(
     ref, strides, batch, t, head, text,
     N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
-    """`[N, BLOCK_D]` of one head from text token t on; zero beyond the text and above D."""
+    """Load `[N, BLOCK_D]` of one head, from text token t on; zero after the text and above D."""
     if BOXES:
         return ref.load([batch, t, head, 0]).reshape(N, BLOCK_D)
     else:
@@ -81,7 +81,7 @@ def load_text(
 
 @triton.jit
 def rotate(b_q, cos_ptr, sin_ptr, window, INVERSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Turn the adjacent pairs of `[M, D]` by the angles of one window, forwards or back."""
+    """Rotate adjacent channel pairs of `[M, D]` by the angles of one window, or by minus these angles if INVERSE."""
     offs = tl.arange(0, BLOCK_D // 2)
     cos = tl.load(cos_ptr + window * (D // 2) + offs, mask=offs < D // 2, other=1.0)[None, :]
     sin = tl.load(sin_ptr + window * (D // 2) + offs, mask=offs < D // 2, other=0.0)[None, :]

@@ -1,4 +1,4 @@
-"""What every kernel's launch needs: the device by name, why it cannot run, and one kernel with its arguments."""
+"""Helpers for kernel launches: a kernel with its arguments, the device's name, and whether it can run the kernels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with everything it is called with: run it, or compile it for a device that is not there.
+    """A kernel with its arguments, which can be run, or compiled for a device that is not present.
 
-    `then`: what runs after it, on what it wrote.
+    Attributes:
+        kernel: The Triton kernel.
+        programs: Number of programs.
+        arguments: Arguments of the kernel, by name.
+        config: The launch configuration.
+        then: A second launch that runs afterwards, on the output of the first.
     """
 
     kernel: Any
@@ -27,13 +32,14 @@ class Launch:
     then: Launch | None = None
 
     def run(self) -> None:
+        """Run the kernel, and then the second launch."""
         self.kernel[(self.programs,)](**self.arguments)
         if self.then is not None:
             self.then.run()
 
 
 def device_name(device: torch.device) -> str:
-    """`"sm_90"` or `"gfx942"`; the interpreter runs on the CPU and stands for a GPU without descriptors."""
+    """Name of a GPU architecture, such as `"sm_90"` or `"gfx942"`. The CPU, for Triton's interpreter, counts as `"sm_80"`."""
     if device.type == "cpu":
         return "sm_80"
     if torch.version.hip:
@@ -43,7 +49,7 @@ def device_name(device: torch.device) -> str:
 
 
 def device_refusal(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, in words; None where they can."""
+    """Why the kernels cannot run on a device; None if they can."""
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"the kernel needs a CUDA or ROCm device (or TRITON_INTERPRET=1 to try it slowly on the CPU), got {device=}"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -56,9 +62,10 @@ def _interpreted() -> bool:
 
 
 def on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
-    """Make a GPU the current one for a launch."""
+    """Make a GPU the current device for a launch."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def has_triton() -> bool:
+    """Whether the triton package is installed."""
     return find_spec("triton") is not None

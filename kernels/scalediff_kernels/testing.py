@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the error budget, inputs, and poisoned memory."""
+"""Helpers for tests and benchmarks: the error budget, random inputs, and poisoned memory."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from torch import Tensor
 
 
 def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Demand `error(actual) <= 2 * error(eager) + rounding`.
+    """Check that `error(actual) <= 2 * error(eager) + rounding`.
 
     Args:
         actual: The result under test.
-        eager: The plain low-precision computation of the same inputs.
-        exact: The fp64 result of the same (already quantised) inputs.
+        eager: The result of an eager computation in low precision, from the same inputs.
+        exact: The fp64 result from the same (already quantised) inputs.
 
     Raises:
-        AssertionError: the budget is exceeded or the result is not finite.
+        AssertionError: The budget is exceeded, the result is not finite, or the dtypes of actual and eager differ.
 
-    The rule of flash-attention's tests: error is judged by error, with one rounding of the result in its own dtype on top.
+    This is the rule of flash-attention's tests: the error is compared to that of the eager computation, plus one rounding of the result.
     """
-    if actual.dtype != eager.dtype:  # raised, not asserted: benchmarks lean on it under `python -O`, too
-        raise AssertionError(f"compared in different dtypes, got {actual.dtype=}, {eager.dtype=}")
+    if actual.dtype != eager.dtype:  # raised explicitly, because benchmarks also need it under `python -O`
+        raise AssertionError(f"actual and eager must have the same dtype, got {actual.dtype=}, {eager.dtype=}")
     if not actual.isfinite().all():
         raise AssertionError("the result has NaN or infinite values")
     error = (actual.double() - exact).abs().max().item()
     allowed = 2 * (eager.double() - exact).abs().max().item() + torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    if not error <= allowed:  # an error that is NaN is none
+    if not error <= allowed:  # also fails if the error is NaN
         raise AssertionError(f"error {error:.3e} exceeds the budget {allowed:.3e}")
 
 
 def attention_inputs(
     shape: tuple[int, int, int, int, int], *, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of `[B, Y, X, H, D]`, unit normal."""
+    """Random q, k, v of shape `[B, Y, X, H, D]`, from a unit normal distribution."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     return q, k, v
@@ -44,8 +44,8 @@ def attention_inputs(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what `torch.empty` and `torch.empty_like` return with NaN, so that an element nobody wrote is seen."""
-    # Both take down torch's functions when they are first used, for good, and must not meet ours.
+    """Make `torch.empty` and `torch.empty_like` return NaN, so that elements that are never written are detected."""
+    # Both store references to these torch functions on first use, and must not store the replacements.
     import torch._dynamo
 
     with torch.device("cpu"):

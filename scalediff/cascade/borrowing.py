@@ -1,4 +1,4 @@
-"""How a run borrows a pipeline: everything is given back as it was found."""
+"""Context managers that change a pipeline for a run and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 from scalediff.cascade.pipeline import cascade_of, native_size
 from scalediff.patching.handle import Handle
 from scalediff.patching.hooks import patch_networks
-from scalediff.patching.networks import handle_of, nets_of
+from scalediff.patching.networks import handle_of, networks_of
 from scalediff.patching.subclass import is_patched
 from scalediff.settings import Attention, Settings
 
 
 @contextmanager
-def kept(pipe: Any) -> Iterator[None]:
-    """Give back a pipeline's scheduler, its bar and the size that it thinks it was trained at."""
+def restored_pipeline(pipe: Any) -> Iterator[None]:
+    """Restore a pipeline's scheduler, progress bar and trained size on exit."""
     scheduler, bar = pipe.scheduler, pipe.__dict__.get("_progress_bar_config")
     trained_size = cascade_of(pipe).trained_size
     pixels = getattr(pipe, trained_size) if trained_size else None
@@ -39,16 +39,16 @@ def kept(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -> Iterator[Handle | None]:
-    """Give the pipeline back as it was; inside, the handle whose attention the stages switch (None: nothing is patched).
+    """Prepare a pipeline for a run of the cascade, and restore it on exit.
 
-    A pipeline that is not patched gets its denoiser patched for the run, before anything is drawn, so that a model with
-    nothing to patch is known at once.
+    Yields the handle by which the stages switch the attention, or None if nothing is patched. A pipeline that is not patched is patched
+    here for the run, so that a model with nothing to patch raises its error before anything is computed.
     """
     handle = handle_of(pipe)
     with ExitStack() as undo:
-        undo.enter_context(kept(pipe))
+        undo.enter_context(restored_pipeline(pipe))
         if handle is None and settings.attention == "npa":
-            nets = nets_of(pipe)  # ControlNets that the caller has patched by themselves stay as they are
+            nets = networks_of(pipe)  # ControlNets that the caller patched separately are left alone
             whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
             handle = undo.enter_context(patch_networks(whole, jitter=settings.jitter or "none"))
         if vae_attention not in get_args(Attention):
@@ -68,13 +68,13 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
 
 @contextmanager
 def _windowed_vae(pipe: Any) -> Iterator[None]:
-    """Neighborhood patch attention in the middle of both halves of the autoencoder, windows as large as the native latents."""
+    """Use neighborhood patch attention in the mid blocks of the autoencoder, with the native latent size as the window."""
     height, width = native_size(pipe)
     factor = pipe.vae_scale_factor
     window = height // factor, width // factor
     parts = [(part, patch) for part, patch in ((pipe.vae.encoder, factor), (pipe.vae.decoder, 1)) if _attends(part)]
     if not parts:
-        raise NotImplementedError(f"vae_attention='npa' is for autoencoders of pictures with attention, got {type(pipe.vae).__name__}")
+        raise NotImplementedError(f"vae_attention='npa' needs an image autoencoder with attention, got {type(pipe.vae).__name__}")
     with ExitStack() as undo:
         for part, patch in parts:
             undo.enter_context(patch_networks(part, patch_size=patch, window=window))
@@ -85,105 +85,109 @@ def _attends(part: nn.Module) -> bool:
     return any(hasattr(module, "to_q") for module in part.modules())
 
 
-Respond = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-_RESPOND = "_scalediff_respond"
+# Called in place of the denoiser, with the original call, its positional and its keyword arguments.
+DenoiserInterceptor = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_INTERCEPTOR = "_scalediff_interceptor"
 
 
 @contextmanager
-def answering(pipe: Any, respond: Respond) -> Iterator[None]:
-    """Within, every call that the pipeline makes of its denoiser is `respond(the call as it was, args, kwargs)`.
+def intercept_denoiser(pipe: Any, interceptor: DenoiserInterceptor) -> Iterator[None]:
+    """Replace every call of the pipeline's denoiser by `interceptor(original_call, args, kwargs)`.
 
-    The denoiser gets a class with another call for that long, on top of whatever it is: patched, compiled, offloaded. What responds is
-    no part of a compiled graph.
+    The denoiser temporarily gets a subclass of its class, which also works if it is patched, compiled or offloaded. The interceptor is
+    never part of a compiled graph.
     """
     owner: Any = next(part for name in ("unet", "transformer") if isinstance(part := getattr(pipe, name, None), nn.Module))
     cls: Any = type(owner)
-    owner.__dict__[_RESPOND] = respond
-    owner.__class__ = _answering(cls)
+    owner.__dict__[_INTERCEPTOR] = interceptor
+    owner.__class__ = _intercepting_subclass(cls)
     try:
         yield
     finally:
         owner.__class__ = cls
-        del owner.__dict__[_RESPOND]
+        del owner.__dict__[_INTERCEPTOR]
 
 
-@functools.cache  # a graph that was compiled for the class serves the next run
-def _answering(cls: type) -> type:
+@functools.cache  # torch.compile can then reuse a graph in the next run
+def _intercepting_subclass(cls: type) -> type:
     forward: Any = cls.__call__
 
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_RESPOND](functools.partial(forward, self), args, kwargs)
+        return self.__dict__[_INTERCEPTOR](functools.partial(forward, self), args, kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 @contextmanager
 def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> Iterator[None]:
-    """Change how a batch that classifier-free guidance has doubled is run; a model that is guided otherwise is left alone.
+    """Run the two halves of a batch that classifier-free guidance has doubled one after the other, or only the conditional half.
+
+    Has no effect on models whose guidance does not double the batch.
 
     Args:
         pipe: The pipeline.
-        unguided_from: From this model call of its scheduler on only the half with the prompt is run. The other half of the output is a
-            copy: whatever the guidance scale, `u + s (c - u)` is then c.
-        split: The two halves run one after the other, with half the memory.
+        unguided_from: Number of the first model call that runs only the conditional half. Its output is used for both halves, so for
+            any guidance scale s, `u + s (c - u)` equals c.
+        split: Run the two halves one after the other, in half the memory.
     """
     conditional = cascade_of(pipe).conditional
     if not conditional or (unguided_from is None and not split):
         yield
         return
 
-    def respond(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_in_halves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = sample_of(args, kwargs).shape[0]
         first, second = slice(0, batch // 2), slice(batch // 2, None)
 
         def run(half: slice) -> Any:
-            cut = functools.partial(_cut, batch=batch, kept=half)
-            return forward(*_mapped(args, cut), **_mapped(kwargs, cut))
+            cut = functools.partial(_take_samples, batch=batch, samples=half)
+            return forward(*_map_tensors(args, cut), **_map_tensors(kwargs, cut))
 
         if batch % 2 or not pipe.do_classifier_free_guidance:
             return forward(*args, **kwargs)
         if unguided_from is not None and pipe.scheduler.calls_done >= unguided_from:
             output = run(second if conditional == "last" else first)
-            return _joined(output, output)
-        return _joined(run(first), run(second)) if split else forward(*args, **kwargs)
+            return _concatenate(output, output)
+        return _concatenate(run(first), run(second)) if split else forward(*args, **kwargs)
 
-    with answering(pipe, respond):
+    with intercept_denoiser(pipe, run_in_halves):
         yield
 
 
 def sample_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The latents among the arguments of a denoiser call."""
     sample: Tensor = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
     return sample
 
 
-def _cut(x: Tensor, *, batch: int, kept: slice) -> Tensor:
-    return x[kept] if x.ndim and x.shape[0] == batch else x
+def _take_samples(x: Tensor, *, batch: int, samples: slice) -> Tensor:
+    return x[samples] if x.ndim and x.shape[0] == batch else x
 
 
-def _joined(first: Any, second: Any) -> Any:
-    """Two nests of tensors as one, with the batch of both."""
+def _concatenate(first: Any, second: Any) -> Any:
+    """Concatenate two nested structures of tensors along the batch."""
     others = iter(x for x in tree_leaves(second) if isinstance(x, Tensor))
-    return _mapped(first, lambda x: torch.cat([x, next(others)]))
+    return _map_tensors(first, lambda x: torch.cat([x, next(others)]))
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of tuples, lists and mappings (a model's output is one) with other tensors."""
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of nested tuples, lists and mappings (such as a model's output)."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
-        return tuple(_mapped(one, change) for one in value)
+        return tuple(_map_tensors(one, change) for one in value)
     if isinstance(value, list):
-        return [_mapped(one, change) for one in value]
+        return [_map_tensors(one, change) for one in value]
     if isinstance(value, Mapping):
-        changed = {name: _mapped(one, change) for name, one in value.items()}
+        changed = {name: _map_tensors(one, change) for name, one in value.items()}
         return changed if type(value) is dict else type(value)(**changed)
     return value
 
 
 @contextmanager
 def tiled(vae: Any, *, on: bool | None) -> Iterator[None]:
-    """With the autoencoder's tiling switched on or off; None leaves it as it is."""
+    """Turn the autoencoder's tiling on or off, and restore it on exit; None leaves it unchanged."""
     before = getattr(vae, "use_tiling", False)
     if on is None or on == before:
         yield

@@ -1,4 +1,4 @@
-"""Random generators of a run, one or one for each picture: their states, and a fresh one. The global one is never used."""
+"""The random generators of a run, one in all or one per picture. The global generator is never used."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ Generators = torch.Generator | list[torch.Generator]
 
 
 def states_of(generator: Generators) -> list[Tensor]:
+    """The state of every generator."""
     return [one.get_state() for one in (generator if isinstance(generator, list) else [generator])]
 
 
 def set_states(generator: Generators, states: list[Tensor]) -> None:
+    """Set the state of every generator."""
     for one, state in zip(generator if isinstance(generator, list) else [generator], states, strict=True):
         one.set_state(state)
 
 
 def fresh_generator() -> torch.Generator:
+    """A CPU generator with a random seed."""
     generator = torch.Generator()
     generator.seed()
     return generator

@@ -1,4 +1,4 @@
-"""A picture as a PNG file: written whole or not at all, with the run that made it inside."""
+"""PNG files with metadata of the run that made the picture. A file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ _KEY = "scalediff"
 
 
 def save_png(image: Any, path: Path, *, metadata: Mapping[str, Any]) -> None:
-    """Write a PIL picture with its metadata as JSON in a text chunk, and in the one that other tools read; the file appears by rename."""
+    """Write a PIL picture with its metadata to a PNG file.
+
+    The metadata is stored as JSON in a text chunk, and in the chunk `parameters` that other tools read. The file is written under a
+    temporary name and then renamed.
+
+    Args:
+        image: The PIL picture.
+        path: The PNG file.
+        metadata: Values that JSON can represent.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -31,7 +40,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata that `save_png` wrote.
 
     Raises:
-        ValueError: the file is missing, no picture, or carries no such metadata.
+        ValueError: The file is missing, is not a picture, or has no metadata of scalediff.
     """
     from PIL import Image
 
@@ -40,19 +49,19 @@ def read_metadata(path: Path) -> dict[str, Any]:
             text = getattr(image, "text", {})[_KEY]
         metadata: dict[str, Any] = json.loads(text)
     except KeyError:
-        raise ValueError(f"expected a picture written by scalediff, got {path}: it has no scalediff metadata") from None
+        raise ValueError(f"the file must be a picture written by scalediff, got {path}, which has no scalediff metadata") from None
     except (OSError, Image.DecompressionBombError, json.JSONDecodeError) as error:
-        raise ValueError(f"expected a picture written by scalediff, got {path}: {error}") from error
+        raise ValueError(f"the file must be a picture written by scalediff, got {path}: {error}") from error
     return metadata
 
 
 def temporary(path: Path) -> Path:
-    """Where a picture is written before it gets its name; another process writes to another place."""
+    """The temporary name under which this process writes a file before renaming it."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def _parameters(image: Any, metadata: Mapping[str, Any]) -> str:
-    """The run in the words of the chunk `parameters`, which AUTOMATIC1111's web interface made common: prompt, negative prompt, facts."""
+    """The text of the chunk `parameters`, in the format of AUTOMATIC1111's web interface: prompt, negative prompt, settings."""
     settings = metadata.get("settings", {})
     facts = {
         "Steps": settings.get("steps"), "Sampler": metadata.get("scheduler"), "CFG scale": settings.get("guidance_scale"),

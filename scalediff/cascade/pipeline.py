@@ -1,4 +1,4 @@
-"""What the cascade asks of a pipeline, and how it borrows one: everything is given back as it was found."""
+"""What the cascade reads from a pipeline: family, presets, sizes, and the checks before a run."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ Sizes = Sequence[tuple[int, int]]
 
 
 def family_with_cascade(denoiser: nn.Module) -> tuple[Family, Cascade]:
-    """The family of a denoiser, and what the cascade knows of it.
+    """The family of a denoiser and its `Cascade`.
 
     Raises:
-        ValueError: no such family, or one that only the hook knows.
+        ValueError: The family is not known, or the cascade does not support it.
     """
     family = family_of(denoiser)
     if family is None or family.cascade is None:
         known = ", ".join(sorted(name for name, one in FAMILIES.items() if one.cascade is not None))
-        raise ValueError(f"the cascade knows pipelines around {known}, got {type(denoiser).__name__}")
+        raise ValueError(f"the cascade supports pipelines with one of {known}, got {type(denoiser).__name__}")
     return family, family.cascade
 
 
 def cascade_of(pipe: Any) -> Cascade:
+    """What the cascade needs to know about the pipeline's family; raises as `family_with_cascade`."""
     return family_with_cascade(denoiser_of(pipe))[1]
 
 
 def named_preset(pipe: Any, name: str) -> Preset:
-    """One of the family's presets for this pipeline.
+    """A preset of the pipeline's family, by name.
 
     Raises:
-        ValueError: the family has none of that name, or the pipeline's scheduler is not what the preset is for.
+        ValueError: The family has no such preset, or the preset needs another scheduler.
     """
     presets = cascade_of(pipe).presets(denoiser_of(pipe))
     if name not in presets:
@@ -47,18 +48,18 @@ def named_preset(pipe: Any, name: str) -> Preset:
     wanted, spacing = presets[name].spacing, pipe.scheduler.config.get("timestep_spacing")
     if wanted and spacing != wanted:
         raise ValueError(
-            f"preset {name!r} is for a scheduler with timestep_spacing={wanted!r}, got {type(pipe.scheduler).__name__} {spacing=}"
+            f"preset {name!r} needs a scheduler with timestep_spacing={wanted!r}, got {type(pipe.scheduler).__name__} with {spacing=}"
         )
     return presets[name]
 
 
 def preset(pipe: Any, name: str = "default") -> Settings:
-    """The settings of one of the family's presets; raises as `named_preset`."""
+    """The settings of a preset of the pipeline's family, by name; raises as `named_preset`."""
     return named_preset(pipe, name).settings
 
 
 def native_size(pipe: Any) -> tuple[int, int]:
-    """Pixels (height, width) that the model was trained at; of a patched one, those of its window."""
+    """The model's native (height, width) in pixels; for a patched pipeline, the size of its window."""
     denoiser, handle = denoiser_of(pipe), handle_of(pipe)
     family, cascade = family_with_cascade(denoiser)
     y, x = handle.window if handle is not None else family.native_grid(denoiser) or (0, 0)
@@ -68,12 +69,16 @@ def native_size(pipe: Any) -> tuple[int, int]:
 def stage_sizes(
     pipe: Any, height: int, width: int, given: Sizes | None = None, *, picture: tuple[int, int] | None = None
 ) -> list[tuple[int, int]]:
-    """The sizes of all stages up to a target, in pixels, or a caller's own after a look at them.
+    """The size of every stage up to a target: planned, or the caller's list after a check.
 
-    With the size of a picture that stands for the base stage, a caller's own begin above it.
+    Args:
+        pipe: The pipeline.
+        height, width: Target in pixels.
+        given: The caller's (height, width) of every stage, or None.
+        picture: (height, width) of the picture that replaces the base stage, for the check of `given`.
 
     Raises:
-        ValueError: as `plan_sizes` and `check_sizes`.
+        ValueError: As `plan_sizes` and `check_sizes`.
     """
     cascade = cascade_of(pipe)
     rules: dict[str, Any] = {"native": native_size(pipe), "multiple": max(cascade.size_multiple, cascade.patch * pipe.vae_scale_factor)}
@@ -83,30 +88,34 @@ def stage_sizes(
     return [(int(y), int(x)) for y, x in given]
 
 
-def own_call(pipe: Any, arguments: Mapping[str, Any]) -> Any:
-    """The pipeline's own call, with lists of its own: Z-Image's writes its chat template into a list of prompts."""
+def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Any:
+    """Run the unpatched call of a pipeline on copies of lists, because Z-Image's pipeline modifies a list of prompts."""
     copied = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
     return original_call(pipe)(pipe, **copied)
 
 
 def check_call(pipe: Any) -> None:
-    """Raises TypeError: not a text-to-image pipeline."""
+    """Check that a pipeline can run the cascade.
+
+    Raises:
+        TypeError: It is not a text-to-image pipeline.
+    """
     denoiser_of(pipe)
     if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
         raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
 
 
 def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: Settings, *, restarts: int) -> None:
-    """Refuse before anything is drawn what one of the last `restarts` stages would refuse."""
+    """Raise the errors of the last `restarts` stages, those that restart from noise, before anything is computed."""
     factor, cascade = pipe.vae_scale_factor, cascade_of(pipe)
     if restarts:
         check_scheduler(pipe.scheduler)
         for name in ("timesteps", "sigmas", "denoising_end"):
             if arguments.get(name) is not None:
-                raise ValueError(f"stages above the native size lay out their own schedule, got {name}={arguments[name]}")
+                raise ValueError(f"stages above the native size set their own schedule, got {name}={arguments[name]}")
         control = arguments.get("control_image")
         if any(isinstance(one, Tensor) for one in (control if isinstance(control, list) else [control])):
-            raise ValueError("control_image must be a PIL picture, which is fitted to each stage, got a tensor")
+            raise ValueError("control_image must be a PIL picture, because it is resized for each stage, got a tensor")
         _check_settings(pipe, settings, restarts, has_base=restarts < len(sizes))
     for number, (height, width) in enumerate(sizes[len(sizes) - restarts :], start=1):
         stage = settings.of_stage(number, restarts)
@@ -115,19 +124,20 @@ def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: S
                 coarse_length(min(height, width) // factor, cutoff, stage.filter)
     latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
     if latents is not None and (latents.shape[1] != base[0] * base[1] // 4 if cascade.packed else tuple(latents.shape[-2:]) != base):
-        raise ValueError(f"latents are those of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
+        raise ValueError(f"latents must have the size of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
 
 
 def _check_settings(pipe: Any, settings: Settings, restarts: int, *, has_base: bool) -> None:
     if settings.anchor == "trajectory" and settings.sg and not has_base:
-        raise ValueError("anchor='trajectory' is what the base stage took for the picture: a given picture has none")
+        raise ValueError("anchor='trajectory' needs a base stage, which upscale does not have")
     until = settings.guidance_until
     if min(until if isinstance(until, tuple) else (until,)) < 1 and not cascade_of(pipe).conditional:
         name = type(denoiser_of(pipe)).__name__
-        raise NotImplementedError(f"guidance_until below 1 is for models that are guided in one doubled batch, got {name}")
+        raise NotImplementedError(f"guidance_until below 1 needs classifier-free guidance in one doubled batch, got {name}")
     if settings.size_conditioning != "target" and not takes_size_conditioning(pipe):
-        raise ValueError(f"size_conditioning is for pipelines that tell a size to the model, got {type(pipe).__name__}")
+        raise ValueError(f"size_conditioning needs a pipeline with the arguments original_size and target_size, got {type(pipe).__name__}")
 
 
 def takes_size_conditioning(pipe: Any) -> bool:
+    """Whether the pipeline conditions the model on a picture size, as SDXL's does."""
     return {"original_size", "target_size"} <= set(signature(original_call(pipe)).parameters)

@@ -1,4 +1,4 @@
-"""How far a run is: one bar over all stages, and what is told of every step."""
+"""Progress of a run: one bar over all stages, and a callback for every step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Step:
     """One denoising step of a run.
 
     Attributes:
-        stage, stages: The stage's number from 1, and how many there are.
-        step, steps: Its number from 1 within the stage, and how many there are. A solver of order two has a step for every model call.
-        left: Seconds to the end of the run as far as can be told: every step so far took as long per pixel.
-        preview: Makes pictures, at the model's native size, of what the model takes for the final one now.
+        stage, stages: Number of the current stage, from 1, and number of stages.
+        step, steps: Number of the step within the stage, from 1, and number of steps. A solver of order two counts every model call.
+        left: Estimated seconds to the end of the run, assuming the same time per pixel for all steps.
+        preview: Function that returns PIL pictures of the model's current prediction of the clean picture, at most at native size.
     """
 
     stage: int
@@ -31,14 +31,14 @@ class Step:
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Counts the model calls of a run, a call's work being its pixels.
+    """Count the model calls of a run. The work of a call is measured by the number of its pixels.
 
     Args:
-        sizes: (height, width) of every stage.
-        calls: Model calls of every stage.
-        bar: Show a bar on stderr.
-        on_step: Told of every step.
-        preview: Makes pictures of a clean latent.
+        sizes: (height, width) of every stage in pixels.
+        calls: Number of model calls of every stage.
+        bar: Show a progress bar on stderr.
+        on_step: Called after every step.
+        preview: Function from a stage's number and clean latents to PIL pictures.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.close()
 
     def begin(self, stage: int) -> None:
-        """A stage, counted from 1, begins to be drawn."""
+        """Start a stage; the first one is 1."""
         if self._began is None:
             self._began = time.perf_counter(), self._done
         if self._bar is not None:
@@ -70,16 +70,16 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.set_description(f"stage {stage}/{len(self._sizes)}  {height} x {width}")
 
     def skip(self, stage: int) -> None:
-        """A stage is there already."""
+        """Count a stage that is loaded from the workdir."""
         self._advance(self._work[stage - 1] * self._calls[stage - 1])
 
     def call(self, stage: int, number: int, denoised: Callable[[], Tensor]) -> None:
-        """The model was called, for the `number`-th time from 0 in this stage."""
+        """Count a model call of this stage; the first one is number 0. `denoised` computes the predicted clean latents."""
         self._advance(self._work[stage - 1])
         if self._on_step is not None:
             left = self._left()
-            pictures = lambda: self._preview(stage, denoised())  # noqa: E731  # made while the step is told of, or not at all
-            calls = max(number + 1, self._calls[stage - 1])  # PNDM, at the native size, has a call more
+            pictures = lambda: self._preview(stage, denoised())  # noqa: E731  # computed only if on_step asks for it
+            calls = max(number + 1, self._calls[stage - 1])  # PNDM, at the native size, makes one more call
             self._on_step(Step(stage, len(self._sizes), number + 1, calls, left, pictures))
 
     def _advance(self, work: int) -> None:
@@ -94,6 +94,6 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def _bar(total: int) -> Any:
-    from tqdm import tqdm  # diffusers brings it
+    from tqdm import tqdm  # a dependency of diffusers
 
     return tqdm(total=total, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}")

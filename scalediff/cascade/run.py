@@ -1,9 +1,9 @@
-"""Upsample, noise, denoise: a picture far above a model's native size, through the pipeline's own call.
+"""The cascade: upsample, add noise, denoise, stage by stage, each stage by one call of the pipeline.
 
-    base stage at native size, the model's own attention
+    base stage at native size, with full attention
     for each stage (x2 until the target):
         Z_LU = bicubic(latent);  Z_RU = encode(bicubic(decode(latent)));  Z_ref = LFM(Z_RU, Z_LU)
-        x = add_noise(Z_ref, restart);  denoise from there with NPA on and SG at every step
+        x = add_noise(Z_ref, restart);  denoise from there with NPA, and SG at every step
 
 ScaleDiff, arXiv:2510.25818.
 
@@ -24,13 +24,13 @@ from torch.nn import functional as F
 
 from scalediff.cascade.borrowing import borrowed, guidance_in_halves, tiled
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
-from scalediff.cascade.latents import decode, encode, packed, pictures_of, unpacked
-from scalediff.cascade.memory import out_of_memory, pictures_in, wants_tiling
-from scalediff.cascade.pipeline import Sizes, cascade_of, check_run, native_size, own_call
+from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
+from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
+from scalediff.cascade.pipeline import Sizes, call_pipeline, cascade_of, check_run, native_size
 from scalediff.cascade.progress import Progress
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, recording_scheduler, upsampled
-from scalediff.cascade.stage import Around, Stage
-from scalediff.cascade.workdir import Saved
+from scalediff.cascade.stage import RunOptions, Stage
+from scalediff.cascade.workdir import SavedStage
 from scalediff.patching.handle import Handle
 from scalediff.settings import PerStage, Settings
 from scalediff_kernels import mix_frequencies
@@ -44,23 +44,36 @@ def run(
     arguments: Mapping[str, Any],
     sizes: Sizes,
     settings: Settings,
-    around: Around,
+    options: RunOptions,
     *,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
 ) -> Any:
-    """All stages. With `around.on_stage` every one is decoded for it; without, the last call's own return value is returned.
+    """Run all stages.
 
-    A picture, `[B, 3, height, width]` in [-1, 1], stands for the base stage, whose size `base` then is.
+    Args:
+        pipe: The pipeline; its state is restored afterwards.
+        arguments: Arguments of the pipeline's call.
+        sizes: (height, width) of every stage in pixels.
+        settings: Settings of the method.
+        options: Options of the run. With `on_stage`, every stage is decoded and passed to it.
+        picture: `[B, 3, height, width]` in [-1, 1]; replaces the base stage.
+        base: (height, width) of the base stage that the picture replaces.
+
+    Returns:
+        The return value of the pipeline's last call, or None with `on_stage`.
     """
     check_run(pipe, arguments, sizes, settings, restarts=len(sizes) - (picture is None))
-    with borrowed(pipe, settings, around.vae_attention) as handle:
-        return _Run(pipe, arguments, list(sizes), settings, around, handle, base or sizes[0]).all(picture)
+    with borrowed(pipe, settings, options.vae_attention) as handle:
+        return _Run(pipe, arguments, list(sizes), settings, options, handle, base or sizes[0]).run_stages(picture)
 
 
 class _Run:
-    """A run under way, and what one stage hands to the next: `latents`, the picture `decoded` from them, and from the base stage what it
-    asked of its scheduler and what it took for the clean latents on its way."""
+    """The state of a run.
+
+    One stage passes to the next its `latents` and the picture `decoded` from them. The base stage also passes the arguments of its
+    `set_timesteps` and, if later stages are guided by it, its predictions of the clean latents (`trajectory`).
+    """
 
     def __init__(
         self,
@@ -68,82 +81,82 @@ class _Run:
         arguments: Mapping[str, Any],
         sizes: list[tuple[int, int]],
         settings: Settings,
-        around: Around,
+        options: RunOptions,
         handle: Handle | None,
         base: tuple[int, int],
     ) -> None:
-        self.pipe, self.arguments, self.sizes, self.settings, self.around, self.handle, self.base = (
-            pipe, arguments, sizes, settings, around, handle, base,
+        self.pipe, self.arguments, self.sizes, self.settings, self.options, self.handle, self.base = (
+            pipe, arguments, sizes, settings, options, handle, base,
         )  # fmt: skip
         self.scheduler = pipe.scheduler
         self.latents = self.decoded = torch.empty(0)
-        self.asked: Mapping[str, Any] = {}
+        self.base_schedule_arguments: Mapping[str, Any] = {}
         self.trajectory: list[Tensor] = []
 
-    def all(self, picture: Tensor | None) -> Any:
-        workdir, device = self.around.workdir, self.pipe._execution_device
+    def run_stages(self, picture: Tensor | None) -> Any:
+        """Run the stages that the workdir does not have; returns as `run`."""
+        workdir, device = self.options.workdir, self.pipe._execution_device
         done = workdir.finished() if workdir is not None else []
         self.first = 1 if picture is None else 0  # stages without a restart
         if picture is not None:
             self.decoded = picture.to(device)
-            with self._within(self.base, "the given picture"):
+            with self._stage_context(self.base, "encoding the picture"):
                 self.latents = encode(self.pipe, self.decoded).to(self.pipe.dtype)
         if picture is not None or 0 < len(done) < len(self.sizes):
-            self.asked = self._rehearsed()
+            self.base_schedule_arguments = self._record_base_schedule()
         with self._progress() as self.progress:
             for index, size in enumerate(self.sizes, start=1):
                 if index <= len(done):
-                    self._take(index, done[index - 1])
+                    self._resume_stage(index, done[index - 1])
                     continue
-                what = f"stage {index}/{len(self.sizes)}"
-                with self._within(size, what):
-                    if index == len(self.sizes) and self.around.on_stage is None:
-                        return self._called(index, size, {})
-                    self._draw(index, size)
+                with self._stage_context(size, f"stage {index}/{len(self.sizes)}"):
+                    if index == len(self.sizes) and self.options.on_stage is None:
+                        return self._call_pipeline(index, size, {})
+                    self._run_stage(index, size)
                     if getattr(self.pipe, "interrupt", False):  # diffusers' flag, set by a callback: this stage is the last
-                        return None if self.around.on_stage is not None else self._as_it_is(size)
+                        return None if self.options.on_stage is not None else self._output_of_latents(size)
         return None
 
-    def _draw(self, index: int, size: tuple[int, int]) -> None:
-        """One stage, kept and told of."""
+    def _run_stage(self, index: int, size: tuple[int, int]) -> None:
+        """Run one stage, save it in the workdir and report it."""
         since = time.perf_counter()
-        self.latents = unpacked(self.pipe, self._called(index, size, _LATENT)[0], size)
+        self.latents = unpacked(self.pipe, self._call_pipeline(index, size, _LATENT)[0], size)
         self.decoded = decode(self.pipe, self.latents)
-        if self.around.on_stage is None:
+        if self.options.on_stage is None:
             return
-        images, seconds = pictures_of(self.pipe, self.decoded), time.perf_counter() - since
-        if self.around.workdir is not None and not getattr(self.pipe, "interrupt", False):
+        images, seconds = to_pil_images(self.pipe, self.decoded), time.perf_counter() - since
+        if self.options.workdir is not None and not getattr(self.pipe, "interrupt", False):
             states, in_tiles = states_of(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
             trajectory = self.trajectory if index == 1 else []
-            self.around.workdir.save(index, Saved(self.latents, states, seconds, in_tiles, trajectory), images)
-        self._tell(index, images, seconds)
+            self.options.workdir.save(index, SavedStage(self.latents, states, seconds, in_tiles, trajectory), images)
+        self._report_stage(index, images, seconds)
 
-    def _take(self, index: int, saved: Saved) -> None:
-        """A stage that an earlier run has finished."""
+    def _resume_stage(self, index: int, saved: SavedStage) -> None:
+        """Load a stage that an earlier run has finished."""
         self.latents = saved.latents.to(self.pipe._execution_device)
-        with self._within(self.sizes[index - 1], f"stage {index}/{len(self.sizes)}, kept", saved.in_tiles):
+        with self._stage_context(self.sizes[index - 1], f"decoding saved stage {index}/{len(self.sizes)}", saved.in_tiles):
             self.decoded = decode(self.pipe, self.latents)
         if index == 1:
             self.trajectory = saved.trajectory
         set_states(self.arguments["generator"], saved.states)
         self.progress.skip(index)
-        self._tell(index, pictures_of(self.pipe, self.decoded), saved.seconds)
+        self._report_stage(index, to_pil_images(self.pipe, self.decoded), saved.seconds)
 
-    def _tell(self, index: int, images: list[Any], seconds: float) -> None:
-        if self.around.on_stage is not None:
+    def _report_stage(self, index: int, images: list[Any], seconds: float) -> None:
+        if self.options.on_stage is not None:
             size, steps = self.sizes[index - 1], self._settings(index).stage_steps if index > self.first else self.settings.steps
-            self.around.on_stage(Stage(index, len(self.sizes), *size, images, self.latents, steps, seconds, self.settings))
+            self.options.on_stage(Stage(index, len(self.sizes), *size, images, self.latents, steps, seconds, self.settings))
 
-    def _called(self, index: int, size: tuple[int, int], output: Mapping[str, Any]) -> Any:
-        """What the pipeline's call returns for a stage."""
+    def _call_pipeline(self, index: int, size: tuple[int, int], output: Mapping[str, Any]) -> Any:
+        """Call the pipeline for a stage and return its output."""
         changes: dict[str, Any] = {"height": size[0], "width": size[1]}
         settings, restarts, pipe = self._settings(index), index > self.first, self.pipe
         unguided = None
         if restarts:
             changes |= self._restart(index, size, settings)
-            if _one(settings.guidance_until) < 1:
-                unguided = math.ceil(_one(settings.guidance_until) * len(pipe.scheduler.levels))
-        elif len(self.sizes) > 1 or self.around.progress or self.around.on_step is not None:
+            if _scalar(settings.guidance_until) < 1:
+                unguided = math.ceil(_scalar(settings.guidance_until) * len(pipe.scheduler.levels))
+        elif len(self.sizes) > 1 or self.options.progress or self.options.on_step is not None:
             pipe.scheduler = recording_scheduler(self.scheduler, watch=self._watch(index))
         if self.handle is not None:
             self.handle.attention = settings.attention if restarts else "full"
@@ -151,19 +164,20 @@ class _Run:
         trained_size = cascade_of(pipe).trained_size
         if trained_size and restarts and settings.attention == "npa":
             setattr(pipe, trained_size, round(math.sqrt(size[0] * size[1])))
-        if self.around.progress is not None:
+        if self.options.progress is not None:
             pipe.set_progress_bar_config(disable=True)
         self.progress.begin(index)
-        with guidance_in_halves(pipe, unguided_from=unguided, split=self.around.split_guidance):
-            result = own_call(pipe, {**self.arguments, **changes, **output})
+        with guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance):
+            result = call_pipeline(pipe, {**self.arguments, **changes, **output})
         if not restarts and len(self.sizes) > 1:
-            self.asked = pipe.scheduler.asked
+            self.base_schedule_arguments = pipe.scheduler.schedule_arguments
         return result
 
     def _restart(self, index: int, size: tuple[int, int], settings: Settings) -> dict[str, Any]:
-        """Hand the pipeline this stage's guided scheduler, a tail of the schedule that the base stage asked for.
+        """Prepare a stage above the native size: give the pipeline a guided scheduler, and add noise to the reference.
 
-        Returns what the pipeline's call starts from.
+        Returns:
+            The arguments of the pipeline's call that differ from those of the run.
         """
         from diffusers.utils.torch_utils import randn_tensor
 
@@ -174,103 +188,108 @@ class _Run:
         calls = pipe.scheduler.order * (steps - 1) + 1
         guidance = Guidance(
             reference if settings.sg else None,
-            _one(settings.sg_cutoff),
-            start=None if start is None else _one(start),
+            _scalar(settings.sg_cutoff),
+            start=None if start is None else _scalar(start),
             kind=settings.filter,
             trajectory=self.trajectory[-calls:] if settings.anchor == "trajectory" else None,
             packed=cascade_of(pipe).packed,
         )
         pipe.scheduler = guided_scheduler(
-            self.scheduler, steps=settings.steps, kept=steps, guidance=guidance, asked=self.asked, watch=self._watch(index)
+            self.scheduler,
+            steps=settings.steps,
+            last_steps=steps,
+            guidance=guidance,
+            base_schedule_arguments=self.base_schedule_arguments,
+            watch=self._watch(index),
         )
         pipe.scheduler.set_timesteps(steps)
         level = pipe.scheduler.levels[0]
         noise = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
         changes = {"latents": packed(pipe, level.signal * reference + level.noise * noise), "num_inference_steps": steps}
         if settings.size_conditioning == "native":
-            told = {name: native_size(pipe) for name in ("original_size", "target_size")}
-            changes |= {name: size for name, size in told.items() if self.arguments.get(name) is None}
+            native = {name: native_size(pipe) for name in ("original_size", "target_size")}
+            changes |= {name: size for name, size in native.items() if self.arguments.get(name) is None}
         return changes
 
     def _watch(self, index: int) -> Watch:
-        """What sees the model calls of a stage."""
-        keeps = index == 1 and self.first == 1 and self.settings.sg and self.settings.anchor == "trajectory"
+        """The callback for the model calls of a stage: it records the trajectory and the progress."""
+        records_trajectory = index == 1 and self.first == 1 and self.settings.sg and self.settings.anchor == "trajectory"
         longest = max((self._calls(i) for i in range(2, len(self.sizes) + 1)), default=0)
 
         def watch(call: int, denoised: Callable[[], Tensor]) -> None:
-            if keeps and call >= self._calls(1) - longest:
+            if records_trajectory and call >= self._calls(1) - longest:
                 self.trajectory.append(unpacked(self.pipe, denoised(), self.sizes[0]))
             self.progress.call(index, call, denoised)
 
         return watch
 
     def _calls(self, index: int) -> int:
-        """Model calls of a stage: a solver of order two calls twice a step, but for the last."""
+        """Number of model calls of a stage. A solver of order two makes two calls in each step except the last."""
         steps = self.settings.steps if index <= self.first else self._settings(index).stage_steps
         return int(self.scheduler.order) * (steps - 1) + 1
 
     def _settings(self, index: int) -> Settings:
-        """Those of a stage, with one number each; of the base stage, the run's."""
+        """The settings of a stage, with a single number in place of each tuple; for the base stage, those of the run."""
         above = len(self.sizes) - self.first
         return self.settings.of_stage(index - self.first, above) if index > self.first else self.settings
 
     @contextmanager
-    def _within(self, size: tuple[int, int], what: str, in_tiles: bool | None = None) -> Iterator[None]:
-        """Something of a size is drawn: the autoencoder in tiles if it is to be, and words where memory runs out."""
+    def _stage_context(self, size: tuple[int, int], stage: str, in_tiles: bool | None = None) -> Iterator[None]:
+        """Set the autoencoder's tiling for a size, and explain out-of-memory errors."""
         tiles = self._tiles(size) if in_tiles is None else in_tiles
         with tiled(self.pipe.vae, on=tiles):
-            now = {"tiled": getattr(self.pipe.vae, "use_tiling", False), "split": self.around.split_guidance}
-            with out_of_memory(self.pipe, self.scheduler, self.arguments, size, what, **now):
+            used = {"tiled": getattr(self.pipe.vae, "use_tiling", False), "split": self.options.split_guidance}
+            with out_of_memory(self.pipe, self.scheduler, self.arguments, size, stage, **used):
                 yield
 
     def _tiles(self, size: tuple[int, int]) -> bool | None:
-        """Whether the autoencoder is to tile; None: as it does."""
-        if self.around.vae_tiling is not None:
-            return self.around.vae_tiling
-        return wants_tiling(self.pipe, size, pictures_in(self.arguments)) or None
+        """Whether to turn the autoencoder's tiling on or off; None leaves it unchanged."""
+        if self.options.vae_tiling is not None:
+            return self.options.vae_tiling
+        return needs_tiling(self.pipe, size, images_per_call(self.arguments)) or None
 
     def _progress(self) -> Progress:
         calls = [self._calls(i) for i in range(1, len(self.sizes) + 1)]
-        return Progress(self.sizes, calls, bar=bool(self.around.progress), on_step=self.around.on_step, preview=self._preview)
+        return Progress(self.sizes, calls, bar=bool(self.options.progress), on_step=self.options.on_step, preview=self._preview)
 
     def _preview(self, index: int, denoised: Tensor) -> list[Any]:
-        """Pictures of an estimate of the clean latents, no larger than the model's native size."""
+        """Decode the predicted clean latents, reduced to at most the model's native size."""
         latents = unpacked(self.pipe, denoised, self.sizes[index - 1])
         shrunk = math.sqrt(math.prod(native_size(self.pipe)) / math.prod(self.sizes[index - 1]))
         if shrunk < 1:
             latents = F.interpolate(latents, scale_factor=shrunk, mode="area")
-        return pictures_of(self.pipe, decode(self.pipe, latents))
+        return to_pil_images(self.pipe, decode(self.pipe, latents))
 
-    def _rehearsed(self) -> Mapping[str, Any]:
-        """What the pipeline would ask of its scheduler for a picture of the base size: its call, with a schedule of no steps."""
+    def _record_base_schedule(self) -> Mapping[str, Any]:
+        """The arguments of `set_timesteps` in a base stage, from a pipeline call that runs no step."""
         self.pipe.scheduler = recording_scheduler(self.scheduler, runs=False)
-        if self.around.progress is not None:
+        if self.options.progress is not None:
             self.pipe.set_progress_bar_config(disable=True)
         changes = {"height": self.base[0], "width": self.base[1], "generator": fresh_generator()}
-        own_call(self.pipe, {**self.arguments, **changes, **_LATENT})
-        asked: Mapping[str, Any] = self.pipe.scheduler.asked
+        call_pipeline(self.pipe, {**self.arguments, **changes, **_LATENT})
+        arguments: Mapping[str, Any] = self.pipe.scheduler.schedule_arguments
         self.pipe.scheduler = self.scheduler
-        return asked
+        return arguments
 
-    def _as_it_is(self, size: tuple[int, int]) -> Any:
-        """The pipeline's own return value for the latents of now: its call, with a schedule of no steps."""
-        self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, kept=0, guidance=Guidance(None, 1.0))
+    def _output_of_latents(self, size: tuple[int, int]) -> Any:
+        """The pipeline's output for the current latents, from a pipeline call that runs no step."""
+        self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, last_steps=0, guidance=Guidance(None, 1.0))
         changes = {"height": size[0], "width": size[1], "latents": packed(self.pipe, self.latents), "num_inference_steps": 1}
-        return own_call(self.pipe, {**self.arguments, **changes})
+        return call_pipeline(self.pipe, {**self.arguments, **changes})
 
 
-def _one(value: PerStage) -> float:
-    """A number that is chosen for a stage."""
+def _scalar(value: PerStage) -> float:
+    """A per-stage setting after `Settings.of_stage`, which leaves a single number."""
     assert isinstance(value, float | int)
     return value
 
 
 def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
-    """The stage's clean reference `[B, C, Y, X]`: upsampled in RGB, its low band replaced by the latent's own."""
+    """The clean reference of a stage `[B, C, Y, X]`: upsampled in RGB, with the low frequencies of the upsampled latents."""
     z_ru = encode(pipe, upsampled(decoded, size)).to(latents.dtype)
     if not z_ru.isfinite().all():
         raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
     if not settings.lfm:
         return z_ru
     z_lu = upsampled(latents, z_ru.shape[-2:])
-    return mix_frequencies(z_ru, z_lu, cutoff=_one(settings.lfm_cutoff), kind=settings.filter)
+    return mix_frequencies(z_ru, z_lu, cutoff=_scalar(settings.lfm_cutoff), kind=settings.filter)

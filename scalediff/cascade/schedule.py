@@ -1,7 +1,7 @@
-"""The guided scheduler: a pipeline's own scheduler, started part of the way down and drawn to a reference at every step.
+"""The guided scheduler: a copy of a pipeline's scheduler that starts at the restart point and applies structure guidance at every step.
 
-Every scheduler writes its sample as `x = a x0 + s eps`. Structure guidance moves the estimate x0; because all of it is linear, that is
-a change of the model output, so multi-step schedulers keep a consistent history.
+Every scheduler represents its sample as `x = a x0 + s eps`. Structure guidance changes the predicted x0. Because this is linear, it can be
+applied to the model output, which keeps the history of multi-step schedulers consistent.
 
 Legend: B batch, C channels, Y x X latent grid; abar = a^2 / (a^2 + s^2).
 """
@@ -23,7 +23,7 @@ from scalediff_kernels import GuidedStep, NoiseLevel, packed_view
 from scalediff_kernels.lowpass.geometry import Kind
 from scalediff_kernels.steps.geometry import Prediction, x0_weights
 
-# Told of a model call: its number from 0, and what makes the estimate of the clean sample.
+# Called after a model call with its number, from 0, and a function that computes the predicted clean sample.
 Watch = Callable[[int, Callable[[], Tensor]], None]
 
 # How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), a = 1 ("noise added"), or a + s = 1 ("flow").
@@ -41,12 +41,12 @@ class Guidance:
     """Structure guidance of one stage.
 
     Attributes:
-        reference: `[B, C, Y, X]`; None switches it off.
-        cutoff: Kept fraction of the Nyquist frequency, at the last step.
-        start: That at the first step; None: the same.
+        reference: Latents `[B, C, Y, X]` to guide to; None turns guidance off.
+        cutoff: Kept fraction of the Nyquist frequency at the last step.
+        start: Kept fraction at the first step; the same as `cutoff` when None.
         kind: The low-pass filter.
-        trajectory: Instead of the reference, a picture `[B, C, y, x]` of any size for each of the stage's model calls.
-        packed: The scheduler is handed packed latents `[B, Y X / 4, 4 C]`.
+        trajectory: Latents `[B, C, y, x]` of any size for each model call of the stage, which replace the reference.
+        packed: Whether the scheduler receives packed latents `[B, Y X / 4, 4 C]`.
     """
 
     reference: Tensor | None
@@ -58,11 +58,11 @@ class Guidance:
 
     @property
     def changes(self) -> bool:
-        """Whether one model call is guided in another way than the next."""
+        """Whether guidance differs from one model call to the next."""
         return self.start is not None or self.trajectory is not None
 
     def step(self, call: int, calls: int, prediction: Prediction) -> GuidedStep:
-        """That of one model call of a stage."""
+        """The guided step of one model call, from 0, of the stage's `calls`."""
         assert self.reference is not None
         cutoff, reference = self.cutoff, self.reference
         if self.start is not None and calls > 1:
@@ -73,22 +73,35 @@ class Guidance:
 
 
 def upsampled(latents: Tensor, size: Sequence[int]) -> Tensor:
-    """Bicubic, to a size `(Y, X)`."""
+    """Bicubic upsampling to a size `(Y, X)`."""
     return F.interpolate(latents, size=tuple(size), mode="bicubic", align_corners=False)
 
 
 def guided_scheduler(
-    scheduler: Any, *, steps: int, kept: int, guidance: Guidance, asked: Mapping[str, Any] | None = None, watch: Watch | None = None
+    scheduler: Any,
+    *,
+    steps: int,
+    last_steps: int,
+    guidance: Guidance,
+    base_schedule_arguments: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> Any:
-    """A copy of a diffusers scheduler that runs the last `kept` of `steps` steps with structure guidance.
+    """A copy of a diffusers scheduler that runs the last steps of a schedule with structure guidance.
 
-    It is a subclass of the scheduler's own class, made here, so that pipelines which look at types and signatures see what
-    they know. The pipeline asks it for `kept` steps; it lays out `steps` and starts at the restart point. `asked` is what the base
-    stage asked of `set_timesteps` (`recording_scheduler`): every stage has its schedule, also where the pipeline shifts it by size.
-    Without it the pipeline's own arguments count, with another number of steps. `watch` sees every model call.
+    Its class is a subclass of the scheduler's class, because pipelines check types and signatures.
+
+    Args:
+        scheduler: The pipeline's scheduler; not changed.
+        steps: Number of steps of the whole schedule.
+        last_steps: Number of steps to run, at the end of the schedule. The pipeline must ask for this number.
+        guidance: Structure guidance of the stage.
+        base_schedule_arguments: Arguments of `set_timesteps` in the base stage, from a `recording_scheduler`. They give every stage the
+            schedule of the base stage, even if the pipeline shifts the schedule by picture size. When None, the arguments of the
+            pipeline are used with `steps` steps.
+        watch: Called after every model call.
 
     Raises:
-        NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
+        NotImplementedError: The scheduler or its prediction type is not supported.
 
     ScaleDiff, arXiv:2510.25818: gamma_t = (1 - abar_t) / (1 - abar_restart); gamma_t = sigma_t of a flow.
     """
@@ -101,7 +114,9 @@ def guided_scheduler(
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         named = dict(zip(_parameters(cls), args, strict=False)) | kwargs
-        _lay_out(self, functools.partial(cls.set_timesteps, self), named, asked, steps=steps, kept=kept)
+        _set_last_timesteps(
+            self, functools.partial(cls.set_timesteps, self), named, base_schedule_arguments, steps=steps, last_steps=last_steps
+        )
 
     @functools.wraps(cls.step)
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -123,24 +138,24 @@ def guided_scheduler(
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Refuse a scheduler before anything is drawn.
+    """Check that structure guidance supports a scheduler.
 
     Raises:
-        NotImplementedError: a scheduler or prediction type whose sample scale is not known here.
+        NotImplementedError: The scheduler or its prediction type is not supported.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if name not in _PRESERVING | _ADDED | _FLOW:
         known = ", ".join(sorted(_PRESERVING | _ADDED | _FLOW))
-        raise NotImplementedError(f"high-resolution stages know the schedulers {known}, got {name}")
+        raise NotImplementedError(f"high-resolution stages support the schedulers {known}, got {name}")
     if name in _FLOW:
         for option in ("stochastic_sampling", "invert_sigmas"):
             if config.get(option, False):
-                raise NotImplementedError(f"structure guidance knows {name} without {option}, got {option}={config[option]}")
+                raise NotImplementedError(f"structure guidance supports {name} without {option}, got {option}={config[option]}")
         return
     prediction = config.get("prediction_type")
     known_predictions = _PREDICTIONS - ({"sample"} if name in _ADDED else set())
     if prediction not in known_predictions or config.get("use_flow_sigmas", False):
-        raise NotImplementedError(f"structure guidance knows {', '.join(sorted(known_predictions))} with {name}, got {prediction=}")
+        raise NotImplementedError(f"structure guidance supports {', '.join(sorted(known_predictions))} with {name}, got {prediction=}")
 
 
 def _guided(guide: GuidedStep, sample: Tensor, output: Tensor, level: NoiseLevel, gamma: float, grid: tuple[int, int] | None) -> Tensor:
@@ -155,15 +170,18 @@ def _parameters(cls: type) -> Sequence[str]:
 
 
 def recording_scheduler(scheduler: Any, *, watch: Watch | None = None, runs: bool = True) -> Any:
-    """A copy of a diffusers scheduler whose `.asked` holds, by name, the arguments that `set_timesteps` was last called with.
+    """A copy of a diffusers scheduler that records the arguments of its last `set_timesteps` in `.schedule_arguments`, by name.
 
-    `watch` sees every model call. One that does not run has no timesteps.
+    Args:
+        scheduler: The pipeline's scheduler; not changed.
+        watch: Called after every model call.
+        runs: Whether it has timesteps; False makes the pipeline run no step.
     """
     cls = type(scheduler)
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.asked = dict(zip(_parameters(cls), args, strict=False)) | kwargs
+        self.schedule_arguments = dict(zip(_parameters(cls), args, strict=False)) | kwargs
         self.calls_done = 0
         cls.set_timesteps(self, *args, **kwargs)
         if not runs:
@@ -188,36 +206,47 @@ def _prediction(scheduler: Any) -> Prediction:
 
 
 def _denoised(scheduler: Any, level: NoiseLevel, sample: Tensor, output: Tensor) -> Tensor:
-    """The estimate of the clean sample, as the scheduler is handed samples: packed or not."""
+    """The predicted clean sample, packed if the samples are."""
     of_x, of_output = x0_weights(level, _prediction(scheduler))
     return of_x * sample + of_output * output
 
 
-def _lay_out(
-    scheduler: Any, set_timesteps: Any, named: Mapping[str, Any], asked: Mapping[str, Any] | None, *, steps: int, kept: int
+def _set_last_timesteps(
+    scheduler: Any,
+    set_timesteps: Any,
+    named: Mapping[str, Any],
+    base_schedule_arguments: Mapping[str, Any] | None,
+    *,
+    steps: int,
+    last_steps: int,
 ) -> None:
-    """Set the whole schedule, then keep its tail; afterwards `.levels` holds the noise at each call of the model. A tail of no steps
-    is asked for as one of one step, for no pipeline asks for none.
+    """Set the whole schedule and drop all but its last steps; `.levels` then holds the noise level of each model call.
 
-    A scheduler of order 2 (Heun) calls the model twice a step, but for the last: at sigma_0, then at sigma_1, sigma_1, sigma_2, ...
+    With `last_steps=0` the pipeline asks for one step, because no pipeline can ask for none.
+
+    A scheduler of order 2 (Heun) has two model calls per step except the last: at sigma_0, then at sigma_1, sigma_1, sigma_2, ...
     """
     count = len(named["sigmas"]) if named.get("sigmas") is not None else named.get("num_inference_steps")
-    if count != max(kept, 1) or named.get("timesteps") is not None:
-        raise ValueError(f"this stage runs {kept} of {steps} steps; custom timesteps are not supported above the native size, got {count=}")
-    if asked is None:
-        asked = named if count == steps else {**named, "num_inference_steps": steps}
-    set_timesteps(**{**asked, "device": named.get("device")})
+    if count != max(last_steps, 1) or named.get("timesteps") is not None:
+        raise ValueError(
+            f"this stage runs {last_steps} of {steps} steps; custom timesteps are not supported above the native size, got {count=}"
+        )
+    if base_schedule_arguments is None:
+        base_schedule_arguments = named if count == steps else {**named, "num_inference_steps": steps}
+    set_timesteps(**{**base_schedule_arguments, "device": named.get("device")})
     order = scheduler.order
     if len(scheduler.timesteps) != order * (steps - 1) + 1:
-        raise NotImplementedError(f"expected {order} model calls a step but for the last, got {len(scheduler.timesteps)} for {steps=}")
-    dropped = order * (steps - kept)
+        raise NotImplementedError(
+            f"the scheduler must make {order} model calls in each step except the last, got {len(scheduler.timesteps)} for {steps=}"
+        )
+    dropped = order * (steps - last_steps)
     scheduler.timesteps = scheduler.timesteps[dropped:]
     if getattr(scheduler, "sigmas", None) is not None:
         scheduler.sigmas = scheduler.sigmas[dropped:]
-    if hasattr(scheduler, "order_list"):  # of the single-step DPM-Solver: the order of every step
+    if hasattr(scheduler, "order_list"):  # single-step DPM-Solver: the order of each step
         scheduler.order_list = scheduler.order_list[dropped:]
-    if type(scheduler).__name__ == "LCMScheduler":  # it draws noise after every step but the last, which it counts
-        scheduler.num_inference_steps = kept
+    if type(scheduler).__name__ == "LCMScheduler":  # it adds noise after every step except the last, which it finds by this count
+        scheduler.num_inference_steps = last_steps
     scheduler.levels = [_level(scheduler, i) for i in range(len(scheduler.timesteps))]
     scheduler.calls_done = 0
 

@@ -1,4 +1,4 @@
-"""What a run hands out, and what goes on beside it."""
+"""`Stage`, the result of one stage, and `RunOptions`, the options of a run that are not settings of the method."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Stage:
     """One finished stage.
 
     Attributes:
-        index, of: Its number from 1, and how many there are.
-        height, width: Pixels.
+        index, of: Number of the stage, from 1, and number of stages.
+        height, width: Size in pixels.
         images: PIL pictures, one per prompt.
-        latents: `[B, C, Y, X]`, scaled as the pipeline hands them out.
-        steps: Denoising steps run.
-        seconds: Wall-clock time, its decoding included.
-        settings: What the run was asked for.
+        latents: `[B, C, Y, X]`, scaled as the pipeline returns them.
+        steps: Number of denoising steps run.
+        seconds: Wall-clock time, including decoding.
+        settings: Settings of the run.
     """
 
     index: int
@@ -39,17 +39,17 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Around:
-    """What goes on beside a run.
+class RunOptions:
+    """Options of a run that are not settings of the method.
 
     Attributes:
-        on_stage: Called with every stage as it ends, or as it is found in the workdir.
-        on_step: Called with every step.
-        progress: One bar over all stages; None leaves the pipeline's own bar, False shows none.
-        workdir: Keeps every finished stage; those that it holds are taken from there.
-        vae_tiling: The autoencoder works in tiles; None: where it would not fit into what is free.
-        vae_attention: `"npa"` gives the autoencoder neighborhood patch attention.
-        split_guidance: The two passes of classifier-free guidance run one after the other.
+        on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
+        on_step: Called after every step.
+        progress: Show one bar over all stages; None keeps the pipeline's bar, False shows none.
+        workdir: Folder in which finished stages are saved and from which they are loaded.
+        vae_tiling: Run the autoencoder in tiles; None means only if it would not fit into the device's memory.
+        vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder.
+        split_guidance: Run the two passes of classifier-free guidance one after the other.
     """
 
     on_stage: Callable[[Stage], None] | None = None

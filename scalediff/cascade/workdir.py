@@ -1,6 +1,7 @@
-"""A folder that holds a run as it goes: an interrupted one begins again after its last finished stage, and ends with the same bits.
+"""A folder that saves every finished stage, so that an interrupted run can be resumed with the same result bit for bit.
 
-Every file appears by rename. A folder belongs to one run: another prompt, seed, size, setting or model is refused.
+Every file is written under a temporary name and then renamed. A folder belongs to one run: another prompt, seed, size, setting or model
+raises an error.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from scalediff.cascade.metadata import save_png, temporary
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a finished stage left.
+class SavedStage:
+    """The saved state of a finished stage.
 
     Attributes:
         latents: `[B, C, Y, X]`.
-        states: Of the generators after it.
-        seconds: That it took.
-        in_tiles: The autoencoder decoded it in tiles.
-        trajectory: Of the base stage, where a later one is drawn to it: what it took for the clean latents at its last model calls.
+        states: States of the generators after the stage.
+        seconds: Wall-clock time of the stage.
+        in_tiles: Whether the autoencoder decoded in tiles.
+        trajectory: For the base stage, if later stages are guided by it: its predictions of the clean latents at its last model calls.
     """
 
     latents: Tensor
@@ -43,40 +44,40 @@ class Workdir:
     """The folder of one run.
 
     Args:
-        path: The folder; made if it is missing.
-        told: What makes the run what it is, as JSON.
+        path: The folder; created if it is missing.
+        fingerprint: Everything that determines the result of the run, as values that JSON can represent.
 
     Raises:
-        ValueError: the folder cannot be written, or belongs to another run.
+        ValueError: The folder cannot be written, or belongs to another run.
     """
 
-    def __init__(self, path: Path, told: Mapping[str, Any]) -> None:
-        self._path, self._told = path, json.loads(json.dumps(told))
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        self._path, self._fingerprint = path, json.loads(json.dumps(fingerprint))
         run = path / "run.json"
         try:
             path.mkdir(parents=True, exist_ok=True)
             before = json.loads(run.read_text()) if run.exists() else None
             if before is None:
-                _write(run, lambda part: part.write_text(json.dumps(self._told, indent=2, ensure_ascii=False)))
+                _write(run, lambda part: part.write_text(json.dumps(self._fingerprint, indent=2, ensure_ascii=False)))
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"workdir must be a folder of a run, or one that can be written, got {path}: {error}") from error
-        if before is not None and before != self._told:
-            names = sorted(set(before) | set(self._told))
-            other = ", ".join(f"{name}: {before.get(name)!r} there" for name in names if before.get(name) != self._told.get(name))
-            raise ValueError(f"the folder {path} belongs to another run ({other}): name another workdir, or delete it")
+            raise ValueError(f"workdir must be a writable folder, new or of this run, got {path}: {error}") from error
+        if before is not None and before != self._fingerprint:
+            names = sorted(set(before) | set(self._fingerprint))
+            other = ", ".join(f"{name}: {before.get(name)!r} there" for name in names if before.get(name) != self._fingerprint.get(name))
+            raise ValueError(f"the folder {path} belongs to another run ({other}): use another workdir, or delete it")
 
-    def finished(self) -> list[Saved]:
-        """The stages that are there, without a gap, first to last."""
-        found: list[Saved] = []
+    def finished(self) -> list[SavedStage]:
+        """The saved stages from the first up to the first missing one."""
+        found: list[SavedStage] = []
         while (file := self._file(len(found) + 1)).exists():
             found.append(_read(file))
         return found
 
-    def save(self, index: int, saved: Saved, images: Sequence[Any]) -> None:
-        """Keep a finished stage, and its pictures to look at."""
+    def save(self, index: int, saved: SavedStage, images: Sequence[Any]) -> None:
+        """Save a finished stage, and its pictures as PNG files for viewing."""
         for number, image in enumerate(images):
             name = f"stage{index}-{image.height}x{image.width}" + (f"-{number}" if len(images) > 1 else "") + ".png"
-            save_png(image, self._path / name, metadata=self._told | {"stage": index})
+            save_png(image, self._path / name, metadata=self._fingerprint | {"stage": index})
         content = {"latents": saved.latents.cpu(), "states": saved.states, "seconds": saved.seconds, "in_tiles": saved.in_tiles}
         content["trajectory"] = [x.cpu() for x in saved.trajectory]
         _write(self._file(index), lambda part: torch.save(content, part))
@@ -85,13 +86,13 @@ class Workdir:
         return self._path / f"stage{index}.pt"
 
 
-def _read(file: Path) -> Saved:
+def _read(file: Path) -> SavedStage:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return Saved(**content)
+        return SavedStage(**content)
     except (OSError, RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} is not what a run saves: delete it to have that stage drawn again ({why})") from error
+        raise ValueError(f"{file} cannot be read as a saved stage: delete it to compute the stage again ({why})") from error
 
 
 def _write(path: Path, write: Any) -> None:
@@ -103,18 +104,18 @@ def _write(path: Path, write: Any) -> None:
         part.unlink(missing_ok=True)
 
 
-def fingerprint(networks: Sequence[nn.Module]) -> str:
-    """A short hash that tells networks with other weights, adapters or scales: of a few numbers of every parameter."""
+def fingerprint_weights(networks: Sequence[nn.Module]) -> str:
+    """A short hash of a sample of every parameter, and of adapters' scales; it changes if the weights or adapters do."""
     parts, scales = [], []
     for network in networks:
         for name, parameter in network.named_parameters():
-            if not parameter.is_meta:  # sequentially offloaded
+            if not parameter.is_meta:  # offloaded sequentially: no values here
                 flat = parameter.detach().flatten()
                 parts.append(flat[:: max(1, flat.numel() // 16)][:16].float())
             scales.append(name)
         for name, module in network.named_modules():
-            own = module.__dict__.get("scaling"), getattr(module.__dict__.get("processor"), "scale", None)
-            scales.append(f"{name} {own}" if own != (None, None) else "")
+            scales_of_module = module.__dict__.get("scaling"), getattr(module.__dict__.get("processor"), "scale", None)
+            scales.append(f"{name} {scales_of_module}" if scales_of_module != (None, None) else "")
     devices: dict[torch.device, list[Tensor]] = {}
     for part in parts:
         devices.setdefault(part.device, []).append(part)
@@ -122,10 +123,10 @@ def fingerprint(networks: Sequence[nn.Module]) -> str:
 
 
 def digest(value: Any) -> str:
-    """A short hash of tensors, arrays, pictures' pixels, functions' names and whatever JSON can say, nested.
+    """A short hash of a nested value of tensors, arrays, PIL pictures, functions (by name), and plain values.
 
     Raises:
-        TypeError: an object that is known by nothing but its place in memory.
+        TypeError: The value contains an object whose repr is only a memory address.
     """
     hashed = hashlib.sha256()
 
@@ -147,7 +148,7 @@ def digest(value: Any) -> str:
         elif callable(part):
             add(getattr(part, "__qualname__", type(part).__qualname__))
         elif " at 0x" in (text := repr(part)):
-            raise TypeError(f"a run with a workdir must be told by values, got {text}")
+            raise TypeError(f"arguments of a run with a workdir must have a repr that identifies their value, got {text}")
         else:
             hashed.update(text.encode())
 

@@ -1,22 +1,24 @@
-"""Memory that a process has freed, kept for what it allocates next: for programs that draw on a CPU.
+"""Keep freed memory in the process for later allocations, which speeds up generation on a CPU.
 
-glibc hands every tensor above 32 MB back to the system as it dies, and smaller ones from the end of its heap. The next tensor's pages are
-then mapped and zeroed one by one as they are first written, which takes a large part of a large picture's time (docs/adr/0009).
+glibc returns tensors above 32 MB to the system when they are freed, and smaller ones at the end of its heap. The pages of the next tensor
+are then mapped and zeroed on first write, which takes a large part of the time of a large picture (docs/adr/0009).
 """
 
 from __future__ import annotations
 
 import ctypes
 
-KEPT = 2  # times the memory that a run needs: what to have for it to be kept, in pieces that do not fit each other
+MEMORY_HEADROOM = 2  # freed memory is kept if this many times a run's needs are available, because freed blocks are not always reusable
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """From now on, for the whole process, which grows larger by it. The command and the benchmarks decide so, the library never.
+    """Keep freed memory from now on, for the whole process, which then uses more memory.
+
+    Only the command and the benchmarks call this; the library never does.
 
     Returns:
-        Whether the system's allocator can: glibc's, on Linux.
+        Whether the system's allocator supports it, as glibc on Linux does.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""The `scalediff` command: argument parsing only."""
+"""The `scalediff` command: argument parsing, and dispatch to the functions that run it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scalediff.cost.flops import MODELS
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"a size is N or HxW in pixels, got {text!r}")
+        raise argparse.ArgumentTypeError(f"a size must be N or HxW in pixels, got {text!r}")
     height = int(match[1])
     return height, int(match[2] or height)
 
@@ -29,117 +29,146 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 
 
 def _seeds(text: str) -> list[int]:
-    """`7`, `0,1,2`, `0-3` and mixtures."""
+    """Parse seeds: `7`, `0,1,2`, `0-3`, and combinations."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or match[1]) >= 2**63:
-            raise argparse.ArgumentTypeError(f"seeds are N, N-M or a list of these with commas, in [0, 2^63), got {text!r}")
+            raise argparse.ArgumentTypeError(f"seeds must be N, N-M, or a comma-separated list of these, in [0, 2^63), got {text!r}")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     return seeds
 
 
 def _per_stage(text: str) -> float | tuple[float, ...]:
-    """A number, or one for each stage above the native size, with commas."""
+    """Parse a number, or a comma-separated list with one number for each stage above the native size."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a number, or a list with commas, one for each stage, got {text!r}") from error
+        raise argparse.ArgumentTypeError(
+            f"must be a number, or a comma-separated list with one number for each stage, got {text!r}"
+        ) from error
     return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="scalediff", description="Diffusion pictures far above the model's native size.")
+    parser = argparse.ArgumentParser(
+        prog="scalediff", description="Generate and upscale pictures far above a diffusion model's native size."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = commands.add_parser(
-        "generate", help="draw pictures", description="Draw a picture for every prompt and seed; every finished stage is saved."
+        "generate", help="generate pictures", description="Generate a picture for every prompt and seed. Every finished stage is saved."
     )
-    generate.add_argument("prompt", metavar="PROMPT", nargs="*")
-    generate.add_argument("--prompts", type=Path, metavar="FILE", help="more of them, one a line")
-    generate.add_argument("--size", type=_size, metavar="N|HxW", help="pixels (default: 4x the model's native size)")
-    generate.add_argument("--compare", action="store_true", help="also draw by direct inference and with full attention, side by side")
-    _add_run(generate)
+    generate.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several pictures")
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="text file with further prompts, one per line")
+    generate.add_argument("--size", type=_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
+    generate.add_argument(
+        "--compare", action="store_true", help="also generate by direct inference and with full attention, and save all side by side"
+    )
+    _add_run_options(generate)
 
     upscale = commands.add_parser(
-        "upscale", help="enlarge a picture", description="Enlarge a picture and draw detail into it; every finished stage is saved."
+        "upscale", help="upscale a picture", description="Upscale a picture and add detail. Every finished stage is saved."
     )
-    upscale.add_argument("file", type=Path, metavar="FILE", help="a picture of any format that Pillow reads")
-    upscale.add_argument("prompt", metavar="PROMPT", help="what it shows")
-    upscale.add_argument("--size", type=_size, metavar="N|HxW", help="pixels, of the picture's shape (default: twice its sides)")
-    _add_run(upscale)
+    upscale.add_argument("file", type=Path, metavar="FILE", help="a picture in any format that Pillow reads")
+    upscale.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
+    upscale.add_argument(
+        "--size", type=_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: twice its size)"
+    )
+    _add_run_options(upscale)
 
     plan = commands.add_parser(
         "plan",
-        help="how much work a picture is",
-        description="Count the work of every stage for a model at its true size, without weights.",
+        help="count the FLOPs and memory of a run",
+        description="Count the FLOPs of every stage and the memory of a run for a full-size model, without its weights.",
     )
-    plan.add_argument("--model", choices=tuple(MODELS), default="sdxl")
-    plan.add_argument("--size", type=_size, metavar="N|HxW", default=(4096, 4096), help="pixels (default: 4096)")
-    plan.add_argument("--attention", choices=("npa", "full"), default="npa", help="of the stages above the native size")
-    plan.add_argument("--json", action="store_true", help="for scripts")
+    plan.add_argument("--model", choices=tuple(MODELS), default="sdxl", help="the model (default: sdxl)")
+    plan.add_argument("--size", type=_size, metavar="N|HxW", default=(4096, 4096), help="size in pixels (default: 4096)")
+    plan.add_argument("--attention", choices=("npa", "full"), default="npa", help="attention above the native size")
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
     commands.add_parser(
-        "models", help="list the known models", description="List the denoisers that are known, and what is done with them."
+        "models", help="list the supported models", description="List the supported denoisers, what works with each, and the presets."
     )
 
-    info = commands.add_parser("info", help="print what made a picture", description="Print a picture's metadata as JSON.")
-    info.add_argument("file", type=Path, metavar="FILE")
+    info = commands.add_parser("info", help="print the metadata of a picture", description="Print a picture's metadata as JSON.")
+    info.add_argument("file", type=Path, metavar="FILE", help="a picture written by scalediff")
     return parser
 
 
-def _add_run(command: argparse.ArgumentParser) -> None:
-    """What drawing and enlarging have in common."""
-    command.add_argument("--negative-prompt", metavar="TEXT")
-    command.add_argument("--model", default="demo", help="demo (embedded, default), a pipeline folder, or a Hugging Face model id")
-    command.add_argument("--seed", type=_seeds, default=[0], metavar="N|N-M|N,M", help="a picture for each (default: 0)")
-    command.add_argument("--out", type=Path, metavar="FILE", help="PNG file, or a folder (default: here, named after prompt and seed)")
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that `generate` and `upscale` have in common."""
+    command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid in the picture")
     command.add_argument(
-        "--workdir", type=Path, metavar="FOLDER", help="keeps every stage; the same command goes on where it was interrupted"
+        "--model", default="demo", help="demo (the embedded model, default), a pipeline folder, or a Hugging Face model id"
     )
-    command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="every stage, instead of twice the size each time")
+    command.add_argument(
+        "--seed", type=_seeds, default=[0], metavar="N|N-M|N,M", help="random seeds; each one gives a picture (default: 0)"
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="PNG file or folder (default: current folder; file names from prompt and seed)"
+    )
+    command.add_argument(
+        "--workdir", type=Path, metavar="FOLDER", help="save every stage here; after an interruption, the same command resumes the run"
+    )
+    command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="size of every stage (default: each stage doubles the size)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    command.add_argument("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
-    command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="instead of the model's own")
-    command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="of the scheduler")
-    command.add_argument("--preview", type=_positive, metavar="N", help="show what it is to become at every N-th step, in a file")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.add_argument("--json", action="store_true", help="a line for every picture on stdout, for scripts")
+    command.add_argument(
+        "--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="data type of the weights (default: auto)"
+    )
+    command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="scheduler (default: the model's)")
+    command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="timestep spacing of the scheduler")
+    command.add_argument("--preview", type=_positive, metavar="N", help="write a preview file at every N-th step")
+    command.add_argument("--quiet", action="store_true", help="hide the progress bar")
+    command.add_argument("--json", action="store_true", help="print a line of JSON for every picture")
 
-    memory = command.add_argument_group("memory", "an estimate is printed before anything is drawn")
-    memory.add_argument("--low-memory", action="store_true", help="tiles, guidance split, and a component on the GPU only while it works")
-    memory.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction, help="the autoencoder in tiles (default: where needed)")
-    memory.add_argument("--vae-attention", choices=("full", "npa"), default="full", help="of the autoencoder")
-    memory.add_argument("--split-guidance", action="store_true", help="the two passes of guidance one after the other")
+    memory = command.add_argument_group("memory", "an estimate is printed before the run")
+    memory.add_argument(
+        "--low-memory", action="store_true", help="--vae-tiling, --split-guidance, and CPU offload of components not in use"
+    )
+    memory.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction, help="run the autoencoder in tiles (default: if needed)")
+    memory.add_argument("--vae-attention", choices=("full", "npa"), default="full", help="attention of the autoencoder")
+    memory.add_argument("--split-guidance", action="store_true", help="run the two passes of guidance one after the other")
 
-    method = command.add_argument_group("method", "defaults come from the preset; N,M,... is one for each stage above the native size")
-    method.add_argument("--preset", default="default", help="default, paper, turbo, lightning: scalediff models lists them")
+    method = command.add_argument_group(
+        "method", "defaults come from the preset; some options take N,M,..., one number for each stage above the native size"
+    )
+    method.add_argument("--preset", default="default", help="default, paper, turbo or lightning; `scalediff models` lists them")
     method.add_argument("--steps", type=int, help="steps of the whole schedule")
     method.add_argument("--restart", type=_per_stage, metavar="R", help="share of the steps that a high-resolution stage runs, in (0, 1]")
-    method.add_argument("--guidance-scale", type=float, metavar="S", help="classifier-free guidance")
-    method.add_argument("--guidance-until", type=_per_stage, metavar="R", help="share of those steps that is guided, in [0, 1]")
-    method.add_argument("--attention", choices=("npa", "full"), help="neighborhood patch attention, or the model's own")
-    method.add_argument("--jitter", choices=("none", "alternate", "random"), help="of the patch grid, from step to step")
+    method.add_argument("--guidance-scale", type=float, metavar="S", help="scale of classifier-free guidance")
+    method.add_argument("--guidance-until", type=_per_stage, metavar="R", help="share of those steps that use guidance, in [0, 1]")
+    method.add_argument("--attention", choices=("npa", "full"), help="neighborhood patch attention, or full attention")
+    method.add_argument("--jitter", choices=("none", "alternate", "random"), help="how the patch grid moves from step to step")
     method.add_argument("--lfm", action=argparse.BooleanOptionalAction, help="latent frequency mixing")
     method.add_argument("--sg", action=argparse.BooleanOptionalAction, help="structure guidance")
-    method.add_argument("--lfm-cutoff", type=_per_stage, metavar="C", help="kept fraction of Nyquist, in (0, 1]")
-    method.add_argument("--sg-cutoff", type=_per_stage, metavar="C", help="kept fraction of Nyquist, in (0, 1]")
-    method.add_argument("--sg-cutoff-start", type=_per_stage, metavar="C", help="that at the first step, if it is to change")
-    method.add_argument("--filter", choices=("resize", "gaussian", "butterworth"), help="low-pass filter of both")
-    method.add_argument("--anchor", choices=("picture", "trajectory"), help="what structure guidance draws to")
-    method.add_argument("--size-conditioning", choices=("target", "native"), help="the size that SDXL is told")
+    method.add_argument("--lfm-cutoff", type=_per_stage, metavar="C", help="cutoff of --lfm as a fraction of Nyquist, in (0, 1]")
+    method.add_argument("--sg-cutoff", type=_per_stage, metavar="C", help="cutoff of --sg as a fraction of Nyquist, in (0, 1]")
+    method.add_argument(
+        "--sg-cutoff-start", type=_per_stage, metavar="C", help="--sg-cutoff at the first step of a stage (default: constant)"
+    )
+    method.add_argument("--filter", choices=("resize", "gaussian", "butterworth"), help="low-pass filter of --lfm and --sg")
+    method.add_argument("--anchor", choices=("picture", "trajectory"), help="target of structure guidance")
+    method.add_argument("--size-conditioning", choices=("target", "native"), help="picture size for the size conditioning of SDXL")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when done, 1 without memory, 2 on bad input (one line on stderr), 130 on Ctrl-C.
+    """Run the command.
 
-    With SCALEDIFF_DEBUG set, errors keep their traceback.
+    Errors are printed as one line on stderr. If the environment variable SCALEDIFF_DEBUG is set, errors other than out-of-memory raise
+    with their traceback.
+
+    Args:
+        arguments: Command-line arguments; those of the process when None.
+
+    Returns:
+        The exit code: 0 on success, 1 if out of memory, 2 on invalid input, 130 on Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:

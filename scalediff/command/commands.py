@@ -1,4 +1,4 @@
-"""The commands that draw nothing: what a run would cost, what is known, and what made a picture."""
+"""The commands `scalediff plan`, `scalediff models` and `scalediff info`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from dataclasses import asdict
 
-from scalediff.cascade.memory import gib, planned
+from scalediff.cascade.memory import estimate_model, format_gib
 from scalediff.cascade.metadata import read_metadata
 from scalediff.command.loading import UsageError
 from scalediff.cost.flops import MODELS, built, count
@@ -14,19 +14,19 @@ from scalediff.families import FAMILIES
 
 
 def show_plan(options: Namespace) -> None:
-    """Print the work of every stage, and the memory of the largest, as a table or as JSON."""
+    """Print the FLOPs of every stage and the memory of the largest one, as a table or as JSON."""
     try:
         settings, rows = count(options.model, options.size, attention=options.attention)
-        ways = planned(options.model, options.size).ways()
+        peaks = estimate_model(options.model, options.size).peaks()
     except ImportError as error:
-        raise UsageError(f'counting needs diffusers: pip install "scalediff[diffusers]" ({error})') from error
+        raise UsageError(f'the plan needs diffusers: pip install "scalediff[diffusers]" ({error})') from error
     parts = ("attention", "linear", "convolution", "vae", "total")
     whole = {part: sum(getattr(row, part) for row in rows) for part in parts}
     share = {part: whole[part] / whole["total"] for part in parts}
     if options.json:
         stages = [asdict(row) | {"total": row.total, "share": {part: getattr(row, part) / row.total for part in parts}} for row in rows]
-        told = {"model": options.model, "unit": "TFLOP", "settings": asdict(settings), "stages": stages, "share": share}
-        print(json.dumps(told | {"memory": {"unit": "byte", "dtype": "bfloat16", "peak": ways}}, indent=2))
+        plan = {"model": options.model, "unit": "TFLOP", "settings": asdict(settings), "stages": stages, "share": share}
+        print(json.dumps(plan | {"memory": {"unit": "byte", "dtype": "bfloat16", "peak": peaks}}, indent=2))
         return
     print(f"{options.model}, TFLOPs by stage; attention above the native size: {options.attention}")
     print(f"{'pixels':>13} {'steps':>6} {'passes':>7}" + "".join(f"{part:>13}" for part in parts))
@@ -36,28 +36,28 @@ def show_plan(options: Namespace) -> None:
         )
     print(f"{'all':>28}" + "".join(f"{whole[part]:>13.1f}" for part in parts))
     print(f"{'share':>28}" + "".join(f"{share[part]:>13.1%}" for part in parts))
-    print("memory of a GPU in bf16, an estimate that no device has confirmed yet:")
-    for way, peak in ways.items():
-        print(f"{gib(peak):>12}  {way}")
+    print("estimated GPU memory in bf16, not measured yet:")
+    for name, peak in peaks.items():
+        print(f"{format_gib(peak):>12}  {name}")
 
 
 def show_models(options: Namespace) -> None:
-    """Print the known denoisers: those that the cascade draws with, those whose attention is patched, and the refused."""
+    """Print the supported denoisers, those that cannot be patched, and the presets."""
     known = [family for family in FAMILIES.values() if not family.refusal]
     width = max(len(family.denoiser) for family in known)
     for family in known:
         print(f"{family.denoiser:<{width}}  {'cascade and attention' if family.cascade else 'attention'}; text: {family.text}")
-    print(f"refused, with the reason: {', '.join(name for name, family in FAMILIES.items() if family.refusal)}")
+    print(f"not supported (patch_model gives the reason): {', '.join(name for name, family in FAMILIES.items() if family.refusal)}")
     print("any other module: patch_model(module, grid=, text=, window=); see docs/guide/models.md")
     _show_presets()
 
 
 def _show_presets() -> None:
-    """Those of the models that there are several for."""
+    """Print the presets of the models of `scalediff plan`."""
     for name, model in MODELS.items():
         try:
             denoiser = built(model)[0]
-        except ImportError:  # the list of models needs no diffusers
+        except ImportError:  # without diffusers, only the models are listed
             return
         cascade = FAMILIES[type(denoiser).__name__].cascade
         assert cascade is not None

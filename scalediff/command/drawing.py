@@ -1,4 +1,4 @@
-"""What `scalediff generate` and `scalediff upscale` do: one loaded model, one picture after another, every stage saved as it ends."""
+"""The commands `scalediff generate` and `scalediff upscale`: load a model, generate pictures one by one, and save every stage."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from typing import Any
 
 import torch
 
-from scalediff.cascade.memory import estimate, gib, is_offloaded, room, wants_tiling
+from scalediff.cascade.memory import available_bytes, estimate, format_gib, is_offloaded, needs_tiling
 from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import cascade_of, check_run, named_preset, native_size, stage_sizes
 from scalediff.cascade.progress import Step
 from scalediff.cascade.schedule import check_scheduler
 from scalediff.cascade.stage import Stage
-from scalediff.command.allocator import KEPT, keep_freed_memory
+from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
 from scalediff.command.loading import UsageError, load_model, one_line
 from scalediff.command.pictures import check_writable, open_picture, side_by_side
 from scalediff.draw import Result, generate, upscale
 from scalediff.settings import Settings
 
-# Fields of Settings that have an option each.
-_SWITCHES = (
+# Fields of Settings; each is a command-line option of the same name.
+_SETTING_OPTIONS = (
     "steps", "restart", "guidance_scale", "guidance_until", "attention", "jitter", "lfm", "sg", "lfm_cutoff", "sg_cutoff",
     "sg_cutoff_start", "filter", "anchor", "size_conditioning",
 )  # fmt: skip
@@ -38,7 +38,7 @@ _SWITCHES = (
 
 @dataclass(frozen=True)
 class Job:
-    """One picture: its prompt, its seed, and the file that it becomes."""
+    """One picture to generate: prompt, seed and output file."""
 
     prompt: str
     seed: int
@@ -46,70 +46,71 @@ class Job:
 
 
 def generate_pictures(options: Namespace) -> None:
-    """Draw a picture for every prompt and seed, save every stage as it ends, and compare if asked."""
+    """Generate a picture for every prompt and seed, and save every stage; with --compare, save a comparison too."""
     jobs = _jobs(options, _prompts(options))
-    pipe = _loaded(options)
-    settings = _settings(pipe, options)
+    pipe = _load_pipeline(options)
+    settings = _resolve_settings(pipe, options)
     native = native_size(pipe)
     height, width = options.size or (4 * native[0], 4 * native[1])
     sizes = stage_sizes(pipe, height, width, options.sizes)
     check_run(pipe, {}, sizes, settings, restarts=len(sizes) - 1)
-    _tell_memory(pipe, options, jobs[0], (height, width), settings)
+    _print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
-        _say(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {_device_name(pipe)}")
-        told = {"sizes": [f"{h}x{w}" for h, w in sizes]}
-        with _saved(pipe, options, job, told) as (keep, written):
-            how = _how(pipe, options, job, settings, several=len(jobs) > 1)
-            result = generate(pipe, job.prompt, height=height, width=width, sizes=options.sizes, **how, on_stage=keep)
-            seconds = _tell(result, job, options)
+        _print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {_device_name(pipe)}")
+        run_metadata = {"sizes": [f"{h}x{w}" for h, w in sizes]}
+        with _stage_saver(pipe, options, job, run_metadata) as (save, written):
+            run_arguments = _run_arguments(pipe, options, job, settings, several=len(jobs) > 1)
+            result = generate(pipe, job.prompt, height=height, width=width, sizes=options.sizes, **run_arguments, on_stage=save)
+            seconds = _print_result(result, job, options)
             if options.compare:
                 path = job.out.with_name(f"{job.out.stem}.compare.png")
-                panels = _compare(pipe, options, job, result, how, seconds)
-                metadata = _metadata(pipe, options, job, result.settings) | told | {"kind": "comparison", "panels": list(panels)}
+                panels = _comparison_panels(pipe, options, job, result, run_arguments, seconds)
+                metadata = _metadata(pipe, options, job, result.settings) | run_metadata | {"kind": "comparison", "panels": list(panels)}
                 save_png(side_by_side(list(panels.values()), list(panels)), path, metadata=metadata)
                 written.append(path)
-                _say(f"{path}: {' | '.join(panels)}")
+                _print_status(f"{path}: {' | '.join(panels)}")
 
 
 def upscale_pictures(options: Namespace) -> None:
-    """Enlarge a picture with every seed, save every stage as it ends."""
+    """Upscale a picture once for every seed, and save every stage."""
     jobs = _jobs(options, [options.prompt], name=options.file.stem)
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
-        raise UsageError(f"--out must be another file than the picture itself, got {options.file}")
+        raise UsageError(f"--out must not be the input picture, got {options.file}")
     image = open_picture(options.file)
-    pipe = _loaded(options)
-    settings = _settings(pipe, options)
+    pipe = _load_pipeline(options)
+    settings = _resolve_settings(pipe, options)
     height, width = options.size or (2 * image.height, 2 * image.width)
-    told = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
+    run_metadata = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
     check_scheduler(pipe.scheduler)
     stage_sizes(pipe, height, width)
-    _tell_memory(pipe, options, jobs[0], (height, width), settings)
+    _print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
-        _say(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {_device_name(pipe)}")
-        with _saved(pipe, options, job, told) as (keep, _):
-            how = _how(pipe, options, job, settings, several=len(jobs) > 1)
-            _tell(upscale(pipe, image, job.prompt, height=height, width=width, sizes=options.sizes, **how, on_stage=keep), job, options)
+        _print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {_device_name(pipe)}")
+        with _stage_saver(pipe, options, job, run_metadata) as (save, _):
+            run_arguments = _run_arguments(pipe, options, job, settings, several=len(jobs) > 1)
+            result = upscale(pipe, image, job.prompt, height=height, width=width, sizes=options.sizes, **run_arguments, on_stage=save)
+            _print_result(result, job, options)
 
 
 def _prompts(options: Namespace) -> list[str]:
-    """Those on the line, then those of a file, one a line."""
+    """The prompts of the command line, then those of the file, one per line."""
     prompts = list(options.prompt)
     if options.prompts is not None:
         try:
             prompts += [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompts must be a text file with a prompt in each line, got {options.prompts}: {error}") from error
+            raise UsageError(f"--prompts must be a text file with one prompt per line, got {options.prompts}: {error}") from error
     if not prompts:
-        raise UsageError("a prompt is needed: on the line, or in a file with --prompts")
+        raise UsageError("a prompt is required, as an argument or in a file with --prompts")
     return prompts
 
 
 def _jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Job]:
-    """The pictures, all of whose files can be written; several go to a folder, each under a name of its own."""
+    """One job per prompt and seed. All files are checked to be writable; several pictures go to a folder, under different names."""
     wanted = [(prompt, seed) for prompt in prompts for seed in options.seed]
     out: Path | None = options.out
     if out is not None and len(wanted) > 1 and not out.is_dir():
-        raise UsageError(f"--out must be a folder that exists for {len(wanted)} pictures, got {out}")
+        raise UsageError(f"--out must be an existing folder for {len(wanted)} pictures, got {out}")
     folder = out if out is not None and out.is_dir() else Path()
     jobs: dict[Path, Job] = {}
     for prompt, seed in wanted:
@@ -121,21 +122,21 @@ def _jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Jo
     return list(jobs.values())
 
 
-def _loaded(options: Namespace) -> Any:
+def _load_pipeline(options: Namespace) -> Any:
     return load_model(
         options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler, spacing=options.timestep_spacing,
         low_memory=options.low_memory,
     )  # fmt: skip
 
 
-def _settings(pipe: Any, options: Namespace) -> Settings:
-    """The preset's, but for what the line names."""
-    named = {name: getattr(options, name) for name in _SWITCHES if getattr(options, name) is not None}
+def _resolve_settings(pipe: Any, options: Namespace) -> Settings:
+    """The settings of the preset, overridden by those of the command line."""
+    named = {name: getattr(options, name) for name in _SETTING_OPTIONS if getattr(options, name) is not None}
     return replace(named_preset(pipe, options.preset).settings, **named)
 
 
-def _how(pipe: Any, options: Namespace, job: Job, settings: Settings, *, several: bool) -> dict[str, Any]:
-    """Arguments that drawing and enlarging share."""
+def _run_arguments(pipe: Any, options: Namespace, job: Job, settings: Settings, *, several: bool) -> dict[str, Any]:
+    """The arguments that `generate` and `upscale` have in common."""
     preset = named_preset(pipe, options.preset)
     return {
         "preset": replace(preset, settings=settings),
@@ -143,91 +144,98 @@ def _how(pipe: Any, options: Namespace, job: Job, settings: Settings, *, several
         "generator": torch.Generator().manual_seed(job.seed),
         "progress": not options.quiet,
         "workdir": options.workdir / job.out.stem if options.workdir is not None and several else options.workdir,
-        "vae_tiling": _tiling(options),
+        "vae_tiling": _vae_tiling(options),
         "vae_attention": options.vae_attention,
         "split_guidance": options.low_memory or options.split_guidance,
-        "on_step": _previewing(options.preview, job) if options.preview else None,
+        "on_step": _preview_callback(options.preview, job) if options.preview else None,
     }
 
 
-def _previewing(every: int, job: Job) -> Callable[[Step], None]:
+def _preview_callback(every: int, job: Job) -> Callable[[Step], None]:
     def show(step: Step) -> None:
         if step.step % every == 0:
-            told = {"prompt": job.prompt, "seed": job.seed, "stage": f"{step.stage}/{step.stages}", "step": f"{step.step}/{step.steps}"}
-            save_png(step.preview()[0], _preview_of(job), metadata=told)
+            position = {"stage": f"{step.stage}/{step.stages}", "step": f"{step.step}/{step.steps}"}
+            save_png(step.preview()[0], _preview_path(job), metadata={"prompt": job.prompt, "seed": job.seed, **position})
 
     return show
 
 
-def _preview_of(job: Job) -> Path:
+def _preview_path(job: Job) -> Path:
     return job.out.with_name(f"{job.out.stem}.preview.png")
 
 
-def _tell_memory(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
-    """Say what the run will need, what there is, and what to do where that is too little; on a CPU use it where there is much."""
+def _print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
+    """Print the memory that the run needs and advice if too little is available; on a CPU with plenty, keep freed memory."""
     arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
     try:
         needs = estimate(pipe, arguments, size)
     except NotImplementedError as why:
-        _say(f"memory: no estimate: {one_line(why)}")
+        _print_status(f"memory: no estimate: {one_line(why)}")
         return
-    tiling = _tiling(options)
-    now = {
-        "tiled": wants_tiling(pipe, size, 1) if tiling is None else tiling,
+    tiling = _vae_tiling(options)
+    used = {
+        "tiled": needs_tiling(pipe, size, 1) if tiling is None else tiling,
         "split": options.low_memory or options.split_guidance,
         "offloaded": is_offloaded(pipe),
     }
-    peak, there = needs.peak(**now), room(pipe._execution_device)
-    if there is None:
-        _say(f"memory: about {gib(peak)}")
+    peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
+    if available is None:
+        _print_status(f"memory: this run needs about {format_gib(peak)}")
     else:
-        _say(f"memory: about {gib(peak)} of {gib(there)}" + (f": too little; {needs.advice(there, **now)}" if peak > there else ""))
-        if pipe._execution_device.type == "cpu" and KEPT * peak <= there:
+        advice = f"; {needs.advice(available, **used)}" if peak > available else ""
+        _print_status(f"memory: this run needs about {format_gib(peak)}; {format_gib(available)} are available{advice}")
+        if pipe._execution_device.type == "cpu" and MEMORY_HEADROOM * peak <= available:
             keep_freed_memory()
 
 
-def _tiling(options: Namespace) -> bool | None:
-    """What the line says of tiles; it goes before what --low-memory means."""
-    said: bool | None = options.vae_tiling
-    return True if said is None and options.low_memory else said
+def _vae_tiling(options: Namespace) -> bool | None:
+    """Whether to tile the autoencoder. --vae-tiling and --no-vae-tiling take precedence over --low-memory."""
+    tiling: bool | None = options.vae_tiling
+    return True if tiling is None and options.low_memory else tiling
 
 
 @contextmanager
-def _saved(pipe: Any, options: Namespace, job: Job, told: Mapping[str, Any]) -> Iterator[tuple[Callable[[Stage], None], list[Path]]]:
-    """What saves a stage, with what is told of the run, when it ends, and the files so far; an interruption names them."""
+def _stage_saver(
+    pipe: Any, options: Namespace, job: Job, run_metadata: Mapping[str, Any]
+) -> Iterator[tuple[Callable[[Stage], None], list[Path]]]:
+    """Yield a function that saves a finished stage with its metadata, and the list of files written; print the list on Ctrl-C."""
     written: list[Path] = []
     if pipe._execution_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe._execution_device)
 
-    def keep(stage: Stage) -> None:
+    def save(stage: Stage) -> None:
         last = stage.index == stage.of
         path = job.out if last else job.out.with_name(f"{job.out.stem}.stage{stage.index}-{stage.height}x{stage.width}.png")
-        save_png(stage.images[0], path, metadata={**_metadata(pipe, options, job, stage.settings), **told, **_of_stage(stage)})
+        save_png(
+            stage.images[0], path, metadata={**_metadata(pipe, options, job, stage.settings), **run_metadata, **_stage_metadata(stage)}
+        )
         written.append(path)
 
     try:
-        yield keep, written
+        yield save, written
     except KeyboardInterrupt:
-        _say("interrupted; finished: " + (", ".join(map(str, written)) or "nothing yet"))
+        _print_status("interrupted; files written: " + (", ".join(map(str, written)) or "none"))
         raise
-    _preview_of(job).unlink(missing_ok=True)
+    _preview_path(job).unlink(missing_ok=True)
 
 
-def _tell(result: Result, job: Job, options: Namespace) -> float:
-    """Say what has been drawn; returns its seconds."""
+def _print_result(result: Result, job: Job, options: Namespace) -> float:
+    """Print the file, size, time and memory of a finished picture, as JSON too with --json; return the seconds."""
     last, seconds = result.stages[-1], sum(stage.seconds for stage in result.stages)
-    _say(f"{job.out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory(last.latents.device)}")
+    _print_status(f"{job.out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory(last.latents.device)}")
     if options.json:
-        told = {"file": str(job.out), "prompt": job.prompt, "seed": job.seed, "seconds": round(seconds, 3)}
-        stages = [_of_stage(stage) for stage in result.stages]
-        print(json.dumps({**told, "settings": asdict(result.settings), "stages": stages}, ensure_ascii=False), flush=True)
+        summary = {"file": str(job.out), "prompt": job.prompt, "seed": job.seed, "seconds": round(seconds, 3)}
+        stages = [_stage_metadata(stage) for stage in result.stages]
+        print(json.dumps({**summary, "settings": asdict(result.settings), "stages": stages}, ensure_ascii=False), flush=True)
     return seconds
 
 
-def _compare(pipe: Any, options: Namespace, job: Job, result: Result, how: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Label to picture: direct inference, the cascade with full attention, and the result, each with its time."""
+def _comparison_panels(
+    pipe: Any, options: Namespace, job: Job, result: Result, run_arguments: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Pictures by label: direct inference, the cascade with full attention, and the result. Labels include the time."""
     final, settings = result.stages[-1], result.settings
     pipe.set_progress_bar_config(desc=f"direct  {final.height} x {final.width}", disable=options.quiet)
     since = time.perf_counter()
@@ -242,23 +250,23 @@ def _compare(pipe: Any, options: Namespace, job: Job, result: Result, how: Mappi
     ).images[0]
     direct_seconds = time.perf_counter() - since
     again = {"generator": torch.Generator().manual_seed(job.seed), "attention": "full", "workdir": None, "on_step": None}
-    full = generate(pipe, job.prompt, height=final.height, width=final.width, sizes=options.sizes, **{**how, **again})
+    full = generate(pipe, job.prompt, height=final.height, width=final.width, sizes=options.sizes, **{**run_arguments, **again})
     full_seconds = sum(stage.seconds for stage in full.stages)
     return {
         f"direct {direct_seconds:.1f} s": direct,
         f"full attention {full_seconds:.1f} s": full.images[0],
-        f"{_name(settings)} {seconds:.1f} s": result.images[0],
+        f"{_method_label(settings)} {seconds:.1f} s": result.images[0],
     }
 
 
-def _name(settings: Settings) -> str:
-    """ScaleDiff, or which of its parts were switched off."""
+def _method_label(settings: Settings) -> str:
+    """`ScaleDiff`, with the parts that are turned off."""
     off = [name for name, on in (("NPA", settings.attention == "npa"), ("LFM", settings.lfm), ("SG", settings.sg)) if not on]
     return "ScaleDiff" + (f" without {', '.join(off)}" if off else "")
 
 
 def _metadata(pipe: Any, options: Namespace, job: Job, settings: Settings) -> dict[str, Any]:
-    """What made a picture; the same machine, versions and threads make it again."""
+    """The metadata of a picture: with the same machine, versions and threads, it can be reproduced from them."""
     return {
         "prompt": job.prompt,
         "negative_prompt": options.negative_prompt,
@@ -267,7 +275,7 @@ def _metadata(pipe: Any, options: Namespace, job: Job, settings: Settings) -> di
         "preset": options.preset,
         "scheduler": type(pipe.scheduler).__name__,
         "timestep_spacing": pipe.scheduler.config.get("timestep_spacing"),
-        "vae": {"tiling": _tiling(options), "attention": options.vae_attention},
+        "vae": {"tiling": _vae_tiling(options), "attention": options.vae_attention},
         "split_guidance": options.low_memory or options.split_guidance,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": _device_name(pipe),
@@ -277,7 +285,7 @@ def _metadata(pipe: Any, options: Namespace, job: Job, settings: Settings) -> di
     }
 
 
-def _of_stage(stage: Stage) -> dict[str, Any]:
+def _stage_metadata(stage: Stage) -> dict[str, Any]:
     place = f"{stage.index}/{stage.of}"
     return {"stage": place, "height": stage.height, "width": stage.width, "steps": stage.steps, "seconds": round(stage.seconds, 3)}
 
@@ -290,7 +298,7 @@ def _version(package: str) -> str:
 
 
 def _peak_memory(device: torch.device) -> str:
-    """Of the process, or of the device where the picture was made on one."""
+    """Peak memory of the process, or of the GPU if the picture was generated on one."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {torch.cuda.get_device_name(device)}"
     try:
@@ -310,5 +318,5 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
 
 
-def _say(line: str) -> None:
+def _print_status(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Models for the command line."""
+"""Load a pipeline for the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scalediff.demo import load_demo
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# The schedulers that high-resolution stages know, by their usual short names.
+# The schedulers that high-resolution stages support, by common short names.
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -27,61 +27,74 @@ SCHEDULERS = {
 
 
 class UsageError(Exception):
-    """Bad input in one line; the command ends with exit code 2."""
+    """Invalid input. The command prints the message, one line, and exits with code 2."""
 
 
 def load_model(
     name: str, *, device: str, dtype: str, scheduler: str | None = None, spacing: str | None = None, low_memory: bool = False
 ) -> Any:
-    """The embedded model ("demo"), a pipeline folder or a Hugging Face model id, on a device.
+    """Load a pipeline.
 
-    With `low_memory`, on a GPU, a component is there only while it works.
+    Args:
+        name: `"demo"` for the embedded model, a pipeline folder, or a Hugging Face model id.
+        device: `"auto"` or a torch device.
+        dtype: `"auto"`, `"fp32"`, `"fp16"` or `"bf16"`.
+        scheduler: A key of `SCHEDULERS`; the model's scheduler when None.
+        spacing: `timestep_spacing` of the scheduler; unchanged when None.
+        low_memory: On a GPU, keep each component on the device only while it is in use.
 
     Raises:
-        UsageError: diffusers is missing, there is no such model, or no such device.
+        UsageError: diffusers is missing, or the model or device does not exist.
+        torch.OutOfMemoryError: The weights do not fit on the device.
     """
     try:
         import diffusers
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
-        raise UsageError(f'drawing needs diffusers and transformers: pip install "scalediff[diffusers]" ({error})') from error
+        raise UsageError(f'this command needs diffusers and transformers: pip install "scalediff[diffusers]" ({error})') from error
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    place = place_of(device)
+    torch_device = parse_device(device)
     if dtype == "auto":
-        dtype = "fp32" if place.type == "cpu" or name == "demo" else "bf16"
+        dtype = "fp32" if torch_device.type == "cpu" or name == "demo" else "bf16"
     try:
         pipe = load_demo() if name == "demo" else diffusers.DiffusionPipeline.from_pretrained(name, dtype=_DTYPES[dtype])
-    except Exception as error:  # foreign code on a foreign folder: whatever it stumbles over, the model could not be had
+    except Exception as error:  # diffusers may raise anything here; in every case the model cannot be loaded
         if os.environ.get("SCALEDIFF_DEBUG"):
             raise
         raise UsageError(
-            f"--model must be demo, a pipeline folder or a model id that can be reached, got {name!r}: {one_line(error)}"
+            f"--model must be demo, a pipeline folder or the id of an accessible model, got {name!r}: {one_line(error)}"
         ) from error
     if scheduler is not None or spacing is not None:
         kind = getattr(diffusers, SCHEDULERS[scheduler]) if scheduler is not None else type(pipe.scheduler)
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **({"timestep_spacing": spacing} if spacing is not None else {}))
-    if not low_memory or place.type == "cpu":
+    if not low_memory or torch_device.type == "cpu":
         try:
-            return pipe.to(place, _DTYPES[dtype])
+            return pipe.to(torch_device, _DTYPES[dtype])
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"the weights of {name} do not fit on {place}: --low-memory, or a smaller --dtype") from error
+            raise torch.OutOfMemoryError(
+                f"the weights of {name} do not fit on {torch_device}: use --low-memory or a smaller --dtype"
+            ) from error
     pipe.to(dtype=_DTYPES[dtype])
-    pipe.enable_model_cpu_offload(device=place)
+    pipe.enable_model_cpu_offload(device=torch_device)
     return pipe
 
 
-def place_of(name: str) -> torch.device:
-    """A device that can hold a tensor; "auto" is the GPU where there is one."""
+def parse_device(name: str) -> torch.device:
+    """The torch device with this name, checked to work; `"auto"` is the GPU if there is one.
+
+    Raises:
+        UsageError: The device does not exist or does not work.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch built without CUDA asserts
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA raises AssertionError
         raise UsageError(f"--device must be a device of this machine, got {name!r}: {one_line(error)}") from error
     return device
 

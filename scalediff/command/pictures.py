@@ -1,4 +1,4 @@
-"""Pictures for the command: targets checked before anything is drawn, pictures opened, pictures side by side."""
+"""Pictures of the command: check output files, open pictures, and put pictures side by side."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from scalediff.cascade.metadata import temporary
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a target that could not be written, before anything is computed.
+    """Check that an output file can be written, before anything is computed.
 
     Raises:
-        ValueError: the file is no PNG, or its folder is missing or not writable.
+        ValueError: The file is not a .png file, or its folder is missing or not writable.
     """
     if path.suffix.lower() != ".png":
         raise ValueError(f"the output must be a .png file, got {path}")
     part = temporary(path)
     try:
-        part.touch()  # permissions and file systems say more by doing than by os.access
+        part.touch()  # os.access is not reliable on all file systems
         part.unlink()
     except OSError as error:
         raise ValueError(f"the output must be a file in an existing, writable folder, got {path}: {error.strerror}") from error
@@ -28,10 +28,10 @@ def check_writable(path: Path) -> None:
 
 
 def open_picture(path: Path) -> Any:
-    """A PIL picture, loaded, in RGB, upright.
+    """Load a picture as RGB, rotated upright by its EXIF data.
 
     Raises:
-        ValueError: the file is missing or no picture.
+        ValueError: The file is missing or is not a picture.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -39,13 +39,13 @@ def open_picture(path: Path) -> Any:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
-        raise ValueError(f"there is no picture {path}") from error
+        raise ValueError(f"the picture must be an existing file, got {path}") from error
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"the file must be a picture that Pillow reads, got {path}: {error}") from error
 
 
 def side_by_side(images: Sequence[Any], labels: Sequence[str]) -> Any:
-    """One PIL picture: the given ones of one size in a row, each with its label below."""
+    """Put PIL pictures of the same size side by side, each with a label below it."""
     from PIL import Image, ImageDraw, ImageFont
 
     width, height = images[0].size

@@ -1,8 +1,8 @@
-"""How much work a run is, stage by stage, for models at their true size: counted on the meta device, without weights.
+"""FLOPs of every stage of a run for full-size models, counted on the meta device without weights.
 
-Counted are the matrix products and convolutions of the denoiser and the autoencoder, 2 FLOPs a multiply-add: linear layers,
-convolutions and the autoencoder as torch runs them, the denoiser's attention by formula, 4 D for every query, key and head. Text
-encoders, filters and everything element by element are not.
+The count covers matrix products and convolutions of the denoiser and the autoencoder, at 2 FLOPs per multiply-add. Linear layers,
+convolutions and the autoencoder are counted as torch runs them; attention of the denoiser by formula, 4 D for every query, key and head.
+Text encoders, filters and elementwise operations are not counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scalediff.settings import Attention, Settings, plan_sizes
 from scalediff_kernels.neighborhood.api import TextQueries
 from scalediff_kernels.neighborhood.geometry import attention_flops, text_attention_flops
 
-FACTOR = 8  # pixels of a latent, in all of them
+FACTOR = 8  # pixels per latent along an axis, in all of these models
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Work:
     """TFLOPs of one stage.
 
     Attributes:
-        height, width: Pixels.
-        steps: Denoising steps.
-        passes: Forward passes of the denoiser, guidance included.
-        attention, linear, convolution: Of all passes.
-        vae: Decoding the stage, and encoding what the next one starts from.
+        height, width: Size in pixels.
+        steps: Number of denoising steps.
+        passes: Number of forward passes of the denoiser, including guidance.
+        attention, linear, convolution: TFLOPs of all passes.
+        vae: TFLOPs of decoding this stage and encoding the reference of the next.
     """
 
     height: int
@@ -47,16 +47,17 @@ class Work:
 
     @property
     def total(self) -> float:
+        """TFLOPs of the stage."""
         return self.attention + self.linear + self.convolution + self.vae
 
 
 class Forward(NamedTuple):
-    """TFLOPs of one pass of a denoiser.
+    """TFLOPs of one forward pass of a denoiser.
 
     Attributes:
-        attention: Of the image to itself, and to and of text in the same softmax.
-        cross: Of the image to text, where that is a call of its own.
-        linear, convolution: All others.
+        attention: Self-attention of the image, including text in the same softmax.
+        cross: Cross-attention of the image to text.
+        linear, convolution: Linear layers and convolutions.
     """
 
     attention: float
@@ -67,14 +68,23 @@ class Forward(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a model on the meta device, and what its forward pass and autoencoder take."""
+    """How to build a model on the meta device.
+
+    Attributes:
+        denoiser: Function that builds the denoiser.
+        inputs: Function from a latent grid `(Y, X)` to the arguments of the denoiser.
+        channels: Number of latent channels.
+        tokens: Pixels per token along an axis, at the finest level.
+        guided: Whether classifier-free guidance needs a second pass.
+        texts: Function that builds the text encoders.
+    """
 
     denoiser: Callable[[], nn.Module]
     inputs: Callable[[int, int], dict[str, Any]]
     channels: int
-    tokens: int  # pixels of the finest token
-    guided: bool  # guidance is a second pass
-    texts: Callable[[], list[nn.Module]] = list  # text encoders
+    tokens: int
+    guided: bool
+    texts: Callable[[], list[nn.Module]] = list
 
 
 def _sdxl() -> nn.Module:
@@ -97,7 +107,7 @@ def _sdxl_inputs(y: int, x: int) -> dict[str, Any]:
 
 
 def _flux() -> nn.Module:
-    """The transformer of black-forest-labs/FLUX.1-dev, which is what its class defaults to."""
+    """The transformer of black-forest-labs/FLUX.1-dev, whose config is the default of its class."""
     import diffusers
 
     transformer: nn.Module = diffusers.FluxTransformer2DModel(guidance_embeds=True)
@@ -105,7 +115,7 @@ def _flux() -> nn.Module:
 
 
 def _flux_inputs(y: int, x: int) -> dict[str, Any]:
-    ids = torch.zeros(y // 2, x // 2, 3, device="cpu")  # read, so not on the meta device
+    ids = torch.zeros(y // 2, x // 2, 3, device="cpu")  # the values are read, so not on the meta device
     ids[..., 1] += torch.arange(y // 2, device="cpu")[:, None]
     ids[..., 2] += torch.arange(x // 2, device="cpu")[None, :]
     return {
@@ -145,15 +155,18 @@ MODELS: Mapping[str, Model] = {
 
 
 def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> tuple[Settings, list[Work]]:
-    """The work of every stage of a run with the family's preset.
+    """Count the FLOPs of every stage of a run with the default preset.
 
     Args:
         name: `"sdxl"` or `"flux"`.
         size: Target (height, width) in pixels.
-        attention: Of the stages above the native size.
+        attention: Attention of the stages above the native size.
+
+    Returns:
+        The preset's settings, and the work of every stage.
 
     Raises:
-        ValueError: another model, or a size that it cannot draw.
+        ValueError: The model is not one of these, or does not support the size.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
@@ -173,14 +186,14 @@ def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> 
 
 
 def built(model: Model) -> tuple[nn.Module, Any]:
-    """Denoiser and autoencoder on the meta device."""
+    """Build the denoiser and the autoencoder of a model on the meta device."""
     with torch.device("meta"):
         return model.denoiser().eval(), _autoencoder(model.channels)
 
 
 def stages(model: Model, denoiser: nn.Module, size: tuple[int, int]) -> tuple[Settings, list[tuple[int, int]]]:
-    """The family's preset, and (height, width) in pixels of every stage up to a target; raises as `plan_sizes`."""
-    family = _known(denoiser)
+    """The settings of the default preset, and (height, width) in pixels of every stage up to a target; raises as `plan_sizes`."""
+    family = _family(denoiser)
     assert family.cascade is not None
     native = family.native_grid(denoiser)
     assert native is not None
@@ -189,19 +202,23 @@ def stages(model: Model, denoiser: nn.Module, size: tuple[int, int]) -> tuple[Se
 
 
 def passes_of_a_step(model: Model, settings: Settings) -> int:
-    """Forward passes of a denoising step, guidance included."""
+    """Number of forward passes in a denoising step, including guidance."""
     return 2 if model.guided and settings.guidance_scale > 1 else 1
 
 
 def forward_work(
     denoiser: nn.Module, inputs: dict[str, Any], *, attention: Attention = "npa", text_queries: TextQueries = "window"
 ) -> Forward:
-    """The work of one pass.
+    """Count the FLOPs of one forward pass.
 
     Args:
-        denoiser: On the meta device, of a known family.
-        inputs: Its arguments.
-        attention, text_queries: As `patch_model` makes it.
+        denoiser: A denoiser of a known family on the meta device.
+        inputs: Arguments of the forward pass.
+        attention: `"npa"` or `"full"` attention above the native area.
+        text_queries: Rule for text queries, as in `patch_model`.
+
+    Returns:
+        The TFLOPs of the pass.
     """
     return Forward(*attention_work(denoiser, inputs, attention=attention, text_queries=text_queries), *layer_work(denoiser, inputs))
 
@@ -209,17 +226,17 @@ def forward_work(
 def attention_work(
     denoiser: nn.Module, inputs: dict[str, Any], *, attention: Attention = "npa", text_queries: TextQueries = "window"
 ) -> tuple[float, float]:
-    """TFLOPs of attention, image and text in one softmax included, and of cross-attention; arguments as in `forward_work`.
+    """TFLOPs of self-attention (including text in the same softmax) and of cross-attention; arguments as in `forward_work`.
 
-    Nothing is run: the family says how the tokens of every module lie, `scalediff_kernels.neighborhood.geometry` what they cost.
+    Nothing is run: the layout comes from the family, and the FLOPs from the formulas in `scalediff_kernels.neighborhood.geometry`.
     """
-    family = _known(denoiser)
+    family = _family(denoiser)
     layout, native = family.layout(denoiser, inputs, Reader()), family.native_grid(denoiser)
     assert native is not None
     windows = attention == "npa" and layout.grid[0] * layout.grid[1] > native[0] * native[1]
     attended = cross = 0
     for site in family.sites(denoiser):
-        assert site.role != "text", site  # alone with itself: in none of ours
+        assert site.role != "text", site  # text-only attention: in none of these models
         module: Any = denoiser.get_submodule(site.name)
         heads = {"heads": module.heads, "head_dim": module.inner_dim // module.heads}
         one = next(s for s in layout.sequences if s.level == site.level and (s.text > 0) == (site.role == "joint"))
@@ -235,29 +252,29 @@ def attention_work(
 
 
 def layer_work(denoiser: nn.Module, inputs: dict[str, Any]) -> tuple[float, float]:
-    """TFLOPs of linear layers and of convolutions in one pass, whatever its attention."""
-    parts = _counted(lambda: denoiser(**_on_meta(inputs)))
+    """TFLOPs of linear layers and of convolutions in one forward pass."""
+    parts = _count_flops(lambda: denoiser(**_on_meta(inputs)))
     convolutions = sum((flops for op, flops in parts.items() if "conv" in op), 0.0)
-    return sum(parts.values()) - _attention_of(parts) - convolutions, convolutions
+    return sum(parts.values()) - _attention_flops(parts) - convolutions, convolutions
 
 
 def autoencoder_work(vae: Any, size: tuple[int, int], after: tuple[int, int] | None = None) -> float:
-    """TFLOPs of decoding a picture of (height, width) pixels, and of encoding the next one, where there is one."""
+    """TFLOPs of decoding a picture of (height, width) pixels and, if `after` is given, of encoding a picture of that size."""
     latents = torch.empty(1, vae.config.latent_channels, size[0] // FACTOR, size[1] // FACTOR, device="meta")
-    total = sum(_counted(lambda: vae.decode(latents)).values())
+    total = sum(_count_flops(lambda: vae.decode(latents)).values())
     if after is not None:
-        total += sum(_counted(lambda: vae.encode(torch.empty(1, 3, *after, device="meta"))).values())
+        total += sum(_count_flops(lambda: vae.encode(torch.empty(1, 3, *after, device="meta"))).values())
     return total
 
 
-def _known(denoiser: nn.Module) -> Family:
+def _family(denoiser: nn.Module) -> Family:
     family = family_of(denoiser)
     assert family is not None
     return family
 
 
 def _autoencoder(channels: int) -> Any:
-    """The autoencoder of all, but for the channels of its latents, and a pointwise convolution of them where they are 4."""
+    """The autoencoder of all these models; with 4 latent channels it also has a pointwise convolution of the latents."""
     import diffusers
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -272,9 +289,9 @@ def _on_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def _counted(run: Callable[[], Any]) -> dict[str, float]:
-    """TFLOPs by operator, as torch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
+def _count_flops(run: Callable[[], Any]) -> dict[str, float]:
+    """TFLOPs by operator, from torch's FLOP counter."""
+    from torch.utils.flop_counter import FlopCounterMode  # this import loads Triton, so it is not at the top
 
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -282,6 +299,6 @@ def _counted(run: Callable[[], Any]) -> dict[str, float]:
     return {str(op): flops / 1e12 for op, flops in counter.get_flop_counts()["Global"].items()}
 
 
-def _attention_of(parts: dict[str, float]) -> float:
-    """What of `_counted` is attention: with all others, products of a batch of matrices."""
+def _attention_flops(parts: dict[str, float]) -> float:
+    """The TFLOPs of attention among those of `_count_flops`: fused attention and batched matrix products."""
     return sum(flops for op, flops in parts.items() if "bmm" in op or "attention" in op)

@@ -1,4 +1,4 @@
-"""The bytes that a computation holds at its worst moment, counted on the meta device."""
+"""Peak memory of a computation on the meta device, in bytes of live tensors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-def peak_of(run: Callable[[], Any]) -> int:
-    """Bytes of the tensors that are alive at the worst moment of a computation on the meta device, beside those that it is given.
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Peak bytes of live tensors that a computation on the meta device allocates, not counting its inputs.
 
-    Whole numbers, vectors and tables of positions are computed on the CPU, where the code looks at them.
+    Tensors that the code creates on other devices, such as position tables on the CPU, are counted too.
     """
     tally = _Tally()
     with torch.no_grad(), _Fused(), tally:
@@ -25,7 +25,7 @@ def peak_of(run: Callable[[], Any]) -> int:
 
 
 class _Fused(TorchFunctionMode):
-    """Attention that holds its output alone."""
+    """Replaces attention by an allocation of its output, as a fused kernel would."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -36,7 +36,7 @@ class _Fused(TorchFunctionMode):
 
 
 class _Tally(TorchDispatchMode):
-    """Counts the bytes of storages made while it is on, until they die."""
+    """Counts the bytes of storages created while it is active, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -46,22 +46,22 @@ class _Tally(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         for tensor in leaves:
-            self._count(tensor.untyped_storage(), made=False)  # weights, of which the result may be a view
+            self._count(tensor.untyped_storage(), is_new=False)  # inputs such as weights, because the result may be a view of them
         if any(x.is_meta for x in leaves):
             args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs or {}))
-            if kwargs.get("device") is not None:  # a table that the twin has without values, and would take to a device
+            if kwargs.get("device") is not None:  # the code wants to move a tensor without values to a real device
                 kwargs = {**kwargs, "device": torch.device("meta")}
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), made=True)
+                self._count(tensor.untyped_storage(), is_new=True)
         return out
 
-    def _count(self, storage: torch.UntypedStorage, *, made: bool) -> None:
+    def _count(self, storage: torch.UntypedStorage, *, is_new: bool) -> None:
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes() if made else 0
+        size = storage.nbytes() if is_new else 0
         self._known.add(key)
         self._live += size
         self.peak = max(self.peak, self._live)

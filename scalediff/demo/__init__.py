@@ -9,12 +9,15 @@ DEMO_PATH = Path(__file__).parent / "model"
 
 
 def load_demo() -> Any:
-    """The embedded model as a diffusers StableDiffusionPipeline in fp32 on the CPU; native size 64 x 64 pixels.
+    """Load the embedded model, whose native size is 64 x 64 pixels.
 
-    `DiffusionPipeline.from_pretrained(scalediff.demo.DEMO_PATH)` loads the same.
+    `DiffusionPipeline.from_pretrained(scalediff.demo.DEMO_PATH)` loads the same model.
+
+    Returns:
+        A diffusers StableDiffusionPipeline in fp32 on the CPU.
 
     Raises:
-        ImportError: diffusers or transformers is missing (`pip install "scalediff[diffusers]"`).
+        ImportError: diffusers or transformers is not installed (`pip install "scalediff[diffusers]"`).
     """
     from diffusers import DiffusionPipeline
 

@@ -1,4 +1,4 @@
-"""The parts of the embedded model, untrained: Stable Diffusion in small, attention at two levels like SDXL's."""
+"""The untrained networks of the embedded model: a small Stable Diffusion with attention at two levels, as in SDXL."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ TEXT_TOKENS = 24
 
 
 def autoencoder() -> AutoencoderKL:
+    """An autoencoder with 4 latent channels and 4 pixels per latent."""
     return AutoencoderKL(
         sample_size=NATIVE,
         latent_channels=4,
@@ -42,8 +43,11 @@ def unet() -> UNet2DConditionModel:
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's initialisation draws tokens at a standard deviation of 0.02, which at 64 channels drowns in what the layers add:
-    two words that differ in little else then stay one word for good. Here they start ten times larger."""
+    """A CLIP text encoder whose token embeddings are initialised ten times larger than usual.
+
+    With CLIP's standard deviation of 0.02, the embeddings at 64 channels are small compared to the output of the layers, and training never
+    separates similar words.
+    """
     model = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -64,12 +68,13 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def scheduler() -> DDIMScheduler:
+    """A DDIM scheduler for v-prediction with zero terminal SNR."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
         prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,  # the last step is pure noise, so that a night can be dark
+        rescale_betas_zero_snr=True,  # the last step is pure noise, so that dark pictures are possible
         timestep_spacing="trailing",
         clip_sample=False,
         steps_offset=1,
@@ -78,7 +83,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """Byte-pair tokens: every word of the vocabulary is one token, any other word falls into letters."""
+    """A byte-pair tokenizer in which every word of the vocabulary is one token; other words are split into letters."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     tokens = dict.fromkeys([*letters, *(f"{c}</w>" for c in letters)])
     merges: dict[tuple[str, str], None] = {}

@@ -1,8 +1,8 @@
 """Procedural landscapes with exactly one sun or moon, rendered at any resolution.
 
-A scene is a function of its seed; the resolution only decides how many octaves of its fractal detail are drawn (all up
-to the Nyquist frequency). So the true high-resolution picture of every low-resolution one exists, and repetition, the
-failure of direct high-resolution inference, can be counted: every true picture shows one disc.
+A scene is a function of its seed. The resolution only determines how many octaves of fractal detail are rendered (all up to the Nyquist
+frequency). So the true high-resolution version of every picture is known, and repetition, the failure of direct high-resolution
+inference, can be counted: every true picture shows exactly one disc.
 
 Legend: N pictures, R pixels per side, K lattice cells per side of one octave. Coordinates are in picture sides, y down.
 """
@@ -19,9 +19,9 @@ TIMES = ("dawn", "day", "dusk", "night")
 TERRAINS = ("hills", "mountains")
 PLACES = ("left", "middle", "right")
 
-HELD_OUT_SEED = 10_000_000  # scenes from this seed on are never trained on
+HELD_OUT_SEED = 10_000_000  # scenes from this seed on are not used for training
 
-# The stream numbers below name independent random fields of one scene.
+# Streams of independent random numbers of a scene.
 _LAYOUT, _FAR, _NEAR, _CLOUDS, _ROCK, _WATER, _CAPTION = range(7)
 
 _LAKE = 0.80  # y of the lake's shore
@@ -58,7 +58,7 @@ _SNOW = {"dawn": "b8a0b0", "day": "b8c2cc", "dusk": "a07078", "night": "4a5878"}
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption can say about a picture, and where its disc stands (centre and radius in picture sides)."""
+    """What a caption can say about a picture, and the position of its disc (centre and radius in units of the side)."""
 
     seed: int
     time: str
@@ -101,7 +101,7 @@ def render(seed: int, n: int, resolution: int) -> Tensor:
         `[N, 3, R, R]` float32 in [0, 1].
 
     Raises:
-        ValueError: an argument is below its minimum.
+        ValueError: An argument is below its minimum.
     """
     if seed < 0 or n < 1 or resolution < 16:
         raise ValueError(f"render needs seed >= 0, n >= 1 and resolution >= 16, got {seed=}, {n=}, {resolution=}")
@@ -109,7 +109,7 @@ def render(seed: int, n: int, resolution: int) -> Tensor:
 
 
 def caption(scene: Scene, *, draw: int = 0) -> str:
-    """A caption of the scene: a random part of what is true of it, in random words; one `draw` is one caption."""
+    """A random caption of the scene, which mentions some of its properties in random words. Each `draw` gives another caption."""
     rng = np.random.default_rng([scene.seed, _CAPTION, draw])
 
     def pick(kind: str) -> str:
@@ -124,7 +124,7 @@ def caption(scene: Scene, *, draw: int = 0) -> str:
         words.append(pick("lake"))
     if rng.random() < 0.85:
         words.append(pick(scene.time))
-    if rng.random() < 0.25:  # words that say nothing here, so that the model learns to pass over what it does not know
+    if rng.random() < 0.25:  # meaningless words, so that the model learns to ignore unknown ones
         words.insert(rng.integers(len(words) + 1), pick("empty") if rng.random() < 0.5 else _babble(rng))
     return " ".join(words)
 
@@ -169,7 +169,7 @@ def _lattice(seeds: list[int], stream: int, octave: int, shape: tuple[int, ...])
 
 
 def _fractal_line(seeds: list[int], stream: int, resolution: int, *, first: int, persistence: float) -> Tensor:
-    """`[N, R]`: sum over octaves of smooth noise along x, the amplitude falling by `persistence` an octave."""
+    """`[N, R]`: sum over octaves of smooth noise along x; the amplitude falls by the factor `persistence` per octave."""
     line = torch.zeros(len(seeds), resolution)
     for o in _octaves(resolution, first):
         line += persistence ** (o - first) * _lattice(seeds, stream, o, (2**o + 3,)) @ _basis(2**o, resolution).T
@@ -177,7 +177,7 @@ def _fractal_line(seeds: list[int], stream: int, resolution: int, *, first: int,
 
 
 def _fractal_plane(seeds: list[int], stream: int, resolution: int, *, first: int, persistence: float, flat: int = 0) -> Tensor:
-    """`[N, R, R]`: the same over the plane; features are `2^flat` times longer along x than along y."""
+    """`[N, R, R]`: fractal noise in the plane, as `_fractal_line`; features are `2^flat` times longer along x than along y."""
     plane = torch.zeros(len(seeds), resolution, resolution)
     for o in _octaves(resolution, first):
         rows, columns = 2**o, 2 ** max(0, o - flat)
@@ -187,6 +187,7 @@ def _fractal_plane(seeds: list[int], stream: int, resolution: int, *, first: int
 
 
 def _paint(scenes: list[Scene], resolution: int) -> Tensor:
+    """Render scenes to `[N, 3, R, R]` in [0, 1]."""
     seeds = [s.seed for s in scenes]
     pixel = 1 / resolution
     axis = (torch.arange(resolution) + 0.5) * pixel
@@ -196,7 +197,7 @@ def _paint(scenes: list[Scene], resolution: int) -> Tensor:
         return torch.tensor(values)[:, None, None]
 
     def coverage(inside: Tensor) -> Tensor:
-        """Share of a pixel inside an edge, from its signed distance in picture sides: antialiasing at any resolution."""
+        """Fraction of a pixel inside an edge, from the signed distance to it in picture sides; antialiases at any resolution."""
         return (inside / pixel + 0.5).clamp(0, 1)
 
     def over(image: Tensor, color: Tensor, alpha: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ def _paint(scenes: list[Scene], resolution: int) -> Tensor:
     sky = over(sky, palette["glow"], 0.7 * torch.exp(-((distance - radius).clamp(min=0)) / (0.9 * radius)))
     image = over(sky, palette["disc"], coverage(radius - distance))
 
-    # Two ridges: mountains are higher and rougher (a larger share of every next octave) and carry snow.
+    # Two ridges: mountains are higher, rougher (stronger high octaves) and have snow.
     rock = _fractal_plane(seeds, _ROCK, resolution, first=3, persistence=0.75)
     for name, stream, base, height in (("far", _FAR, 0.60, 0.055), ("near", _NEAR, 0.71, 0.05)):
         smooth = _fractal_line(seeds, stream, resolution, first=1, persistence=0.38)[:, None, :]
@@ -235,7 +236,7 @@ def _paint(scenes: list[Scene], resolution: int) -> Tensor:
         shaded = over(shaded, snow * (1 + 0.12 * rock)[:, None], 0.85 * cap)
         image = over(image, shaded.clamp(0, 0.8), coverage(depth))
 
-    # The lake mirrors what stands above it, displaced by its ripples, with the disc's glitter path, dimmer than the disc.
+    # The lake reflects the picture above it, displaced by ripples, with the glitter of the disc, dimmer than the disc.
     ripples = _fractal_plane(seeds, _WATER, resolution, first=3, persistence=0.7, flat=3)
     mirror = 2 * _LAKE - y + 0.006 * ripples
     rows = (mirror / pixel).long().clamp(0, resolution - 1)

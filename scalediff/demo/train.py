@@ -1,10 +1,11 @@
 """Train the embedded model: `python -m scalediff.demo.train --workdir runs/demo --export scalediff/demo/model`.
 
-Three parts, each resumable from its last checkpoint and each a function of its seed: the autoencoder, the latent
-diffusion model (U-Net and text encoder together), and the export as an ordinary diffusers pipeline folder. Whole scenes
-are seen at every noise level, and a third of them near pure noise, where the words alone say what stands where; the
-first steps see nothing else. Close-ups (crops of larger renders, under the words of their scene) come only at the lower
-half, where the high-resolution stages work: composition is decided above it, from whole scenes alone.
+There are three parts: the autoencoder, the latent diffusion model (U-Net and text encoder together), and the export as a diffusers
+pipeline folder. Training can be resumed from the last checkpoint, and is reproducible.
+
+Whole scenes are used at every noise level. A third of them are near pure noise, where only the prompt determines the layout; the first
+optimizer steps use only these. Close-ups (crops of larger renders, with the prompt of their scene) are used only in the lower half of the
+noise levels, where the high-resolution stages work, so that the layout is learned from whole scenes.
 
 Legend: B batch, C latent channels, Y x X latent grid, T text tokens.
 """
@@ -31,13 +32,13 @@ from transformers import CLIPTextModel
 from scalediff.demo.architecture import NATIVE, TEXT_TOKENS, autoencoder, scheduler, text_encoder, tokenizer, unet
 from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
 
-CLOSE_UP_STEPS = 500  # training timesteps below which close-ups are seen
-LAYOUT_STEPS = 900  # training timesteps from which the words decide the layout
-LAYOUT_FIRST = 500  # optimizer steps on those alone, before anything else is learned
+CLOSE_UP_STEPS = 500  # close-ups are used below this training timestep
+LAYOUT_STEPS = 900  # from this training timestep on, the prompt determines the layout
+LAYOUT_FIRST = 500  # number of first optimizer steps that use only these timesteps
 
 
 def close_ups(seed: int, n: int, resolution: int, *, per_scene: int) -> Tensor:
-    """`[N * per_scene, 3, 64, 64]`: random native-size crops of larger renders, `per_scene` of each scene in a row."""
+    """Random native-size crops of larger renders, `[N * per_scene, 3, 64, 64]`; crops of one scene are adjacent."""
     rng = torch.Generator().manual_seed(seed)
     crops = []
     for image in render(seed, n, resolution):
@@ -47,7 +48,7 @@ def close_ups(seed: int, n: int, resolution: int, *, per_scene: int) -> Tensor:
 
 
 def dataset(workdir: Path, *, scenes: int) -> dict[str, Tensor]:
-    """uint8 pictures and the scene seed of each: `whole`, and `close` from 2x and 4x renders."""
+    """Pictures in uint8 and the seeds of their scenes: `whole` scenes, and `close`-ups from 2x and 4x renders. Cached in the workdir."""
     path = workdir / f"pictures-{scenes}.pt"
     if not path.exists():
         quarter = scenes // 4
@@ -61,14 +62,14 @@ def dataset(workdir: Path, *, scenes: int) -> dict[str, Tensor]:
 
 
 def train_autoencoder(workdir: Path, *, steps: int, batch: int, scenes: int, device: str) -> AutoencoderKL:
-    """L1 + L2 reconstruction with a small KL term; half whole scenes, half close-ups."""
+    """Train the autoencoder with L1 + L2 reconstruction and a small KL term, on half whole scenes and half close-ups."""
     data = dataset(workdir, scenes=scenes)
     torch.manual_seed(0)
     model = autoencoder().to(device, memory_format=torch.channels_last)
 
     def reconstruction(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(step)
-        pictures = torch.cat([_draw(data[kind], batch // 2, rng) for kind in ("whole", "close")])
+        pictures = torch.cat([_sample_pictures(data[kind], batch // 2, rng) for kind in ("whole", "close")])
         x = _to_signed(pictures).to(device, memory_format=torch.channels_last)
         posterior = model.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
@@ -88,7 +89,7 @@ def train_autoencoder(workdir: Path, *, steps: int, batch: int, scenes: int, dev
 
 
 def batch_parts(step: int, batch: int) -> list[tuple[str, int, int, int]]:
-    """What a batch is made of: kind of picture, how many, timesteps from (inclusive), to (exclusive)."""
+    """Parts of a batch: kind of picture, number of pictures, first timestep, and timestep after the last."""
     if step < LAYOUT_FIRST:
         return [("whole", batch, LAYOUT_STEPS, 1000)]
     close, layout = batch // 3, batch // 4
@@ -98,11 +99,11 @@ def batch_parts(step: int, batch: int) -> list[tuple[str, int, int, int]]:
 def train_denoiser(
     workdir: Path, vae: AutoencoderKL, *, steps: int, batch: int, scenes: int, device: str
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """v-prediction on cached latents, the text encoder trained along; 10 % empty prompts for classifier-free guidance."""
+    """Train U-Net and text encoder with v-prediction on cached latents, with 10 % empty prompts for classifier-free guidance."""
     latents, seeds = _latents(workdir, vae, scenes=scenes, device=device)
     torch.manual_seed(1)
-    words, noises = tokenizer(), scheduler()
-    models = nn.ModuleDict({"unet": unet().to(memory_format=torch.channels_last), "text": text_encoder(words)}).to(device)
+    text_tokenizer, noise_scheduler = tokenizer(), scheduler()
+    models = nn.ModuleDict({"unet": unet().to(memory_format=torch.channels_last), "text": text_encoder(text_tokenizer)}).to(device)
 
     def prompt(seed: int, draw: int, empty: bool) -> str:
         return "" if empty else caption(describe(seed), draw=draw)
@@ -118,9 +119,9 @@ def train_denoiser(
         x, t = torch.cat(samples), torch.cat(timesteps)
         empty = (torch.rand(batch, generator=rng) < 0.1).tolist()
         prompts = [prompt(seed, step, e) for seed, e in zip(scene_seeds, empty, strict=True)]
-        ids = words(prompts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt").input_ids
+        ids = text_tokenizer(prompts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt").input_ids
         noise = torch.randn(x.shape, generator=rng)
-        noisy, target = noises.add_noise(x, noise, t), noises.get_velocity(x, noise, t)
+        noisy, target = noise_scheduler.add_noise(x, noise, t), noise_scheduler.get_velocity(x, noise, t)
         states = models["text"](ids.to(device))[0]
         v = models["unet"](noisy.to(device, memory_format=torch.channels_last), t.to(device), states).sample
         return F.mse_loss(v, target.to(device))
@@ -130,10 +131,10 @@ def train_denoiser(
 
 
 def export(workdir: Path, folder: Path, vae: AutoencoderKL, denoiser: UNet2DConditionModel, text: CLIPTextModel) -> None:
-    """Write an ordinary diffusers pipeline folder, with the training log beside the weights.
+    """Write a diffusers pipeline folder, with the training log next to the weights.
 
-    The U-Net and the autoencoder are stored in fp16: diffusers loads them as fp32 unless told otherwise. The text encoder is
-    stored in fp32, because transformers keeps the stored dtype.
+    The U-Net and the autoencoder are stored in fp16; diffusers loads them as fp32 by default. The text encoder is stored in fp32, because
+    transformers loads the stored dtype.
     """
     pipe = StableDiffusionPipeline(
         vae=vae.to("cpu", torch.float16),
@@ -160,7 +161,7 @@ def _fit(
     ema_decay: float,
     save_every: int = 50,
 ) -> None:
-    """AdamW with warm-up and cosine decay; leaves the averaged weights in `models`. A batch is a function of its step."""
+    """Train with AdamW, warm-up and cosine decay, then load the averaged weights into `models`. Batches depend only on the step."""
     path = workdir / f"{name}.pt"
     average = copy.deepcopy(models).requires_grad_(False)
     optimizer = torch.optim.AdamW(models.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -199,13 +200,13 @@ def _fit(
 
 
 def _rate_share(step: int, steps: int) -> float:
-    """Warm-up over 100 steps, then half a cosine down to 2 %."""
+    """Factor on the learning rate: warm-up over 100 steps, then cosine decay to 2 %."""
     return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _latents(workdir: Path, vae: AutoencoderKL, *, scenes: int, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     data = dataset(workdir, scenes=scenes)
-    path = workdir / f"latents-{scenes}-{vae.config.scaling_factor}.pt"  # another autoencoder has another scale
+    path = workdir / f"latents-{scenes}-{vae.config.scaling_factor}.pt"  # the scale identifies the autoencoder
     if not path.exists():
         with torch.no_grad():
             encoded = {
@@ -223,11 +224,11 @@ def _autoencode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 
 def _timesteps(start: int, stop: int, n: int, rng: torch.Generator) -> Tensor:
-    """Stratified over [start, stop): one draw from each of n equal strata, which lowers the variance of the loss."""
+    """Stratified timesteps in [start, stop): one from each of n equal strata, which lowers the variance of the loss."""
     return (start + (torch.arange(n) + torch.rand(n, generator=rng)) * (stop - start) / n).long()
 
 
-def _draw(pictures: Tensor, n: int, rng: torch.Generator) -> Tensor:
+def _sample_pictures(pictures: Tensor, n: int, rng: torch.Generator) -> Tensor:
     return pictures[torch.randint(len(pictures), (n,), generator=rng)]
 
 
@@ -265,13 +266,13 @@ def _processor() -> str:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, rendered pictures, log")
-    parser.add_argument("--export", type=Path, required=True, help="pipeline folder to write")
-    parser.add_argument("--scenes", type=int, default=8000)
-    parser.add_argument("--vae-steps", type=int, default=2500)
-    parser.add_argument("--vae-batch", type=int, default=16)
-    parser.add_argument("--unet-steps", type=int, default=3400)
-    parser.add_argument("--unet-batch", type=int, default=64)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder for checkpoints, rendered pictures and the log")
+    parser.add_argument("--export", type=Path, required=True, help="output folder for the pipeline")
+    parser.add_argument("--scenes", type=int, default=8000, help="number of training scenes")
+    parser.add_argument("--vae-steps", type=int, default=2500, help="optimizer steps of the autoencoder")
+    parser.add_argument("--vae-batch", type=int, default=16, help="batch size of the autoencoder")
+    parser.add_argument("--unet-steps", type=int, default=3400, help="optimizer steps of U-Net and text encoder")
+    parser.add_argument("--unet-batch", type=int, default=64, help="batch size of U-Net and text encoder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(None if arguments is None else list(arguments))
     options.workdir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the hook and the cascade must know of a model family, as data: a new family is a row in one of these files."""
+"""The model families that scalediff supports, as data: a new family is a new entry in one of these files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(denoiser: nn.Module) -> Family | None:
-    """The family that knows this denoiser, recognised by class name so that no model library is imported; None where none does."""
+    """The family of a denoiser, found by class name so that no model library is imported; None if it is not a known one."""
     for cls in type(denoiser).__mro__:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]

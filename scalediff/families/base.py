@@ -1,4 +1,4 @@
-"""The contract of a model family."""
+"""The description of a model family: `Family`, and `Cascade` for what the cascade needs."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ T = TypeVar("T")
 
 
 class Reader:
-    """Values read out of tensors, once per tensor: a pipeline hands the same ids and masks to every step, and reading waits for the GPU."""
+    """A cache of values read from tensors: a pipeline passes the same ids and masks at every step, and each read waits for the GPU."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Any]] = {}
 
-    def __call__(self, tensor: Tensor, what: Callable[..., T], *arguments: int) -> T:
-        """`what(tensor, *arguments)`, remembered for as long as the tensor lives unchanged."""
-        if tensor.is_inference():  # it has no version to tell a change by
-            return what(tensor, *arguments)
-        key = (id(tensor), tensor._version, what, *arguments)
+    def __call__(self, tensor: Tensor, function: Callable[..., T], *arguments: int) -> T:
+        """`function(tensor, *arguments)`, cached as long as the tensor exists and is not modified."""
+        if tensor.is_inference():  # it has no version counter, so a modification would go unnoticed
+            return function(tensor, *arguments)
+        key = (id(tensor), tensor._version, function, *arguments)
         known = self._known.get(key)
         if known is not None and known[0]() is tensor:
             value: T = known[1]
             return value
         if len(self._known) > 64:
             self._known = {k: v for k, v in self._known.items() if v[0]() is not None}
-        value = what(tensor, *arguments)
+        value = function(tensor, *arguments)
         self._known[key] = (weakref.ref(tensor), value)
         return value
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """What the cascade must know of a family.
+    """What the cascade needs to know about a family.
 
     Attributes:
-        presets: The presets for a denoiser, by name; `"default"` is among them, `"paper"` where the paper has one.
-        patch: Latents of a token along an axis.
-        size_multiple: Pixels that a pipeline of this family wants its sizes to be a multiple of, beside those of a token.
-        packed: The pipeline hands out and takes packed latents `[B, Y X / 4, 4 C]`.
-        guidance: The argument of the pipeline's call that the guidance scale goes to.
-        negative: The negative prompt that stands for none, where the pipeline does not guide without one.
-        conditional: Where the prompt's pass stands in a batch that classifier-free guidance has doubled, `"first"` or `"last"`; empty
-            where guidance is no second half of a batch.
-        trained_size: The pipeline's attribute, in pixels, beyond which it stretches positions and sharpens attention. Windows are
-            of trained size: neither is due.
+        presets: Function from a denoiser to its presets by name. `"default"` always exists, `"paper"` if the paper has one.
+        patch: Latents per token along an axis.
+        size_multiple: Picture sides must be multiples of this number of pixels, and of the pixels per token.
+        packed: Whether the pipeline takes and returns packed latents `[B, Y X / 4, 4 C]`.
+        guidance: Name of the pipeline's argument for the guidance scale.
+        negative: Default negative prompt, for pipelines that apply guidance only if there is one.
+        conditional: Which half of the batch that classifier-free guidance doubles is the conditional one, `"first"` or `"last"`; empty
+            if guidance does not double the batch.
+        trained_size: Name of the pipeline's attribute for the size in pixels above which it rescales positions and attention. Windows
+            have the trained size, so the cascade turns both off.
     """
 
     presets: Callable[[nn.Module], Mapping[str, Preset]]
@@ -77,18 +77,20 @@ class Family:
 
     Attributes:
         denoiser: Class name of the denoiser.
-        grid_source: For people: where `layout` reads the grid.
-        text: For people: how text enters.
-        native_grid: The token grid that a denoiser was trained on, at its finest level; None where it does not say.
-        layout: How the tokens of a forward pass lie, from its arguments; raises `Unreadable`.
-        roles: Patterns of module names, and what the modules attend to; the first that is found counts.
-        role: What the others attend to.
-        level: How often the grid of a module has been halved.
-        rotation: How a denoiser rotates, where text is turned for each window.
-        cascade: None where only the hook knows the family.
-        refusal: Why a denoiser of this class is not patched, in a sentence; empty where it is.
-        refused_as: The error that says so: legal but missing, or nothing that could be patched.
-        listed: Its attention modules are those with a processor; of other models they are known when they call.
+        grid_source: Where `layout` reads the token grid from, as text for the report.
+        text: How text enters the attention, as text for the report.
+        native_grid: Function from a denoiser to the token grid `(Y, X)` that it was trained on, at its finest level; it returns None if
+            the denoiser does not tell.
+        layout: Function from a denoiser and the arguments of a forward pass to the layout of its tokens; raises `UnknownLayout`.
+        roles: Pairs of a regular expression for module names and the role of those modules; the first match counts.
+        role: Role of all other attention modules.
+        level: Function from a denoiser and a module name to the number of times that the module's grid has been halved.
+        rotation: Function from a denoiser to its rotary positions, if text is rotated for each window.
+        cascade: What the cascade needs; None if only `patch_model` supports the family.
+        refusal: Reason why denoisers of this class cannot be patched; empty if they can.
+        refusal_error: Exception class raised with that reason.
+        listed: Whether the attention modules are known in advance, as modules with a processor. For other models they are found when
+            they call attention.
     """
 
     denoiser: str
@@ -102,11 +104,11 @@ class Family:
     rotation: Callable[[nn.Module], TextRotation | None] = _no_rotation
     cascade: Cascade | None = None
     refusal: str = ""
-    refused_as: type[Exception] = NotImplementedError
+    refusal_error: type[Exception] = NotImplementedError
     listed: bool = True
 
     def sites(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
-        """The attention modules of a denoiser, as far as they are known before they call."""
+        """The attention modules of a denoiser; empty if the family is not listed."""
         if not self.listed:
             return ()
         found = []
@@ -123,10 +125,10 @@ _ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 
 
 def _obstacle(attention: nn.Module) -> str:
-    """A processor that names neither of the two in its call computes attention by itself."""
+    """Why the calls of an attention module cannot be intercepted, by the functions that its processor calls; empty if they can."""
     processor = type(attention.processor)
     calls = [cls.__dict__["__call__"] for cls in processor.__mro__ if "__call__" in cls.__dict__]
     if "AddedKV" in processor.__name__:
-        return f"{processor.__name__} puts text among the keys of the image"
+        return f"{processor.__name__} adds text to the keys of image self-attention"
     names = {name for call in calls for name in getattr(getattr(call, "__code__", None), "co_names", _ATTENTION)}
     return "" if names & _ATTENTION else f"{processor.__name__} does not call scaled_dot_product_attention"

@@ -1,6 +1,6 @@
-"""FLUX.1, FLUX.2 and the models that keep their convention: packed latents, the picture in `img_ids`, text before the image.
+"""FLUX.1, FLUX.2 and models with the same layout: packed latents, the token grid in `img_ids`, text before the image.
 
-Double blocks and single blocks alike attend to `[text, image]` in one softmax, rotated as a whole.
+Both double and single blocks attend to `[text, image]` in one softmax, with rotary positions on all tokens.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
-from scalediff.families.grid import Grid, Layout, Sequence, Unreadable
+from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
 from scalediff.families.latents import all_ones, lengths
 from scalediff.families.rotation import TextRotation
 from scalediff.settings import Preset, Settings
 
 
 def _extent(ids: Tensor, text: int = 0) -> Grid:
-    """The token grid `(Y, X)` of `[S, axes]` or `[1, S, axes]` position ids, after those of the text; (0, 0) where they are not one
-    picture, row by row."""
+    """The token grid `(Y, X)` of position ids `[S, axes]` or `[1, S, axes]`, of which the first `text` belong to text.
+
+    (0, 0) if the ids are not those of one picture, row by row.
+    """
     rows, columns = (ids[0] if ids.ndim == 3 else ids)[text:, 1:3].long().unbind(-1)
     y, x = rows - rows.min(), columns - columns.min()
     grid = int(y.max()) + 1, int(x.max()) + 1
@@ -31,33 +33,33 @@ def _extent(ids: Tensor, text: int = 0) -> Grid:
 
 def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     tokens, text = arguments["hidden_states"].shape[1], arguments["encoder_hidden_states"].shape[1]
-    text += int(getattr(denoiser, "union", False))  # a ControlNet for several conditions puts a token for the chosen one first
+    text += int(getattr(denoiser, "union", False))  # a union ControlNet puts a token for the chosen condition first
     if arguments.get("kv_cache_mode") is not None:
-        raise Unreadable("reference tokens in a key/value cache have no place on the grid")
+        raise UnknownLayout("reference tokens in a key/value cache are not supported")
     grid = read(arguments["img_ids"], _extent)
     if grid[0] * grid[1] != tokens:
         shape = tuple(arguments["img_ids"].shape)
-        raise Unreadable(f"img_ids must be those of one picture, row by row, for {tokens} tokens, got {shape}", tokens)
+        raise UnknownLayout(f"img_ids must be the ids of one picture, row by row, for {tokens} tokens, got {shape}", tokens)
     return Layout(grid, (Sequence(grid, text=text),))
 
 
 def _chroma_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    """Chroma adds its mask of 0 and 1, as a square, to the scores: without padding that is one number for all."""
+    """Chroma adds the outer product of its 0/1 mask to the scores. Without padding this adds the same number to all of them."""
     layout, mask = _layout(denoiser, arguments, read), arguments.get("attention_mask")
     if mask is None or read(mask, all_ones):
         return replace(layout, masked=True)
-    if mask.dtype == torch.bool:  # then the square is a mask indeed, and what it hides is nobody's key
+    if mask.dtype == torch.bool:  # then the outer product is a true mask, and padding is never attended to
         real = read(mask, _text_lengths, layout.sequences[0].text)
         if not real:
-            raise Unreadable("the real tokens of a prompt must come first in attention_mask")
+            raise UnknownLayout("padding must follow the text tokens in attention_mask")
         return replace(layout, sequences=(replace(layout.sequences[0], real=real),), masked=True)
     return replace(layout, masked=True, weights=mask)
 
 
 def _flux3_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    """FLUX.3: before they meet, image and text each attend to themselves."""
+    """FLUX.3: the first blocks attend to image and text separately."""
     if arguments.get("image_cond_hidden_states") is not None:
-        raise Unreadable("reference tokens have no place on the grid")
+        raise UnknownLayout("reference tokens are not supported")
     layout = _layout(denoiser, arguments, read)
     return replace(layout, sequences=(*layout.sequences, Sequence(layout.grid)), others=(layout.sequences[0].text,))
 
@@ -67,16 +69,16 @@ def _text_lengths(mask: Tensor, text: int) -> tuple[int, ...]:
 
 
 def _krea_layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
-    """Krea 2: text and image in one table of ids, and padded text under a mask."""
+    """Krea 2: one table of position ids for text and image, and a mask for padded text."""
     stack = arguments["encoder_hidden_states"]
     text, mask = int(stack.shape[1]), arguments.get("encoder_attention_mask")
     grid = read(arguments["position_ids"], _extent, text)
     tokens = arguments["hidden_states"].shape[1]
     if grid[0] * grid[1] != tokens:
-        raise Unreadable(f"position_ids must end with those of one picture, row by row, for {tokens} tokens")
+        raise UnknownLayout(f"position_ids must end with the ids of one picture, row by row, for {tokens} tokens")
     real = () if mask is None else read(mask, lengths)
     others = text, int(stack.shape[2])
-    if mask is not None and not real:  # a pipeline puts the end of its template after the padding: the mask is taken as it comes
+    if mask is not None and not real:  # the pipeline puts the end of its template after the padding: the mask itself is applied
         return Layout(grid, (Sequence(grid, text=text),), others)
     return Layout(grid, (Sequence(grid, text=text, real=real),), others, masked=True)
 
@@ -86,7 +88,7 @@ def _rotation(denoiser: Any) -> TextRotation:
 
 
 def _native(denoiser: nn.Module) -> Grid:
-    return 64, 64  # 1024 pixels; the config does not say
+    return 64, 64  # 1024 pixels; not in the config
 
 
 _FLUX = Family(

@@ -1,7 +1,7 @@
-"""Where the tokens of an attention call lie on the picture.
+"""The layout of the tokens in an attention call: the token grid, and the position of text.
 
-A call to scaled_dot_product_attention says how many tokens there are, never how they lie. A `Layout` says it for one forward
-pass: the denoiser's arguments give the token grid and the text, and a call is recognised by the lengths of its sequences.
+A call of scaled_dot_product_attention gives the number of tokens but not their grid. A `Layout` describes one forward pass: the token
+grid and the text come from the denoiser's arguments, and a call is recognised by its sequence lengths.
 
 Legend: B batch, Y x X token grid, S tokens of a sequence.
 """
@@ -23,11 +23,11 @@ class AttentionSite:
     """One attention module of a denoiser.
 
     Attributes:
-        name: Its path in the denoiser.
-        role: What it attends to: the image (`"self"`), image and text in one softmax (`"joint"`), text from the image
-            (`"cross"`), text alone (`"text"`).
-        level: How often its grid has been halved.
-        obstacle: Why its calls cannot be intercepted; empty where they can.
+        name: Path of the module in the denoiser.
+        role: The kind of attention: image to image (`"self"`), image and text in one softmax (`"joint"`), image to text
+            (`"cross"`), text to text (`"text"`).
+        level: Number of times that the module's token grid has been halved.
+        obstacle: Why the module's calls cannot be intercepted; empty if they can.
     """
 
     name: str
@@ -37,7 +37,7 @@ class AttentionSite:
 
 
 class Span(NamedTuple):
-    """Samples `[first, last)` of a batch, whose text is tokens `[text_start, text_stop)` and whose image begins at `image`."""
+    """Samples `[first, last)` of a batch whose text is tokens `[text_start, text_stop)` and whose image starts at token `image`."""
 
     first: int
     last: int
@@ -48,19 +48,19 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Sequence:
-    """One kind of token sequence in a forward pass: the image, row by row, and the tokens in the same softmax.
+    """One kind of token sequence in a forward pass: the image tokens, row by row, and other tokens in the same softmax.
 
-    Those are called text, and may be registers or padding that the model attends to as well.
+    The other tokens are called text here. They may also be registers, or padding that the model attends to.
 
     Attributes:
-        grid: Image tokens.
-        level: How often the grid has been halved.
-        side: Where the text stands.
-        text: Text tokens as they lie in the sequence, padding included.
-        real: Of each sample, how many of them are real, the first ones: padding is neither attended to nor computed. Empty:
-            all of them in every sample.
-        ragged: The image follows each sample's real text at once, and the padding stands at the end of the sequence.
-        queries: `"all"`, or `"image"` where text is among the keys alone.
+        grid: Grid `(Y, X)` of the image tokens.
+        level: Number of times that the grid has been halved.
+        side: Whether the text comes before (`"prefix"`) or after (`"suffix"`) the image.
+        text: Number of text tokens in the sequence, including padding.
+        real: Number of text tokens of each sample that are not padding; these come first. Padding is neither attended to nor computed.
+            Empty if no sample has padding.
+        ragged: Whether the image directly follows each sample's text, so that padding is at the end of the sequence.
+        queries: `"all"`, or `"image"` if text is only among the keys.
     """
 
     grid: Grid
@@ -73,25 +73,26 @@ class Sequence:
 
     @property
     def area(self) -> int:
+        """Number of image tokens."""
         return self.grid[0] * self.grid[1]
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens of its queries and keys."""
+        """Number of query tokens, number of key tokens."""
         keys = self.area + self.text
         return (keys if self.queries == "all" else self.area), keys
 
     def spans(self, batch: int) -> tuple[Span, ...]:
-        """Where text and image lie in every sample, neighbours that are alike as one.
+        """Position of text and image in every sample; adjacent samples with equal positions share one span.
 
         Raises:
-            ValueError: `real` is of another batch.
+            ValueError: `real` does not have `batch` entries.
         """
         start = 0 if self.side == "prefix" else self.area
         if not self.real:
             return (Span(0, batch, start, start + self.text, 0 if self.side == "suffix" else self.text),)
         if len(self.real) != batch:
-            raise ValueError(f"the text lengths are those of {len(self.real)} samples, got a batch of {batch}")
+            raise ValueError(f"the text lengths are for a batch of {len(self.real)} samples, got a batch of {batch}")
         spans: list[Span] = []
         for sample, count in enumerate(self.real):
             image = 0 if self.side == "suffix" else (count if self.ragged else self.text)
@@ -104,15 +105,15 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of one forward pass lie.
+    """The layout of the tokens of one forward pass.
 
     Attributes:
-        grid: Image tokens of the finest level.
-        sequences: What attends to itself and holds the image.
-        others: Lengths of the sequences that do not: text that attends to itself or is attended to. A call is told from
-            them by its length alone, so a sequence of one of these lengths is left to full attention.
-        masked: Attention masks of these calls say no more than `real` and `weights` do.
-        weights: `[B, S]`, m, where the model adds m_i m_j to the score of query i and key j; not compared.
+        grid: Grid `(Y, X)` of the image tokens at the finest level.
+        sequences: The sequences that contain the image and attend to themselves.
+        others: Lengths of all other sequences: text that attends to itself, or that the image attends to. Calls are recognised by
+            their lengths, so a call with one of these lengths runs full attention.
+        masked: Whether `real` and `weights` already describe the attention masks of the pass; the masks are then ignored.
+        weights: `[B, S]`, m, if the model adds m_i m_j to the score of query i and key j. Not compared by `==`.
     """
 
     grid: Grid
@@ -122,8 +123,12 @@ class Layout:
     weights: Tensor | None = field(default=None, compare=False, repr=False)
 
 
-class Unreadable(Exception):
-    """A forward pass whose tokens cannot be laid out, and why: it runs full attention. With how many image tokens, if that is known."""
+class UnknownLayout(Exception):
+    """The token layout of a forward pass cannot be determined, so it runs full attention.
+
+    Attributes:
+        tokens: Number of image tokens, if known.
+    """
 
     def __init__(self, why: str, tokens: int | None = None) -> None:
         super().__init__(why)
@@ -131,7 +136,7 @@ class Unreadable(Exception):
 
 
 def level_grid(latent: Grid, level: int) -> Grid:
-    """The token grid after `level` stride-2 convolutions with padding 1, each of which rounds up."""
+    """The grid after `level` convolutions of stride 2 and padding 1, each of which rounds up."""
     y, x = latent
     for _ in range(level):
         y, x = (y + 1) // 2, (x + 1) // 2
@@ -139,17 +144,17 @@ def level_grid(latent: Grid, level: int) -> Grid:
 
 
 def window_of(native: Grid, level: int) -> Grid:
-    """The key window in tokens: the model's native token grid at that level."""
+    """Key/value window in tokens at a level: the model's native token grid there."""
     return level_grid(native, level)
 
 
 def patch_of(native: Grid, level: int) -> Grid:
-    """The query patch in tokens: half the window, as in the paper."""
+    """Query patch in tokens at a level: half the window, as in the paper."""
     y, x = window_of(native, level)
     return max(1, y // 2), max(1, x // 2)
 
 
 def offset_of(native: Grid, level: int, fraction: tuple[float, float]) -> Grid:
-    """How far the patch grid is moved: a fraction of the patch in [0, 1), per axis, the same at every level."""
+    """Offset of the patch grid in tokens at a level, from a fraction of the patch in [0, 1) per axis."""
     patch = patch_of(native, level)
     return int(fraction[0] * patch[0]), int(fraction[1] * patch[1])

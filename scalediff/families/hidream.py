@@ -1,4 +1,4 @@
-"""HiDream-I1: text after the image, other text in every block but always as much of it; oblong pictures padded to the longest sequence."""
+"""HiDream-I1: text after the image, with a different text but the same length in every block; non-square pictures are padded."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 from torch import nn
 
 from scalediff.families.base import Arguments, Family, Reader
-from scalediff.families.grid import Grid, Layout, Sequence, Unreadable
+from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
 from scalediff.families.rotation import TextRotation
 
 
 def _layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
     hidden = arguments["hidden_states"]
     if hidden.ndim != 4:
-        raise Unreadable(f"hidden_states must be latents [B, C, H, W], got {tuple(hidden.shape)}")
+        raise UnknownLayout(f"hidden_states must be latents [B, C, H, W], got {tuple(hidden.shape)}")
     size = denoiser.config.patch_size
     grid = hidden.shape[-2] // size, hidden.shape[-1] // size
     padding = 0 if hidden.shape[-2] == hidden.shape[-1] else denoiser.max_seq - grid[0] * grid[1]
     if padding < 0:
-        raise Unreadable(f"an oblong picture may have {denoiser.max_seq} tokens, got {grid[0]} x {grid[1]}")
+        raise UnknownLayout(f"a picture that is not square must have at most {denoiser.max_seq} tokens, got {grid[0]} x {grid[1]}")
     # the T5 text, the last Llama layer, and the Llama layer of the block
     text = arguments["encoder_hidden_states_t5"].shape[1] + 2 * arguments["encoder_hidden_states_llama3"].shape[2]
     return Layout(grid, (Sequence(grid, side="suffix", text=int(padding + text)),))
 
 
 def _native(denoiser: nn.Module) -> Grid:
-    return 64, 64  # 1024 pixels; the config names the longest sequence
+    return 64, 64  # 1024 pixels; the config only has the longest sequence
 
 
 def _rotation(denoiser: Any) -> TextRotation:

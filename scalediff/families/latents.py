@@ -1,4 +1,4 @@
-"""Transformers that take latents `[B, C, H, W]` and cut them into patches themselves."""
+"""Transformers that take latents `[B, C, H, W]` and split them into tokens themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
-from scalediff.families.grid import Grid, Layout, Sequence, Side, Unreadable
+from scalediff.families.grid import Grid, Layout, Sequence, Side, UnknownLayout
 from scalediff.families.rotation import TextRotation
 from scalediff.settings import derived_presets
 
@@ -19,10 +19,10 @@ _SHAPE = "hidden_states.shape[-2:] // patch_size"
 
 def _grid(denoiser: Any, arguments: Arguments) -> Grid:
     hidden, size = arguments["hidden_states"], denoiser.config.patch_size
-    if hidden.ndim == 3 and isinstance(arguments.get("controlnet_cond"), Tensor):  # tokens of the transformer, beside latents
+    if hidden.ndim == 3 and isinstance(arguments.get("controlnet_cond"), Tensor):  # hidden_states are tokens; latents are here
         hidden = arguments["controlnet_cond"]
     if hidden.ndim != 4:
-        raise Unreadable(f"hidden_states must be latents [B, C, H, W], got {tuple(hidden.shape)}")
+        raise UnknownLayout(f"hidden_states must be latents [B, C, H, W], got {tuple(hidden.shape)}")
     y, x = size if isinstance(size, list | tuple) else (size, size)
     return hidden.shape[-2] // y, hidden.shape[-1] // x
 
@@ -33,7 +33,7 @@ def _native(denoiser: Any) -> Grid:
 
 
 def _native_64(denoiser: nn.Module) -> Grid:
-    return 64, 64  # what it was trained at; the config names another size, or none
+    return 64, 64  # the trained size; the config has another one, or none
 
 
 def _text(arguments: Arguments) -> int:
@@ -52,7 +52,7 @@ def _hunyuan(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
 
 
 def _lumina_next(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    """Every call carries a mask over the image, which is all True."""
+    """Every call has a mask of the image tokens, which is all True."""
     return replace(_cross(denoiser, arguments, read), masked=True)
 
 
@@ -65,7 +65,7 @@ def _joint(side: Side, *, registers: Callable[[Any], int] = lambda denoiser: 0) 
 
 
 def _cogview4(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    """A mask over the text is squared and added to the scores as 0 and 1: without padding that is one number for all."""
+    """The outer product of the 0/1 mask is added to the scores. Without padding this adds the same number to all of them."""
     layout, mask = _joint("prefix")(denoiser, arguments, read), arguments.get("attention_mask")
     if mask is None or read(mask, all_ones):
         return replace(layout, masked=True)
@@ -75,12 +75,12 @@ def _cogview4(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout
 
 
 def all_ones(mask: Tensor) -> bool:
-    """Whether a mask of 0 and 1 has no 0."""
+    """Whether a 0/1 mask is all ones."""
     return bool((mask > 0).all())
 
 
 def lengths(mask: Tensor) -> tuple[int, ...]:
-    """Real tokens of each sample of a `[B, T]` mask; empty where a sample's real tokens are not its first ones."""
+    """Number of unmasked tokens of each sample of a `[B, T]` mask; empty if in some sample they do not come first."""
     real = mask.bool()
     counts = real.sum(dim=1)
     first = real.long().cummin(dim=1).values.sum(dim=1)
@@ -89,7 +89,7 @@ def lengths(mask: Tensor) -> tuple[int, ...]:
 
 def _lumina2(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     grid, mask = _grid(denoiser, arguments), arguments["encoder_attention_mask"]
-    real = _first(read(mask, lengths), "encoder_attention_mask")
+    real = _require_padding_last(read(mask, lengths), "encoder_attention_mask")
     joint = Sequence(grid, text=max(real), real=real, ragged=True)
     return Layout(grid, (joint, Sequence(grid)), (int(mask.shape[1]),), masked=True)
 
@@ -105,20 +105,20 @@ def _class_labels(denoiser: nn.Module, arguments: Arguments, read: Reader) -> La
 
 def _glm(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     if any(cache.mode in ("read", "write") for cache in getattr(arguments.get("kv_caches"), "caches", ())):
-        raise Unreadable("reference tokens in a key/value cache have no place on the grid")
+        raise UnknownLayout("reference tokens in a key/value cache are not supported")
     return _cogview4(denoiser, arguments, read)
 
 
 def _prx(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
-    """Text is among the keys alone."""
+    """Text is only among the keys."""
     grid, text, mask = _grid(denoiser, arguments), _text(arguments), arguments.get("attention_mask")
-    real = () if mask is None else _first(read(mask, lengths), "attention_mask")
+    real = () if mask is None else _require_padding_last(read(mask, lengths), "attention_mask")
     return Layout(grid, (Sequence(grid, text=text, real=real, queries="image"),), masked=True)
 
 
-def _first(real: tuple[int, ...], name: str) -> tuple[int, ...]:
+def _require_padding_last(real: tuple[int, ...], name: str) -> tuple[int, ...]:
     if not real:
-        raise Unreadable(f"the real tokens of a prompt must come first in {name}")
+        raise UnknownLayout(f"padding must follow the text tokens in {name}")
     return real
 
 
@@ -127,10 +127,10 @@ def _counts(mask: Tensor) -> tuple[int, ...]:
 
 
 def _hunyuan_image(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    """A second text is merged with the first, real tokens of both before the padding; each is refined alone before."""
+    """Two texts are concatenated, with the padding of both at the end. Before that, each passes through its own refiner."""
     grid, mask, second = _grid(denoiser, arguments), arguments["encoder_attention_mask"], arguments.get("encoder_attention_mask_2")
     if second is None or arguments.get("encoder_hidden_states_2") is None:
-        real, text = _first(read(mask, lengths), "encoder_attention_mask"), int(mask.shape[1])
+        real, text = _require_padding_last(read(mask, lengths), "encoder_attention_mask"), int(mask.shape[1])
     else:
         real = tuple(a + b for a, b in zip(read(mask, _counts), read(second, _counts), strict=True))
         text = int(mask.shape[1] + second.shape[1])
@@ -150,7 +150,7 @@ def _numbers(x: Tensor) -> tuple[int, ...]:
     return tuple(int(n) for n in x.tolist())
 
 
-def _unsaid(denoiser: nn.Module) -> None:
+def _no_grid(denoiser: nn.Module) -> None:
     return None
 
 
@@ -163,20 +163,20 @@ _LUMINA = derived_presets(steps=30, guidance_scale=4.0)
 
 LATENTS = (
     Family("DiTTransformer2DModel", _SHAPE, "none: classes", _native, _class_labels),
-    Family("GlmImageTransformer2DModel", _SHAPE, "joint, before the image", _unsaid, _glm, role="joint"),
-    Family("PRXTransformer2DModel", _SHAPE, "joint, before the image, keys alone", _unsaid, _prx, role="joint", rotation=_prx_rotation),
-    Family("ErnieImageTransformer2DModel", _SHAPE, "joint, after the image", _unsaid, _ernie, role="joint"),
+    Family("GlmImageTransformer2DModel", _SHAPE, "joint, before the image", _no_grid, _glm, role="joint"),
+    Family("PRXTransformer2DModel", _SHAPE, "joint, before the image, keys only", _no_grid, _prx, role="joint", rotation=_prx_rotation),
+    Family("ErnieImageTransformer2DModel", _SHAPE, "joint, after the image", _no_grid, _ernie, role="joint"),
     Family("HunyuanImageTransformer2DModel", _SHAPE, "joint, after the image", _native_64, _hunyuan_image, role="joint",
            roles=((r"^context_embedder", "text"),), rotation=_hunyuan_image_rotation),
-    Family("SD3Transformer2DModel", _SHAPE, "joint, after the image; image alone in dual layers", _native, _joint("suffix"), role="joint",
+    Family("SD3Transformer2DModel", _SHAPE, "joint, after the image; image only in dual layers", _native, _joint("suffix"), role="joint",
            roles=((r"\.attn2$", "self"),), cascade=Cascade(lambda denoiser: _SD3, conditional="last")),
-    Family("SD3ControlNetModel", _SHAPE, "joint, after the image; image alone in dual layers", _native, _joint("suffix"), role="joint",
+    Family("SD3ControlNetModel", _SHAPE, "joint, after the image; image only in dual layers", _native, _joint("suffix"), role="joint",
            roles=((r"\.attn2$", "self"),)),
     Family("AuraFlowTransformer2DModel", _SHAPE, "joint, registers and text before the image", _native_64,
            _joint("prefix", registers=lambda denoiser: int(denoiser.register_tokens.shape[1])), role="joint"),
     Family("CogView3PlusTransformer2DModel", _SHAPE, "joint, before the image", _native, _joint("prefix"), role="joint"),
     Family("CogView4Transformer2DModel", _SHAPE, "joint, before the image", _native, _cogview4, role="joint"),
-    Family("Lumina2Transformer2DModel", _SHAPE, "joint, before the image, each prompt as long as it is", _native, _lumina2, role="joint",
+    Family("Lumina2Transformer2DModel", _SHAPE, "joint, before the image, each prompt at its own length", _native, _lumina2, role="joint",
            roles=((r"^noise_refiner\.", "self"), (r"^context_refiner\.", "text")), rotation=_lumina2_rotation,
            cascade=Cascade(lambda denoiser: _LUMINA)),
     Family("LuminaNextDiT2DModel", _SHAPE, "cross-attention", _native, _lumina_next, roles=((r"\.attn2$", "cross"),),

@@ -1,4 +1,4 @@
-"""Qwen-Image and NucleusMoE-Image: packed latents, the picture in `img_shapes`, positions that count from the picture's middle."""
+"""Qwen-Image and NucleusMoE-Image: packed latents, the token grid in `img_shapes`, positions relative to the picture's centre."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
-from scalediff.families.grid import Grid, Layout, Sequence, Unreadable
+from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
 from scalediff.families.latents import lengths
 from scalediff.families.rotation import TextRotation
 from scalediff.settings import derived_presets
@@ -18,13 +18,13 @@ def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     shapes = {shape if isinstance(shape[0], int) else tuple(shape) for shape in map(_hashable, arguments["img_shapes"])}
     pictures = [p for shape in shapes for p in ([shape] if isinstance(shape[0], int) else shape)]
     if len(shapes) != 1 or len(pictures) != 1 or pictures[0][0] != 1:
-        raise Unreadable(f"img_shapes must be one picture of one size for all samples, got {arguments['img_shapes']}")
+        raise UnknownLayout(f"img_shapes must hold one picture per sample, all of one size, got {arguments['img_shapes']}")
     grid, text = (int(pictures[0][1]), int(pictures[0][2])), int(arguments["encoder_hidden_states"].shape[1])
     mask = arguments.get("encoder_hidden_states_mask")
     if mask is None:
         return Layout(grid, (Sequence(grid, text=text),))
     real = read(mask, lengths)
-    if not real:  # of another pattern: the mask is taken as it comes
+    if not real:  # padding does not come last: the mask itself is applied
         return Layout(grid, (Sequence(grid, text=text),))
     return Layout(grid, (Sequence(grid, text=text, real=real),), masked=True)
 
@@ -40,11 +40,11 @@ def _hashable(shape: Any) -> Any:
 
 
 def _native(denoiser: nn.Module) -> Grid:
-    return 64, 64  # 1024 pixels; the config does not say
+    return 64, 64  # 1024 pixels; not in the config
 
 
 def _shift(grid: Grid, native: Grid) -> tuple[int, int]:
-    """Text begins where the larger half of the picture ends, on both axes; the picture's rows and columns begin at minus their half."""
+    """Text starts where the longer half of the picture ends, on both axes; rows and columns start at minus half their number."""
 
     def of(axis: int) -> int:
         text, start = max(n // 2 for n in grid), -(grid[axis] - grid[axis] // 2)
@@ -58,7 +58,7 @@ def _rotation(denoiser: Any) -> TextRotation:
     return TextRotation(tuple(denoiser.config.axes_dims_rope), 10000.0, shift=_shift)
 
 
-# The paper has none: FLUX's restart and cutoffs, and the steps and guidance of the model card.
+# Not in the paper: restart and cutoffs of FLUX, steps and guidance of the model card.
 _PRESETS = derived_presets(steps=50, guidance_scale=4.0)
 _CASCADE = Cascade(lambda denoiser: _PRESETS, packed=True, guidance="true_cfg_scale", negative=" ")
 
@@ -78,7 +78,7 @@ QWEN = (
     replace(
         _QWEN,
         denoiser="NucleusMoEImageTransformer2DModel",
-        text="joint, after the image, keys alone",
+        text="joint, after the image, keys only",
         native_grid=lambda denoiser: None,
         layout=_nucleus_layout,
         cascade=None,

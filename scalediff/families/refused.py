@@ -1,12 +1,12 @@
-"""Models that are recognised and not patched, each with the reason."""
+"""Models that are recognised but cannot be patched, each with the reason."""
 
 from __future__ import annotations
 
 from scalediff.families.base import Family
 
-_FRAMES = "it attends over frames, as video models do, and windows have no third axis yet"
-_LINEAR = "its self-attention is linear in the number of tokens already: there is nothing to patch"
-_OF_FRAMES = (
+_FRAMES = "it attends over frames, as video models do, and windows over time are not supported yet"
+_LINEAR = "its self-attention is already linear in the number of tokens"
+_VIDEO_MODELS = (
     "AllegroTransformer3DModel", "AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "ChronoEditTransformer3DModel",
     "CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel", "CosmosTransformer3DModel", "CosmosControlNetModel",
     "EasyAnimateTransformer3DModel", "HeliosTransformer3DModel", "HunyuanVideo15Transformer3DModel",
@@ -18,8 +18,8 @@ _OF_FRAMES = (
     "UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel", "WanAnimate2Transformer3DModel",
     "WanAnimateTransformer3DModel", "WanTransformer3DModel", "WanVACETransformer3DModel",
 )  # fmt: skip
-_LINEARS = ("SanaTransformer2DModel", "SanaControlNetModel", "SanaVideoTransformer3DModel")
+_LINEAR_MODELS = ("SanaTransformer2DModel", "SanaControlNetModel", "SanaVideoTransformer3DModel")
 REFUSED = (
-    *(Family(denoiser=name, refusal=_FRAMES) for name in _OF_FRAMES),
-    *(Family(denoiser=name, refusal=_LINEAR, refused_as=ValueError) for name in _LINEARS),
+    *(Family(denoiser=name, refusal=_FRAMES) for name in _VIDEO_MODELS),
+    *(Family(denoiser=name, refusal=_LINEAR, refusal_error=ValueError) for name in _LINEAR_MODELS),
 )

@@ -1,6 +1,6 @@
-"""diffusers' U-Nets and their ControlNets: Stable Diffusion 1.x, 2.x, XL, the embedded model, and those without a prompt.
+"""diffusers' U-Nets and their ControlNets: Stable Diffusion 1.x, 2.x, XL, the embedded model, and unconditional ones.
 
-Self-attention at several levels of the latent grid, text in cross-attention calls of its own.
+They have self-attention at several levels of the latent grid, and separate cross-attention to text.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from scalediff.settings import Preset, Settings
 _PAPER = Settings(steps=50, restart=0.4, guidance_scale=7.5, lfm_cutoff=0.125, sg_cutoff=0.125)
 _PUBLISHED = "arXiv:2510.25818 and its authors' scripts, for SDXL"
 _NEGATIVE = {"negative_prompt": "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"}
-# Distilled to few steps and to no guidance, their last two steps are the stages above; 4 steps and trailing timesteps are what the
-# checkpoints' own pages ask for, the cutoffs are the paper's, the restart is ours.
+# Checkpoints distilled for few steps without guidance. The model cards recommend 4 steps and trailing timesteps; the cutoffs are the
+# paper's, and the restart (the last two steps) is our choice.
 _FEW = Preset(replace(_PAPER, steps=4, restart=0.5, guidance_scale=0.0), "4 steps, then 2 and 2; not measured yet", spacing="trailing")
 _XL = {"default": Preset(_PAPER, _PUBLISHED), "paper": Preset(_PAPER, _PUBLISHED, call=_NEGATIVE), "turbo": _FEW, "lightning": _FEW}
 _OTHERS = {"default": Preset(_PAPER, f"{_PUBLISHED}; the paper has none for this model")}
-# The embedded model, whose latent has 16 tokens a side.
+# The embedded model, with a latent grid of 16 x 16 tokens.
 _SMALL = {
     "default": Preset(
         replace(_PAPER, steps=30, restart=0.3, guidance_scale=1.5),
-        "its own steps; restart and cutoff by the lowest SWD over all levels in docs/evidence/quality.md (8 pictures a row), guidance by "
-        "the same of 1.5, 2, 2.5 and 3",
+        "steps of the embedded model; restart and cutoff with the lowest SWD over all levels in docs/evidence/quality.md (8 pictures a "
+        "row), guidance likewise among 1.5, 2, 2.5 and 3",
     ),
     "paper": Preset(_PAPER, _PUBLISHED),
 }
@@ -47,7 +47,7 @@ def _level(unet: nn.Module, name: str) -> int:
 def _native_grid(unet: nn.Module) -> Grid:
     size: Any = unet.config.sample_size  # type: ignore[union-attr]
     if size is None:
-        raise ValueError("the U-Net's config must name its native latent size, got sample_size=None")
+        raise ValueError("the U-Net's config must have its native latent size, got sample_size=None")
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -59,7 +59,7 @@ def _layout(unet: nn.Module, arguments: Arguments, read: Reader) -> Layout:
 
 
 def _union_layout(unet: nn.Module, arguments: Arguments, read: Reader) -> Layout:
-    """The conditions attend to one another, a token each, and one for the picture."""
+    """The conditions also attend to each other, with one token for each and one for the picture."""
     layout = _layout(unet, arguments, read)
     return replace(layout, others=(*layout.others, len(arguments["controlnet_cond"]) + 1))
 
@@ -86,10 +86,10 @@ _UNET = Family(
 )
 
 
-def _nothing_said(denoiser: nn.Module) -> None:
+def _no_grid(denoiser: nn.Module) -> None:
     return None
 
 
-_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_nothing_said, cascade=None)  # its U-Net's size
+_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_no_grid, cascade=None)  # its U-Net's size
 _UNCONDITIONAL = replace(_UNET, denoiser="UNet2DModel", text="none", cascade=None)
 UNETS = (_UNET, _UNCONDITIONAL, _CONTROL, replace(_CONTROL, denoiser="ControlNetUnionModel", layout=_union_layout))

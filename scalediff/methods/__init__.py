@@ -1,4 +1,4 @@
-"""Published methods beside ScaleDiff, each through the pipeline's own call: by name, its options and the function that runs it."""
+"""Other published methods, to compare ScaleDiff with. Each runs the unmodified pipeline call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ __all__ = ["METHODS", "DemoFusion", "Method", "MultiDiffusion"]
 
 
 class Method(NamedTuple):
-    """One published method: `run(pipe, arguments, size, settings, options, on_stage=..., progress=...)`."""
+    """One published method.
+
+    Attributes:
+        options: The dataclass of its options.
+        run: The function `run(pipe, arguments, size, settings, options, on_stage=..., progress=...)`, which returns the stages.
+    """
 
     options: type[Any]
     run: Callable[..., list[Stage]]

@@ -1,12 +1,12 @@
-"""DemoFusion, arXiv:2311.16973: phases of 1, 2, 3 ... times the native side, each from the noise-inverted latent of the one before.
+"""DemoFusion, arXiv:2311.16973: phases of 1, 2, 3 ... times the native side, each starting from the noised latents of the previous one.
 
     for each phase after the first:
         z' = bicubic(z);  zeta_t = add_noise(z', n, t) with one noise n;  x = zeta_T
         at every step:  x <- (1 - c1) x + c1 zeta_t            skip residual
-                        x <- (1 - c2) local + c2 dilated       both stepped to from that x
+                        x <- (1 - c2) local + c2 dilated       both are steps from that x
         z = x, with the mean and standard deviation of the first phase's latent
 
-Legend: B batch, C channels, Y x X latent grid; s the phase's number, T the steps of training; f = (1 + cos(pi (T - t) / T)) / 2.
+Legend: B batch, C channels, Y x X latent grid; s number of the phase, T training steps; f = (1 + cos(pi (T - t) / T)) / 2.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from scalediff.patching.networks import denoiser_of
 from scalediff.settings import Settings
 
 _NAME = "DemoFusion"
-SCHEDULERS = frozenset({"DDIMScheduler", "EulerDiscreteScheduler"})  # a step is linear and knows no other: views lie elsewhere in each
+# Their steps are linear and need no history, which matters because views move from step to step.
+SCHEDULERS = frozenset({"DDIMScheduler", "EulerDiscreteScheduler"})
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,15 @@ class DemoFusion:
     """Options of DemoFusion, with the defaults of its authors' pipeline. A view is a window of the model's native latent size.
 
     Attributes:
-        stride: Latents from view to view; half a window where None: 64 of SDXL's 128.
-        view_batch: Views, or dilated samples, in one forward pass.
-        cosine_scale: The exponents of f in c1, the weight of the skip residual, in c2, that of dilated sampling, and in
-            c3 = 0.99 f^k + 0.01, which narrows the blur.
-        blur_std: Standard deviation of the blur before dilated sampling where c3 is 1, in latents; the authors' examples have 0.8.
-        jitter: Move every view at random, by up to a quarter of what it shares with the next.
+        stride: Latents between adjacent views. None means half a window, 64 for SDXL's 128.
+        view_batch: Number of views, or of dilated samples, in one forward pass.
+        cosine_scale: Three exponents of f: in c1, the weight of the skip residual; in c2, the weight of dilated sampling; and k in
+            c3 = 0.99 f^k + 0.01, the factor of the blur's standard deviation.
+        blur_std: Standard deviation, in latents, of the blur before dilated sampling when c3 is 1. The authors' examples use 0.8.
+        jitter: Move every view at random, by up to a quarter of its overlap with the next one.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     stride: int | None = None
@@ -61,13 +62,13 @@ class DemoFusion:
     def __post_init__(self) -> None:
         check_options(self.stride, self.view_batch)
         if len(self.cosine_scale) != 3 or min(self.cosine_scale) < 0:
-            raise ValueError(f"cosine_scale must be three exponents that are not negative, got cosine_scale={self.cosine_scale}")
+            raise ValueError(f"cosine_scale must be three non-negative exponents, got cosine_scale={self.cosine_scale}")
         if not self.blur_std > 0:
             raise ValueError(f"blur_std must be positive, got blur_std={self.blur_std}")
 
 
 class Factors(NamedTuple):
-    """What weighs the skip residual, dilated sampling and the blur at one timestep."""
+    """The factors at one timestep: c1 of the skip residual, c2 of dilated sampling, c3 of the blur."""
 
     skip: float
     dilated: float
@@ -75,16 +76,18 @@ class Factors(NamedTuple):
 
 
 def factors(timestep: float, *, of: int, cosine_scale: tuple[float, float, float]) -> Factors:
-    """c1, c2 and c3 at a timestep of `of` training steps: 1 in pure noise, and 0, 0 and 0.01 at its end."""
+    """c1, c2 and c3 at a timestep, of `of` training steps: all 1 in pure noise; 0, 0 and 0.01 without noise."""
     f = (1 + math.cos(math.pi * (of - timestep) / of)) / 2
     return Factors(f ** cosine_scale[0], f ** cosine_scale[1], 0.99 * f ** cosine_scale[2] + 0.01)
 
 
 def phase_sizes(pipe: Any, height: int, width: int) -> list[Grid]:
-    """The sizes of all phases in pixels: one, two, three ... times a base of native area and the target's shape, up to the target.
+    """(height, width) of all phases in pixels: 1, 2, 3 ... times a base with the native area and the target's aspect ratio.
+
+    The last phase is cut to the target.
 
     Raises:
-        ValueError: as `stage_sizes`.
+        ValueError: As `stage_sizes`.
     """
     y, x = stage_sizes(pipe, height, width)[0]
     return [(min(height, k * y), min(width, k * x)) for k in range(1, max(math.ceil(height / y), math.ceil(width / x)) + 1)]
@@ -103,38 +106,38 @@ def demofusion(
 ) -> list[Stage]:
     """DemoFusion, arXiv:2311.16973: progressive upscaling with skip residuals and dilated sampling.
 
-    Every phase is a call of the pipeline's own, with all its steps. A scheduler that is a subclass of the pipeline's adds the skip
-    residual to the sample, where the denoiser is given it and where it steps from it; the denoiser is answered for by the mix of
-    its outputs on local views and on dilated samples. Guidance and a step are linear in them, so that is the mix of the steps.
+    Every phase is one call of the pipeline with all its steps. A subclass of the pipeline's scheduler adds the skip residual to the
+    sample, both for the denoiser and for the step. The denoiser's output is replaced by the mix of its outputs on local views and on
+    dilated samples. Because guidance and the step are linear in the outputs, this equals the mix of the steps.
 
-    The blur has 2 s - 1 taps and takes zeros beyond the border; mean and standard deviation are those of a sample over all its
-    channels. SDXL is told the size of the phase's picture, in a view the corner of it on the canvas with its margin as the coordinates
-    of a crop, and in dilated samples those of the pipeline's call: none, where the caller names none. The autoencoder is the
-    pipeline's, in diffusers' tiles where one piece would not fit; the authors' own tiled decoder is not here.
+    The blur has 2 s - 1 taps and zero padding. Mean and standard deviation are taken per sample over all channels. SDXL's size
+    conditioning has the size of the phase's picture; the crop of a view is its corner on the canvas with margin, and the crop of dilated
+    samples is that of the pipeline's call. The pipeline's autoencoder decodes, with diffusers' tiling if the picture would not fit; the
+    authors' tiled decoder is not implemented.
 
-    For any U-Net, where the authors' is for SDXL. The paper knows whole multiples of the native size; a base of the target's shape and
-    a last phase cut to the target are ours. Steps and guidance are the preset's, all the steps in every phase.
+    Differences from the authors' code: it works with any U-Net, not only SDXL. The size need not be a whole multiple of the native one:
+    the base has the target's aspect ratio, and the last phase is cut to the target. Steps and guidance come from the preset.
 
     Args:
-        pipe: A text-to-image pipeline around a U-Net, with DDIM or Euler; it is given back as it was.
-        arguments: Of the pipeline's call, the same for every method: prompt, generator and the like. What they do not name of
-            steps and guidance is taken from `settings`.
-        size: Height and width in pixels.
-        settings: What the stages are drawn with and say that they were: steps and guidance.
-        options: Views, dilated sampling and the weights of the parts.
-        on_stage: Called with every phase as it ends.
-        progress: Show the pipeline's progress bar, or hide it; as it is where None.
+        pipe: A text-to-image pipeline with a U-Net and a DDIM or Euler scheduler. Its state is restored afterwards.
+        arguments: Arguments of the pipeline's call: prompt, generator and so on. Steps and guidance are taken from `settings` if
+            missing.
+        size: (height, width) in pixels.
+        settings: Settings that give steps and guidance scale, and that the stages report.
+        options: Options of the method.
+        on_stage: Called with every phase when it is finished.
+        progress: Show or hide the pipeline's progress bar; unchanged when None.
 
     Returns:
-        A stage for every phase.
+        One stage for every phase.
 
     Raises:
-        ValueError: the size is below native or no multiple of the model's; the stride does not fit the window; the call names a
-            schedule of its own.
-        NotImplementedError: no U-Net, another scheduler or one that draws noise or clips, rescaled guidance.
+        ValueError: The size is below the native one or not a multiple of the model's, the stride does not fit the window, or the call
+            has a custom schedule.
+        NotImplementedError: The denoiser is not a U-Net, the scheduler is another one, adds noise or clips, or guidance is rescaled.
     """
     sizes = phase_sizes(pipe, *size)
-    arguments = running.complete(pipe, arguments, settings)
+    arguments = running.complete_arguments(pipe, arguments, settings)
     if len(sizes) > 1:
         _check(pipe, arguments)
     steps, stages = arguments["num_inference_steps"], list[Stage]()
@@ -146,15 +149,16 @@ def demofusion(
             since = time.perf_counter()
             running.show_progress(pipe, progress, index=phase, of=len(sizes), size=pixels)
             if phase == 1:
-                latents = base = running.draw_latents(pipe, arguments, pixels)
-                jitter = _own_generator(arguments["generator"]) if options.jitter else None  # now: the first phase is the pipeline's own
+                latents = base = running.generate_latents(pipe, arguments, pixels)
+                # Only now, so that the first phase equals the result of the pipeline.
+                jitter = _jitter_generator(arguments["generator"]) if options.jitter else None
             else:
                 canvas = Canvas.of(pipe, pixels, phase, options, jitter)
-                pipe.scheduler = _skipping(scheduler, _enlarged(latents, canvas.size), arguments, options)
+                pipe.scheduler = _scheduler_with_skip(scheduler, _enlarged(latents, canvas.size), arguments, options)
                 pipe.scheduler.set_timesteps(steps)
                 start = {"latents": pipe.scheduler.trajectory(pipe.scheduler.timesteps[0])}
-                with running.answered_by(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=_NAME):
-                    latents = standardised(running.draw_latents(pipe, {**arguments, **start}, pixels), base)
+                with running.replace_denoiser(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=_NAME):
+                    latents = standardised(running.generate_latents(pipe, {**arguments, **start}, pixels), base)
             stages.append(running.finished(pipe, arguments, latents, pixels, settings, index=phase, of=len(sizes), since=since))
             if on_stage is not None:
                 on_stage(stages[-1])
@@ -164,17 +168,17 @@ def demofusion(
 
 
 def _check(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuse before anything is drawn what a phase would refuse."""
+    """Raise the errors of later phases before anything is computed."""
     if running.inputs_of(pipe, _NAME).latents != "sample":
-        raise NotImplementedError(f"{_NAME} is a method for U-Nets, got {type(denoiser_of(pipe)).__name__}")
+        raise NotImplementedError(f"{_NAME} needs a U-Net, got {type(denoiser_of(pipe)).__name__}")
     running.check_linear(pipe, arguments, SCHEDULERS, _NAME)
     for name in ("timesteps", "sigmas", "denoising_end"):
         if arguments.get(name) is not None:
-            raise ValueError(f"phases lay out their own schedule, got {name}={arguments[name]}")
+            raise ValueError(f"phases set their own schedule, got {name}={arguments[name]}")
 
 
-def _own_generator(generator: Generators) -> torch.Generator:
-    """For the jitter, seeded by the run's."""
+def _jitter_generator(generator: Generators) -> torch.Generator:
+    """A separate generator for the jitter, seeded from that of the run."""
     first = generator[0] if isinstance(generator, list) else generator
     return torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=first, device=first.device)))
 
@@ -184,18 +188,18 @@ def _enlarged(latents: Tensor, size: Grid) -> Tensor:
 
 
 def standardised(x: Tensor, like: Tensor) -> Tensor:
-    """`[B, C, Y, X]` with the mean and standard deviation, over all but the batch, of another such tensor of any grid."""
+    """Shift and scale `[B, C, Y, X]` to the mean and standard deviation per sample of `like`, which may have another grid."""
     mean, std = (getattr(x, name)(dim=(1, 2, 3), keepdim=True) for name in ("mean", "std"))
-    own_mean, own_std = (getattr(like, name)(dim=(1, 2, 3), keepdim=True) for name in ("mean", "std"))
-    found: Tensor = (x - mean) / std * own_std + own_mean
+    target_mean, target_std = (getattr(like, name)(dim=(1, 2, 3), keepdim=True) for name in ("mean", "std"))
+    found: Tensor = (x - mean) / std * target_std + target_mean
     return found
 
 
-def _skipping(scheduler: Any, reference: Tensor, arguments: Mapping[str, Any], options: DemoFusion) -> Any:
-    """A copy of a diffusers scheduler that draws its samples to the noise-inverted trajectory of `reference`, `[B, C, Y, X]`.
+def _scheduler_with_skip(scheduler: Any, reference: Tensor, arguments: Mapping[str, Any], options: DemoFusion) -> Any:
+    """A copy of a diffusers scheduler that adds the skip residual to its samples.
 
-    `.trajectory(t)` is the reference with the phase's one noise at a timestep. The sample is changed alike where the pipeline
-    scales it for the denoiser and where it steps from it.
+    `.trajectory(t)` is the reference `[B, C, Y, X]` with noise at timestep t; the noise is the same at all timesteps. The residual is
+    added both when the pipeline scales the sample for the denoiser and when it makes the step.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -206,7 +210,7 @@ def _skipping(scheduler: Any, reference: Tensor, arguments: Mapping[str, Any], o
         noised: Tensor = self.add_noise(reference, noise, torch.as_tensor(timestep).reshape(1))
         return noised
 
-    def skipped(self: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    def add_skip_residual(self: Any, sample: Tensor, timestep: Tensor) -> Tensor:
         c1 = factors(float(timestep), of=self.config.num_train_timesteps, cosine_scale=options.cosine_scale).skip
         zeta = self.trajectory(timestep).repeat(len(sample) // len(reference), 1, 1, 1)  # guidance doubles the batch
         blended: Tensor = (1 - c1) * sample + c1 * zeta
@@ -214,33 +218,33 @@ def _skipping(scheduler: Any, reference: Tensor, arguments: Mapping[str, Any], o
 
     @functools.wraps(cls.scale_model_input)
     def scale_model_input(self: Any, sample: Tensor, timestep: Tensor) -> Tensor:
-        scaled: Tensor = cls.scale_model_input(self, skipped(self, sample, timestep), timestep)
+        scaled: Tensor = cls.scale_model_input(self, add_skip_residual(self, sample, timestep), timestep)
         return scaled
 
     @functools.wraps(cls.step)
     def step(self: Any, model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return cls.step(self, model_output, timestep, skipped(self, sample, timestep), *args, **kwargs)
+        return cls.step(self, model_output, timestep, add_skip_residual(self, sample, timestep), *args, **kwargs)
 
     members = {"trajectory": trajectory, "scale_model_input": scale_model_input, "step": step, "init_noise_sigma": 1.0}
-    own = copy.deepcopy(scheduler)
-    own.__dict__.pop("init_noise_sigma", None)
-    own.__class__ = type(cls.__name__, (cls,), {**members, "__module__": cls.__module__})
-    return own
+    with_skip = copy.deepcopy(scheduler)
+    with_skip.__dict__.pop("init_noise_sigma", None)
+    with_skip.__class__ = type(cls.__name__, (cls,), {**members, "__module__": cls.__module__})
+    return with_skip
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Where the denoiser looks in one phase.
+    """Local views and dilated samples of one phase.
 
     Attributes:
-        size: Latents of the picture, `(Y, X)`.
-        window: Those of a view.
-        stride: From view to view.
-        phase: The phase's number s, and the stride of dilated sampling.
-        pixels: Pixels of a latent along an axis.
-        training_steps: T.
-        options: Of the method.
-        jitter: Moves the views; None leaves them on their grid.
+        size: Latent grid `(Y, X)` of the picture.
+        window: Latent grid of a view.
+        stride: Latents between adjacent views, `(Y, X)`.
+        phase: Number s of the phase, which is also the stride of dilated sampling.
+        pixels: Pixels per latent along an axis.
+        training_steps: Number T of training steps.
+        options: Options of the method.
+        jitter: Generator that moves the views; None leaves them on their grid.
     """
 
     size: Grid
@@ -260,17 +264,17 @@ class Canvas:
         return cls(size, window, stride, phase, pipe.vae_scale_factor, pipe.scheduler.config.num_train_timesteps, options, jitter)
 
     def denoise(self, denoise: Denoise) -> Tensor:
-        """The denoiser's answer for all latents: (1 - c2) local + c2 dilated."""
+        """The denoiser's output for the whole picture: (1 - c2) local + c2 dilated."""
         _, c2, c3 = factors(float(denoise.timestep), of=self.training_steps, cosine_scale=self.options.cosine_scale)
         return (1 - c2) * self.local(denoise) + c2 * self.dilated(denoise, std=self.options.blur_std * c3)
 
     @property
     def margin(self) -> Grid:
-        """Latents around the picture that jittered views may reach into, per axis: a quarter of what two views share."""
+        """Padding in latents per axis for jittered views: a quarter of the overlap of two views."""
         return tuple((window - stride) // 4 for window, stride in zip(self.window, self.stride, strict=True))  # type: ignore[return-value]
 
     def local(self, denoise: Denoise) -> Tensor:
-        """The average over jittered views of the picture in its margin of zeros."""
+        """The average over jittered views of the zero-padded picture."""
         (y, x), (rows, columns) = self.margin, self.size
         padded = F.pad(denoise.latents, (x, x, y, y))
         where = self.jittered()
@@ -280,9 +284,9 @@ class Canvas:
         return mean[..., y : y + rows, x : x + columns]
 
     def jittered(self) -> list[Grid]:
-        """The views' corners on the picture with its margin.
+        """Corners of the views on the padded picture.
 
-        A view at the border moves outward alone, for inward it would leave places that no other covers.
+        A view at the border only moves outward, because moving inward would leave latents that no view covers.
         """
         grid = corners(self.size, window=self.window, stride=self.stride)
         return [(self._moved(y, 0), self._moved(x, 1)) for y, x in grid]
@@ -296,7 +300,7 @@ class Canvas:
         return margin + start + int(torch.randint(low, high + 1, (), generator=self.jitter))
 
     def dilated(self, denoise: Denoise, *, std: float) -> Tensor:
-        """Every s-th latent is a sample of its own, taken from blurred latents that keep their mean and standard deviation."""
+        """Denoise every s-th latent as a separate sample, after a blur that preserves mean and standard deviation."""
         s, (rows, columns) = self.phase, self.size
         padded = F.pad(denoise.latents, (-columns % s, 0, -rows % s, 0))
         blurred = standardised(blur(padded, taps=2 * s - 1, std=std), padded)
@@ -309,7 +313,7 @@ class Canvas:
 
 
 def blur(x: Tensor, *, taps: int, std: float) -> Tensor:
-    """`[B, C, Y, X]` through a Gaussian of an odd number of taps a side, with zeros beyond the border."""
+    """Gaussian blur of `[B, C, Y, X]` with an odd number of taps per axis and zero padding."""
     distance = torch.arange(taps, dtype=torch.float64) - taps // 2
     kernel = torch.softmax(-(distance**2) / (2 * std**2), dim=0).to(x)
     channels, half = x.shape[1], taps // 2

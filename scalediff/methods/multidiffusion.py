@@ -1,4 +1,4 @@
-"""MultiDiffusion, arXiv:2302.08113: one stage at the target size, every step the average of what native views step to.
+"""MultiDiffusion, arXiv:2302.08113: one stage at the target size; every step averages views of native size.
 
 Legend: B batch, C channels, Y x X latent grid.
 """
@@ -25,7 +25,7 @@ from scalediff.patching.networks import original_call
 from scalediff.settings import Settings
 
 _NAME = "MultiDiffusion"
-# Their step is linear in the sample and in the model outputs, this step's and those before, and draws no noise.
+# Their step is linear in the sample and in the current and earlier model outputs, and adds no noise.
 SCHEDULERS = frozenset({
     "DDIMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler",
@@ -38,12 +38,12 @@ class MultiDiffusion:
     """Options of MultiDiffusion. A view is a window of the model's native latent size.
 
     Attributes:
-        stride: Latents from view to view; half a window where None, which makes the 49 views of a picture of four times the native
-            side that ScaleDiff (arXiv:2510.25818) compares with. The authors' panorama script has 8 of a window's 64.
-        view_batch: Views in one forward pass; the authors' script has 1.
+        stride: Latents between adjacent views. None means half a window, which gives 49 views at four times the native side, as in the
+            comparison of ScaleDiff (arXiv:2510.25818). The authors' panorama script uses 8, for a window of 64.
+        view_batch: Number of views in one forward pass. The authors' script uses 1.
 
     Raises:
-        ValueError: a value is not positive.
+        ValueError: A value is not positive.
     """
 
     stride: int | None = None
@@ -64,40 +64,40 @@ def multidiffusion(
     on_stage: Callable[[Stage], None] | None = None,
     progress: bool | None = None,
 ) -> list[Stage]:
-    """MultiDiffusion, arXiv:2302.08113, with uniform weights: x_{t-1} is the mean of what the views of x_t step to.
+    """MultiDiffusion, arXiv:2302.08113, with uniform weights: x_{t-1} is the mean of the views of x_t after one step each.
 
-    The pipeline's own call runs, from noise of the target size; only its denoiser is answered for. A view is denoised alone, its
-    positions those of a native picture, and the outputs are averaged where views overlap. Guidance and the schedulers' steps are
-    linear in them and in the sample, so the average of outputs steps to the average of steps. That holds for DDIM, Euler, Heun,
-    DPM-Solver, DEIS, UniPC, PNDM and the flow-matching Euler and Heun, history included, for views lie at the same places in
-    every step; not where a step draws noise or clips.
+    The pipeline runs from noise of the target size, and only the output of its denoiser is replaced. Each view is denoised separately,
+    with the positions of a native picture, and the outputs are averaged where views overlap. Because guidance and the scheduler's step
+    are linear in the outputs and the sample, averaging outputs equals averaging steps. This holds for DDIM, Euler, Heun, DPM-Solver,
+    DEIS, UniPC, PNDM and the flow-matching Euler and Heun, including multi-step history, because views have the same positions at every
+    step. It does not hold if a step adds noise or clips.
 
-    The schedule is that of a window, also where the pipeline shifts it by size. SDXL is told the size of the whole picture and no crop
-    in every view, as its pipeline tells it. A picture of one view is the pipeline's own.
+    The schedule is the one of a picture of window size, even if the pipeline shifts the schedule by size. SDXL's size conditioning has
+    the size of the whole picture and no crop in every view. If one view covers the picture, the result is that of the pipeline.
 
-    One prompt for all views; region masks and their bootstrapping are not here.
+    All views have the same prompt; region masks and their bootstrapping are not implemented.
 
     Args:
-        pipe: A text-to-image pipeline around a U-Net, FLUX.1, SD3, Lumina-Next or Lumina 2; it is given back as it was.
-        arguments: Of the pipeline's call, the same for every method: prompt, generator and the like. What they do not name of
-            steps and guidance is taken from `settings`.
-        size: Height and width in pixels.
-        settings: What the stage is drawn with and says that it was: steps and guidance.
-        options: Stride and batch of the views.
-        on_stage: Called with the stage.
-        progress: Show the pipeline's progress bar, or hide it; as it is where None.
+        pipe: A text-to-image pipeline with a U-Net, FLUX.1, SD3, Lumina-Next or Lumina 2. Its state is restored afterwards.
+        arguments: Arguments of the pipeline's call: prompt, generator and so on. Steps and guidance are taken from `settings` if
+            missing.
+        size: (height, width) in pixels.
+        settings: Settings that give steps and guidance scale, and that the stage reports.
+        options: Options of the method.
+        on_stage: Called with the stage when it is finished.
+        progress: Show or hide the pipeline's progress bar; unchanged when None.
 
     Returns:
-        The one stage.
+        A list with the one stage.
 
     Raises:
-        ValueError: the size is below native or no multiple of the model's; the stride does not fit the window or the tokens.
-        NotImplementedError: a denoiser whose arguments cannot be cut into views, a scheduler whose step draws noise or is not
-            linear, rescaled guidance.
+        ValueError: The size is below the native one or not a multiple of the model's; the stride does not fit the window or the tokens.
+        NotImplementedError: The denoiser's arguments cannot be cut into views, the scheduler's step adds noise or is not linear, or
+            guidance is rescaled.
     """
-    stage_sizes(pipe, *size)  # it refuses sizes
+    stage_sizes(pipe, *size)  # for its checks
     cascade = cascade_of(pipe)
-    arguments = running.complete(pipe, arguments, settings)
+    arguments = running.complete_arguments(pipe, arguments, settings)
     whole, native = running.latent_size(pipe, size), running.latent_size(pipe, native_size(pipe))
     window = min(whole[0], native[0]), min(whole[1], native[1])
     where = corners(whole, window=window, stride=stride_of(window, options.stride, patch=cascade.patch))
@@ -105,21 +105,21 @@ def multidiffusion(
     with running.borrowed(pipe):
         running.show_progress(pipe, progress, index=1, of=1, size=size)
         if len(where) == 1:
-            latents = running.draw_latents(pipe, arguments, size)
+            latents = running.generate_latents(pipe, arguments, size)
         else:
             running.inputs_of(pipe, _NAME)
             running.check_linear(pipe, arguments, SCHEDULERS, _NAME)
             if pipe.scheduler.config.get("use_dynamic_shifting", False):
                 pipe.scheduler = _shifted_for(pipe, arguments, window)
-            if cascade.trained_size:  # beyond it the pipeline stretches positions; views are no larger
+            if cascade.trained_size:  # above it the pipeline rescales positions, but views are of native size
                 setattr(pipe, cascade.trained_size, round(math.sqrt(size[0] * size[1])))
 
             def mean_of_views(denoise: Denoise) -> Tensor:
                 views = [denoise.latents[..., y : y + window[0], x : x + window[1]] for y, x in where]
                 return average(denoise(views), where, whole)
 
-            with running.answered_by(pipe, mean_of_views, size=whole, view_batch=options.view_batch, method=_NAME):
-                latents = running.draw_latents(pipe, arguments, size)
+            with running.replace_denoiser(pipe, mean_of_views, size=whole, view_batch=options.view_batch, method=_NAME):
+                latents = running.generate_latents(pipe, arguments, size)
         stage = running.finished(pipe, arguments, latents, size, settings, index=1, of=1, since=since)
     if on_stage is not None:
         on_stage(stage)
@@ -127,9 +127,11 @@ def multidiffusion(
 
 
 def _shifted_for(pipe: Any, arguments: Mapping[str, Any], window: Grid) -> Any:
-    """A copy of the pipeline's scheduler with the schedule of a picture of one window: it is asked for one, with no step run."""
+    """A copy of the pipeline's scheduler with the schedule of a picture of window size, from a pipeline call that runs no step."""
     scheduler, steps, factor = pipe.scheduler, arguments["num_inference_steps"], pipe.vae_scale_factor
     pipe.scheduler = recording = recording_scheduler(scheduler, runs=False)
     changes = {"height": window[0] * factor, "width": window[1] * factor, "latents": None, "generator": fresh_generator()}
     original_call(pipe)(pipe, **{**arguments, **changes, "output_type": "latent"})
-    return guided_scheduler(scheduler, steps=steps, kept=steps, guidance=Guidance(None, 1.0), asked=recording.asked)
+    return guided_scheduler(
+        scheduler, steps=steps, last_steps=steps, guidance=Guidance(None, 1.0), base_schedule_arguments=recording.schedule_arguments
+    )

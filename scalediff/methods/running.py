@@ -1,4 +1,4 @@
-"""What the methods share in running a pipeline's own call: its denoiser answered for, its scheduler checked, its state given back."""
+"""What the methods share: checks, restoring the pipeline, and replacing the output of its denoiser."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from scalediff.cascade.borrowing import answering, kept, tiled
+from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, tiled
 from scalediff.cascade.generators import fresh_generator
-from scalediff.cascade.latents import decode, pictures_of, unpack
-from scalediff.cascade.memory import out_of_memory, pictures_in, wants_tiling
-from scalediff.cascade.pipeline import cascade_of, own_call
+from scalediff.cascade.latents import decode, to_pil_images, unpack
+from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
+from scalediff.cascade.pipeline import call_pipeline, cascade_of
 from scalediff.cascade.stage import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods.views import INPUTS, Denoise, Inputs
@@ -23,32 +23,32 @@ from scalediff.settings import Settings
 
 
 def inputs_of(pipe: Any, method: str) -> Inputs:
-    """How the arguments of this pipeline's denoiser are cut.
+    """How the arguments of this pipeline's denoiser are cut into views.
 
     Raises:
-        NotImplementedError: it is not known.
+        NotImplementedError: The denoiser is not supported.
     """
     for cls in type(denoiser_of(pipe)).__mro__:
         if cls.__name__ in INPUTS:
             return INPUTS[cls.__name__]
-    raise NotImplementedError(f"{method} cuts views for {', '.join(sorted(INPUTS))}, got {type(denoiser_of(pipe)).__name__}")
+    raise NotImplementedError(f"{method} supports {', '.join(sorted(INPUTS))}, got {type(denoiser_of(pipe)).__name__}")
 
 
 def check_linear(pipe: Any, arguments: Mapping[str, Any], schedulers: Collection[str], method: str) -> None:
-    """Refuse where averaging model outputs is not averaging what the scheduler would step to from each of them.
+    """Check that averaging model outputs equals averaging the samples that the scheduler would compute from each of them.
 
     Raises:
-        NotImplementedError: the scheduler draws noise, clips its samples or is not among `schedulers`; guidance is rescaled.
+        NotImplementedError: The scheduler adds noise, clips its samples or is not among `schedulers`, or guidance is rescaled.
     """
     name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
-    why = f"{method} averages model outputs, which equals averaging steps where a step is linear and draws no noise"
+    why = f"{method} needs a scheduler whose step is linear and adds no noise"
     if name not in schedulers:
-        raise NotImplementedError(f"{why}: in {', '.join(sorted(schedulers))}, got {name}")
+        raise NotImplementedError(f"{why}: one of {', '.join(sorted(schedulers))}, got {name}")
     for option in ("stochastic_sampling", "clip_sample", "thresholding"):
         if config.get(option, False):
-            raise NotImplementedError(f"{why}: in {name} without {option}, got {option}={config[option]}")
+            raise NotImplementedError(f"{why}: {name} without {option}, got {option}={config[option]}")
     if "sde" in str(config.get("algorithm_type", "")):
-        raise NotImplementedError(f"{why}: in {name} without noise, got algorithm_type={config['algorithm_type']!r}")
+        raise NotImplementedError(f"{why}: {name} without an sde algorithm, got algorithm_type={config['algorithm_type']!r}")
     parameters = inspect.signature(original_call(pipe)).parameters
     for option in ("eta", "guidance_rescale", "cfg_normalization"):
         value = arguments.get(option, parameters[option].default if option in parameters else None)
@@ -56,8 +56,8 @@ def check_linear(pipe: Any, arguments: Mapping[str, Any], schedulers: Collection
             raise NotImplementedError(f"{why}: call the pipeline with {option}={type(value)()}, got {option}={value}")
 
 
-def complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """The arguments of the pipeline's call, with the settings and a generator where they name none."""
+def complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Add steps, guidance and a generator to the arguments of the pipeline's call that lack them."""
     guidance = cascade_of(pipe).guidance
     found = {guidance: settings.guidance_scale, "num_inference_steps": settings.steps, **arguments}
     return found | {"generator": found.get("generator") or fresh_generator()}
@@ -65,10 +65,10 @@ def complete(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dic
 
 @contextmanager
 def borrowed(pipe: Any) -> Iterator[None]:
-    """Give the pipeline back as it was; inside, a patched one has its own attention."""
+    """Run a pipeline with the model's full attention, and restore it on exit."""
     handle = handle_of(pipe)
     attention = handle.attention if handle is not None else "full"
-    with kept(pipe):
+    with restored_pipeline(pipe):
         try:
             if handle is not None:
                 handle.attention = "full"
@@ -79,41 +79,47 @@ def borrowed(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def answered_by(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, view_batch: int, method: str) -> Iterator[None]:
-    """Within, every call that the pipeline makes of its denoiser is answered by `compute`, `[B, C, Y, X]` from a `Denoise`.
+def replace_denoiser(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: Grid, view_batch: int, method: str) -> Iterator[None]:
+    """Replace the output of every denoiser call by `compute(Denoise)`, `[B, C, Y, X]`.
 
-    The denoiser gets a class with another call for that long, on top of whatever it is: patched, compiled, offloaded.
+    Args:
+        pipe: The pipeline. Its denoiser may be patched, compiled or offloaded.
+        compute: Function that computes the output for the whole picture from a `Denoise`.
+        size: Latent grid `(Y, X)` of the picture.
+        view_batch: Number of views in one forward pass.
+        method: Name of the method, for messages.
 
     Raises:
-        NotImplementedError: as `inputs_of`, and `Denoise` in a call.
+        NotImplementedError: The denoiser is not supported, or, in a call, one of its arguments.
     """
     inputs, inner = inputs_of(pipe, method), denoiser_of(pipe)
     patch = cascade_of(pipe).patch
     parameters = list(inspect.signature(type(inner).forward).parameters)[1:]
 
-    def respond(forward: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    def compute_output(forward: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         given = dict(zip(parameters, args, strict=False)) | dict(named)
         denoise = Denoise(forward, given, inputs, size=size, patch=patch, view_batch=view_batch)
-        return denoise.answer(compute(denoise))
+        return denoise.as_output(compute(denoise))
 
-    with answering(pipe, respond):
+    with intercept_denoiser(pipe, compute_output):
         yield
 
 
-def draw_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
-    """`[B, C, Y, X]` by the pipeline's own call, for a picture of a size in pixels."""
+def generate_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
+    """Latents `[B, C, Y, X]` from a call of the pipeline, for a picture of (height, width) pixels."""
     changes = {"height": size[0], "width": size[1], "output_type": "latent", "return_dict": False}
-    latents: Tensor = own_call(pipe, {**arguments, **changes})[0]
+    latents: Tensor = call_pipeline(pipe, {**arguments, **changes})[0]
     packed = cascade_of(pipe).packed
     return unpack(latents, latent_size(pipe, size)) if packed else latents
 
 
 def latent_size(pipe: Any, size: Grid) -> Grid:
-    """The latent grid of a picture of a size in pixels."""
+    """The latent grid `(Y, X)` of a picture of (height, width) pixels."""
     return size[0] // pipe.vae_scale_factor, size[1] // pipe.vae_scale_factor
 
 
 def show_progress(pipe: Any, progress: bool | None, *, index: int, of: int, size: Grid) -> None:
+    """Label the pipeline's progress bar with the stage, or hide the bar; None leaves it unchanged."""
     if progress is not None:
         pipe.set_progress_bar_config(desc=f"stage {index}/{of}  {size[0]} x {size[1]}", disable=not progress)
 
@@ -121,16 +127,16 @@ def show_progress(pipe: Any, progress: bool | None, *, index: int, of: int, size
 def finished(
     pipe: Any, arguments: Mapping[str, Any], latents: Tensor, size: Grid, settings: Settings, *, index: int, of: int, since: float
 ) -> Stage:
-    """The stage with these latents, decoded, in tiles where it would not fit in one piece; `since` is when it began.
+    """Decode the latents of a stage, in tiles if needed, and make its `Stage`. `since` is the time at which the stage started.
 
     Raises:
-        torch.OutOfMemoryError: names the stage, and what would fit.
+        torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
     """
     steps = arguments["num_inference_steps"]
-    tiles = wants_tiling(pipe, size, pictures_in(arguments)) or None
-    now = {"tiled": bool(tiles or getattr(pipe.vae, "use_tiling", False)), "split": False}
-    with tiled(pipe.vae, on=tiles), out_of_memory(pipe, pipe.scheduler, arguments, size, f"stage {index} of {of}", **now):
-        images = pictures_of(pipe, decode(pipe, latents))
+    tiles = needs_tiling(pipe, size, images_per_call(arguments)) or None
+    used = {"tiled": bool(tiles or getattr(pipe.vae, "use_tiling", False)), "split": False}
+    with tiled(pipe.vae, on=tiles), out_of_memory(pipe, pipe.scheduler, arguments, size, f"stage {index} of {of}", **used):
+        images = to_pil_images(pipe, decode(pipe, latents))
     seconds = time.perf_counter() - since
     return Stage(
         index=index, of=of, height=size[0], width=size[1], images=images, latents=latents, steps=steps, seconds=seconds, settings=settings

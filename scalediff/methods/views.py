@@ -1,6 +1,6 @@
-"""Views of a latent: where they lie, how a denoiser's arguments are cut down to them, and their average.
+"""Views of a latent: their positions, the denoiser's arguments for a view, and the average of views.
 
-Legend: B batch, C channels, Y x X latent grid; a corner is where a view begins, `(y, x)` in latents.
+Legend: B batch, C channels, Y x X latent grid; a corner is the first latent `(y, x)` of a view.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scalediff.families.grid import Grid
 
 
 def starts(length: int, *, window: int, stride: int) -> list[int]:
-    """Where the views along an axis begin: every `stride`, the last one moved back to end at the border.
+    """First latent of every view along an axis: every `stride` latents, with the last view moved back to end at the border.
 
     MultiDiffusion, arXiv:2302.08113, whose panoramas have (length - window) / stride + 1 of them.
     """
@@ -32,10 +32,10 @@ def corners(size: Grid, *, window: Grid, stride: Grid) -> list[Grid]:
 
 
 def check_options(stride: int | None, view_batch: int) -> None:
-    """What every method with views has among its options.
+    """Check the options that all methods with views have.
 
     Raises:
-        ValueError: a value is not positive.
+        ValueError: A value is not positive.
     """
     if stride is not None and stride < 1:
         raise ValueError(f"stride must be at least 1 latent, got {stride=}")
@@ -44,10 +44,10 @@ def check_options(stride: int | None, view_batch: int) -> None:
 
 
 def stride_of(window: Grid, stride: int | None, *, patch: int) -> Grid:
-    """Latents from view to view, per axis: half a window where none is named.
+    """Latents between adjacent views per axis; half a window if `stride` is None.
 
     Raises:
-        ValueError: the views would not meet, or would begin within a token.
+        ValueError: Views would leave gaps, or start inside a token.
     """
     if stride is None:
         return tuple(max(patch, side // 2 // patch * patch) for side in window)  # type: ignore[return-value]
@@ -57,9 +57,9 @@ def stride_of(window: Grid, stride: int | None, *, patch: int) -> Grid:
 
 
 def average(parts: Iterable[Tensor], where: Sequence[Grid], size: Grid) -> Tensor:
-    """`[B, C, Y, X]` from views `[B, C, y, x]` with these corners: at every place the plain mean of the views that cover it.
+    """Average views `[B, C, y, x]` with these corners to `[B, C, Y, X]`: each latent is the mean of the views that cover it.
 
-    Summed in fp32, in fp64 where the views are. MultiDiffusion, arXiv:2302.08113: the least-squares solution for uniform weights.
+    Sums are in fp32, or in fp64 for fp64 views. MultiDiffusion, arXiv:2302.08113: the least-squares solution for uniform weights.
     """
     total = count = torch.empty(0)
     dtype = torch.float32
@@ -75,14 +75,14 @@ def average(parts: Iterable[Tensor], where: Sequence[Grid], size: Grid) -> Tenso
 
 @dataclass(frozen=True)
 class Inputs:
-    """How the arguments of a denoiser are cut down to views.
+    """How the arguments of a denoiser are cut into views.
 
     Attributes:
-        latents: The argument with the latents.
-        batched: Arguments with a row for every sample, or containers of such: repeated for every view.
-        shared: Arguments that are the same for every view.
-        ids: A table of positions `[Y X / 4, axes]`: every view has those of the first, which are those of a native picture.
-        packed: Latents are tokens `[B, Y X / 4, 4 C]`.
+        latents: Name of the argument with the latents.
+        batched: Names of arguments with one row per sample, or containers of them; they are repeated for every view.
+        shared: Names of arguments that are the same for every view.
+        ids: Name of the argument with position ids `[Y X / 4, axes]`. Every view has the ids of the first one, as a native picture has.
+        packed: Whether latents are packed tokens `[B, Y X / 4, 4 C]`.
     """
 
     latents: str
@@ -121,63 +121,63 @@ INPUTS: Mapping[str, Inputs] = {
     ),
 }  # fmt: skip
 
-_OF_PLACES = {"ip_adapter_masks", "gligen"}  # what attention is told about places of the picture, beside the latents
+_SPATIAL_ARGUMENTS = {"ip_adapter_masks", "gligen"}  # attention arguments that refer to positions in the picture
 
 
 class Denoise:
-    """The denoiser in one of the pipeline's calls of it, on views of the latents that it was given.
+    """One denoiser call of the pipeline, which can be run on views of its latents.
 
     Args:
-        forward: The denoiser's own call.
-        named: The arguments of the pipeline's call, by name.
-        inputs: How they are cut.
-        size: The latent grid of the picture, `(Y, X)`.
-        patch: Latents of a token along an axis.
-        view_batch: Views in one forward pass, each with all of the pipeline's batch.
+        forward: The original denoiser.
+        named: Arguments of the denoiser call, by name.
+        inputs: How these arguments are cut into views.
+        size: Latent grid `(Y, X)` of the picture.
+        patch: Latents per token along an axis.
+        view_batch: Number of views in one forward pass, each with the whole batch of the pipeline.
 
     Attributes:
-        latents: `[B, C, Y, X]`, as the denoiser was given them.
-        timestep: As the denoiser was given it.
+        latents: The latents of the call, `[B, C, Y, X]`.
+        timestep: The timestep of the call.
 
     Raises:
-        NotImplementedError: an argument is tied to the picture's grid in a way that is not known here.
+        NotImplementedError: An argument depends on the picture's grid in a way that is not supported.
     """
 
     def __init__(
         self, forward: Callable[..., Any], named: Mapping[str, Any], inputs: Inputs, *, size: Grid, patch: int, view_batch: int
     ) -> None:
         known = {inputs.latents, inputs.ids, *inputs.batched, *inputs.shared}
-        tied = {name for name, value in named.items() if value is not None and name not in known}
-        tied |= {name for value in named.values() if isinstance(value, dict) for name in _OF_PLACES & set(value)}
-        if tied:
+        unsupported = {name for name, value in named.items() if value is not None and name not in known}
+        unsupported |= {name for value in named.values() if isinstance(value, dict) for name in _SPATIAL_ARGUMENTS & set(value)}
+        if unsupported:
             raise NotImplementedError(
-                f"views of a picture cannot be cut from everything the denoiser is given, got {', '.join(sorted(tied))}"
+                f"views are not supported with some of the denoiser's arguments, got {', '.join(sorted(unsupported))}"
             )
         self._forward, self._named, self._inputs, self._size, self._patch = forward, dict(named), inputs, size, patch
         self._view_batch = view_batch
-        self._form: Any = None
+        self._last_output: Any = None
         given: Tensor = named[inputs.latents]
         self.latents = unpack(given, size) if inputs.packed else given
         self.timestep: Any = named["timestep"]
 
     def __call__(self, views: Sequence[Tensor], *, crops: Sequence[Grid] | None = None) -> Iterator[Tensor]:
-        """The outputs `[B, C, y, x]` for views of that size, in order.
+        """Run the denoiser on views `[B, C, y, x]` and yield its outputs of the same shape, in order.
 
-        `crops` are the coordinates in pixels that SDXL is told its views were cropped at; the pipeline's own where None.
+        `crops` are the crop coordinates in pixels for SDXL's size conditioning; those of the pipeline's call when None.
         """
         for first in range(0, len(views), self._view_batch):
             some = views[first : first + self._view_batch]
-            self._form = self._forward(**self._arguments(some, crops[first : first + self._view_batch] if crops else None))
-            output = unpack(self._form[0], _grid(some[0])) if self._inputs.packed else self._form[0]
+            self._last_output = self._forward(**self._arguments(some, crops[first : first + self._view_batch] if crops else None))
+            output = unpack(self._last_output[0], _grid(some[0])) if self._inputs.packed else self._last_output[0]
             yield from output.chunk(len(some))
 
-    def answer(self, output: Tensor) -> Any:
-        """`[B, C, Y, X]` as the denoiser returns it."""
+    def as_output(self, output: Tensor) -> Any:
+        """Put `[B, C, Y, X]` into the form of the denoiser's return value."""
         packed = pack(output) if self._inputs.packed else output
-        return (packed,) if isinstance(self._form, tuple) else type(self._form)(sample=packed)
+        return (packed,) if isinstance(self._last_output, tuple) else type(self._last_output)(sample=packed)
 
     def _arguments(self, views: Sequence[Tensor], crops: Sequence[Grid] | None) -> dict[str, Any]:
-        """Those of one forward pass, views in the outer order of its batch."""
+        """The arguments of one forward pass; the views are concatenated along the batch."""
         inputs, batch, grid = self._inputs, len(views[0]), _grid(views[0])
         found = dict(self._named)
         latents = torch.cat(list(views))
@@ -190,9 +190,9 @@ class Denoise:
             rows, columns = self._size[0] // self._patch, self._size[1] // self._patch
             table = ids.view(rows, columns, -1)[: grid[0] // self._patch, : grid[1] // self._patch]
             found[inputs.ids] = table.reshape(-1, ids.shape[-1])
-        how = found.get("cross_attention_kwargs") or {}
-        if how.get("base_sequence_length") is not None:  # Lumina-Next sharpens attention beyond these tokens: a view has no more
-            found["cross_attention_kwargs"] = {**how, "base_sequence_length": grid[0] * grid[1] // self._patch**2}
+        attention = found.get("cross_attention_kwargs") or {}
+        if attention.get("base_sequence_length") is not None:  # Lumina-Next rescales attention above this number of tokens
+            found["cross_attention_kwargs"] = {**attention, "base_sequence_length": grid[0] * grid[1] // self._patch**2}
         added = found.get("added_cond_kwargs") or {}
         if crops is not None and "time_ids" in added:
             found["added_cond_kwargs"] = {**added, "time_ids": _cropped(added["time_ids"], crops, batch)}
@@ -214,7 +214,7 @@ def _repeated(value: Any, times: int, batch: int) -> Any:
 
 
 def _cropped(time_ids: Tensor, crops: Sequence[Grid], batch: int) -> Tensor:
-    """SDXL's `[views B, 6]`: original height and width, crop top and left, target height and width."""
+    """SDXL's time ids `[views B, 6]` with other crops: original height and width, crop top and left, target height and width."""
     time_ids = time_ids.clone()
     time_ids[:, 2:4] = time_ids.new_tensor(crops).repeat_interleave(batch, dim=0)
     return time_ids

@@ -1,4 +1,4 @@
-"""The name "scalediff" among diffusers' attention backends, for stacks that choose a backend by its name and nothing else."""
+"""An attention backend of diffusers with the name "scalediff", for software that selects backends by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ NAME = "scalediff"
 
 
 def register_backend() -> None:
-    """Let `set_attention_backend("scalediff")` and `attention_backend("scalediff")` be called; a second call does nothing.
+    """Register the diffusers attention backend "scalediff", for `set_attention_backend` and `attention_backend`.
 
-    A backend is told queries, keys and values, and not how they lie on the picture: that comes from `patch_model`. In a patched
-    model calls of image self-attention are those of `patch_model`, whatever the backend; under this one all others, and all
-    up to the native size, are torch's own. With no model patched, a call raises RuntimeError: the name alone does nothing.
+    A backend receives queries, keys and values but not the token grid, so the model must also be patched by `patch_model`. In a
+    patched model, image self-attention above the native area is neighborhood patch attention with any backend; this backend
+    computes all other attention calls by `torch.nn.functional.scaled_dot_product_attention`. It raises a RuntimeError when no
+    model is patched. Registering twice has no effect.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -25,7 +26,7 @@ def register_backend() -> None:
 
     if NAME in AttentionBackendName._value2member_map_:
         return
-    # The enumeration is closed; a member is added as its own constructor would.
+    # Enum has no public way to add a member, so this repeats what its constructor does.
     member = str.__new__(AttentionBackendName, NAME)
     member._name_, member._value_ = NAME.upper(), NAME
     AttentionBackendName._member_names_.append(NAME.upper())
@@ -44,10 +45,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`[B, S, H, D]` in and out, as diffusers' backends."""
+    """Attention from and to `[B, S, H, D]`, the signature of a diffusers backend."""
     if not torch.compiler.is_compiling() and not any_active():
         raise RuntimeError(
-            'the attention backend "scalediff" needs to know how tokens lie on the picture, and no model is patched: '
+            'the attention backend "scalediff" needs a patched model, which provides the token grid: '
             "call scalediff.patch_model(model) first"
         )
     if attn_mask is not None and attn_mask.ndim == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):

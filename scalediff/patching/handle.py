@@ -1,7 +1,8 @@
-"""A patched model: its networks call `scalediff.patching.target` around every forward pass, and its handle undoes that.
+"""The handle of a patched model, and the methods of its patched networks.
 
-A denoiser's class becomes a subclass whose call opens and closes a pass, whatever is raised inside; within a pass, attention
-calls are intercepted (`scalediff.patching.interception`). No forward, no processor and no submodule is replaced.
+A patched denoiser gets a subclass of its class whose `__call__` opens a pass before the forward and closes it afterwards, also after an
+exception. During a pass, attention calls are intercepted (`scalediff.patching.interception`). No `forward`, processor or submodule is
+replaced.
 """
 
 from __future__ import annotations
@@ -18,42 +19,42 @@ from torch import nn
 from scalediff.families.grid import Grid
 from scalediff.patching.plan import Options
 from scalediff.patching.report import Report, Row
-from scalediff.patching.subclass import ATTRIBUTE, mark, unmark
+from scalediff.patching.subclass import ATTRIBUTE, patch_class, restore_class
 from scalediff.patching.target import Target
 from scalediff.settings import Attention, Jitter
 
 
 class Handle:
-    """A patched model: `.report` says what was done, `.remove()` or leaving a `with` block undoes it."""
+    """A patched model. `.report` lists what was patched; `.remove()`, or leaving a `with` block, undoes the patch."""
 
     def __init__(self, model: Any, targets: list[Target], *, skipped: Sequence[Row] = (), call: str = "") -> None:
-        self._model = weakref.ref(model)  # weak: a denoiser must neither keep its pipeline alive nor copy it along
+        self._model = weakref.ref(model)  # weak, so that a denoiser neither keeps its pipeline alive nor is copied with it
         self._targets, self._skipped, self._call = targets, tuple(skipped), call
         self._attention: Attention = "npa"
 
     @property
     def report(self) -> Report:
-        """Every attention module with its role, window and whether it is patched; of an unlisted model, those seen so far."""
+        """Every attention module with its role, window and status; for an unlisted model, the modules seen so far."""
         rows = *(row for target in self._targets for row in target.rows()), *self._skipped
         known = all(target.family.listed for target in self._targets)
         return Report(self._targets[0].family.denoiser, rows, self._call, known)
 
     @property
     def attention(self) -> Attention:
-        """`"npa"`, or `"full"` to let all calls through for a while without unpatching."""
+        """`"npa"`, or `"full"` to run full attention without unpatching."""
         return self._attention
 
     @attention.setter
     def attention(self, value: Attention) -> None:
         if value not in get_args(Attention):
-            raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {value!r}")
+            raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got attention={value!r}")
         self._attention = value
         for target in self._targets:
             target.attention = value
 
     @property
     def jitter(self) -> Jitter:
-        """How the patch grid moves from step to step; setting it begins the offsets again."""
+        """How the patch grid moves from step to step, as in `patch_model`. Setting it restarts the sequence of offsets."""
         return self._targets[0].offsets.jitter
 
     @jitter.setter
@@ -71,77 +72,77 @@ class Handle:
         self.remove()
 
     def remove(self) -> None:
-        """Undo the patch; a second call, or one after a later patch has replaced this one, does nothing."""
+        """Undo the patch. Does nothing if it is already undone, or if a later patch has replaced it."""
         for target in self._targets:
             target.active = False
-            unmark(target.module(), target)
-        unmark(self._model(), self)
+            restore_class(target.module(), target)
+        restore_class(self._model(), self)
 
     def restart_jitter(self) -> None:
-        """Begin the offsets of the patch grid again, as after patching: the same run then has the same offsets."""
+        """Restart the sequence of patch grid offsets, so that repeating a run repeats its offsets."""
         for target in self._targets:
             target.offsets.restart()
 
     @property
     def window(self) -> Grid:
-        """Key/value window in tokens `(Y, X)` of the denoiser's finest level: what counts as its native size."""
+        """Key/value window in tokens `(Y, X)` at the denoiser's finest level. It defines the native area."""
         return self._targets[0].native
 
     @property
     def options(self) -> Options:
-        """What the attention was asked to be: implementation and treatment of text."""
+        """Options of the attention: implementation, and how text is handled."""
         return self._targets[0].options
 
     @property
     def model(self) -> Any:
-        """The pipeline or module that was patched; None once it is gone."""
+        """The pipeline or module that was patched; None once it has been garbage-collected."""
         return self._model()
 
     @property
     def active(self) -> bool:
-        """False once removed."""
+        """Whether the patch is in place."""
         return any(target.active for target in self._targets)
 
     def install(self) -> None:
-        """Patch the networks; a pipeline only learns that it is patched."""
+        """Patch the networks, and store the handle in the pipeline."""
         for target in self._targets:
             module = target.module()
             assert module is not None
             target.handle = self
-            mark(module, target, _attending)
+            patch_class(module, target, _denoiser_methods)
             target.active = True
         model = self._model()
         if model is not None and not isinstance(model, nn.Module):
             model.__dict__[ATTRIBUTE] = self
 
 
-def _attending(cls: type) -> dict[str, Callable[..., Any]]:
-    """The calls of a denoiser class that are a pass of its target.
+def _denoiser_methods(cls: type) -> dict[str, Callable[..., Any]]:
+    """`__call__` and `_call_impl` for a denoiser class, each of which opens a pass of the denoiser's target.
 
-    torch.compile may have taken hold of `__call__` before (then it still asks the module for `_call_impl`), or of `_call_impl`
-    (then the module is called as usual): one of the two is always ours, and a pass within itself does nothing.
+    torch.compile may have captured `__call__` earlier (then it still looks up `_call_impl`) or `_call_impl` (then `__call__` is called
+    as usual). So at least one of our methods is always called; if both are, the inner one does nothing.
     """
 
-    # torch.compile steps over the call itself, does not look into opening and closing, and compiles what lies between.
+    # torch.compile compiles only the forward between `begin` and `end`, and none of the code around it.
     begin, end = torch.compiler.disable(Target.begin), torch.compiler.disable(Target.end)
 
-    def within(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def with_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             target: Target | None = self.__dict__.get(ATTRIBUTE)
             if target is None:
                 return forward(self, *args, **kwargs)
-            entered, finished = None, False
+            opened, finished = None, False
             try:
-                entered = begin(target, self, args, kwargs)
+                opened = begin(target, self, args, kwargs)
                 result = forward(self, *args, **kwargs)
                 finished = True
             finally:
-                if entered is not None:
-                    end(target, self, entered, finished)
+                if opened is not None:
+                    end(target, self, opened, finished)
             return result
 
-        stepped_over: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
-        return stepped_over
+        not_compiled: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
+        return not_compiled
 
-    return {"__call__": within(cls.__call__), "_call_impl": within(cls._call_impl)}  # type: ignore[attr-defined]
+    return {"__call__": with_pass(cls.__call__), "_call_impl": with_pass(cls._call_impl)}  # type: ignore[attr-defined]

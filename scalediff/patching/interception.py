@@ -1,8 +1,8 @@
-"""The swap: while a patched denoiser runs, its attention calls come here first.
+"""Intercept the attention calls of a patched denoiser while its forward runs.
 
-Two places lead from a model to attention: `torch.nn.functional.scaled_dot_product_attention`, and the registry of backends of
-diffusers' dispatcher, whose entries other than torch's never reach that function. Both are replaced only while a patched
-denoiser runs, and even then another thread, another model or a call that is not image self-attention reaches the original.
+A model computes attention through `torch.nn.functional.scaled_dot_product_attention`, or through the backend registry of diffusers'
+dispatcher, whose other backends never call that function. Both are replaced while a patched denoiser runs. Calls from other threads and
+other models, and calls that are not image self-attention, are passed on to the original functions.
 
 Legend: B batch, S tokens of a sequence, H heads, D head dim.
 """
@@ -19,74 +19,75 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.patching.plan import Call, Plan, got, with_weights
+from scalediff.patching.plan import Call, Plan, got, with_score_bias
 
 
 class Owner(Protocol):
-    """Whose pass it is, and who hears of its calls; nothing is said from inside a compiled graph."""
+    """The patched denoiser that a pass belongs to. It is notified of every attention call, except inside a compiled graph."""
 
-    def took(self, entered: Pass, call: Call) -> None: ...
+    def on_intercepted(self, current_pass: Pass, call: Call) -> None: ...
 
-    def left(self, entered: Pass, why: str) -> None: ...
+    def on_skipped(self, current_pass: Pass, why: str) -> None: ...
 
 
 class Pass:
     """One forward pass of one patched denoiser in one thread."""
 
-    def __init__(self, owner: Owner, plan: Plan, weights: Tensor | None, around: Pass | None) -> None:
-        self.owner, self.plan, self.weights, self.around = owner, plan, weights, around
+    def __init__(self, owner: Owner, plan: Plan, weights: Tensor | None, outer: Pass | None) -> None:
+        self.owner, self.plan, self.weights, self.outer = owner, plan, weights, outer
         self.with_gradients = torch.is_grad_enabled()
-        self.taken = 0
-        self.left: dict[str, str] = {}  # callers that were not taken, and why
-        # Inside a compiled graph nothing is counted and no module is known: there remains that a call was taken, and why one was not.
-        self.traced = False
-        self.untaken = ""
+        self.intercepted = 0  # calls
+        self.skipped: dict[str, str] = {}  # callers whose calls ran full attention, and why
+        # Inside a compiled graph calls cannot be counted and the calling module is unknown. These two record what happened there.
+        self.intercepted_in_graph = False
+        self.skipped_in_graph = ""  # why
 
 
 class _Passes(threading.local):
-    def __init__(self) -> None:  # once in every thread: attributes that came later would be news to a compiled graph
+    def __init__(self) -> None:  # runs once per thread; an attribute added later would make torch.compile recompile
         self.current: Pass | None = None
-        self.through = False  # a call is on its way to whatever stood in our place
+        self.bypass = False  # the original function is running: do not intercept
 
 
 _passes = _Passes()
 
 
 def current() -> Pass | None:
-    """The pass that this thread is in."""
+    """The pass that this thread is in; None outside of any."""
     return _passes.current
 
 
 def open_pass(owner: Owner, plan: Plan, weights: Tensor | None) -> Pass:
-    """From here on this thread's attention calls belong to a new pass; passes may nest, and the inner one counts.
+    """Start intercepting this thread's attention calls for a new pass. Passes may nest; calls belong to the innermost one.
 
-    The weights are those of the pass's layout.
+    `weights` are the score weights of the pass's layout.
     """
-    _swap.acquire()
-    entered = Pass(owner, plan, weights, _passes.current)
-    _passes.current = entered
-    return entered
+    _replacement.acquire()
+    opened = Pass(owner, plan, weights, _passes.current)
+    _passes.current = opened
+    return opened
 
 
-def close_pass(entered: Pass) -> None:
-    """The calls belong to the pass around this one again, or to nobody."""
-    _passes.current = entered.around
-    _swap.release()
+def close_pass(finished: Pass) -> None:
+    """End a pass; calls belong to the outer pass again, if there is one."""
+    _passes.current = finished.outer
+    _replacement.release()
 
 
-class _Swap:
-    """The replaced places, counted: the first pass in any thread puts us in, the last one takes us out."""
+class _Replacement:
+    """The replaced functions, with a count of open passes: the first pass of any thread replaces them, the last one restores them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self.first: Any = F.scaled_dot_product_attention
-        self.original = self.first
+        self.torch_function: Any = F.scaled_dot_product_attention
+        self.original = self.torch_function
         self._backends: dict[Any, Any] = {}
 
     def acquire(self) -> None:
         with self._lock:
-            if F.scaled_dot_product_attention is not scaled_dot_product_attention:  # who saved it in a pass may have put it back
+            # Already replaced in another thread, unless another library has restored a value that it saved during a pass.
+            if F.scaled_dot_product_attention is not scaled_dot_product_attention:
                 self.original = F.scaled_dot_product_attention
                 F.scaled_dot_product_attention = scaled_dot_product_attention
             if self._users == 0:
@@ -105,11 +106,11 @@ class _Swap:
                 registry.update({n: f for n, f in self._backends.items() if registry.get(n) is _backend(f)})
 
 
-_swap = _Swap()
+_replacement = _Replacement()
 
 
 def _registry() -> dict[Any, Any]:
-    """diffusers' backends by name, once its dispatcher has been imported; the dictionary itself."""
+    """The dictionary of diffusers' attention backends; empty if its dispatcher has not been imported."""
     module = sys.modules.get("diffusers.models.attention_dispatch")
     registry = getattr(getattr(module, "_AttentionBackendRegistry", None), "_backends", None)
     return registry if isinstance(registry, dict) else {}
@@ -125,47 +126,47 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Stands in for `F.scaled_dot_product_attention`: same contract, `[B, H, S, D]` in and out."""
-    if not _passes.through and _passes.current is not None:
-        out = _take(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_first=True)
+    """Replacement for `F.scaled_dot_product_attention`, with the same arguments and result: `[B, H, S, D]` in and out."""
+    if not _passes.bypass and _passes.current is not None:
+        out = _intercept(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_first=True)
         if out is not None:
             return out
     options = {"enable_gqa": True} if enable_gqa else {}
-    # Whoever wrapped the attribute during a pass, and stayed, may lead back here: then it is torch's own turn.
-    target = _swap.first if _passes.through else _swap.original
-    before, _passes.through = _passes.through, True
+    # If another library wrapped this function during a pass and kept the wrapper, `original` leads back here: then call torch's function.
+    target = _replacement.torch_function if _passes.bypass else _replacement.original
+    before, _passes.bypass = _passes.bypass, True
     try:
         result: Tensor = target(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
     finally:
-        _passes.through = before
+        _passes.bypass = before
     return result
 
 
 @functools.cache
 def _backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Stands in for one backend of diffusers' dispatcher, `[B, S, H, D]` in and out; it is called with keywords alone."""
+    """Replacement for one backend of diffusers' dispatcher, `[B, S, H, D]` in and out. The dispatcher passes keyword arguments only."""
 
     def backend(**arguments: Any) -> Tensor:
-        if not _passes.through and _passes.current is not None and arguments.get("_parallel_config") is None:
+        if not _passes.bypass and _passes.current is not None and arguments.get("_parallel_config") is None:
             mask = arguments.get("attn_mask")
-            if mask is not None and mask.ndim == 2:  # of the keys, for the dispatcher
+            if mask is not None and mask.ndim == 2:  # the dispatcher also accepts [B, S], a mask of the keys
                 mask = mask[:, None, None, :]
-            out = _take(
+            out = _intercept(
                 arguments["query"], arguments["key"], arguments["value"], mask, arguments.get("dropout_p", 0.0),
                 arguments.get("is_causal", False), arguments.get("scale"), arguments.get("enable_gqa", False), heads_first=False,
             )  # fmt: skip
             if out is not None:
                 return out
-        before, _passes.through = _passes.through, True
+        before, _passes.bypass = _passes.bypass, True
         try:
             return function(**arguments)
         finally:
-            _passes.through = before
+            _passes.bypass = before
 
     return backend
 
 
-def _take(
+def _intercept(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -177,43 +178,44 @@ def _take(
     *,
     heads_first: bool,
 ) -> Tensor | None:
-    """The call's result in the pass's plan, or None where it is none of the plan's calls."""
-    entered = _passes.current
-    if entered is None:
+    """Compute a call by the plan of the current pass; None if the plan has no such call."""
+    current_pass = _passes.current
+    if current_pass is None:
         return None
-    refusal, plan = "", entered.plan
+    problem, plan = "", current_pass.plan
     if q.ndim != 4:
-        refusal = "q, k and v must be [B, H, S, D]" + got(q)
+        problem = "q, k and v must be [B, H, S, D]" + got(q)
     else:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v)) if heads_first else (q, k, v)
         call = plan.call(q.shape[1], k.shape[1])
         if call is None:
-            refusal = plan.unexpected(q.shape[1], k.shape[1])
-            if not refusal:
-                return None  # cross-attention, or text alone
+            problem = plan.unexpected(q.shape[1], k.shape[1])
+            if not problem:
+                return None  # cross-attention, or attention among text tokens
         else:
-            told = mask is None or plan.masked or says_nothing(mask)  # the plan knows what the mask says
-            hidden = None if told or mask is None else key_mask(mask, k)
-            refusal = _refusal(entered, call, q, k, v, mask, dropout_p, is_causal, enable_gqa, readable=told or hidden is not None)
-            if not refusal:
+            without_mask = mask is None or plan.masked or is_constant(mask)  # plan.masked: the plan already accounts for the mask
+            key_bias = None if without_mask or mask is None else key_mask_bias(mask, k)
+            supported = without_mask or key_bias is not None
+            problem = _find_problem(current_pass, call, q, k, v, mask, dropout_p, is_causal, enable_gqa, mask_supported=supported)
+            if not problem:
                 if torch.compiler.is_compiling():
-                    entered.traced = True
+                    current_pass.intercepted_in_graph = True
                 else:
-                    entered.owner.took(entered, call)
-                weights = None if entered.weights is None else (entered.weights, entered.weights)
-                if hidden is not None:
-                    weights = torch.ones_like(hidden), hidden
-                out = _attend(call, *_of_one_dtype(q, k, v), scale, weights)
+                    current_pass.owner.on_intercepted(current_pass, call)
+                weights = None if current_pass.weights is None else (current_pass.weights, current_pass.weights)
+                if key_bias is not None:
+                    weights = torch.ones_like(key_bias), key_bias
+                out = _attend(call, *_cast_to_one_dtype(q, k, v), scale, weights)
                 return out.transpose(1, 2) if heads_first else out
     if torch.compiler.is_compiling():
-        entered.untaken = refusal
+        current_pass.skipped_in_graph = problem
     else:
-        entered.owner.left(entered, refusal)
+        current_pass.owner.on_skipped(current_pass, problem)
     return None
 
 
-def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast normalised queries and keys may be fp32 beside values of 16 bits: torch's attention casts all of them."""
+def _cast_to_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast as torch's attention does under autocast, where normalised queries and keys may be fp32 and values 16-bit."""
     if q.dtype == k.dtype == v.dtype:
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
@@ -225,23 +227,23 @@ def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float | None, we
         return call.attend(q, k, v, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     of_queries, of_keys = (x.expand(q.shape[0], -1) for x in weights)
-    if of_queries.shape[1] != q.shape[1]:  # of image queries that see text keys
+    if of_queries.shape[1] != q.shape[1]:  # only the image has queries, and text is among the keys
         of_queries = of_queries[:, :1].expand(-1, q.shape[1])
-    return call.attend(*with_weights(q, k, v, of_queries, of_keys, scale), scale)[..., : q.shape[-1]]
+    return call.attend(*with_score_bias(q, k, v, of_queries, of_keys, scale), scale)[..., : q.shape[-1]]
 
 
-_HIDDEN = -1e4  # added to a score: nothing is left of its exponential, and fp16 can hold it
+_MASKED = -1e4  # score bias of a masked key: its softmax weight underflows to zero, and fp16 can represent it
 
 
-def key_mask(mask: Tensor, k: Tensor) -> Tensor | None:
-    """`[B or 1, S]` to be added to the scores, of a mask `[B or 1, 1, 1, S]` that hides keys from all queries alike; None of others."""
+def key_mask_bias(mask: Tensor, k: Tensor) -> Tensor | None:
+    """Convert a boolean mask `[B or 1, 1, 1, S]` of the keys to a score bias `[B or 1, S]`; None for any other mask."""
     if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:] != (1, 1, k.shape[1]):
         return None
-    return torch.where(mask[:, 0, 0], 0.0, _HIDDEN)
+    return torch.where(mask[:, 0, 0], 0.0, _MASKED)
 
 
-def _refusal(
-    entered: Pass,
+def _find_problem(
+    current_pass: Pass,
     call: Call,
     q: Tensor,
     k: Tensor,
@@ -251,36 +253,36 @@ def _refusal(
     is_causal: bool,
     enable_gqa: bool,
     *,
-    readable: bool,
+    mask_supported: bool,
 ) -> str:
-    """Why a call of a known length cannot be taken; empty where it can."""
+    """Why a call of the expected lengths cannot be computed in windows; empty if it can."""
     if is_causal:
-        return "causal attention has no windows"
+        return "causal attention is not supported"
     if dropout_p != 0.0:
-        return "attention with dropout is not windowed"
+        return "attention with dropout is not supported"
     if k.shape != v.shape or (k.shape[2] != q.shape[2] and not enable_gqa) or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
-        return "q, k and v must be of one shape but for their lengths" + got(q, k, v)
+        return "q, k and v must have the same shape except for their lengths" + got(q, k, v)
     if call.real and len(call.real) != q.shape[0]:
-        return f"the text lengths are those of {len(call.real)} samples" + got(q)
+        return f"the text lengths are for a batch of {len(call.real)} samples" + got(q)
     if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
-        return "q, k and v must be of one dtype" + got(q, k, v)
-    if entered.weights is not None and entered.weights.shape != q.shape[:2]:
-        return "weights of the scores must be [B, S]" + got(entered.weights, q)
+        return "q, k and v must have the same dtype" + got(q, k, v)
+    if current_pass.weights is not None and current_pass.weights.shape != q.shape[:2]:
+        return "score weights must be [B, S]" + got(current_pass.weights, q)
     if call.padded and mask is None:
-        return f"text of {call.real} tokens is padded, and there is no mask"
-    if mask is not None and not readable:
-        return "a mask that may hold anything is not windowed" + got(mask)
+        return f"text of {call.real} tokens is padded, but the call has no mask"
+    if mask is not None and not mask_supported:
+        return "this attention mask is not supported" + got(mask)
     return ""
 
 
-_READABLE = 1 << 20  # different elements of a mask that is looked through at every call; a larger one is not
+_MAX_MASK_ELEMENTS = 1 << 20  # a mask with more distinct elements is not read, because reading happens at every call
 
 
-def says_nothing(mask: Tensor) -> bool:
-    """Whether a mask is one value all over: all True, or one number added to every score. Inside a compiled graph nobody can look."""
+def is_constant(mask: Tensor) -> bool:
+    """Whether a mask has no effect: all True, or one number for every score. False inside a compiled graph, where values are unknown."""
     if torch.compiler.is_compiling():
         return False
-    distinct = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]  # an expanded axis repeats itself
-    if distinct.numel() > _READABLE:
+    distinct = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]  # one element of each expanded axis
+    if distinct.numel() > _MAX_MASK_ELEMENTS:
         return False
     return bool(distinct.all()) if mask.dtype == torch.bool else bool((distinct == distinct.flatten()[0]).all())

@@ -1,4 +1,4 @@
-"""The networks of a pipeline, and whether they are patched."""
+"""The networks of a pipeline, their handles, and the pipeline's original call."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, cast
 from torch import nn
 
 from scalediff.patching.handle import Handle
-from scalediff.patching.subclass import ATTRIBUTE, own_class
+from scalediff.patching.subclass import ATTRIBUTE, original_class
 from scalediff.patching.target import Target
 
 
 def denoiser_of(model: Any) -> nn.Module:
-    """The network that a pipeline calls at every step; a module is its own denoiser, a compiled one that within.
+    """The network that a pipeline calls at every step. For a module, the module itself, without torch.compile's wrapper.
 
     Raises:
-        TypeError: neither a module nor a pipeline with a `unet` or `transformer`.
+        TypeError: The model is neither a module nor a pipeline with a `unet` or `transformer`.
     """
     return next(net for _, net in named_networks(model))
 
 
-def nets_of(model: Any) -> list[nn.Module]:
+def networks_of(model: Any) -> list[nn.Module]:
     """The denoiser of a pipeline and its ControlNets."""
     return [net for _, net in named_networks(model)]
 
 
 def named_networks(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The denoiser of a pipeline and then its ControlNets, with their names in reports."""
+    """The denoiser of a pipeline and then its ControlNets, each with the prefix of its modules in reports."""
     if isinstance(model, nn.Module):
         yield "", uncompiled(model)
         return
@@ -47,26 +47,26 @@ def named_networks(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def uncompiled(model: Any) -> Any:
-    """The module within torch.compile's wrapper; the wrapper calls it, so a patch of it is a patch of both."""
+    """The module inside torch.compile's wrapper. The wrapper calls it, so patching it patches both."""
     return getattr(model, "_orig_mod", model)
 
 
 def handle_of(model: Any) -> Handle | None:
-    """The handle of a patched pipeline or denoiser."""
+    """The handle of a patched pipeline or denoiser; None if it is not patched."""
     target: Target | None = denoiser_of(model).__dict__.get(ATTRIBUTE)
     return cast(Handle, target.handle) if target is not None else None
 
 
-def is_text_to_image(kind: type) -> bool:
-    """Whether calls of a pipeline class take a prompt, a size and latents, and no picture to change: then they can run a stage."""
-    own = own_class(kind)
-    names, parts = (set(inspect.signature(of).parameters) for of in (own.__call__, own))
-    # Beside a ControlNet, `image` is the condition; a picture to change comes with a strength.
+def is_text_to_image(pipeline_class: type) -> bool:
+    """Whether a pipeline class can run a stage: its call takes a prompt, a size and latents, and no picture to edit."""
+    original = original_class(pipeline_class)
+    names, parts = (set(inspect.signature(of).parameters) for of in (original.__call__, original))
+    # With a ControlNet, `image` is the condition; a call that edits a picture also has a `strength`.
     pictures = {"mask_image", "strength"} if "controlnet" in parts else {"image", "mask_image"}
     return {"prompt", "height", "width", "latents"} <= names and names.isdisjoint(pictures)
 
 
 def original_call(pipe: Any) -> Callable[..., Any]:
-    """The pipeline class's own `__call__`, patched or not; the pipeline is its first argument."""
-    call: Callable[..., Any] = own_class(type(pipe)).__call__
+    """The unpatched `__call__` of the pipeline's class; the pipeline is its first argument."""
+    call: Callable[..., Any] = original_class(type(pipe)).__call__
     return call

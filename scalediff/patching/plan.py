@@ -1,4 +1,4 @@
-"""What one forward pass does with its attention calls: known once per picture size, read by every call.
+"""How the attention calls of one forward pass are computed: one plan per picture size.
 
 Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X token grid, T text tokens.
 """
@@ -20,7 +20,7 @@ from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 @dataclass(frozen=True)
 class Options:
-    """What `patch_model` was asked for, where it matters to a call."""
+    """The options of `patch_model` that attention calls need."""
 
     impl: Impl = "auto"
     text_queries: TextQueries = "window"
@@ -28,7 +28,7 @@ class Options:
 
 
 class Call:
-    """One kind of attention call: how its sequence lies, and its windows."""
+    """One kind of attention call: the layout of its sequence, and its windows."""
 
     def __init__(
         self, sequence: Sequence, native: Grid, fraction: tuple[float, float], rotation: TextRotation | None, like: Tensor, options: Options
@@ -44,44 +44,48 @@ class Call:
             kind = torch.promote_types(like.dtype, torch.float32)
             self.text_rope = cos.to(like.device, kind), sin.to(like.device, kind)
         spans = sequence.spans(len(sequence.real) or 1)
-        self._numbers = _Numbers(self.grid, self.window, self.patch, self.offset, sequence.lengths, spans)
-        self._written = self._numbers.write()
+        self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, sequence.lengths, spans)
+        self._encoded = self._sizes.encode()
 
     @property
-    def numbers(self) -> _Numbers:
-        """All its numbers. torch.compile would take them for symbols once a second picture size comes; from a text they are constants."""
-        return _Numbers.read(self._written) if torch.compiler.is_compiling() else self._numbers
+    def sizes(self) -> _CallSizes:
+        """The sizes of the call.
+
+        Under torch.compile they are parsed from a string, which makes them constants: integers would become symbolic as soon as a second
+        picture size is used.
+        """
+        return _CallSizes.decode(self._encoded) if torch.compiler.is_compiling() else self._sizes
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """`[B, S, H, D]` over keys and values `[B, S, G, D]`; padding comes out as zeros."""
-        numbers = self.numbers
-        if numbers.lengths[1] == numbers.area:
-            return self._image(numbers, q, k, v, scale)
-        if len(numbers.spans) == 1:
-            return self._joint(numbers, numbers.spans[0], q, k, v, scale)
-        parts = [self._joint(numbers, s, q[s.first : s.last], k[s.first : s.last], v[s.first : s.last], scale) for s in numbers.spans]
+        """Attention of queries `[B, S, H, D]` to keys and values `[B, S, G, D]`; the output is zero at padding."""
+        sizes = self.sizes
+        if sizes.lengths[1] == sizes.area:
+            return self._image(sizes, q, k, v, scale)
+        if len(sizes.spans) == 1:
+            return self._joint(sizes, sizes.spans[0], q, k, v, scale)
+        parts = [self._joint(sizes, s, q[s.first : s.last], k[s.first : s.last], v[s.first : s.last], scale) for s in sizes.spans]
         return torch.cat(parts)
 
-    def _image(self, numbers: _Numbers, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        q, k, v = (_part(x, 0, numbers.area).unflatten(1, numbers.grid) for x in (q, k, v))
-        how = {"window": numbers.window, "patch": numbers.patch, "offset": numbers.offset}
-        return neighborhood_patch_attention(q, k, v, **how, scale=scale, impl=self.impl).flatten(1, 2)
+    def _image(self, sizes: _CallSizes, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        q, k, v = (_tokens(x, 0, sizes.area).unflatten(1, sizes.grid) for x in (q, k, v))
+        geometry = {"window": sizes.window, "patch": sizes.patch, "offset": sizes.offset}
+        return neighborhood_patch_attention(q, k, v, **geometry, scale=scale, impl=self.impl).flatten(1, 2)
 
-    def _joint(self, numbers: _Numbers, span: Span, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        queries, area = numbers.lengths[0], numbers.area
+    def _joint(self, sizes: _CallSizes, span: Span, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        queries, area = sizes.lengths[0], sizes.area
         tokens = span.text_stop - span.text_start
-        image_q = _part(q, span.image if queries > area else 0, area)
-        image_k, image_v = (_part(x, span.image, area) for x in (k, v))
+        image_q = _tokens(q, span.image if queries > area else 0, area)
+        image_k, image_v = (_tokens(x, span.image, area) for x in (k, v))
         if tokens == 0:
-            out = self._image(numbers, image_q, image_k, image_v, scale)
+            out = self._image(sizes, image_q, image_k, image_v, scale)
             return F.pad(out, (0, 0, 0, 0, span.image, queries - area - span.image)) if queries > area else out
-        text_k, text_v = (_part(x, span.text_start, tokens) for x in (k, v))
-        text_q = _part(q, span.text_start, tokens) if self.text_queries else _like_queries(text_k, q)
-        image_q, image_k, image_v = (x.unflatten(1, numbers.grid) for x in (image_q, image_k, image_v))
-        text_rope = None if self.text_rope is None else _fitting(self.text_rope, q)
+        text_k, text_v = (_tokens(x, span.text_start, tokens) for x in (k, v))
+        text_q = _tokens(q, span.text_start, tokens) if self.text_queries else _placeholder_queries(text_k, q)
+        image_q, image_k, image_v = (x.unflatten(1, sizes.grid) for x in (image_q, image_k, image_v))
+        text_rope = None if self.text_rope is None else _rope_for(self.text_rope, q)
         image_out, text_out = joint_neighborhood_patch_attention(
             image_q, image_k, image_v, text_q, text_k, text_v,
-            window=numbers.window, patch=numbers.patch, offset=numbers.offset, scale=scale, text_rope=text_rope,
+            window=sizes.window, patch=sizes.patch, offset=sizes.offset, scale=scale, text_rope=text_rope,
             text_queries=self.text_queries, impl=self.impl,
         )  # fmt: skip
         image_out = image_out.flatten(1, 2)
@@ -97,8 +101,8 @@ class Call:
         return F.pad(out, (0, 0, 0, 0, 0, queries - length)) if queries > length else out
 
 
-class _Numbers(NamedTuple):
-    """What a call must know to cut its tensors."""
+class _CallSizes(NamedTuple):
+    """The sizes by which a call slices its tensors."""
 
     grid: Grid
     window: Grid
@@ -111,13 +115,13 @@ class _Numbers(NamedTuple):
     def area(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def write(self) -> str:
-        """As a text: five pairs, and the spans."""
+    def encode(self) -> str:
+        """Encode as a string: five pairs, then the spans."""
         return " ".join(str(n) for pair in (*self[:5], *self.spans) for n in pair)
 
     @classmethod
-    def read(cls, text: str) -> _Numbers:
-        """The inverse of `write`."""
+    def decode(cls, text: str) -> _CallSizes:
+        """The inverse of `encode`."""
         n = [int(number) for number in text.split()]
         pairs = [(n[i], n[i + 1]) for i in range(0, 10, 2)]
         spans = tuple(Span(n[i], n[i + 1], n[i + 2], n[i + 3], n[i + 4]) for i in range(10, len(n), 5))
@@ -125,15 +129,15 @@ class _Numbers(NamedTuple):
 
 
 class Plan:
-    """The calls of one forward pass, and how to tell them from others.
+    """The attention calls of one forward pass that are computed in windows, and how to recognise them.
 
     Args:
-        layout: How its tokens lie.
-        native: The token grid that the model was trained on: the window.
-        fraction: How far the patch grid is moved, in patches.
-        rotation: How the model rotates, where its text is to be turned for each window.
-        like: A tensor of the model's input: its device and dtype.
-        options: What `patch_model` was asked for.
+        layout: Layout of the pass's tokens.
+        native: Native token grid `(Y, X)` of the model; the window.
+        fraction: Offset of the patch grid per axis, as a fraction of the patch.
+        rotation: The model's rotary positions, if text is rotated for each window.
+        like: An input tensor of the model, for device and dtype.
+        options: Options of `patch_model`.
     """
 
     def __init__(
@@ -144,62 +148,62 @@ class Plan:
         self.grids = " or ".join(dict.fromkeys(f"{y} x {x}" for y, x in (call.grid for call in self.calls)))
 
     def call(self, queries: int, keys: int) -> Call | None:
-        """The call of these lengths, if it can be nothing else."""
+        """The call with these sequence lengths; None if there is none, or if it could be another kind of call."""
         if keys in self.others:
             return None
         for call in self.calls:
-            if (queries, keys) == call.numbers.lengths:
+            if (queries, keys) == call.sizes.lengths:
                 return call
         return None
 
     def unexpected(self, queries: int, keys: int) -> str:
-        """What is wrong with a call that `call` does not know; empty for text alone and cross-attention."""
+        """Why a call that looks like image self-attention does not match; empty for cross-attention and attention among text tokens."""
         if keys in self.others:
-            same = any((queries, keys) == call.numbers.lengths for call in self.calls)
-            return "image and text have as many tokens, and a call may be either" + got(keys) if same else ""
-        image = any(queries == call.numbers.area for call in self.calls)
+            same = any((queries, keys) == call.sizes.lengths for call in self.calls)
+            return "image and text have the same number of tokens and cannot be told apart" + got(keys) if same else ""
+        image = any(queries == call.sizes.area for call in self.calls)
         joint = any(call.sequence.text for call in self.calls)
         wrong = queries == keys or (image and (keys - queries in self.others or (joint and keys > queries)))
         return f"q, k and v must have the tokens of {self.grids}" + got(queries, keys) if wrong else ""
 
 
-_EXTRA = 8  # the kernel takes heads in multiples of it
+_EXTRA_CHANNELS = 8  # the kernel needs head dims that are multiples of 8
 
 
-def with_weights(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, of_keys: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, S, H, D + 8]`, for which attention without a mask adds a_i b_j to the score of query i and key j; a, b `[B, S]`.
+def with_score_bias(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, of_keys: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Extend q, k and v to `[B, S, H, D + 8]` so that attention adds a_i b_j to the score of query i and key j; a and b are `[B, S]`.
 
-    The sum is one more product of channels: a / scale in the queries, b in the keys, nothing in the values.
+    The product is one more channel: a / scale in the queries, b in the keys, zero in the values.
     """
 
     def longer(x: Tensor, channel: Tensor | None) -> Tensor:
-        x = F.pad(x, (0, _EXTRA))
+        x = F.pad(x, (0, _EXTRA_CHANNELS))
         if channel is not None:
-            x[..., -_EXTRA] = channel[:, :, None].to(x.device, x.dtype)
+            x[..., -_EXTRA_CHANNELS] = channel[:, :, None].to(x.device, x.dtype)
         return x
 
     return longer(q, of_queries / scale), longer(k, of_keys), longer(v, None)
 
 
 def got(*values: Tensor | int) -> str:
-    """What a message ends with: shapes and dtypes, or numbers. Nothing inside a compiled graph, where shapes may be symbols."""
+    """The end of a message: ", got" with shapes and dtypes, or numbers. Empty inside a compiled graph, where shapes may be symbolic."""
     if torch.compiler.is_compiling():
         return ""
     return ", got " + ", ".join(f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{x}" for x in values)
 
 
-def _fitting(rope: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables on the device of a call, which an offloading hook may have chosen; further channels are not turned."""
+def _rope_for(rope: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables on the device of a call, which offloading may change, padded for channels that are not rotated."""
     cos, sin = (table.to(q.device) for table in rope)
     more = q.shape[-1] // 2 - cos.shape[-1]
     return (F.pad(cos, (0, more), value=1.0), F.pad(sin, (0, more))) if more > 0 else (cos, sin)
 
 
-def _part(x: Tensor, start: int, length: int) -> Tensor:
-    """Tokens `[start, start + length)` of `[B, S, H, D]`. Of a slice torch.compile would keep symbols in the shape."""
+def _tokens(x: Tensor, start: int, length: int) -> Tensor:
+    """Tokens `[start, start + length)` of `[B, S, H, D]`. With slicing, torch.compile would keep symbolic shapes."""
     return x.narrow(1, start, length)
 
 
-def _like_queries(text_k: Tensor, q: Tensor) -> Tensor:
-    """A stand-in `[B, T, H, D]` for text queries that nobody reads."""
+def _placeholder_queries(text_k: Tensor, q: Tensor) -> Tensor:
+    """A placeholder `[B, T, H, D]` for the text queries where none are needed."""
     return text_k if text_k.shape[2] == q.shape[2] else text_k.repeat_interleave(q.shape[2] // text_k.shape[2], dim=2)

@@ -1,4 +1,4 @@
-"""What was patched, what was not, and why."""
+"""Report of the attention modules of a patched model: which are patched, which are not, and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ Status = Literal["patched", "untouched"]
 
 @dataclass(frozen=True)
 class Row:
-    """One attention module: `window` and `patch` in tokens (Y, X) where it is patched, `why` in words where it is not."""
+    """One attention module of the report.
+
+    Attributes:
+        module: Path of the module in the pipeline or model.
+        role: What it attends to: `"self"`, `"joint"`, `"cross"` or `"text"`.
+        grid_source: Where the token grid comes from.
+        text: How text enters the attention; `"-"` if it does not.
+        window: Key/value window in tokens `(Y, X)`; None if the module is not patched.
+        patch: Query patch in tokens `(Y, X)`; None if the module is not patched.
+        status: `"patched"` or `"untouched"`.
+        why: Why the module is not patched; empty if it is.
+    """
 
     module: str
     role: str
@@ -26,13 +37,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one patched model; printing it gives the table.
+    """The attention modules of a patched model; `print(report)` shows them as a table.
 
     Attributes:
         model: Class name of the denoiser.
-        rows: Its attention modules, and those of the ControlNets beside it.
-        call: What becomes of the model's own call.
-        known: The rows are all there are. Of an unlisted model they are the callers of attention seen in its first large pass.
+        rows: Attention modules of the denoiser and of its ControlNets.
+        call: What a call of the model or pipeline does now.
+        known: Whether `rows` is complete. For an unlisted model, `rows` holds the modules whose attention was intercepted in the first
+            pass above the native area.
     """
 
     model: str
@@ -42,6 +54,7 @@ class Report:
 
     @property
     def patched(self) -> tuple[Row, ...]:
+        """The rows of the patched modules."""
         return tuple(row for row in self.rows if row.status == "patched")
 
     def __str__(self) -> str:
@@ -53,7 +66,7 @@ class Report:
         widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [heads, *cells]]
         if not self.known and not self.rows:
-            return f"{self.model}: attention is intercepted from the first pass above the window's area on; {self.call}"
+            return f"{self.model}: attention modules are listed here after the first pass above the window's area; {self.call}"
         count = f"{len(self.patched)} of {len(self.rows)}" if self.known else f"{len(self.patched)} seen"
         return "\n".join([f"{self.model}: {count} attention modules patched; {self.call}", *lines])
 

@@ -1,6 +1,7 @@
-"""Subclasses that stand for the class of a patched object: another call, everything else as it was.
+"""Patch an object by giving it a subclass of its class with other methods.
 
-A patched object is one of such a class with a mark in its `__dict__`; without the mark the class does nothing of its own.
+A patched object has such a class and the patch itself in its `__dict__`. Without the patch in its `__dict__`, an object of the subclass
+behaves like one of the original class.
 """
 
 from __future__ import annotations
@@ -11,54 +12,54 @@ from collections.abc import Callable
 from typing import Any, cast
 
 ATTRIBUTE = "_scalediff"
-_STANDS_FOR = "_scalediff_stands_for"
+_ORIGINAL_CLASS = "_scalediff_stands_for"
 
 
 class Patched:
-    """Marks the subclasses made here; each stands for the class under it. Copies and pickles are of that class."""
+    """Base of the subclasses made here. Copies and pickles of a patched object have the original class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
-        arguments = tuple(own_class(type(self)) if argument is type(self) else argument for argument in arguments)
+        arguments = tuple(original_class(type(self)) if argument is type(self) else argument for argument in arguments)
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            function = object.__new__  # the other asks for the object's own class
+            function = object.__new__  # copyreg.__newobj__ needs the class of the patched object
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != ATTRIBUTE}
         return function, arguments, *rest
 
 
-def own_class(cls: type) -> type:
-    """The class that a patched one stands for, also below classes that others have put on top."""
+def original_class(cls: type) -> type:
+    """The class that was patched, also when other code has subclassed the patched class since."""
     for base in cls.__mro__:
-        if _STANDS_FOR in base.__dict__:
-            return own_class(base.__dict__[_STANDS_FOR])
+        if _ORIGINAL_CLASS in base.__dict__:
+            return original_class(base.__dict__[_ORIGINAL_CLASS])
     return cls
 
 
-def mark(owner: Any, mark: object, calls: Callable[[type], dict[str, Callable[..., Any]]]) -> None:
-    """Give an object a class with other calls, made from its own, and the mark.
+def patch_class(owner: Any, patch: object, methods: Callable[[type], dict[str, Callable[..., Any]]]) -> None:
+    """Give an object a subclass of its class with these methods, and store the patch in its `__dict__`.
 
-    Name and module of the class stay, so that saving and printing are as before.
+    The subclass keeps the name and module of the class, so saving and printing do not change.
     """
-    own = type(owner).__dict__.get(_STANDS_FOR, type(owner))  # an object made from the class of a patched one is not patched
-    owner.__class__ = _standing_for(own, calls)
-    owner.__dict__[ATTRIBUTE] = mark
+    original = type(owner).__dict__.get(_ORIGINAL_CLASS, type(owner))  # an object created from a patched object's class is not patched
+    owner.__class__ = _patched_subclass(original, methods)
+    owner.__dict__[ATTRIBUTE] = patch
 
 
-@functools.cache  # a graph that was compiled for the class of one patch serves the next one
-def _standing_for(cls: type, calls: Callable[[type], dict[str, Callable[..., Any]]]) -> type:
-    names = {_STANDS_FOR: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,) if issubclass(cls, Patched) else (Patched, cls), {**calls(cls), **names})
+@functools.cache  # torch.compile can then reuse a graph after the model is patched again
+def _patched_subclass(cls: type, methods: Callable[[type], dict[str, Callable[..., Any]]]) -> type:
+    names = {_ORIGINAL_CLASS: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,) if issubclass(cls, Patched) else (Patched, cls), {**methods(cls), **names})
 
 
-def unmark(owner: Any, mark: object) -> None:
-    """Take the mark off, if it is there, and give the object its class back."""
-    if owner is not None and owner.__dict__.get(ATTRIBUTE) is mark:
+def restore_class(owner: Any, patch: object) -> None:
+    """Remove this patch and restore the object's class, if this patch is the current one."""
+    if owner is not None and owner.__dict__.get(ATTRIBUTE) is patch:
         del owner.__dict__[ATTRIBUTE]
-        if _STANDS_FOR in type(owner).__dict__:  # a class that others have put on top stays: our call does nothing without a mark
-            owner.__class__ = type(owner).__dict__[_STANDS_FOR]
+        if _ORIGINAL_CLASS in type(owner).__dict__:  # a subclass made by other code stays: without a patch it calls the original methods
+            owner.__class__ = type(owner).__dict__[_ORIGINAL_CLASS]
 
 
 def is_patched(net: Any) -> bool:
-    """Whether a network is patched, by itself or with its pipeline."""
+    """Whether a network is patched, directly or through its pipeline."""
     return ATTRIBUTE in net.__dict__

@@ -1,4 +1,4 @@
-"""One patched denoiser: what its forward passes look like, what becomes of their calls, and what there is to report."""
+"""One patched denoiser: it plans its forward passes, checks what was intercepted in them, and reports its attention modules."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from scalediff.families.base import Family, Reader
-from scalediff.families.grid import Grid, Unreadable, patch_of, window_of
+from scalediff.families.grid import Grid, UnknownLayout, patch_of, window_of
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import Call, Options, Plan
 from scalediff.patching.report import Row
 from scalediff.settings import Attention, Jitter
 
-_PLANS = 64  # kept per denoiser: sizes in use, times the offsets of the jitter
+_MAX_PLANS = 64  # cached per denoiser: picture sizes in use, times the offsets of the jitter
 
 
 class Patch(Protocol):
-    """What a target is a part of; it removes all of it."""
+    """The handle that a target belongs to."""
 
     @property
     def model(self) -> Any: ...
@@ -34,9 +34,10 @@ class Patch(Protocol):
 
 
 class Offsets:
-    """How far the patch grid of a pass is moved, in patches: one offset per step, which is told by its input tensor.
+    """The offset of the patch grid, as a fraction of a patch: one offset per step.
 
-    The passes of one step, with and without the prompt, see the same grid: guidance would amplify the difference.
+    Passes with the same input tensor belong to one step. The conditional and the unconditional pass of a step must use the same grid,
+    because guidance would amplify any difference between them.
     """
 
     def __init__(self, jitter: Jitter, seed: int) -> None:
@@ -44,16 +45,18 @@ class Offsets:
         self.restart()
 
     def restart(self) -> None:
-        """Begin again, as after patching."""
+        """Start the sequence of offsets again."""
         self._random = random.Random(self._seed)
-        self._of: tuple[weakref.ref[Tensor], int] | None = None
+        self._last_input: tuple[weakref.ref[Tensor], int] | None = None
         self._fraction = (0.0, 0.0)
         self._steps = 0
 
-    def next(self, of: Tensor) -> tuple[float, float]:
-        version = 0 if of.is_inference() else of._version
-        if self.jitter != "none" and (self._of is None or self._of[0]() is not of or self._of[1] != version):
-            self._of = weakref.ref(of), version
+    def next(self, model_input: Tensor) -> tuple[float, float]:
+        """The offset `(Y, X)` of a pass with this input."""
+        version = 0 if model_input.is_inference() else model_input._version
+        last = self._last_input
+        if self.jitter != "none" and (last is None or last[0]() is not model_input or last[1] != version):
+            self._last_input = weakref.ref(model_input), version
             if self.jitter == "random":
                 self._fraction = self._random.random(), self._random.random()
             else:
@@ -63,17 +66,18 @@ class Offsets:
 
 
 class Target:
-    """A patched denoiser, seen by the passes it runs.
+    """A patched denoiser.
 
     Args:
-        denoiser: The network; held weakly.
-        family: How its passes are laid out.
-        native: Its native token grid.
-        prefix: Its name in the pipeline, for the report.
-        parameters: The names of its forward pass's arguments.
-        options: What `patch_model` was asked for.
-        jitter, seed: How the patch grid moves from step to step.
-        strict: An unlisted model whose first large pass has no call to take raises; otherwise it warns.
+        denoiser: The network; held by a weak reference.
+        family: The model family, which gives the token layout of a pass.
+        native: Native token grid `(Y, X)`.
+        prefix: Prefix of the module names in the report.
+        parameters: Names of the arguments of `forward`.
+        options: Options of `patch_model` for the attention.
+        jitter, seed: How the patch grid moves from step to step, as in `patch_model`.
+        strict: Raise an error, instead of a warning, if no call of an unlisted model can be intercepted in its first pass above the
+            native area.
     """
 
     def __init__(
@@ -101,13 +105,13 @@ class Target:
         self.offsets = Offsets(jitter, seed)
         self._read = Reader()
         self._plans: dict[Any, Plan] = {}
-        self._said: set[str] = set()  # why something ran full attention
-        self._most = 0  # calls of a pass
-        self._taken = -1  # calls of the pass before
+        self._already_warned: set[str] = set()  # reasons
+        self._most_intercepted = 0  # calls in any pass
+        self._last_intercepted = -1  # calls in the previous pass; -1 before the first
 
     @property
     def active(self) -> bool:
-        """Whether its denoiser is patched by it."""
+        """Whether the patch is in place."""
         return self in _active
 
     @active.setter
@@ -115,31 +119,31 @@ class Target:
         (_active.add if value else _active.discard)(self)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
-        """Open the pass of a forward that exceeds the native area; None where the forward is to run as it is."""
-        entered = current()
-        if not self.active or self.attention == "full" or (entered is not None and entered.owner is self):
+        """Open a pass for a forward above the native area; None if the forward needs no interception."""
+        outer = current()
+        if not self.active or self.attention == "full" or (outer is not None and outer.owner is self):
             return None
-        laid_out = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
-        return None if laid_out is None else open_pass(self, *laid_out)
+        planned = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        return None if planned is None else open_pass(self, *planned)
 
-    def end(self, module: nn.Module, entered: Pass, finished: bool) -> None:
-        """Close the pass, whatever was raised in it; of a finished one see what it has shown."""
-        close_pass(entered)
+    def end(self, module: nn.Module, opened: Pass, finished: bool) -> None:
+        """Close a pass. If the forward finished without an exception, check what was intercepted."""
+        close_pass(opened)
         if finished:
-            self._conclude(module, entered)
+            self._check_finished_pass(module, opened)
 
     def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[Plan, Tensor | None] | None:
         try:
             layout = self.family.layout(module, arguments, self._read)
             like = next((x for x in _tensors(arguments.values()) if x.is_floating_point()), None)
             if like is None:
-                raise Unreadable("it was given no floating point tensor")
-        except Unreadable as why:
+                raise UnknownLayout("no argument is a floating-point tensor")
+        except UnknownLayout as why:
             if why.tokens is None or why.tokens > self.native[0] * self.native[1]:
                 self._warn_once(type(module).__name__, str(why))
             return None
-        except (AttributeError, IndexError, KeyError, TypeError) as why:  # arguments that the family has never seen
-            self._warn_once(type(module).__name__, f"its arguments do not say how tokens lie: {why!r}")
+        except (AttributeError, IndexError, KeyError, TypeError) as why:  # arguments that the family does not expect
+            self._warn_once(type(module).__name__, f"its arguments do not give the token layout: {why!r}")
             return None
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
             return None
@@ -151,64 +155,65 @@ class Target:
         key = (layout, fraction, like.device, like.dtype)
         plan = self._plans.get(key)
         if plan is None:
-            if len(self._plans) >= _PLANS:
+            if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             plan = self._plans[key] = Plan(layout, self.native, fraction, self._rotation, like, self.options)
         return plan, layout.weights
 
-    def took(self, entered: Pass, call: Call) -> None:
-        """A call is about to be computed in windows."""
-        entered.taken += 1
-        if entered.with_gradients and _checkpoints():
+    def on_intercepted(self, current_pass: Pass, call: Call) -> None:
+        """Count a call that is about to be computed in windows, and remember its module for the report."""
+        current_pass.intercepted += 1
+        if current_pass.with_gradients and _in_checkpoint():
             raise NotImplementedError(_CHECKPOINTING)
-        if self._taken < 0:
+        if self._last_intercepted < 0:
             self.seen.setdefault(self._caller(), call)
 
-    def left(self, entered: Pass, why: str) -> None:
-        """A call that looks like self-attention runs full attention; that is said at once, unless an error may be due."""
-        if _kind(why) in self._said or _kind(why) in map(_kind, entered.left.values()):
+    def on_skipped(self, current_pass: Pass, why: str) -> None:
+        """Warn that a call that looks like self-attention runs full attention; wait for the end of a pass that may raise an error."""
+        if _without_shapes(why) in self._already_warned or _without_shapes(why) in map(_without_shapes, current_pass.skipped.values()):
             return
-        if self._on_trial:
-            entered.left[self._caller()] = why
+        if self._must_intercept:
+            current_pass.skipped[self._caller()] = why
         else:
             self._warn_once(self._caller(), why)
 
     @property
-    def _on_trial(self) -> bool:
-        """In the first large pass of an unlisted model under `strict`."""
-        return self._strict and not self.family.listed and self._taken < 0
+    def _must_intercept(self) -> bool:
+        """Whether this is the first pass above the native area of an unlisted model, under `strict`."""
+        return self._strict and not self.family.listed and self._last_intercepted < 0
 
-    def _conclude(self, module: nn.Module, entered: Pass) -> None:
-        """What a whole pass has shown."""
-        if entered.untaken:
-            self._warn_once(f"an attention call of the compiled {type(module).__name__}", entered.untaken)
-        if entered.taken != self._taken and not entered.traced and not entered.untaken:
-            self._name_obstacles(module)
-            none = f"no call of scaled_dot_product_attention had the tokens of {entered.plan.grids}"
-            if entered.taken == 0 and self._on_trial:
-                self._taken = 0
-                why = next(iter(entered.left.values()), none)
+    def _check_finished_pass(self, module: nn.Module, finished: Pass) -> None:
+        """Raise an error, or warn, if attention calls of the pass were not intercepted."""
+        count = finished.intercepted
+        if finished.skipped_in_graph:
+            self._warn_once(f"an attention call of the compiled {type(module).__name__}", finished.skipped_in_graph)
+        if count != self._last_intercepted and not finished.intercepted_in_graph and not finished.skipped_in_graph:
+            self._warn_of_obstacles(module)
+            none = f"no call of scaled_dot_product_attention had the tokens of {finished.plan.grids}"
+            if count == 0 and self._must_intercept:
+                self._last_intercepted = 0
+                why = next(iter(finished.skipped.values()), none)
                 raise ValueError(f"nothing was patched: {why}, in {type(module).__name__}; the pass ran full attention")
-            for name, why in entered.left.items():
+            for name, why in finished.skipped.items():
                 self._warn_once(name, why)
-            if entered.taken == 0 and self._most == 0 and not self._said:
+            if count == 0 and self._most_intercepted == 0 and not self._already_warned:
                 self._warn_once(type(module).__name__, none)
-        self._taken, self._most = entered.taken, max(entered.taken, self._most)
+        self._last_intercepted, self._most_intercepted = count, max(count, self._most_intercepted)
 
-    def _name_obstacles(self, module: nn.Module) -> None:
-        """Processors may have been replaced since the model was patched."""
+    def _warn_of_obstacles(self, module: nn.Module) -> None:
+        """Check the modules again, because processors may have been replaced since the model was patched."""
         for site in self.family.sites(module):
             if site.obstacle and site.role in ("self", "joint"):
                 self._warn_once(self.prefix + site.name, site.obstacle)
 
     def _warn_once(self, name: str, why: str) -> None:
-        """Once for every reason, with the first module that it concerns."""
-        if _kind(why) not in self._said:
-            self._said.add(_kind(why))
+        """Warn once per reason, naming the first module that it concerns."""
+        if _without_shapes(why) not in self._already_warned:
+            self._already_warned.add(_without_shapes(why))
             warnings.warn(f"scalediff: {name} runs full attention: {why}", stacklevel=3)
 
     def _caller(self) -> str:
-        """The module whose forward is running: the innermost attention module on the stack, or the innermost module of ours."""
+        """Name of the module whose forward is running: the innermost attention module on the stack, or else the innermost module."""
         denoiser = self.module()
         names = {id(module): name for name, module in denoiser.named_modules()} if denoiser is not None else {}
         innermost: str = ""
@@ -222,7 +227,7 @@ class Target:
         return self.prefix + (innermost or type(denoiser).__name__)
 
     def rows(self) -> list[Row]:
-        """For the report: the attention modules, or the callers that have been seen where nobody listed them."""
+        """Rows of the report: the attention modules of a listed family, or the modules seen calling attention."""
         rows = []
         for site in self.sites.values():
             name, grid_source, text = self.prefix + site.name, self.family.grid_source, "-" if site.role == "self" else self.family.text
@@ -246,24 +251,24 @@ _active: weakref.WeakSet[Target] = weakref.WeakSet()
 
 
 def any_active() -> bool:
-    """Whether a model is patched, anywhere in the process."""
+    """Whether any model in the process is patched."""
     return len(_active) > 0
 
 
 CONTEXT_PARALLEL = (
-    "context parallelism splits text and image over the ranks and joins them interleaved, where no window can be cut: "
-    "patch_model does not work with it yet"
+    "patch_model does not support context parallelism yet: it splits text and image over the ranks and joins them interleaved, "
+    "so that windows cannot be formed"
 )
 
 
 _CHECKPOINTING = (
-    "gradient checkpointing computes blocks a second time, after the forward pass, where their attention is not patched: "
-    "disable it, or use torch.no_grad()"
+    "gradient checkpointing is not supported: it computes blocks again after the forward pass, when attention is no longer "
+    "patched; disable it, or use torch.no_grad()"
 )
 
 
-def _checkpoints() -> bool:
-    """Whether this call is made from within torch.utils.checkpoint."""
+def _in_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint is on the call stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
@@ -272,13 +277,13 @@ def _checkpoints() -> bool:
     return False
 
 
-def _kind(why: str) -> str:
-    """A reason without the shapes of one call."""
+def _without_shapes(why: str) -> str:
+    """A reason without the shapes of the particular call."""
     return why.partition(", got")[0]
 
 
 def is_context_parallel(module: nn.Module) -> bool:
-    """Whether diffusers' context parallelism is on."""
+    """Whether diffusers' context parallelism is enabled for this module."""
     return getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None
 
 

@@ -21,7 +21,7 @@ from bench.flops.__main__ import comma_separated, main, sections
 from bench.flops.count import Counter, Row, views
 from bench.flops.models import MODELS
 from bench.report.tables import fill
-from scalediff.cost.flops import _attention_of, _counted, attention_work, count, layer_work
+from scalediff.cost.flops import _attention_flops, _count_flops, attention_work, count, layer_work
 from scalediff.patch import patch_model
 
 counter = cache(Counter)
@@ -105,20 +105,20 @@ def test_attention_is_what_torch_counts(name: str, attention: Any, text_queries:
     assert (cross > 0) == (name == "lumina-next")
     with patch_model(denoiser, text_queries=text_queries) as handle:
         handle.attention = attention
-        parts = _counted(lambda: denoiser(**inputs))
-    assert attended + cross == pytest.approx(_attention_of(parts), rel=1e-12)
-    assert sum(layer_work(denoiser, inputs)) == pytest.approx(sum(parts.values()) - _attention_of(parts))
+        parts = _count_flops(lambda: denoiser(**inputs))
+    assert attended + cross == pytest.approx(_attention_flops(parts), rel=1e-12)
+    assert sum(layer_work(denoiser, inputs)) == pytest.approx(sum(parts.values()) - _attention_flops(parts))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", flops.SIZES)
 @pytest.mark.parametrize("name", MODELS)
-def test_full_attention_of_whole_models_is_what_torch_counts(name: str, size: int) -> None:
+def test_full_attention_flops_whole_models_is_what_torch_counts(name: str, size: int) -> None:
     denoiser = counter(name).denoiser
     with torch.device("meta"):
         inputs = MODELS[name].inputs(size // 8, size // 8)
-    parts = _counted(lambda: denoiser(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}))
-    assert sum(attention_work(denoiser, inputs, attention="full")) == pytest.approx(_attention_of(parts), rel=1e-12)
+    parts = _count_flops(lambda: denoiser(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}))
+    assert sum(attention_work(denoiser, inputs, attention="full")) == pytest.approx(_attention_flops(parts), rel=1e-12)
 
 
 def test_linear_layers_by_hand() -> None:
@@ -198,7 +198,7 @@ def test_the_page_is_that_of_the_committed_rows() -> None:
 
 
 @pytest.mark.slow
-def test_the_committed_rows_are_what_is_counted() -> None:
+def test_the_committed_rows_are_what_is_count_flops() -> None:
     with pytest.raises(SystemExit) as same:
         main(["--check"])
     assert same.value.code == 0

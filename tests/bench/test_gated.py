@@ -14,7 +14,7 @@ from bench.attention.shapes import Task
 from bench.harness import gated
 from bench.harness.gated import Candidate, GateFailed
 from bench.harness.timing import Timing
-from bench.roofline import __main__ as roofline
+from bench.roofline import ceilings as roofline
 from tests.bench.made_up import EVEN
 
 

@@ -144,7 +144,7 @@ def test_the_gate_stands_where_python_drops_asserts() -> None:
         "image: error 1.000e+00 exceeds the budget 1.192e-07",
         "image: the result has NaN or infinite values",
         "text is missing from the result",
-        "image: compared in different dtypes, got actual.dtype=torch.float64, eager.dtype=torch.float32",
+        "image: actual and eager must have the same dtype, got actual.dtype=torch.float64, eager.dtype=torch.float32",
         "error nan exceeds the budget nan",
         "the result has NaN or infinite values",
     ]

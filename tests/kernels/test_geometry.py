@@ -58,7 +58,7 @@ def test_windows_at_offset_zero_are_nattens(length: int, window: int, patch: int
         ((0, 4, 2, 0), r"at least 1, got length=0"),
         ((8, 0, 2, 0), r"at least 1.*window=0"),
         ((8, 4, 0, 0), r"at least 1.*patch=0"),
-        ((8, 4, 5, 0), r"patch must not exceed its window, got patch=5, window=4"),
+        ((8, 4, 5, 0), r"patch must not exceed window, got patch=5, window=4"),
         ((8, 4, 2, 2), r"offset must lie in \[0, patch\), got offset=2"),
         ((8, 4, 2, -1), r"offset must lie in \[0, patch\), got offset=-1"),
     ],

@@ -127,7 +127,7 @@ def test_every_stage_has_its_own_of_a_tuple() -> None:
 @pytest.mark.parametrize("name", ["restart", "lfm_cutoff", "sg_cutoff", "sg_cutoff_start", "guidance_until"])
 def test_a_tuple_of_another_length_is_refused(name: str) -> None:
     settings = Settings(**{name: (0.5, 0.25)})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=rf"{name} must have one value for each stage .*, here 3, got {name}=\(0.5, 0.25\)"):
+    with pytest.raises(ValueError, match=rf"{name} must have one value for each of the 3 stages .*, got {name}=\(0.5, 0.25\)"):
         settings.of_stage(1, 3)
 
 
@@ -141,11 +141,11 @@ def test_sizes_that_a_cascade_can_go_through(sizes: list[tuple[int, int]]) -> No
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([], r"the last of sizes must be the target 256 x 256, got sizes=\[\]"),
-        ([(64, 64), (128, 128)], r"the last of sizes must be the target 256 x 256, got sizes=\[\(64, 64\), \(128, 128\)\]"),
-        ([(128, 128), (256, 256)], r"first of sizes is drawn with full attention, at most the native 64 x 64, got \(128, 128\)"),
+        ([], r"the last stage in sizes must be the target 256 x 256, got sizes=\[\]"),
+        ([(64, 64), (128, 128)], r"the last stage in sizes must be the target 256 x 256, got sizes=\[\(64, 64\), \(128, 128\)\]"),
+        ([(128, 128), (256, 256)], r"first stage in sizes must have at most the native area, 64 x 64, got \(128, 128\)"),
         ([(64, 64), (132, 132), (256, 256)], r"sizes must be multiples of 8, got .*\(132, 132\)"),
-        ([(64, 64), (256, 256)], r"larger than the one before, at most twice along an axis, got \(64, 64\) and \(256, 256\)"),
+        ([(64, 64), (256, 256)], r"larger than the one before, by at most 2x along an axis, got \(64, 64\) and \(256, 256\)"),
         ([(64, 64), (128, 128), (128, 128), (256, 256)], r"larger than the one before, .* got \(128, 128\) and \(128, 128\)"),
         ([(64, 64), (56, 56), (112, 112), (224, 224), (256, 256)], r"larger than the one before, .* got \(64, 64\) and \(56, 56\)"),
     ],
@@ -165,7 +165,7 @@ def test_sizes_to_an_impossible_target(target: tuple[int, int], message: str) ->
 
 
 def test_a_stage_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="aspect ratio"):
         check_sizes([(64, 64), (64, 128), (128, 256)], (128, 256), native=(64, 64), multiple=8)
 
 

@@ -1,6 +1,6 @@
-"""Low-pass filtering, latent frequency mixing and structure guidance: what users call.
+"""Low-pass filtering, latent frequency mixing and structure guidance: the public functions.
 
-Every filter is linear and separable, `LP(x) = A_y x A_x^T`, with DC gain 1, and factors into a way down to a small grid and a way up.
+Every filter is linear and separable, `LP(x) = A_y x A_x^T`, with DC gain 1, and factors into a reduction to a small grid and an expansion.
 
 Legend: B batch, C channels, Y x X grid.
 """
@@ -26,23 +26,23 @@ def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "a
     """Keep the low frequencies of a picture.
 
     Args:
-        x: `[B, C, Y, X]` of any strides, or a view of packed latents, `[B, C, Y / P, P, X / P, P]` (`packed_view`). fp16, bf16, fp32
-            or fp64; filtered in fp32, or in fp64 if it is fp64.
-        cutoff: Kept fraction of the Nyquist frequency, in (0, 1]; the paper takes 0.125 for SDXL, 0.25 for FLUX.
-        kind: `"resize"` is the paper's: antialiased bilinear down to `int(length * cutoff)` pixels, bilinear up.
-            `"gaussian"`, `2^-(f / cutoff)^2`, and `"butterworth"`, `1 / (1 + (f / cutoff)^8)`, are gains per axis at
-            frequency f, mirrored at the border; below 1e-4 they are zero.
-        impl: `"triton"` is one kernel down and one up, `"matmul"` the same matrices through torch on any device, `"reference"`
-            the definition through `F.interpolate` or the Fourier transform. `"auto"` takes the kernel for fp16, bf16 and fp32 on a GPU,
-            the reference where gradients are required, else matmul.
+        x: `[B, C, Y, X]` with any strides, or a view of packed latents, `[B, C, Y / P, P, X / P, P]` (`packed_view`); fp16, bf16, fp32
+            or fp64. It is filtered in fp32, or in fp64 if it is fp64.
+        cutoff: Kept fraction of the Nyquist frequency, in (0, 1]. The paper uses 0.125 for SDXL and 0.25 for FLUX.
+        kind: The filter. `"resize"`, the paper's: antialiased bilinear down to `int(length * cutoff)` pixels, and bilinear up.
+            `"gaussian"` and `"butterworth"`: the gain per axis at frequency f is `2^-(f / cutoff)^2` or `1 / (1 + (f / cutoff)^8)`, zero
+            where this is below 1e-4, with mirrored borders.
+        impl: The implementation. `"triton"`: one kernel for the reduction and one for the expansion. `"matmul"`: the same matrices by
+            torch, on any device. `"reference"`: `F.interpolate` or the Fourier transform. `"auto"`: Triton for fp16, bf16 and fp32 on a
+            GPU, the reference if gradients are required, otherwise matmul.
 
     Returns:
-        A picture of the shape and dtype of x, and of its strides where it is dense.
+        A picture with the shape and dtype of x, and its strides if x is dense.
 
     Raises:
-        ValueError: the cutoff is outside (0, 1] or leaves no coarse pixel, or x has another shape; unknown kind or impl.
-        TypeError: x is of another dtype.
-        NotImplementedError: a named implementation that cannot run here, or not with gradients.
+        ValueError: The cutoff is outside (0, 1] or leaves no coarse pixel, x has another shape, or kind or impl is unknown.
+        TypeError: x has another dtype.
+        NotImplementedError: The named implementation cannot run on this device, with this dtype, or with gradients.
 
     ScaleDiff, arXiv:2510.25818.
     """
@@ -51,18 +51,20 @@ def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "a
 
 
 def mix_frequencies(high: Tensor, low: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "auto") -> Tensor:
-    """Latent frequency mixing: the high band of one picture with the low band of another, `high + LP(low - high)`.
+    """Latent frequency mixing: high frequencies of one picture with low frequencies of another, `high + LP(low - high)`.
 
     Args:
-        high: As x in `low_pass`: the upsampled-in-RGB latent in the paper.
-        low: The same shape, dtype and device; the latent upsampled as it is.
+        high: As x in `low_pass`. In the paper, the latents upsampled in RGB space.
+        low: The same shape, dtype and device. In the paper, the latents upsampled directly.
         cutoff, kind, impl: As in `low_pass`.
 
     Returns:
-        A picture like high; summed in fp32 (fp64), rounded once.
+        A picture like `high`. Sums are in fp32 (fp64 for fp64), rounded once.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `low_pass`; high and low disagree.
+        ValueError: As `low_pass`, or high and low disagree in shape, dtype or device.
+        TypeError: As `low_pass`.
+        NotImplementedError: As `low_pass`.
 
     ScaleDiff, arXiv:2510.25818.
     """
@@ -71,21 +73,23 @@ def mix_frequencies(high: Tensor, low: Tensor, *, cutoff: float, kind: Kind = "r
 
 
 def guide_structure(x0: Tensor, reference: Tensor, *, gamma: float, cutoff: float, kind: Kind = "resize", impl: Impl = "auto") -> Tensor:
-    """Structure guidance: draw the low band of a denoised estimate to a reference, `x0 + gamma (LP(reference) - LP(x0))`.
+    """Structure guidance: move the low frequencies of a predicted x0 towards a reference, `x0 + gamma (LP(reference) - LP(x0))`.
 
-    In a sampling loop `GuidedStep` does the same to the model output, with the reference's coarse grid computed once.
+    In a sampling loop, use `GuidedStep`: it changes the model output instead, and computes the coarse grid of the reference once.
 
     Args:
-        x0: As x in `low_pass`: the estimate of the clean latent at this step.
+        x0: As x in `low_pass`. The predicted clean latents at this step.
         reference: The same shape, dtype and device.
-        gamma: Strength, finite; 0 leaves x0 as it is, 1 replaces its low band (to the filter's own roll-off).
+        gamma: Finite strength. 0 leaves x0 unchanged; 1 replaces its low frequencies, up to the roll-off of the filter.
         cutoff, kind, impl: As in `low_pass`.
 
     Returns:
-        A picture like x0; summed in fp32 (fp64), rounded once.
+        A picture like `x0`. Sums are in fp32 (fp64 for fp64), rounded once.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `low_pass`; x0 and reference disagree, or gamma is not finite.
+        ValueError: As `low_pass`; also if x0 and reference disagree in shape, dtype or device, or gamma is not finite.
+        TypeError: As `low_pass`.
+        NotImplementedError: As `low_pass`.
 
     ScaleDiff, arXiv:2510.25818.
     """
@@ -95,18 +99,18 @@ def guide_structure(x0: Tensor, reference: Tensor, *, gamma: float, cutoff: floa
 
 
 def packed_view(tokens: Tensor, *, grid: tuple[int, int], patch: int = 2) -> Tensor:
-    """See packed latents (FLUX) as a picture, without a copy.
+    """View packed latents (FLUX) as a picture, without a copy.
 
     Args:
-        tokens: `[B, N, C * patch^2]` with N = the product of `grid`; token (i, j) holds, per channel, the patch's pixels row by row.
-        grid: Tokens, `(Y / patch, X / patch)`.
-        patch: Pixels of a token along an axis.
+        tokens: `[B, N, C * patch^2]`, where N is the product of `grid`. A token holds patch x patch pixels per channel, row by row.
+        grid: Token grid, `(Y / patch, X / patch)`.
+        patch: Pixels per token along an axis.
 
     Returns:
-        A view `[B, C, Y / patch, patch, X / patch, patch]`, a picture for every function here.
+        A view `[B, C, Y / patch, patch, X / patch, patch]`, which all functions of this module accept as a picture.
 
     Raises:
-        ValueError: the shape does not fit the grid and patch, or these are not positive.
+        ValueError: The shape does not match grid and patch, or these are not positive.
     """
     if min(*grid, patch) < 1:
         raise ValueError(f"grid and patch must be positive, got {grid=} and {patch=}")
@@ -117,7 +121,7 @@ def packed_view(tokens: Tensor, *, grid: tuple[int, int], patch: int = 2) -> Ten
 
 
 def check_same(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
-    """Refuse two pictures of different shape, dtype or device."""
+    """Check that two pictures agree in shape, dtype and device; raises ValueError if not."""
     check_picture(a_name, a)
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         raise ValueError(
@@ -127,19 +131,22 @@ def check_same(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
 
 
 def check_gamma(gamma: float) -> None:
+    """Check that gamma is finite; raises ValueError if not."""
     if not -math.inf < gamma < math.inf:  # torch.compile traces comparisons, not math.isfinite
         raise ValueError(f"gamma must be finite, got {gamma=}")
 
 
 def choose(impl: str, tensors: Sequence[Tensor]) -> str:
-    """The implementation that runs; refuses a named one that cannot."""
+    """The implementation to run; raises NotImplementedError if a named one cannot run."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl=}")
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     gradients = forward_mode or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     if gradients and impl in ("matmul", "triton"):
-        raise NotImplementedError(f"{impl=} has no derivative and one is wanted: use torch.no_grad() or impl='auto'")
-    refused = "the kernel takes fp16, bf16 and fp32" if any(x.dtype not in DTYPES for x in tensors) else device_refusal(tensors[0].device)
+        raise NotImplementedError(f"{impl=} does not support gradients: use torch.no_grad() or impl='auto'")
+    refused = (
+        "the kernel supports fp16, bf16 and fp32" if any(x.dtype not in DTYPES for x in tensors) else device_refusal(tensors[0].device)
+    )
     if impl == "triton" and (refused or not has_triton()):
         raise NotImplementedError(f"impl='triton': {refused or 'the triton package is not installed'}, got {tensors[0].dtype=}")
     if impl != "auto":
@@ -159,7 +166,7 @@ def _apply(
     kind: Kind,
     impl: Impl,
 ) -> Tensor:
-    """`addend + gain LP(sum weights * inputs)`, like the last input."""
+    """Compute `addend + gain LP(sum weights * inputs)`, with the shape, strides and dtype of the last input."""
     like = inputs[-1]
     for length in op.picture_size(like):
         coarse_length(length, cutoff, kind)
@@ -177,7 +184,7 @@ def _apply(
 
 
 def check_picture(name: str, x: Tensor) -> None:
-    """Refuse what is no picture."""
+    """Check the shape and dtype of a picture; raises ValueError or TypeError."""
     packed = x.ndim == 6 and x.shape[3] == x.shape[5]
     if (x.ndim != 4 and not packed) or 0 in x.shape:
         raise ValueError(f"{name} must be [B, C, Y, X], or [B, C, Y / P, P, X / P, P], with no empty axis, got {tuple(x.shape)=}")

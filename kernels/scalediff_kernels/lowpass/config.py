@@ -1,4 +1,4 @@
-"""Which program computes a separable map: tiles and steps, chosen from integers alone.
+"""Launch configuration of a separable map: tiles and steps, chosen from integers only.
 
 Legend: a map takes `columns` pixels of an axis to `rows`.
 """
@@ -10,31 +10,32 @@ from functools import cache
 from math import prod
 from typing import NamedTuple
 
-SECTOR = 32  # bytes that memory moves at least
+SECTOR = 32  # smallest memory transaction in bytes
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides a launch, (Y, X) per pair."""
+    """The properties that determine a launch; pairs are (Y, X)."""
 
     rows: tuple[int, int]
     columns: tuple[int, int]
     itemsize: int  # bytes of an element of the pictures
     planes: int = 1  # batch times channels
     channels: int = 1
-    channels_last: bool = False  # channels, not columns, are neighbours in memory
-    scattered: bool = False  # packed, or rows that begin where no aligned load may
-    dense: bool = False  # every row of the factors reads every pixel
+    channels_last: bool = False  # channels, not columns, are adjacent in memory
+    scattered: bool = False  # packed, or rows that do not start at an aligned address
+    dense: bool = False  # every row of the factors has weights for every pixel
 
 
 class LaunchConfig(NamedTuple):
     """How one map is launched.
 
-    tile: rows and columns of the result per program.
-    channels: that one program computes.
-    steps: pixels of the input per step of the two sums.
-    precision: of a product of fp32 matrices, as Triton means it.
-    num_warps, num_stages: as Triton means them.
+    Attributes:
+        tile: Rows and columns of the result per program.
+        channels: Channels per program.
+        steps: Pixels of the input per step of the two sums.
+        precision: Triton's `input_precision` of fp32 matrix products.
+        num_warps, num_stages: Triton's launch options.
     """
 
     tile: tuple[int, int]
@@ -47,7 +48,7 @@ class LaunchConfig(NamedTuple):
 
 @cache
 def launch_config(problem: Problem, device: str) -> LaunchConfig:
-    """Choose the launch of `problem` on `device` (`"sm_90"`, `"gfx942"`, ...): a pure function, no GPU needed."""
+    """Choose the launch configuration of a problem on a device (`"sm_90"`, `"gfx942"`, ...). A pure function that needs no GPU."""
     amd = device.startswith("gfx")
     precision = "ieee" if amd else "tf32x3"  # AMD has exact fp32 matrix instructions
     channels = min(SECTOR // problem.itemsize, _ceil_power_of_two(problem.channels)) if problem.channels_last else 1
@@ -59,7 +60,7 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
     return LaunchConfig(tile, channels, steps, precision, warps, stages)
 
 
-# Tile, steps, warps, stages. Small: few programs, so long steps; large: wide tiles, which read little twice.
+# Tile, steps, warps, stages. Small: few programs, so long steps. Large: wide tiles, so that few pixels are read twice.
 _BLOCKS = {
     "reduce small": ((16, 16), (16, 64), 4, 2),
     "reduce large": ((16, 64), (16, 64), 8, 3),

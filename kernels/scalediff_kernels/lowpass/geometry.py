@@ -1,6 +1,6 @@
-"""Cutoffs and frequency responses: numbers only, no torch.
+"""Cutoffs and frequency responses: plain numbers, no torch.
 
-A frequency is a fraction of Nyquist: 1 alternates from pixel to pixel.
+Frequencies are fractions of Nyquist; frequency 1 alternates from pixel to pixel.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from typing import Literal, get_args
 Kind = Literal["resize", "gaussian", "butterworth"]
 
 BUTTERWORTH_ORDER = 4
-SMALLEST_RESPONSE = 1e-4  # below it a response counts as zero: under the rounding of fp16, and the coarse grid stays small
+SMALLEST_RESPONSE = 1e-4  # smaller responses are set to zero: they are below the rounding of fp16, and the coarse grid stays small
 
 
 def check_filter(cutoff: float, kind: str) -> None:
-    """Refuse what is no filter.
+    """Check the parameters of a filter.
 
     Raises:
-        ValueError: the cutoff is outside (0, 1], or no such kind.
+        ValueError: The cutoff is outside (0, 1], or the kind is unknown.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind=}")
-    if not 0 < cutoff <= 1:  # also refuses NaN
+    if not 0 < cutoff <= 1:  # also true for NaN
         raise ValueError(f"cutoff must lie in (0, 1], got {cutoff=}")
 
 
 def coarse_length(length: int, cutoff: float, kind: Kind = "resize") -> int:
-    """Samples of the coarse axis: `int(length * cutoff)` pixels for `"resize"`, else the cosine modes that the response keeps.
+    """Number of coarse samples of an axis: `int(length * cutoff)` pixels for `"resize"`, otherwise the cosine modes with non-zero gain.
 
     Args:
-        length: Pixels along the axis.
+        length: Number of pixels along the axis.
         cutoff: Kept fraction of the Nyquist frequency, in (0, 1].
         kind: As in `low_pass`.
 
     Raises:
-        ValueError: the cutoff is outside (0, 1] or leaves no coarse pixel, or no such kind.
+        ValueError: The cutoff is outside (0, 1] or leaves no coarse pixel, or the kind is unknown.
     """
     check_filter(cutoff, kind)
     if kind != "resize":
@@ -55,7 +55,7 @@ def response(frequency: float, cutoff: float, kind: Kind) -> float:
 
 
 def _reach(kind: Kind) -> float:
-    """The frequency, in cutoffs, at which the response falls below the smallest that counts."""
+    """The frequency, as a multiple of the cutoff, above which the response is set to zero."""
     if kind == "gaussian":
         return math.sqrt(math.log2(1 / SMALLEST_RESPONSE))
     return float((1 / SMALLEST_RESPONSE - 1) ** (0.5 / BUTTERWORTH_ORDER))

@@ -1,12 +1,13 @@
 """A separable linear map in one pass: `out = sum_i b_i B_i + W_y (sum_i a_i A_i) W_x^T`.
 
-Reducing, W is `down` and the A are pictures; what two tiles need is read by both. Expanding, W is `up` and the one A is the coarse grid,
-the B are pictures and so is the result. A factor comes in tiles of rows, each with the columns it reads: a program multiplies small
-dense matrices, fp32 by three TF32 products (exactly on AMD). Neither an intermediate picture nor a Fourier transform is stored.
+For the reduction, W is `down` and the A are pictures; pixels that two tiles need are read by both. For the expansion, W is `up`, the only A
+is the coarse grid, and the B and the result are pictures. A factor is given as tiles of rows, each with the columns that it reads, so a
+program multiplies small dense matrices: fp32 by three TF32 products (exact fp32 on AMD). No intermediate picture or Fourier transform is
+stored.
 
-Every axis of a picture may have any stride. Packed latents are pictures too: pixel y = PACK * i + j of an axis lies at
-`i * outer + j * inner`. Offsets within a batch have 32 bits unless WIDE. Several channels go through one program where they, and not
-the columns, are neighbours in memory.
+Every axis of a picture may have any stride. Packed latents are pictures too: pixel y = PACK * i + j of an axis is at
+`i * outer + j * inner`. Offsets within a sample are 32-bit unless WIDE. A program processes several channels if channels, not columns, are
+adjacent in memory.
 
 Legend: B batch, C channels, Y x X pixels in, M rows x columns of an output tile, K pixels of a step, S span.
 """
@@ -19,7 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def _offsets(strides, offs_c, offs_y, offs_x, PACK: tl.constexpr, WIDE: tl.constexpr):
-    """`[Y, C, X]` in elements, from the start of a batch; strides of batch, channel, outer and inner row, outer and inner column."""
+    """Offsets `[Y, C, X]` in elements within a sample, from the strides of batch, channel, outer and inner row, outer and inner column."""
     if WIDE:
         offs_c, offs_y, offs_x = offs_c.to(tl.int64), offs_y.to(tl.int64), offs_x.to(tl.int64)
     y = offs_y // PACK * strides[2] + offs_y % PACK * strides[3]
@@ -29,7 +30,7 @@ def _offsets(strides, offs_c, offs_y, offs_x, PACK: tl.constexpr, WIDE: tl.const
 
 @triton.jit
 def _load(ref, strides, batch, offs_c, offs_y, offs_x, mask, PACK: tl.constexpr, WIDE: tl.constexpr):
-    """`[Y, C, X]` of a picture in fp32, zero outside the mask."""
+    """Load `[Y, C, X]` of a picture in fp32, zero outside the mask."""
     ptrs = ref + batch.to(tl.int64) * strides[0] + _offsets(strides, offs_c, offs_y, offs_x, PACK, WIDE)
     return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
@@ -62,8 +63,10 @@ def separable_kernel(
     CHANNELS: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr, ALIGN_X: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result, for CHANNELS channels. Tiles along x are neighbours, then along y, channels, batch: what runs at one time
-    shares the pixels that two tiles read."""
+    """Compute one tile of the result for CHANNELS channels.
+
+    Consecutive programs are neighbours along x, then along y, channels and batch, so that programs that run at the same time share pixels.
+    """
     pid = tl.program_id(0)
     tile_x = pid % tiles_x
     pid = pid // tiles_x
@@ -80,7 +83,7 @@ def separable_kernel(
 
     out_y, out_x = tile_y * TILE_Y + offs_my, tile_x * TILE_X + offs_mx
     m_out = (out_y < rows_y)[:, None, None] & (offs_c < channels)[None, :, None] & (out_x < rows_x)[None, None, :]
-    if ADDENDS > 0:  # on their way while the products are summed
+    if ADDENDS > 0:  # loaded early, while the products are computed
         b_add = _weighted_sum(addends, addend_weights, addend_strides, batch, offs_c, out_y, out_x, m_out, ADDENDS, PACK, WIDE)
 
     acc = tl.zeros([TILE_Y * CHANNELS, TILE_X], tl.float32)

@@ -1,4 +1,4 @@
-"""Pictures and filters to kernel launches: strides, the tiles of the factors, the grid of programs.
+"""Kernel launches of the filters: strides, tiles of the factors, and the number of programs.
 
 Legend: B batch, C channels, Y x X pixels.
 """
@@ -18,7 +18,7 @@ from scalediff_kernels.lowpass.kernel import separable_kernel
 from scalediff_kernels.lowpass.matmul import is_channels_last
 from scalediff_kernels.lowpass.operators import LowPass, Side, band
 
-ALIGN = 16  # columns: a tile begins where an aligned load may
+ALIGN = 16  # tiles start at a multiple of this many columns, for aligned loads
 
 
 def separable_launch(
@@ -33,10 +33,10 @@ def separable_launch(
     device: str,
     config: LaunchConfig | None = None,
 ) -> Launch:
-    """`out = sum addends + W_y (sum inputs) W_x^T`, weighted, W the `side` of each axis.
+    """The launch of `out = sum addends + W_y (sum inputs) W_x^T`, with weighted sums; W is the factor `side` of each axis.
 
-    Pictures are `[B, C, Y, X]`, or `[B, C, Y / P, P, X / P, P]` with one P for all; `out` is dense, its own memory or an addend's.
-    `config` takes the place of the table's, for whoever tunes.
+    Pictures are `[B, C, Y, X]`, or `[B, C, Y / P, P, X / P, P]` with the same P for all. `out` is dense, and may share memory with an
+    addend. `config` replaces the configuration of the table, for tuning.
     """
     batch, channels = out.shape[:2]
     coarse, length = (axes[0].coarse, axes[1].coarse), (axes[0].length, axes[1].length)
@@ -93,7 +93,7 @@ def separable_launch(
 
 
 def _strides(x: Tensor, pack: int) -> tuple[int, ...]:
-    """Of batch, channel, outer and inner row, outer and inner column; an axis of one element may be given any."""
+    """Strides of batch, channel, outer and inner row, outer and inner column. Those of axes with one element do not matter."""
     if x.ndim == 6:
         return x.stride()
     b, c, y, column = x.stride()
@@ -101,5 +101,5 @@ def _strides(x: Tensor, pack: int) -> tuple[int, ...]:
 
 
 def _reach(x: Tensor) -> int:
-    """The largest offset within a batch, in elements."""
+    """The largest offset within one batch, in elements."""
     return sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))

@@ -1,7 +1,7 @@
 """The filters as small matrix products on any device, in fp32, or in fp64 for fp64.
 
-The factors are cut into tiles of rows as for the kernel, so that few zeros are multiplied. On a CPU a part of the picture at a time goes
-through the long axis, from cache to cache: a few planes, or, where channels are neighbours in memory, a few columns of all channels.
+The factors are split into tiles of rows, as in the kernel, so that few zeros are multiplied. On a CPU, the picture is processed in parts
+that fit into the cache: a few planes, or, if channels are adjacent in memory, a few columns of all channels.
 
 Legend: B batch, C channels, Y x X pixels, K planes of a part.
 """
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from scalediff_kernels.lowpass.operators import Band, LowPass, band
 
-TILE = 16  # coarse samples that a tile makes or, twice as many, reads: larger, and zeros are multiplied; smaller, and calls are many
-PART_BYTES = 4 * 2**20  # of a picture at a time, in a CPU's cache
+TILE = 16  # coarse samples that a reducing tile makes; an expanding one reads twice as many. Larger tiles multiply more zeros
+PART_BYTES = 4 * 2**20  # size of a part of the picture, for a CPU's cache
 
 Axes = tuple[LowPass, LowPass]
 
 
 def coarse_matmul(inputs: Sequence[Tensor], weights: Sequence[float], axes: Axes, offset: Tensor | None) -> Tensor:
-    """`offset + D_y (sum weights * inputs) D_x^T`, `[B, C, m_y, m_x]`; inputs `[B, C, Y, X]`."""
+    """Compute `offset + D_y (sum weights * inputs) D_x^T`, `[B, C, m_y, m_x]`, from inputs `[B, C, Y, X]`."""
     like, dtype = inputs[0], accumulator(inputs[0])
     coarse = torch.empty(*like.shape[:2], axes[0].coarse, axes[1].coarse, dtype=dtype, device=like.device)
     reduce = _reduce_pixels if is_channels_last(like) else _reduce_planes
     bands = [band(axis, "down", like.device, dtype, rows=TILE) for axis in axes]
-    scale = weights[0] or 1.0  # of the small result: the first picture need not be scaled
+    scale = weights[0] or 1.0  # applied to the small result, so that the first picture need not be scaled
     for out, *pictures in zip(*_by_batch(coarse, *inputs), strict=True):
         reduce(out, pictures, [weight / scale for weight in weights], bands)
     coarse.mul_(scale)
@@ -35,7 +35,7 @@ def coarse_matmul(inputs: Sequence[Tensor], weights: Sequence[float], axes: Axes
 
 
 def expand_matmul(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> None:
-    """`out <- sum weights * addends + gain U_y coarse U_x^T`, pictures `[B, C, Y, X]`; out may be an addend. Sums in coarse's dtype."""
+    """`out <- sum weights * addends + gain U_y coarse U_x^T` for pictures `[B, C, Y, X]`, in coarse's dtype; out may be an addend."""
     expand = _expand_pixels if is_channels_last(out) else _expand_planes
     bands = [band(axis, "up", out.device, coarse.dtype, rows=2 * TILE * axis.length // axis.coarse) for axis in axes]
     for target, small, *pictures in zip(*_by_batch(out, coarse, *addends), strict=True):
@@ -43,7 +43,7 @@ def expand_matmul(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends:
 
 
 def _reduce_planes(out: Tensor, pictures: list[Tensor], weights: Sequence[float], bands: list[Band]) -> None:
-    """`[C, Y, X]` to `[C, m_y, m_x]`, some planes at a time."""
+    """Reduce `[C, Y, X]` to `[C, m_y, m_x]`, a few planes at a time."""
     planes, height, width = pictures[0].shape
     for part in _parts(planes, height * width, out):
         picture = _weighted_sum([x[part] for x in pictures], weights, out.dtype).contiguous()
@@ -60,7 +60,7 @@ def _expand_planes(out: Tensor, small: Tensor, pictures: list[Tensor], weights: 
 
 
 def _reduce_pixels(out: Tensor, pictures: list[Tensor], weights: Sequence[float], bands: list[Band]) -> None:
-    """The same where channels are neighbours in memory, some columns of all channels at a time."""
+    """As `_reduce_planes`, for channels that are adjacent in memory: a few columns of all channels at a time."""
     channels, height, width = pictures[0].shape
     rows = out.new_empty(out.shape[1], width, channels)
     for part in _parts(width, channels * height, out):
@@ -81,14 +81,14 @@ def _expand_pixels(out: Tensor, small: Tensor, pictures: list[Tensor], weights: 
 
 
 def _by_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Iterate over `[C, Y, X]` of each batch; one batch of all planes where memory allows it."""
+    """Tensors to iterate over as `[C, Y, X]` per sample; contiguous tensors become one sample with all planes."""
     if all(x.is_contiguous() for x in tensors):
         return tuple(x.view(1, -1, *x.shape[2:]) for x in tensors)
     return tensors
 
 
 def _times(tiled: Band, x: Tensor, rows: int, addend: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """`addend + W x` for every matrix of the batch `[K, columns, N]`, W in tiles; rounded into `out`, where given, one tile at a time."""
+    """`addend + W x` for every matrix of the batch `[K, columns, N]`, W in tiles; written to `out` if given, one tile at a time."""
     if out is None:
         out = x.new_empty(x.shape[0], rows, x.shape[2])
     for tile, columns, place in _tiles(tiled, rows):
@@ -112,24 +112,24 @@ def _times_transposed(x: Tensor, tiled: Band, out: Tensor) -> None:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels, not columns, are neighbours in memory."""
+    """Whether channels, not columns, are adjacent in memory."""
     return x.shape[1] > 1 and x.stride(1) < x.stride(-1)
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """In what sums are done: fp32, or fp64 for fp64."""
+    """The dtype of sums: fp32, or fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _parts(length: int, elements: int, like: Tensor) -> Iterator[slice]:
-    """An axis in parts of so many `elements` per step that they stay in a CPU's cache; whole elsewhere."""
+    """Split an axis with `elements` elements per index into parts that fit into a CPU's cache; one part on other devices."""
     step = max(1, PART_BYTES // (elements * like.element_size())) if like.device.type == "cpu" else length
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
 
 def _tiles(tiled: Band, rows: int) -> Iterator[tuple[Tensor, slice, slice]]:
-    """Every tile's weights `[rows, columns]`, the columns it reads and the rows it makes."""
+    """Iterate over tiles: weights `[rows, columns]`, the columns that they apply to, and the rows of the result."""
     tile_rows = tiled.weights.shape[1]
     for i, (start, stop) in enumerate(tiled.ranges):
         place = slice(i * tile_rows, min((i + 1) * tile_rows, rows))
@@ -137,7 +137,7 @@ def _tiles(tiled: Band, rows: int) -> Iterator[tuple[Tensor, slice, slice]]:
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """In `dtype`; the one tensor itself where its weight is 1."""
+    """The weighted sum in `dtype`; a single tensor with weight 1 is not copied."""
     first = tensors[0].to(dtype)
     if len(tensors) == 1:
         return first if weights[0] == 1 else first * weights[0]

@@ -1,6 +1,6 @@
-"""The two directions of a filter as torch operators: `torch.ops.scalediff.low_pass_coarse` and `low_pass_expand`.
+"""The reduction and the expansion of a filter as torch operators: `torch.ops.scalediff.low_pass_coarse` and `low_pass_expand`.
 
-One opaque operator each, so that torch.compile keeps a single graph and FakeTensors know the shapes. Sums are fp32 under autocast too.
+Each is one opaque operator, so that torch.compile keeps a single graph and FakeTensors know the shapes. Autocast does not change them.
 
 Legend: B batch, C channels, Y x X pixels; pictures may be packed, `[B, C, Y / P, P, X / P, P]`.
 """
@@ -23,7 +23,7 @@ from scalediff_kernels.lowpass.operators import LowPass
 def low_pass_coarse(
     inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None, cutoff: float, kind: str, triton: bool
 ) -> Tensor:
-    """`offset + D_y (sum weights * inputs) D_x^T`: `[B, C, m_y, m_x]` in fp32, or in fp64 for fp64 inputs."""
+    """Compute `offset + D_y (sum weights * inputs) D_x^T`, `[B, C, m_y, m_x]` in fp32, or in fp64 for fp64 inputs."""
     axes = _axes(picture_size(inputs[0]), cutoff, kind)
     if not triton:
         with _without_autocast(inputs[0]):
@@ -48,7 +48,7 @@ def _(inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None,
 def low_pass_expand(
     like: Tensor, coarse: Tensor, gain: float, addends: Sequence[Tensor], weights: Sequence[float], cutoff: float, kind: str, triton: bool
 ) -> Tensor:
-    """`sum weights * addends + gain U_y coarse U_x^T`, a new picture of the shape, strides and dtype of `like`."""
+    """Compute `sum weights * addends + gain U_y coarse U_x^T`, a new picture with the shape, strides and dtype of `like`."""
     out = torch.empty_like(like)
     expand = _launch_expand if triton else _matmul_expand
     expand(out, coarse, gain, _axes(picture_size(like), cutoff, kind), addends, weights)
@@ -95,12 +95,12 @@ def _matmul_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends
 
 
 def flat(x: Tensor) -> Tensor:
-    """A picture as `[B, C, Y, X]`: a copy where it is packed."""
+    """A picture as `[B, C, Y, X]`; a copy if it is packed."""
     return x.reshape(*x.shape[:2], *picture_size(x))
 
 
 def picture_size(x: Tensor) -> tuple[int, int]:
-    """(Y, X) of a picture, packed or not."""
+    """Size (Y, X) of a picture, packed or not."""
     return (x.shape[2] * x.shape[3], x.shape[4] * x.shape[5]) if x.ndim == 6 else (x.shape[2], x.shape[3])
 
 

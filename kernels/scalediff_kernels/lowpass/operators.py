@@ -1,9 +1,10 @@
-"""The filters as data: one axis is `A = up @ down`, down to a small grid and up again.
+"""The filters as matrices: along one axis, `A = up @ down`, a reduction to a small grid and an expansion.
 
-`"resize"`: antialiased bilinear down, bilinear up; a row holds a few pixels. `"gaussian"` and `"butterworth"`: the cosine
-modes (DCT-II) that the response keeps, weighted by it; exact at every mode, reflecting at the border.
+`"resize"`: antialiased bilinear down and bilinear up; each row has a few non-zero weights. `"gaussian"` and `"butterworth"`: the cosine
+modes (DCT-II) with non-zero response, weighted by it; exact at every mode, with reflecting borders.
 
-Built in fp64. What computes gets a factor in tiles of rows, each with the columns it reads, kept per device and dtype.
+Matrices are built in fp64. The implementations use a factor as tiles of rows, each with the columns that it reads, cached per device and
+dtype.
 
 Legend: n pixels, m coarse samples of one axis.
 """
@@ -24,10 +25,10 @@ Side = Literal["down", "up"]
 
 @dataclass(frozen=True)
 class LowPass:
-    """The filter of one axis, `A = up @ down`; raises as `coarse_length`.
+    """The filter along one axis, `A = up @ down`; raises as `coarse_length`.
 
     Args:
-        length: Pixels, n.
+        length: Number of pixels, n.
         cutoff: Kept fraction of the Nyquist frequency, in (0, 1].
         kind: As in `low_pass`.
     """
@@ -43,27 +44,28 @@ class LowPass:
 
     @property
     def coarse(self) -> int:
-        """Coarse samples, m."""
+        """Number of coarse samples, m."""
         return coarse_length(self.length, self.cutoff, self.kind)
 
     @property
     def down(self) -> Tensor:
-        """`[m, n]`, fp64, built anew."""
+        """The reduction, `[m, n]` in fp64; computed at every access."""
         return _factor(self, "down")
 
     @property
     def up(self) -> Tensor:
-        """`[n, m]`, fp64, built anew."""
+        """The expansion, `[n, m]` in fp64; computed at every access."""
         return _factor(self, "up")
 
 
 @dataclass(frozen=True)
 class Band:
-    """A factor in tiles of rows: tile i reads columns from `starts[i]` on; what lies outside its span is zero.
+    """A factor as tiles of rows: tile i reads `span` columns from `starts[i]` on; its weights for all other columns are zero.
 
-    starts: `[tiles]`, int32; may be such that the last columns of a span lie beyond the factor.
-    weights: `[tiles, rows, span]`.
-    ranges: First column and end of what each tile reads inside the factor.
+    Attributes:
+        starts: First column of each tile, `[tiles]`, int32. The span of a tile may reach past the last column.
+        weights: `[tiles, rows, span]`.
+        ranges: First column and end of the columns that each tile reads.
     """
 
     starts: Tensor
@@ -72,12 +74,13 @@ class Band:
 
     @property
     def span(self) -> int:
+        """Number of columns of a tile."""
         return self.weights.shape[2]
 
 
 @lru_cache(maxsize=256)
 def band(axis: LowPass, side: Side, device: torch.device, dtype: torch.dtype, *, rows: int, block: int = 1, align: int = 1) -> Band:
-    """A factor in tiles of `rows`, kept; starts are multiples of `align`, the span is a multiple of `block`."""
+    """A factor as tiles of `rows` rows, cached; starts are multiples of `align`, and the span is a multiple of `block`."""
     full = _factor(axis, side)
     with torch.inference_mode(False), torch.device("cpu"):
         tiles, length = -(-full.shape[0] // rows), full.shape[1]
@@ -94,13 +97,13 @@ def band(axis: LowPass, side: Side, device: torch.device, dtype: torch.dtype, *,
 
 
 def _factor(axis: LowPass, side: Side) -> Tensor:
-    """In fp64 on the CPU, whatever modes and default devices the caller is in."""
+    """A factor in fp64 on the CPU, whatever inference mode and default device are set."""
     with torch.inference_mode(False), torch.device("cpu"):
         return _resize(axis, side) if axis.kind == "resize" else _modes(axis, side)
 
 
 def _resize(axis: LowPass, side: Side) -> Tensor:
-    """Rows of triangles around each sample's centre: as wide as the scale on the way down, two pixels on the way up."""
+    """Triangular weights around the centre of each sample: as wide as the scale for the reduction, two pixels for the expansion."""
     n, m = axis.length, axis.coarse
     if side == "down":
         scale = n / m
@@ -113,7 +116,7 @@ def _resize(axis: LowPass, side: Side) -> Tensor:
 
 
 def _modes(axis: LowPass, side: Side) -> Tensor:
-    """Cosine modes, orthonormal; those of `down` carry the response."""
+    """Orthonormal cosine modes; for the reduction, multiplied by the response."""
     n, m = axis.length, axis.coarse
     modes = torch.arange(m, dtype=torch.float64)[:, None]
     cosines: Tensor = torch.cos(torch.pi / n * modes * (torch.arange(n, dtype=torch.float64) + 0.5)) * (2 / n) ** 0.5

@@ -1,4 +1,4 @@
-"""The low-pass filters as they are defined, through `F.interpolate` and the Fourier transform; fp64 stays fp64, gradients flow.
+"""Reference implementation of the low-pass filters, by `F.interpolate` and the Fourier transform; fp64 stays fp64; differentiable.
 
 Legend: B batch, C channels, Y x X grid.
 """
@@ -20,16 +20,16 @@ def low_pass_reference(x: Tensor, *, cutoff: float, kind: Kind) -> Tensor:
 
 
 def _resize(x: Tensor, cutoff: float, kind: Kind) -> Tensor:
-    """Antialiased bilinear down and bilinear up along the last axis. Both axes in one call is wrong on CPUs for a single coarse column."""
+    """Antialiased bilinear down and bilinear up along the last axis. Not both axes in one call: wrong on CPUs for one coarse column."""
     height, width = x.shape[2:]
     down = F.interpolate(x, size=(height, coarse_length(width, cutoff, kind)), mode="bilinear", antialias=True, align_corners=False)
     return F.interpolate(down, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def _respond(x: Tensor, cutoff: float, kind: Kind) -> Tensor:
-    """One frequency response along the last axis, mirrored at its ends."""
+    """Apply a frequency response along the last axis, mirrored at its ends."""
     n = x.shape[-1]
-    spectrum = torch.fft.rfft(torch.cat([x, x.flip(-1)], dim=-1))  # bin k lies at k / n of Nyquist
+    spectrum = torch.fft.rfft(torch.cat([x, x.flip(-1)], dim=-1))  # bin k is at k / n of Nyquist
     gains = [response(k / n, cutoff, kind) for k in range(n + 1)]
     out: Tensor = torch.fft.irfft(spectrum * torch.tensor(gains, dtype=x.dtype, device=x.device), n=2 * n)[..., :n]
     return out

@@ -1,4 +1,4 @@
-"""Neighborhood patch attention: what users call. Meaning and checks here, integers in geometry, truth in reference.
+"""Neighborhood patch attention: the public functions, with their argument checks.
 
 Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
 """
@@ -32,28 +32,28 @@ def neighborhood_patch_attention(
     scale: float | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Attend from every query patch to the one clamped key/value window around it.
+    """Attend from every query patch to one key/value window around it.
 
     Args:
-        q: `[B, Y, X, H, D]`, any strides; floating point.
-        k, v: `[B, Y, X, G, D]`, like q; G divides H, and head h of q reads head h * G // H of k and v.
-        window: Key/value window in tokens, `(Y, X)`; shifted into the grid at its borders, and the whole grid where it is
-            larger: then the result is that of `F.scaled_dot_product_attention`.
-        patch: Query patch in tokens, `(Y, X)`, at most the window. The paper takes half the window.
-        offset: How far the patch grid is moved towards the origin, `(Y, X)` in `[0, patch)`. Border patches are smaller.
+        q: Queries `[B, Y, X, H, D]`, floating point, with any strides.
+        k, v: Keys and values `[B, Y, X, G, D]`, with the dtype and device of q. G divides H; head h of q uses head h * G // H of k and v.
+        window: Key/value window in tokens, `(Y, X)`. It is shifted into the grid at the borders. A window larger than the grid is the
+            whole grid, and the result is that of `F.scaled_dot_product_attention`.
+        patch: Query patch in tokens, `(Y, X)`, at most the window. The paper uses half the window.
+        offset: Shift of the patch grid towards the origin in tokens, `(Y, X)`, each in `[0, patch)`. Border patches are smaller.
         scale: Factor on the scores; `D ** -0.5` when None.
-        impl: `"triton"` is the fused kernel (16-bit or fp32, D a multiple of 8 up to 256, contiguous last axis, no gradients),
-            `"sdpa"` torch's SDPA on windows, `"reference"` eager torch (fp64 stays fp64). `"auto"` takes the kernel for 16-bit
-            tensors on a GPU, and SDPA for what the kernel does not do and where one window covers the grid. A named
-            implementation is used or refused, never replaced.
+        impl: The implementation. `"triton"`: the fused kernel (fp16, bf16 or fp32, D a multiple of 8 up to 256, contiguous last axis, no
+            gradients). `"sdpa"`: torch's SDPA on windows. `"reference"`: eager torch (fp64 stays fp64). `"auto"`: the kernel for 16-bit
+            tensors on a GPU if it supports them and the window does not cover the grid, otherwise SDPA. A named implementation is never
+            replaced by another.
 
     Returns:
-        `[B, Y, X, H, D]` in the dtype of q; under autocast `"triton"` and `"sdpa"` compute and return its dtype.
+        `[B, Y, X, H, D]` in the dtype of q. Under autocast, `"triton"` and `"sdpa"` compute in autocast's dtype and return it.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, patch exceeds window, offset outside the patch, scale not finite.
-        TypeError: a tensor is not floating point.
-        NotImplementedError: `impl="triton"` for what the kernel does not do.
+        ValueError: Shapes, dtypes or devices disagree, patch exceeds window, an offset is outside the patch, or the scale is not finite.
+        TypeError: A tensor is not floating point.
+        NotImplementedError: `impl="triton"` does not support these tensors.
 
     ScaleDiff, arXiv:2510.25818, section 3.2; equal to NATTEN's generalized neighborhood attention with
     kernel_size=window, stride=patch (arXiv:2504.16922) at offset 0.
@@ -84,24 +84,26 @@ def joint_neighborhood_patch_attention(
     text_queries: TextQueries | None = "window",
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Neighborhood patch attention with text tokens in the same softmax: image queries attend to text and their window.
+    """Neighborhood patch attention with text tokens in the same softmax: image queries attend to text and to their window.
 
     Args:
-        q, k, v, window, patch, offset, scale, impl: As in `neighborhood_patch_attention`; D even.
-        text_q: `[B, T, H, D]`, like q.
-        text_k, text_v: `[B, T, G, D]`.
-        text_rope: (cos, sin), each `[patches_y, patches_x, D / 2]`, fp32 or fp64, cos^2 + sin^2 = 1: the angles by which the text
-            keys, and under the rule `"window"` the text queries, of each patch's window are rotated first. Channels 2c and
-            2c + 1 turn by angle c. The authors take the rotary angle of the window's top-left token, which keeps
-            text-image offsets in the trained range.
-        text_queries: `"window"`: each text token attends to text and window, for every window, and the results are averaged
-            (the authors' rule). `"global"`: once, to text and all image tokens, not rotated. None: no text output.
+        q, k, v, window, patch, offset, scale, impl: As in `neighborhood_patch_attention`, with D even if `text_rope` is given.
+        text_q: Text queries `[B, T, H, D]`, with the dtype and device of q.
+        text_k, text_v: Text keys and values `[B, T, G, D]`, likewise.
+        text_rope: Tables (cos, sin), each `[patches_y, patches_x, D / 2]`, fp32 or fp64, with cos^2 + sin^2 = 1: angles by which text
+            keys, and text queries under the rule `"window"`, are rotated for the window of each patch. Channels 2c and 2c + 1 are
+            rotated by angle c. The authors use the rotary angle of the window's top-left token, which keeps the distances between text
+            and image in the trained range.
+        text_queries: What text queries attend to. `"window"`, the authors' rule: text and one window, averaged over all windows.
+            `"global"`: text and all image tokens, without rotation. None: there is no text output.
 
     Returns:
-        The image, `[B, Y, X, H, D]`, and the text, `[B, T, H, D]` or None.
+        The image output `[B, Y, X, H, D]`, and the text output `[B, T, H, D]` or None.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as there; also text tensors or tables of other shapes, unknown rule.
+        ValueError: As `neighborhood_patch_attention`; also if text tensors or tables have other shapes, or the rule is unknown.
+        TypeError: As `neighborhood_patch_attention`; also if `text_rope` is not a pair of tensors.
+        NotImplementedError: As `neighborhood_patch_attention`.
 
     ScaleDiff, arXiv:2510.25818, section 3.2 and its released code for the text rule.
     """
@@ -130,11 +132,11 @@ def joint_neighborhood_patch_attention(
 
 
 def check_impl(impl: str) -> None:
-    """Refuse an implementation that cannot run, for callers who name it long before the first call.
+    """Check the name of an implementation, before any call.
 
     Raises:
-        ValueError: no such implementation.
-        NotImplementedError: `"triton"` where the triton package is missing.
+        ValueError: The name is unknown.
+        NotImplementedError: `"triton"` without the triton package.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl=}")
@@ -143,7 +145,7 @@ def check_impl(impl: str) -> None:
 
 
 def _choose(impl: str, tensors: tuple[Tensor, ...], *, covers: bool) -> str:
-    """The implementation that runs; refuses a named one that cannot."""
+    """The implementation to run; raises NotImplementedError if a named one does not support the tensors."""
     check_impl(impl)
     if impl in ("reference", "sdpa"):
         return impl
@@ -173,7 +175,9 @@ def _check_image(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 5 or 0 in q.shape:
         raise ValueError(f"q, k and v must be [B, Y, X, H, D] with no empty axis, got {tuple(q.shape)=}")
     if k.shape != v.shape or k.ndim != 5 or (*k.shape[:3], k.shape[4]) != (*q.shape[:3], q.shape[4]):
-        raise ValueError(f"q, k and v must have one shape but for the heads, got {tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}")
+        raise ValueError(
+            f"q, k and v must have the same shape except for the heads, got {tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}"
+        )
     if k.shape[3] == 0 or q.shape[3] % k.shape[3]:
         raise ValueError(f"the heads of q must be a multiple of those of k and v, got {q.shape[3]=}, {k.shape[3]=}")
     _check_kind("q, k and v", {"q": q, "k": k, "v": v})
@@ -194,9 +198,11 @@ def _check_text(q: Tensor, k: Tensor, text_q: Tensor, text_k: Tensor, text_v: Te
 
 def _check_kind(subject: str, tensors: dict[str, Tensor]) -> None:
     if len({x.dtype for x in tensors.values()}) > 1:
-        raise ValueError(f"{subject} must have one dtype, got " + ", ".join(f"{name}.dtype={x.dtype}" for name, x in tensors.items()))
+        raise ValueError(f"{subject} must have the same dtype, got " + ", ".join(f"{name}.dtype={x.dtype}" for name, x in tensors.items()))
     if len({x.device for x in tensors.values()}) > 1:
-        raise ValueError(f"{subject} must be on one device, got " + ", ".join(f"{name}.device={x.device}" for name, x in tensors.items()))
+        raise ValueError(
+            f"{subject} must be on the same device, got " + ", ".join(f"{name}.device={x.device}" for name, x in tensors.items())
+        )
     first = next(iter(tensors.values()))
     if not first.is_floating_point():
         raise TypeError(f"{subject} must be floating point, got {first.dtype}")

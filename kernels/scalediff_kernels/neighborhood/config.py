@@ -1,6 +1,6 @@
-"""Which program runs a problem: block shapes, warps and pipeline depth, chosen from integers alone.
+"""Launch configuration of the attention kernels: block shapes, warps and pipeline depth, chosen from integers only.
 
-No autotuner: the choice is a pure function, so that it can be tested, compiled ahead and read on a machine without a GPU.
+The choice is a pure function instead of an autotuner, so that it can be tested and compiled ahead of time without a GPU.
 
 Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim. A box is `(rows, columns)` of tokens of one head.
 """
@@ -13,20 +13,20 @@ from math import prod
 from typing import Literal, NamedTuple
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may use
-SMALL_SHARED_MEMORY = 101_376  # sm_86, sm_89, sm_120 and whatever is not named above
+SMALL_SHARED_MEMORY = 101_376  # sm_86, sm_89, sm_120 and all other devices
 
-# Of one card of each name, whichever runs: the same split, and so the same bits, on all of them.
+# Of one card per architecture, not of the device in use: all cards of an architecture then split the work alike and give the same bits.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
 FEW_MULTIPROCESSORS = 84  # other devices
-MOST_PARTS = 64  # of the windows of text queries
-PROGRAM_KEYS = 512  # what a program costs before its first key and after its last one, in keys; an estimate, not measured yet
+MOST_PARTS = 64  # maximum number of parts into which the windows of text queries are split
+PROGRAM_KEYS = 512  # fixed cost of a program, in keys; an estimate, not measured yet
 
 MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides a launch. `descriptors`: whether all strides and addresses suit tensor descriptors (`launch` asks)."""
+    """The properties that determine a launch. `descriptors`: whether all strides and addresses allow tensor descriptors."""
 
     grid: tuple[int, int]
     window: tuple[int, int]  # cut to the grid
@@ -36,20 +36,21 @@ class Problem:
     text: int = 0
     queries: Literal["image", "text"] = "image"
     descriptors: bool = True
-    vector: int = 8  # elements that every stride is a multiple of
-    heads: int = 1  # of all batches together; read for text queries alone, as is the next
+    vector: int = 8  # every stride is a multiple of this many elements
+    heads: int = 1  # batch x heads; only used for text queries, as is the next field
     windows: int = 1
 
 
 class LaunchConfig(NamedTuple):
     """How one kernel is launched.
 
-    path: `"descriptor"` reads boxes by tensor descriptors (TMA), `"pointer"` by addresses and masks.
-    query_box: tokens of one query tile, powers of two; for text queries `(1, tokens)`.
-    key_box: tokens of one block of keys, powers of two.
-    text_block: text tokens of one block of keys.
-    num_warps, num_stages: as Triton means them.
-    part_windows: for text queries, windows of one program; those of all its programs are averaged by a second kernel.
+    Attributes:
+        path: `"descriptor"` reads boxes with tensor descriptors (TMA), `"pointer"` with addresses and masks.
+        query_box: Tokens of a query tile, powers of two; `(1, tokens)` for text queries.
+        key_box: Tokens of a block of keys, powers of two.
+        text_block: Text tokens of a block of text keys.
+        num_warps, num_stages: Triton's launch options.
+        part_windows: Windows per program of text queries. A second kernel averages over all programs.
     """
 
     path: Literal["descriptor", "pointer"]
@@ -63,16 +64,16 @@ class LaunchConfig(NamedTuple):
 
 @cache
 def launch_config(problem: Problem, device: str) -> LaunchConfig:
-    """Choose the launch of `problem` on `device` (`"sm_90"`, `"gfx942"`, ...): a pure function, no GPU needed.
+    """Choose the launch configuration of a problem on a device (`"sm_90"`, `"gfx942"`, ...). A pure function that needs no GPU.
 
     Raises:
-        NotImplementedError: the head dim is no multiple of 8 in [8, 256].
+        NotImplementedError: The head dim is not a multiple of 8 in [8, 256].
     """
     if problem.head_dim % 8 or not 8 <= problem.head_dim <= 256:
-        raise NotImplementedError(f"the Triton kernel takes head dims from 8 to 256 in multiples of 8, got {problem.head_dim=}")
-    descriptors = problem.descriptors and problem.itemsize == 2 and has_descriptors(device)  # fp32 products read registers
+        raise NotImplementedError(f"the Triton kernel supports head dims that are multiples of 8 from 8 to 256, got {problem.head_dim=}")
+    descriptors = problem.descriptors and problem.itemsize == 2 and has_descriptors(device)  # fp32 products need operands in registers
     blocks = _blocks(problem, device, descriptors=descriptors)
-    if not fits_inside(key_box(problem.window, blocks.keys), problem.window):  # the box reaches outside: addresses and masks
+    if not fits_inside(key_box(problem.window, blocks.keys), problem.window):  # the box exceeds the window, which needs masks
         descriptors = False
         blocks = _blocks(replace(problem, vector=1), device, descriptors=False)
     keys = key_box(problem.window, blocks.keys)
@@ -90,9 +91,9 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
 
 
 def _part_windows(problem: Problem, rows: int, num_warps: int, device: str) -> int:
-    """Windows of one program of text queries: the fewest parts with which the last multiprocessor ends within 2 % of the earliest end.
+    """Windows per program of text queries: the fewest parts whose estimated time is within 2 % of the best.
 
-    Every part costs memory for its sums. Eight warps are taken to fill a multiprocessor's registers.
+    Every part needs memory for its sums. Eight warps are assumed to fill a multiprocessor's registers.
     """
     count = problem.windows
     tiles = problem.heads * -(-problem.text // rows)
@@ -110,15 +111,15 @@ def _part_windows(problem: Problem, rows: int, num_warps: int, device: str) -> i
 
 
 def has_descriptors(device: str) -> bool:
-    """Where matrix instructions read what TMA wrote: sm_90 and sm_100.
+    """Whether matrix instructions can read operands that TMA wrote: on sm_90 and sm_100.
 
-    sm_120 has TMA too, but the matrix instructions of sm_80, and Triton 3.6 spills there on the descriptor path.
+    sm_120 also has TMA, but the matrix instructions of sm_80, and Triton 3.6 spills registers there on the descriptor path.
     """
     return device.startswith("sm_") and device[3:-1] in ("9", "10")
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a block, warps of a program, blocks of keys in flight."""
+    """Queries and keys of a block, warps of a program, and pipeline stages."""
 
     queries: int
     keys: int
@@ -126,9 +127,9 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# By kind of program and of queries, for registers of 64, 128 and 256 channels. Joint: text keys before the window's. Ragged: windows
-# with far sides, whose loop is there twice. Narrow: no wide loads, or masks on every load. `python -m bench.compile` compiles every
-# entry and refuses spills, products that wait for each other and softmaxes that warps repeat, but for what docs/evidence/compiled.md names.
+# By kind of program and of queries, for head dims up to 64, 128 and 256. Joint: with text keys. Ragged: the boxes do not divide the window,
+# which needs a second loop. Narrow: no wide loads, or a mask on every load. `python -m bench.compile` compiles every entry and fails on
+# register spills, serialised matrix products and softmaxes that several warps repeat, except for those in its table `KNOWN`.
 _BLOCKS = {
     ("wgmma", "image"): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
     ("wgmma joint", "image"): (Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 2), Blocks(64, 32, 8, 2)),
@@ -157,7 +158,7 @@ _BLOCKS = {
 
 
 def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
-    """The entry of the table."""
+    """The entry of `_BLOCKS` for a problem."""
     column = 0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2
     narrow = " narrow" if problem.vector < 8 else ""
     if device.startswith("gfx"):
@@ -181,9 +182,9 @@ def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
 
 
 def query_box(patch: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """The box of at most `tokens` tokens whose tiles waste least on a patch; of equals the largest, then the squarest.
+    """The box of at most `tokens` tokens whose tiles exceed a patch the least; among equals the largest, then the squarest.
 
-    A square box also wastes least on the cut patches that an offset leaves at the border: whole tiles fall outside.
+    A square box is also best for patches that an offset cuts at the border, because more whole tiles are outside the grid.
     """
 
     def cost(box: tuple[int, int]) -> tuple[int, int, int]:
@@ -194,14 +195,14 @@ def query_box(patch: tuple[int, int], tokens: int) -> tuple[int, int]:
 
 
 def key_box(window: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """The box of at most `tokens` tokens, inside the window if any is, that reads least more than the window.
+    """The box of at most `tokens` tokens that reads the least beyond the window, and fits inside it if any box does.
 
-    Of equals the largest, then the widest: its rows are the longest runs in memory.
+    Among equals the largest, then the widest, whose rows are longest in memory.
     """
 
     def cost(box: tuple[int, int]) -> tuple[bool, int, int, int]:
         steps = _covered(window, box) // prod(box)
-        return not fits_inside(box, window), steps * (prod(box) + tokens // 8), -prod(box), -box[1]  # a step costs more than its keys
+        return not fits_inside(box, window), steps * (prod(box) + tokens // 8), -prod(box), -box[1]  # tokens // 8: cost of a step
 
     return min(_boxes(MIN_BLOCK, tokens), key=cost)
 
@@ -215,7 +216,7 @@ def fits_inside(box: tuple[int, int], window: tuple[int, int]) -> bool:
 
 
 def shared_memory(device: str) -> int:
-    """Bytes of shared memory that one program may use."""
+    """Bytes of shared memory that one program may use on a device."""
     return SHARED_MEMORY.get(device, SMALL_SHARED_MEMORY)
 
 
@@ -224,7 +225,7 @@ def ceil_power_of_two(n: int) -> int:
 
 
 def _covered(area: tuple[int, int], box: tuple[int, int]) -> int:
-    """Tokens of the boxes that tile an area."""
+    """Number of tokens of the boxes that tile an area."""
     return prod(-(-a // b) * b for a, b in zip(area, box, strict=True))
 
 

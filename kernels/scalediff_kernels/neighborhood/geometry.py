@@ -1,4 +1,4 @@
-"""Which tokens attend to which, and what it costs: integers only, no torch.
+"""Patches and windows of neighborhood patch attention, its FLOPs and memory traffic: integers only, no torch.
 
 Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim. One multiply-add counts as 2 FLOPs.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class PatchWindow(NamedTuple):
-    """Along one axis: queries `[query_start, query_stop)` attend to keys `[key_start, key_stop)`."""
+    """One patch along one axis: queries `[query_start, query_stop)` attend to keys `[key_start, key_stop)`."""
 
     query_start: int
     query_stop: int
@@ -19,19 +19,22 @@ class PatchWindow(NamedTuple):
 
 
 def windows(length: int, window: int, patch: int, offset: int = 0) -> tuple[PatchWindow, ...]:
-    """Cut one axis into query patches, each with its key window clamped into the axis.
+    """Split one axis into query patches, each with a key window clamped into the axis.
 
-    Patch i covers `[i * patch - offset, (i + 1) * patch - offset)` cut to `[0, length)`, so border patches are smaller and
-    nothing is padded. Its window is centred on the whole patch and shifted, never shrunk, at the borders.
+    Patch i covers `[i * patch - offset, (i + 1) * patch - offset)` cut to `[0, length)`, so border patches are smaller and there is no
+    padding. Its window is centred on the uncut patch, and shifted at the borders without becoming smaller.
 
     Args:
-        length: Tokens along the axis.
-        window: Keys of a window; the whole axis where it is larger.
-        patch: Queries of a patch, at most `window`.
-        offset: How far the patch grid is moved towards the origin, in `[0, patch)`.
+        length: Number of tokens along the axis.
+        window: Number of keys of a window; if it is larger than the axis, the whole axis.
+        patch: Number of queries of a patch, at most `window`.
+        offset: Shift of the patch grid towards the origin in tokens, in `[0, patch)`.
+
+    Returns:
+        The patches and their windows, from the origin on.
 
     Raises:
-        ValueError: a size is below 1, `patch > window` or the offset is outside `[0, patch)`.
+        ValueError: A size is below 1, patch exceeds window, or the offset is outside `[0, patch)`.
 
     ScaleDiff, arXiv:2510.25818, section 3.2; at offset 0 the windows of NATTEN with kernel_size=window, stride=patch
     (arXiv:2504.16922).
@@ -46,23 +49,23 @@ def windows(length: int, window: int, patch: int, offset: int = 0) -> tuple[Patc
 
 
 def check_axis(length: int, window: int, patch: int, offset: int) -> None:
-    """Refuse sizes that `windows` cannot cut; raises as that does."""
+    """Check the arguments of `windows`; raises as `windows`."""
     if length < 1 or window < 1 or patch < 1:
         raise ValueError(f"length, window and patch must be at least 1, got {length=}, {window=}, {patch=}")
     if patch > window:
-        raise ValueError(f"a patch must not exceed its window, got {patch=}, {window=}")
+        raise ValueError(f"patch must not exceed window, got {patch=}, {window=}")
     if not 0 <= offset < patch:
         raise ValueError(f"offset must lie in [0, patch), got {offset=}, {patch=}")
 
 
 def attention_flops(*, grid: tuple[int, int], window: tuple[int, int], heads: int, head_dim: int, batch: int = 1, text: int = 0) -> int:
-    """Useful FLOPs of the image queries: `4 B H D (Y X) (W_y W_x + T)`; padding never counts.
+    """Useful FLOPs of the image queries, `4 B H D (Y X) (W_y W_x + T)`; padding is not counted.
 
     Args:
-        grid: Tokens, `(Y, X)`.
-        window: Key window in tokens, `(Y, X)`, cut to the grid; the grid itself for full attention.
+        grid: Token grid `(Y, X)`.
+        window: Key window in tokens, `(Y, X)`, clamped to the grid. Use the grid itself for full attention.
         heads, head_dim, batch: H, D and B.
-        text: T, text tokens that every image query attends to as well.
+        text: T, the number of text tokens that every image query also attends to.
     """
     keys = prod(min(w, n) for w, n in zip(window, grid, strict=True)) + text
     return 4 * batch * heads * head_dim * prod(grid) * keys
@@ -80,16 +83,16 @@ def text_attention_flops(
     offset: tuple[int, int] = (0, 0),
     batch: int = 1,
 ) -> int:
-    """Useful FLOPs of the text queries: `4 B H D T (K + T)`, K the grid (`"global"`) or all windows, T counted with each (`"window"`).
+    """Useful FLOPs of the text queries: `4 B H D T (K + T)`, for K = grid (`"global"`), or K = window, summed over windows (`"window"`).
 
     Args:
         grid, window, patch, offset: As in `windows`, per axis `(Y, X)`.
         heads, head_dim, batch: H, D and B.
-        text: T, queries and keys alike.
+        text: T, the number of text tokens.
         rule: `"window"` or `"global"`, as in `joint_neighborhood_patch_attention`.
 
     Raises:
-        ValueError: another rule.
+        ValueError: The rule is unknown.
     """
     if rule not in ("window", "global"):
         raise ValueError(f"rule must be 'window' or 'global', got {rule=}")
@@ -101,7 +104,7 @@ def text_attention_flops(
 
 
 def attention_bytes(*, grid: tuple[int, int], heads: int, head_dim: int, itemsize: int, batch: int = 1) -> int:
-    """Compulsory traffic in bytes: q, k, v read once and the output written once, `itemsize` bytes an element."""
+    """Minimum memory traffic in bytes: q, k and v read once and the output written once, with `itemsize` bytes per element."""
     return 4 * batch * heads * head_dim * prod(grid) * itemsize
 
 
@@ -116,7 +119,7 @@ def window_bytes(
     offset: tuple[int, int] = (0, 0),
     batch: int = 1,
 ) -> int:
-    """Bytes of K and V over all windows, overlaps counted each time: what an implementation that copies windows moves.
+    """Bytes of K and V summed over all windows, as moved by an implementation that copies every window.
 
     Arguments as in `windows`, per axis `(Y, X)`, and as in `attention_bytes`.
     """

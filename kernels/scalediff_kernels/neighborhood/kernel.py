@@ -1,13 +1,13 @@
-"""Neighborhood patch attention as one flash attention: a query tile reads its window where it lies, text in the same softmax.
+"""Neighborhood patch attention as flash attention: a query tile reads its window in place, with text in the same softmax.
 
-A window is a box of the grid. Blocks of keys tile it; where they do not tile it evenly, the last block moves back inside the
-window and the keys that came before are masked, so that no key outside the window is ever read. Nothing is gathered or
-permuted, and nothing allocated beside the result but the sums of text queries.
+A window is a box of the grid, and blocks of keys tile it. If they do not divide it evenly, the last block is moved back inside the window
+and the keys that were already processed are masked, so that no key outside the window is read. Nothing is gathered or permuted, and only
+the result and the sums of text queries are allocated.
 
-Two kernels, of image and of text queries, and a small one that averages the latter's sums. The two are compiled for one of two
-paths: `"descriptor"` (TMA boxes straight into shared memory, zero-filled outside the grid and above the head dim) and
-`"pointer"` (addresses and masks). The text keys of a window are rotated by the window's rotary angle; since a rotation moves
-from one factor of a dot product to the other, the queries turn instead, once.
+There is one kernel for image queries, one for text queries, and a small one that averages the sums of the latter. The first two are
+compiled for one of two paths: `"descriptor"` (TMA loads boxes into shared memory, zero-filled outside the grid and above the head dim)
+and `"pointer"` (addresses and masks). Text keys have to be rotated by the angle of the window. Rotating the queries by minus this angle
+gives the same dot products, and is done only once.
 
 Legend: B batch, H query heads, G key heads, Y x X token grid, T text tokens, D head dim, M x N query x key block.
 """
@@ -26,7 +26,7 @@ def _window_block(
     BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
     BOXES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One box of keys, `block_y` and `block_x` its tokens from the window's corner. MASKED: it may reach over the far sides."""
+    """Process one box of keys at token (`block_y`, `block_x`) of the window. MASKED: it may exceed the window's end."""
     ROWS: tl.constexpr = BOX[0]
     COLUMNS: tl.constexpr = BOX[1]
     WINDOW_Y: tl.constexpr = WINDOW[0]
@@ -34,7 +34,7 @@ def _window_block(
     OVERHANG: tl.constexpr = (ROWS > WINDOW_Y) or (COLUMNS > WINDOW_X)
     batch, head, start_y, start_x = place
     y, x = block_y, block_x
-    if MASKED:  # move back inside the window; what the blocks before have seen is masked
+    if MASKED:  # move back inside the window; keys of earlier blocks are masked
         y = tl.maximum(tl.minimum(block_y, WINDOW_Y - ROWS), 0)
         x = tl.maximum(tl.minimum(block_x, WINDOW_X - COLUMNS), 0)
     limit_y, limit_x = start_y + WINDOW_Y, start_x + WINDOW_X
@@ -56,12 +56,12 @@ def _attend_window(
     BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
     BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All keys of one window: first the boxes that lie wholly inside, without a mask, then its far column and row."""
+    """Process all keys of a window: first the boxes that are inside, without a mask, then the last column and row of boxes."""
     FULL_Y: tl.constexpr = WINDOW[0] // BOX[0]
     FULL_X: tl.constexpr = WINDOW[1] // BOX[1]
     BLOCKS_Y: tl.constexpr = (WINDOW[0] + BOX[0] - 1) // BOX[0]
     BLOCKS_X: tl.constexpr = (WINDOW[1] + BOX[1] - 1) // BOX[1]
-    FAR_COLUMN: tl.constexpr = BLOCKS_Y if BLOCKS_X > FULL_X else 0  # boxes in it, the corner among them
+    FAR_COLUMN: tl.constexpr = BLOCKS_Y if BLOCKS_X > FULL_X else 0  # number of boxes in it, including the corner
     FAR_ROW: tl.constexpr = FULL_X if BLOCKS_Y > FULL_Y else 0
     top, total, acc = state
     for i in tl.range(0, FULL_Y * FULL_X, num_stages=STAGES):
@@ -86,7 +86,7 @@ def _attend_text(
     N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, BOXES: tl.constexpr,
     PRECISION: tl.constexpr, RAGGED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All text keys; masked only where the last block is ragged."""
+    """Process all text keys; masked only if the last block is not full."""
     top, total, acc = state
     for t in tl.range(0, text, N, num_stages=STAGES):
         b_k = load_text(refs[0], strides[0], batch, t, head, text, N, D, BLOCK_D, VECTOR, BOXES)
@@ -104,7 +104,7 @@ def _start(M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _window_start(patch, length, offset, PATCH: tl.constexpr, WINDOW: tl.constexpr):
-    """First key of a patch's window along one axis: centred on the patch, moved into the grid."""
+    """First key of a patch's window along one axis: centred on the patch, then clamped into the grid."""
     return tl.maximum(tl.minimum(patch * PATCH - offset + PATCH // 2 - WINDOW // 2, length - WINDOW), 0)
 
 
@@ -125,8 +125,11 @@ def image_kernel(
     RAGGED_TEXT: tl.constexpr, ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, STORE_BOXES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one patch. Tiles of a patch are neighbours, then patches along x, along y, heads, batch: what runs at
-    one time shares windows in L2."""
+    """Compute one query tile of one patch.
+
+    Consecutive programs are tiles of a patch, then patches along x and y, heads and batch, so that programs that run at the same time
+    share windows in L2.
+    """
     ROWS: tl.constexpr = QUERY_BOX[0]
     COLUMNS: tl.constexpr = QUERY_BOX[1]
     M: tl.constexpr = ROWS * COLUMNS
@@ -155,7 +158,7 @@ def image_kernel(
             b_q, state, (text_k_ref, text_v_ref), (text_k_strides, text_v_strides), batch, head // GROUP, text, scale,
             TEXT_BLOCK, D, BLOCK_D, VECTOR, BOXES, PRECISION, RAGGED_TEXT, STAGES,
         )  # fmt: skip
-        if ROPE:  # read again rather than kept: registers are dearer than one tile out of L2
+        if ROPE:  # loaded again, because keeping it would cost registers, and L2 has it
             b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
             if NEGATE:
                 b_q = -b_q
@@ -168,7 +171,7 @@ def image_kernel(
     )  # fmt: skip
     b_out = (state[2] / state[1][:, None]).to(b_q.dtype)
 
-    if STORE_BOXES:  # no tile reaches over its patch: only the grid can clip it, and the store does
+    if STORE_BOXES:  # no tile exceeds its patch; the store clips it at the grid
         out_ref.store([batch, y, x, head, 0], b_out.reshape(1, ROWS, COLUMNS, 1, BLOCK_D))
     else:
         offs_y = y + tl.arange(0, M) // COLUMNS
@@ -199,12 +202,12 @@ def text_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
     ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Text queries: text and one window at a time; `mean_kernel` averages over the windows. One window over the grid is the global rule.
+    """Attend from text queries to text and one window at a time; `mean_kernel` averages over the windows. One window over the whole grid
+    is the global rule.
 
-    A program attends to `part_windows` windows, one after another, and adds each result to its own tile of sums. No two
-    programs write one element, so there are no atomics, and every run gives the same bits. The sums wait in memory (L2), not in
-    registers, which leaves room for tiles as large as those of the image queries; they lie so that every address is a constant
-    from the first one.
+    A program processes `part_windows` windows and adds each result to its tile of sums. Every element is written by one program, so there
+    are no atomics and the result is deterministic. The sums are in memory (L2), not in registers, so tiles can be as large as those of
+    image queries. Their layout makes every address a constant offset from the first one.
     """
     pid = tl.program_id(0)
     offs = tl.arange(0, TEXT_ROWS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -237,9 +240,9 @@ def text_kernel(
             b_q, state, (text_k_ref, text_v_ref), (text_k_strides, text_v_strides), batch, head // GROUP, text, scale,
             TEXT_BLOCK, D, BLOCK_D, VECTOR, BOXES, PRECISION, RAGGED_TEXT, STAGES,
         )  # fmt: skip
-        b_sum = tl.load(sums_ptrs, mask=tl.zeros_like(offs) < i - first, other=0.0)  # nothing yet at the first window
+        b_sum = tl.load(sums_ptrs, mask=tl.zeros_like(offs) < i - first, other=0.0)  # zero before the first window
         tl.store(sums_ptrs, b_sum + state[2] / state[1][:, None])
-        tl.debug_barrier()  # another thread may load for the next window what this one has stored
+        tl.debug_barrier()  # another thread may load what this one stored, for the next window
 
 
 @triton.jit(do_not_specialize=["heads", "text", "parts", "count"])
@@ -249,7 +252,7 @@ def mean_kernel(
     out_strides, heads, text, parts, count,
     TEXT_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The mean over `count` windows from the sums of their parts, added in order and rounded once."""
+    """Compute the mean over `count` windows from the sums of all parts, added in a fixed order and rounded once."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(text, TEXT_ROWS)
     tile = pid % tiles

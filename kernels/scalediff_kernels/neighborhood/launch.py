@@ -1,4 +1,4 @@
-"""Tensors and sizes to kernel launches: descriptors or strides, the grid of programs, the constants.
+"""Kernel launches of the attention: descriptors or strides, the number of programs, and the constants.
 
 Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
 """
@@ -34,9 +34,9 @@ def image_launch(
     device: str,
     config: LaunchConfig | None = None,
 ) -> Launch:
-    """The image queries: fills `out`, contiguous `[B, Y, X, H, D]`. Arguments as in `api`, already validated.
+    """The launch for image queries, which writes `out`, contiguous `[B, Y, X, H, D]`. Arguments as in `api`, already checked.
 
-    `config` takes the place of the table's, for whoever tunes.
+    `config` replaces the configuration of the table, for tuning.
     """
     batch, _, _, heads, _ = q.shape
     text = None if text_k is None or text_v is None else (text_k, text_v)
@@ -69,10 +69,10 @@ def text_launch(
     device: str,
     config: LaunchConfig | None = None,
 ) -> Launch:
-    """The text queries, averaged over the windows: fills `out`, contiguous `[B, T, H, D]`. Window = patch = grid is the global rule.
+    """The launch for text queries, averaged over the windows, which writes `out`, contiguous `[B, T, H, D]`.
 
-    Two kernels: the first one leaves sums over the windows in fp32, the size of `out` for each part of them, the second one takes
-    the mean.
+    With window = patch = grid this is the global rule. There are two kernels: the first writes fp32 sums over the windows, as large as
+    `out` for each part of the windows, and the second computes the mean.
     """
     batch, text, heads, _ = text_q.shape
     config, shared = _shared_arguments(
@@ -110,7 +110,7 @@ def _shared_arguments(
     device: str,
     config: LaunchConfig | None,
 ) -> tuple[LaunchConfig, dict[str, Any]]:
-    """What both kernels take, and the choice of the launch."""
+    """The launch configuration, and the arguments that both kernels have in common."""
     height, width, groups, head_dim = keys[0].shape[1:]
     window = min(window[0], height), min(window[1], width)
     tokens = 0 if text is None else text[0].shape[1]
@@ -158,7 +158,7 @@ def _shared_arguments(
 
 
 def _references(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]], vector: int, *, boxes: bool) -> dict[str, Any]:
-    """`name_ref` and `name_strides` of each tensor: a descriptor of boxes of one head, or the tensor itself."""
+    """Arguments `name_ref` and `name_strides` of each tensor; `name_ref` is a descriptor for boxes of one head, or the tensor."""
     arguments: dict[str, Any] = {}
     for name, (x, box) in tensors.items():
         arguments[f"{name}_ref"] = x
@@ -170,7 +170,7 @@ def _references(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]], vecto
 
 
 def _suits_vectors(x: Tensor) -> bool:
-    """Every row of D elements starts at a multiple of eight elements, 16 bytes at least."""
+    """Whether every row of D elements starts at a multiple of eight elements, which is at least 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
 
 
@@ -179,11 +179,11 @@ def _in_vectors(x: Tensor, vector: int) -> tuple[int, ...]:
 
 
 def _descriptor_strides(x: Tensor) -> list[int]:
-    """An axis of one element may carry any stride; the descriptor wants multiples of 16 bytes."""
+    """Strides for a descriptor, in multiples of 16 bytes; the stride of an axis with one element is replaced."""
     return [s if n > 1 else max(16, x.shape[-1]) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1]
 
 
 def _suits_descriptor(x: Tensor) -> bool:
-    """The rules of TMA: 16-byte base and strides, none of them zero."""
+    """Whether TMA supports a tensor: 16-byte aligned address and strides, none of them zero."""
     strides = _descriptor_strides(x)[:-1]
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)

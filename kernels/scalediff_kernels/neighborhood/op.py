@@ -1,6 +1,6 @@
 """The Triton kernels as torch operators: `torch.ops.scalediff.image_attention` and `text_attention`.
 
-One opaque operator each, so that torch.compile keeps a single graph, FakeTensors know the shapes, and autocast applies.
+Each is one opaque operator, so that torch.compile keeps a single graph, FakeTensors know the shapes, and autocast applies.
 
 Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
 """
@@ -30,7 +30,7 @@ def image_attention(
     offset: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """Image queries; arguments as in `api.joint_neighborhood_patch_attention`, already validated."""
+    """Attention of the image queries; arguments as in `api.joint_neighborhood_patch_attention`, already checked."""
     return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
 
 
@@ -48,7 +48,7 @@ def text_attention(
     offset: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """Text queries, averaged over the windows; arguments as above."""
+    """Attention of the text queries, averaged over the windows; arguments as in `image_attention`."""
     return _launched("text_launch", (text_q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
 
 
@@ -63,32 +63,32 @@ def _(text_q: Tensor, *_: Any) -> Tensor:
 
 
 def refusal(tensors: tuple[Tensor, ...]) -> str | None:
-    """Why the kernels cannot take these tensors, in words; None where they can."""
+    """Why the kernels do not support these tensors; None if they do."""
     q = tensors[0]
     if refused := device_refusal(q.device):
         return refused
     if dtype_under_autocast(q) not in DTYPES:
-        return f"the kernel takes fp16, bf16 and fp32, got {q.dtype=}"
+        return f"the kernel supports fp16, bf16 and fp32, got {q.dtype=}"
     if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256:
-        return f"the kernel takes head dims from 8 to 256 in multiples of 8, got D={q.shape[-1]}"
+        return f"the kernel supports head dims that are multiples of 8 from 8 to 256, got D={q.shape[-1]}"
     if any(x.stride(-1) != 1 for x in tensors):
         return f"the kernel needs a contiguous last axis, got strides {[x.stride() for x in tensors]}"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "the kernel has no backward pass and a tensor requires gradients: use torch.no_grad() or impl='auto'"
+        return "the kernel does not support gradients: use torch.no_grad() or impl='auto'"
     return None
 
 
 def dtype_under_autocast(x: Tensor) -> torch.dtype:
-    """The dtype that autocast makes of x; its own outside autocast, and always its own in fp64."""
+    """The dtype to which autocast casts x; the dtype of x without autocast, or for fp64."""
     kind = x.device.type
     cast = x.dtype in DTYPES and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 def _autocast_rule(operator: Callable[..., Tensor], key: torch._C.DispatchKey) -> Callable[..., Tensor]:
-    """Cast image and text tensors to autocast's dtype, whichever it is, but not the tables of angles; then call below autocast.
+    """Cast image and text tensors, but not the rotary tables, to autocast's current dtype, and call the operator without autocast.
 
-    `torch.library.register_autocast` casts every argument, and to one dtype that is named beforehand.
+    `torch.library.register_autocast` would cast every argument, and to a fixed dtype.
     """
 
     def rule(*arguments: Any) -> Tensor:
@@ -112,7 +112,7 @@ def _launched(
     sin: Tensor | None,
     numbers: tuple[Sequence[int], Sequence[int], Sequence[int], float],
 ) -> Tensor:
-    """The result of one of `launch`'s two launches; Triton is imported by the first call."""
+    """Run `image_launch` or `text_launch`. Triton is imported at the first call."""
     from scalediff_kernels.neighborhood import launch
 
     q = tensors[0]

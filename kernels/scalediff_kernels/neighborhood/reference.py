@@ -1,4 +1,4 @@
-"""Neighborhood patch attention as it is defined: eager torch, one window after the other; fp64 stays fp64.
+"""Reference implementation of neighborhood patch attention: eager torch, one window after the other; fp64 stays fp64.
 
 Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim, K window tokens.
 """
@@ -16,7 +16,7 @@ from scalediff_kernels.neighborhood.geometry import windows
 def neighborhood_patch_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float
 ) -> Tensor:
-    """The oracle of every faster implementation; arguments as in `api.neighborhood_patch_attention`, already validated."""
+    """Reference of every faster implementation; arguments as in `api.neighborhood_patch_attention`, already checked."""
     out = torch.empty_like(q)
     rows = windows(q.shape[1], window[0], patch[0], offset[0])
     columns = windows(q.shape[2], window[1], patch[1], offset[1])
@@ -43,8 +43,10 @@ def joint_neighborhood_patch_attention_reference(
     text_rope: tuple[Tensor, Tensor] | None,
     text_queries: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in `api.joint_neighborhood_patch_attention`, already validated. The text keys of a window are rotated as they are
-    defined to be, and so are the text queries: nothing is moved to the other factor."""
+    """Reference of every faster implementation; arguments as in `api.joint_neighborhood_patch_attention`, already checked.
+
+    Text keys and text queries are rotated for each window, as in the definition.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
     out, text_sum = torch.empty_like(q), torch.zeros_like(text_q, dtype=compute)
     rows = windows(q.shape[1], window[0], patch[0], offset[0])
@@ -65,7 +67,7 @@ def joint_neighborhood_patch_attention_reference(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Softmax attention of `[B, S, H, D]` queries over `[B, K, G, D]` keys, in fp32 or better and not rounded."""
+    """Softmax attention of queries `[B, S, H, D]` to keys `[B, K, G, D]`, computed and returned in at least fp32."""
     compute = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
@@ -75,7 +77,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, j: int | None = None) -> Tensor:
-    """Turn channels 2c and 2c + 1 of `[B, ..., D]` by the angle of window (i, j), or of every window of row i: `[windows, B, ..., D]`."""
+    """Rotate channels 2c and 2c + 1 of `[B, ..., D]` by the angle of window (i, j), or of all windows of row i: `[windows, B, ..., D]`."""
     if rope is None:
         return x
     cos, sin = (table[i].to(x.dtype) for table in rope)  # [windows, D / 2]

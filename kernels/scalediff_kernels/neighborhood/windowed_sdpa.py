@@ -1,8 +1,8 @@
 """Neighborhood patch attention on any device by torch's scaled_dot_product_attention.
 
-SDPA takes keys that are one stride apart, and a window of a grid is not. Rows of keys as high as a window, copied column after column, hold
-every window as one stretch that overlaps the next: each key is copied once per row of windows, not once per window, and windows of one
-such row are few calls. Where text is joined to the keys, windows are copied out, one at a time.
+SDPA needs keys with a constant stride, which a window of a grid does not have. So the keys of a row of windows are copied column by column:
+every window is then a contiguous range that overlaps the next one. Each key is copied once per row of windows, not once per window, and a
+row of windows needs only a few calls. With text in the same softmax, every window is copied separately.
 
 Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
 """
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from scalediff_kernels.neighborhood.geometry import PatchWindow, windows
 from scalediff_kernels.neighborhood.reference import rotate_pairs
 
-# Taken at import, so that a caller who has replaced the attribute for the time of a forward pass does not meet itself here.
+# Bound at import, because `scalediff.patch_model` replaces the attribute during a forward pass and its replacement calls this module.
 _sdpa = F.scaled_dot_product_attention
 
 
 def neighborhood_patch_attention_sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float
 ) -> Tensor:
-    """Arguments as in `api.neighborhood_patch_attention`, already validated; a window over the grid is one plain SDPA."""
+    """Arguments as in `api.neighborhood_patch_attention`, already checked. A window that covers the grid is one plain SDPA call."""
     if window[0] >= q.shape[1] and window[1] >= q.shape[2]:
         b_q, b_k, b_v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
         return _attend(b_q, b_k, b_v, scale).transpose(1, 2).reshape(q.shape)
@@ -37,7 +37,7 @@ def neighborhood_patch_attention_sdpa(
         band = _by_columns(q[:, y0:y1]), _by_columns(k[:, key_y0:key_y1]), _by_columns(v[:, key_y0:key_y1])
         for run in runs:
             b_out = _attend_run(*band, run, y1 - y0, key_y1 - key_y0, scale)  # [B, H, columns, rows, D]
-            out = b_out.new_empty(q.shape) if out is None else out  # of the dtype that autocast has chosen
+            out = b_out.new_empty(q.shape) if out is None else out  # in the dtype that autocast chose
             out[:, y0:y1, run[0].query_start : run[-1].query_stop] = b_out.permute(0, 3, 2, 1, 4)
     assert out is not None
     return out
@@ -58,7 +58,7 @@ def joint_neighborhood_patch_attention_sdpa(
     text_rope: tuple[Tensor, Tensor] | None,
     text_queries: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in `api.joint_neighborhood_patch_attention`, already validated; text and window in one call per window."""
+    """Arguments as in `api.joint_neighborhood_patch_attention`, already checked. One SDPA call per window."""
     q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # [B, H, Y, X, D]
     text_q, text_k, text_v = (x.transpose(1, 2) for x in (text_q, text_k, text_v))  # [B, H, T, D]
     rows = windows(q.shape[2], window[0], patch[0], offset[0])
@@ -73,7 +73,7 @@ def joint_neighborhood_patch_attention_sdpa(
             b_v = torch.cat([text_v, v[:, :, key_y0:key_y1, key_x0:key_x1].flatten(2, 3)], dim=2)
             b_q = torch.cat([turned_q[:, :, :tokens], q[:, :, y0:y1, x0:x1].flatten(2, 3)], dim=2)
             b_out = _attend(b_q, b_k, b_v, scale)
-            out = b_out.new_empty(q.permute(0, 2, 3, 1, 4).shape) if out is None else out  # of the dtype that autocast has chosen
+            out = b_out.new_empty(q.permute(0, 2, 3, 1, 4).shape) if out is None else out  # in the dtype that autocast chose
             out[:, y0:y1, x0:x1] = b_out[:, :, tokens:].unflatten(2, (y1 - y0, x1 - x0)).permute(0, 2, 3, 1, 4)
             if tokens:
                 text_sum = text_sum + b_out[:, :, :tokens]
@@ -85,7 +85,7 @@ def joint_neighborhood_patch_attention_sdpa(
 
 
 def _turned(text: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, count: int) -> Sequence[Tensor]:
-    """Text `[B, H or G, T, D]` as every window of row i has it, turned in fp32 or better."""
+    """Text `[B, H or G, T, D]` rotated for each window of row i, computed in at least fp32."""
     if rope is None:
         return [text] * count
     return rotate_pairs(text.to(torch.promote_types(text.dtype, torch.float32)), rope, i).to(text.dtype).unbind()
@@ -97,13 +97,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _distinct(spans: tuple[PatchWindow, ...]) -> list[PatchWindow]:
-    """Patches that share a window, as those at a border do, as one larger patch."""
+    """Merge adjacent patches with the same window, which occur at borders, into larger patches."""
     shared = (list(group) for _, group in groupby(spans, key=lambda span: span.key_start))
     return [group[-1]._replace(query_start=group[0].query_start) for group in shared]
 
 
 def _evenly_spaced(spans: list[PatchWindow]) -> list[list[PatchWindow]]:
-    """Neighbours cut into runs: patches of one size, windows one step apart."""
+    """Split adjacent patches into runs with equal patch sizes and equal distances between windows."""
     runs: list[list[PatchWindow]] = []
     for span in spans:
         run = runs[-1] if runs else []
@@ -116,15 +116,17 @@ def _evenly_spaced(spans: list[PatchWindow]) -> list[list[PatchWindow]]:
 
 
 def _by_columns(band: Tensor) -> Tensor:
-    """`[B, rows, X, H, D]` to `[B, H, X rows, D]`, copied."""
+    """Copy `[B, rows, X, H, D]` to `[B, H, X rows, D]`."""
     return band.permute(0, 3, 2, 1, 4).flatten(2, 3)
 
 
 def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: list[PatchWindow], rows: int, key_rows: int, scale: float) -> Tensor:
-    """Windows of one run in one SDPA: they stand where heads do, and overlap in memory; heads that share keys are more queries.
+    """Attend to all windows of a run in one SDPA call.
+
+    Windows take the place of heads and overlap in memory. Query heads that share a key head become additional queries.
 
     Args:
-        q, k, v: `[B, H or G, X rows, D]` by columns, of `rows` rows of queries and `key_rows` of keys.
+        q, k, v: `[B, H or G, X rows, D]` from `_by_columns`, with `rows` rows of queries and `key_rows` rows of keys.
 
     Returns:
         `[B, H, columns, rows, D]`, the columns of all patches of the run.

@@ -1,4 +1,4 @@
-"""Structure guidance folded into the model output: two kernels a step.
+"""Structure guidance applied to the model output: two kernels per step.
 
 Legend: B batch, C channels, Y x X grid.
 """
@@ -15,23 +15,26 @@ from scalediff_kernels.steps.geometry import NoiseLevel, Prediction, check_predi
 
 
 class GuidedStep:
-    """Structure guidance of one stage: from x and a model output, the output that stands for a guided x0.
+    """Structure guidance of one stage: changes a model output so that it predicts the guided x0.
 
-    `x0 <- x0 + gamma (LP(reference) - LP(x0))` is linear, so it is a change of the model output, and a multi-step solver's history
-    holds guided estimates. The reference's coarse grid is computed once; a step is one pass over x and the output, and one over the
-    output: two kernels on a GPU, matrix products elsewhere.
+    Guidance, `x0 <- x0 + gamma (LP(reference) - LP(x0))`, is linear, so it can be applied to the model output. The history of a
+    multi-step solver then holds guided predictions. The coarse grid of the reference is computed once. A step reads x and the output to
+    compute their coarse grid, and then updates the output: two kernels on a GPU, matrix products elsewhere.
 
-    Level, gamma and scale are numbers: under torch.compile they are constants of the graph, and a CUDA graph replays those it captured.
-    A step gains nothing from either; compile what lies around it.
+    Level, gamma and guidance scale are Python numbers, so they are constants in a graph of torch.compile or a CUDA graph. A step does not
+    become faster by either; compile the code around it.
 
     Args:
-        reference: The stage's clean reference, `[B, C, Y, X]` of any strides or packed (`packed_view`), or `[1, C, Y, X]` for every batch.
-        cutoff, kind, impl: As in `low_pass`; without `"reference"`, and without gradients.
-        prediction: What the model predicts, for `x = signal * x0 + noise * eps`: `"epsilon"`: eps.
-            `"v_prediction"`: `(signal * eps - noise * x0) / sqrt(signal^2 + noise^2)`. `"flow_prediction"`: `eps - x0`. `"sample"`: x0.
+        reference: The clean reference of the stage, `[B, C, Y, X]` with any strides or packed (`packed_view`). `[1, C, Y, X]` serves any
+            batch.
+        cutoff, kind, impl: As in `low_pass`, except that `impl="reference"` and gradients are not supported.
+        prediction: What the model predicts, for `x = signal * x0 + noise * eps`. `"epsilon"`: eps;
+            `"v_prediction"`: `(signal * eps - noise * x0) / sqrt(signal^2 + noise^2)`; `"flow_prediction"`: `eps - x0`; `"sample"`: x0.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `low_pass`; unknown prediction.
+        ValueError: As `low_pass`, or the prediction is unknown.
+        TypeError: As `low_pass`.
+        NotImplementedError: As `low_pass`.
 
     ScaleDiff, arXiv:2510.25818; docs/internals/guidance.md derives the weights.
     """
@@ -42,7 +45,7 @@ class GuidedStep:
         for length in op.picture_size(reference):
             coarse_length(length, cutoff, kind)
         if impl == "reference":
-            raise ValueError("GuidedStep has the implementations auto, matmul and triton, got impl='reference'")
+            raise ValueError("impl of GuidedStep must be one of auto, matmul, triton, got impl='reference'")
         self.cutoff, self.kind, self.prediction, self.impl = cutoff, kind, prediction, impl
         self._shape, self._device = _picture_shape(reference), reference.device
         triton = choose(impl, [reference.detach()]) == "triton"
@@ -59,32 +62,33 @@ class GuidedStep:
         guidance_scale: float | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        """Correct a model output.
+        """Apply structure guidance to a model output.
 
         Args:
-            x: The sample the model saw, unscaled; shape and device of the reference, packed or not; dtypes may differ.
-            output: The model output, like x; with `unconditional`, that of the conditional pass.
-            level: The noise in x: `NoiseLevel.of_alpha_bar`, `of_sigma`, `of_flow`.
-            gamma: Strength, finite; the paper takes `(1 - abar) / (1 - abar_restart)` for SDXL, sigma for FLUX.
-            unconditional: The output of the unconditional pass; classifier-free guidance is then done on the way.
-            guidance_scale: Of classifier-free guidance, `unconditional + scale (output - unconditional)`.
+            x: The unscaled sample that the model output belongs to, with the shape and device of the reference, packed or not. Its dtype
+                may differ.
+            output: The model output, like x. With `unconditional`, the output of the conditional pass.
+            level: Noise level of x: `NoiseLevel.of_alpha_bar`, `of_sigma` or `of_flow`.
+            gamma: Finite strength. The paper uses `(1 - abar) / (1 - abar_restart)` for SDXL and sigma for FLUX.
+            unconditional: The output of the unconditional pass. If given, classifier-free guidance is applied too.
+            guidance_scale: Scale of classifier-free guidance, `unconditional + scale (output - unconditional)`.
             inplace: Write the result into `output`.
 
         Returns:
-            A picture like output; summed in fp32 (fp64), rounded once.
+            The guided model output, with the shape, dtype and packing of `output`. Sums are in fp32 (fp64 for fp64), rounded once.
 
         Raises:
-            ValueError: shapes or devices disagree, gamma or the scale is not finite, one of unconditional and its scale is missing, no
-                noise to guide, so little that the change is not finite in fp32, or an output that overlaps itself in memory is to be
-                changed in place.
-            TypeError: a tensor is of another dtype than fp16, bf16, fp32 and fp64.
-            NotImplementedError: a tensor requires gradients.
+            ValueError: Shapes or devices disagree; gamma or the scale is not finite; only one of unconditional and guidance_scale is
+                given; the noise is zero, or so small that the change is not finite in fp32; or `inplace` is set and `output` overlaps
+                itself in memory.
+            TypeError: A tensor is not fp16, bf16, fp32 or fp64.
+            NotImplementedError: A tensor requires gradients.
         """
         tensors = {"x": x, "output": output} | ({} if unconditional is None else {"unconditional": unconditional})
         self._check(tensors, gamma, guidance_scale, inplace=inplace)
         chosen = choose(self.impl, [self._coarse, *tensors.values()])
         if chosen == "reference":
-            raise NotImplementedError("a guided step has no derivative and one is wanted: use torch.no_grad()")
+            raise NotImplementedError("GuidedStep does not support gradients: use torch.no_grad()")
         triton = chosen == "triton"
         of_x, of_output = x0_weights(level, self.prediction)
         gain = gamma * output_change(level, self.prediction)
@@ -115,29 +119,29 @@ class GuidedStep:
                     f"got {tuple(tensor.shape)} on {tensor.device}"
                 )
         if len({tensor.shape[3] for tensor in tensors.values() if tensor.ndim == 6}) > 1:
-            raise ValueError(f"packed tensors must be packed alike, got {[tuple(tensor.shape) for tensor in tensors.values()]}")
+            raise ValueError(f"packed tensors must have the same patch size, got {[tuple(tensor.shape) for tensor in tensors.values()]}")
         check_gamma(gamma)
         if ("unconditional" in tensors) != (guidance_scale is not None):
             raise ValueError(
-                f"classifier-free guidance takes unconditional and guidance_scale together, "
+                f"classifier-free guidance needs both unconditional and guidance_scale, "
                 f"got {guidance_scale=} {'with' if 'unconditional' in tensors else 'without'} unconditional"
             )
         if guidance_scale is not None and not abs(guidance_scale) < float("inf"):
             raise ValueError(f"guidance_scale must be finite, got {guidance_scale=}")
         if inplace and _overlaps_itself(tensors["output"]):
             raise ValueError(
-                f"an output that overlaps itself cannot be changed in place, "
+                f"output must not overlap itself in memory with inplace=True, "
                 f"got {tuple(tensors['output'].shape)} with strides {tensors['output'].stride()}"
             )
 
 
 def _picture_shape(x: Tensor) -> tuple[int, ...]:
-    """`(B, C, Y, X)`, packed or not."""
+    """`(B, C, Y, X)` of a picture, packed or not."""
     return (x.shape[0], x.shape[1], *op.picture_size(x))
 
 
 def _overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements may share memory: an axis steps no further than the axes below it reach."""
+    """Whether elements may share memory: the stride of an axis is not larger than the extent of the axes with smaller strides."""
     reach = 0
     for stride, length in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride <= reach:

@@ -1,4 +1,4 @@
-"""A guided step as it is defined, in three lines; fp64 stays fp64.
+"""Reference implementation of a guided step; fp64 stays fp64.
 
 Legend: B batch, C channels, Y x X grid.
 """
@@ -15,7 +15,7 @@ from scalediff_kernels.steps.geometry import NoiseLevel, Prediction, output_chan
 def guided_step_reference(
     x: Tensor, output: Tensor, reference: Tensor, *, level: NoiseLevel, prediction: Prediction, gamma: float, cutoff: float, kind: Kind
 ) -> Tensor:
-    """The model output that stands for `x0 + gamma (LP(reference) - LP(x0))`: ScaleDiff's structure guidance, arXiv:2510.25818."""
+    """The model output that gives `x0 + gamma (LP(reference) - LP(x0))`: ScaleDiff's structure guidance, arXiv:2510.25818."""
     of_x, of_output = x0_weights(level, prediction)
     x0 = of_x * x + of_output * output
     guided = x0 + gamma * (low_pass_reference(reference, cutoff=cutoff, kind=kind) - low_pass_reference(x0, cutoff=cutoff, kind=kind))

@@ -140,7 +140,7 @@ def test_a_control_tensor_is_refused(name: str) -> None:
     pipe = CONTROLLED[name][0]()
     with scalediff.patch_model(pipe, window=WINDOW):
         height, width = target_of(pipe)
-        with pytest.raises(ValueError, match="control_image must be a PIL picture, which is fitted to each stage, got a tensor"):
+        with pytest.raises(ValueError, match="control_image must be a PIL picture, because it is resized for each stage, got a tensor"):
             draw(pipe, BOAT, call={"control_image": Draw(0)(1, 3, height, width).sigmoid()})
 
 

@@ -330,7 +330,7 @@ def test_pipelines_that_take_a_picture_keep_their_call(demo: Any) -> None:
         generate(other, PROMPT, height=128, width=128)
     with scalediff.patch_model(other) as handle:
         assert type(other) is cls
-        assert "takes a picture: its call stays as it is" in str(handle.report)
+        assert "is not a text-to-image pipeline: its call is unchanged" in str(handle.report)
 
 
 def test_stable_diffusion_xl(demo: Any) -> None:
@@ -373,9 +373,12 @@ def test_bad_input_is_named(demo: Any) -> None:
         generate(demo, PROMPT, height=128, width=128, restart=0)
     with pytest.raises(ValueError, match=r"at least one coarse pixel, got cutoff=0.01"):
         generate(demo, PROMPT, height=128, width=128, lfm_cutoff=0.01)
-    with pytest.raises(ValueError, match=r"latents are those of the base stage, 16 x 16, got.*32, 32"), scalediff.patch_model(demo):
+    with (
+        pytest.raises(ValueError, match=r"latents must have the size of the base stage, 16 x 16, got.*32, 32"),
+        scalediff.patch_model(demo),
+    ):
         demo(PROMPT, height=128, width=128, latents=torch.zeros(1, 4, 32, 32))
-    with pytest.raises(ValueError, match=r"lay out their own schedule, got timesteps=\[500, 1\]"), scalediff.patch_model(demo):
+    with pytest.raises(ValueError, match=r"set their own schedule, got timesteps=\[500, 1\]"), scalediff.patch_model(demo):
         demo(PROMPT, height=128, width=128, timesteps=[500, 1])
     with pytest.raises(TypeError, match=r"needs a text-to-image pipeline, got UNet2DConditionModel"):
         generate(demo.unet, PROMPT, height=128, width=128)

@@ -69,7 +69,7 @@ def unpack(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "solver"), [("FlowMatchEulerDiscreteScheduler", euler), ("FlowMatchHeunDiscreteScheduler", heun)])
 def test_a_guided_tail_is_the_solver_on_guided_estimates(name: str, solver: Any, packed: bool) -> None:
     base = getattr(diffusers, name)(shift=3.0)
-    scheduler = guided_scheduler(base, steps=STEPS, kept=KEPT, guidance=Guidance(REFERENCE, CUTOFF, packed=packed))
+    scheduler = guided_scheduler(base, steps=STEPS, last_steps=KEPT, guidance=Guidance(REFERENCE, CUTOFF, packed=packed))
     scheduler.set_timesteps(KEPT)
     sigmas = [float(s) for s in scheduler.sigmas]
     x = pack(START) if packed else START
@@ -87,7 +87,9 @@ def test_every_stage_has_the_schedule_of_the_base() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     base = recording_scheduler(scheduler)
     base.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), device="cpu", mu=1.15)
-    guided = guided_scheduler(scheduler, steps=STEPS, kept=KEPT, guidance=Guidance(None, CUTOFF), asked=base.asked)
+    guided = guided_scheduler(
+        scheduler, steps=STEPS, last_steps=KEPT, guidance=Guidance(None, CUTOFF), base_schedule_arguments=base.schedule_arguments
+    )
     guided.set_timesteps(sigmas=np.linspace(1, 1 / KEPT, KEPT), device="cpu", mu=3.0)
     assert torch.equal(guided.timesteps, base.timesteps[-KEPT:])
     assert torch.equal(guided.sigmas, base.sigmas[-KEPT - 1 :])
@@ -98,5 +100,5 @@ def test_every_stage_has_the_schedule_of_the_base() -> None:
 @pytest.mark.parametrize("option", ["stochastic_sampling", "invert_sigmas"])
 def test_a_flow_that_is_another_is_refused(option: str) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{option: True})
-    with pytest.raises(NotImplementedError, match=f"knows FlowMatchEulerDiscreteScheduler without {option}"):
-        guided_scheduler(scheduler, steps=4, kept=2, guidance=Guidance(None, 0.5))
+    with pytest.raises(NotImplementedError, match=f"supports FlowMatchEulerDiscreteScheduler without {option}"):
+        guided_scheduler(scheduler, steps=4, last_steps=2, guidance=Guidance(None, 0.5))

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 import scalediff
 from bench.models.zoo import WINDOW
 from scalediff.cascade import memory
-from scalediff.cascade.memory import Estimate, estimate, vae_bytes, wants_tiling
+from scalediff.cascade.memory import Estimate, estimate, needs_tiling, vae_bytes
 from scalediff.cascade.pipeline import native_size
 from scalediff.cost import tally
-from scalediff.cost.tally import peak_of
+from scalediff.cost.tally import peak_bytes
 from scalediff.patching.networks import denoiser_of
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import PIPELINES, autoencoder, built
@@ -36,11 +36,11 @@ class RealTally(tally._Tally):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
-                self._count(x.untyped_storage(), made=False)
+                self._count(x.untyped_storage(), is_new=False)
         out = function(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
-                self._count(x.untyped_storage(), made=True)
+                self._count(x.untyped_storage(), is_new=True)
         return out
 
 
@@ -129,7 +129,7 @@ def test_the_tally_is_the_sum_by_hand(function: Callable[[Tensor], Tensor], expe
     """Also of real tensors: then the comparisons below compare the same."""
     given = torch.empty(10, 10, device="meta")
     expected += 4 * (function is freed)  # the sum itself
-    assert peak_of(lambda: function(given)) == expected
+    assert peak_bytes(lambda: function(given)) == expected
     x = torch.ones(10, 10)
     assert real_peak_of(lambda: function(x)) == expected
 
@@ -137,9 +137,9 @@ def test_the_tally_is_the_sum_by_hand(function: Callable[[Tensor], Tensor], expe
 def test_one_tally_knows_nothing_of_the_one_before() -> None:
     x = torch.empty(10, 10, device="meta")
     outside: list[Tensor] = []
-    assert peak_of(lambda: outside.append(x + 1)) == 400
-    assert peak_of(lambda: outside.append(outside[0] + 1)) == 400
-    assert [peak_of(lambda: chain(x)) for _ in range(3)] == [800] * 3
+    assert peak_bytes(lambda: outside.append(x + 1)) == 400
+    assert peak_bytes(lambda: outside.append(outside[0] + 1)) == 400
+    assert [peak_bytes(lambda: chain(x)) for _ in range(3)] == [800] * 3
 
 
 # Networks
@@ -228,7 +228,7 @@ def test_every_pipeline_can_be_told_of(name: str) -> None:
         assert less.weights == more.weights
     for told in (small, middle, large):
         ways = (False, False, False), (True, False, False), (True, True, False), (True, True, True)
-        assert list(told.ways().values()) == [told.peak(tiled=tiled, split=split, offloaded=offloaded) for tiled, split, offloaded in ways]
+        assert list(told.peaks().values()) == [told.peak(tiled=tiled, split=split, offloaded=offloaded) for tiled, split, offloaded in ways]
         assert told.halves == (2 if name in ("SD3", "SDXL", "Lumina-Next") else 1)
     assert (state_of(denoiser), sorted(pipe.__dict__)) == (before, attributes)
     assert torch.equal(torch.get_rng_state(), randomness)
@@ -270,50 +270,50 @@ def test_peaks_and_advice() -> None:
     assert told.peak(tiled=True, split=True) / GIB == pytest.approx(15 + 1.1 * 2 + 1)
     assert told.peak(offloaded=True) / GIB == pytest.approx(1 + 1.1 * 20 + 1)
     assert told.peak(tiled=True, split=True, offloaded=True) / GIB == pytest.approx(10 + 1.1 * 2 + 1)
-    for room in (38.1, 20.5):
-        assert told.advice(int(room * GIB)) == "with vae_tiling it takes about 20.4 GiB", "what is done already is no advice"
-    assert told.advice(int(20.3 * GIB)) == "with vae_tiling and split_guidance it takes about 18.2 GiB"
-    assert told.advice(14 * GIB) == "with both and enable_model_cpu_offload (--low-memory) it takes about 13.2 GiB"
+    for available in (38.1, 20.5):
+        assert told.advice(int(available * GIB)) == "with vae_tiling it needs about 20.4 GiB", "what is done already is no advice"
+    assert told.advice(int(20.3 * GIB)) == "with vae_tiling and split_guidance it needs about 18.2 GiB"
+    assert told.advice(14 * GIB) == "with both and enable_model_cpu_offload (--low-memory) it needs about 13.2 GiB"
     for little in (13 * GIB, None):
         assert told.advice(little) == (
-            "by estimate it takes 38.0 GiB as it is, 20.4 GiB with vae_tiling, 18.2 GiB with vae_tiling and split_guidance, "
+            "it needs about 38.0 GiB as configured, 20.4 GiB with vae_tiling, 18.2 GiB with vae_tiling and split_guidance, "
             "13.2 GiB with both and enable_model_cpu_offload (--low-memory); "
-            "else a smaller size, a smaller dtype, or pipe.enable_group_offload"
+            "otherwise use a smaller size, a smaller dtype, or pipe.enable_group_offload"
         )
     alone = replace(told, halves=1, vae=0)
-    assert alone.advice(18 * GIB) == "with both and enable_model_cpu_offload (--low-memory) it takes about 15.4 GiB", "nothing to split"
+    assert alone.advice(18 * GIB) == "with both and enable_model_cpu_offload (--low-memory) it needs about 15.4 GiB", "nothing to split"
 
 
 def test_tiling_is_wanted_where_a_picture_does_not_fit(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside all weights; where components are offloaded, beside its own. What is free at the moment has no say."""
-    monkeypatch.setattr(memory, "room", lambda device: 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
     held = 1.1 * vae_bytes(demo.vae, (128, 128), 1, tiled=False)
     every = sum(x.numel() * 4 for part in (demo.unet, demo.vae, demo.text_encoder) for x in part.state_dict().values())
     needed = int(held + every + memory.MARGIN)
     for there, wanted in ((needed + 2**16, False), (needed - 2**16, True), (0, True), (None, False)):
-        monkeypatch.setattr(memory, "capacity", lambda device, there=there: there)
-        assert wants_tiling(demo, (128, 128), 1) == wanted
-    monkeypatch.setattr(memory, "capacity", lambda device: needed + 2**16)
-    assert wants_tiling(demo, (128, 128), 2)
+        monkeypatch.setattr(memory, "total_bytes", lambda device, there=there: there)
+        assert needs_tiling(demo, (128, 128), 1) == wanted
+    monkeypatch.setattr(memory, "total_bytes", lambda device: needed + 2**16)
+    assert needs_tiling(demo, (128, 128), 2)
     demo.enable_model_cpu_offload(device="cpu")
     try:
-        monkeypatch.setattr(memory, "capacity", lambda device: needed - 2**20)
-        assert not wants_tiling(demo, (128, 128), 1)
+        monkeypatch.setattr(memory, "total_bytes", lambda device: needed - 2**20)
+        assert not needs_tiling(demo, (128, 128), 1)
     finally:
         demo.remove_all_hooks()
 
 
 def test_what_a_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, what torch has reserved is part of the room for a run."""
+    """On a GPU, what torch has reserved is part of what is available to a run."""
     cpu = torch.device("cpu")
-    now, whole = memory.room(cpu), memory.capacity(cpu)
+    now, whole = memory.available_bytes(cpu), memory.total_bytes(cpu)
     assert (now is None and whole is None) or (now is not None and whole is not None and 2**20 < now <= whole)
-    assert memory.room(torch.device("meta")) is None
-    assert memory.capacity(torch.device("meta")) is None
+    assert memory.available_bytes(torch.device("meta")) is None
+    assert memory.total_bytes(torch.device("meta")) is None
     for name, value in (("mem_get_info", (5 * GIB, 24 * GIB)), ("memory_reserved", 7 * GIB)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert memory.room(torch.device("cuda")) == (5 + 7) * GIB
-    assert memory.capacity(torch.device("cuda")) == 24 * GIB
+    assert memory.available_bytes(torch.device("cuda")) == (5 + 7) * GIB
+    assert memory.total_bytes(torch.device("cuda")) == 24 * GIB
 
 
 # What cannot be told
@@ -335,14 +335,14 @@ def looking(network: Any) -> None:
 def test_a_denoiser_that_looks_at_values_cannot_be_told_of() -> None:
     pipe, arguments = built("SDXL")
     looking(pipe.unet)
-    with pytest.raises(NotImplementedError, match=r"the memory of UNet2DConditionModel cannot be told: .*meta"):
+    with pytest.raises(NotImplementedError, match=r"the memory of UNet2DConditionModel cannot be estimated: .*meta"):
         estimate(pipe, arguments, (16, 16))
 
 
 def test_an_autoencoder_that_looks_at_values_cannot_be_told_of() -> None:
     vae = autoencoder()
     looking(vae)
-    with pytest.raises(NotImplementedError, match=r"the memory of AutoencoderKL cannot be told: .*meta"):
+    with pytest.raises(NotImplementedError, match=r"the memory of AutoencoderKL cannot be estimated: .*meta"):
         vae_bytes(vae, (16, 16), 1, tiled=False)
 
 

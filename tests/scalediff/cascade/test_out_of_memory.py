@@ -16,7 +16,7 @@ from torch import nn
 import scalediff
 from bench.models.zoo import WINDOW
 from scalediff.cascade import memory
-from scalediff.cascade.latents import decode, pictures_of
+from scalediff.cascade.latents import decode, to_pil_images
 from scalediff.settings import Settings
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import built, picture
@@ -73,10 +73,10 @@ def test_tiling_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(tiled.stages[0].latents, whole.stages[0].latents)
         assert (tiled.stages[1].latents - whole.stages[1].latents).abs().max() > 1e-5
         for free, expected in ((1, tiled), (2**50, whole), (None, whole)):
-            monkeypatch.setattr(memory, "capacity", lambda device, free=free: free)
+            monkeypatch.setattr(memory, "total_bytes", lambda device, free=free: free)
             assert same(drawn(pipe, arguments), expected)
             assert not pipe.vae.use_tiling
-        monkeypatch.setattr(memory, "capacity", lambda device: 1)
+        monkeypatch.setattr(memory, "total_bytes", lambda device: 1)
         assert same(drawn(pipe, arguments, vae_tiling=False), whole)
 
 
@@ -109,11 +109,11 @@ def test_a_resumed_run_decodes_as_the_first_did(tmp_path: Path, monkeypatch: pyt
         if stage.index == 2:
             raise Stop
 
-    monkeypatch.setattr(memory, "capacity", lambda device: 1)
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 1)
     whole = drawn(pipe, arguments, size=64)
     with pytest.raises(Stop):
         drawn(pipe, arguments, size=64, workdir=tmp_path, on_stage=stop)
-    monkeypatch.setattr(memory, "capacity", lambda device: 2**50)
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 2**50)
     with counted(pipe.vae.decoder) as widths:
         again = drawn(pipe, arguments, size=64, workdir=tmp_path)
     assert widths[-1] == 32  # the last stage has room
@@ -137,9 +137,9 @@ def test_windows_in_the_autoencoder_are_those_of_the_native_size(name: str) -> N
     assert (windows.stages[1].latents - full.stages[1].latents).abs().max() > 1e-5
     last = windows.stages[1]
     with torch.no_grad():
-        assert pictures_of(pipe, decode(pipe, last.latents))[0].tobytes() != last.images[0].tobytes()
+        assert to_pil_images(pipe, decode(pipe, last.latents))[0].tobytes() != last.images[0].tobytes()
         with scalediff.patch_model(pipe.vae.decoder, patch_size=1, window=(8, 8)):
-            assert pictures_of(pipe, decode(pipe, last.latents))[0].tobytes() == last.images[0].tobytes()
+            assert to_pil_images(pipe, decode(pipe, last.latents))[0].tobytes() == last.images[0].tobytes()
 
 
 def test_windows_are_gone_after_an_error() -> None:
@@ -158,7 +158,7 @@ def test_windows_are_gone_after_an_error() -> None:
 def test_an_autoencoder_without_attention_has_no_windows(demo: Any) -> None:
     before = state_of(demo.unet), demo.scheduler
     demo_run = {**RUN, "on_step": lambda _: pytest.fail("nothing may be drawn")}
-    with pytest.raises(NotImplementedError, match="vae_attention='npa' is for autoencoders of pictures with attention"):
+    with pytest.raises(NotImplementedError, match="vae_attention='npa' needs an image autoencoder with attention"):
         scalediff.generate(demo, PROMPT, vae_attention="npa", **demo_run)
     assert (state_of(demo.unet), demo.scheduler) == before
 
@@ -218,12 +218,12 @@ def test_it_is_told_where_and_what_would_fit(
     demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, above: int, restart: float, patched: bool
 ) -> None:
     """Finished stages stay; with more memory the run goes on, to the same bits."""
-    monkeypatch.setattr(memory, "room", lambda device: 2 * GIB)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * GIB)
     run = {**RUN, "restart": restart}
     if patched:
         scalediff.patch_model(demo)
     before = state_of(demo.unet), state_of(demo.vae), sorted(demo.__dict__), demo.scheduler, dict(demo._progress_bar_config)
-    message = r"stage 2/2, 128 x 128, ran out of memory on cpu, which has 2.0 GiB; with .* split_guidance it takes about 1.\d GiB"
+    message = r"stage 2/2, 128 x 128, ran out of memory on cpu, which has 2.0 GiB available; with .* split_guidance it needs about 1.\d GiB"
     module = {"unet": demo.unet.conv_in, "vae.encoder": demo.vae.encoder, "vae.decoder": demo.vae.decoder}[part]
     with out_of(module, above=above), pytest.raises(torch.OutOfMemoryError, match=message) as raised:
         scalediff.generate(demo, PROMPT, generator=seeded(), workdir=tmp_path, **run)
@@ -237,29 +237,33 @@ def test_it_is_told_where_and_what_would_fit(
 
 
 @pytest.mark.parametrize(
-    ("room", "told"),
+    ("available", "told"),
     [
         (
             None,
-            r"ran out of memory on cpu; by estimate it takes 1.\d GiB as it is, .* 1.\d GiB with both and .*; else",
+            r"ran out of memory on cpu; it needs about 1.\d GiB as configured, .* 1.\d GiB with both and .*; otherwise",
         ),
-        (GIB // 2, r"which has 0.5 GiB; by estimate it takes 1.\d GiB as it is, .* 1.\d GiB with both and .*; else a smaller size"),
+        (
+            GIB // 2,
+            r"which has 0.5 GiB available; it needs about 1.\d GiB as configured, .* 1.\d GiB with both and .*; "
+            r"otherwise use a smaller size",
+        ),
     ],
 )
-def test_advice_for_little_and_for_unknown_room(demo: Any, monkeypatch: pytest.MonkeyPatch, room: int | None, told: str) -> None:
-    monkeypatch.setattr(memory, "room", lambda device: room)
+def test_advice_for_little_and_for_unknown_room(demo: Any, monkeypatch: pytest.MonkeyPatch, available: int | None, told: str) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: available)
     with out_of(demo.unet.conv_in, above=8), pytest.raises(torch.OutOfMemoryError, match=told):
         scalediff.generate(demo, PROMPT, **RUN)
 
 
 def test_where_nothing_can_be_told_that_is_said(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def estimate(*_: object) -> None:
-        raise NotImplementedError("the memory of Foreign cannot be told: no")
+        raise NotImplementedError("the memory of Foreign cannot be estimated: no")
 
     monkeypatch.setattr(memory, "estimate", estimate)
     with (
         out_of(demo.unet.conv_in, above=8),
-        pytest.raises(torch.OutOfMemoryError, match="; no estimate: the memory of Foreign cannot be told: no"),
+        pytest.raises(torch.OutOfMemoryError, match="; no estimate of its needs: the memory of Foreign cannot be estimated: no"),
     ):
         scalediff.generate(demo, PROMPT, **RUN)
 

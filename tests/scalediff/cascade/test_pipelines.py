@@ -262,13 +262,15 @@ def test_every_pipeline_upscales(name: str) -> None:
 def test_pictures_that_cannot_be_upscaled_are_refused() -> None:
     pipe, arguments = built("FLUX")
     with scalediff.patch_model(pipe, window=WINDOW):
-        with pytest.raises(ValueError, match=r"a picture of 16 x 16 would be distorted, got height=64, width=32"):
+        with pytest.raises(ValueError, match=r"the target must have the aspect ratio of the picture, 16 x 16, got height=64, width=32"):
             scalediff.upscale(pipe, picture(), None, height=64, width=32, call=arguments)
-        with pytest.raises(ValueError, match=r"the target must exceed the picture's 40 x 40, got height=32, width=32"):
+        with pytest.raises(ValueError, match=r"the target must be larger than the picture, 40 x 40, got height=32, width=32"):
             scalediff.upscale(pipe, picture(40, 40), None, height=32, width=32, call=arguments)
-        with pytest.raises(ValueError, match=r"pictures must be of one size, got \[\(16, 16\), \(8, 8\)\]"):
+        with pytest.raises(ValueError, match=r"all pictures must have the same size, got \[\(16, 16\), \(8, 8\)\]"):
             scalediff.upscale(pipe, [picture(), picture(8, 8)], None, height=32, width=32, call=arguments)
-        with pytest.raises(ValueError, match="call may not hold what has an argument of its own or belongs to the stages, got latents"):
+        with pytest.raises(
+            ValueError, match="call must not hold arguments of generate or upscale, or those that each stage sets, got latents"
+        ):
             scalediff.generate(pipe, None, height=32, width=32, call={"latents": None})
 
 

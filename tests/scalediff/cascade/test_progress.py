@@ -14,7 +14,7 @@ from torch import Tensor
 
 import scalediff
 from bench.models.zoo import WINDOW
-from scalediff.cascade.latents import decode, pictures_of
+from scalediff.cascade.latents import decode, to_pil_images
 from scalediff.cascade.pipeline import native_size
 from scalediff.cascade.progress import Step
 from scalediff.patching.networks import denoiser_of
@@ -128,7 +128,7 @@ def test_the_last_preview_is_the_picture_made_small(demo: Any) -> None:
     assert shown[3].tobytes() == first.images[0].tobytes()
     small = last.latents.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean(dim=(3, 5))
     with torch.no_grad():
-        expected = pictures_of(demo, decode(demo, small))[0]
+        expected = to_pil_images(demo, decode(demo, small))[0]
     values = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() for image in (shown[-1], expected)]
     assert shown[-1].size == (64, 64)
     assert (values[0] - values[1]).abs().max() <= 2  # of 255

@@ -33,7 +33,9 @@ def test_pictures_and_arrays_are_told_by_their_content() -> None:
     assert digest(long) != digest(np.where(long == 2500, 0, long)), "numpy prints long arrays in short"
     assert digest(long) != digest(long.reshape(50, 100))
     assert digest(lambda: 1) == digest(lambda: 2), "a function is told by its name"
-    with pytest.raises(TypeError, match="a run with a workdir must be told by values, got <object object at"):
+    with pytest.raises(
+        TypeError, match="arguments of a run with a workdir must have a repr that identifies their value, got <object object at"
+    ):
         digest(object())
 
 
@@ -66,10 +68,10 @@ def test_a_stage_that_a_callback_ended_is_not_a_finished_one(demo: Any, tmp_path
 @pytest.mark.parametrize(
     ("image", "prompt", "error", "message"),
     [
-        (np.zeros((8, 8, 3)), "a moon", TypeError, "image must be a PIL picture, or a list of them, got ndarray"),
-        ("moon.png", "a moon", TypeError, "image must be a PIL picture, or a list of them, got str"),
-        ([Image.new("RGB", (64, 64))] * 2, "a moon", ValueError, "as many pictures as prompts, got 2 for 1"),
-        (Image.new("RGB", (64, 64)), ["a", "b"], ValueError, "as many pictures as prompts, got 1 for 2"),
+        (np.zeros((8, 8, 3)), "a moon", TypeError, "image must be a PIL picture or a list of them, got ndarray"),
+        ("moon.png", "a moon", TypeError, "image must be a PIL picture or a list of them, got str"),
+        ([Image.new("RGB", (64, 64))] * 2, "a moon", ValueError, "one picture per prompt, 1 in all, got 2"),
+        (Image.new("RGB", (64, 64)), ["a", "b"], ValueError, "one picture per prompt, 2 in all, got 1"),
     ],
 )
 def test_what_is_no_picture_is_refused(demo: Any, image: Any, prompt: Any, error: type[Exception], message: str) -> None:
@@ -78,7 +80,7 @@ def test_what_is_no_picture_is_refused(demo: Any, image: Any, prompt: Any, error
 
 
 def test_part_of_a_step_is_refused(demo: Any) -> None:
-    with pytest.raises(TypeError, match=r"steps must be a whole number, got steps=4\.5"):
+    with pytest.raises(TypeError, match=r"steps must be an integer, got steps=4\.5"):
         scalediff.generate(demo, "a moon", height=128, width=128, steps=4.5)  # type: ignore[arg-type]
 
 
@@ -115,4 +117,4 @@ def test_a_scheduler_that_cannot_restart_is_refused_in_words(demo: Any, tmp_path
     index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
     line = ["--model", str(tmp_path / "pndm"), "--size", "128", "--out", str(tmp_path / "x.png"), "--quiet"]
     assert main(["generate", "a moon", *line]) == 2
-    assert "high-resolution stages know the schedulers" in capsys.readouterr().err.splitlines()[-1]
+    assert "high-resolution stages support the schedulers" in capsys.readouterr().err.splitlines()[-1]

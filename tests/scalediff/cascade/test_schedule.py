@@ -67,7 +67,7 @@ def test_every_step_moves_the_estimate_by_the_definition(name: str, prediction: 
 
     monkeypatch.setattr(type(base), "step", spy)
     reference = latents(1)
-    guided = guided_scheduler(base, steps=STEPS, kept=KEPT, guidance=Guidance(reference, 0.25))
+    guided = guided_scheduler(base, steps=STEPS, last_steps=KEPT, guidance=Guidance(reference, 0.25))
     guided.set_timesteps(KEPT)
     whole = make(name, prediction)
     whole.set_timesteps(STEPS)
@@ -98,7 +98,7 @@ def test_every_step_moves_the_estimate_by_the_definition(name: str, prediction: 
 @pytest.mark.parametrize(("name", "prediction"), [(s, p) for s, p in SUPPORTED if "Multistep" not in s])
 def test_without_guidance_the_tail_is_the_schedulers_own(name: str, prediction: str) -> None:
     """The same as the last steps of the whole schedule (a multi-step scheduler's tail would depend on what came before)."""
-    guided = guided_scheduler(make(name, prediction), steps=STEPS, kept=KEPT, guidance=Guidance(None, 0.25))
+    guided = guided_scheduler(make(name, prediction), steps=STEPS, last_steps=KEPT, guidance=Guidance(None, 0.25))
     guided.set_timesteps(KEPT)
     whole = make(name, prediction)
     whole.set_timesteps(STEPS)
@@ -113,7 +113,7 @@ def test_guidance_at_full_cutoff_and_strength_lands_on_the_reference() -> None:
     """With cutoff 1 and one step left, gamma is 1 and the low band is everything: DDIM's last step gives the reference."""
     base = make("DDIMScheduler", "v_prediction", timestep_spacing="trailing", clip_sample=False)
     reference = latents(1)
-    guided = guided_scheduler(base, steps=STEPS, kept=1, guidance=Guidance(reference, 1.0))
+    guided = guided_scheduler(base, steps=STEPS, last_steps=1, guidance=Guidance(reference, 1.0))
     guided.set_timesteps(1)
     x = guided.step(latents(2), guided.timesteps[0], latents(0), return_dict=False)[0]
     torch.testing.assert_close(x, reference, rtol=1e-6, atol=1e-6)  # the scheduler keeps its constants in fp32
@@ -122,7 +122,7 @@ def test_guidance_at_full_cutoff_and_strength_lands_on_the_reference() -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_pipelines_see_the_scheduler_they_know(name: str) -> None:
     base = make(name, "epsilon")
-    guided = guided_scheduler(base, steps=STEPS, kept=KEPT, guidance=Guidance(None, 0.25))
+    guided = guided_scheduler(base, steps=STEPS, last_steps=KEPT, guidance=Guidance(None, 0.25))
     assert isinstance(guided, type(base))
     assert type(guided).__name__ == name
     assert inspect.signature(guided.set_timesteps) == inspect.signature(base.set_timesteps)
@@ -136,14 +136,16 @@ def test_pipelines_see_the_scheduler_they_know(name: str) -> None:
 
 def test_what_is_not_known_is_refused_by_name() -> None:
     guidance = Guidance(None, 0.25)
-    with pytest.raises(NotImplementedError, match=r"know the schedulers DDIMScheduler.*got PNDMScheduler"):
-        guided_scheduler(make("PNDMScheduler", "epsilon"), steps=10, kept=4, guidance=guidance)
+    with pytest.raises(NotImplementedError, match=r"support the schedulers DDIMScheduler.*got PNDMScheduler"):
+        guided_scheduler(make("PNDMScheduler", "epsilon"), steps=10, last_steps=4, guidance=guidance)
     with pytest.raises(
-        NotImplementedError, match=r"structure guidance knows epsilon, sample, v_prediction with DPM.*got prediction='flow_prediction'"
+        NotImplementedError, match=r"structure guidance supports epsilon, sample, v_prediction with DPM.*got prediction='flow_prediction'"
     ):
-        guided_scheduler(make("DPMSolverMultistepScheduler", "flow_prediction", use_flow_sigmas=True), steps=10, kept=4, guidance=guidance)
-    with pytest.raises(NotImplementedError, match=r"knows epsilon, v_prediction with EulerDiscreteScheduler, got prediction='sample'"):
-        guided_scheduler(make("EulerDiscreteScheduler", "sample"), steps=10, kept=4, guidance=guidance)
-    guided = guided_scheduler(make("DDIMScheduler", "epsilon"), steps=10, kept=4, guidance=guidance)
+        guided_scheduler(
+            make("DPMSolverMultistepScheduler", "flow_prediction", use_flow_sigmas=True), steps=10, last_steps=4, guidance=guidance
+        )
+    with pytest.raises(NotImplementedError, match=r"supports epsilon, v_prediction with EulerDiscreteScheduler, got prediction='sample'"):
+        guided_scheduler(make("EulerDiscreteScheduler", "sample"), steps=10, last_steps=4, guidance=guidance)
+    guided = guided_scheduler(make("DDIMScheduler", "epsilon"), steps=10, last_steps=4, guidance=guidance)
     with pytest.raises(ValueError, match=r"this stage runs 4 of 10 steps.*got count=7"):
         guided.set_timesteps(7)

@@ -121,7 +121,7 @@ SOLVERS: dict[str, tuple[Callable[[list[float], Tensor, Estimate], Tensor], dict
 def guided_tail(name: str) -> tuple[Tensor, list[float]]:
     """The sample after a guided tail in diffusers, and the noise of its steps."""
     base = getattr(diffusers, name)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **SOLVERS[name][1])
-    scheduler = guided_scheduler(base, steps=STEPS, kept=KEPT, guidance=Guidance(REFERENCE, CUTOFF))
+    scheduler = guided_scheduler(base, steps=STEPS, last_steps=KEPT, guidance=Guidance(REFERENCE, CUTOFF))
     scheduler.set_timesteps(KEPT)
     sigmas = [float(s) for s in scheduler.sigmas]
     added = name == "HeunDiscreteScheduler"

@@ -55,7 +55,7 @@ def test_every_call_is_guided_with_its_own_cutoff_and_anchor(
     calls = base.order * (KEPT - 1) + 1
     anchors = [noise(10 + i, (6, 8)) for i in range(calls)] if trajectory else None
     guidance = Guidance(noise(1), 0.25, start=0.75, kind=kind, trajectory=anchors)
-    guided = guided_scheduler(base, steps=STEPS, kept=KEPT, guidance=guidance)
+    guided = guided_scheduler(base, steps=STEPS, last_steps=KEPT, guidance=guidance)
     guided.set_timesteps(KEPT)
     sigmas = [float(s) for s in guided.sigmas] if hasattr(guided, "sigmas") else []
     restart, x = None, noise(0)
@@ -107,7 +107,7 @@ class Run:
 
     @torch.no_grad()
     def by_hand(self, pipe: Any) -> Tensor:
-        rng, scale, kept = seeded(), pipe.vae.config.scaling_factor, 3
+        rng, scale, last_steps = seeded(), pipe.vae.config.scaling_factor, 3
         abar, times = pipe.scheduler.alphas_cumprod.double(), [999, 749, 499, 249]
         texts = [pipe.text_encoder(pipe.tokenizer(p, padding="max_length", return_tensors="pt").input_ids)[0] for p in ("", PROMPT)]
         taken: list[Tensor] = []  # what the base stage took for the clean latents
@@ -118,7 +118,7 @@ class Run:
         def ddim(x: Tensor, times: list[int], reference: Tensor | None) -> Tensor:
             for i, t in enumerate(times):
                 v = pipe.unet(x, t, texts[1]).sample
-                if reference is None or i < self.guidance_until * kept:
+                if reference is None or i < self.guidance_until * last_steps:
                     without = pipe.unet(x, t, texts[0]).sample
                     v = without + 3 * (v - without)
                 a, s = float(abar[t]) ** 0.5, (1 - float(abar[t])) ** 0.5
@@ -127,8 +127,10 @@ class Run:
                     taken.append(x0)
                 elif self.sg:
                     start = self.sg_cutoff_start or self.sg_cutoff
-                    cutoff = start + (self.sg_cutoff - start) * i / (kept - 1)
-                    anchor = F.interpolate(taken[i - kept], size=(32, 32), mode="bicubic") if self.anchor == "trajectory" else reference
+                    cutoff = start + (self.sg_cutoff - start) * i / (last_steps - 1)
+                    anchor = (
+                        F.interpolate(taken[i - last_steps], size=(32, 32), mode="bicubic") if self.anchor == "trajectory" else reference
+                    )
                     x0 = x0 + float((1 - abar[t]) / (1 - abar[times[0]])) * (smooth(anchor, cutoff) - smooth(x0, cutoff))
                     eps = (x - a * x0) / s
                 after = float(abar[t - 250]) if t > 250 else 1.0
@@ -141,9 +143,9 @@ class Run:
         if self.lfm:
             z_lu = F.interpolate(base, size=(32, 32), mode="bicubic")
             reference = reference - smooth(reference, self.lfm_cutoff) + smooth(z_lu, self.lfm_cutoff)
-        start = float(abar[times[-kept]])
+        start = float(abar[times[-last_steps]])
         x = start**0.5 * reference + (1 - start) ** 0.5 * torch.randn(reference.shape, generator=rng)
-        return ddim(x, times[-kept:], reference)
+        return ddim(x, times[-last_steps:], reference)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +244,9 @@ def test_a_tuple_of_another_length_draws_nothing(name: str) -> None:
     settings = Settings(steps=4, **{name: (0.5, 0.5, 0.5)})  # type: ignore[arg-type]
     how: dict[str, Any] = {"height": 64, "width": 64, "call": arguments}
     with scalediff.patch_model(pipe, window=WINDOW):
-        with pytest.raises(ValueError, match=rf"{name} must have one value for each stage above the native size, here 2, got {name}=\("):
+        with pytest.raises(ValueError, match=rf"{name} must have one value for each of the 2 stages above the native size, got {name}=\("):
             scalediff.generate(pipe, None, preset=settings, **how)
-        with pytest.raises(ValueError, match=rf"{name} must have one value for each stage above the native size, here 1, got {name}=\("):
+        with pytest.raises(ValueError, match=rf"{name} must have one value for each of the 1 stages above the native size, got {name}=\("):
             scalediff.upscale(pipe, picture(32, 32), None, preset=settings, **how)
 
 
@@ -269,18 +271,18 @@ def test_enlarging_through_the_callers_own_sizes() -> None:
         assert own.stages[0].latents.shape[-2:] == (20, 20)
         assert own.stages[-1].latents.isfinite().all()
         cases: list[tuple[Any, str]] = [
-            ([(56, 56), (64, 64)], r"larger than the one before, at most twice along an axis, got \(24, 24\) and \(56, 56\)"),
+            ([(56, 56), (64, 64)], r"larger than the one before, by at most 2x along an axis, got \(24, 24\) and \(56, 56\)"),
             ([(24, 24), (48, 48), (64, 64)], r"larger than the one before, .* got \(24, 24\) and \(24, 24\)"),
-            ([(40, 40)], r"the last of sizes must be the target 64 x 64, got sizes=\[.*\(40, 40\)\]"),
-            ([], r"the last of sizes must be the target 64 x 64, got sizes="),
+            ([(40, 40)], r"the last stage in sizes must be the target 64 x 64, got sizes=\[.*\(40, 40\)\]"),
+            ([], r"the last stage in sizes must be the target 64 x 64, got sizes="),
             ([(42, 42), (64, 64)], r"sizes must be multiples of 4, got .*\(42, 42\)"),
         ]
         for sizes, message in cases:
             with pytest.raises(ValueError, match=message):
                 scalediff.upscale(pipe, picture(24, 24), None, sizes=sizes, **how)
         for sizes, message in (
-            ([(32, 32), (64, 64)], r"the first of sizes is drawn with full attention, at most the native 16 x 16, got \(32, 32\)"),
-            ([(16, 16), (64, 64)], r"at most twice along an axis, got \(16, 16\) and \(64, 64\)"),
+            ([(32, 32), (64, 64)], r"the first stage in sizes must have at most the native area, 16 x 16, got \(32, 32\)"),
+            ([(16, 16), (64, 64)], r"by at most 2x along an axis, got \(16, 16\) and \(64, 64\)"),
         ):
             with pytest.raises(ValueError, match=message):
                 scalediff.generate(pipe, None, sizes=sizes, **how)

@@ -90,7 +90,7 @@ def test_every_model_call_has_the_estimate_at_its_own_noise(scheduler: str, monk
         handed.append(Guidance(*args, **kwargs))
         return handed[-1]
 
-    monkeypatch.setattr("scalediff.cascade.Guidance", keep)
+    monkeypatch.setattr("scalediff.cascade.run.Guidance", keep)
     chosen = Settings(steps=4, restart=(0.75, 0.5), guidance_scale=2.0, lfm_cutoff=0.5, sg_cutoff=0.5, anchor="trajectory")
     scalediff.generate(pipe, None, height=32, width=32, call=arguments, generator=seeded(), preset=chosen)
 
@@ -124,7 +124,7 @@ def test_a_picture_has_no_trajectory() -> None:
     pipe, arguments = built("SDXL")
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("nothing may be drawn"))
     how: dict[str, Any] = {"height": 16, "width": 16, "call": arguments, "preset": TRAJECTORY}
-    with pytest.raises(ValueError, match="anchor='trajectory' is what the base stage took for the picture: a given picture has none"):
+    with pytest.raises(ValueError, match="anchor='trajectory' needs a base stage, which upscale does not have"):
         scalediff.upscale(pipe, picture(8, 8), None, **how)
 
 

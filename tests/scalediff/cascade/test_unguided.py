@@ -119,7 +119,7 @@ def test_models_that_are_guided_in_another_way_are_refused(name: str) -> None:
     pipe, arguments = built(name)
     denoiser, calls = denoiser_of(pipe), []
     denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
-    message = f"guidance_until below 1 is for models that are guided in one doubled batch, got {type(denoiser).__name__}"
+    message = f"guidance_until below 1 needs classifier-free guidance in one doubled batch, got {type(denoiser).__name__}"
     for until in (0.5, (0.0,)):
         with pytest.raises(NotImplementedError, match=message):
             latents(pipe, arguments, settings(guidance_until=until))
@@ -243,7 +243,9 @@ def test_the_size_that_the_model_is_told() -> None:
 @pytest.mark.parametrize("name", ["SD3", "FLUX"])
 def test_a_size_that_nobody_is_told_is_refused(name: str) -> None:
     pipe, arguments = built(name)
-    with pytest.raises(ValueError, match=f"size_conditioning is for pipelines that tell a size to the model, got {type(pipe).__name__}"):
+    with pytest.raises(
+        ValueError, match=f"size_conditioning needs a pipeline with the arguments original_size and target_size, got {type(pipe).__name__}"
+    ):
         latents(pipe, arguments, settings(size_conditioning="native"))
 
 

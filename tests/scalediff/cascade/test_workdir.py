@@ -128,7 +128,7 @@ def test_a_run_that_is_drawn_to_its_base_stage_goes_on(demo: Any, tmp_path: Path
 def test_a_folder_is_of_one_run(demo: Any, tmp_path: Path, changes: dict[str, Any], seed: int, name: str) -> None:
     interrupted_in_the_second_stage(demo, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=f"belongs to another run .*{name}: .* there.*: name another workdir"):
+    with pytest.raises(ValueError, match=f"belongs to another run .*{name}: .* there.*: use another workdir"):
         scalediff.generate(demo, PROMPT, generator=seeded(seed), workdir=tmp_path, **(RUN | changes))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -155,15 +155,15 @@ def test_a_full_disk_loses_nothing(demo: Any, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_is_not_a_workdir_is_refused(demo: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a workdir needs a generator whose state can be named again, got generator=None"):
+    with pytest.raises(ValueError, match="workdir needs a generator, so that the same call can resume the run, got generator=None"):
         scalediff.generate(demo, PROMPT, workdir=tmp_path, **RUN)
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(ValueError, match="workdir must be a folder of a run, or one that can be written"):
+    with pytest.raises(ValueError, match="workdir must be a writable folder, new or of this run"):
         scalediff.generate(demo, PROMPT, generator=seeded(), workdir=file, **RUN)
     interrupted_in_the_second_stage(demo, tmp_path / "run")
     (tmp_path / "run" / "stage1.pt").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"stage1.pt is not what a run saves: delete it to have that stage drawn again"):
+    with pytest.raises(ValueError, match=r"stage1.pt cannot be read as a saved stage: delete it to compute the stage again"):
         scalediff.generate(demo, PROMPT, generator=seeded(), workdir=tmp_path / "run", **RUN)
 
 

@@ -89,7 +89,7 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["UNet2DConditionModel", "cascade", "and", "attention;", "text:", "cross-attention"]
     assert any(line.startswith("AuraFlowTransformer2DModel ") and "attention; text: joint" in line for line in lines)
-    assert any(line.startswith("refused") and "WanTransformer3DModel" in line for line in lines)
+    assert any(line.startswith("not supported") and "WanTransformer3DModel" in line for line in lines)
     assert [line.split(":")[0] for line in lines if line.startswith("preset")] == [
         *(f"preset {name} of sdxl" for name in ("default", "paper", "turbo", "lightning")),
         *(f"preset {name} of flux" for name in ("default", "paper")),
@@ -108,11 +108,11 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (told["picture"], told["picture_size"], told["height"], told["stage"]) == ("photo.jpg", "72x72", 192, "2/2")
     before = source.read_bytes()
     for arguments, message in [
-        ([*run, "--size", "64"], "the target must exceed the picture's 72 x 72"),
-        ([*run, "--size", "128x256"], "a picture of 72 x 72 would be distorted"),
-        (["upscale", str(tmp_path / "none.jpg"), "a moon"], "there is no picture"),
+        ([*run, "--size", "64"], "the target must be larger than the picture, 72 x 72"),
+        ([*run, "--size", "128x256"], "the target must have the aspect ratio of the picture, 72 x 72"),
+        (["upscale", str(tmp_path / "none.jpg"), "a moon"], "the picture must be an existing file"),
         (["upscale", str(Path(__file__)), "a moon", "--out", str(tmp_path / "y.png")], "must be a picture that Pillow reads"),
-        (["upscale", str(out), "a moon", "--out", str(out)], "--out must be another file than the picture itself"),
+        (["upscale", str(out), "a moon", "--out", str(out)], "--out must not be the input picture"),
     ]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--guidance-scale", "nan"], "guidance_scale must be finite"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--lfm-cutoff", "0.01"], "at least one coarse pixel, got cutoff=0.01"),
-        (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or a model id that can be reached, got 'no/such/folder'"),
+        (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or the id of an accessible model, got 'no/such/folder'"),
         (["--device", "tpu9"], "--device must be a device of this machine, got 'tpu9'"),
         (["--device", "meta"], "--device must be a device of this machine, got 'meta'"),
         (["--out", "missing/folder/x.png"], "existing, writable folder, got missing/folder/x.png"),
@@ -189,7 +189,7 @@ def test_ctrl_c_keeps_finished_stages_and_says_where(
     monkeypatch.setattr(demo.unet, "forward", interrupted)
     assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), *FAST]) == 130
     assert files(tmp_path) == ["x.stage1-64x64.png"]
-    assert f"interrupted; finished: {tmp_path / 'x.stage1-64x64.png'}" in capsys.readouterr().err
+    assert f"interrupted; files written: {tmp_path / 'x.stage1-64x64.png'}" in capsys.readouterr().err
     assert torch.nn.functional.scaled_dot_product_attention.__module__ != "scalediff.patching.hooks"
 
 
@@ -236,7 +236,7 @@ def test_info_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     Image.new("RGB", (4, 4)).save(tmp_path / "broken.png", pnginfo=broken)
     for name in ("foreign.png", "text.png", "missing.png", "broken.png"):
         assert main(["info", str(tmp_path / name)]) == 2
-        assert f"expected a picture written by scalediff, got {tmp_path / name}" in capsys.readouterr().err
+        assert f"the file must be a picture written by scalediff, got {tmp_path / name}" in capsys.readouterr().err
 
 
 def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -55,20 +55,23 @@ def test_several_pictures_go_to_a_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["a-moon-0", "a-moon-1"]
     capsys.readouterr()
     assert main(["generate", "a moon", "--seed", "0,1", "--out", "one.png", *FAST]) == 2
-    assert "--out must be a folder that exists for 2 pictures, got one.png" in capsys.readouterr().err
+    assert "--out must be an existing folder for 2 pictures, got one.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "a prompt is needed: on the line, or in a file with --prompts"),
-        (["--prompts", "missing.txt"], "--prompts must be a text file with a prompt in each line, got missing.txt"),
+        ([], "a prompt is required, as an argument or in a file with --prompts"),
+        (["--prompts", "missing.txt"], "--prompts must be a text file with one prompt per line, got missing.txt"),
         (["a moon", "--preset", "nope"], "preset must be one of default, paper for this UNet2DConditionModel, got 'nope'"),
-        (["a moon", "--restart", "0.5,0.2"], "restart must have one value for each stage above the native size, here 1, got"),
-        (["a moon", "--sizes", "64,256"], "the last of sizes must be the target 128 x 128"),
-        (["a moon", "--sizes", "32,128"], "at most twice along an axis, got (32, 32) and (128, 128)"),
-        (["a moon", "--vae-attention", "npa"], "vae_attention='npa' is for autoencoders of pictures with attention, got AutoencoderKL"),
-        (["a moon", "--size-conditioning", "native"], "size_conditioning is for pipelines that tell a size to the model"),
+        (["a moon", "--restart", "0.5,0.2"], "restart must have one value for each of the 1 stages above the native size, got"),
+        (["a moon", "--sizes", "64,256"], "the last stage in sizes must be the target 128 x 128"),
+        (["a moon", "--sizes", "32,128"], "by at most 2x along an axis, got (32, 32) and (128, 128)"),
+        (["a moon", "--vae-attention", "npa"], "vae_attention='npa' needs an image autoencoder with attention, got AutoencoderKL"),
+        (
+            ["a moon", "--size-conditioning", "native"],
+            "size_conditioning needs a pipeline with the arguments original_size and target_size",
+        ),
     ],
 )
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -98,7 +101,7 @@ def test_every_switch_has_an_option() -> None:
     told = settings_of("a-moon-0.png")
     assert {name: told[name] for name in chosen} == chosen
     assert told["lfm"] is False
-    assert set(drawing._SWITCHES) == set(told), "an option for each"
+    assert set(drawing._SETTING_OPTIONS) == set(told), "an option for each"
 
 
 def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +120,7 @@ def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest
 
 
 def test_memory_is_told_before_anything_is_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "room", lambda device: 2**20)
+    monkeypatch.setattr(drawing, "available_bytes", lambda device: 2**20)
     monkeypatch.setattr(drawing, "generate", lambda *args, **kwargs: pytest.fail("drawn") if not said() else stop())
 
     def said() -> str:
@@ -129,7 +132,7 @@ def test_memory_is_told_before_anything_is_drawn(capsys: pytest.CaptureFixture[s
 
     told: list[str] = []
     assert main(["generate", "a moon", *FAST]) == 1
-    assert "memory: about 1.0 GiB of 0.0 GiB: too little; by estimate it takes 1.0 GiB as it is" in told[0]
+    assert "memory: this run needs about 1.0 GiB; 0.0 GiB are available; it needs about 1.0 GiB as configured" in told[0]
     assert capsys.readouterr().err == "scalediff: error: as foretold\n"
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from scalediff.cascade.memory import planned
+from scalediff.cascade.memory import estimate_model
 from scalediff.command import commands
 from scalediff.command.cli import main
-from scalediff.cost.flops import MODELS, _attention_of, _counted, attention_work, count, forward_work, layer_work
+from scalediff.cost.flops import MODELS, _attention_flops, _count_flops, attention_work, count, forward_work, layer_work
 from scalediff.patch import patch_model
 from scalediff.settings import Attention
 from scalediff_kernels.neighborhood.api import TextQueries
@@ -24,7 +24,7 @@ def counted_attention(denoiser: Any, inputs: dict[str, Any], *, attention: Atten
     """TFLOPs of the attention that torch runs in a patched pass, window by window; position ids are read, so not on the meta device."""
     with patch_model(denoiser, text_queries=text_queries) as handle:
         handle.attention = attention
-        return _attention_of(_counted(lambda: denoiser(**inputs)))
+        return _attention_flops(_count_flops(lambda: denoiser(**inputs)))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_linear_layers_of_sdxl_are_most_of_its_layers(sdxl: tuple[Any, dict[str,
 
 
 @pytest.mark.parametrize(("attention", "text_queries"), [("npa", "window"), ("npa", "global"), ("full", "window")])
-def test_attention_of_flux_is_what_torch_counts(attention: Attention, text_queries: TextQueries) -> None:
+def test_attention_flops_flux_is_what_torch_counts(attention: Attention, text_queries: TextQueries) -> None:
     """One block of each kind, at true width and size: 2048 x 1536 pixels."""
     with torch.device("meta"):
         transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
@@ -74,7 +74,7 @@ def test_up_to_the_native_area_windows_change_nothing(latent: tuple[int, int]) -
 def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     once = functools.cache(count)  # for the table and for JSON
     monkeypatch.setattr(commands, "count", once)
-    monkeypatch.setattr(commands, "planned", functools.cache(planned))
+    monkeypatch.setattr(commands, "estimate_model", functools.cache(estimate_model))
     settings, (base,) = once("sdxl", (1024, 1024), attention="npa")
     assert (base.steps, base.passes, settings.steps) == (50, 100, 50)
     assert base.total == pytest.approx(base.attention + base.linear + base.convolution + base.vae)
@@ -83,7 +83,7 @@ def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert table[2].split()[:5] == ["1024", "x", "1024", "50", "100"]
     (share,) = (line.split() for line in table if line.split()[0] == "share")
     assert share[-1] == "100.0%"
-    assert table[-5].startswith("memory of a GPU in bf16")
+    assert table[-5].startswith("estimated GPU memory in bf16")
     assert [line.split()[1] for line in table[-4:]] == ["GiB"] * 4
     assert main(["plan", "--size", "1024", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -100,11 +100,11 @@ def test_the_memory_of_true_models_is_what_the_project_aims_at() -> None:
     """SDXL at 4096 within 12 GB and at 8192 within 24 GB, FLUX at 4096 within 40 GB; weights by their published numbers."""
     weights = {}
     for name, size, parameters, goal in (("sdxl", 4096, 2.567e9, 12e9), ("sdxl", 8192, 2.567e9, 24e9), ("flux", 4096, 11.9e9, 40e9)):
-        needs = planned(name, (size, size))
+        needs = estimate_model(name, (size, size))
         weights[name] = needs.weights
         assert needs.weights["denoiser"] == pytest.approx(2 * parameters, rel=0.01)
-        assert min(needs.ways().values()) < goal
-        assert needs.ways()["as it is"] > goal
+        assert min(needs.peaks().values()) < goal
+        assert needs.peaks()["as it is"] > goal
     texts = [weights[name] for name in ("sdxl", "flux")]
     assert [texts[0][f"text_encoder_{i}"] for i in (0, 1)] == pytest.approx([2 * 123.1e6, 2 * 694.7e6], rel=0.01)
     assert texts[1]["text_encoder_1"] == pytest.approx(2 * 4.762e9, rel=0.01)
@@ -112,7 +112,7 @@ def test_the_memory_of_true_models_is_what_the_project_aims_at() -> None:
 
 def test_a_model_without_a_plan_is_refused() -> None:
     with pytest.raises(ValueError, match="model must be one of sdxl, flux, got 'dalle'"):
-        planned("dalle", (1024, 1024))
+        estimate_model("dalle", (1024, 1024))
 
 
 def test_unknown_models_and_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,7 @@ def test_unknown_models_and_sizes_are_refused(capsys: pytest.CaptureFixture[str]
     assert "at least the model's native 1024 x 1024" in capsys.readouterr().err
 
 
-def test_flux_is_counted_too() -> None:
+def test_flux_is_count_flops_too() -> None:
     """Text attends in every window under the authors' rule; the published figure is 28.6 to 31 PFLOP for 4096 x 4096."""
     _, rows = count("flux", (4096, 4096))
     assert [row.passes for row in rows] == [30, 18, 18]

@@ -151,7 +151,7 @@ def test_every_family_has_a_specimen() -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("SanaTransformer2DModel", ValueError, "its self-attention is linear in the number of tokens already"),
+        ("SanaTransformer2DModel", ValueError, "its self-attention is already linear in the number of tokens"),
         ("WanTransformer3DModel", NotImplementedError, "WanTransformer3DModel is not patched: it attends over frames, as video models do"),
         ("LTXVideoTransformer3DModel", NotImplementedError, "it attends over frames, as video models do"),
         ("HunyuanVideoTransformer3DModel", NotImplementedError, "it attends over frames, as video models do"),

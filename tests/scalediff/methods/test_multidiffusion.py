@@ -224,14 +224,14 @@ def test_a_view_as_large_as_the_picture_costs_no_bit(name: str) -> None:
     with scalediff.patch_model(pipe, window=WINDOW):
         native = native_size(pipe)
         how = {"num_inference_steps": 4, "guidance_scale": 3.0, **arguments}
-        own = running.draw_latents(pipe, {**how, "generator": seeded()}, native)
+        own = running.generate_latents(pipe, {**how, "generator": seeded()}, native)
         grid = running.latent_size(pipe, native)
 
         def compute(denoise: Any) -> Tensor:
             return average(denoise([denoise.latents]), [(0, 0)], grid)
 
-        with running.answered_by(pipe, compute, size=grid, view_batch=1, method="this"):
-            assert torch.equal(running.draw_latents(pipe, {**how, "generator": seeded()}, native), own)
+        with running.replace_denoiser(pipe, compute, size=grid, view_batch=1, method="this"):
+            assert torch.equal(running.generate_latents(pipe, {**how, "generator": seeded()}, native), own)
 
 
 @pytest.mark.parametrize("name", CUT)

@@ -54,7 +54,7 @@ def test_the_name_alone_is_an_error() -> None:
     scalediff.register_backend()
     model: Any = ZOO["FLUX.1"].build()
     model.set_attention_backend("scalediff")
-    with pytest.raises(RuntimeError, match=r'"scalediff" needs to know how tokens lie on the picture, and no model is patched'):
+    with pytest.raises(RuntimeError, match=r'"scalediff" needs a patched model, which provides the token grid'):
         ZOO["FLUX.1"].run(model, (8, 6))
 
 

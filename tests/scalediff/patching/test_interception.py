@@ -32,7 +32,7 @@ def test_masked_causal_and_unexpected_calls_pass_through(unet: nn.Module) -> Non
 
     with scalediff.patch_model(unet):
         remover = attention.to_q.register_forward_hook(probe)
-        with pytest.warns(UserWarning, match=r"attn1 runs full attention: a mask that may hold anything"):
+        with pytest.warns(UserWarning, match=r"attn1 runs full attention: this attention mask is not supported"):
             forward(unet, (32, 32))
         remover.remove()
     assert seen == {"masked": True, "causal": True, "plain": False}

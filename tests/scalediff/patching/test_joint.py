@@ -221,7 +221,7 @@ def test_spans_of_a_batch() -> None:
     suffix = Sequence((2, 3), side="suffix", text=5, real=(1, 1))
     assert suffix.spans(2) == (Span(0, 2, 6, 7, 0),)
     assert Sequence((2, 3), text=4).spans(2) == (Span(0, 2, 0, 4, 4),)
-    with pytest.raises(ValueError, match="the text lengths are those of 3 samples, got a batch of 2"):
+    with pytest.raises(ValueError, match="the text lengths are for a batch of 3 samples, got a batch of 2"):
         ragged.spans(2)
 
 
@@ -247,8 +247,8 @@ def test_a_reader_reads_once_and_notices_changes() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "why"),
     [
-        ("FLUX.1", {"img_ids": ids((9, 6)).flip(0)}, "img_ids must be those of one picture, row by row, for 54 tokens"),
-        ("Lumina 2", {"encoder_attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1]])}, "must come first"),
+        ("FLUX.1", {"img_ids": ids((9, 6)).flip(0)}, "img_ids must be the ids of one picture, row by row, for 54 tokens"),
+        ("Lumina 2", {"encoder_attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1]])}, "padding must follow the text tokens in"),
     ],
 )
 def test_what_cannot_be_laid_out_runs_full_attention_and_says_so_once(name: str, change: dict[str, Any], why: str) -> None:

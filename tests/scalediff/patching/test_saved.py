@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("error:scalediff")  # no warning of ours
 
 
 @pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
-def test_a_patched_model_is_saved_as_its_own_class(name: str, tmp_path: Path) -> None:
+def test_a_patched_model_is_saved_as_its_original_class(name: str, tmp_path: Path) -> None:
     model, (plain, patched) = ZOO[name].build(), plain_and_patched(name)
     cls: Any = type(model)
     model.save_pretrained(tmp_path / "before")
@@ -45,7 +45,7 @@ def test_a_patched_model_is_saved_as_its_own_class(name: str, tmp_path: Path) ->
     assert files[0] == files[1]
 
 
-def test_a_patched_pipeline_is_saved_as_its_own_class(demo: Any, tmp_path: Path) -> None:
+def test_a_patched_pipeline_is_saved_as_its_original_class(demo: Any, tmp_path: Path) -> None:
     cls, plain = type(demo), forward(demo.unet, (32, 24))
     demo.save_pretrained(tmp_path / "before")
     with scalediff.patch_model(demo):

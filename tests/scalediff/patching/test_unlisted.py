@@ -74,7 +74,7 @@ def test_a_model_nobody_listed(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     plain, native, state = forward(model, inputs(GRID)), forward(model, inputs(WINDOW)), state_of(model)
     with warnings.catch_warnings(), scalediff.patch_model(model, text_queries="global", **arguments) as handle:
         warnings.simplefilter("error")
-        assert "attention is intercepted from the first pass above the window's area on" in str(handle.report)
+        assert "attention modules are listed here after the first pass above the window's area" in str(handle.report)
         assert torch.equal(forward(model, inputs(WINDOW)), native)
         out = forward(model, inputs(GRID))
         assert caller in {row.module for row in handle.report.patched}
@@ -98,17 +98,17 @@ def test_a_grid_may_be_given_as_numbers() -> None:
 
 
 def test_a_square_number_of_tokens_is_not_a_grid() -> None:
-    with pytest.raises(ValueError, match=r"DoubleStreamDiT is of no known family: say where its token grid comes from, by grid="):
+    with pytest.raises(ValueError, match=r"DoubleStreamDiT belongs to no known family: pass its token grid as grid="):
         scalediff.patch_model(DoubleStreamDiT(), text=("prefix", "txt"), window=WINDOW)
-    with pytest.raises(ValueError, match=r"SingleStreamDiT does not name the size that it was trained at: say window=\(Y, X\)"):
+    with pytest.raises(ValueError, match=r"the native size of SingleStreamDiT is not known: pass window=\(Y, X\)"):
         scalediff.patch_model(SingleStreamDiT(), text=("suffix", "caption"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"grid": (0, 4)}, r"grid must be two positive numbers of tokens \(Y, X\), got \(0, 4\)"),
-        ({"window": (4, -1)}, r"window must be two positive numbers of tokens \(Y, X\), got window=\(4, -1\)"),
+        ({"grid": (0, 4)}, r"grid must be two positive integers \(Y, X\) in tokens, got \(0, 4\)"),
+        ({"window": (4, -1)}, r"window must be two positive integers \(Y, X\) in tokens, got window=\(4, -1\)"),
         ({"text": "prefix"}, r'text must be \("prefix" or "suffix", a number of tokens or the name of an argument'),
         ({"text": ("middle", 4)}, r"text must be .* got \('middle', 4\)"),
         ({"jitter": "much"}, r"jitter must be one of none, alternate, random, got jitter='much'"),
@@ -149,11 +149,11 @@ def test_text_that_is_not_there_is_an_error() -> None:
     model = made(DoubleStreamDiT)
     with scalediff.patch_model(model, grid=GRID, window=WINDOW), pytest.raises(ValueError, match=r"tokens of 9 x 6, got 59, 59"):
         forward(model, doubled(GRID))
-    with pytest.raises(ValueError, match="text names an argument of the forward pass, which are img, img_ids, txt, got 'caption'"):
+    with pytest.raises(ValueError, match="text must name an argument of the forward pass, one of img, img_ids, txt, got 'caption'"):
         scalediff.patch_model(model, grid=GRID, text=("prefix", "caption"), window=WINDOW)
     with (
         scalediff.patch_model(model, grid=lambda arguments: arguments["size"], text=("prefix", "txt"), window=WINDOW),
-        pytest.warns(UserWarning, match=r"its arguments do not say how tokens lie: KeyError\('size'\)"),
+        pytest.warns(UserWarning, match=r"its arguments do not give the token layout: KeyError\('size'\)"),
     ):
         forward(model, doubled(GRID))
 
@@ -182,9 +182,9 @@ class Nothing(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: Masked(is_causal=True), "causal attention has no windows"),
-        (lambda: Masked(attn_mask=torch.ones(54, 54, dtype=torch.bool).tril()), r"a mask that may hold anything is not windowed"),
-        (lambda: Masked(attn_mask=torch.eye(54)), r"a mask that may hold anything is not windowed, got \(54, 54\) of torch.float"),
+        (lambda: Masked(is_causal=True), "causal attention is not supported"),
+        (lambda: Masked(attn_mask=torch.ones(54, 54, dtype=torch.bool).tril()), r"this attention mask is not supported"),
+        (lambda: Masked(attn_mask=torch.eye(54)), r"this attention mask is not supported, got \(54, 54\) of torch.float"),
         (Nothing, "no call of scaled_dot_product_attention had the tokens of 9 x 6, in Nothing"),
     ],
 )  # fmt: skip
@@ -247,13 +247,13 @@ def test_a_window_larger_than_the_training_grid_is_said() -> None:
 
 def test_a_traced_graph_is_refused() -> None:
     graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(TypeError, match="a traced graph has its attention calls built in: patch the module it was made from"):
+    with pytest.raises(TypeError, match="patch the module that was traced, not the graph: its attention calls are fixed"):
         scalediff.patch_model(graph, grid=(4, 4))
 
 
 def test_a_listed_model_knows_its_grid_itself() -> None:
     flux = type("FluxTransformer2DModel", (nn.Module,), {})()
-    with pytest.raises(ValueError, match=r"is a known family, which reads its tokens from img_ids: got grid=\(4, 4\)"):
+    with pytest.raises(ValueError, match=r"is a known family, whose token grid comes from img_ids, got grid=\(4, 4\)"):
         scalediff.patch_model(flux, grid=(4, 4))
 
 
@@ -293,7 +293,7 @@ def test_a_checkpoint_within_the_model_is_refused() -> None:
         block.forward = lambda x, reentrant=reentrant: torch.utils.checkpoint.checkpoint(own, x, use_reentrant=reentrant)
         inputs = vit(GRID)[0][0].requires_grad_()
         with scalediff.patch_model(model, text=("prefix", 1)):
-            with pytest.raises(NotImplementedError, match="gradient checkpointing computes blocks a second time"):
+            with pytest.raises(NotImplementedError, match="gradient checkpointing is not supported: it computes blocks again"):
                 model(inputs)
             forward(model, ((inputs,), {}))
 
@@ -313,6 +313,8 @@ def test_attention_modules_that_are_called_are_named(recwarn: pytest.WarningsRec
         assert [(row.module, row.role, row.text) for row in handle.report.rows] == [
             (f"blocks.{n}.attn", "joint", "joint, prefix of 1") for n in range(2)
         ]
-        assert str(handle.report).startswith("VisionTransformer: 2 seen attention modules patched; the sampling loop is yours")
+        assert str(handle.report).startswith(
+            "VisionTransformer: 2 seen attention modules patched; only the attention changes; the sampling loop is your own code"
+        )
     assert not recwarn.list
     assert isinstance(model.blocks[0]["attn"], Attention)  # type: ignore[index, union-attr]
