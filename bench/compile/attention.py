@@ -24,12 +24,13 @@ HEAD_DIMS = {torch.bfloat16: (40, 64, 128, 160), torch.float32: (64, 160)}  # ev
 
 REPEATED = 1.5  # exponentials a score: one, and one a row and key block, which the four threads of a row compute alike
 
-KNOWN = """Known and not gated: head dims above 128 with text, and without it other than on sm_90 and sm_100. Blocks with a warp for every
-16 rows, which would mend it, spill; the shipped ones share rows between warps and repeat the softmax, and with text their products wait for
-each other on sm_90. Odd strides, and query tiles of fewer than 64 rows: warps repeat the softmax. Loops of gfx942 are not read."""
+KNOWN = """Known and not gated: head dims above 128. Blocks with a warp for every 16 rows, which would mend it, spill; the shipped ones share
+rows between warps and repeat the softmax, and with text their products wait for each other on sm_90. In windows of fewer than 16 keys the
+same holds for text queries. Loops of gfx942 are not read."""
 
 LEGEND = f"""Registers per thread / KB of shared memory per program; `p` marks the pointer path. Windows of 64 x 64, patches of 32 x 32,
-24 heads; text rotated. Windows that boxes do not tile, ragged text and odd strides are compiled and gated as well, not shown.
+24 heads; text rotated. Windows that boxes do not tile, small and tiny windows, ragged text and strides
+that no descriptor takes are compiled and gated as well, not shown.
 
 {KNOWN}"""
 
@@ -47,12 +48,11 @@ class Case:
     patch: tuple[int, int] = (32, 32)
     heads: int = 24
     batch: int = 1
-    layout: str = "contiguous"  # "odd": strides that allow no wide loads; "expanded": one batch seen twice, which no descriptor takes
+    layout: str = "contiguous"  # "expanded": one batch seen twice, which no descriptor takes
 
     def launch(self, device: str, config: LaunchConfig | None = None) -> Launch:
         def tokens(*shape: int) -> torch.Tensor:
-            pad = self.layout == "odd"
-            x = torch.empty(self.batch, *shape, self.heads, self.head_dim + pad, dtype=self.dtype, device="meta")[..., : self.head_dim]
+            x = torch.empty(self.batch, *shape, self.heads, self.head_dim, dtype=self.dtype, device="meta")
             return x.expand(2, *x.shape[1:]) if self.layout == "expanded" else x
 
         q, k, v = (tokens(*self.grid) for _ in range(3))
@@ -78,11 +78,9 @@ class Case:
             "warps": launch.arguments["num_warps"], "stages": config.num_stages,
         }  # fmt: skip
 
-    def _known(self, target: str, fault: str) -> bool:
+    def _known(self, target: str) -> bool:
         """Whether a fault is one of `KNOWN`."""
-        if self.head_dim > 128:
-            return self.text > 0 or target not in ("sm_90", "sm_100")
-        return fault == "repeated" and self.layout == "odd"
+        return self.head_dim > 128 or (self.queries == "text" and prod(self.window) < 16)
 
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
         """What is wrong with a binary."""
@@ -108,15 +106,14 @@ class Case:
             found.append(f"no {product}")
         if target == "sm_90" and descriptors and wide and _moves(binary):
             found.append("keys or values go through registers in the main loop")
-        if any(map(serialised, binary.loops)) and not self._known(target, "serialised"):
+        if any(map(serialised, binary.loops)) and not self._known(target):
             found.append("products that wait for each other")
         scores = prod(launch.config.query_box) * max(prod(launch.config.key_box), launch.config.text_block if self.text else 0)
         # of the larger of two loops' keys, where text and window have blocks of two sizes
         repeated = max((exponentials(loop, launch.config.num_warps) / scores for loop in binary.loops), default=0)
-        if repeated > REPEATED and wide and not self._known(target, "repeated"):
+        if repeated > REPEATED and not self._known(target):
             found.append(f"{repeated:.2f} exponentials a score")
-        wide_loads = self.layout != "odd" and launch.config.num_stages > 1
-        if target.startswith("sm_") and not descriptors and wide_loads and not binary.count(r"\bLDGSTS"):
+        if target.startswith("sm_") and not descriptors and launch.config.num_stages > 1 and not binary.count(r"\bLDGSTS"):
             found.append("no cp.async")
         return found
 
@@ -131,10 +128,10 @@ def cases() -> Iterator[Case]:
             for window, patch in (((52, 76), (26, 38)), ((27, 15), (13, 7))):
                 yield Case(dim, dtype, window=window, patch=patch, text=77)
             yield Case(dim, dtype, window=(52, 76), patch=(26, 38), text=77, queries="text")
-            yield Case(dim, dtype, window=(3, 3), patch=(2, 2), text=77)
-            for layout in ("odd", "expanded"):
-                yield Case(dim, dtype, text=77, layout=layout)
-                yield Case(dim, dtype, text=77, queries="text", layout=layout)
+            for queries in ("image", "text"):
+                yield Case(dim, dtype, window=(3, 3), patch=(2, 2), text=77, queries=queries)
+                yield Case(dim, dtype, text=77, queries=queries, layout="expanded")
+            yield Case(dim, dtype, window=(16, 16), patch=(4, 4))
 
 
 def table(rows: Sequence[Mapping[str, str]], targets: Sequence[str]) -> list[str]:
