@@ -153,9 +153,10 @@ def upscale(
         image: A PIL picture, or a list of pictures of one size, as many as prompts.
         height, width: Target in pixels, above the picture's own area and of its shape.
         sizes: (height, width) of every stage, the first above the picture's own area.
-        pipe, prompt, negative_prompt, call, generator, preset, steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff,
-        vae_tiling, vae_attention, split_guidance, workdir, on_stage, on_step, progress: As in `generate`. The larger `restart`, the
-            more is drawn anew.
+        pipe, prompt, negative_prompt, call, generator, preset: As in `generate`.
+        steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`. The larger `restart`, the more is
+            drawn anew.
+        vae_tiling, vae_attention, split_guidance, workdir, on_stage, on_step, progress: As in `generate`.
 
     Returns:
         As `generate`.

@@ -1,0 +1,41 @@
+"""docs/reference/command.md from the command's own help: `python docs/site/command_page.py` writes it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from unittest import mock
+
+PAGE = Path(__file__).parents[1] / "reference" / "command.md"
+COMMANDS = ("generate", "upscale", "plan", "models", "info")
+_HEAD = """# The command line
+
+`pip install -e ".[diffusers]"` installs the command `scalediff`. Examples are in the [quickstart](../guide/quickstart.md).
+
+The command exits with 0 when it is done, 1 when memory runs out, 2 on bad input (one line on stderr) and 130 on Ctrl-C. With the
+environment variable `SCALEDIFF_DEBUG` set, errors keep their traceback.
+
+This page is written by `python docs/site/command_page.py`.
+"""
+
+
+def help_of(*arguments: str) -> str:
+    """What `scalediff ARGUMENTS --help` prints in a terminal of 100 columns."""
+    from scalediff.command.cli import main
+
+    printed = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS="100"), contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([*arguments, "--help"])
+    return printed.getvalue().rstrip()
+
+
+def page() -> str:
+    """The whole page."""
+    sections = [f"```text\n{help_of()}\n```\n", *(f"## scalediff {name}\n\n```text\n{help_of(name)}\n```\n" for name in COMMANDS)]
+    return "\n".join([_HEAD, *sections])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
