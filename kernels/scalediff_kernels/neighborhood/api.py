@@ -35,7 +35,8 @@ def neighborhood_patch_attention(
     """Attend from every query patch to the one clamped key/value window around it.
 
     Args:
-        q: `[B, Y, X, H, D]`, any strides; floating point.
+        q: `[B, Y, X, H, D]`, any strides; floating point. The Triton kernel copies a tensor whose rows do not begin at multiples of
+            16 bytes.
         k, v: `[B, Y, X, G, D]`, like q; G divides H, and head h of q reads head h * G // H of k and v.
         window: Key/value window in tokens, `(Y, X)`; shifted into the grid at its borders, and the whole grid where it is
             larger: then the result is that of `F.scaled_dot_product_attention`.
