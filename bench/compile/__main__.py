@@ -16,27 +16,12 @@ from typing import Any
 import triton
 from pandas import DataFrame, read_csv
 
-from bench.compile import attention, lowpass
-from bench.compile.binary import TARGETS, compile_launch
+from bench.compile.binary import TARGETS
+from bench.compile.rows import KERNELS, rows_of
 from bench.harness.rows import ROOT, write_rows, write_text
 from bench.report.tables import fill, table
 
-KERNELS: dict[str, Any] = {"attention": attention, "lowpass": lowpass}
 RESULTS = ROOT / "bench" / "results"
-
-
-def row(case: Any, target: str) -> dict[str, Any]:
-    """One binary; a compiler that fails is a result as well."""
-    launch = case.launch(target)
-    facts: dict[str, Any] = {"triton": triton.__version__, "target": target} | case.facts(launch)
-    try:
-        binary = compile_launch(launch, target)
-    except Exception as error:
-        return facts | {"registers": "", "spills": "", "shared": "", "faults": f"does not compile: {str(error).splitlines()[0][:80]}"}
-    faults = case.faults(target, launch, binary)
-    if launch.then is not None and (after := compile_launch(launch.then, target)).spills:
-        faults.append(f"{after.spills} spills in the kernel after it")
-    return facts | {"registers": binary.registers, "spills": binary.spills, "shared": binary.shared, "faults": "; ".join(faults)}
 
 
 def committed(kernels: str) -> dict[str, DataFrame]:
@@ -66,14 +51,10 @@ def page(text: str) -> str:
     return fill(text, {kernels: tables(kernels) for kernels in KERNELS})
 
 
-def _rows_of(kernels: str, target: str) -> list[dict[str, Any]]:
-    return [row(case, target) for case in KERNELS[kernels].cases()]
-
-
-def _compile(kernels: str, options: argparse.Namespace, pool: ProcessPoolExecutor) -> int:
-    """Compile everything for the targets, print and write the rows; the number of kernels with faults."""
+def _report(kernels: str, results: Sequence[list[dict[str, Any]]], options: argparse.Namespace) -> int:
+    """Print and write the rows of all targets; returns the number of kernels with faults."""
     rows, broken = list[dict[str, Any]](), 0
-    for target, result in zip(options.targets, pool.map(_rows_of, [kernels] * len(options.targets), options.targets), strict=True):
+    for target, result in zip(options.targets, results, strict=True):
         faulty = [row for row in result if row["faults"]]
         rows, broken = rows + result, broken + len(faulty)
         print(f"triton {triton.__version__} {kernels} {target}: {len(result)} kernels, {len(faulty)} with faults", flush=True)
@@ -99,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.write and options.targets != list(TARGETS):
         parser.error(f"--write takes all targets, got --targets {' '.join(options.targets)}")
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        broken = sum(_compile(kernels, options, pool) for kernels in options.kernels)
+        running = {kernels: [pool.submit(rows_of, kernels, target) for target in options.targets] for kernels in options.kernels}
+        broken = sum(_report(kernels, [future.result() for future in futures], options) for kernels, futures in running.items())
     raise SystemExit(broken > 0)
 
 

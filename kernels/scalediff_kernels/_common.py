@@ -1,12 +1,14 @@
 """Device functions of several kernels: loading tokens, one step of the online softmax, and rotation.
 
-Strides are in units of VECTOR elements, which tells the compiler how wide an aligned load can be.
+Strides are in units of VECTOR elements, which tells the compiler that it can load 16 bytes at a time.
 
 Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim, M x N query x key block.
 """
 
 import triton
 import triton.language as tl
+
+VECTOR = tl.constexpr(8)
 
 
 @triton.jit
@@ -40,7 +42,7 @@ def softmax_step(
 @triton.jit
 def load_box(
     ref, strides, batch, y, x, head, limit_y, limit_x,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BOXES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Load `[ROWS * COLUMNS, BLOCK_D]` of one head at (y, x); zero above D and, if MASKED, outside `[0, limit)`."""
@@ -53,20 +55,21 @@ def load_box(
         place = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
         offs = offs_y.to(tl.int64) * strides[1] + offs_x.to(tl.int64) * strides[2]
         ptrs = ref + place * VECTOR + (offs * VECTOR)[:, None] + offs_d[None, :]
-        m_d = offs_d < D
-        if MASKED:
-            m_n = (y + offs_y >= 0) & (y + offs_y < limit_y) & (x + offs_x >= 0) & (x + offs_x < limit_x)
-            return tl.load(ptrs, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        m_n = (y + offs_y >= 0) & (y + offs_y < limit_y) & (x + offs_x >= 0) & (x + offs_x < limit_x)
+        if MASKED and D == BLOCK_D:
+            return tl.load(ptrs, mask=m_n[:, None], other=0.0)
+        elif MASKED:
+            return tl.load(ptrs, mask=m_n[:, None] & (offs_d < D)[None, :], other=0.0)
         elif D == BLOCK_D:
             return tl.load(ptrs)
         else:
-            return tl.load(ptrs, mask=m_d[None, :], other=0.0)
+            return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def load_text(
     ref, strides, batch, t, head, text,
-    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, BOXES: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
     """Load `[N, BLOCK_D]` of one head, from text token t on; zero after the text and above D."""
     if BOXES:
@@ -76,7 +79,10 @@ def load_text(
         offs_d = tl.arange(0, BLOCK_D)
         place = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
         ptrs = ref + place * VECTOR + (offs_t.to(tl.int64) * strides[1] * VECTOR)[:, None] + offs_d[None, :]
-        return tl.load(ptrs, mask=(offs_t < text)[:, None] & (offs_d < D)[None, :], other=0.0)
+        if D == BLOCK_D:
+            return tl.load(ptrs, mask=(offs_t < text)[:, None], other=0.0)
+        else:
+            return tl.load(ptrs, mask=(offs_t < text)[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit

@@ -63,6 +63,20 @@ def test_auto_works_on_meta_tensors() -> None:
     assert neighborhood_patch_attention(q, k, v, window=(4, 4), patch=(2, 2)).shape == q.shape
 
 
+def test_only_tensors_whose_rows_begin_anywhere_are_copied() -> None:
+    from scalediff_kernels.neighborhood.launch import aligned
+
+    x = torch.randn(1, 4, 4, 2, 40, dtype=torch.float16)
+    for taken in (x, x.expand(3, -1, -1, -1, -1), x[:, 1:, :, 1:], x.movedim(3, 1).contiguous().movedim(1, 3)):
+        assert aligned(taken) is taken
+    for other in (torch.nn.functional.pad(x, (0, 1))[..., :40], torch.cat([x.flatten(), x.flatten()])[4:644].view(1, 4, 2, 2, 40)):
+        copy = aligned(other)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+        assert copy.data_ptr() != other.data_ptr()
+        assert torch.equal(copy, other)
+
+
 def test_a_patch_larger_than_the_grid_costs_no_programs() -> None:
     from scalediff_kernels.neighborhood.launch import image_launch
 

@@ -23,7 +23,10 @@ DEVICES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm
         (Problem((256, 256), (64, 64), (32, 32), 64, 4), "sm_90", "pointer", (4, 8), (1, 16), 8),
         (Problem((128, 128), (32, 32), (16, 16), 64, 2), "sm_90", "descriptor", (8, 16), (2, 32), 4),
         (Problem((128, 128), (27, 15), (13, 7), 64, 2), "sm_90", "descriptor", (16, 8), (4, 8), 8),  # ragged: far sides
-        (Problem((128, 128), (3, 3), (2, 2), 64, 2), "sm_90", "pointer", (4, 4), (4, 4), 8),  # no box of 16 tokens is inside
+        (Problem((128, 128), (3, 3), (2, 2), 64, 2), "sm_90", "pointer", (4, 4), (4, 4), 1),  # no box of 16 tokens is inside
+        (Problem((128, 128), (8, 8), (4, 4), 64, 2), "sm_90", "descriptor", (4, 4), (4, 8), 1),  # 16 queries are the work of one warp
+        (Problem((128, 128), (16, 16), (4, 8), 128, 2), "sm_80", "pointer", (4, 8), (1, 16), 2),
+        (Problem((128, 128), (8, 8), (4, 4), 160, 2), "sm_80", "pointer", (4, 4), (2, 8), 4),  # one would spill
         (Problem((256, 256), (64, 64), (32, 32), 128, 2, text=512, queries="text"), "sm_90", "descriptor", (1, 128), (1, 64), 8),
         (Problem((256, 256), (64, 64), (32, 32), 64, 2), "sm_90", "descriptor", (8, 16), (1, 64), 4),
         (Problem((256, 256), (64, 64), (32, 32), 64, 2, text=512), "sm_90", "descriptor", (8, 16), (2, 64), 8),  # four warps serialise

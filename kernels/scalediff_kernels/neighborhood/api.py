@@ -35,7 +35,8 @@ def neighborhood_patch_attention(
     """Attend from every query patch to one key/value window around it.
 
     Args:
-        q: Queries `[B, Y, X, H, D]`, floating point, with any strides.
+        q: Queries `[B, Y, X, H, D]`, floating point, with any strides. The Triton kernel first copies a tensor whose rows do not start
+            at multiples of 16 bytes.
         k, v: Keys and values `[B, Y, X, G, D]`, with the dtype and device of q. G divides H; head h of q uses head h * G // H of k and v.
         window: Key/value window in tokens, `(Y, X)`. It is shifted into the grid at the borders. A window larger than the grid is the
             whole grid, and the result is that of `F.scaled_dot_product_attention`.

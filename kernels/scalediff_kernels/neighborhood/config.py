@@ -7,7 +7,7 @@ Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim. A box is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Literal, NamedTuple
@@ -22,6 +22,8 @@ MOST_PARTS = 64  # maximum number of parts into which the windows of text querie
 PROGRAM_KEYS = 512  # fixed cost of a program, in keys; an estimate, not measured yet
 
 MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
+WARP_ROWS = 16  # of a product that one warp computes on NVIDIA's GPUs
+FEW_ROWS = 64  # fewer rows than the products of a warpgroup have
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class Problem:
     text: int = 0
     queries: Literal["image", "text"] = "image"
     descriptors: bool = True
-    vector: int = 8  # every stride is a multiple of this many elements
-    heads: int = 1  # batch x heads; only used for text queries, as is the next field
+    heads: int = 1  # of all batches together; read for text queries alone, as is the next
     windows: int = 1
 
 
@@ -73,21 +74,36 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
         raise NotImplementedError(f"the Triton kernel supports head dims that are multiples of 8 from 8 to 256, got {problem.head_dim=}")
     descriptors = problem.descriptors and problem.itemsize == 2 and has_descriptors(device)  # fp32 products need operands in registers
     blocks = _blocks(problem, device, descriptors=descriptors)
-    if not fits_inside(key_box(problem.window, blocks.keys), problem.window):  # the box exceeds the window, which needs masks
-        descriptors = False
-        blocks = _blocks(replace(problem, vector=1), device, descriptors=False)
-    keys = key_box(problem.window, blocks.keys)
-    text = ceil_power_of_two(max(problem.text, MIN_BLOCK))
-    text_rows = min(blocks.queries, text)
+    inside = fits_inside(key_box(problem.window, blocks.keys), problem.window)
+    descriptors = descriptors and inside
+    queries = _query_box(problem, blocks)
+    if not inside:  # boxes of keys reach outside the window: addresses and masks
+        blocks = _blocks(problem, device, descriptors=False, special="masked")
+    elif problem.queries == "image" and prod(queries) < FEW_ROWS:
+        blocks = _blocks(problem, device, descriptors=descriptors, special="small")
+    queries = _query_box(problem, blocks)
+    num_warps = blocks.num_warps
+    if problem.queries == "image" and problem.itemsize == 2 and problem.head_dim <= 128 and device.startswith("sm_"):
+        num_warps = min(num_warps, prod(queries) // WARP_ROWS)  # more would compute the same rows again
     return LaunchConfig(
         path="descriptor" if descriptors else "pointer",
-        query_box=query_box(_cut(problem.patch, problem.grid), blocks.queries) if problem.queries == "image" else (1, text_rows),
-        key_box=keys,
-        text_block=min(blocks.keys, text),
-        num_warps=blocks.num_warps,
+        query_box=queries,
+        key_box=key_box(problem.window, blocks.keys),
+        text_block=min(blocks.keys, _text_rows(problem)),
+        num_warps=num_warps,
         num_stages=blocks.num_stages,
-        part_windows=_part_windows(problem, text_rows, blocks.num_warps, device) if problem.queries == "text" else 1,
+        part_windows=_part_windows(problem, prod(queries), num_warps, device) if problem.queries == "text" else 1,
     )
+
+
+def _query_box(problem: Problem, blocks: Blocks) -> tuple[int, int]:
+    if problem.queries == "text":
+        return 1, min(blocks.queries, _text_rows(problem))
+    return query_box(_cut(problem.patch, problem.grid), blocks.queries)
+
+
+def _text_rows(problem: Problem) -> int:
+    return ceil_power_of_two(max(problem.text, MIN_BLOCK))
 
 
 def _part_windows(problem: Problem, rows: int, num_warps: int, device: str) -> int:
@@ -127,9 +143,10 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# By kind of program and of queries, for head dims up to 64, 128 and 256. Joint: with text keys. Ragged: the boxes do not divide the window,
-# which needs a second loop. Narrow: no wide loads, or a mask on every load. `python -m bench.compile` compiles every entry and fails on
-# register spills, serialised matrix products and softmaxes that several warps repeat, except for those in its table `KNOWN`.
+# By kind of program and of queries, for head dims up to 64, 128 and 256. Joint: with text keys. Ragged: the boxes do not divide the
+# window, which needs a second loop. Small: patches with tiles of fewer than 64 queries. Masked: windows too small for a box of keys, a mask
+# on every load. `python -m bench.compile` compiles every entry and fails on register spills, serialised matrix products and softmaxes that
+# several warps repeat, except for those that docs/evidence/compiled.md names.
 _BLOCKS = {
     ("wgmma", "image"): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
     ("wgmma joint", "image"): (Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 2), Blocks(64, 32, 8, 2)),
@@ -142,29 +159,30 @@ _BLOCKS = {
     ("cp.async tcgen05", "text"): (Blocks(128, 32, 8, 3), Blocks(64, 16, 8, 2), Blocks(16, 32, 8, 2)),
     ("cp.async, 99 KB", "image"): (Blocks(128, 64, 8, 3), Blocks(128, 16, 8, 3), Blocks(64, 16, 8, 2)),
     ("cp.async, 99 KB", "text"): (Blocks(128, 32, 8, 3), Blocks(128, 16, 8, 2), Blocks(16, 32, 8, 2)),
-    ("narrow", "image"): (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 16, 4, 2)),
-    ("narrow", "text"): (Blocks(64, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    ("small", "image"): (Blocks(32, 32, 2, 3), Blocks(32, 16, 2, 2), Blocks(32, 16, 4, 2)),
+    ("masked", "image"): (Blocks(32, 16, 2, 1), Blocks(32, 16, 2, 1), Blocks(32, 16, 4, 2)),
+    ("masked", "text"): (Blocks(64, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma", "image"): (Blocks(128, 32, 4, 1), Blocks(128, 32, 4, 1), Blocks(64, 32, 4, 1)),
     ("mfma", "text"): (Blocks(64, 32, 4, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
-    ("mfma narrow", "image"): (Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
-    ("mfma narrow", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    ("mfma masked", "image"): (Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
+    ("mfma masked", "text"): (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("fp32", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 16, 1)),
     ("fp32", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
-    ("fp32 narrow", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
-    ("fp32 narrow", "text"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
+    ("fp32 masked", "image"): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 32, 8, 1)),
     ("mfma fp32", "image"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     ("mfma fp32", "text"): (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
 
 
-def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
+def _blocks(problem: Problem, device: str, *, descriptors: bool, special: Literal["", "small", "masked"] = "") -> Blocks:
     """The entry of `_BLOCKS` for a problem."""
     column = 0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2
-    narrow = " narrow" if problem.vector < 8 else ""
     if device.startswith("gfx"):
-        kind = "mfma fp32" if problem.itemsize == 4 else "mfma" + narrow
+        kind = "mfma fp32" if problem.itemsize == 4 else "mfma masked" if special == "masked" else "mfma"
     elif problem.itemsize == 4:  # exact fp32 products do not use the tensor cores
-        kind = "fp32" if not narrow and device[3:-1] != "10" else "fp32 narrow"  # sm_100 spills with sixteen warps
+        kind = "fp32 masked" if problem.queries == "image" and (special == "masked" or device[3:-1] == "10") else "fp32"  # sm_100 spills
+    elif special:
+        kind = special
     elif descriptors:
         kind = "wgmma" if device[3:-1] == "9" else "tcgen05"
         box = key_box(problem.window, _BLOCKS[kind, problem.queries][column].keys)
@@ -172,12 +190,10 @@ def _blocks(problem: Problem, device: str, *, descriptors: bool) -> Blocks:
             kind += " ragged"
         elif problem.text and (f"{kind} joint", problem.queries) in _BLOCKS:
             kind += " joint"
-    elif narrow:
-        kind = "narrow"
     else:
         kind = "cp.async" if device in SHARED_MEMORY else "cp.async, 99 KB"
-        if device[3:-1] == "10" and (f"{kind} tcgen05", problem.queries) in _BLOCKS:
-            kind += " tcgen05"
+    if device[3:-1] == "10" and (f"{kind} tcgen05", problem.queries) in _BLOCKS:
+        kind += " tcgen05"
     return _BLOCKS[kind, problem.queries][column]
 
 

@@ -17,13 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scalediff_kernels._common import load_box, load_text, rotate, softmax_step
+from scalediff_kernels._common import VECTOR, load_box, load_text, rotate, softmax_step
 
 
 @triton.jit
 def _window_block(
     b_q, state, refs, strides, place, block_y, block_x, scale,
-    BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BOXES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Process one box of keys at token (`block_y`, `block_x`) of the window. MASKED: it may exceed the window's end."""
@@ -38,12 +38,8 @@ def _window_block(
         y = tl.maximum(tl.minimum(block_y, WINDOW_Y - ROWS), 0)
         x = tl.maximum(tl.minimum(block_x, WINDOW_X - COLUMNS), 0)
     limit_y, limit_x = start_y + WINDOW_Y, start_x + WINDOW_X
-    b_k = load_box(
-        refs[0], strides[0], batch, start_y + y, start_x + x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, OVERHANG
-    )
-    b_v = load_box(
-        refs[1], strides[1], batch, start_y + y, start_x + x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, OVERHANG
-    )
+    b_k = load_box(refs[0], strides[0], batch, start_y + y, start_x + x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, OVERHANG)
+    b_v = load_box(refs[1], strides[1], batch, start_y + y, start_x + x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, OVERHANG)
     key_y = y + tl.arange(0, ROWS * COLUMNS) // COLUMNS
     key_x = x + tl.arange(0, ROWS * COLUMNS) % COLUMNS
     keep = (key_y >= block_y) & (key_y < WINDOW_Y) & (key_x >= block_x) & (key_x < WINDOW_X)
@@ -53,7 +49,7 @@ def _window_block(
 @triton.jit
 def _attend_window(
     b_q, state, refs, strides, place, scale,
-    BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Process all keys of a window: first the boxes that are inside, without a mask, then the last column and row of boxes."""
@@ -67,7 +63,7 @@ def _attend_window(
     for i in tl.range(0, FULL_Y * FULL_X, num_stages=STAGES):
         top, total, acc = _window_block(
             b_q, (top, total, acc), refs, strides, place, i // FULL_X * BOX[0], i % FULL_X * BOX[1], scale,
-            BOX, WINDOW, D, BLOCK_D, VECTOR, BOXES, PRECISION, False,
+            BOX, WINDOW, D, BLOCK_D, BOXES, PRECISION, False,
         )  # fmt: skip
     if FAR_COLUMN + FAR_ROW > 0:
         for i in tl.range(0, FAR_COLUMN + FAR_ROW, num_stages=1):
@@ -75,7 +71,7 @@ def _attend_window(
             block_x = tl.where(i < FAR_COLUMN, BLOCKS_X - 1, i - FAR_COLUMN) * BOX[1]
             top, total, acc = _window_block(
                 b_q, (top, total, acc), refs, strides, place, block_y, block_x, scale,
-                BOX, WINDOW, D, BLOCK_D, VECTOR, BOXES, PRECISION, True,
+                BOX, WINDOW, D, BLOCK_D, BOXES, PRECISION, True,
             )  # fmt: skip
     return top, total, acc
 
@@ -83,14 +79,14 @@ def _attend_window(
 @triton.jit
 def _attend_text(
     b_q, state, refs, strides, batch, head, text, scale,
-    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, BOXES: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOXES: tl.constexpr,
     PRECISION: tl.constexpr, RAGGED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Process all text keys; masked only if the last block is not full."""
     top, total, acc = state
     for t in tl.range(0, text, N, num_stages=STAGES):
-        b_k = load_text(refs[0], strides[0], batch, t, head, text, N, D, BLOCK_D, VECTOR, BOXES)
-        b_v = load_text(refs[1], strides[1], batch, t, head, text, N, D, BLOCK_D, VECTOR, BOXES)
+        b_k = load_text(refs[0], strides[0], batch, t, head, text, N, D, BLOCK_D, BOXES)
+        b_v = load_text(refs[1], strides[1], batch, t, head, text, N, D, BLOCK_D, BOXES)
         keep = t + tl.arange(0, N) < text
         top, total, acc = softmax_step(b_q, b_k, b_v, keep, top, total, acc, scale, RAGGED, PRECISION)
     return top, total, acc
@@ -121,7 +117,7 @@ def image_kernel(
     q_strides, k_strides, v_strides, out_strides, text_k_strides, text_v_strides,
     grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale,
     QUERY_BOX: tl.constexpr, TILES: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
     RAGGED_TEXT: tl.constexpr, ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, STORE_BOXES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +144,7 @@ def image_kernel(
         return  # a cut patch at the border has tiles outside the grid
 
     state = _start(M, BLOCK_D)
-    b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
+    b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, True)
     if NEGATE:
         b_q = -b_q
     if HAS_TEXT:
@@ -156,10 +152,10 @@ def image_kernel(
             b_q = rotate(b_q, cos_ptr, sin_ptr, patch_y * patches_x + patch_x, True, D, BLOCK_D)
         state = _attend_text(
             b_q, state, (text_k_ref, text_v_ref), (text_k_strides, text_v_strides), batch, head // GROUP, text, scale,
-            TEXT_BLOCK, D, BLOCK_D, VECTOR, BOXES, PRECISION, RAGGED_TEXT, STAGES,
+            TEXT_BLOCK, D, BLOCK_D, BOXES, PRECISION, RAGGED_TEXT, STAGES,
         )  # fmt: skip
         if ROPE:  # loaded again, because keeping it would cost registers, and L2 has it
-            b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, VECTOR, BOXES, True)
+            b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, True)
             if NEGATE:
                 b_q = -b_q
     start_y = _window_start(patch_y, grid_y, offset_y, PATCH[0], WINDOW[0])
@@ -167,7 +163,7 @@ def image_kernel(
     place = (batch, head // GROUP, start_y, start_x)
     state = _attend_window(
         b_q, state, (k_ref, v_ref), (k_strides, v_strides), place, scale,
-        KEY_BOX, WINDOW, D, BLOCK_D, VECTOR, BOXES, PRECISION, STAGES,
+        KEY_BOX, WINDOW, D, BLOCK_D, BOXES, PRECISION, STAGES,
     )  # fmt: skip
     b_out = (state[2] / state[1][:, None]).to(b_q.dtype)
 
@@ -199,7 +195,7 @@ def text_kernel(
     text_q_strides, k_strides, v_strides, text_k_strides, text_v_strides,
     grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale, part_windows,
     TEXT_ROWS: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
     ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend from text queries to text and one window at a time; `mean_kernel` averages over the windows. One window over the whole grid
@@ -221,7 +217,7 @@ def text_kernel(
     head = pid % heads
     batch = pid // heads
     for i in range(first, tl.minimum(first + part_windows, patches_y * patches_x)):
-        b_q = load_text(text_q_ref, text_q_strides, batch, t, head, text, TEXT_ROWS, D, BLOCK_D, VECTOR, BOXES)
+        b_q = load_text(text_q_ref, text_q_strides, batch, t, head, text, TEXT_ROWS, D, BLOCK_D, BOXES)
         if NEGATE:
             b_q = -b_q
         if ROPE:
@@ -231,14 +227,14 @@ def text_kernel(
         place = (batch, head // GROUP, start_y, start_x)
         state = _attend_window(
             b_q, _start(TEXT_ROWS, BLOCK_D), (k_ref, v_ref), (k_strides, v_strides), place, scale,
-            KEY_BOX, WINDOW, D, BLOCK_D, VECTOR, BOXES, PRECISION, STAGES,
+            KEY_BOX, WINDOW, D, BLOCK_D, BOXES, PRECISION, STAGES,
         )  # fmt: skip
-        b_q = load_text(text_q_ref, text_q_strides, batch, t, head, text, TEXT_ROWS, D, BLOCK_D, VECTOR, BOXES)
+        b_q = load_text(text_q_ref, text_q_strides, batch, t, head, text, TEXT_ROWS, D, BLOCK_D, BOXES)
         if NEGATE:
             b_q = -b_q
         state = _attend_text(
             b_q, state, (text_k_ref, text_v_ref), (text_k_strides, text_v_strides), batch, head // GROUP, text, scale,
-            TEXT_BLOCK, D, BLOCK_D, VECTOR, BOXES, PRECISION, RAGGED_TEXT, STAGES,
+            TEXT_BLOCK, D, BLOCK_D, BOXES, PRECISION, RAGGED_TEXT, STAGES,
         )  # fmt: skip
         b_sum = tl.load(sums_ptrs, mask=tl.zeros_like(offs) < i - first, other=0.0)  # zero before the first window
         tl.store(sums_ptrs, b_sum + state[2] / state[1][:, None])
@@ -250,7 +246,7 @@ def mean_kernel(
     sums_ptr,  # [B, H, parts, tiles, TEXT_ROWS, BLOCK_D], fp32
     out_ptr,  # [B, T, H, D]
     out_strides, heads, text, parts, count,
-    TEXT_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    TEXT_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute the mean over `count` windows from the sums of all parts, added in a fixed order and rounded once."""
     pid = tl.program_id(0)

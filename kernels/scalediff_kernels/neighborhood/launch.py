@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from scalediff_kernels._common import VECTOR
 from scalediff_kernels._launch import Launch
 from scalediff_kernels.neighborhood.config import MIN_BLOCK, LaunchConfig, Problem, ceil_power_of_two, launch_config
 from scalediff_kernels.neighborhood.kernel import image_kernel, mean_kernel, text_kernel
@@ -47,8 +48,8 @@ def image_launch(
     reach = [min(p, n + o) for p, n, o in zip(patch, q.shape[1:3], offset, strict=True)]  # a patch may be larger than the grid
     tiles = -(-reach[0] // rows), -(-reach[1] // columns)
     store_boxes = config.path == "descriptor" and patch[0] % rows == 0 and patch[1] % columns == 0
-    arguments = _references({"q": (q, (1, rows, columns, 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
-    arguments |= _references({"out": (out, (1, rows, columns, 1))}, shared["VECTOR"], boxes=store_boxes)
+    arguments = _references({"q": (q, (1, rows, columns, 1))}, boxes=config.path == "descriptor")
+    arguments |= _references({"out": (out, (1, rows, columns, 1))}, boxes=store_boxes)
     arguments |= {"QUERY_BOX": config.query_box, "TILES": tiles, "HAS_TEXT": text is not None, "STORE_BOXES": store_boxes}
     return Launch(image_kernel, batch * heads * shared["patches_y"] * shared["patches_x"] * prod(tiles), shared | arguments, config)
 
@@ -82,12 +83,12 @@ def text_launch(
     tiles, parts = batch * heads * -(-text // rows), -(-count // config.part_windows)
     sums = torch.empty(tiles * parts * rows * shared["BLOCK_D"], dtype=torch.float32, device=out.device)
     ours = {"sums_ptr": sums, "TEXT_ROWS": rows}
-    arguments = _references({"text_q": (text_q, (1, rows, 1))}, shared["VECTOR"], boxes=config.path == "descriptor")
+    arguments = _references({"text_q": (text_q, (1, rows, 1))}, boxes=config.path == "descriptor")
     arguments |= ours | {"part_windows": config.part_windows}
-    mean = ours | {name: shared[name] for name in ("heads", "text", "D", "BLOCK_D", "VECTOR")}
+    mean = ours | {name: shared[name] for name in ("heads", "text", "D", "BLOCK_D")}
     mean |= {
         "out_ptr": out,
-        "out_strides": _in_vectors(out, shared["VECTOR"]),
+        "out_strides": _in_vectors(out),
         "parts": parts,
         "count": count,
         "num_warps": 8,
@@ -116,16 +117,15 @@ def _shared_arguments(
     tokens = 0 if text is None else text[0].shape[1]
     tensors = (q, *keys, *(text or ()))
     descriptors = all(_suits_descriptor(x) for x in tensors)
-    vector = 8 if all(_suits_vectors(x) for x in tensors) else 1
     patches = -(-(height + offset[0]) // patch[0]), -(-(width + offset[1]) // patch[1])
     sums = {"heads": q.shape[0] * q.shape[-2], "windows": prod(patches)} if queries == "text" else {}
-    problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, vector, **sums)
+    problem = Problem((height, width), window, patch, head_dim, q.element_size(), tokens, queries, descriptors, **sums)
     config = config or launch_config(problem, device)
     rows, columns = config.key_box
     references: dict[str, tuple[Tensor | None, tuple[int, ...]]]
     references = {name: (x, (1, rows, columns, 1)) for name, x in zip("kv", keys, strict=True)}
     references |= {f"text_{n}": (x, (1, config.text_block, 1)) for n, x in zip("kv", text or (None, None), strict=True)}
-    return config, _references(references, vector, boxes=config.path == "descriptor") | {
+    return config, _references(references, boxes=config.path == "descriptor") | {
         "cos_ptr": rope and rope[0],
         "sin_ptr": rope and rope[1],
         "grid_y": height,
@@ -143,7 +143,6 @@ def _shared_arguments(
         "GROUP": q.shape[-2] // groups,
         "D": head_dim,
         "BLOCK_D": max(MIN_BLOCK, ceil_power_of_two(head_dim)),
-        "VECTOR": vector,
         "TEXT_BLOCK": config.text_block,
         "RAGGED_TEXT": tokens % config.text_block != 0,
         "ROPE": rope is not None,
@@ -157,25 +156,30 @@ def _shared_arguments(
     }
 
 
-def _references(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]], vector: int, *, boxes: bool) -> dict[str, Any]:
+def _references(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]], *, boxes: bool) -> dict[str, Any]:
     """Arguments `name_ref` and `name_strides` of each tensor; `name_ref` is a descriptor for boxes of one head, or the tensor."""
     arguments: dict[str, Any] = {}
     for name, (x, box) in tensors.items():
         arguments[f"{name}_ref"] = x
-        arguments[f"{name}_strides"] = None if x is None else _in_vectors(x, vector)
+        arguments[f"{name}_strides"] = None if x is None else _in_vectors(x)
         if x is not None and boxes:
             block = [*box, max(MIN_BLOCK, ceil_power_of_two(x.shape[-1]))]
             arguments[f"{name}_ref"] = TensorDescriptor(x, list(x.shape), _descriptor_strides(x), block)
     return arguments
 
 
-def _suits_vectors(x: Tensor) -> bool:
-    """Whether every row of D elements starts at a multiple of eight elements, which is at least 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+def aligned(x: Tensor) -> Tensor:
+    """Return `x`, or a copy if its rows of D elements do not start at multiples of eight elements and 16 bytes.
+
+    The kernels load 16 bytes at a time. A copy is cheap compared with attention; loads of two bytes are not.
+    """
+    suits = x.data_ptr() % 16 == 0 and all(stride % VECTOR.value == 0 for stride in x.stride()[:-1])
+    return x if suits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _in_vectors(x: Tensor, vector: int) -> tuple[int, ...]:
-    return tuple(stride // vector for stride in x.stride()[:-1])
+def _in_vectors(x: Tensor) -> tuple[int, ...]:
+    assert all(stride % VECTOR.value == 0 for stride in x.stride()[:-1]), f"{x.stride()=}"
+    return tuple(stride // VECTOR.value for stride in x.stride()[:-1])
 
 
 def _descriptor_strides(x: Tensor) -> list[int]:

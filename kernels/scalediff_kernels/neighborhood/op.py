@@ -121,7 +121,8 @@ def _launched(
     rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
     how = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
     with on(q.device):
-        getattr(launch, name)(out, *tensors, rope, **how, device=device_name(q.device)).run()
+        ready = (None if x is None else launch.aligned(x) for x in tensors)
+        getattr(launch, name)(out, *ready, rope, **how, device=device_name(q.device)).run()
     return out
 
 
