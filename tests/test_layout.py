@@ -82,7 +82,9 @@ def test_dependencies_point_one_way(path: Path) -> None:
 
 def test_wings_import_downwards() -> None:
     """A file of one wing imports its own wing and those below it; only the package's `__init__` collects the public names."""
-    height = {name: WINGS.index(name.split(".")[1]) for name in MODULES if name.startswith("scalediff.")}
+    inside = [name for name in MODULES if name.startswith("scalediff.")]
+    assert {name.split(".")[1] for name in inside} == set(WINGS), "a new folder has a place in WINGS"
+    height = {name: WINGS.index(name.split(".")[1]) for name in inside}
     upwards = [
         f"{name} imports {other}"
         for name in height
@@ -134,3 +136,7 @@ def test_files_stay_readable() -> None:
     long = {str(path.relative_to(ROOT)): n for path in SOURCES if (n := lines([path])) > 350}
     assert not long, f"split these: {long}"
     assert lines([ROOT / "README.md"]) <= 150
+
+
+def test_the_benchmarks_stay_smaller_than_what_they_measure() -> None:
+    assert lines(sorted((ROOT / "bench").rglob("*.py"))) < lines(sorted((ROOT / "scalediff").rglob("*.py")))

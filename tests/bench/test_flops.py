@@ -113,7 +113,7 @@ def test_attention_is_what_torch_counts(name: str, attention: Any, text_queries:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", flops.SIZES)
 @pytest.mark.parametrize("name", MODELS)
-def test_full_attention_flops_whole_models_is_what_torch_counts(name: str, size: int) -> None:
+def test_full_attention_of_whole_models_is_what_torch_counts(name: str, size: int) -> None:
     denoiser = counter(name).denoiser
     with torch.device("meta"):
         inputs = MODELS[name].inputs(size // 8, size // 8)
@@ -198,7 +198,7 @@ def test_the_page_is_that_of_the_committed_rows() -> None:
 
 
 @pytest.mark.slow
-def test_the_committed_rows_are_what_is_count_flops() -> None:
+def test_the_committed_rows_are_what_is_counted() -> None:
     with pytest.raises(SystemExit) as same:
         main(["--check"])
     assert same.value.code == 0

@@ -86,7 +86,7 @@ def test_a_list_of_prompts_is_a_picture_of_each(name: str) -> None:
 
 
 @every_pipeline
-def test_several_to_pil_images_a_prompt(name: str) -> None:
+def test_several_pictures_of_a_prompt(name: str) -> None:
     pipe = ready(name)
     several = draw(pipe, BOAT, generator=[seeded(0), seeded(1)], call={"num_images_per_prompt": 2})
     for i in range(2):

@@ -50,7 +50,7 @@ def test_linear_layers_of_sdxl_are_most_of_its_layers(sdxl: tuple[Any, dict[str,
 
 
 @pytest.mark.parametrize(("attention", "text_queries"), [("npa", "window"), ("npa", "global"), ("full", "window")])
-def test_attention_flops_flux_is_what_torch_counts(attention: Attention, text_queries: TextQueries) -> None:
+def test_attention_of_flux_is_what_torch_counts(attention: Attention, text_queries: TextQueries) -> None:
     """One block of each kind, at true width and size: 2048 x 1536 pixels."""
     with torch.device("meta"):
         transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
@@ -122,7 +122,7 @@ def test_unknown_models_and_sizes_are_refused(capsys: pytest.CaptureFixture[str]
     assert "at least the model's native 1024 x 1024" in capsys.readouterr().err
 
 
-def test_flux_is_count_flops_too() -> None:
+def test_flux_is_counted_too() -> None:
     """Text attends in every window under the authors' rule; the published figure is 28.6 to 31 PFLOP for 4096 x 4096."""
     _, rows = count("flux", (4096, 4096))
     assert [row.passes for row in rows] == [30, 18, 18]
