@@ -66,6 +66,7 @@ def _demo() -> Any:
     pytest.importorskip("diffusers", reason="the picture-making path needs diffusers")
     pipe = scalediff.load_demo()
     pipe.set_progress_bar_config(disable=True)
+    pipe("", num_inference_steps=1, output_type="latent", generator=seeded())  # the first call adds attributes to the pipeline
     return pipe
 
 

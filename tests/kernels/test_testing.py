@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from scalediff_kernels.testing import poisoned_memory
@@ -20,17 +19,26 @@ def test_poisoned_memory_is_not_a_number() -> None:
     assert (torch.empty, torch.empty_like) == before
 
 
-@pytest.mark.parametrize("inside", ["torch.zeros(1)", "torch.compile(lambda x: x + 1, backend='eager')(torch.zeros(1))"])
-def test_torch_is_as_before(inside: str) -> None:
-    """A process whose first device context, or first compiled function, is within: afterwards, devices are kept."""
-    program = f"""
-import torch
+# Every statement is run by a process of its own, forked before torch has had a device context or compiled anything.
+PROGRAM = """
+import os, torch
 from scalediff_kernels.testing import poisoned_memory
-with poisoned_memory(), torch.device("meta"):
-    {inside}
-with torch.device("meta"):
-    assert torch.empty(1).device.type == "meta", "allocated for real"
-assert not torch.empty(1000).isnan().all()
+for inside in {statements}:
+    child = os.fork()
+    if child == 0:
+        with poisoned_memory(), torch.device("meta"):
+            exec(inside)
+        with torch.device("meta"):
+            assert torch.empty(1).device.type == "meta", f"allocated for real after {{inside}}"
+        assert not torch.empty(1000).isnan().all()
+        break
+    assert os.waitpid(child, 0)[1] == 0
 """
+
+
+def test_torch_is_as_before() -> None:
+    """A process whose first device context, or first compiled function, is within: afterwards, devices are kept."""
+    statements = ["torch.zeros(1)", "torch.compile(lambda x: x + 1, backend='eager')(torch.zeros(1))"]
+    program = PROGRAM.format(statements=statements)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ Tokenizers and encoders are of the classes that the pipelines ship with; an enco
 
 from __future__ import annotations
 
+import functools
 import string
 from collections.abc import Callable
 from dataclasses import replace
@@ -249,3 +250,9 @@ def draw(pipe: Any, prompt: str | list[str], **more: Any) -> scalediff.Result:
             assert np.asarray(image).std() > 1  # of 255: a picture, however random
     assert len(result.images) == len(result.stages[-1].latents)
     return result
+
+
+@functools.cache
+def drawn(name: str, prompt: str, seed: int = 0) -> scalediff.Result:
+    """`draw` by a pipeline of its own, computed once: what other runs are compared with."""
+    return draw(ready(name), prompt, generator=seeded(seed))

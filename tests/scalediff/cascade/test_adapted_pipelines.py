@@ -20,6 +20,7 @@ from tests.scalediff.cascade.prompted_pipelines import (
     PROMPTED,
     autoencoder,
     draw,
+    drawn,
     flux,
     picture_of,
     quiet,
@@ -162,8 +163,7 @@ def lora_of(pipe: Any, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["SDXL", "FLUX"])
 def test_a_lora_is_loaded_scaled_and_unloaded(name: str, tmp_path: Path) -> None:
     """Every stage hears it; afterwards a run has the bits of one before."""
-    pipe = ready(name)
-    plain = draw(pipe, BOAT)
+    pipe, plain = ready(name), drawn(name, BOAT)
     lora_of(pipe, tmp_path)
     pipe.load_lora_weights(tmp_path)
     loaded = draw(pipe, BOAT)
@@ -186,8 +186,7 @@ def test_a_lora_is_loaded_scaled_and_unloaded(name: str, tmp_path: Path) -> None
 
 
 def test_an_ip_adapter_is_heard_in_every_stage() -> None:
-    pipe = ready("SD1.5")
-    plain = draw(pipe, BOAT)
+    pipe, plain = ready("SD1.5"), drawn("SD1.5", BOAT)
     load_ip_adapter(pipe.unet)
     one, other = (draw(pipe, BOAT, call={"ip_adapter_image_embeds": [Draw(seed)(2, 1, 8)]}) for seed in range(2))
     for stages in zip(one.stages, other.stages, plain.stages, strict=True):
@@ -206,30 +205,29 @@ def test_an_ip_adapter_is_heard_in_every_stage() -> None:
 @pytest.mark.parametrize("name", PROMPTED)
 def test_a_callback_sees_every_step_of_every_stage_and_may_change_it(name: str) -> None:
     pipe, seen = ready(name), list[tuple[int, int]]()
-    plain = draw(pipe, BOAT)
+    plain = drawn(name, BOAT)
 
-    def drawn(change: Callable[[int, Tensor], Tensor]) -> scalediff.Result:
+    def changing(change: Callable[[int, Tensor], Tensor]) -> scalediff.Result:
         def callback(pipe: Any, step: int, time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
             seen.append((step, values["latents"].numel()))
             return {"latents": change(step, values["latents"])}
 
         return draw(pipe, BOAT, call={"callback_on_step_end": callback})
 
-    assert torch.equal(last(drawn(lambda step, latents: latents)), last(plain))
+    assert torch.equal(last(changing(lambda step, latents: latents)), last(plain))
     assert seen == [(step, stage.latents.numel()) for stage in plain.stages for step in range(stage.steps)]
-    changed = drawn(lambda step, latents: latents * 0.5 if step == 0 else latents)
+    changed = changing(lambda step, latents: latents * 0.5 if step == 0 else latents)
     for stage, before in zip(changed.stages, plain.stages, strict=True):
         assert (stage.latents - before.latents).abs().max() > 1e-2
     size = plain.stages[-1].latents.numel()
-    only_last = drawn(lambda step, latents: latents * 0.5 if latents.numel() == size else latents)
+    only_last = changing(lambda step, latents: latents * 0.5 if latents.numel() == size else latents)
     assert torch.equal(only_last.stages[0].latents, plain.stages[0].latents)
     assert (last(only_last) - last(plain)).abs().max() > 1e-2
 
 
 def test_a_callback_may_end_a_run() -> None:
     """In its first stage there is no second; in its second both are there."""
-    pipe, seen = ready("SDXL"), list[int]()
-    plain = draw(pipe, BOAT)
+    pipe, seen, plain = ready("SDXL"), list[int](), drawn("SDXL", BOAT)
 
     def stop_after(steps: int) -> scalediff.Result:
         def callback(pipe: Any, step: int, time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from tests.scalediff.cascade.test_pipelines import built, picture
 diffusers = pytest.importorskip("diffusers")
 
 PROMPT = "a full moon over snowy mountains at night"
-RUN: dict[str, Any] = {"height": 128, "width": 128, "steps": 4}
+RUN: dict[str, Any] = {"height": 128, "width": 128, "steps": 2}
 FAST = Settings(steps=2, restart=0.5, lfm_cutoff=0.5, sg_cutoff=0.5, guidance_scale=1.0)
 GIB = 2**30
 
@@ -207,11 +207,11 @@ def out_of(module: nn.Module, *, above: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("part", "above", "restart", "patched"),
     [
-        ("unet", 16, 0.25, False),
-        ("vae.decoder", 16, 0.25, True),
+        ("unet", 16, 0.5, False),
+        ("vae.decoder", 16, 0.5, True),
         ("vae.encoder", 64, 0.5, False),
-        ("unet", 16, 0.5, True),
-        ("vae.decoder", 16, 0.5, False),
+        ("unet", 16, 1.0, True),
+        ("vae.decoder", 16, 1.0, False),
     ],
 )
 def test_it_is_told_where_and_what_would_fit(

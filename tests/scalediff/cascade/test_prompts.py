@@ -20,7 +20,7 @@ from scalediff.cascade.pipeline import stage_sizes
 from scalediff.patching.networks import denoiser_of
 from scalediff_kernels import low_pass
 from tests.conftest import seeded, state_of
-from tests.scalediff.cascade.prompted_pipelines import PROMPTED, draw, picture_of, ready, target_of
+from tests.scalediff.cascade.prompted_pipelines import PROMPTED, draw, drawn, picture_of, ready, target_of
 
 BOAT, MOONS = "a red boat", "two green moons"
 
@@ -53,7 +53,7 @@ def test_a_prompt_is_drawn_in_two_stages(name: str) -> None:
     pipe = ready(name)
     plain = native(pipe)
     before, randomness = place(pipe), global_randomness()
-    first, second, other_prompt, other_seed = draw(pipe, BOAT), draw(pipe, BOAT), draw(pipe, MOONS), draw(pipe, BOAT, generator=seeded(1))
+    first, second, other_prompt, other_seed = drawn(name, BOAT), draw(pipe, BOAT), draw(pipe, MOONS), drawn(name, BOAT, 1)
     assert global_randomness() == randomness
     assert place(pipe) == before
     assert torch.equal(native(pipe), plain)
@@ -79,7 +79,7 @@ def test_a_list_of_prompts_is_a_picture_of_each(name: str) -> None:
     both = draw(pipe, prompts, generator=[seeded(0), seeded(1)])
     assert len(both.images) == 2
     for i, prompt in enumerate((BOAT, MOONS)):
-        for stage, alone in zip(both.stages, draw(pipe, prompt, generator=seeded(i)).stages, strict=True):
+        for stage, alone in zip(both.stages, drawn(name, prompt, i).stages, strict=True):
             torch.testing.assert_close(stage.latents[i : i + 1], alone.latents, rtol=1e-3, atol=1e-3)
     assert prompts == [BOAT, MOONS]
     assert (both.stages[-1].latents[0] - both.stages[-1].latents[1]).abs().max() > 0.1
@@ -90,7 +90,7 @@ def test_several_pictures_of_a_prompt(name: str) -> None:
     pipe = ready(name)
     several = draw(pipe, BOAT, generator=[seeded(0), seeded(1)], call={"num_images_per_prompt": 2})
     for i in range(2):
-        alone = draw(pipe, BOAT, generator=seeded(i)).stages[-1].latents
+        alone = drawn(name, BOAT, i).stages[-1].latents
         torch.testing.assert_close(several.stages[-1].latents[i : i + 1], alone, rtol=1e-3, atol=1e-3)
 
 
@@ -114,10 +114,10 @@ def test_the_patched_call_is_generate(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PROMPTED if name != "FLUX"])  # schnell: no guidance
 def test_a_negative_prompt_is_heard(name: str) -> None:
     pipe = ready(name)
-    plain, negative, unguided, deaf = (
+    plain = drawn(name, BOAT).stages[-1].latents
+    negative, unguided, deaf = (
         draw(pipe, BOAT, **how).stages[-1].latents
         for how in (
-            {},
             {"negative_prompt": MOONS},
             {"guidance_scale": 1.0 - (name == "Z-Image")},
             {"guidance_scale": 0.0, "negative_prompt": MOONS},

@@ -20,7 +20,7 @@ from scalediff.command.pictures import side_by_side
 Image = pytest.importorskip("PIL.Image")
 PngInfo = pytest.importorskip("PIL.PngImagePlugin").PngInfo
 
-FAST = ["--size", "128", "--steps", "4", "--restart", "0.5", "--quiet"]
+FAST = ["--size", "96", "--steps", "2", "--restart", "0.5", "--quiet"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +37,18 @@ def test_a_picture_with_its_stages_and_its_story(tmp_path: Path, capsys: pytest.
     assert main(["generate", "a full moon", "--out", str(out), "--seed", "5", "--no-sg", *FAST]) == 0
     assert files(tmp_path) == ["moon.png", "moon.stage1-64x64.png"]
     with Image.open(out) as image:
-        assert image.size == (128, 128)
+        assert image.size == (96, 96)
     said = capsys.readouterr()
-    assert "64 x 64 -> 128 x 128, seed 5" in said.err
+    assert "64 x 64 -> 96 x 96, seed 5" in said.err
     assert "peak memory" in said.err
     assert main(["info", str(out)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["prompt"] == "a full moon"
     assert told["seed"] == 5
-    assert (told["height"], told["width"], told["stage"]) == (128, 128, "2/2")
+    assert (told["height"], told["width"], told["stage"]) == (96, 96, "2/2")
     assert told["settings"]["sg"] is False
-    assert told["settings"]["steps"] == 4
-    assert told["sizes"] == ["64x64", "128x128"]
+    assert told["settings"]["steps"] == 2
+    assert told["sizes"] == ["64x64", "96x96"]
     assert (told["scheduler"], told["dtype"], told["device"]) == ("DDIMScheduler", "float32", f"cpu, {torch.get_num_threads()} threads")
     assert told["versions"]["torch"] == torch.__version__
     assert read_metadata(tmp_path / "moon.stage1-64x64.png")["height"] == 64
@@ -56,7 +56,7 @@ def test_a_picture_with_its_stages_and_its_story(tmp_path: Path, capsys: pytest.
         told = image.text["parameters"].splitlines()
     assert told == [
         "a full moon",
-        "Steps: 4, Sampler: DDIMScheduler, CFG scale: 1.5, Seed: 5, Size: 128x128, Model: demo, Version: scalediff",
+        "Steps: 2, Sampler: DDIMScheduler, CFG scale: 1.5, Seed: 5, Size: 96x96, Model: demo, Version: scalediff",
     ]
 
 
@@ -71,8 +71,8 @@ def test_compare_writes_three_pictures_with_times(tmp_path: Path) -> None:
     assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), "--compare", "--no-sg", *FAST]) == 0
     assert files(tmp_path) == ["x.compare.png", "x.png", "x.stage1-64x64.png"]
     with Image.open(tmp_path / "x.compare.png") as sheet:
-        assert sheet.width > 3 * 128
-        assert sheet.height > 128
+        assert sheet.width > 3 * 96
+        assert sheet.height > 96
     told = read_metadata(tmp_path / "x.compare.png")
     assert told["kind"] == "comparison"
     assert [panel.rsplit(" ", 2)[0] for panel in told["panels"]] == ["direct", "full attention", "ScaleDiff without SG"]
@@ -100,7 +100,7 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     source = tmp_path / "photo.jpg"
     Image.new("RGB", (72, 72), (20, 30, 60)).save(source)
     out = tmp_path / "large.png"
-    run = ["upscale", str(source), "a moon", "--steps", "4", "--restart", "0.5", "--quiet", "--out", str(out)]
+    run = ["upscale", str(source), "a moon", "--steps", "2", "--restart", "0.5", "--quiet", "--out", str(out)]
     assert main([*run, "--size", "192"]) == 0
     assert files(tmp_path) == ["large.png", "large.stage1-128x128.png", "photo.jpg"]
     assert "72 x 72 -> 192 x 192, seed 0" in capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_ctrl_c_keeps_finished_stages_and_says_where(
     forward = demo.unet.forward
 
     def interrupted(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if sample.shape[-1] == 32:
+        if sample.shape[-1] == 24:
             raise KeyboardInterrupt
         return forward(sample, *args, **kwargs)
 

@@ -36,15 +36,29 @@ COMPILERS: dict[str, Callable[..., Any]] = {
     "in place": lambda model, **how: model.compile(**how),
     "blocks": lambda model, **how: model.compile_repeated_blocks(**how),  # SD3 and Lumina 2 name none
 }
-QUICK = [
-    *[("FLUX.1", "wrapped", "before"), ("FLUX.1", "wrapped", "after, by the wrapper"), ("FLUX.1", "in place", "after")],
-    *[("FLUX.1", "blocks", "before"), ("SD1.5", "blocks", "after")],
+QUICK = [  # "eager" runs the traced graph; "aot_eager" also its functional form, which takes twice as long to compile
+    ("FLUX.1", "wrapped", "before", "aot_eager"),
+    ("FLUX.1", "wrapped", "after, by the wrapper", "eager"),
+    ("FLUX.1", "in place", "after", "eager"),
+    ("FLUX.1", "blocks", "before", "eager"),
+    ("SD1.5", "blocks", "after", "aot_eager"),
 ]
 SLOW = [
-    *[("FLUX.1", "wrapped", "after"), ("FLUX.1", "in place", "before"), ("FLUX.1", "blocks", "after"), ("SD1.5", "wrapped", "before")],
-    *[("SD1.5", "in place", "after"), ("SD1.5", "blocks", "before"), ("SD3", "wrapped", "after, by the wrapper")],
-    *[("SD3", "in place", "before"), ("Lumina 2", "wrapped", "before")],
+    *[(*case[:3], "aot_eager") for case in QUICK if case[3] == "eager"],
+    ("FLUX.1", "wrapped", "after", "aot_eager"),
+    ("FLUX.1", "in place", "before", "aot_eager"),
+    ("FLUX.1", "blocks", "after", "aot_eager"),
+    ("SD1.5", "wrapped", "before", "aot_eager"),
+    ("SD1.5", "in place", "after", "aot_eager"),
+    ("SD1.5", "blocks", "before", "aot_eager"),
+    ("SD3", "wrapped", "after, by the wrapper", "aot_eager"),
+    ("SD3", "in place", "before", "aot_eager"),
+    ("Lumina 2", "wrapped", "before", "aot_eager"),
 ]
+
+
+def quick_and_slow(quick: list[Any], slow: list[Any]) -> list[Any]:
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
 
 
 def small(name: str) -> Specimen:
@@ -59,8 +73,8 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(("name", "compiler", "patched_when"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
-def test_a_compiled_model_is_patched_and_unpatched(name: str, compiler: str, patched_when: str) -> None:
+@pytest.mark.parametrize(("name", "compiler", "patched_when", "backend"), quick_and_slow(QUICK, SLOW))
+def test_a_compiled_model_is_patched_and_unpatched(name: str, compiler: str, patched_when: str, backend: str) -> None:
     spec = small(name)
     model = spec.build()
     plain = spec.run(model, COMPILED_GRID)
@@ -70,7 +84,7 @@ def test_a_compiled_model_is_patched_and_unpatched(name: str, compiler: str, pat
     if patched_when == "before":
         patch(model)
     whole = name != "Lumina 2"  # whose own forward reads the lengths of the prompts between two graphs
-    wrapper = COMPILERS[compiler](model, fullgraph=whole, backend="aot_eager", dynamic=False)
+    wrapper = COMPILERS[compiler](model, fullgraph=whole, backend=backend, dynamic=False)
     called = model if wrapper is None else wrapper
     if patched_when != "before":
         patch(called if patched_when == "after, by the wrapper" else model)
@@ -82,8 +96,8 @@ def test_a_compiled_model_is_patched_and_unpatched(name: str, compiler: str, pat
 def test_the_first_pass_of_a_process_may_be_a_compiled_one() -> None:
     """Two steps of a U-Net, whose cross-attention passes through, with nothing run before."""
     code = (
-        "import torch, scalediff; from tests.scalediff.patching.test_compiled import small; "
-        "spec = small('SD1.5'); model = spec.build(); scalediff.patch_model(model); "
+        "import torch, scalediff; from dataclasses import replace; from bench.models.zoo import ZOO; "
+        f"spec = replace(ZOO['SD1.5'], config=ZOO['SD1.5'].config | {SMALL['SD1.5']}); model = spec.build(); scalediff.patch_model(model); "
         "compiled = torch.compile(model, fullgraph=True, backend='eager'); "
         "outs = [spec.run(compiled, (6, 5)) for _ in range(2)]; plain = spec.run(model, (6, 5)); "
         "print(all(torch.allclose(out, plain, rtol=1e-4, atol=1e-5) for out in outs))"
@@ -120,11 +134,17 @@ def at_most(seconds: int) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(("name", "dynamic"), [("FLUX.1", None), ("FLUX.1", True), ("SD1.5", None)])
-def test_a_compiled_model_takes_sizes_that_are_symbols_to_the_compiler(name: str, dynamic: bool | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "dynamic", "backend"),
+    quick_and_slow(
+        [("FLUX.1", None, "aot_eager"), ("FLUX.1", True, "eager"), ("SD1.5", None, "eager")],
+        [("FLUX.1", True, "aot_eager"), ("SD1.5", None, "aot_eager")],
+    ),
+)
+def test_a_compiled_model_takes_sizes_that_are_symbols_to_the_compiler(name: str, dynamic: bool | None, backend: str) -> None:
     spec = small(name)
     model = spec.build()
     with patch(model), at_most(60):
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
         for grid in ((5, 6),) if dynamic else (COMPILED_GRID, (5, 6)):
             assert_close(spec.run(compiled, grid), spec.run(model, grid))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import scalediff
 from bench.models.inputs import Draw
-from bench.models.zoo import ZOO
+from bench.models.zoo import WINDOW, ZOO
 from scalediff.families.grid import level_grid
 from scalediff_kernels import neighborhood_patch_attention
 from tests.conftest import forward, seeded, state_of
@@ -267,14 +267,16 @@ def test_an_implementation_is_checked_when_it_is_named(unet: nn.Module) -> None:
     assert "_scalediff" not in unet.__dict__
 
 
-def test_the_kernel_is_used_or_refused(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    with scalediff.patch_model(unet, impl="sdpa"):
-        expected = forward(unet, (18, 16), batch=1)
-    with scalediff.patch_model(unet, impl="triton"):
+    spec, grid = ZOO["SD1.5"], (8, 4)
+    unet = spec.build()
+    with scalediff.patch_model(unet, impl="sdpa", window=WINDOW):
+        expected = spec.run(unet, grid)
+    with scalediff.patch_model(unet, impl="triton", window=WINDOW):
         if not torch.cuda.is_available():  # then the interpreter runs it
-            torch.testing.assert_close(forward(unet, (18, 16), batch=1), expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(spec.run(unet, grid), expected, rtol=1e-3, atol=1e-4)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(NotImplementedError, match=r"impl='triton': the kernel needs a CUDA or ROCm device"):
-            forward(unet, (18, 16), batch=1)
+            spec.run(unet, grid)
         monkeypatch.undo()
