@@ -25,7 +25,7 @@ from tests.scalediff.cascade.test_pipelines import PIPELINES, built, picture
 diffusers = pytest.importorskip("diffusers")
 
 PROMPT = "a full moon over snowy mountains at night"
-RUN: dict[str, Any] = {"height": 128, "width": 128, "steps": 4, "restart": 0.5}
+RUN: dict[str, Any] = {"height": 96, "width": 96, "steps": 4, "restart": 0.5}
 
 
 class Stop(Exception):
@@ -59,12 +59,12 @@ def test_every_step_is_told_of(demo: Any) -> None:
 
 
 def test_the_time_left_is_by_the_pixels(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps of 64 x 64 and two of 128 x 128 are twelve units; a second each look."""
+    """Four steps of 64 x 64 and two of 96 x 96 are eight and a half units; a second each look."""
     monkeypatch.setattr("scalediff.cascade.progress.time", Clock())
     steps: list[Step] = []
     scalediff.generate(demo, PROMPT, generator=seeded(), on_step=steps.append, **RUN)
-    looks = zip((1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 8, 12), strict=True)
-    assert [step.left for step in steps] == pytest.approx([seconds * (12 - done) / done for seconds, done in looks])
+    looks = zip((1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 6.25, 8.5), strict=True)
+    assert [step.left for step in steps] == pytest.approx([seconds * (8.5 - done) / done for seconds, done in looks])
 
 
 def test_one_stage_is_told_of_too(demo: Any) -> None:
@@ -123,7 +123,8 @@ def test_previews_are_pictures_no_larger_than_native(name: str) -> None:
 def test_the_last_preview_is_the_picture_made_small(demo: Any) -> None:
     """DDIM's last step ends at its estimate of the clean latents; a base stage is not made small at all."""
     shown: list[Any] = []
-    result = scalediff.generate(demo, PROMPT, generator=seeded(), on_step=lambda step: shown.append(step.preview()[0]), **RUN)
+    run = RUN | {"height": 128, "width": 128}
+    result = scalediff.generate(demo, PROMPT, generator=seeded(), on_step=lambda step: shown.append(step.preview()[0]), **run)
     first, last = result.stages
     assert shown[3].tobytes() == first.images[0].tobytes()
     small = last.latents.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean(dim=(3, 5))
@@ -185,8 +186,8 @@ def test_one_bar_over_all_stages(demo: Any, bars: list[Any], capsys: pytest.Capt
     """Its unit is a pixel of a model call."""
     scalediff.generate(demo, PROMPT, generator=seeded(), progress=True, **RUN)
     (bar,) = bars
-    assert bar.total == bar.n == 4 * 64**2 + 2 * 128**2
-    assert bar.said == ["stage 1/2  64 x 64", "stage 2/2  128 x 128"]
+    assert bar.total == bar.n == 4 * 64**2 + 2 * 96**2
+    assert bar.said == ["stage 1/2  64 x 64", "stage 2/2  96 x 96"]
     assert "100%" in capsys.readouterr().err
 
 
@@ -222,7 +223,7 @@ def test_a_resumed_run_begins_where_it_was(demo: Any, bars: list[Any], tmp_path:
     assert numbers(steps) == [(2, 2, 1, 2), (2, 2, 2, 2)]
     assert [step.left for step in steps] == [1, 0]
     assert bars[0].n == bars[0].total
-    assert bars[0].said == ["stage 2/2  128 x 128"]
+    assert bars[0].said == ["stage 2/2  96 x 96"]
     scalediff.generate(demo, PROMPT, generator=seeded(), workdir=tmp_path, on_step=lambda _: pytest.fail("nothing is left"), **RUN)
 
 

@@ -90,7 +90,7 @@ def test_a_stage_of_one_call_has_the_last_cutoff() -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """Base at 64 and one stage to 128 by 4 DDIM steps, of which the stage runs 3."""
+    """Base at 64 and one stage to 96 by 4 DDIM steps, of which the stage runs 3."""
 
     filter: Kind = "resize"
     lfm_cutoff: float = 0.25
@@ -129,7 +129,7 @@ class Run:
                     start = self.sg_cutoff_start or self.sg_cutoff
                     cutoff = start + (self.sg_cutoff - start) * i / (last_steps - 1)
                     anchor = (
-                        F.interpolate(taken[i - last_steps], size=(32, 32), mode="bicubic") if self.anchor == "trajectory" else reference
+                        F.interpolate(taken[i - last_steps], size=(24, 24), mode="bicubic") if self.anchor == "trajectory" else reference
                     )
                     x0 = x0 + float((1 - abar[t]) / (1 - abar[times[0]])) * (smooth(anchor, cutoff) - smooth(x0, cutoff))
                     eps = (x - a * x0) / s
@@ -138,10 +138,10 @@ class Run:
             return x
 
         base = ddim(torch.randn(1, 4, 16, 16, generator=rng), times, None)
-        rgb = F.interpolate(pipe.vae.decode(base / scale).sample, size=(128, 128), mode="bicubic")
+        rgb = F.interpolate(pipe.vae.decode(base / scale).sample, size=(96, 96), mode="bicubic")
         reference = pipe.vae.encode(rgb).latent_dist.mean * scale
         if self.lfm:
-            z_lu = F.interpolate(base, size=(32, 32), mode="bicubic")
+            z_lu = F.interpolate(base, size=(24, 24), mode="bicubic")
             reference = reference - smooth(reference, self.lfm_cutoff) + smooth(z_lu, self.lfm_cutoff)
         start = float(abar[times[-last_steps]])
         x = start**0.5 * reference + (1 - start) ** 0.5 * torch.randn(reference.shape, generator=rng)
@@ -165,7 +165,7 @@ class Run:
 )
 def test_a_run_is_the_loop_written_by_hand(demo: Any, switches: dict[str, Any]) -> None:
     run, plain = Run(**switches), Run()
-    result = scalediff.generate(demo, PROMPT, height=128, width=128, generator=seeded(), preset=run.settings)
+    result = scalediff.generate(demo, PROMPT, height=96, width=96, generator=seeded(), preset=run.settings)
     assert result.settings == run.settings
     assert [stage.steps for stage in result.stages] == [4, 3]
     expected, latents = run.by_hand(demo), result.stages[-1].latents

@@ -21,7 +21,7 @@ from scalediff.cascade.workdir import digest
 from tests.conftest import seeded
 
 PROMPT = "a full moon over snowy mountains at night"
-RUN: dict[str, Any] = {"height": 128, "width": 128, "steps": 4, "restart": 0.5}
+RUN: dict[str, Any] = {"height": 96, "width": 96, "steps": 4, "restart": 0.5}
 ROOT = Path(__file__).parents[3]
 
 
@@ -67,12 +67,12 @@ def test_a_run_goes_on_after_its_last_finished_stage(demo: Any, tmp_path: Path) 
     remover.remove()
     assert not passes
     assert finished.images[0].tobytes() == whole.images[0].tobytes()
-    assert read_metadata(folder / "stage2-128x128.png")["prompt"] == PROMPT
+    assert read_metadata(folder / "stage2-96x96.png")["prompt"] == PROMPT
 
 
 def test_an_enlargement_goes_on_too(demo: Any, tmp_path: Path) -> None:
     image = scalediff.generate(demo, PROMPT, height=64, width=64, steps=2, generator=seeded()).images[0]
-    how: dict[str, Any] = {"height": 256, "width": 256, "steps": 4, "restart": 0.5}
+    how: dict[str, Any] = {"height": 160, "width": 160, "steps": 4, "restart": 0.5}
     whole = scalediff.upscale(demo, image, PROMPT, generator=seeded(), **how)
     passes: list[int] = []
 
