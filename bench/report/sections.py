@@ -23,7 +23,7 @@ def goals(results: Results, *, readme: bool = False) -> list[str]:
         answers: Sequence[Answer | None] = goal.found(results) or [None]
         for answer in answers if goal.readme or not readme else ():
             device = goal.device if answer is None or answer.value is None else answer.group.machine
-            lines.append([device, goal.what, goal.goal, goal.told(answer)])
+            lines.append([device, goal.what, goal.goal, goal.result_text(answer)])
             if answer and answer.rows:
                 sources.setdefault((answer.group.file, answer.group.source([])), (answer.group, []))[1].extend(answer.rows)
     found = DataFrame(lines, columns=["device", "what", "goal", "measured"])

@@ -71,6 +71,15 @@ def test_only_times_of_one_kind_are_compared() -> None:
     ]
 
 
+@pytest.mark.parametrize("wrong", ["fast", "0", "-1", "nan", "inf"])
+def test_a_time_that_is_none_is_named(wrong: str) -> None:
+    good, bad, none = ({"a": row("a", time)} for time in ("1", wrong, ""))
+    sentence = f"a: p50_ms must be a positive number, got {wrong!r}"
+    assert harness.compared(good, bad, facts=()) == [f"{sentence} there"]
+    assert harness.compared(bad, none, facts=()) == [f"{sentence} here"]
+    assert harness.compared(bad, bad, facts=()) == [f"{sentence} here and {wrong!r} there"]
+
+
 def test_a_fact_that_is_not_told_differs_from_one_that_is() -> None:
     (said, _) = harness.compared({"a": row("a", "1")}, {"a": {"row": "a", "p50_ms": "1", "machine": "X", "torch": "2"}}, facts=tuple(FACTS))
     assert said == "not the same commit: here abc, there unknown; the ratios below include that difference"
@@ -88,6 +97,17 @@ def test_rows_are_read_back_or_refused(tmp_path: Path) -> None:
     path.write_text("name\na\n")
     with pytest.raises(ValueError, match=r"rows\.csv must have a column 'row', got \['name'\]"):
         harness.read_rows(path)
+    for text, columns in (("a note\n", r"\['a note'\]"), ("\n", r"\[\]")):  # a file that is no CSV is not overwritten
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"rows\.csv must have a column 'row', got {columns}"):
+            harness.read_rows(path, ("row", "p50_ms"))
+    path.write_text("row,p50_ms\na,1\nb,1,2\n")
+    with pytest.raises(ValueError, match=r"rows\.csv must have one cell for each column in every row, got more in b"):
+        harness.read_rows(path, ("row", "p50_ms"))
+    path.write_text("row,p50_ms\n")
+    assert harness.read_rows(path, ("row", "p50_ms")) == {}
+    path.write_text("")
+    assert harness.read_rows(path, ("row", "p50_ms")) == {}
 
 
 def test_the_commit_is_given_found_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +176,10 @@ class FakeEvent:
 
 def test_sets_are_taken_in_turn_after_each_was_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that stands still but in calls: all sets once, then for a tenth of the time and 0.3 s, then what is timed."""
-    called: list[int] = []
+    called, synchronized = list[int](), list[int]()
     calls = [lambda i=i: called.append(i) for i in range(3)]
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(len(called)))
     for once, seconds, warm, runs in (
         (0.5, 10.0, 2, 20),
         (0.5, 0.1, 1, 5),
@@ -168,10 +188,12 @@ def test_sets_are_taken_in_turn_after_each_was_warmed_up(monkeypatch: pytest.Mon
         (1 / 16, 90.0, 144, 500),
     ):
         called.clear()
+        synchronized.clear()
         monkeypatch.setattr(timing.time, "perf_counter", lambda once=once: once * len(called))
         monkeypatch.setattr(FakeEvent, "now", staticmethod(lambda once=once: once * len(called)))
         found = measure_in_turn(calls, "cuda", seconds=seconds)
         assert called == [i % 3 for i in range(3 + warm + runs)]
+        assert synchronized == [*range(3, 4 + warm), 3 + warm + runs], "after all sets, after each warm run, and at the end"
         assert found == Timing(1000 * once, 1000 * once, 1000 * once)
 
 
@@ -229,8 +251,15 @@ def test_what_is_timed_side_by_side_runs_in_turn(monkeypatch: pytest.MonkeyPatch
 def test_what_breaks_is_left_out_and_the_others_are_timed() -> None:
     """At once, and after some rounds."""
     left = iter(range(4))
-    first, second, third = timing.measure_together([[lambda: 1 / 0], [lambda: next(left)], [lambda: None]], "cpu", seconds=0.001)
+    called: list[int] = []
+
+    def fail() -> None:
+        called.append(1)
+        raise ZeroDivisionError
+
+    first, second, third = timing.measure_together([[fail] * 3, [lambda: next(left)], [lambda: None]], "cpu", seconds=0.001)
     assert isinstance(first, ZeroDivisionError)
+    assert called == [1], "not called again for its other sets"
     assert isinstance(second, StopIteration)
     assert isinstance(third, Timing)
 

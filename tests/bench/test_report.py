@@ -56,7 +56,7 @@ def problems() -> list[str]:
 
 def told(results: Results, what: str, *, number: int = 0) -> str:
     (goal,) = (goal for goal in GOALS if goal.what == what)
-    return goal.told((goal.found(results) or [None])[number])
+    return goal.result_text((goal.found(results) or [None])[number])
 
 
 SDXL, FLUX = "SDXL 4096 px, a whole run, {}", "FLUX 4096 px, a whole run, {}"
@@ -68,7 +68,7 @@ def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
 
 def test_without_rows_every_goal_and_every_row_is_not_measured_yet(place: Path) -> None:
     results = read(place / "results")
-    assert [goal.told(None) for goal in GOALS] == [NOT_YET] * len(GOALS)
+    assert [goal.result_text(None) for goal in GOALS] == [NOT_YET] * len(GOALS)
     assert len([line for line in goals(results) if NOT_YET in line]) == len(GOALS)
     page = page_of(results)
     for words in (
@@ -329,7 +329,7 @@ def test_goals_are_told_without_pandas() -> None:
     """As `bench.gpu` does, on a machine that has only what the kernels need."""
     code = "import sys; sys.modules.update(dict.fromkeys(('pandas', 'matplotlib', 'diffusers'))); from bench.report.goals import GOALS"
     code += "; from bench.report.rows import read; from pathlib import Path; results = read(Path('bench/results'))"
-    code += "; print([goal.told(answer) for goal in GOALS for answer in goal.found(results)])"
+    code += "; print([goal.result_text(answer) for goal in GOALS for answer in goal.found(results)])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=True)
     assert "cpu-32" in ran.stdout
 
