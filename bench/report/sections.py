@@ -7,10 +7,10 @@ from typing import Any
 
 from pandas import DataFrame, Series
 
+from bench.harness.tables import table
 from bench.report.frames import PARTS, RUN, numbers, of_full_size, runs, shares, shown
 from bench.report.goals import GOALS, METHODS, Answer
 from bench.report.rows import Group, Results, Row
-from bench.report.tables import table
 
 _FAR = 10  # percent between composed and measured from which a note says so
 _RUN_HEADINGS = {"model": "model", "size": "px", "title": "method", "compile": "blocks"}

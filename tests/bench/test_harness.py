@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from bench.harness import ceilings as roofline
 from bench.harness import rows as harness
 from bench.harness import timing
 from bench.harness.timing import Timing, kernels, measure_in_turn, peak_memory
-from bench.roofline import ceilings as roofline
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"machine": "X", "commit": "abc", "torch": "2"}
@@ -28,7 +28,7 @@ def row(name: str, time: str, **facts: str) -> dict[str, str]:
     return {"row": name, "p50_ms": time} | FACTS | facts
 
 
-def test_rows_stand_only_with_the_same_facts_of_one_commit() -> None:
+def test_rows_are_finished_only_with_the_same_facts_of_one_commit() -> None:
     rows = {"a": row("a", "1"), "b": row("b", "1", commit="def"), "c": row("c", "1", machine="Y"), "d": {"row": "d"}}
     assert harness.finished_rows(rows, FACTS) == {"a"}
     for commit in ("unknown", "abc with changes"):
@@ -59,11 +59,11 @@ def test_only_times_of_one_kind_are_compared() -> None:
     """Milliseconds that were measured, or seconds that were composed, and in words which."""
     measured, composed = row("a", "4000", composed_s="5"), row("a", "", composed_s="2")
     only = row("a", "4000")
-    told = [
+    found = [
         harness.compared({"a": a}, {"a": b}, facts=())
         for a, b in ((measured, measured), (measured, composed), (composed, composed), (composed, only))
     ]
-    assert told == [
+    assert found == [
         ["a: 4000 ms here, 4000 ms there, 1.000x"],
         ["a: 5 s composed here, 2 s composed there, 0.400x"],
         ["a: 2 s composed here, 2 s composed there, 1.000x"],
@@ -80,9 +80,11 @@ def test_a_time_that_is_none_is_named(wrong: str) -> None:
     assert harness.compared(bad, bad, facts=()) == [f"{sentence} here and {wrong!r} there"]
 
 
-def test_a_fact_that_is_not_told_differs_from_one_that_is() -> None:
-    (said, _) = harness.compared({"a": row("a", "1")}, {"a": {"row": "a", "p50_ms": "1", "machine": "X", "torch": "2"}}, facts=tuple(FACTS))
-    assert said == "not the same commit: here abc, there unknown; the ratios below include that difference"
+def test_an_unknown_fact_differs_from_a_known_one() -> None:
+    (printed, _) = harness.compared(
+        {"a": row("a", "1")}, {"a": {"row": "a", "p50_ms": "1", "machine": "X", "torch": "2"}}, facts=tuple(FACTS)
+    )
+    assert printed == "not the same commit: here abc, there unknown; the ratios below include that difference"
 
 
 def test_rows_are_read_back_or_refused(tmp_path: Path) -> None:
@@ -131,13 +133,13 @@ def test_a_commit_that_git_knows_better_is_refused(monkeypatch: pytest.MonkeyPat
 def test_a_card_tells_its_driver_and_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert harness.versions("cpu")["card"] == ""
     assert set(harness.versions("cpu")) == set(harness.VERSIONS)
-    told = {
+    cards = {
         "570.133.20, 700.00 W, 1980 MHz\n": "driver 570.133.20, 700.00 W, 1980 MHz",
         "570.1, 700.00 W, 1980 MHz\n570.1, 700.00 W, 1980 MHz\n": "driver 570.1, 700.00 W, 1980 MHz",
         "570.1, 700 W, 1980 MHz\n570.1, 350 W, 1980 MHz\n": "driver 570.1, 700 W, 1980 MHz or driver 570.1, 350 W, 1980 MHz",
         "": "",
     }
-    for printed, words in told.items():
+    for printed, words in cards.items():
         monkeypatch.setattr(harness.subprocess, "run", lambda *_, printed=printed, **__: subprocess.CompletedProcess([], 0, printed))
         assert harness._card() == words
 
@@ -270,6 +272,17 @@ def test_the_attention_benchmark_loads_neither_triton_nor_model_libraries() -> N
     command = [sys.executable, "-c", code]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout.split()
     assert {"triton", "diffusers", "transformers", "natten", "scalediff"}.isdisjoint(loaded)
+
+
+def test_measuring_needs_no_pandas() -> None:
+    """Every command is imported without it, and one that only writes tables says what to install."""
+    names = ("quality", "compile", "flops", "models", "predictions", "gpu", "attention", "lowpass", "cascade", "hook")
+    code = "import sys; sys.modules['pandas'] = None; from importlib import import_module\n"
+    code += f"for name in {names}: import_module(f'bench.{{name}}.__main__')\n"
+    code += "sys.modules['bench.models.__main__'].main(['--check'])"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert ran.stderr.splitlines()[-1:] == ['this needs pandas: pip install -e ".[bench]"'], ran.stderr
 
 
 def test_attention_takes_the_fastest_backend_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
