@@ -1,1 +1,1 @@
-"""Benchmarks and the pages made from them: a folder a command, `python -m bench.NAME`. Never installed."""
+"""Benchmarks and the pages made from them: one folder for each command, `python -m bench.NAME`. Never installed."""

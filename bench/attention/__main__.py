@@ -27,11 +27,11 @@ from bench.attention.sdpa import one_window
 from bench.attention.shapes import CPU_QUICK, CPU_SHAPES, DTYPES, QUICK, SHAPES, Inputs, Task, tasks
 from bench.harness import command
 from bench.harness import rows as harness
+from bench.harness.ceilings import Ceilings, ceilings
 from bench.harness.command import Benchmark
 from bench.harness.gated import Candidate, measured
 from bench.harness.rows import Row
 from bench.harness.timing import Call, Timing, sets_of_inputs
-from bench.roofline.ceilings import Ceilings, ceilings
 from scalediff_kernels.testing import poisoned_memory
 
 OURS = ("triton", "sdpa", "reference")
@@ -107,7 +107,7 @@ class Bench:
 
 
 class SeenBackends(TorchDispatchMode):
-    """Notes the backends of torch's attention that answer inside."""
+    """Records which SDPA backends run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Providers that others compiled, FlexAttention on tokens in two-dimensional tiles and NATTEN; and all providers by name.
+"""Compiled providers of other projects: FlexAttention and NATTEN.
 
 Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim, S tokens of a tiled sequence.
 """

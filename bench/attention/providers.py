@@ -1,4 +1,4 @@
-"""What an implementation is to the attention benchmark, and the library's own.
+"""`Provider`, the interface of an implementation, and the library's own providers.
 
 A provider computes one of three functions: `"window"` is neighborhood patch attention, `"full"` attention to the whole grid, `"views"` full
 attention inside every one of MultiDiffusion's overlapping views of native size. Each is checked against its own definition.
@@ -80,7 +80,7 @@ class Provider:
 
 
 def scores_refusal(task: Task) -> str:
-    """Of what holds the scores of all pairs of tokens: a CPU's system ends a process that takes too much memory."""
+    """Why a provider that stores all scores cannot run on this CPU; empty if it can."""
     scores = task.shape.batch * task.shape.heads * task.shape.tokens**2
     if task.device != "cpu" or scores <= CPU_SCORES:
         return ""

@@ -21,7 +21,7 @@ from bench.cascade.models import GROWTH_METHODS, GROWTH_SIZES, SMALL, SUBJECTS, 
 from bench.cascade.rows import COMPILE, FIELDS, SAME, Bench, Row, Unit
 from bench.harness import command
 from bench.harness import rows as harness
-from bench.roofline.ceilings import ceilings
+from bench.harness.ceilings import ceilings
 
 PRINTED = (
     "measured_s", "composed_s", "p20_ms", "p50_ms", "p80_ms", "in_run_s", "tflops", "matrix_percent", "rate_of", "peak_megabytes",

@@ -105,7 +105,7 @@ def composed(stages: Sequence[StageTimes], steps: Sequence[int]) -> float:
 
 @dataclass
 class _Marks:
-    """What is taken down of one stage."""
+    """The times recorded in one stage."""
 
     begin: Any
     spans: dict[tuple[str, int], list[tuple[Any, Any]]] = field(default_factory=lambda: defaultdict(list))  # by part and step

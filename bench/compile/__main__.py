@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that are not there, and read the binaries: `python -m bench.compile --write`.
+"""Compile the kernels for GPUs that this machine does not have, and read the binaries: `python -m bench.compile --write`.
 
 What is compiled and which faults are looked for: `bench/compile/attention.py`, `bench/compile/lowpass.py`. Every launch is built by the
 library's own code on meta tensors.
@@ -11,21 +11,25 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
-from pandas import DataFrame, read_csv
 
 from bench.compile.binary import TARGETS
 from bench.compile.rows import KERNELS, rows_of
 from bench.harness.rows import ROOT, write_rows, write_text
-from bench.report.tables import fill, table
+from bench.harness.tables import fill, require_pandas, table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RESULTS = ROOT / "bench" / "results"
 
 
 def committed(kernels: str) -> dict[str, DataFrame]:
     """Rows by Triton version, oldest first."""
+    from pandas import read_csv
+
     paths = sorted(RESULTS.glob(f"compile-{kernels}-*.csv"))
     return {path.stem.split("-")[2]: read_csv(path, dtype=str, keep_default_na=False) for path in paths}
 
@@ -75,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--doc", type=Path, help="compile nothing, write the tables of this page from the committed rows")
     options = parser.parse_args(arguments)
     if options.doc:
+        require_pandas()
         write_text(options.doc, page(options.doc.read_text()))
         return
     if options.write and options.targets != list(TARGETS):

@@ -30,7 +30,7 @@ SHOWN = "window == '64x64' and text != '77' and layout == 'contiguous'"  # rows 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile: the FLUX grid at 4096 px unless said."""
+    """One launch to compile: the FLUX grid at 4096 px by default."""
 
     head_dim: int
     dtype: torch.dtype = torch.bfloat16

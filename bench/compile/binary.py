@@ -1,4 +1,4 @@
-"""Compile a launch for a GPU that is not there, and read the binary.
+"""Compile a launch for a GPU that this machine does not have, and read the binary.
 
 Triton is given a target in place of a driver; the binary is disassembled with the tools in Triton's wheel.
 """
@@ -40,7 +40,7 @@ class Binary:
 
 
 class _Absent:
-    """Stands for the driver of a GPU that is not there: Triton asks it for nothing but the target."""
+    """Stands for the driver of a GPU that this machine does not have: Triton asks it for nothing but the target."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target

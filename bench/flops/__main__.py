@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-
-from pandas import DataFrame
+from typing import TYPE_CHECKING
 
 from bench.flops.count import METHODS, rows
 from bench.flops.models import MODELS, TITLES
 from bench.harness.rows import ROOT, package_version
-from bench.report.tables import fill, table, write_or_check
+from bench.harness.tables import fill, require_pandas, table, write_or_check
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SIZES = (2048, 4096, 8192)
 RESULTS = ROOT / "bench" / "results" / "flops.csv"
@@ -37,6 +39,8 @@ def sections(found: DataFrame) -> list[str]:
 
 
 def _table(rows: DataFrame, title: str, prefix: str, *, cross: bool) -> list[str]:
+    from pandas import DataFrame
+
     labels = rows["method"].map(lambda method: METHODS[method].label)
     cells = {title: labels.str.removeprefix("cascade, ") if prefix == "forward" else labels, "size": rows["size"]}
     cells |= {heading: rows[f"{prefix}_{part}"] for part, heading in PARTS.items() if part != "cross" or cross}
@@ -61,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if package_version("diffusers") == "absent":
         parser.error('models are built from diffusers, not installed here: pip install "scalediff[diffusers]"')
+    require_pandas()
+    from pandas import DataFrame
+
     found = DataFrame(rows(MODELS, SIZES))
     if options.write or options.check:
         files = {RESULTS: comma_separated(found), DOC: fill(DOC.read_text(), {"tables": sections(found)})}

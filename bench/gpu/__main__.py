@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from bench.gpu import parts as gpu_parts
-from bench.gpu.parts import PARTS, Part, Row, describe, typed
+from bench.gpu.parts import PARTS, Part, Row, describe, needs_rerun, typed
 from bench.harness import rows as harness
 
 PACKAGES = ("transformers", "natten")
@@ -64,12 +64,12 @@ class Run:
         self._spare = 0.0  # seconds that parts have left of their limits
         self._path = out / f"gpu-{harness.slug(measured_with['machine'])}.csv"
         self._rows = harness.read_rows(self._path)
-        self._standing = set() if again else harness.finished_rows(self._rows, measured_with)
+        self._finished = set() if again else harness.finished_rows(self._rows, measured_with)
         self.outcomes: dict[str, Outcome] = {}
 
     def queue(self, parts: Sequence[Part]) -> list[Part]:
         """The parts in order, last those that an earlier run stopped without a new result."""
-        return sorted(parts, key=lambda part: part.name in self._standing and STUCK in self._rows[part.name]["note"])
+        return sorted(parts, key=lambda part: part.name in self._finished and STUCK in self._rows[part.name]["note"])
 
     def part(self, part: Part) -> Outcome:
         """Run one, unless it is done, cannot run here or has no time left."""
@@ -83,8 +83,7 @@ class Run:
 
     def _outcome(self, part: Part, command: Sequence[str]) -> Outcome:
         before, begun = self._measured(part), time.monotonic()
-        failed = any(row["status"] == "error" for row in before)  # worth another try
-        if part.name in self._standing and self._rows[part.name]["status"] == "done" and not failed:
+        if part.name in self._finished and self._rows[part.name]["status"] == "done" and not needs_rerun(before):
             return Outcome("done before", self._rows[part.name]["note"])
         if refusal := part.refusal():
             return Outcome("skipped", refusal)
@@ -123,8 +122,8 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
     goals = []
     for goal in (goal for goal in GOALS if goal.device != "CPU"):
         here = replace(goal, device=machine)
-        answers = [here.told(answer) for answer in here.found(found)]
-        goals += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.told(None)]]
+        answers = [here.result_text(answer) for answer in here.found(found)]
+        goals += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.result_text(None)]]
     lines = []
     quick = {task.row_name("") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}
     for row in harness.read_records(out / f"attention-{harness.slug(machine)}.csv"):

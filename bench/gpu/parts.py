@@ -108,15 +108,30 @@ def typed(command: Sequence[str]) -> str:
     return f"python3 {shlex.join(command)}"
 
 
+def missing(row: Row) -> str:
+    """The module without which a row could not be measured; empty where that is not the reason."""
+    found = re.search(r"[Tt]he (\S+) package is not installed|No module named '(\w+)", row.get("note") or "")
+    return (found[1] or found[2]) if found and row["status"] != "ok" else ""
+
+
+def needs_rerun(rows: Sequence[Row]) -> bool:
+    """Whether a row met an error, or lacked a module that is installed now."""
+    return any(find_spec(name) is not None if (name := missing(row)) else row["status"] == "error" for row in rows)
+
+
 def describe(rows: Sequence[Row]) -> str:
     """How many rows there are, how many failed and the first of these, and how many were skipped for each reason."""
     rows = [row for row in rows if row.get("part") != "gate"]  # the run of a gate that failed has failed as well
     failed = [
         f"{len(wrong)} {status}, first {wrong[0]['row']}: {(wrong[0].get('note') or 'no note')[:100]}"
         for status in ("FAILED", "error")
-        if (wrong := [row for row in rows if row["status"] == status])
+        if (wrong := [row for row in rows if row["status"] == status and not missing(row)])
     ]
-    notes = [re.split(r"[:;,] ", row.get("note") or "")[0] for row in rows if row["status"] == "skipped"]
+    notes = [
+        f"the {name} package is not installed" if (name := missing(row)) else re.split(r"[:;,] ", row.get("note") or "")[0]
+        for row in rows
+        if row["status"] == "skipped" or missing(row)
+    ]
     reasons = Counter(re.sub(r"\d[\d.]*", "N", note) or "skipped" for note in notes)  # the same whatever the numbers
     return "; ".join([f"{len(rows)} rows", *failed, *(f"{reason}: {n} row{'s' * (n > 1)}" for reason, n in reasons.items())])
 

@@ -51,7 +51,7 @@ def keep_freed_memory() -> bool:
 
 
 def timed_line(row: Row, *parts: str) -> str:
-    """A row of one timed call for a terminal, with what else is to be said of it."""
+    """One row as a line of text, with `parts` after the time."""
     if row["status"] != "ok":
         return f"{row['row']}: {row['status']}, {row['note']}"
     times = f"{row['row']}: {row['p50_ms']} ms ({row['p20_ms']} - {row['p80_ms']})"

@@ -7,6 +7,7 @@ import csv
 import ctypes
 import gc
 import io
+import math
 import os
 import platform
 import re
@@ -148,13 +149,16 @@ def read_records(path: Path) -> list[Row]:
 def read_rows(path: Path, fields: Sequence[str] = ()) -> dict[str, Row]:
     """The rows of a CSV by their column `row`; none where there is no file.
 
-    With `fields`, columns that an earlier version of the benchmark did not have are empty. Raises ValueError where a row is there twice, or
-    the columns are not of this benchmark.
+    With `fields`, columns that an earlier version of the benchmark did not have are empty. Raises ValueError where a row is there twice or
+    has too many cells, or the columns are not of this benchmark.
     """
-    records = read_records(path)
-    columns = set(records[0]) if records else {"row", *fields}
+    text = path.read_text() if path.exists() else ""
+    reader = csv.DictReader(io.StringIO(text))
+    columns, records = set(reader.fieldnames or ()) if text else {"row", *fields}, list(reader)
     if "row" not in columns:
-        raise ValueError(f"{path.name} must have a column 'row', got {list(records[0])}")
+        raise ValueError(f"{path.name} must have a column 'row', got {list(reader.fieldnames or ())}")
+    if longer := [record["row"] for record in records if None in record]:
+        raise ValueError(f"{path.name} must have one cell for each column in every row, got more in {', '.join(longer)}")
     if fields and (other := (columns - set(fields)) | ({"status"} & set(fields) - columns)):
         raise ValueError(f"{path.name} is not of this benchmark: it differs in the columns {', '.join(sorted(other))}")
     rows = {record["row"]: dict.fromkeys(fields, "") | record for record in records}
@@ -214,10 +218,22 @@ def compared(rows: Table, others: Table, *, facts: Sequence[str]) -> list[str]:
 
 def _ratio(mine: Mapping[str, str], other: Mapping[str, str]) -> str:
     """Both times and their ratio, by the first column of TIMES that both rows have; or why there is none."""
+    sides = ((mine, "here"), (other, "there"))
     for column, unit in TIMES.items():
-        if (a := mine.get(column)) and (b := other.get(column)):
+        times = [(row[column], where) for row, where in sides if row.get(column)]
+        if wrong := [f"{time!r} {where}" for time, where in times if not _is_time(time)]:
+            return f"{column} must be a positive number, got {' and '.join(wrong)}"
+        if len(times) == 2:
+            a, b = times[0][0], times[1][0]
             return f"{a} {unit} here, {b} {unit} there, {float(b) / float(a):.3f}x"
-    untimed = [(row, where) for row, where in ((mine, "here"), (other, "there")) if not any(row.get(column) for column in TIMES)]
+    untimed = [(row, where) for row, where in sides if not any(row.get(column) for column in TIMES)]
     reasons = [(where, ", ".join(filter(None, (row.get("status"), row.get("note"))))) for row, where in untimed]
     sentences = [f"no time {where}" + (f" ({why})" if why else "") for where, why in reasons]
     return "; ".join(sentences) or f"the rows have times of different kinds: {' or '.join(TIMES)} must be in both"
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

@@ -10,7 +10,6 @@ from functools import cache
 from itertools import cycle
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,6 +71,7 @@ def _by_events(calls: Sequence[Call], seconds: float) -> Timing:
     turn = cycle(calls)
     for _ in calls:
         next(turn)()
+    torch.cuda.synchronize()
     begun = started = ended = time.perf_counter()
     while ended - begun < max(seconds / 10, 0.3):
         started = time.perf_counter()
@@ -95,6 +95,8 @@ def _in_rounds(entrants: Sequence[Sequence[Call]], seconds: float) -> list[Timin
     raised: dict[int, Exception] = {}
 
     def run(i: int) -> None:
+        if i in raised:
+            return
         try:
             begun = time.perf_counter()
             next(turns[i])()
@@ -109,14 +111,14 @@ def _in_rounds(entrants: Sequence[Sequence[Call]], seconds: float) -> list[Timin
     rounds, begun = 0, time.perf_counter()
     while rounds < 5 or (rounds < MOST_RUNS and time.perf_counter() - begun < seconds):
         for i in range(len(entrants)):
-            if i not in raised:
-                run(i)
+            run(i)
         rounds += 1
     return [raised[i] if i in raised else _percentiles(found) for i, found in enumerate(times)]
 
 
 def _percentiles(milliseconds: Sequence[float]) -> Timing:
-    return Timing(*np.percentile(milliseconds, (20, 50, 80)).tolist())
+    times, quantiles = (torch.tensor(values, dtype=torch.float64) for values in (milliseconds, (0.2, 0.5, 0.8)))
+    return Timing(*torch.quantile(times, quantiles).tolist())
 
 
 def peak_memory(call: Call, device: str) -> int | None:

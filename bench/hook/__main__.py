@@ -1,4 +1,4 @@
-"""What the hook costs beside the attention it calls: `python -m bench.hook`.
+"""What a patch costs beside the attention it calls: `python -m bench.hook`.
 
 Every row is a difference of two calls on tensors so small that the work is next to nothing, timed in turn: with the hook and without.
 Percentiles are those of the differences. The CSV is bench/results/hook-<machine>.csv.

@@ -151,7 +151,7 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Implementation:
-    """Of one operation."""
+    """One implementation of an operation."""
 
     operation: Operation
     name: str

@@ -13,13 +13,12 @@ import warnings
 from collections.abc import Sequence
 
 import diffusers
-from pandas import DataFrame
 from torch import nn
 
 import scalediff
 from bench.harness import rows as harness
+from bench.harness.tables import fill, require_pandas, table, write_or_check
 from bench.models.zoo import WINDOW, ZOO, Specimen
-from bench.report.tables import fill, table, write_or_check
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Family
 
@@ -81,6 +80,8 @@ def page() -> str:
     Raises:
         RuntimeError: the installed diffusers lacks a listed class, or modules that should be patched are not reached.
     """
+    from pandas import DataFrame
+
     if gone := sorted(name for name in FAMILIES if not hasattr(diffusers, name)):
         raise RuntimeError(f"the installed diffusers {harness.package_version('diffusers')} no longer has {', '.join(gone)}")
     known = DataFrame([row(name, specimen) for name, specimen in ZOO.items()])
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     way.add_argument("--write", action="store_true", help="write the tables of docs/guide/models.md")
     way.add_argument("--check", action="store_true", help="fail where docs/guide/models.md differs")
     options = parser.parse_args(arguments)
+    require_pandas()
     write_or_check({PAGE: page()}, check=options.check, command="python -m bench.models --write")
 
 

@@ -15,11 +15,10 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from pandas import read_csv
 
 from bench.attention import shapes
 from bench.harness.rows import ROOT, write_rows, write_text
-from bench.report.tables import fill, table
+from bench.harness.tables import fill, require_pandas, table
 from bench.roofline.cycles import case_of, cycles
 from scalediff_kernels.neighborhood.config import MULTIPROCESSORS
 from scalediff_kernels.neighborhood.geometry import attention_flops
@@ -80,6 +79,8 @@ def _row(task: shapes.Task, queries: Literal["image", "text"], flops: int) -> di
 
 def page() -> str:
     """docs/internals/kernels.md with its table of predictions from the committed rows."""
+    from pandas import read_csv
+
     found = read_csv(RESULT, dtype=str, keep_default_na=False)[list(SHOWN)].rename(columns=SHOWN)
     return fill(PAGE.read_text(), {"predictions": table(found, text=list(SHOWN.values())[:4])})
 
@@ -88,6 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.predictions", description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)} and the table in {PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
+    if options.write:
+        require_pandas()
     with torch.no_grad():
         found = [row for name in SHAPES for row in rows(name)]
     shown = [dict.fromkeys(FIELDS, "") | {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in found]

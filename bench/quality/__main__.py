@@ -16,11 +16,11 @@ import torch
 
 import scalediff
 from bench.harness import rows as harness
+from bench.harness.tables import fill, has_pandas, require_pandas
 from bench.quality.metrics import seam_score
 from bench.quality.page import sections
 from bench.quality.pictures import Task, border, in_turn, measure, native_rows, quantised, word_rows, write_sheet
 from bench.quality.rows import COLUMNS, FIELDS, SWEEP, SWITCHES, TABLES
-from bench.report.tables import fill
 from scalediff.cascade.pipeline import stage_sizes
 from scalediff.command.allocator import keep_freed_memory
 from scalediff.demo.scenes import HELD_OUT_SEED, render
@@ -52,7 +52,8 @@ def add_row(options: argparse.Namespace, measured_with: Mapping[str, str], row: 
     known = [name for names in TABLES.values() for name in names]
     order = [*(name for name in known if name in records), *(name for name in records if name not in known)]
     harness.write_rows(options.csv, FIELDS, [records[name] for name in order])
-    write_page(options.csv)
+    if has_pandas():
+        write_page(options.csv)
     shown = (f"{heading} {form.format(columns[name])}" for name, (heading, form) in COLUMNS.items() if name in columns)
     print(", ".join([row, *shown]), flush=True)
 
@@ -101,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     _checked(parser, options)
     if options.doc:
+        require_pandas()
         write_page(options.csv)
         return
+    if not has_pandas():
+        print("pandas is not installed: rows are written, the page is not", flush=True)
     keep_freed_memory()
     pipe = scalediff.load_demo()
     pipe.set_progress_bar_config(disable=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from pandas import DataFrame
-
+from bench.harness.tables import table
 from bench.quality.rows import ABLATION, COLUMNS, FACTS, LABELS, METHODS, SPREAD, TABLES
-from bench.report.tables import table
 
 Rows = Mapping[str, Mapping[str, str]]
 
@@ -30,6 +28,8 @@ def summary(records: Rows) -> list[str]:
 
 
 def _table(rows: Sequence[Mapping[str, str]], *, columns: Collection[str] = COLUMNS.keys(), spread: bool = False) -> list[str]:
+    from pandas import DataFrame
+
     cells = DataFrame({"row": [LABELS.get(row["row"], row["row"]) for row in rows]})
     for name in columns:
         heading, form = COLUMNS[name]
@@ -42,6 +42,8 @@ def _table(rows: Sequence[Mapping[str, str]], *, columns: Collection[str] = COLU
 
 
 def _measured_with(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    from pandas import DataFrame
+
     lines: list[str] = []
     groups = DataFrame(rows).groupby(list(FACTS), sort=False)["row"]
     for (command, model, torch_version, diffusers_version, machine, threads, commit), names in groups:

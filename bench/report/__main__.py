@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.harness import rows as harness
+from bench.harness.tables import fill, write_or_check
 from bench.quality.page import summary
 from bench.report.missing import missing
 from bench.report.plots import PREFIX, Plot, plots, save
 from bench.report.rows import NOT_YET, Results, read
 from bench.report.sections import attention, checks, goals, pictures
-from bench.report.tables import fill, write_or_check
 
 RESULTS = harness.ROOT / "bench" / "results"
 PAGE = harness.ROOT / "docs" / "evidence" / "benchmarks.md"

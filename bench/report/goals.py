@@ -80,7 +80,7 @@ class Goal:
         answers = [answer for group in groups if is_of(self.device, group) and (answer := self.find(group)) is not None]
         return [answer for answer in answers if answer.value is not None] or answers[-1:]
 
-    def told(self, answer: Answer | None) -> str:
+    def result_text(self, answer: Answer | None) -> str:
         """The number and whether the goal is met, or why there is none."""
         if answer is None or answer.value is None:
             return answer.note if answer else NOT_YET

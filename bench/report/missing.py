@@ -13,9 +13,9 @@ from bench.attention.providers import Provider
 from bench.attention.shapes import CPU_SHAPES, SHAPES, Task, tasks
 from bench.cascade.methods import METHODS, Method
 from bench.cascade.models import GROWTH_SIZES, SUBJECTS, TRUE
+from bench.harness.tables import table
 from bench.report.goals import HOPPER, is_of
 from bench.report.rows import Results
-from bench.report.tables import table
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 JOINT = ("flux",)  # text in the same softmax, and no U-Net

@@ -7,10 +7,10 @@ from typing import Any
 
 from pandas import DataFrame, Series
 
+from bench.harness.tables import table
 from bench.report.frames import PARTS, RUN, numbers, of_full_size, runs, shares, shown
 from bench.report.goals import GOALS, METHODS, Answer
 from bench.report.rows import Group, Results, Row
-from bench.report.tables import table
 
 _FAR = 10  # percent between composed and measured from which a note says so
 _RUN_HEADINGS = {"model": "model", "size": "px", "title": "method", "compile": "blocks"}
@@ -23,7 +23,7 @@ def goals(results: Results, *, readme: bool = False) -> list[str]:
         answers: Sequence[Answer | None] = goal.found(results) or [None]
         for answer in answers if goal.readme or not readme else ():
             device = goal.device if answer is None or answer.value is None else answer.group.machine
-            lines.append([device, goal.what, goal.goal, goal.told(answer)])
+            lines.append([device, goal.what, goal.goal, goal.result_text(answer)])
             if answer and answer.rows:
                 sources.setdefault((answer.group.file, answer.group.source([])), (answer.group, []))[1].extend(answer.rows)
     found = DataFrame(lines, columns=["device", "what", "goal", "measured"])

@@ -18,8 +18,8 @@ from bench.attention.compiled import PROVIDERS
 from bench.attention.gate import Outputs
 from bench.attention.providers import Ready
 from bench.attention.shapes import CPU_SHAPES, SHAPES, Task
+from bench.harness import ceilings as roofline
 from bench.harness import command, gated
-from bench.roofline import ceilings as roofline
 from tests.bench.made_up import EVEN, ODD
 
 

@@ -20,7 +20,7 @@ from bench.flops import __main__ as flops
 from bench.flops.__main__ import comma_separated, main, sections
 from bench.flops.count import Counter, Row, views
 from bench.flops.models import MODELS
-from bench.report.tables import fill
+from bench.harness.tables import fill
 from scalediff.cost.flops import _attention_flops, _count_flops, attention_work, count, layer_work
 from scalediff.patch import patch_model
 

@@ -11,10 +11,10 @@ from bench.attention import __main__ as attention
 from bench.attention.compiled import PROVIDERS
 from bench.attention.sdpa import one_window
 from bench.attention.shapes import Task
+from bench.harness import ceilings as roofline
 from bench.harness import gated
 from bench.harness.gated import Candidate, GateFailed
 from bench.harness.timing import Timing
-from bench.roofline import ceilings as roofline
 from tests.bench.made_up import EVEN
 
 

@@ -148,7 +148,7 @@ def test_a_part_that_crashes_is_reported_and_the_next_one_runs(
     assert rows["crash"]["note"].startswith("signal 6: ")
     assert rows["crash"]["note"].endswith(f"; {DESCRIBED}")
     assert rows["last"]["status"] == "done"
-    assert main(module, monkeypatch, parts)[2] == ["red", "crash"], "failed parts do not stand"
+    assert main(module, monkeypatch, parts)[2] == ["red", "crash"], "failed parts are not finished"
     assert re.search(r"^last +done before", capsys.readouterr().out, re.MULTILINE)
 
 

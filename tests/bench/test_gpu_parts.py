@@ -103,10 +103,21 @@ def test_rows_are_described_by_their_status_and_why() -> None:
         row("b", "FAILED", "image: NaN"),
         row("c", "error", "RuntimeError: No available kernel"),
         row("d", "error", "OutOfMemoryError: CUDA"),
-        *(row(f"n{i}", "skipped", "the natten package is not installed") for i in range(5)),
+        *(row(f"n{i}", "skipped", "the natten package is not installed") for i in range(4)),
+        row("n4", "error", "ModuleNotFoundError: No module named 'natten'"),
         *(row(f"m{i}", "skipped", f"needs about {i}.5 GB, 3 GB are free") for i in range(2)),
     ]
     assert gpu_parts.describe(rows) == (
         "12 rows; 1 FAILED, first b: image: NaN; 2 error, first c: RuntimeError: No available kernel; "
         "the natten package is not installed: 5 rows; needs about N GB: 2 rows"
     )
+
+
+def test_errors_and_packages_that_came_are_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = row("a", "skipped", "the no_such_package package is not installed")
+    error = row("a", "error", "ModuleNotFoundError: No module named 'no_such_package'")
+    assert not gpu_parts.needs_rerun([row("a", "ok"), row("b", "FAILED"), row("c", "skipped", "too large"), skipped, error])
+    assert gpu_parts.needs_rerun([row("a", "error", "RuntimeError: out of memory")])
+    monkeypatch.setattr(gpu_parts, "find_spec", lambda name: name == "no_such_package" or None)
+    assert gpu_parts.needs_rerun([skipped])
+    assert gpu_parts.needs_rerun([error])

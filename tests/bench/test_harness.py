@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from bench.harness import ceilings as roofline
 from bench.harness import rows as harness
 from bench.harness import timing
 from bench.harness.timing import Timing, kernels, measure_in_turn, peak_memory
-from bench.roofline import ceilings as roofline
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"machine": "X", "commit": "abc", "torch": "2"}
@@ -28,7 +28,7 @@ def row(name: str, time: str, **facts: str) -> dict[str, str]:
     return {"row": name, "p50_ms": time} | FACTS | facts
 
 
-def test_rows_stand_only_with_the_same_facts_of_one_commit() -> None:
+def test_rows_are_finished_only_with_the_same_facts_of_one_commit() -> None:
     rows = {"a": row("a", "1"), "b": row("b", "1", commit="def"), "c": row("c", "1", machine="Y"), "d": {"row": "d"}}
     assert harness.finished_rows(rows, FACTS) == {"a"}
     for commit in ("unknown", "abc with changes"):
@@ -59,11 +59,11 @@ def test_only_times_of_one_kind_are_compared() -> None:
     """Milliseconds that were measured, or seconds that were composed, and in words which."""
     measured, composed = row("a", "4000", composed_s="5"), row("a", "", composed_s="2")
     only = row("a", "4000")
-    told = [
+    found = [
         harness.compared({"a": a}, {"a": b}, facts=())
         for a, b in ((measured, measured), (measured, composed), (composed, composed), (composed, only))
     ]
-    assert told == [
+    assert found == [
         ["a: 4000 ms here, 4000 ms there, 1.000x"],
         ["a: 5 s composed here, 2 s composed there, 0.400x"],
         ["a: 2 s composed here, 2 s composed there, 1.000x"],
@@ -71,9 +71,20 @@ def test_only_times_of_one_kind_are_compared() -> None:
     ]
 
 
-def test_a_fact_that_is_not_told_differs_from_one_that_is() -> None:
-    (said, _) = harness.compared({"a": row("a", "1")}, {"a": {"row": "a", "p50_ms": "1", "machine": "X", "torch": "2"}}, facts=tuple(FACTS))
-    assert said == "not the same commit: here abc, there unknown; the ratios below include that difference"
+@pytest.mark.parametrize("wrong", ["fast", "0", "-1", "nan", "inf"])
+def test_a_time_that_is_none_is_named(wrong: str) -> None:
+    good, bad, none = ({"a": row("a", time)} for time in ("1", wrong, ""))
+    sentence = f"a: p50_ms must be a positive number, got {wrong!r}"
+    assert harness.compared(good, bad, facts=()) == [f"{sentence} there"]
+    assert harness.compared(bad, none, facts=()) == [f"{sentence} here"]
+    assert harness.compared(bad, bad, facts=()) == [f"{sentence} here and {wrong!r} there"]
+
+
+def test_an_unknown_fact_differs_from_a_known_one() -> None:
+    (printed, _) = harness.compared(
+        {"a": row("a", "1")}, {"a": {"row": "a", "p50_ms": "1", "machine": "X", "torch": "2"}}, facts=tuple(FACTS)
+    )
+    assert printed == "not the same commit: here abc, there unknown; the ratios below include that difference"
 
 
 def test_rows_are_read_back_or_refused(tmp_path: Path) -> None:
@@ -88,6 +99,17 @@ def test_rows_are_read_back_or_refused(tmp_path: Path) -> None:
     path.write_text("name\na\n")
     with pytest.raises(ValueError, match=r"rows\.csv must have a column 'row', got \['name'\]"):
         harness.read_rows(path)
+    for text, columns in (("a note\n", r"\['a note'\]"), ("\n", r"\[\]")):  # a file that is no CSV is not overwritten
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"rows\.csv must have a column 'row', got {columns}"):
+            harness.read_rows(path, ("row", "p50_ms"))
+    path.write_text("row,p50_ms\na,1\nb,1,2\n")
+    with pytest.raises(ValueError, match=r"rows\.csv must have one cell for each column in every row, got more in b"):
+        harness.read_rows(path, ("row", "p50_ms"))
+    path.write_text("row,p50_ms\n")
+    assert harness.read_rows(path, ("row", "p50_ms")) == {}
+    path.write_text("")
+    assert harness.read_rows(path, ("row", "p50_ms")) == {}
 
 
 def test_the_commit_is_given_found_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,13 +133,13 @@ def test_a_commit_that_git_knows_better_is_refused(monkeypatch: pytest.MonkeyPat
 def test_a_card_tells_its_driver_and_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert harness.versions("cpu")["card"] == ""
     assert set(harness.versions("cpu")) == set(harness.VERSIONS)
-    told = {
+    cards = {
         "570.133.20, 700.00 W, 1980 MHz\n": "driver 570.133.20, 700.00 W, 1980 MHz",
         "570.1, 700.00 W, 1980 MHz\n570.1, 700.00 W, 1980 MHz\n": "driver 570.1, 700.00 W, 1980 MHz",
         "570.1, 700 W, 1980 MHz\n570.1, 350 W, 1980 MHz\n": "driver 570.1, 700 W, 1980 MHz or driver 570.1, 350 W, 1980 MHz",
         "": "",
     }
-    for printed, words in told.items():
+    for printed, words in cards.items():
         monkeypatch.setattr(harness.subprocess, "run", lambda *_, printed=printed, **__: subprocess.CompletedProcess([], 0, printed))
         assert harness._card() == words
 
@@ -156,10 +178,10 @@ class FakeEvent:
 
 def test_sets_are_taken_in_turn_after_each_was_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that stands still but in calls: all sets once, then for a tenth of the time and 0.3 s, then what is timed."""
-    called: list[int] = []
+    called, synchronized = list[int](), list[int]()
     calls = [lambda i=i: called.append(i) for i in range(3)]
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(len(called)))
     for once, seconds, warm, runs in (
         (0.5, 10.0, 2, 20),
         (0.5, 0.1, 1, 5),
@@ -168,10 +190,12 @@ def test_sets_are_taken_in_turn_after_each_was_warmed_up(monkeypatch: pytest.Mon
         (1 / 16, 90.0, 144, 500),
     ):
         called.clear()
+        synchronized.clear()
         monkeypatch.setattr(timing.time, "perf_counter", lambda once=once: once * len(called))
         monkeypatch.setattr(FakeEvent, "now", staticmethod(lambda once=once: once * len(called)))
         found = measure_in_turn(calls, "cuda", seconds=seconds)
         assert called == [i % 3 for i in range(3 + warm + runs)]
+        assert synchronized == [*range(3, 4 + warm), 3 + warm + runs], "after all sets, after each warm run, and at the end"
         assert found == Timing(1000 * once, 1000 * once, 1000 * once)
 
 
@@ -229,8 +253,15 @@ def test_what_is_timed_side_by_side_runs_in_turn(monkeypatch: pytest.MonkeyPatch
 def test_what_breaks_is_left_out_and_the_others_are_timed() -> None:
     """At once, and after some rounds."""
     left = iter(range(4))
-    first, second, third = timing.measure_together([[lambda: 1 / 0], [lambda: next(left)], [lambda: None]], "cpu", seconds=0.001)
+    called: list[int] = []
+
+    def fail() -> None:
+        called.append(1)
+        raise ZeroDivisionError
+
+    first, second, third = timing.measure_together([[fail] * 3, [lambda: next(left)], [lambda: None]], "cpu", seconds=0.001)
     assert isinstance(first, ZeroDivisionError)
+    assert called == [1], "not called again for its other sets"
     assert isinstance(second, StopIteration)
     assert isinstance(third, Timing)
 
@@ -241,6 +272,17 @@ def test_the_attention_benchmark_loads_neither_triton_nor_model_libraries() -> N
     command = [sys.executable, "-c", code]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout.split()
     assert {"triton", "diffusers", "transformers", "natten", "scalediff"}.isdisjoint(loaded)
+
+
+def test_measuring_needs_no_pandas() -> None:
+    """Every command is imported without it, and one that only writes tables says what to install."""
+    names = ("quality", "compile", "flops", "models", "predictions", "gpu", "attention", "lowpass", "cascade", "hook")
+    code = "import sys; sys.modules['pandas'] = None; from importlib import import_module\n"
+    code += f"for name in {names}: import_module(f'bench.{{name}}.__main__')\n"
+    code += "sys.modules['bench.models.__main__'].main(['--check'])"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert ran.stderr.splitlines()[-1:] == ['this needs pandas: pip install -e ".[bench]"'], ran.stderr
 
 
 def test_attention_takes_the_fastest_backend_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

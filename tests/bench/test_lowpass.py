@@ -119,7 +119,7 @@ def test_a_wrong_result_is_not_timed(small: Path, monkeypatch: pytest.MonkeyPatc
     assert (row["status"], row["p50_ms"]) == ("FAILED", "")
     assert sentence in row["note"]
     assert {r["status"] for r in rows if r["row"] != OURS[2]} <= {"ok", "skipped"}
-    assert run(small)[1] == status, "it stands, and is told again"
+    assert run(small)[1] == status, "it is finished, and printed again"
 
 
 def test_what_nobody_wrote_is_seen(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,11 +173,13 @@ wrong = replace(IMPLEMENTATIONS[9], prepare=each(lambda x: x))
 print(__debug__, wrong.operation.name, wrong.name, *lowpass.Bench(Case("small", (1, 2, 32, 32)), "cpu", seconds=0.001).measured([wrong]))
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    told = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
-    assert told.startswith("False low pass torch.compile ")
-    assert "'status': 'FAILED'" in told
-    assert "exceeds the budget" in told
-    assert "p50_ms" not in told
+    printed = subprocess.run(
+        [sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    ).stdout
+    assert printed.startswith("False low pass torch.compile ")
+    assert "'status': 'FAILED'" in printed
+    assert "exceeds the budget" in printed
+    assert "p50_ms" not in printed
 
 
 def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +237,12 @@ def test_a_second_run_goes_on(small: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert len(whole) == len(every) + 1
     small.write_text("\n".join(whole[:4]) + "\n")
     capsys.readouterr()
-    assert again() == every[3:], "the first three rows stand"
+    assert again() == every[3:], "the first three rows are finished"
     assert f"{every[0]}: as measured before" in capsys.readouterr().out
     assert len(small.read_text().splitlines()) == len(whole)
     assert again() == [name for name in every if "gaussian_blur" in name], "what was skipped is tried again"
     assert again("--cases", "other", "--again") == [name for name in every if name.startswith("other")]
-    assert len(small.read_text().splitlines()) == len(whole), "rows that were not asked for are kept"
+    assert len(small.read_text().splitlines()) == len(whole), "rows that were not requested stay"
     assert again("--again") == every
     assert again("--seconds", "0.002") == every, "measured for another time"
     monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
@@ -268,9 +270,9 @@ def test_rows_are_shown_as_they_are(small: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(lowpass, "LATENTS", [SMALL, Case("other", (1, 2, 32, 32))])
     monkeypatch.setattr(command, "keep_freed_memory", lambda: pytest.fail("nothing is measured"))
     rows, status = run(small, "--no-measure")
-    told, missing = capsys.readouterr()
+    printed, missing = capsys.readouterr()
     assert (status, small.read_text()) == (0, before)
-    assert f"{OURS[0]}: {rows[1]['p50_ms']} ms ({rows[1]['p20_ms']} - {rows[1]['p80_ms']})" in told
+    assert f"{OURS[0]}: {rows[1]['p50_ms']} ms ({rows[1]['p20_ms']} - {rows[1]['p80_ms']})" in printed
     assert "other/float32/planes/low pass/eager: not in rows.csv" in missing
 
 

@@ -86,12 +86,12 @@ def test_the_ratios_in_prose_are_those_of_the_committed_rows() -> None:
         times = {(r["case"], r["implementation"]): float(r["p50_ms"]) for r in of if r["status"] == "ok"}
         return sorted(times[name, other] / times[name, "scalediff"] for name, implementation in times if implementation == "scalediff")
 
-    def told(found: Sequence[float]) -> str:
+    def ratios_text(found: Sequence[float]) -> str:
         return " to ".join(dict.fromkeys(f"{ratio:.1f}x" for ratio in (found[0], found[-1])))
 
     by_line = ratios("latent", "planes", "guided step", "eager, line by line")
     assert f"| {'met' if by_line[0] >= 2 else 'missed'}: {by_line[0]:.2f}x to {by_line[-1]:.2f}x |" in prose
     columns = (("latent", "planes"), ("features", "planes"), ("features", "channels last"))
     for operation in ("guided step", "mix frequencies", "low pass"):
-        cells = [told(ratios(case, layout, operation, "eager")) for case, layout in columns]
+        cells = [ratios_text(ratios(case, layout, operation, "eager")) for case, layout in columns]
         assert f"| {operation} | {' | '.join(cells)} |" in prose

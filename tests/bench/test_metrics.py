@@ -181,5 +181,5 @@ def test_the_sky_tells_the_hour(small: Tensor) -> None:
     """Nearest mean colour of other scenes: no true picture is taken for another hour."""
     others, hours = render(0, 128, 64), [describe(i).time for i in range(128)]
     centres = torch.stack([sky_colors(others[[hour == time for hour in hours]]).mean(0) for time in TIMES])
-    told = [TIMES[int(i)] for i in torch.cdist(sky_colors(small), centres).argmin(1)]
-    assert told == [describe(SEED + i).time for i in range(len(small))]
+    estimated = [TIMES[int(i)] for i in torch.cdist(sky_colors(small), centres).argmin(1)]
+    assert estimated == [describe(SEED + i).time for i in range(len(small))]

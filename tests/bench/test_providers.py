@@ -139,8 +139,8 @@ def test_the_gate_stands_where_python_drops_asserts() -> None:
         "    except AssertionError as failed: print(failed)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(harness.ROOT / part) for part in (".", "kernels"))}
-    told = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT, env=environment)
-    assert told.stdout.splitlines() == [
+    ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT, env=environment)
+    assert ran.stdout.splitlines() == [
         "image: error 1.000e+00 exceeds the budget 1.192e-07",
         "image: the result has NaN or infinite values",
         "text is missing from the result",
@@ -183,7 +183,7 @@ def test_full_attention_that_stands_for_windows_fails_its_gate() -> None:
     ids=lambda t: f"{t.shape.grid}",
 )
 def test_a_mask_of_blocks_is_that_of_its_tokens(task: Task) -> None:
-    """Every row has a key, padded ones among them, as FlexAttention is told; the blocks that are counted are those that it computes."""
+    """Every row has a key, padded ones among them, as FlexAttention gets them; the blocks that are counted are those that it computes."""
     tiles = providers_compiled.tiling(task)
     i = torch.arange(tiles.tokens)
     dense = tiles.attends(i[:, None], i[None]).expand(tiles.tokens, tiles.tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,30 +97,42 @@ def test_a_row_reaches_the_csv_and_the_table(tmp_path: Path, demo: Any, monkeypa
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_rows_are_written_without_pandas(
+    tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: demo)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    quality.main(["--n", "1", "--size", "128", "--rows", "true", "--csv", str(tmp_path / "quality.csv")])
+    assert capsys.readouterr().out.startswith("pandas is not installed: rows are written, the page is not\ntrue, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["quality.csv"]
+    with pytest.raises(SystemExit, match="this needs pandas"):
+        quality.main(["--doc"])
+
+
 def _drawing(monkeypatch: pytest.MonkeyPatch, demo: Any, *, interrupted: int = 10**9) -> list[tuple[str, int]]:
     """Pictures of noise in place of the model's; returns what is drawn as it is drawn, until the user stops it."""
-    asked: list[tuple[str, int]] = []
+    requested: list[tuple[str, int]] = []
 
     def draw(task: pictures.Task, row: str, first: int, drawn: pictures.Drawn) -> None:
-        if len(asked) == interrupted:
+        if len(requested) == interrupted:
             raise KeyboardInterrupt
-        asked.append((row, first))
+        requested.append((row, first))
         rng = torch.Generator().manual_seed(first)
         drawn.images += [torch.rand(3, task.size, task.size, generator=rng) for _ in range(min(4, task.n - first))]
         drawn.seconds.append(float(len(drawn.seconds) + 1))
 
     monkeypatch.setattr(quality.scalediff, "load_demo", lambda: demo)
     monkeypatch.setattr(pictures, "draw", draw)
-    return asked
+    return requested
 
 
 def test_rows_take_turns_and_tell_the_spread_of_their_batches(
     tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch, kept_memory: list[bool]
 ) -> None:
-    asked = _drawing(monkeypatch, demo)
+    requested = _drawing(monkeypatch, demo)
     results, sheet = tmp_path / "mine.csv", tmp_path / "sheet.png"
     quality.main(["--n", "9", "--size", "128", "--rows", "full,direct,full", "--csv", str(results), "--sheet", str(sheet)])
-    assert asked == [(row, first) for first in (0, 4, 8) for row in ("full", "direct")]
+    assert requested == [(row, first) for first in (0, 4, 8) for row in ("full", "direct")]
     assert kept_memory == [True]
     row = harness.read_rows(results)["direct"]
     assert [row[name] for name in ("seconds", "seconds_p20", "seconds_p80")] == ["2", "1.4", "2.6"]

@@ -85,7 +85,7 @@ def test_times_are_measured_where_both_are(place: Path) -> None:
     assert "| 15 | 13 | 1.50 | 8000 | 50 | composed 13 % below measured |" in row_of(lines, "| sdxl | 4096 | ScaleDiff, the authors")
     assert "|  | 80 | 10.00 composed | 8000 | 50 | above --limit |" in row_of(lines, "| sdxl | 4096 | direct inference |")
     lines = pictures(written(place, "cascade-x.csv", run("sdxl", "npa", 10.9, 10)))
-    assert row_of(lines, "| sdxl |").endswith("| 50 |  |"), "nine per cent is not told"
+    assert row_of(lines, "| sdxl |").endswith("| 50 |  |"), "nine per cent is not reported"
 
 
 def test_rows_measured_in_two_ways_say_so(place: Path) -> None:

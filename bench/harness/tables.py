@@ -6,11 +6,25 @@ A page has `<!-- begin NAME -->` and `<!-- end NAME -->` around everything that 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-
-from pandas import DataFrame
+from typing import TYPE_CHECKING
 
 from bench.harness.rows import difference, write_text
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def has_pandas() -> bool:
+    """Whether tables can be written: measuring needs no pandas."""
+    return find_spec("pandas") is not None
+
+
+def require_pandas() -> None:
+    """Exit with a message where pandas is not installed."""
+    if not has_pandas():
+        raise SystemExit('this needs pandas: pip install -e ".[bench]"')
 
 
 def table(frame: DataFrame, *, text: Collection[str]) -> list[str]:
