@@ -12,8 +12,8 @@ from torch import nn
 
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.pipeline import cascade_of, native_size, preset, stage_sizes
+from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
-from scalediff.cascade.stage import RunOptions
 from scalediff.families import family_of
 from scalediff.families.grid import Grid
 from scalediff.families.unlisted import GridSource, TextSource

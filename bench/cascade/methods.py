@@ -19,7 +19,7 @@ from bench.cascade.authors import Authors
 from bench.cascade.models import SEED, Subject
 from scalediff.cascade.latents import packed
 from scalediff.cascade.pipeline import cascade_of, family_with_cascade, native_size, preset, stage_sizes, takes_size_conditioning
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.cost import flops
 from scalediff.methods import DemoFusion, MultiDiffusion, running
 from scalediff.methods.demofusion import demofusion, phase_sizes

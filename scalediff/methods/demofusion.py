@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from scalediff.cascade.generators import Generators
 from scalediff.cascade.pipeline import native_size, stage_sizes
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods import running
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of

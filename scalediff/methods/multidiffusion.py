@@ -16,8 +16,8 @@ from torch import Tensor
 
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.pipeline import cascade_of, native_size, stage_sizes
+from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import Guidance, guided_scheduler, recording_scheduler
-from scalediff.cascade.stage import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods import running
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of
