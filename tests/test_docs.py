@@ -60,7 +60,7 @@ def test_files_and_folders_that_are_named_exist(page: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "paths"),
     [
-        ("`scalediff/patching/hooks.py`, see bench/results/a-*.csv.", ["scalediff/patching/hooks.py", "bench/results/a-*.csv"]),
+        ("`scalediff/patching/plan.py`, see bench/results/a-*.csv.", ["scalediff/patching/plan.py", "bench/results/a-*.csv"]),
         ("`scalediff/demo/` and https://x.org/docs/a.md", ["scalediff/demo/"]),
         ("docs/guide/models.md lists tests/kernels/test_a.py::test_b", ["docs/guide/models.md", "tests/kernels/test_a.py"]),
     ],

@@ -136,7 +136,7 @@ class Drawn:
             if method.kind == "phases":
                 return demofusion(pipe, call, size, settings, DemoFusion(view_batch=self.view_batch), on_stage=on_stage)
             since = time.perf_counter()
-            with running.borrowed(pipe):
+            with running.with_full_attention(pipe):
                 latents = running.generate_latents(pipe, call, size)
                 stage = running.finished(pipe, call, latents, size, settings, index=1, of=1, since=since)
             if on_stage is not None:

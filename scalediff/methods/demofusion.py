@@ -143,7 +143,7 @@ def demofusion(
     steps, stages = arguments["num_inference_steps"], list[Stage]()
     jitter: torch.Generator | None = None
     latents = base = torch.empty(0)
-    with running.borrowed(pipe):
+    with running.with_full_attention(pipe):
         scheduler = pipe.scheduler
         for phase, pixels in enumerate(sizes, start=1):
             since = time.perf_counter()

@@ -102,7 +102,7 @@ def multidiffusion(
     window = min(whole[0], native[0]), min(whole[1], native[1])
     where = corners(whole, window=window, stride=stride_of(window, options.stride, patch=cascade.patch))
     since = time.perf_counter()
-    with running.borrowed(pipe):
+    with running.with_full_attention(pipe):
         running.show_progress(pipe, progress, index=1, of=1, size=size)
         if len(where) == 1:
             latents = running.generate_latents(pipe, arguments, size)

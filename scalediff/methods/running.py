@@ -64,7 +64,7 @@ def complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settin
 
 
 @contextmanager
-def borrowed(pipe: Any) -> Iterator[None]:
+def with_full_attention(pipe: Any) -> Iterator[None]:
     """Run a pipeline with the model's full attention, and restore it on exit."""
     handle = handle_of(pipe)
     attention = handle.attention if handle is not None else "full"
