@@ -57,6 +57,14 @@ def test_files_and_folders_that_are_named_exist(page: Path) -> None:
     assert missing <= must_not_exist
 
 
+def test_files_that_docstrings_and_the_checks_name_exist() -> None:
+    files = [file for top in ("scalediff", "kernels", "bench", "tests", "docs") for file in (ROOT / top).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    documented = [node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    text = "\n".join([(ROOT / ".ci" / "run").read_text(), *(ast.get_docstring(node) or "" for node in documented)])
+    assert [path for path in mentioned_paths(text) if not list(ROOT.glob(path.rstrip("/")))] == []
+
+
 @pytest.mark.parametrize(
     ("text", "paths"),
     [
