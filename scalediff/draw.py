@@ -16,8 +16,8 @@ from scalediff.cascade.generators import Generators, fresh_generator, states_of
 from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, named_preset, stage_sizes
 from scalediff.cascade.progress import Step
+from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.run import run
-from scalediff.cascade.stage import RunOptions, Stage
 from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
 from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
 from scalediff.patching.networks import denoiser_of, handle_of

@@ -12,14 +12,14 @@ from torch import nn
 
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.pipeline import cascade_of, native_size, preset, stage_sizes
+from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
-from scalediff.cascade.stage import RunOptions
 from scalediff.families import family_of
 from scalediff.families.grid import Grid
 from scalediff.families.unlisted import GridSource, TextSource
 from scalediff.patching.handle import Handle
-from scalediff.patching.hooks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.networks import denoiser_of, handle_of, original_call
+from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
 from scalediff_kernels.neighborhood.api import Impl, TextQueries

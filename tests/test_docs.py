@@ -57,10 +57,18 @@ def test_files_and_folders_that_are_named_exist(page: Path) -> None:
     assert missing <= must_not_exist
 
 
+def test_files_that_docstrings_and_the_checks_name_exist() -> None:
+    files = [file for top in ("scalediff", "kernels", "bench", "tests", "docs") for file in (ROOT / top).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    documented = [node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    text = "\n".join([(ROOT / ".ci" / "run").read_text(), *(ast.get_docstring(node) or "" for node in documented)])
+    assert [path for path in mentioned_paths(text) if not list(ROOT.glob(path.rstrip("/")))] == []
+
+
 @pytest.mark.parametrize(
     ("text", "paths"),
     [
-        ("`scalediff/patching/hooks.py`, see bench/results/a-*.csv.", ["scalediff/patching/hooks.py", "bench/results/a-*.csv"]),
+        ("`scalediff/patching/plan.py`, see bench/results/a-*.csv.", ["scalediff/patching/plan.py", "bench/results/a-*.csv"]),
         ("`scalediff/demo/` and https://x.org/docs/a.md", ["scalediff/demo/"]),
         ("docs/guide/models.md lists tests/kernels/test_a.py::test_b", ["docs/guide/models.md", "tests/kernels/test_a.py"]),
     ],

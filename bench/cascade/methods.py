@@ -19,7 +19,7 @@ from bench.cascade.authors import Authors
 from bench.cascade.models import SEED, Subject
 from scalediff.cascade.latents import packed
 from scalediff.cascade.pipeline import cascade_of, family_with_cascade, native_size, preset, stage_sizes, takes_size_conditioning
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.cost import flops
 from scalediff.methods import DemoFusion, MultiDiffusion, running
 from scalediff.methods.demofusion import demofusion, phase_sizes
@@ -136,7 +136,7 @@ class Drawn:
             if method.kind == "phases":
                 return demofusion(pipe, call, size, settings, DemoFusion(view_batch=self.view_batch), on_stage=on_stage)
             since = time.perf_counter()
-            with running.borrowed(pipe):
+            with running.with_full_attention(pipe):
                 latents = running.generate_latents(pipe, call, size)
                 stage = running.finished(pipe, call, latents, size, settings, index=1, of=1, since=since)
             if on_stage is not None:

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from bench.cascade import authors as cascade_authors
-from scalediff.cascade import run as cascade
 from scalediff.cascade import schedule
+from scalediff.cascade import stage as cascade
 from scalediff.patching import plan
 from scalediff.patching.networks import denoiser_of
 from scalediff_kernels import mix_frequencies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -9,7 +10,6 @@ from pathlib import Path
 from unittest import mock
 
 PAGE = Path(__file__).parents[1] / "reference" / "command.md"
-COMMANDS = ("generate", "upscale", "plan", "models", "info")
 _HEAD = """# The command line
 
 `pip install -e ".[diffusers]"` installs the command `scalediff`. Examples are in the [quickstart](../guide/quickstart.md).
@@ -31,9 +31,17 @@ def help_of(*arguments: str) -> str:
     return printed.getvalue().rstrip()
 
 
+def commands() -> list[str]:
+    """The names of the subcommands, in the order of the parser."""
+    from scalediff.command.cli import _parser
+
+    subparsers = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return list(subparsers.choices)
+
+
 def page() -> str:
     """The whole page."""
-    sections = [f"```text\n{help_of()}\n```\n", *(f"## scalediff {name}\n\n```text\n{help_of(name)}\n```\n" for name in COMMANDS)]
+    sections = [f"```text\n{help_of()}\n```\n", *(f"## scalediff {name}\n\n```text\n{help_of(name)}\n```\n" for name in commands())]
     return "\n".join([_HEAD, *sections])
 
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from scalediff.cascade.pipeline import cascade_of, native_size
 from scalediff.patching.handle import Handle
-from scalediff.patching.hooks import patch_networks
 from scalediff.patching.networks import handle_of, networks_of
+from scalediff.patching.patch_networks import patch_networks
 from scalediff.patching.subclass import is_patched
 from scalediff.settings import Attention, Settings
 

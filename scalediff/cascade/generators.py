@@ -1,4 +1,4 @@
-"""The random generators of a run, one in all or one per picture. The global generator is never used."""
+"""The random generators of a run, one in all or one per picture. This library never uses the global generator."""
 
 from __future__ import annotations
 

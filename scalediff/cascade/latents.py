@@ -1,17 +1,18 @@
-"""Convert between latents and pictures with a pipeline's autoencoder, and between packed and unpacked latents.
+"""Convert between latents and pictures with a pipeline's autoencoder, pack and unpack latents, and resize them.
 
 Legend: B batch, C channels, Y x X latent grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from scalediff.cascade.pipeline import cascade_of
 
@@ -65,6 +66,11 @@ def unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     """Latents `[B, C, Y, X]` from the form that the pipeline returns; `size` is (height, width) in pixels."""
     factor = pipe.vae_scale_factor
     return unpack(latents, (size[0] // factor, size[1] // factor)) if cascade_of(pipe).packed else latents
+
+
+def upsampled(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bicubic upsampling of latents or pictures `[B, C, y, x]` to a size `(Y, X)`."""
+    return F.interpolate(x, size=tuple(size), mode="bicubic", align_corners=False)
 
 
 @contextmanager

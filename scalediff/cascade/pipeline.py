@@ -1,4 +1,4 @@
-"""What the cascade reads from a pipeline: family, presets, sizes, and the checks before a run."""
+"""What the cascade reads from a pipeline: family, presets, sizes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from scalediff.cascade.schedule import check_scheduler
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Cascade, Family
 from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, original_call
 from scalediff.settings import Preset, Settings, check_sizes, plan_sizes
-from scalediff_kernels.lowpass.geometry import coarse_length
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -103,39 +101,6 @@ def check_call(pipe: Any) -> None:
     denoiser_of(pipe)
     if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
         raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
-
-
-def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: Settings, *, restarts: int) -> None:
-    """Raise the errors of the last `restarts` stages, those that restart from noise, before anything is computed."""
-    factor, cascade = pipe.vae_scale_factor, cascade_of(pipe)
-    if restarts:
-        check_scheduler(pipe.scheduler)
-        for name in ("timesteps", "sigmas", "denoising_end"):
-            if arguments.get(name) is not None:
-                raise ValueError(f"stages above the native size set their own schedule, got {name}={arguments[name]}")
-        control = arguments.get("control_image")
-        if any(isinstance(one, Tensor) for one in (control if isinstance(control, list) else [control])):
-            raise ValueError("control_image must be a PIL picture, because it is resized for each stage, got a tensor")
-        _check_settings(pipe, settings, restarts, has_base=restarts < len(sizes))
-    for number, (height, width) in enumerate(sizes[len(sizes) - restarts :], start=1):
-        stage = settings.of_stage(number, restarts)
-        for cutoff in (stage.lfm_cutoff, stage.sg_cutoff, stage.sg_cutoff_start):
-            if isinstance(cutoff, float | int):
-                coarse_length(min(height, width) // factor, cutoff, stage.filter)
-    latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
-    if latents is not None and (latents.shape[1] != base[0] * base[1] // 4 if cascade.packed else tuple(latents.shape[-2:]) != base):
-        raise ValueError(f"latents must have the size of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
-
-
-def _check_settings(pipe: Any, settings: Settings, restarts: int, *, has_base: bool) -> None:
-    if settings.anchor == "trajectory" and settings.sg and not has_base:
-        raise ValueError("anchor='trajectory' needs a base stage, which upscale does not have")
-    until = settings.guidance_until
-    if min(until if isinstance(until, tuple) else (until,)) < 1 and not cascade_of(pipe).conditional:
-        name = type(denoiser_of(pipe)).__name__
-        raise NotImplementedError(f"guidance_until below 1 needs classifier-free guidance in one doubled batch, got {name}")
-    if settings.size_conditioning != "target" and not takes_size_conditioning(pipe):
-        raise ValueError(f"size_conditioning needs a pipeline with the arguments original_size and target_size, got {type(pipe).__name__}")
 
 
 def takes_size_conditioning(pipe: Any) -> bool:

@@ -23,17 +23,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scalediff.cascade.borrowing import borrowed, guidance_in_halves, tiled
+from scalediff.cascade.checks import check_run
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
 from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
-from scalediff.cascade.pipeline import Sizes, call_pipeline, cascade_of, check_run, native_size
+from scalediff.cascade.pipeline import Sizes, call_pipeline, cascade_of, native_size
 from scalediff.cascade.progress import Progress
-from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, recording_scheduler, upsampled
-from scalediff.cascade.stage import RunOptions, Stage
+from scalediff.cascade.results import RunOptions, Stage
+from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, recording_scheduler
+from scalediff.cascade.stage import prepare_stage, scalar
 from scalediff.cascade.workdir import SavedStage
 from scalediff.patching.handle import Handle
-from scalediff.settings import PerStage, Settings
-from scalediff_kernels import mix_frequencies
+from scalediff.settings import Settings
 
 _LATENT = {"output_type": "latent", "return_dict": False}
 
@@ -153,9 +154,20 @@ class _Run:
         settings, restarts, pipe = self._settings(index), index > self.first, self.pipe
         unguided = None
         if restarts:
-            changes |= self._restart(index, size, settings)
-            if _scalar(settings.guidance_until) < 1:
-                unguided = math.ceil(_scalar(settings.guidance_until) * len(pipe.scheduler.levels))
+            pipe.scheduler = self.scheduler  # the stage before left its guided one
+            changes |= prepare_stage(
+                pipe,
+                self.arguments,
+                size,
+                settings,
+                latents=self.latents,
+                decoded=self.decoded,
+                trajectory=self.trajectory,
+                base_schedule_arguments=self.base_schedule_arguments,
+                watch=self._watch(index),
+            )
+            if scalar(settings.guidance_until) < 1:
+                unguided = math.ceil(scalar(settings.guidance_until) * len(pipe.scheduler.levels))
         elif len(self.sizes) > 1 or self.options.progress or self.options.on_step is not None:
             pipe.scheduler = recording_scheduler(self.scheduler, watch=self._watch(index))
         if self.handle is not None:
@@ -172,44 +184,6 @@ class _Run:
         if not restarts and len(self.sizes) > 1:
             self.base_schedule_arguments = pipe.scheduler.schedule_arguments
         return result
-
-    def _restart(self, index: int, size: tuple[int, int], settings: Settings) -> dict[str, Any]:
-        """Prepare a stage above the native size: give the pipeline a guided scheduler, and add noise to the reference.
-
-        Returns:
-            The arguments of the pipeline's call that differ from those of the run.
-        """
-        from diffusers.utils.torch_utils import randn_tensor
-
-        pipe, generator = self.pipe, self.arguments["generator"]
-        reference = _reference(pipe, self.latents, self.decoded, size, settings)
-        steps = settings.stage_steps
-        start = settings.sg_cutoff_start
-        calls = pipe.scheduler.order * (steps - 1) + 1
-        guidance = Guidance(
-            reference if settings.sg else None,
-            _scalar(settings.sg_cutoff),
-            start=None if start is None else _scalar(start),
-            kind=settings.filter,
-            trajectory=self.trajectory[-calls:] if settings.anchor == "trajectory" else None,
-            packed=cascade_of(pipe).packed,
-        )
-        pipe.scheduler = guided_scheduler(
-            self.scheduler,
-            steps=settings.steps,
-            last_steps=steps,
-            guidance=guidance,
-            base_schedule_arguments=self.base_schedule_arguments,
-            watch=self._watch(index),
-        )
-        pipe.scheduler.set_timesteps(steps)
-        level = pipe.scheduler.levels[0]
-        noise = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
-        changes = {"latents": packed(pipe, level.signal * reference + level.noise * noise), "num_inference_steps": steps}
-        if settings.size_conditioning == "native":
-            native = {name: native_size(pipe) for name in ("original_size", "target_size")}
-            changes |= {name: size for name, size in native.items() if self.arguments.get(name) is None}
-        return changes
 
     def _watch(self, index: int) -> Watch:
         """The callback for the model calls of a stage: it records the trajectory and the progress."""
@@ -276,20 +250,3 @@ class _Run:
         self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, last_steps=0, guidance=Guidance(None, 1.0))
         changes = {"height": size[0], "width": size[1], "latents": packed(self.pipe, self.latents), "num_inference_steps": 1}
         return call_pipeline(self.pipe, {**self.arguments, **changes})
-
-
-def _scalar(value: PerStage) -> float:
-    """A per-stage setting after `Settings.of_stage`, which leaves a single number."""
-    assert isinstance(value, float | int)
-    return value
-
-
-def _reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
-    """The clean reference of a stage `[B, C, Y, X]`: upsampled in RGB, with the low frequencies of the upsampled latents."""
-    z_ru = encode(pipe, upsampled(decoded, size)).to(latents.dtype)
-    if not z_ru.isfinite().all():
-        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
-    if not settings.lfm:
-        return z_ru
-    z_lu = upsampled(latents, z_ru.shape[-2:])
-    return mix_frequencies(z_ru, z_lu, cutoff=_scalar(settings.lfm_cutoff), kind=settings.filter)

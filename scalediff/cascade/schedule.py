@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from scalediff.cascade.latents import upsampled
 from scalediff_kernels import GuidedStep, NoiseLevel, packed_view
 from scalediff_kernels.lowpass.geometry import Kind
 from scalediff_kernels.steps.geometry import Prediction, x0_weights
@@ -70,11 +70,6 @@ class Guidance:
         if self.trajectory is not None:
             reference = upsampled(self.trajectory[call].to(reference), reference.shape[-2:])
         return GuidedStep(reference, cutoff=cutoff, prediction=prediction, kind=self.kind)
-
-
-def upsampled(latents: Tensor, size: Sequence[int]) -> Tensor:
-    """Bicubic upsampling to a size `(Y, X)`."""
-    return F.interpolate(latents, size=tuple(size), mode="bicubic", align_corners=False)
 
 
 def guided_scheduler(

@@ -1,61 +1,99 @@
-"""`Stage`, the result of one stage, and `RunOptions`, the options of a run that are not settings of the method."""
+"""A stage above the native size: make its reference, add noise to it, and give the pipeline the guided scheduler.
+
+Legend: B batch, C channels, Y x X latent grid.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from scalediff.cascade.progress import Step
-from scalediff.cascade.workdir import Workdir
-from scalediff.settings import Attention, Settings
+from scalediff.cascade.latents import encode, packed, upsampled
+from scalediff.cascade.pipeline import cascade_of, native_size
+from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler
+from scalediff.settings import PerStage, Settings
+from scalediff_kernels import mix_frequencies
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One finished stage.
+def scalar(value: PerStage) -> float:
+    """A per-stage setting after `Settings.of_stage`, which leaves a single number."""
+    assert isinstance(value, float | int)
+    return value
 
-    Attributes:
-        index, of: Number of the stage, from 1, and number of stages.
-        height, width: Size in pixels.
-        images: PIL pictures, one per prompt.
-        latents: `[B, C, Y, X]`, scaled as the pipeline returns them.
-        steps: Number of denoising steps run.
-        seconds: Wall-clock time, including decoding.
-        settings: Settings of the run.
+
+def make_reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
+    """The clean reference of a stage `[B, C, Y, X]`: upsampled in RGB, with the low frequencies of the upsampled latents."""
+    z_ru = encode(pipe, upsampled(decoded, size)).to(latents.dtype)
+    if not z_ru.isfinite().all():
+        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
+    if not settings.lfm:
+        return z_ru
+    z_lu = upsampled(latents, z_ru.shape[-2:])
+    return mix_frequencies(z_ru, z_lu, cutoff=scalar(settings.lfm_cutoff), kind=settings.filter)
+
+
+def add_noise(scheduler: Any, reference: Tensor, generator: Any) -> Tensor:
+    """Add noise to the reference, at the noise level of the guided scheduler's first step."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    level = scheduler.levels[0]
+    noise: Tensor = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
+    return level.signal * reference + level.noise * noise  # type: ignore[no-any-return]
+
+
+def prepare_stage(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    size: tuple[int, int],
+    settings: Settings,
+    *,
+    latents: Tensor,
+    decoded: Tensor,
+    trajectory: Sequence[Tensor],
+    base_schedule_arguments: Mapping[str, Any],
+    watch: Watch,
+) -> dict[str, Any]:
+    """Prepare a stage above the native size: replace the pipeline's scheduler by a guided one, and add noise to the reference.
+
+    Args:
+        pipe: The pipeline, with its own scheduler.
+        arguments: Arguments of the pipeline's call.
+        size: (height, width) of the stage in pixels.
+        settings: Settings of the stage, from `Settings.of_stage`.
+        latents: `[B, C, y, x]`, of the previous stage.
+        decoded: `[B, 3, height, width]` in [-1, 1], the picture of the previous stage.
+        trajectory: Predictions of the clean latents in the base stage; used if `settings.anchor` is `"trajectory"`.
+        base_schedule_arguments: Arguments of `set_timesteps` in the base stage.
+        watch: Called after every model call of the stage.
+
+    Returns:
+        The arguments of the pipeline's call that differ from `arguments`.
     """
-
-    index: int
-    of: int
-    height: int
-    width: int
-    images: list[Any]
-    latents: Tensor
-    steps: int
-    seconds: float
-    settings: Settings
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Options of a run that are not settings of the method.
-
-    Attributes:
-        on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
-        on_step: Called after every step.
-        progress: Show one bar over all stages; None keeps the pipeline's bar, False shows none.
-        workdir: Folder in which finished stages are saved and from which they are loaded.
-        vae_tiling: Run the autoencoder in tiles; None means only if it would not fit into the device's memory.
-        vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder.
-        split_guidance: Run the two passes of classifier-free guidance one after the other.
-    """
-
-    on_stage: Callable[[Stage], None] | None = None
-    on_step: Callable[[Step], None] | None = None
-    progress: bool | None = None
-    workdir: Workdir | None = None
-    vae_tiling: bool | None = None
-    vae_attention: Attention = "full"
-    split_guidance: bool = False
+    reference = make_reference(pipe, latents, decoded, size, settings)
+    steps, start = settings.stage_steps, settings.sg_cutoff_start
+    calls = pipe.scheduler.order * (steps - 1) + 1
+    guidance = Guidance(
+        reference if settings.sg else None,
+        scalar(settings.sg_cutoff),
+        start=None if start is None else scalar(start),
+        kind=settings.filter,
+        trajectory=trajectory[-calls:] if settings.anchor == "trajectory" else None,
+        packed=cascade_of(pipe).packed,
+    )
+    pipe.scheduler = guided_scheduler(
+        pipe.scheduler,
+        steps=settings.steps,
+        last_steps=steps,
+        guidance=guidance,
+        base_schedule_arguments=base_schedule_arguments,
+        watch=watch,
+    )
+    pipe.scheduler.set_timesteps(steps)
+    noised = add_noise(pipe.scheduler, reference, arguments["generator"])
+    changes = {"latents": packed(pipe, noised), "num_inference_steps": steps}
+    if settings.size_conditioning == "native":
+        native = {name: native_size(pipe) for name in ("original_size", "target_size")}
+        changes |= {name: size for name, size in native.items() if arguments.get(name) is None}
+    return changes

@@ -60,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scalediff", description="Generate and upscale pictures far above a diffusion model's native size."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    generate = commands.add_parser(
+    generate = subparsers.add_parser(
         "generate", help="generate pictures", description="Generate a picture for every prompt and seed. Every finished stage is saved."
     )
     generate.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several pictures")
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_run_options(generate)
 
-    upscale = commands.add_parser(
+    upscale = subparsers.add_parser(
         "upscale", help="upscale a picture", description="Upscale a picture and add detail. Every finished stage is saved."
     )
     upscale.add_argument("file", type=Path, metavar="FILE", help="a picture in any format that Pillow reads")
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_run_options(upscale)
 
-    plan = commands.add_parser(
+    plan = subparsers.add_parser(
         "plan",
         help="count the FLOPs and memory of a run",
         description="Count the FLOPs of every stage and the memory of a run for a full-size model, without its weights.",
@@ -93,11 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--attention", choices=("npa", "full"), default="npa", help="attention above the native size")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
-    commands.add_parser(
+    subparsers.add_parser(
         "models", help="list the supported models", description="List the supported denoisers, what works with each, and the presets."
     )
 
-    info = commands.add_parser("info", help="print the metadata of a picture", description="Print a picture's metadata as JSON.")
+    info = subparsers.add_parser("info", help="print the metadata of a picture", description="Print a picture's metadata as JSON.")
     info.add_argument("file", type=Path, metavar="FILE", help="a picture written by scalediff")
     return parser
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from scalediff.cascade.checks import check_run
 from scalediff.cascade.memory import available_bytes, estimate, format_gib, is_offloaded, needs_tiling
 from scalediff.cascade.metadata import save_png
-from scalediff.cascade.pipeline import cascade_of, check_run, named_preset, native_size, stage_sizes
+from scalediff.cascade.pipeline import cascade_of, named_preset, native_size, stage_sizes
 from scalediff.cascade.progress import Step
+from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import check_scheduler
-from scalediff.cascade.stage import Stage
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
 from scalediff.command.loading import UsageError, load_model, one_line
 from scalediff.command.pictures import check_writable, open_picture, side_by_side

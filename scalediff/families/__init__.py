@@ -7,14 +7,14 @@ from torch import nn
 from scalediff.families.base import Family
 from scalediff.families.flux import FLUX
 from scalediff.families.hidream import HIDREAM
-from scalediff.families.latents import LATENTS
 from scalediff.families.qwen import QWEN
 from scalediff.families.refused import REFUSED
+from scalediff.families.transformers import TRANSFORMERS
 from scalediff.families.unet import UNETS
 from scalediff.families.z_image import Z_IMAGE
 
 FAMILIES: dict[str, Family] = {
-    family.denoiser: family for family in (*UNETS, *FLUX, *LATENTS, *QWEN, *HIDREAM, *Z_IMAGE, *REFUSED)
+    family.denoiser: family for family in (*UNETS, *FLUX, *TRANSFORMERS, *QWEN, *HIDREAM, *Z_IMAGE, *REFUSED)
 }  # fmt: skip
 
 

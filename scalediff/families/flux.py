@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
-from scalediff.families.latents import all_ones, lengths
 from scalediff.families.rotation import TextRotation
+from scalediff.families.transformers import all_ones, lengths
 from scalediff.settings import Preset, Settings
 
 
@@ -40,7 +40,7 @@ def _layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
     if grid[0] * grid[1] != tokens:
         shape = tuple(arguments["img_ids"].shape)
         raise UnknownLayout(f"img_ids must be the ids of one picture, row by row, for {tokens} tokens, got {shape}", tokens)
-    return Layout(grid, (Sequence(grid, text=text),))
+    return Layout(grid, (Sequence(grid, side="prefix", text=text),))
 
 
 def _chroma_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
@@ -79,8 +79,8 @@ def _krea_layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
     real = () if mask is None else read(mask, lengths)
     others = text, int(stack.shape[2])
     if mask is not None and not real:  # the pipeline puts the end of its template after the padding: the mask itself is applied
-        return Layout(grid, (Sequence(grid, text=text),), others)
-    return Layout(grid, (Sequence(grid, text=text, real=real),), others, masked=True)
+        return Layout(grid, (Sequence(grid, side="prefix", text=text),), others)
+    return Layout(grid, (Sequence(grid, side="prefix", text=text, real=real),), others, masked=True)
 
 
 def _rotation(denoiser: Any) -> TextRotation:

@@ -9,8 +9,8 @@ from torch import nn
 
 from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
-from scalediff.families.latents import lengths
 from scalediff.families.rotation import TextRotation
+from scalediff.families.transformers import lengths
 from scalediff.settings import derived_presets
 
 

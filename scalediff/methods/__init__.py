@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.methods.demofusion import DemoFusion, demofusion
 from scalediff.methods.multidiffusion import MultiDiffusion, multidiffusion
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from scalediff.cascade.generators import Generators
 from scalediff.cascade.pipeline import native_size, stage_sizes
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods import running
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of
@@ -143,7 +143,7 @@ def demofusion(
     steps, stages = arguments["num_inference_steps"], list[Stage]()
     jitter: torch.Generator | None = None
     latents = base = torch.empty(0)
-    with running.borrowed(pipe):
+    with running.with_full_attention(pipe):
         scheduler = pipe.scheduler
         for phase, pixels in enumerate(sizes, start=1):
             since = time.perf_counter()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.pipeline import cascade_of, native_size, stage_sizes
+from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import Guidance, guided_scheduler, recording_scheduler
-from scalediff.cascade.stage import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods import running
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of
@@ -102,7 +102,7 @@ def multidiffusion(
     window = min(whole[0], native[0]), min(whole[1], native[1])
     where = corners(whole, window=window, stride=stride_of(window, options.stride, patch=cascade.patch))
     since = time.perf_counter()
-    with running.borrowed(pipe):
+    with running.with_full_attention(pipe):
         running.show_progress(pipe, progress, index=1, of=1, size=size)
         if len(where) == 1:
             latents = running.generate_latents(pipe, arguments, size)

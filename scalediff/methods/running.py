@@ -15,7 +15,7 @@ from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.latents import decode, to_pil_images, unpack
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
 from scalediff.cascade.pipeline import call_pipeline, cascade_of
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods.views import INPUTS, Denoise, Inputs
 from scalediff.patching.networks import denoiser_of, handle_of, original_call
@@ -64,7 +64,7 @@ def complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settin
 
 
 @contextmanager
-def borrowed(pipe: Any) -> Iterator[None]:
+def with_full_attention(pipe: Any) -> Iterator[None]:
     """Run a pipeline with the model's full attention, and restore it on exit."""
     handle = handle_of(pipe)
     attention = handle.attention if handle is not None else "full"

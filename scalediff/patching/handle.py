@@ -103,17 +103,18 @@ class Handle:
         """Whether the patch is in place."""
         return any(target.active for target in self._targets)
 
-    def install(self) -> None:
-        """Patch the networks, and store the handle in the pipeline."""
-        for target in self._targets:
-            module = target.module()
-            assert module is not None
-            target.handle = self
-            patch_class(module, target, _denoiser_methods)
-            target.active = True
-        model = self._model()
-        if model is not None and not isinstance(model, nn.Module):
-            model.__dict__[ATTRIBUTE] = self
+
+def install(handle: Handle, targets: Sequence[Target]) -> None:
+    """Patch the networks of a handle, and store the handle in the pipeline."""
+    for target in targets:
+        module = target.module()
+        assert module is not None
+        target.handle = handle
+        patch_class(module, target, _denoiser_methods)
+        target.active = True
+    model = handle.model
+    if model is not None and not isinstance(model, nn.Module):
+        model.__dict__[ATTRIBUTE] = handle
 
 
 def _denoiser_methods(cls: type) -> dict[str, Callable[..., Any]]:

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from bench.cascade import authors as cascade_authors
 from bench.cascade.rows import FIELDS, Bench, Row, Unit
-from scalediff.cascade import run as library_cascade
 from scalediff.cascade import schedule
+from scalediff.cascade import stage as library_cascade
 from scalediff.patching import plan
 from scalediff_kernels.neighborhood import windowed_sdpa
 

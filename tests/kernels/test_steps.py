@@ -1,4 +1,4 @@
-"""Guided steps: the three-line definition in fp64, two launches, classifier-free guidance on the way, refusals in words."""
+"""Guided steps: the three-line definition in fp64, two launches, classifier-free guidance on the way, errors."""
 
 from __future__ import annotations
 

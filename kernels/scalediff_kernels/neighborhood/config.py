@@ -23,7 +23,7 @@ PROGRAM_KEYS = 512  # fixed cost of a program, in keys; an estimate, not measure
 
 MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
 WARP_ROWS = 16  # of a product that one warp computes on NVIDIA's GPUs
-FEW_ROWS = 64  # fewer rows than the products of a warpgroup have
+WARPGROUP_ROWS = 64  # rows of a product that one warpgroup computes
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
     queries = _query_box(problem, blocks)
     if not inside:  # boxes of keys reach outside the window: addresses and masks
         blocks = _blocks(problem, device, descriptors=False, special="masked")
-    elif problem.queries == "image" and prod(queries) < FEW_ROWS:
+    elif problem.queries == "image" and prod(queries) < WARPGROUP_ROWS:
         blocks = _blocks(problem, device, descriptors=descriptors, special="small")
     queries = _query_box(problem, blocks)
     num_warps = blocks.num_warps

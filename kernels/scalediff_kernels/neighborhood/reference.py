@@ -53,13 +53,13 @@ def joint_neighborhood_patch_attention_reference(
     columns = windows(q.shape[2], window[1], patch[1], offset[1])
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
         for j, (x0, x1, key_x0, key_x1) in enumerate(columns):
-            turned_q, turned_k = (rotate_pairs(x.to(compute), text_rope, i, j) for x in (text_q, text_k))
-            keys = torch.cat([turned_k, k[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2).to(compute)], dim=1)
+            rotated_q, rotated_k = (rotate_pairs(x.to(compute), text_rope, i, j) for x in (text_q, text_k))
+            keys = torch.cat([rotated_k, k[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2).to(compute)], dim=1)
             values = torch.cat([text_v, v[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2)], dim=1)
             b_out = attend(q[:, y0:y1, x0:x1].flatten(1, 2), keys, values, scale)
             out[:, y0:y1, x0:x1] = b_out.unflatten(1, (y1 - y0, x1 - x0)).to(q.dtype)
             if text_queries == "window":
-                text_sum += attend(turned_q, keys, values, scale)
+                text_sum += attend(rotated_q, keys, values, scale)
     if text_queries == "global":
         keys, values = torch.cat([text_k, k.flatten(1, 2)], dim=1), torch.cat([text_v, v.flatten(1, 2)], dim=1)
         return out, attend(text_q, keys, values, scale).to(q.dtype)

@@ -67,11 +67,11 @@ def joint_neighborhood_patch_attention_sdpa(
     out: Tensor | None = None
     text_sum = torch.zeros_like(text_q, dtype=torch.promote_types(q.dtype, torch.float32))
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
-        turned = zip(_turned(text_q, text_rope, i, len(columns)), _turned(text_k, text_rope, i, len(columns)), strict=True)
-        for (x0, x1, key_x0, key_x1), (turned_q, turned_k) in zip(columns, turned, strict=True):
-            b_k = torch.cat([turned_k, k[:, :, key_y0:key_y1, key_x0:key_x1].flatten(2, 3)], dim=2)
+        rotated = zip(_rotated(text_q, text_rope, i, len(columns)), _rotated(text_k, text_rope, i, len(columns)), strict=True)
+        for (x0, x1, key_x0, key_x1), (rotated_q, rotated_k) in zip(columns, rotated, strict=True):
+            b_k = torch.cat([rotated_k, k[:, :, key_y0:key_y1, key_x0:key_x1].flatten(2, 3)], dim=2)
             b_v = torch.cat([text_v, v[:, :, key_y0:key_y1, key_x0:key_x1].flatten(2, 3)], dim=2)
-            b_q = torch.cat([turned_q[:, :, :tokens], q[:, :, y0:y1, x0:x1].flatten(2, 3)], dim=2)
+            b_q = torch.cat([rotated_q[:, :, :tokens], q[:, :, y0:y1, x0:x1].flatten(2, 3)], dim=2)
             b_out = _attend(b_q, b_k, b_v, scale)
             out = b_out.new_empty(q.permute(0, 2, 3, 1, 4).shape) if out is None else out  # in the dtype that autocast chose
             out[:, y0:y1, x0:x1] = b_out[:, :, tokens:].unflatten(2, (y1 - y0, x1 - x0)).permute(0, 2, 3, 1, 4)
@@ -84,7 +84,7 @@ def joint_neighborhood_patch_attention_sdpa(
     return out, (text_sum / (len(rows) * len(columns))).to(out.dtype).transpose(1, 2) if tokens else None
 
 
-def _turned(text: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, count: int) -> Sequence[Tensor]:
+def _rotated(text: Tensor, rope: tuple[Tensor, Tensor] | None, i: int, count: int) -> Sequence[Tensor]:
     """Text `[B, H or G, T, D]` rotated for each window of row i, computed in at least fp32."""
     if rope is None:
         return [text] * count

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import scalediff
 from scalediff.cascade.latents import decode, encode
 from scalediff.cascade.pipeline import native_size, preset, stage_sizes
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.draw import generate
 from scalediff_kernels import low_pass
 from tests.conftest import seeded

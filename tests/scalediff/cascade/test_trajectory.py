@@ -90,7 +90,7 @@ def test_every_model_call_has_the_estimate_at_its_own_noise(scheduler: str, monk
         handed.append(Guidance(*args, **kwargs))
         return handed[-1]
 
-    monkeypatch.setattr("scalediff.cascade.run.Guidance", keep)
+    monkeypatch.setattr("scalediff.cascade.stage.Guidance", keep)
     chosen = Settings(steps=4, restart=(0.75, 0.5), guidance_scale=2.0, lfm_cutoff=0.5, sg_cutoff=0.5, anchor="trajectory")
     scalediff.generate(pipe, None, height=32, width=32, call=arguments, generator=seeded(), preset=chosen)
 

@@ -190,7 +190,7 @@ def test_ctrl_c_keeps_finished_stages_and_says_where(
     assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), *FAST]) == 130
     assert files(tmp_path) == ["x.stage1-64x64.png"]
     assert f"interrupted; files written: {tmp_path / 'x.stage1-64x64.png'}" in capsys.readouterr().err
-    assert torch.nn.functional.scaled_dot_product_attention.__module__ != "scalediff.patching.hooks"
+    assert torch.nn.functional.scaled_dot_product_attention.__module__ != "scalediff.patching.interception"
 
 
 def test_another_scheduler(tmp_path: Path, demo: Any) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import scalediff
 from bench.models.zoo import WINDOW
 from scalediff.cascade.pipeline import native_size, preset
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.methods import METHODS, DemoFusion, demofusion
 from scalediff.methods.demofusion import Canvas, blur, factors, phase_sizes, standardised
 from tests.conftest import seeded, state_of

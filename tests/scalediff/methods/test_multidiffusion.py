@@ -17,7 +17,7 @@ from bench.models.inputs import ids
 from bench.models.zoo import WINDOW
 from scalediff.cascade.latents import pack, unpack
 from scalediff.cascade.pipeline import native_size, preset
-from scalediff.cascade.stage import Stage
+from scalediff.cascade.results import Stage
 from scalediff.methods import METHODS, MultiDiffusion, multidiffusion, running
 from scalediff.methods.multidiffusion import SCHEDULERS
 from scalediff.methods.views import average

@@ -22,7 +22,7 @@ from bench.models.zoo import WINDOW, ZOO
 from scalediff.families import FAMILIES
 from scalediff.families.base import Reader
 from scalediff.families.grid import Sequence, Span
-from scalediff.families.latents import lengths
+from scalediff.families.transformers import lengths
 from tests.scalediff.families.test_families import Masked, double, run, specimen
 
 pytest.importorskip("diffusers", reason="the families are diffusers' classes")

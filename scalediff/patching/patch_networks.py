@@ -13,7 +13,7 @@ from scalediff.families import family_of
 from scalediff.families.base import Family
 from scalediff.families.grid import Grid
 from scalediff.families.unlisted import GridSource, TextSource, unlisted
-from scalediff.patching.handle import Handle
+from scalediff.patching.handle import Handle, install
 from scalediff.patching.networks import is_text_to_image, named_networks, uncompiled
 from scalediff.patching.plan import Options
 from scalediff.patching.report import Row
@@ -64,7 +64,7 @@ def patch_networks(
     handle = Handle(uncompiled(model), targets, skipped=skipped, call=call)
     _check_coverage(handle, strict)
     unpatch_networks(model)
-    handle.install()
+    install(handle, targets)
     return handle
 
 

@@ -161,7 +161,7 @@ def _prx_rotation(denoiser: Any) -> TextRotation:
 _SD3 = derived_presets(steps=28, guidance_scale=7.0)
 _LUMINA = derived_presets(steps=30, guidance_scale=4.0)
 
-LATENTS = (
+TRANSFORMERS = (
     Family("DiTTransformer2DModel", _SHAPE, "none: classes", _native, _class_labels),
     Family("GlmImageTransformer2DModel", _SHAPE, "joint, before the image", _no_grid, _glm, role="joint"),
     Family("PRXTransformer2DModel", _SHAPE, "joint, before the image, keys only", _no_grid, _prx, role="joint", rotation=_prx_rotation),
