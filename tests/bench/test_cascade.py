@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_stays")]
 SKIPPED = {
     ("sdxl-small", "authors-jitter"): "the authors jitter FLUX alone",
     ("sdxl-small", "npa-global"): "queries of text have a rule only in joint attention",
-    ("flux-small", "demofusion"): "DemoFusion is a method for U-Nets",
+    ("flux-small", "demofusion"): "DemoFusion needs a U-Net",
 }
 
 

@@ -150,6 +150,7 @@ def test_views_cover_the_picture() -> None:
 
 
 def test_rows_are_printed_as_csv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("bench.flops.count.Counter", counter)
     monkeypatch.setattr(flops, "MODELS", ["lumina-next", "flux"])
     monkeypatch.setattr(flops, "SIZES", (2048,))
     main([])
@@ -169,6 +170,7 @@ def test_a_size_that_a_model_cannot_draw_is_refused() -> None:
 def test_written_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RESULTS": tmp_path / "flops.csv", "DOC": tmp_path / "flops.md", "SIZES": (2048,)}.items():
         monkeypatch.setattr(flops, name, value)
+    monkeypatch.setattr("bench.flops.count.Counter", counter)
     monkeypatch.setattr(flops, "MODELS", {"lumina-next": MODELS["lumina-next"]})
     flops.DOC.write_text("<!-- begin tables -->\n<!-- end tables -->\n")
     main(["--write"])
