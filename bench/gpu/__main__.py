@@ -122,7 +122,7 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
     goals = []
     for goal in (goal for goal in GOALS if goal.device != "CPU"):
         here = replace(goal, device=machine)
-        answers = [here.result_text(answer) for answer in here.found(found)]
+        answers = [here.result_text(answer) for answer in here.answers(found)]
         goals += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.result_text(None)]]
     lines = []
     quick = {task.row_name("") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}

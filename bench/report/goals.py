@@ -74,11 +74,11 @@ class Goal:
     def goal(self) -> str:
         return f"{'within' if self.most else 'at least'} {self.bound:g}{self.unit}"
 
-    def found(self, results: Results) -> list[Answer]:
+    def answers(self, results: Results) -> list[Answer]:
         """Every group with a number; without any, the last group that says why not, if one does."""
         groups: Iterable[Group] = getattr(results, self.kind)
-        answers = [answer for group in groups if is_of(self.device, group) and (answer := self.find(group)) is not None]
-        return [answer for answer in answers if answer.value is not None] or answers[-1:]
+        every = [answer for group in groups if is_of(self.device, group) and (answer := self.find(group)) is not None]
+        return [answer for answer in every if answer.value is not None] or every[-1:]
 
     def result_text(self, answer: Answer | None) -> str:
         """The number and whether the goal is met, or why there is none."""

@@ -20,7 +20,7 @@ def goals(results: Results, *, readme: bool = False) -> list[str]:
     """Every goal with its number or why there is none, and the source of the numbers; in the README its own selection."""
     lines, sources = [], dict[tuple[str, str], tuple[Group, list[Row]]]()
     for goal in GOALS:
-        answers: Sequence[Answer | None] = goal.found(results) or [None]
+        answers: Sequence[Answer | None] = goal.answers(results) or [None]
         for answer in answers if goal.readme or not readme else ():
             device = goal.device if answer is None or answer.value is None else answer.group.machine
             lines.append([device, goal.what, goal.goal, goal.result_text(answer)])

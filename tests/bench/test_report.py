@@ -56,7 +56,7 @@ def problems() -> list[str]:
 
 def result_text(results: Results, what: str, *, number: int = 0) -> str:
     (goal,) = (goal for goal in GOALS if goal.what == what)
-    return goal.result_text((goal.found(results) or [None])[number])
+    return goal.result_text((goal.answers(results) or [None])[number])
 
 
 SDXL, FLUX = "SDXL 4096 px, a whole run, {}", "FLUX 4096 px, a whole run, {}"
@@ -334,7 +334,7 @@ def test_goals_need_no_pandas() -> None:
     """As `bench.gpu` does, on a machine that has only what the kernels need."""
     code = "import sys; sys.modules.update(dict.fromkeys(('pandas', 'matplotlib', 'diffusers'))); from bench.report.goals import GOALS"
     code += "; from bench.report.rows import read; from pathlib import Path; results = read(Path('bench/results'))"
-    code += "; print([goal.result_text(answer) for goal in GOALS for answer in goal.found(results)])"
+    code += "; print([goal.result_text(answer) for goal in GOALS for answer in goal.answers(results)])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=True)
     assert "cpu-32" in ran.stdout
 

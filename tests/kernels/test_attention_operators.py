@@ -67,7 +67,13 @@ def test_only_tensors_whose_rows_begin_anywhere_are_copied() -> None:
     from scalediff_kernels.neighborhood.launch import aligned
 
     x = torch.randn(1, 4, 4, 2, 40, dtype=torch.float16)
-    for taken in (x, x.expand(3, -1, -1, -1, -1), x[:, 1:, :, 1:], x.movedim(3, 1).contiguous().movedim(1, 3)):
+    for taken in (
+        x,
+        x.expand(3, -1, -1, -1, -1),
+        x[:, 1:, :, 1:],
+        x.movedim(3, 1).contiguous().movedim(1, 3),
+        x.as_strided(x.shape, (7, *x.stride()[1:])),
+    ):
         assert aligned(taken) is taken
     for other in (torch.nn.functional.pad(x, (0, 1))[..., :40], torch.cat([x.flatten(), x.flatten()])[4:644].view(1, 4, 2, 2, 40)):
         copy = aligned(other)

@@ -173,12 +173,17 @@ def aligned(x: Tensor) -> Tensor:
 
     The kernels load 16 bytes at a time. A copy is cheap compared with attention; loads of two bytes are not.
     """
-    suits = x.data_ptr() % 16 == 0 and all(stride % VECTOR.value == 0 for stride in x.stride()[:-1])
+    suits = x.data_ptr() % 16 == 0 and _has_vector_strides(x)
     return x if suits else x.clone(memory_format=torch.contiguous_format)
 
 
+def _has_vector_strides(x: Tensor) -> bool:
+    """Whether all strides are multiples of VECTOR elements; that of an axis with one element is never used."""
+    return all(stride % VECTOR.value == 0 for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+
+
 def _in_vectors(x: Tensor) -> tuple[int, ...]:
-    assert all(stride % VECTOR.value == 0 for stride in x.stride()[:-1]), f"{x.stride()=}"
+    assert _has_vector_strides(x), f"{x.stride()=}"
     return tuple(stride // VECTOR.value for stride in x.stride()[:-1])
 
 
