@@ -1,0 +1,242 @@
+"""An emulator for Hopper kernels in Gluon: `run` executes the kernel's own functions on the CPU and finds errors of synchronisation.
+
+Partitions of `gl.warp_specialize` take turns: before each operation on shared memory or a barrier a seeded scheduler may go on with another
+one, or let a TMA load land. `gluon_machine` orders what they do and `gluon_language` computes. What cannot be seen: layouts, registers,
+integer overflow, races in global memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.kernels.gluon_language import FUNCTIONS, EmulationError, Pointer, Translator
+from tests.kernels.gluon_machine import Barrier, Machine, Memory, Order, Race, Transfer, kernel_line
+
+LAUNCH_OPTIONS = {"num_warps", "num_ctas", "num_stages", "maxnreg"}
+
+
+class Descriptor:
+    """A TMA descriptor as the kernel sees it."""
+
+    def __init__(self, host: Any) -> None:
+        self.shape, self.block_shape, self.layout, self.dtype = list(host.shape), list(host.block_shape), host.layout, host.base.dtype
+        self.tensor = host.base.as_strided(host.shape, host.strides)
+        self.padding = float("nan") if host.padding == "nan" else 0
+        self.nbytes_per_cta = torch.Size(self.block_shape).numel() * self.dtype.itemsize
+        self.block_type = SimpleNamespace(shape=self.block_shape, nbytes=self.nbytes_per_cta, element_ty=self.dtype)
+
+    def box(self, coordinates: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
+        """The part of the tensor that a box covers, and where in the box it lies."""
+        axes = list(zip(map(int, coordinates), self.block_shape, self.shape, strict=True))
+        part = self.tensor[tuple(slice(min(max(start, 0), n), max(min(start + box, n), 0)) for start, box, n in axes)]
+        starts = (max(-start, 0) for start, _, _ in axes)
+        return part, tuple(slice(start, start + n) for start, n in zip(starts, part.shape, strict=True))
+
+    def load(self, coordinates: Sequence[int], memory: Memory) -> None:
+        box = torch.full(self.block_shape, self.padding, dtype=self.dtype)
+        part, inside = self.box(coordinates)
+        box[inside] = part
+        memory.data.copy_(box.reshape(memory.shape))
+
+    def store(self, coordinates: Sequence[int], memory: Memory) -> None:
+        part, inside = self.box(coordinates)
+        part.copy_(memory.data.reshape(self.block_shape)[inside])
+
+
+class Accumulator:
+    """The result of an asynchronous product; the wait that names it in `deps` makes a tensor of it."""
+
+    value: Tensor | None = None
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise EmulationError("an accumulator is used before a wait has returned it complete")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __getitem__ = _refuse
+    __getattr__ = _refuse
+    __torch_function__ = classmethod(_refuse)
+
+
+class MBarriers:
+    """`hopper.mbarrier`."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def MBarrierLayout(self, *_: Any) -> None:
+        pass
+
+    def allocate_mbarrier(self, batch: int | None = None, name: str = "mbarrier") -> Memory:
+        return self.machine.allocate(torch.int64, [1] if batch is None else [batch, 1], name=name)
+
+    def find(self, memory: Memory) -> Barrier:
+        barrier = memory.allocation.barriers.get(memory.data.storage_offset())
+        if barrier is None or not self.machine.order.seen & barrier.initialised:
+            raise EmulationError(f"{memory.name} is used before mbarrier.init")
+        return barrier
+
+    def init(self, memory: Memory, count: int) -> None:
+        self.machine.switch()
+        barriers, at = memory.allocation.barriers, memory.data.storage_offset()
+        if at in barriers:
+            raise EmulationError(f"{memory.name} is initialised twice")
+        barriers[at] = Barrier(memory.name, count, self.machine.event(), pending=count)
+        self.machine.order.seen |= barriers[at].initialised
+
+    def invalidate(self, memory: Memory) -> None:
+        self.machine.switch()
+        self.find(memory)
+        del memory.allocation.barriers[memory.data.storage_offset()]
+
+    def expect(self, memory: Memory, bytes_per_cta: int | None = None, pred: Any = True, *, bytes: int = 0) -> None:
+        self.machine.switch()
+        if pred:
+            self.find(memory).arrive(1, bytes_per_cta or bytes, self.machine.order)
+
+    def arrive(self, memory: Memory, *, count: int = 1, pred: Any = True) -> None:
+        self.machine.switch()
+        if pred:
+            self.find(memory).arrive(count, 0, self.machine.order)
+
+    def wait(self, memory: Memory, phase: int, pred: Any = True, deps: Sequence[Memory] = ()) -> None:
+        if phase not in (0, 1):
+            raise EmulationError(f"the phase of a wait is 0 or 1, got {phase=} at {memory.name}")
+        if pred:
+            self.machine.wait(self.find(memory), int(phase))
+
+
+class TMA:
+    """`hopper.tma`."""
+
+    def __init__(self, machine: Machine, barriers: MBarriers) -> None:
+        self.machine, self.barriers = machine, barriers
+
+    def async_load(self, descriptor: Descriptor, coord: Sequence[int], barrier: Memory, result: Memory, pred: Any = True) -> None:
+        machine = self.machine
+        machine.switch()
+        if not pred:
+            return
+        found, nbytes = self.barriers.find(barrier), descriptor.nbytes_per_cta
+        if not machine.order.fenced & found.initialised:
+            raise Race(f"a TMA load needs a fence_async_shared after mbarrier.init of {barrier.name}")
+        _check_box(descriptor, result)
+        event = machine.access(result, "TMA load", write=True, asynchronous=True)
+        order = replace(machine.order, seen=machine.order.seen | event)
+
+        def land() -> None:
+            descriptor.load(coord, result)
+            found.arrive(0, -nbytes, order)
+
+        result.data.fill_(float("nan"))
+        machine.in_flight.append(Transfer(land, order, machine.load_speed))
+        machine.loads.append((event, f"TMA load of {result.name} by {machine.current.name}{kernel_line()}"))
+
+    def async_store(self, descriptor: Descriptor, coord: Sequence[int], src: Memory) -> None:
+        self.machine.switch()
+        _check_box(descriptor, src)
+        event = self.machine.access(src, "TMA store", asynchronous=True)
+        self.machine.current.stores.append(Transfer(lambda: descriptor.store(coord, src), Order(event)))
+
+    def store_wait(self, pendings: int, read_only: bool = True) -> None:
+        self.machine.switch()
+        self.machine.current.retire(self.machine.current.stores, pendings)
+
+    async_copy_global_to_shared, async_copy_shared_to_global = async_load, async_store  # their names in Triton 3.6
+
+
+def _check_box(descriptor: Descriptor, memory: Memory) -> None:
+    if (memory.data.numel(), memory.dtype) != (torch.Size(descriptor.block_shape).numel(), descriptor.dtype):
+        box = f"{descriptor.block_shape} {descriptor.dtype}"
+        raise EmulationError(f"a box and its buffer differ, got {box} and {memory.name} of {memory.shape} {memory.dtype}")
+
+
+class Hopper:
+    """`language.nvidia.hopper`."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.mbarrier = machine, MBarriers(machine)
+        self.tma = TMA(machine, self.mbarrier)
+
+    def fence_async_shared(self, cluster: bool = False) -> None:
+        self.machine.switch()
+        self.machine.order.fenced |= self.machine.order.seen
+
+    def warpgroup_mma_init(self, value: Tensor) -> Accumulator:
+        accumulator = Accumulator()
+        accumulator.value = value
+        return accumulator
+
+    def warpgroup_mma(self, a: Any, b: Memory, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any) -> Any:
+        """`a @ b + acc`; an asynchronous product reads its operands at the wait, since `Machine.access` keeps them from changing."""
+        self.machine.switch()
+        if a.dtype != b.dtype:
+            raise EmulationError(f"the operands of a product have two dtypes, got {a.dtype} and {b.dtype}")
+        events = [self.machine.access(x, "product", asynchronous=True) for x in (a, b) if isinstance(x, Memory)]
+        result = Accumulator()
+
+        def finish() -> None:
+            left = a.data if isinstance(a, Memory) else a
+            product = left.float() @ b.data.float()
+            result.value = product + (acc.value if isinstance(acc, Accumulator) else acc) if use_acc else product
+
+        self.machine.current.products.append(Transfer(finish, Order(sum(events))))
+        return result if is_async else self.warpgroup_mma_wait(0, [result])
+
+    def warpgroup_mma_wait(self, num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
+        self.machine.switch()
+        self.machine.current.retire(self.machine.current.products, num_outstanding)
+        values = tuple(x.value if isinstance(x, Accumulator) and x.value is not None else x for x in deps)
+        return values[0] if len(values) == 1 else values
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+        return Pointer(value.as_strided((extent,), (1,)))
+    return Descriptor(value) if hasattr(value, "block_shape") else value
+
+
+def _run_program(machine: Machine, kernel: Any, arguments: dict[str, Any]) -> None:
+    hopper = Hopper(machine)
+    operations = {
+        "allocate_shared_memory": machine.allocate,
+        "warp_specialize": machine.specialize,
+        "program_id": lambda axis: machine.program[axis],
+        "num_programs": lambda axis: machine.grid[axis],
+    }
+    modules = {"hopper": hopper, "mbarrier": hopper.mbarrier, "tma": hopper.tma, "language": SimpleNamespace(**FUNCTIONS, **operations)}
+    translator = Translator(modules)
+    translator.function(kernel.fn)(**{name: _argument(translator.value(value)) for name, value in arguments.items()})
+    machine.main.end()
+    lost = [load for event, load in machine.loads if not machine.order.seen & event]
+    if lost:
+        raise EmulationError(f"nobody waited for {lost[0]}")
+    for barrier in (barrier for allocation in machine.allocations for barrier in allocation.barriers.values()):
+        if barrier.bytes:
+            raise EmulationError(f"at the end of the kernel bytes are expected at {barrier}")
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, seed: int = 0) -> None:
+    """Run every program of the grid, one after another.
+
+    Args:
+        kernel: A function of `gluon.jit`.
+        arguments: By name: tensors on the CPU, which the kernel may write into, descriptors of the host, numbers and constants.
+        seed: Of the order in which partitions run and loads land.
+
+    Raises:
+        Race: An access that conflicts with another one is not ordered after it, or lacks a fence between them.
+        Deadlock: No partition can run; the message lists what each one waits for.
+        EmulationError: Any other error; the base class of both.
+    """
+    rng, names = random.Random(seed), kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount]
+    arguments = {name: value for name, value in arguments.items() if name in names or name not in LAUNCH_OPTIONS}
+    for program in itertools.product(*map(range, grid)):
+        _run_program(Machine(grid, program, rng), kernel, arguments)

@@ -1,0 +1,220 @@
+"""Gluon's language on torch tensors, for `gluon_emulator`: pure computation, and the translation of jitted functions."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language
+from triton.runtime.jit import JITFunction
+
+DTYPES = {"int1": torch.bool} | {
+    name: getattr(torch, name)
+    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "bfloat16", "float32", "float64")
+}
+ELEMENTWISE = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "abs", "sin", "cos", "floor", "ceil")
+LAYOUTS = ("AutoLayout", "BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "DistributedLinearLayout")
+LAYOUTS += ("NVMMASharedLayout", "SwizzledSharedLayout", "PaddedSharedLayout", "SharedLinearLayout", "CoalescedLayout")
+
+
+class EmulationError(Exception):
+    """The kernel does what a GPU forbids, or what gives wrong values on one."""
+
+
+@dataclass
+class Pointer:
+    """A pointer into a tensor, or a tensor of pointers; offsets count elements."""
+
+    elements: Tensor
+    offset: Any = 0
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.elements, self.offset + offset)
+
+    __radd__ = __add__
+
+    @property
+    def dtype(self) -> SimpleNamespace:
+        return SimpleNamespace(element_ty=self.elements.dtype)
+
+    def offsets(self, mask: Any) -> tuple[Tensor, Tensor]:
+        """The offsets, zero where the mask is false, and the mask."""
+        offsets, active = torch.broadcast_tensors(torch.as_tensor(self.offset), torch.as_tensor(True if mask is None else mask))
+        outside = active & ((offsets < 0) | (offsets >= len(self.elements)))
+        if outside.any():
+            raise EmulationError(f"a pointer leaves its tensor of {len(self.elements)} elements, got offset {offsets[outside].tolist()[0]}")
+        return torch.where(active, offsets, 0).long(), active
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Any:
+    """What a mask leaves out is `other`, and NaN without it."""
+    offsets, active = pointer.offsets(mask)
+    dtype = pointer.elements.dtype
+    default = other if other is not None else float("nan") if dtype.is_floating_point else 0
+    loaded = torch.where(active, pointer.elements[offsets], torch.as_tensor(default, dtype=dtype))
+    return loaded if loaded.ndim else loaded.item()
+
+
+def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
+    offsets, active = pointer.offsets(mask)
+    pointer.elements[offsets[active]] = torch.as_tensor(value).to(pointer.elements.dtype).expand(offsets.shape)[active]
+
+
+def _check(condition: Any, message: str = "") -> None:
+    if not condition:
+        raise EmulationError(f"an assertion of the kernel failed: {message}")
+
+
+def _reduction(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, axis=None, keep_dims=False: reduce(x, tuple(range(x.ndim)) if axis is None else axis, keepdim=keep_dims)
+
+
+def _either(of_numbers: Callable[..., Any], of_tensors: Callable[..., Tensor]) -> Callable[..., Any]:
+    """One function for numbers, which stay such, and for tensors."""
+
+    def call(*args: Any) -> Any:
+        if all(isinstance(x, int | float) for x in args):
+            return of_numbers(*args)
+        return of_tensors(*map(_tensor, args))
+
+    return call
+
+
+def _tensor(x: Any) -> Any:
+    return torch.as_tensor(x) if isinstance(x, int | float) else x
+
+
+def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
+    return lambda x: function(_tensor(x))
+
+
+def divide(a: Any, b: Any) -> Any:
+    """`a // b` of a GPU, which rounds towards zero."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.div(a, b, rounding_mode="trunc")
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def remainder(a: Any, b: Any) -> Any:
+    """`a % b` of a GPU, which has the sign of `a`."""
+    return a - divide(a, b) * b
+
+
+def _same(x: Any, *_: Any, **__: Any) -> Any:
+    return x
+
+
+FUNCTIONS: dict[str, Any] = (
+    DTYPES
+    | {name: _elementwise(getattr(torch, name)) for name in ELEMENTWISE}
+    | dict.fromkeys(LAYOUTS, lambda *_, **__: None)
+    | dict.fromkeys(("constexpr", "convert_layout", "to_tensor", "multiple_of", "max_contiguous", "max_constancy"), _same)
+    | dict.fromkeys(("assume", "static_assert", "device_assert"), _check)
+    | dict.fromkeys(("static_print", "device_print", "barrier", "thread_barrier"), lambda *_, **__: None)
+    | {
+        "static_range": range,
+        "full": lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
+        "zeros": lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
+        "full_like": lambda x, value: torch.full_like(x, value),
+        "zeros_like": torch.zeros_like,
+        "arange": lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
+        "where": _either(lambda condition, a, b: a if condition else b, torch.where),
+        "maximum": _either(max, torch.maximum),
+        "minimum": _either(min, torch.minimum),
+        "max": _reduction(torch.amax),
+        "min": _reduction(torch.amin),
+        "sum": _reduction(torch.sum),
+        "cdiv": lambda a, b: divide(a + b - 1, b),
+        "fma": lambda a, b, c: a * b + c,
+        "cast": lambda x, dtype: x.to(dtype),
+        "expand_dims": torch.unsqueeze,
+        "reshape": torch.reshape,
+        "permute": torch.permute,
+        "split": lambda x: x.unbind(-1),
+        "join": lambda a, b: torch.stack([a, b], -1),
+        "load": load,
+        "store": store,
+        "num_ctas": lambda: 1,
+    }
+)
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Rewrites what Python would take otherwise: tensors are values, integers are divided towards zero, `x.type.layout` is `x.layout`."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        function = {ast.FloorDiv: "_divide", ast.Mod: "_remainder"}.get(type(node.op))
+        return ast.Call(ast.Name(function, ast.Load()), [node.left, node.right], []) if function else node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        assert isinstance(node.target, ast.Name)
+        value = ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value)
+        return ast.Assign([node.target], self.visit(value))
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        return node.value if node.attr == "type" else node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        """Shared memory takes the name of its variable."""
+        self.generic_visit(node)
+        target, call = node.targets[0], node.value
+        if isinstance(target, ast.Name) and isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("_shared_memory", "_mbarrier")):
+            call.keywords.append(ast.keyword("name", ast.Constant(target.id)))
+        return node
+
+
+@functools.cache
+def _compiled(function: FunctionType) -> tuple[Any, set[str]]:
+    """The function's definition, rewritten, and the names in it."""
+    lines, first = inspect.getsourcelines(function)
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list = []
+    tree = ast.fix_missing_locations(ast.increment_lineno(_Rewriter().visit(tree), first - 1))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return compile(tree, function.__code__.co_filename, "exec", dont_inherit=True), names
+
+
+class Translator:
+    """Makes Python's functions of jitted ones.
+
+    Args:
+        modules: What stands for Gluon's modules, by the last part of a module's name; `language` for every other one.
+    """
+
+    def __init__(self, modules: dict[str, Any]) -> None:
+        self.modules = modules
+        self.functions = dict[FunctionType, Callable[..., Any]]()
+
+    def function(self, function: FunctionType) -> Callable[..., Any]:
+        if function not in self.functions:
+            code, names = _compiled(function)
+            known = function.__globals__ | inspect.getclosurevars(function).nonlocals
+            namespace = {name: self.value(known[name]) for name in names & known.keys()}
+            exec(code, namespace | {"_divide": divide, "_remainder": remainder}, definitions := dict[str, Any]())
+            self.functions[function] = definitions[function.__name__]
+        return self.functions[function]
+
+    def value(self, value: Any) -> Any:
+        """What a value of the kernel's module is in the emulator."""
+        if isinstance(value, language.constexpr):
+            return self.value(value.value)
+        if isinstance(value, language.dtype):
+            return next(ours for name, ours in DTYPES.items() if getattr(language, name) == value)
+        if isinstance(value, ModuleType) and value.__name__.startswith("triton."):
+            return self.modules.get(value.__name__.rpartition(".")[2])
+        if getattr(value, "__module__", "").startswith("triton.") and hasattr(value, "__name__"):
+            module = self.modules.get(value.__module__.rpartition(".")[2], self.modules["language"])
+            return getattr(module, value.__name__)
+        return self.function(value.fn) if isinstance(value, JITFunction) else value

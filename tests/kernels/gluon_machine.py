@@ -1,0 +1,322 @@
+"""The machine that `gluon_emulator` runs on: shared memory, barriers, and partitions that take turns.
+
+Every access to shared memory is an event, and every partition and every barrier knows which events have happened before (`Order`). An
+access that conflicts with another one and is not ordered after it is an error, even where this schedule gives the right values.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.kernels.gluon_language import EmulationError
+
+
+class Race(EmulationError):
+    """Two accesses to the same shared memory are in no order, or in none that the asynchronous proxy sees."""
+
+
+class Deadlock(EmulationError):
+    """No partition can go on."""
+
+
+class _Stopped(BaseException):
+    """Ends the other partitions after one has failed."""
+
+
+def kernel_line() -> str:
+    """Where the kernel is, as " (file:line)"."""
+    frame = sys._getframe(1)
+    while "_divide" not in frame.f_globals:  # translated functions have it
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return f" ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
+@dataclass
+class Order:
+    """The events known to have happened, one bit for each; `fenced` are those that a fence orders before asynchronous accesses."""
+
+    seen: int = 0
+    fenced: int = 0
+
+    def join(self, other: Order) -> None:
+        self.seen |= other.seen
+        self.fenced |= other.fenced
+
+
+@dataclass
+class Access:
+    """An access to shared memory. That of a product or a TMA transfer is asynchronous: only who waits for it knows its event."""
+
+    event: int
+    elements: int  # of the allocation, a byte for each
+    write: bool
+    asynchronous: bool
+    what: str
+
+
+@dataclass
+class Allocation:
+    elements: Tensor
+    accesses: list[Access] = field(default_factory=list)
+    barriers: dict[int, Barrier] = field(default_factory=dict)
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: the current phase completes when no arrivals and no bytes are pending."""
+
+    name: str
+    count: int
+    initialised: int  # the event
+    pending: int
+    phase: int = 0
+    bytes: int = 0
+    phases_awaited: int = 0
+    arrived: Order = field(default_factory=Order)
+    completed: Order = field(default_factory=Order)  # what who waits for the last complete phase knows
+
+    def has_passed(self, parity: int) -> bool:
+        return (self.phase - 1) % 2 == parity
+
+    def arrive(self, count: int, bytes: int, order: Order) -> None:
+        """Count arrivals, and bytes that are expected or, below zero, have come."""
+        if count > self.pending:
+            raise EmulationError(f"too many arrivals at {self}, got {count=}")
+        self.pending -= count
+        self.bytes += bytes
+        self.arrived.join(order)
+        if self.pending or self.bytes:
+            return
+        if self.phases_awaited < self.phase:
+            raise EmulationError(f"{self.name} completes phase {self.phase}, and nobody has waited for phase {self.phase - 1}")
+        self.phase, self.pending = self.phase + 1, self.count
+        self.completed.join(self.arrived)
+
+    def __str__(self) -> str:
+        return f"{self.name}: phase {self.phase}, {self.pending} of {self.count} arrivals and {self.bytes} bytes pending"
+
+
+@functools.cache
+def _elements(shape: torch.Size, strides: tuple[int, ...], offset: int) -> int:
+    """The elements of an allocation that a view covers, as the bytes of an integer."""
+    end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    covered = torch.zeros(end, dtype=torch.uint8)
+    covered.as_strided(shape, strides, offset).fill_(1)
+    return int.from_bytes(covered.numpy().tobytes(), "little")
+
+
+class Memory:
+    """A shared memory descriptor: a view of an allocation."""
+
+    layout = None
+
+    def __init__(self, machine: Machine, allocation: Allocation, data: Tensor, name: str) -> None:
+        self.machine, self.allocation, self.data, self.name = machine, allocation, data, name
+        self.shape, self.dtype = list(data.shape), data.dtype
+
+    def _view(self, data: Tensor, index: str = "") -> Memory:
+        return Memory(self.machine, self.allocation, data, self.name + index)
+
+    def index(self, index: int) -> Memory:
+        if not 0 <= index < self.shape[0]:
+            raise EmulationError(f"{self.name} has {self.shape[0]} buffers, got index {index}")
+        return self._view(self.data[index], f"[{index}]")
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Memory:
+        return self._view(self.data.narrow(dim, start, length), f"[{start}:{start + length}]")
+
+    def reshape(self, shape: Sequence[int]) -> Memory:
+        return self._view(self.data.view(*shape))
+
+    def permute(self, order: Sequence[int]) -> Memory:
+        return self._view(self.data.permute(*order))
+
+    def load(self, layout: Any = None) -> Tensor:
+        self.machine.switch()
+        self.machine.order.seen |= self.machine.access(self, "load")
+        return self.data.clone()
+
+    def store(self, value: Tensor) -> None:
+        self.machine.switch()
+        if (list(value.shape), value.dtype) != (self.shape, self.dtype):
+            raise EmulationError(f"{self.name} holds {self.shape} {self.dtype}, got {list(value.shape)} {value.dtype}")
+        self.machine.order.seen |= self.machine.access(self, "store", write=True)
+        self.data.copy_(value)
+
+    def _keep_alive(self) -> None:
+        pass
+
+
+@dataclass
+class Transfer:
+    """An asynchronous operation in flight: what it does in the end, and the order that who waits for it knows then."""
+
+    finish: Callable[[], None]
+    order: Order
+    speed: float = 1
+
+
+@dataclass(eq=False)
+class Partition:
+    name: str
+    order: Order
+    speed: float = 1
+    waits_for: tuple[Barrier, int] | None = None
+    done: bool = False
+    result: Any = None
+    products: deque[Transfer] = field(default_factory=deque)
+    stores: deque[Transfer] = field(default_factory=deque)
+    baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    @property
+    def ready(self) -> bool:
+        return not self.done and (self.waits_for is None or self.waits_for[0].has_passed(self.waits_for[1]))
+
+    def retire(self, transfers: deque[Transfer], most: int) -> None:
+        """Finish the oldest transfers until `most` are in flight."""
+        while len(transfers) > most:
+            transfer = transfers.popleft()
+            transfer.finish()
+            self.order.join(transfer.order)
+
+    def end(self) -> None:
+        if self.products or self.stores:
+            raise EmulationError(f"{self.name} ends with {len(self.products)} products and {len(self.stores)} TMA stores in flight")
+        self.done = True
+
+    def __str__(self) -> str:
+        if self.waits_for is None:
+            return f"{self.name} has ended" if self.done else f"{self.name} is ready"
+        return f"{self.name} waits for parity {self.waits_for[1]} of {self.waits_for[0]}"
+
+
+class Machine:
+    """One program of the grid: its partitions and their scheduler, its shared memory and the order of events."""
+
+    def __init__(self, grid: tuple[int, ...], program: tuple[int, ...], rng: random.Random) -> None:
+        self.grid, self.program, self.rng, self.events = grid, program, rng, 0
+        self.allocations, self.in_flight, self.loads = list[Allocation](), list[Transfer](), list[tuple[int, str]]()
+        self.main = self.current = Partition("the kernel", Order())
+        self.partitions = [self.main]
+        self.failure: BaseException | None = None
+        self.load_speed = self._speed()
+
+    @property
+    def order(self) -> Order:
+        return self.current.order
+
+    def _speed(self) -> float:
+        """How often the scheduler chooses something; drawn, so that some schedules are far from fair."""
+        return float(2 ** self.rng.uniform(-4, 4))
+
+    def event(self) -> int:
+        self.events += 1
+        return 1 << self.events
+
+    def access(self, memory: Memory, what: str, *, write: bool = False, asynchronous: bool = False) -> int:
+        """Record an access by the current partition, and check its order against those that it conflicts with."""
+        allocation, order, kept = memory.allocation, self.order, list[Access]()
+        elements = _elements(memory.data.shape, memory.data.stride(), memory.data.storage_offset())
+        new = Access(self.event(), elements, write, asynchronous, f"{what} of {memory.name} by {self.current.name}{kernel_line()}")
+        for old in allocation.accesses:
+            shared = old.elements & elements
+            if shared and (write or old.write):
+                if not order.seen & old.event:
+                    raise Race(f"{new.what} is not ordered after {old.what}")
+                if asynchronous and old.write and not old.asynchronous and not order.fenced & old.event:
+                    raise Race(f"{new.what} needs a fence_async_shared after {old.what}")
+            replaced = order.seen & old.event and (write or not old.write) and shared == old.elements
+            if not replaced:
+                kept.append(old)
+        allocation.accesses = [*kept, new]
+        return new.event
+
+    def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: Any = None, value: Any = None, name: str = "memory") -> Memory:
+        """`gl.allocate_shared_memory`; what is not yet written is NaN."""
+        elements = torch.full(list(shape), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
+        self.allocations.append(Allocation(elements))
+        memory = Memory(self, self.allocations[-1], elements, name)
+        if value is not None:
+            memory.store(value)
+        return memory
+
+    def wait(self, barrier: Barrier, parity: int) -> None:
+        """Go on when the phase before the barrier's current one has this parity, knowing what arrived before it completed."""
+        partition = self.current
+        partition.waits_for = barrier, parity
+        self.switch()
+        partition.waits_for = None
+        partition.order.join(barrier.completed)
+        barrier.phases_awaited = barrier.phase
+
+    def switch(self) -> None:
+        """Give the baton to whoever the scheduler chooses, and go on when it comes back."""
+        before = self.current
+        self.current = self._choose()
+        if self.current is not before:
+            self.current.baton.release()
+            if not before.done:
+                before.baton.acquire()
+                if self.failure:
+                    raise self.failure if before is self.main else _Stopped
+
+    def _choose(self) -> Partition:
+        alive = [partition for partition in self.partitions if not partition.done]
+        if self.failure or not alive:
+            return alive[0] if alive else self.main
+        while True:
+            choices = [partition for partition in alive if partition.ready] + self.in_flight
+            if not choices:
+                raise Deadlock("deadlock, and no load is in flight\n" + "\n".join(map(str, self.partitions)))
+            chosen = self.rng.choices(choices, [choice.speed for choice in choices])[0]
+            if isinstance(chosen, Partition):
+                return chosen
+            self.in_flight.remove(chosen)
+            chosen.finish()
+
+    def specialize(self, functions_and_args: Sequence[Any], num_warps: Sequence[int], num_regs: Sequence[int] | None = None) -> Any:
+        """`gl.warp_specialize`."""
+        workers = len(functions_and_args) - 1
+        if self.current is not self.main or len(num_warps) != workers or (num_regs is not None and len(num_regs) != workers):
+            raise EmulationError(f"warp_specialize of {workers} workers, got {num_warps=}, {num_regs=} in {self.current.name}")
+        self.partitions = [
+            Partition(f"partition {i} ({function.__name__})", replace(self.order), self._speed())
+            for i, (function, _) in enumerate(functions_and_args)
+        ]
+        threads = [
+            threading.Thread(target=self._execute, args=(partition, *call), daemon=True)
+            for partition, call in zip(self.partitions, functions_and_args, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        self.switch()
+        for thread, partition in zip(threads, self.partitions, strict=True):
+            thread.join()
+            self.order.join(partition.order)
+        result, self.partitions = self.partitions[0].result, [self.main]
+        return result
+
+    def _execute(self, partition: Partition, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        partition.baton.acquire()
+        try:
+            if self.failure:
+                raise _Stopped
+            partition.result = function(*args)
+            partition.end()
+            self.switch()
+        except BaseException as error:
+            self.failure = self.failure or error
+            partition.done = True
+            self.switch()
