@@ -20,7 +20,7 @@ from torch import Tensor
 from tests.kernels.gluon_language import FUNCTIONS, EmulationError, Pointer, Translator
 from tests.kernels.gluon_machine import Barrier, Machine, Memory, Order, Race, Transfer, kernel_line
 
-LAUNCH_OPTIONS = {"num_warps", "num_ctas", "num_stages", "maxnreg"}
+LAUNCH_OPTIONS = {"enable_fp_fusion", "num_warps", "num_ctas", "num_stages", "maxnreg"}
 
 
 class Descriptor:

@@ -134,7 +134,7 @@ FUNCTIONS: dict[str, Any] = (
         "sum": _reduction(torch.sum),
         "cdiv": lambda a, b: divide(a + b - 1, b),
         "fma": lambda a, b, c: a * b + c,
-        "cast": lambda x, dtype: x.to(dtype),
+        "cast": lambda x, dtype: x.to(dtype) if isinstance(x, Tensor) else x,
         "expand_dims": torch.unsqueeze,
         "reshape": torch.reshape,
         "permute": torch.permute,

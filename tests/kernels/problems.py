@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
+from scalediff_kernels.neighborhood.config import block_config
 from scalediff_kernels.neighborhood.geometry import windows
 from scalediff_kernels.neighborhood.reference import joint_neighborhood_patch_attention_reference, neighborhood_patch_attention_reference
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# What the interpreter stands for: one GPU without descriptors, one with them. A real GPU is itself.
-TARGETS = [None] if GPU else ["sm_80", "sm_90"]
+# On a GPU: the kernel that the table chooses, and the kernels in plain Triton. The interpreter, which runs the latter alone, stands for a
+# GPU without descriptors and for one with them.
+TARGETS = [None, "triton"] if GPU else ["sm_80", "sm_90"]
 
 Pair = tuple[int, int]
 
@@ -131,20 +133,20 @@ PATHS: list[str] = []  # of the launches, as they were chosen
 
 
 def run(problem: Problem, target: str | None, inputs: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Image and text of the kernels; `target` names the GPU that the interpreter plays."""
+    """Image and text of the kernels; `target` as in TARGETS."""
     from scalediff_kernels.neighborhood import launch
 
     choose = launch.launch_config  # type: ignore[attr-defined]
 
-    def noted(*arguments: Any) -> Any:
-        config = choose(*arguments)
+    def noted(problem: Any, device: str, path: Any) -> Any:
+        config = choose(problem, device, path) if target is None else block_config(problem, device)
         PATHS.append(config.path)
         return config
 
     tensors = inputs or problem.inputs()
     with pytest.MonkeyPatch.context() as patched, poisoned_memory():
         patched.setattr(launch, "launch_config", noted)
-        if target:
+        if not GPU:
             patched.setattr("scalediff_kernels.neighborhood.op.device_name", lambda device: target)
         if problem.text:
             return joint_neighborhood_patch_attention(
@@ -197,8 +199,8 @@ def eager(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> t
 
 def assert_path(target: str | None) -> None:
     """The last launch took the path that its target has."""
-    if target:
-        assert PATHS[-1] == {"sm_80": "pointer", "sm_90": "descriptor"}[target]
+    if not GPU:
+        assert PATHS[-1] == {"sm_80": "pointer", "sm_90": "descriptor"}[target]  # type: ignore[index]
 
 
 def assert_right(problem: Problem, target: str | None) -> None:

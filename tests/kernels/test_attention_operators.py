@@ -64,7 +64,7 @@ def test_auto_works_on_meta_tensors() -> None:
 
 
 def test_only_tensors_whose_rows_begin_anywhere_are_copied() -> None:
-    from scalediff_kernels.neighborhood.launch import aligned
+    from scalediff_kernels.neighborhood.strides import aligned
 
     x = torch.randn(1, 4, 4, 2, 40, dtype=torch.float16)
     for taken in (

@@ -21,6 +21,8 @@ FEW_MULTIPROCESSORS = 84  # other devices
 MOST_PARTS = 64  # maximum number of parts into which the windows of text queries are split
 PROGRAM_KEYS = 512  # fixed cost of a program, in keys; an estimate, not measured yet
 
+Path = Literal["warp-specialised", "descriptor", "pointer"]
+
 MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
 WARP_ROWS = 16  # of a product that one warp computes on NVIDIA's GPUs
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup computes
@@ -38,6 +40,7 @@ class Problem:
     text: int = 0
     queries: Literal["image", "text"] = "image"
     descriptors: bool = True
+    rope: bool = False  # whether text is rotated
     heads: int = 1  # of all batches together; read for text queries alone, as is the next
     windows: int = 1
 
@@ -46,33 +49,109 @@ class LaunchConfig(NamedTuple):
     """How one kernel is launched.
 
     Attributes:
-        path: `"descriptor"` reads boxes with tensor descriptors (TMA), `"pointer"` with addresses and masks.
+        path: `"descriptor"` reads boxes with tensor descriptors (TMA), `"pointer"` with addresses and masks. `"warp-specialised"` is the
+            Gluon kernel of sm_90, which reads boxes, too.
         query_box: Tokens of a query tile, powers of two; `(1, tokens)` for text queries.
         key_box: Tokens of a block of keys, powers of two.
         text_block: Text tokens of a block of text keys.
         num_warps, num_stages: Triton's launch options.
-        part_windows: Windows per program of text queries. A second kernel averages over all programs.
+        part_windows: Windows per tile of text queries and program. A second kernel averages over all parts.
+        part_blocks: Blocks of keys per tile of text queries, if there is one window; all of them where this is 0. Warp-specialised only, as
+            the next two.
+        registers: Registers of a thread that computes.
+        ping_pong: Whether two warpgroups take turns at the tensor cores.
     """
 
-    path: Literal["descriptor", "pointer"]
+    path: Path
     query_box: tuple[int, int]
     key_box: tuple[int, int]
     text_block: int
     num_warps: int
     num_stages: int
     part_windows: int = 1
+    part_blocks: int = 0
+    registers: int = 0
+    ping_pong: bool = False
 
 
 @cache
-def launch_config(problem: Problem, device: str) -> LaunchConfig:
+def launch_config(problem: Problem, device: str, path: Path | None = None) -> LaunchConfig:
     """Choose the launch configuration of a problem on a device (`"sm_90"`, `"gfx942"`, ...). A pure function that needs no GPU.
 
+    Args:
+        path: The path to take. When None, the first that supports the problem: warp-specialised, descriptor, pointer.
+
     Raises:
-        NotImplementedError: The head dim is not a multiple of 8 in [8, 256].
+        NotImplementedError: The head dim is not a multiple of 8 in [8, 256], or the path does not support the problem on this device.
     """
     if problem.head_dim % 8 or not 8 <= problem.head_dim <= 256:
         raise NotImplementedError(f"the Triton kernel supports head dims that are multiples of 8 from 8 to 256, got {problem.head_dim=}")
-    descriptors = problem.descriptors and problem.itemsize == 2 and has_descriptors(device)  # fp32 products need operands in registers
+    if path in (None, "warp-specialised") and (pipelined := _pipelined(problem, device)):
+        return pipelined
+    config = block_config(problem, device, descriptors=path != "pointer")
+    if path not in (None, config.path):
+        raise NotImplementedError(f"{path=} does not support this problem on {device}, got {problem}")
+    return config
+
+
+class Pipeline(NamedTuple):
+    """Queries of a tile and keys of a block; stages of the rings of buffers; registers of a consumer; whether consumers take turns."""
+
+    queries: int
+    keys: int
+    stages: int
+    registers: int
+    ping_pong: bool
+
+
+# Of the warp-specialised kernel, by kind and for head dims up to 64, 128 and 256. Rope: a second buffer of queries, rotated. Ragged: boxes
+# that do not tile the window; with a mask on every block, 128 keys would spill. `python -m bench.compile` checks them as `_BLOCKS` below.
+_PIPELINES = {
+    "plain": (Pipeline(128, 128, 3, 240, True), Pipeline(128, 128, 3, 240, True), Pipeline(128, 64, 2, 240, True)),
+    "rope": (Pipeline(128, 128, 3, 240, True), Pipeline(128, 128, 2, 240, True), Pipeline(128, 32, 2, 240, True)),
+    "ragged": (Pipeline(128, 64, 3, 240, True), Pipeline(128, 64, 3, 240, True), Pipeline(128, 32, 2, 240, True)),
+}
+
+
+def _pipelined(problem: Problem, device: str) -> LaunchConfig | None:
+    """The configuration of the warp-specialised kernel; None where it does not support the problem: then tiles or boxes do not fit."""
+    if device != "sm_90" or problem.itemsize != 2 or not problem.descriptors:
+        return None
+    column = _column(problem)
+    pipeline = _PIPELINES["rope" if problem.rope else "plain"][column]
+    if any(w % b for w, b in zip(problem.window, key_box(problem.window, pipeline.keys), strict=True)):
+        pipeline = _PIPELINES["ragged"][column]
+    keys, text_queries = key_box(problem.window, pipeline.keys), problem.queries == "text"
+    queries = (1, pipeline.queries) if text_queries else query_box(_cut(problem.patch, problem.grid), pipeline.queries)
+    if prod(queries) < pipeline.queries or not fits_inside(keys, problem.window):
+        return None
+    part_windows, part_blocks = 1, 0
+    if text_queries:
+        at_once = MULTIPROCESSORS[device]
+        tiles = problem.heads * -(-problem.text // pipeline.queries)
+        if problem.windows > 1:
+            part_windows = _part(problem.windows, tiles, at_once, keys=prod(problem.window) + problem.text)
+        else:
+            blocks = -(-problem.text // prod(keys)) + prod(-(-w // b) for w, b in zip(problem.window, keys, strict=True))
+            part_blocks = _part(blocks, tiles, at_once, keys=prod(keys))
+    return LaunchConfig(
+        path="warp-specialised",
+        query_box=queries,
+        key_box=keys,
+        text_block=prod(keys),
+        num_warps=4,
+        num_stages=pipeline.stages,
+        part_windows=part_windows,
+        part_blocks=part_blocks,
+        registers=pipeline.registers,
+        ping_pong=pipeline.ping_pong,
+    )
+
+
+def block_config(problem: Problem, device: str, *, descriptors: bool = True) -> LaunchConfig:
+    """The configuration of the kernels in plain Triton, with descriptors if these are wanted and support the problem."""
+    descriptors = descriptors and problem.descriptors and problem.itemsize == 2  # fp32 products need operands in registers
+    descriptors = descriptors and has_descriptors(device)
     blocks = _blocks(problem, device, descriptors=descriptors)
     inside = fits_inside(key_box(problem.window, blocks.keys), problem.window)
     descriptors = descriptors and inside
@@ -85,6 +164,11 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
     num_warps = blocks.num_warps
     if problem.queries == "image" and problem.itemsize == 2 and problem.head_dim <= 128 and device.startswith("sm_"):
         num_warps = min(num_warps, prod(queries) // WARP_ROWS)  # more would compute the same rows again
+    part_windows = 1
+    if problem.queries == "text":  # eight warps are assumed to fill a multiprocessor's registers
+        at_once = MULTIPROCESSORS.get(device, FEW_MULTIPROCESSORS) * max(1, 8 // num_warps)
+        keys = prod(_cut(problem.window, problem.grid)) + problem.text
+        part_windows = _part(problem.windows, problem.heads * -(-problem.text // prod(queries)), at_once, keys=keys)
     return LaunchConfig(
         path="descriptor" if descriptors else "pointer",
         query_box=queries,
@@ -92,7 +176,7 @@ def launch_config(problem: Problem, device: str) -> LaunchConfig:
         text_block=min(blocks.keys, _text_rows(problem)),
         num_warps=num_warps,
         num_stages=blocks.num_stages,
-        part_windows=_part_windows(problem, prod(queries), num_warps, device) if problem.queries == "text" else 1,
+        part_windows=part_windows,
     )
 
 
@@ -106,24 +190,21 @@ def _text_rows(problem: Problem) -> int:
     return ceil_power_of_two(max(problem.text, MIN_BLOCK))
 
 
-def _part_windows(problem: Problem, rows: int, num_warps: int, device: str) -> int:
-    """Windows per program of text queries: the fewest parts whose estimated time is within 2 % of the best.
+def _part(count: int, tiles: int, at_once: int, *, keys: int) -> int:
+    """How many of `count` windows, or blocks, of `keys` keys each a program of text queries attends to.
 
-    Every part needs memory for its sums. Eight warps are assumed to fill a multiprocessor's registers.
+    The fewest parts whose estimated time is within 2 % of the best, since every part needs memory for its sums. `at_once`: programs that
+    run at the same time.
     """
-    count = problem.windows
-    tiles = problem.heads * -(-problem.text // rows)
-    at_once = MULTIPROCESSORS.get(device, FEW_MULTIPROCESSORS) * max(1, 8 // num_warps)
-    keys = prod(min(w, n) for w, n in zip(problem.window, problem.grid, strict=True)) + problem.text
 
-    def cost(windows: int) -> int:
-        waves = -(-tiles * -(-count // windows) // at_once)
-        return waves * (windows * keys + PROGRAM_KEYS)
+    def cost(size: int) -> int:
+        waves = -(-tiles * -(-count // size) // at_once)
+        return waves * (size * keys + PROGRAM_KEYS)
 
     parts = range(1, min(count, MOST_PARTS) + 1)
     choices = list(dict.fromkeys(-(-count // n) for n in parts))  # fewest parts first
     best = min(map(cost, choices))
-    return next(windows for windows in choices if 100 * cost(windows) <= 102 * best)
+    return next(size for size in choices if 100 * cost(size) <= 102 * best)
 
 
 def has_descriptors(device: str) -> bool:
@@ -176,7 +257,7 @@ _BLOCKS = {
 
 def _blocks(problem: Problem, device: str, *, descriptors: bool, special: Literal["", "small", "masked"] = "") -> Blocks:
     """The entry of `_BLOCKS` for a problem."""
-    column = 0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2
+    column = _column(problem)
     if device.startswith("gfx"):
         kind = "mfma fp32" if problem.itemsize == 4 else "mfma masked" if special == "masked" else "mfma"
     elif problem.itemsize == 4:  # exact fp32 products do not use the tensor cores
@@ -195,6 +276,11 @@ def _blocks(problem: Problem, device: str, *, descriptors: bool, special: Litera
     if device[3:-1] == "10" and (f"{kind} tcgen05", problem.queries) in _BLOCKS:
         kind += " tcgen05"
     return _BLOCKS[kind, problem.queries][column]
+
+
+def _column(problem: Problem) -> int:
+    """The column of a table, by head dim."""
+    return 0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2
 
 
 def query_box(patch: tuple[int, int], tokens: int) -> tuple[int, int]:

@@ -244,22 +244,42 @@ def text_kernel(
 @triton.jit(do_not_specialize=["heads", "text", "parts", "count"])
 def mean_kernel(
     sums_ptr,  # [B, H, parts, tiles, TEXT_ROWS, BLOCK_D], fp32
+    lse_ptr,  # [B, H, parts, tiles, TEXT_ROWS], fp32, in units of log2; read where WEIGHTED
     out_ptr,  # [B, T, H, D]
     out_strides, heads, text, parts, count,
-    TEXT_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TEXT_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Compute the mean over `count` windows from the sums of all parts, added in a fixed order and rounded once."""
+    """Compute the mean over `count` windows from the sums of all parts, added in a fixed order and rounded once.
+
+    WEIGHTED: The parts are of the keys of one window, so each has the weight of its keys.
+    """
     pid = tl.program_id(0)
     tiles = tl.cdiv(text, TEXT_ROWS)
     tile = pid % tiles
     pid = pid // tiles
-    offs_t = tile * TEXT_ROWS + tl.arange(0, TEXT_ROWS)
+    offs_m = tl.arange(0, TEXT_ROWS)
+    offs_t = tile * TEXT_ROWS + offs_m
     offs_d = tl.arange(0, BLOCK_D)
-    offs = tl.arange(0, TEXT_ROWS)[:, None] * BLOCK_D + offs_d[None, :]
+    offs = offs_m[:, None] * BLOCK_D + offs_d[None, :]
+    top = tl.full([TEXT_ROWS], float("-inf"), tl.float32)
+    if WEIGHTED:
+        for part in range(0, parts):
+            top = tl.maximum(top, tl.load(lse_ptr + ((pid * parts + part) * tiles + tile) * TEXT_ROWS + offs_m))
     b_sum = tl.zeros([TEXT_ROWS, BLOCK_D], tl.float32)
+    total = tl.zeros([TEXT_ROWS], tl.float32)
     for part in range(0, parts):
         first = (pid.to(tl.int64) * parts + part) * tiles + tile
-        b_sum += tl.load(sums_ptr + first * (TEXT_ROWS * BLOCK_D) + offs)
+        b_part = tl.load(sums_ptr + first * (TEXT_ROWS * BLOCK_D) + offs)
+        if WEIGHTED:
+            weight = tl.exp2(tl.load(lse_ptr + first * TEXT_ROWS + offs_m) - top)
+            b_sum += weight[:, None] * b_part
+            total += weight
+        else:
+            b_sum += b_part
+    if WEIGHTED:
+        b_out = b_sum / total[:, None]
+    else:
+        b_out = b_sum / count
     place = (pid // heads).to(tl.int64) * out_strides[0] + (pid % heads).to(tl.int64) * out_strides[2]
     ptrs = out_ptr + place * VECTOR + (offs_t.to(tl.int64) * out_strides[1] * VECTOR)[:, None] + offs_d[None, :]
-    tl.store(ptrs, (b_sum / count).to(out_ptr.dtype.element_ty), mask=(offs_t < text)[:, None] & (offs_d < D)[None, :])
+    tl.store(ptrs, b_out.to(out_ptr.dtype.element_ty), mask=(offs_t < text)[:, None] & (offs_d < D)[None, :])

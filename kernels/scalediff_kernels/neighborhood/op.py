@@ -114,6 +114,7 @@ def _launched(
 ) -> Tensor:
     """Run `image_launch` or `text_launch`. Triton is imported at the first call."""
     from scalediff_kernels.neighborhood import launch
+    from scalediff_kernels.neighborhood.strides import aligned
 
     q = tensors[0]
     window, patch, offset, scale = numbers
@@ -121,7 +122,7 @@ def _launched(
     rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
     how = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
     with on(q.device):
-        ready = (None if x is None else launch.aligned(x) for x in tensors)
+        ready = (None if x is None else aligned(x) for x in tensors)
         getattr(launch, name)(out, *ready, rope, **how, device=device_name(q.device)).run()
     return out
 

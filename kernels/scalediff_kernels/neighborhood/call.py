@@ -1,0 +1,73 @@
+"""One call of an attention kernel: its tensors with the geometry of their patches, from which the launch configuration follows.
+
+Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from torch import Tensor
+
+from scalediff_kernels.neighborhood.config import MIN_BLOCK, Problem, ceil_power_of_two
+from scalediff_kernels.neighborhood.strides import suits_descriptor
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments as in `api`, already checked."""
+
+    queries: Literal["image", "text"]
+    q: Tensor  # [B, Y, X, H, D], or text queries [B, T, H, D]
+    keys: tuple[Tensor, Tensor]  # k and v, [B, Y, X, G, D]
+    text: tuple[Tensor, Tensor] | None  # text_k and text_v, [B, T, G, D]
+    rope: tuple[Tensor, Tensor] | None
+    window: tuple[int, int]
+    patch: tuple[int, int]
+    offset: tuple[int, int]
+    scale: float
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.keys[0].shape[1], self.keys[0].shape[2]
+
+    @property
+    def cut_window(self) -> tuple[int, int]:
+        """The window, cut to the grid."""
+        return min(self.window[0], self.grid[0]), min(self.window[1], self.grid[1])
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        rows, columns = (-(-(n + o) // p) for n, o, p in zip(self.grid, self.offset, self.patch, strict=True))
+        return rows, columns
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens."""
+        return 0 if self.text is None else self.text[0].shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.q.shape[-2] // self.keys[0].shape[-2]
+
+    @property
+    def block_d(self) -> int:
+        """The head dim, padded to a power of two."""
+        return max(MIN_BLOCK, ceil_power_of_two(self.q.shape[-1]))
+
+    @property
+    def log2_scale(self) -> float:
+        """The factor of scores whose power of two is taken; not negative, since the kernels negate queries or scores."""
+        return abs(self.scale) * math.log2(math.e)
+
+    @property
+    def problem(self) -> Problem:
+        q = self.q
+        descriptors = all(suits_descriptor(x) for x in (q, *self.keys, *(self.text or ())))
+        heads, windows = (q.shape[0] * q.shape[-2], prod(self.patches)) if self.queries == "text" else (1, 1)
+        sizes = self.grid, self.cut_window, self.patch, q.shape[-1], q.element_size(), self.tokens
+        return Problem(*sizes, self.queries, descriptors, self.rope is not None, heads, windows)

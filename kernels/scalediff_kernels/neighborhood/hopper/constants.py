@@ -1,0 +1,81 @@
+"""What the warp-specialised kernel is compiled for, and the layouts that follow.
+
+Legend: M x N query x key block of a consumer, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.experimental.gluon import language as gl
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the kernel is compiled for. Boxes, windows and patches are `(Y, X)` in tokens; a box of text is `(1, tokens)`."""
+
+    query_box: tuple[int, int]
+    key_box: tuple[int, int]
+    window: tuple[int, int]
+    patch: tuple[int, int]
+    group: int  # H / G
+    head_dim: int
+    block_d: int  # power of two
+    stages: int
+    consumers: int
+    registers: int  # of a consumer's thread
+    text_queries: bool
+    has_text: bool  # text keys
+    rope: bool
+    ragged_text: bool  # its first block reaches beyond the text
+    negate: bool
+    ping_pong: bool
+    store_boxes: bool
+    lse: bool
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Query tiles of a patch."""
+        return -(-self.patch[0] // self.query_box[0]), -(-self.patch[1] // self.query_box[1])
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Distance of the query boxes of two consumers."""
+        rows, columns = self.query_box
+        return (rows // self.consumers, 0) if rows >= self.consumers else (0, columns // self.consumers)
+
+    @property
+    def full(self) -> tuple[int, int]:
+        """Key boxes that tile the window, along each axis."""
+        return self.window[0] // self.key_box[0], self.window[1] // self.key_box[1]
+
+    @property
+    def boxes(self) -> tuple[int, int]:
+        """Key boxes that cover the window, along each axis."""
+        return -(-self.window[0] // self.key_box[0]), -(-self.window[1] // self.key_box[1])
+
+    @property
+    def ragged_window(self) -> bool:
+        """Whether boxes of keys overlap, because they do not tile the window."""
+        return self.boxes != self.full
+
+    @property
+    def m(self) -> int:
+        return self.query_box[0] * self.query_box[1] // self.consumers
+
+    @property
+    def n(self) -> int:
+        return self.key_box[0] * self.key_box[1]
+
+    @property
+    def scores_layout(self) -> gl.NVMMADistributedLayout:
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.n, 16])
+
+    @property
+    def out_layout(self) -> gl.NVMMADistributedLayout:
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.block_d, 16])
+
+    @property
+    def wide_layout(self) -> gl.BlockedLayout:
+        """Rows of D elements in vectors of 16 bytes."""
+        return gl.BlockedLayout([1, 8], [32 // (self.block_d // 8), self.block_d // 8], [4, 1], [1, 0])

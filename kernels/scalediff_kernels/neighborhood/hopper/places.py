@@ -1,0 +1,68 @@
+"""Device functions of integers: which queries a tile has, which windows and blocks of keys it attends to, and where these start.
+
+Legend: Y x X token grid.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def place(tile, sizes, C: gl.constexpr):
+    """Batch and head of a tile, its first token, its windows, and its blocks of keys.
+
+    Tiles of image queries are ordered along x, y, heads and batch; those outside the grid are not among them. Text tokens are counted
+    along y, and parts of the windows and blocks that they attend to take the place of x.
+    """
+    _, rows, columns, skip_y, skip_x, _, _, patches_x, offset_y, offset_x, heads, windows, part_windows, blocks, part_blocks, _, _ = sizes
+    plane = tile // (rows * columns)
+    if C.text_queries:
+        y = tile % rows * C.query_box[1]
+        x = 0
+        part = tile // rows % columns
+        block_parts = (blocks + part_blocks - 1) // part_blocks
+        first = part // block_parts * part_windows
+        last = gl.minimum(first + part_windows, windows)
+        begin = part % block_parts * part_blocks
+        end = gl.minimum(begin + part_blocks, blocks)
+    else:
+        row = tile // columns % rows + skip_y
+        column = tile % columns + skip_x
+        y = row // C.tiles[0] * C.patch[0] + row % C.tiles[0] * C.query_box[0] - offset_y
+        x = column // C.tiles[1] * C.patch[1] + column % C.tiles[1] * C.query_box[1] - offset_x
+        first = row // C.tiles[0] * patches_x + column // C.tiles[1]
+        last = first + 1
+        begin = 0
+        end = blocks
+    return plane // heads, plane % heads, y, x, first, last, begin, end
+
+
+@gluon.jit
+def window_start(patch, length, offset, PATCH: gl.constexpr, WINDOW: gl.constexpr):
+    """First key of a patch's window along one axis: centred on the patch, then clamped into the grid."""
+    return gl.maximum(gl.minimum(patch * PATCH - offset + PATCH // 2 - WINDOW // 2, length - WINDOW), 0)
+
+
+@gluon.jit
+def key_place(i, C: gl.constexpr):
+    """The token of the window at which box i starts, and how many of its first rows and columns earlier boxes have.
+
+    First the boxes that tile the window; then its last column and row of boxes, moved back inside.
+    """
+    block_y = i // C.full[1]
+    block_x = i % C.full[1]
+    if C.ragged_window:
+        FAR_COLUMN: gl.constexpr = C.boxes[0] if C.boxes[1] > C.full[1] else 0  # number of boxes in it, including the corner
+        far = i - C.full[0] * C.full[1]
+        in_column = far < FAR_COLUMN
+        block_y = gl.where(far < 0, block_y, gl.where(in_column, far, C.boxes[0] - 1))
+        block_x = gl.where(far < 0, block_x, gl.where(in_column, C.boxes[1] - 1, far - FAR_COLUMN))
+    y = gl.minimum(block_y * C.key_box[0], C.window[0] - C.key_box[0])
+    x = gl.minimum(block_x * C.key_box[1], C.window[1] - C.key_box[1])
+    return y, x, block_y * C.key_box[0] - y, block_x * C.key_box[1] - x
+
+
+@gluon.jit
+def text_token(j, text_blocks, C: gl.constexpr):
+    """The first text token of block j. The last tokens come first: only block 0 may reach beyond the text, which no loop has to check."""
+    return (text_blocks - 1 - j) * C.n
