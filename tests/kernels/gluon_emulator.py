@@ -20,7 +20,7 @@ from torch import Tensor
 from tests.kernels.gluon_language import FUNCTIONS, EmulationError, Pointer, Translator
 from tests.kernels.gluon_machine import Barrier, Machine, Memory, Order, Race, Transfer, kernel_line
 
-LAUNCH_OPTIONS = {"enable_fp_fusion", "num_warps", "num_ctas", "num_stages", "maxnreg"}
+LAUNCH_OPTIONS = {"num_warps", "num_ctas", "num_stages", "maxnreg", "enable_fp_fusion"}
 
 
 class Descriptor:
@@ -52,12 +52,13 @@ class Descriptor:
 
 
 class Accumulator:
-    """The result of an asynchronous product; the wait that names it in `deps` makes a tensor of it."""
+    """The result of an asynchronous product, for which a wait returns a tensor."""
 
-    value: Tensor | None = None
+    def __init__(self, value: Tensor | None = None) -> None:
+        self.value = value
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise EmulationError("an accumulator is used before a wait has returned it complete")
+        raise EmulationError("an accumulator is used that no wait has returned complete")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __getitem__ = _refuse
     __getattr__ = _refuse
@@ -73,57 +74,51 @@ class MBarriers:
     def MBarrierLayout(self, *_: Any) -> None:
         pass
 
-    def allocate_mbarrier(self, batch: int | None = None, name: str = "mbarrier") -> Memory:
-        return self.machine.allocate(torch.int64, [1] if batch is None else [batch, 1], name=name)
-
-    def find(self, memory: Memory) -> Barrier:
-        barrier = memory.allocation.barriers.get(memory.data.storage_offset())
-        if barrier is None or not self.machine.order.seen & barrier.initialised:
-            raise EmulationError(f"{memory.name} is used before mbarrier.init")
-        return barrier
+    def allocate_mbarrier(self, batch: int | None = None) -> Memory:
+        return self.machine.allocate(torch.int64, [1] if batch is None else [batch, 1])
 
     def init(self, memory: Memory, count: int) -> None:
         self.machine.switch()
         barriers, at = memory.allocation.barriers, memory.data.storage_offset()
         if at in barriers:
             raise EmulationError(f"{memory.name} is initialised twice")
-        barriers[at] = Barrier(memory.name, count, self.machine.event(), pending=count)
+        barriers[at] = Barrier(memory, count, count, self.machine.event())
         self.machine.order.seen |= barriers[at].initialised
 
     def invalidate(self, memory: Memory) -> None:
         self.machine.switch()
-        self.find(memory)
+        self.machine.barrier(memory)
         del memory.allocation.barriers[memory.data.storage_offset()]
 
     def expect(self, memory: Memory, bytes_per_cta: int | None = None, pred: Any = True, *, bytes: int = 0) -> None:
         self.machine.switch()
         if pred:
-            self.find(memory).arrive(1, bytes_per_cta or bytes, self.machine.order)
+            self.machine.barrier(memory).arrive(1, bytes_per_cta or bytes, self.machine.order)
 
     def arrive(self, memory: Memory, *, count: int = 1, pred: Any = True) -> None:
         self.machine.switch()
         if pred:
-            self.find(memory).arrive(count, 0, self.machine.order)
+            self.machine.barrier(memory).arrive(count, 0, self.machine.order)
 
     def wait(self, memory: Memory, phase: int, pred: Any = True, deps: Sequence[Memory] = ()) -> None:
         if phase not in (0, 1):
             raise EmulationError(f"the phase of a wait is 0 or 1, got {phase=} at {memory.name}")
         if pred:
-            self.machine.wait(self.find(memory), int(phase))
+            self.machine.wait(self.machine.barrier(memory), int(phase))
 
 
 class TMA:
     """`hopper.tma`."""
 
-    def __init__(self, machine: Machine, barriers: MBarriers) -> None:
-        self.machine, self.barriers = machine, barriers
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
 
     def async_load(self, descriptor: Descriptor, coord: Sequence[int], barrier: Memory, result: Memory, pred: Any = True) -> None:
         machine = self.machine
         machine.switch()
         if not pred:
             return
-        found, nbytes = self.barriers.find(barrier), descriptor.nbytes_per_cta
+        found, nbytes = machine.barrier(barrier), descriptor.nbytes_per_cta
         if not machine.order.fenced & found.initialised:
             raise Race(f"a TMA load needs a fence_async_shared after mbarrier.init of {barrier.name}")
         _check_box(descriptor, result)
@@ -136,7 +131,7 @@ class TMA:
 
         result.data.fill_(float("nan"))
         machine.in_flight.append(Transfer(land, order, machine.load_speed))
-        machine.loads.append((event, f"TMA load of {result.name} by {machine.current.name}{kernel_line()}"))
+        machine.loads.append((event, f"TMA load of {result.name} by {machine.current.name} at {kernel_line()}"))
 
     def async_store(self, descriptor: Descriptor, coord: Sequence[int], src: Memory) -> None:
         self.machine.switch()
@@ -161,20 +156,17 @@ class Hopper:
     """`language.nvidia.hopper`."""
 
     def __init__(self, machine: Machine) -> None:
-        self.machine, self.mbarrier = machine, MBarriers(machine)
-        self.tma = TMA(machine, self.mbarrier)
+        self.machine, self.mbarrier, self.tma = machine, MBarriers(machine), TMA(machine)
 
     def fence_async_shared(self, cluster: bool = False) -> None:
         self.machine.switch()
         self.machine.order.fenced |= self.machine.order.seen
 
     def warpgroup_mma_init(self, value: Tensor) -> Accumulator:
-        accumulator = Accumulator()
-        accumulator.value = value
-        return accumulator
+        return Accumulator(value)
 
     def warpgroup_mma(self, a: Any, b: Memory, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any) -> Any:
-        """`a @ b + acc`; an asynchronous product reads its operands at the wait, since `Machine.access` keeps them from changing."""
+        """`a @ b + acc`. It is computed at the wait: `Machine.access` makes sure that the operands in shared memory stay as they are."""
         self.machine.switch()
         if a.dtype != b.dtype:
             raise EmulationError(f"the operands of a product have two dtypes, got {a.dtype} and {b.dtype}")

@@ -148,7 +148,7 @@ FUNCTIONS: dict[str, Any] = (
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites what Python would take otherwise: tensors are values, integers are divided towards zero, `x.type.layout` is `x.layout`."""
+    """Rewrites what means something else in Python: `x += y` of tensors, division of negative integers, `x.type`; and names memory."""
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
@@ -165,12 +165,23 @@ class _Rewriter(ast.NodeTransformer):
         return node.value if node.attr == "type" else node
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        """Shared memory takes the name of its variable."""
         self.generic_visit(node)
-        target, call = node.targets[0], node.value
-        if isinstance(target, ast.Name) and isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("_shared_memory", "_mbarrier")):
-            call.keywords.append(ast.keyword("name", ast.Constant(target.id)))
+        node.value = self._named(node.targets[0], node.value)
         return node
+
+    def _named(self, target: ast.expr, value: ast.expr) -> ast.expr:
+        if isinstance(target, ast.Name) and isinstance(value, ast.Call):
+            return ast.Call(ast.Name("_named", ast.Load()), [value, ast.Constant(target.id)], [])
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            value.elts = [self._named(*pair) for pair in zip(target.elts, value.elts, strict=True)]
+        return value
+
+
+def _named(value: Any, variable: str) -> Any:
+    """The value; shared memory takes the name of its variable, for messages."""
+    if hasattr(type(value), "assigned_to"):
+        value.assigned_to(variable)
+    return value
 
 
 @functools.cache
@@ -202,7 +213,7 @@ class Translator:
             code, names = _compiled(function)
             known = function.__globals__ | inspect.getclosurevars(function).nonlocals
             namespace = {name: self.value(known[name]) for name in names & known.keys()}
-            exec(code, namespace | {"_divide": divide, "_remainder": remainder}, definitions := dict[str, Any]())
+            exec(code, namespace | {"_divide": divide, "_remainder": remainder, "_named": _named}, definitions := dict[str, Any]())
             self.functions[function] = definitions[function.__name__]
         return self.functions[function]
 
@@ -214,7 +225,7 @@ class Translator:
             return next(ours for name, ours in DTYPES.items() if getattr(language, name) == value)
         if isinstance(value, ModuleType) and value.__name__.startswith("triton."):
             return self.modules.get(value.__name__.rpartition(".")[2])
-        if getattr(value, "__module__", "").startswith("triton.") and hasattr(value, "__name__"):
+        if (getattr(value, "__module__", None) or "").startswith("triton.") and hasattr(value, "__name__"):
             module = self.modules.get(value.__module__.rpartition(".")[2], self.modules["language"])
             return getattr(module, value.__name__)
         return self.function(value.fn) if isinstance(value, JITFunction) else value

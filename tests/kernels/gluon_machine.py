@@ -7,13 +7,13 @@ access that conflicts with another one and is not ordered after it is an error, 
 from __future__ import annotations
 
 import functools
+import os
 import random
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,17 +35,23 @@ class _Stopped(BaseException):
 
 
 def kernel_line() -> str:
-    """Where the kernel is, as " (file:line)"."""
+    """The line of the kernel that runs, as "file:line"."""
     frame = sys._getframe(1)
-    while "_divide" not in frame.f_globals:  # translated functions have it
+    while "_divide" not in frame.f_globals:  # only translated functions have it
         assert frame.f_back is not None
         frame = frame.f_back
-    return f" ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def _held_lock() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 @dataclass
 class Order:
-    """The events known to have happened, one bit for each; `fenced` are those that a fence orders before asynchronous accesses."""
+    """The events known to have happened, one bit for each; a fence orders those in `fenced` before asynchronous accesses."""
 
     seen: int = 0
     fenced: int = 0
@@ -57,7 +63,7 @@ class Order:
 
 @dataclass
 class Access:
-    """An access to shared memory. That of a product or a TMA transfer is asynchronous: only who waits for it knows its event."""
+    """An access to shared memory. Products and TMA transfers are asynchronous: only a partition that waits for one knows its event."""
 
     event: int
     elements: int  # of the allocation, a byte for each
@@ -69,6 +75,7 @@ class Access:
 @dataclass
 class Allocation:
     elements: Tensor
+    name: str = "shared memory"
     accesses: list[Access] = field(default_factory=list)
     barriers: dict[int, Barrier] = field(default_factory=dict)
 
@@ -77,21 +84,21 @@ class Allocation:
 class Barrier:
     """An mbarrier: the current phase completes when no arrivals and no bytes are pending."""
 
-    name: str
+    memory: Memory
     count: int
-    initialised: int  # the event
     pending: int
+    initialised: int  # the event
     phase: int = 0
     bytes: int = 0
     phases_awaited: int = 0
     arrived: Order = field(default_factory=Order)
-    completed: Order = field(default_factory=Order)  # what who waits for the last complete phase knows
+    completed: Order = field(default_factory=Order)  # `arrived` when the last complete phase completed
 
     def has_passed(self, parity: int) -> bool:
         return (self.phase - 1) % 2 == parity
 
     def arrive(self, count: int, bytes: int, order: Order) -> None:
-        """Count arrivals, and bytes that are expected or, below zero, have come."""
+        """Count arrivals and expected bytes; bytes that have arrived are negative."""
         if count > self.pending:
             raise EmulationError(f"too many arrivals at {self}, got {count=}")
         self.pending -= count
@@ -100,12 +107,12 @@ class Barrier:
         if self.pending or self.bytes:
             return
         if self.phases_awaited < self.phase:
-            raise EmulationError(f"{self.name} completes phase {self.phase}, and nobody has waited for phase {self.phase - 1}")
+            raise EmulationError(f"{self.memory.name} completes phase {self.phase} before anyone has waited for phase {self.phase - 1}")
         self.phase, self.pending = self.phase + 1, self.count
         self.completed.join(self.arrived)
 
     def __str__(self) -> str:
-        return f"{self.name}: phase {self.phase}, {self.pending} of {self.count} arrivals and {self.bytes} bytes pending"
+        return f"{self.memory.name}: phase {self.phase}, {self.pending} of {self.count} arrivals and {self.bytes} bytes pending"
 
 
 @functools.cache
@@ -122,12 +129,21 @@ class Memory:
 
     layout = None
 
-    def __init__(self, machine: Machine, allocation: Allocation, data: Tensor, name: str) -> None:
-        self.machine, self.allocation, self.data, self.name = machine, allocation, data, name
+    def __init__(self, machine: Machine, allocation: Allocation, data: Tensor, part: str = "") -> None:
+        self.machine, self.allocation, self.data, self.part = machine, allocation, data, part
         self.shape, self.dtype = list(data.shape), data.dtype
 
-    def _view(self, data: Tensor, index: str = "") -> Memory:
-        return Memory(self.machine, self.allocation, data, self.name + index)
+    @property
+    def name(self) -> str:
+        return self.allocation.name + self.part
+
+    def assigned_to(self, variable: str) -> None:
+        """An allocation takes the name of its variable."""
+        if self.data is self.allocation.elements:
+            self.allocation.name = variable
+
+    def _view(self, data: Tensor, part: str = "") -> Memory:
+        return Memory(self.machine, self.allocation, data, self.part + part)
 
     def index(self, index: int) -> Memory:
         if not 0 <= index < self.shape[0]:
@@ -161,7 +177,7 @@ class Memory:
 
 @dataclass
 class Transfer:
-    """An asynchronous operation in flight: what it does in the end, and the order that who waits for it knows then."""
+    """An asynchronous operation in flight: how it ends, and the events known to a partition that waits for it."""
 
     finish: Callable[[], None]
     order: Order
@@ -170,19 +186,21 @@ class Transfer:
 
 @dataclass(eq=False)
 class Partition:
+    """A partition of a warp-specialised kernel, or the kernel outside `gl.warp_specialize`."""
+
     name: str
     order: Order
     speed: float = 1
-    waits_for: tuple[Barrier, int] | None = None
+    awaited: tuple[Barrier, int, str] | None = None  # with the parity and the line of the kernel
     done: bool = False
     result: Any = None
     products: deque[Transfer] = field(default_factory=deque)
     stores: deque[Transfer] = field(default_factory=deque)
-    baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    baton: threading.Lock = field(default_factory=_held_lock)
 
     @property
     def ready(self) -> bool:
-        return not self.done and (self.waits_for is None or self.waits_for[0].has_passed(self.waits_for[1]))
+        return not self.done and (self.awaited is None or self.awaited[0].has_passed(self.awaited[1]))
 
     def retire(self, transfers: deque[Transfer], most: int) -> None:
         """Finish the oldest transfers until `most` are in flight."""
@@ -197,9 +215,10 @@ class Partition:
         self.done = True
 
     def __str__(self) -> str:
-        if self.waits_for is None:
-            return f"{self.name} has ended" if self.done else f"{self.name} is ready"
-        return f"{self.name} waits for parity {self.waits_for[1]} of {self.waits_for[0]}"
+        if self.awaited is None:
+            return f"{self.name} has ended"
+        barrier, parity, line = self.awaited
+        return f"{self.name} waits at {line} for parity {parity} of {barrier}"
 
 
 class Machine:
@@ -229,7 +248,7 @@ class Machine:
         """Record an access by the current partition, and check its order against those that it conflicts with."""
         allocation, order, kept = memory.allocation, self.order, list[Access]()
         elements = _elements(memory.data.shape, memory.data.stride(), memory.data.storage_offset())
-        new = Access(self.event(), elements, write, asynchronous, f"{what} of {memory.name} by {self.current.name}{kernel_line()}")
+        new = Access(self.event(), elements, write, asynchronous, f"{what} of {memory.name} by {self.current.name} at {kernel_line()}")
         for old in allocation.accesses:
             shared = old.elements & elements
             if shared and (write or old.write):
@@ -243,21 +262,27 @@ class Machine:
         allocation.accesses = [*kept, new]
         return new.event
 
-    def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: Any = None, value: Any = None, name: str = "memory") -> Memory:
+    def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: Any = None, value: Any = None) -> Memory:
         """`gl.allocate_shared_memory`; what is not yet written is NaN."""
         elements = torch.full(list(shape), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
         self.allocations.append(Allocation(elements))
-        memory = Memory(self, self.allocations[-1], elements, name)
+        memory = Memory(self, self.allocations[-1], elements)
         if value is not None:
             memory.store(value)
         return memory
 
+    def barrier(self, memory: Memory) -> Barrier:
+        barrier = memory.allocation.barriers.get(memory.data.storage_offset())
+        if barrier is None or not self.order.seen & barrier.initialised:
+            raise EmulationError(f"{memory.name} is used before mbarrier.init")
+        return barrier
+
     def wait(self, barrier: Barrier, parity: int) -> None:
         """Go on when the phase before the barrier's current one has this parity, knowing what arrived before it completed."""
         partition = self.current
-        partition.waits_for = barrier, parity
+        partition.awaited = barrier, parity, kernel_line()
         self.switch()
-        partition.waits_for = None
+        partition.awaited = None
         partition.order.join(barrier.completed)
         barrier.phases_awaited = barrier.phase
 
@@ -286,11 +311,13 @@ class Machine:
             self.in_flight.remove(chosen)
             chosen.finish()
 
-    def specialize(self, functions_and_args: Sequence[Any], num_warps: Sequence[int], num_regs: Sequence[int] | None = None) -> Any:
-        """`gl.warp_specialize`."""
+    def specialize(self, functions_and_args: Any, worker_num_warps: Sequence[int], worker_num_regs: Sequence[int] | None = None) -> Any:
+        """`gl.warp_specialize`: run the partitions to their ends; the first one's result is that of the kernel."""
         workers = len(functions_and_args) - 1
-        if self.current is not self.main or len(num_warps) != workers or (num_regs is not None and len(num_regs) != workers):
-            raise EmulationError(f"warp_specialize of {workers} workers, got {num_warps=}, {num_regs=} in {self.current.name}")
+        if len(worker_num_warps) != workers or (worker_num_regs is not None and len(worker_num_regs) != workers):
+            raise EmulationError(f"warp_specialize has {workers} workers, got {worker_num_warps=} and {worker_num_regs=}")
+        if self.current is not self.main:
+            raise EmulationError(f"warp_specialize cannot be nested, got a call in {self.current.name}")
         self.partitions = [
             Partition(f"partition {i} ({function.__name__})", replace(self.order), self._speed())
             for i, (function, _) in enumerate(functions_and_args)
