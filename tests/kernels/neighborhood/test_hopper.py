@@ -1,0 +1,180 @@
+"""The warp-specialised kernel of sm_90 against the fp64 reference, in an emulator that finds races and deadlocks."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from scalediff_kernels.neighborhood.config import Problem as config_problem
+from scalediff_kernels.neighborhood.config import launch_config
+from scalediff_kernels.neighborhood.geometry import windows
+from tests.kernels import gluon_language
+from tests.kernels.gluon_emulator import run as emulate
+from tests.kernels.gluon_language import EmulationError
+from tests.kernels.gluon_machine import Deadlock, Race
+from tests.kernels.neighborhood.pipelines import CHOSEN, JOINT, SMALL, assert_right, draw, launches, run
+from tests.kernels.problems import GPU, Problem
+
+pytestmark = pytest.mark.skipif(GPU, reason="the emulator is for CPUs; tests/kernels/test_on_the_gpu.py runs these problems on a GPU")
+
+
+@pytest.mark.parametrize("problem", CHOSEN, ids=lambda p: f"{p.grid[0]}x{p.grid[1]}-D{p.dim}-T{p.text}")
+def test_chosen_problems_keep_the_error_budget(problem: Problem) -> None:
+    assert_right(problem)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_problems_keep_the_error_budget(seed: int) -> None:
+    assert_right(draw(seed), programs=1 + seed % 3, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(10))
+def test_many_drawn_problems_keep_the_error_budget(block: int) -> None:
+    for seed in range(1000 + 25 * block, 1025 + 25 * block):
+        assert_right(draw(seed), programs=1 + seed % 4, seed=seed)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("box", "ping_pong"), [((8, 16), True), ((8, 16), False), ((12, 16), False), ((16, 16), False)])
+def test_candidates_for_tuning_are_right(box: tuple[int, int], ping_pong: bool, stages: int) -> None:
+    """Two to four consumers, by turns if there are two, and blocks of 64 keys."""
+    problem = Problem((48, 32), (48, 32), (48, 16), (0, 0), 16, heads=1, groups=1, dtype=torch.float16)
+    config = launch_config(config_problem(problem.grid, problem.window, problem.patch, problem.dim, 2), "sm_90")
+    changes = {"query_box": box, "key_box": (2, 32), "text_block": 64, "num_stages": stages, "ping_pong": ping_pong}
+    assert_right(problem, config=config._replace(**changes))
+
+
+def test_the_same_bits_whatever_the_order() -> None:
+    """Of partitions and loads, and whatever the number of programs."""
+    first = run(JOINT, programs=1)
+    for seed in range(1, 6):
+        for a, b in zip(first, run(JOINT, programs=seed, seed=seed), strict=True):
+            assert a is not None
+            assert b is not None
+            assert torch.equal(a, b)
+
+
+def test_a_query_sees_its_window_and_nothing_else() -> None:
+    """NaN in every key outside a patch's window must not reach the patch: boxes that do not tile the window stay inside it."""
+    problem = Problem((20, 23), (13, 17), (8, 16), (3, 5), 16, heads=1, groups=1, dtype=torch.float16)
+    q, k, v = problem.inputs()
+    clean = run(problem)[0]
+    axes = [windows(*axis) for axis in zip(problem.grid, problem.window, problem.patch, problem.offset, strict=True)]
+    for (y0, y1, key_y0, key_y1), (x0, x1, key_x0, key_x1) in itertools.product(*axes):
+        outside = torch.ones(problem.grid, dtype=torch.bool)
+        outside[key_y0:key_y1, key_x0:key_x1] = False
+        poisoned = [x.masked_fill(outside[None, :, :, None, None], float("nan")) for x in (k, v)]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Problem, "inputs", lambda self, found=(q, *poisoned): found)
+            out = run(problem)[0]
+        assert torch.equal(out[:, y0:y1, x0:x1], clean[:, y0:y1, x0:x1])
+
+
+def test_log_sum_exp_of_image_queries() -> None:
+    """Each query's log-sum-exp of its scores, against torch in fp64."""
+    problem = Problem((17, 20), (12, 16), (8, 16), (3, 5), 16, heads=2, groups=1, dtype=torch.float16)
+    q, k, _ = problem.inputs()
+    (launch,) = launches(problem, (torch.empty_like(q), None))
+    lse = torch.full(q.shape[:-1], float("nan"))
+    constants = vars(launch.arguments["C"]) | {"lse": True}
+    emulate(launch.kernel, (2,), launch.arguments | {"lse_ptr": lse, "C": type(launch.arguments["C"])(**constants)})
+    axes = [windows(*axis) for axis in zip(problem.grid, problem.window, problem.patch, problem.offset, strict=True)]
+    for (y0, y1, key_y0, key_y1), (x0, x1, key_x0, key_x1) in itertools.product(*axes):
+        keys = k[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2).double().expand(-1, -1, 2, -1)
+        scores = torch.einsum("byxhd,bkhd->byxhk", q[:, y0:y1, x0:x1].double(), keys) * problem.arguments["scale"]
+        torch.testing.assert_close(lse[:, y0:y1, x0:x1], scores.logsumexp(-1).float())
+
+
+@contextmanager
+def edited(old: str, new: str) -> Iterator[None]:
+    """The kernel with one piece of its source replaced, wherever it occurs."""
+    original, found = inspect.getsourcelines, []
+
+    def getsourcelines(function: Any) -> tuple[list[str], int]:
+        lines, first = original(function)
+        source = "".join(lines)
+        found.extend([function] * source.count(old))
+        return source.replace(old, new).splitlines(keepends=True), first
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gluon_language.inspect, "getsourcelines", getsourcelines)
+        gluon_language._compiled.cache_clear()
+        try:
+            yield
+        finally:
+            gluon_language._compiled.cache_clear()
+    assert found, f"the kernel has no {old!r}"
+
+
+MUTATIONS: dict[str, tuple[str, str, type[Exception]]] = {
+    "no wait for the first keys": ("mbarrier.wait(k_full.index(stage), n // STAGES & 1)", "pass", Race),
+    "no wait for the next keys": ("mbarrier.wait(k_full.index((n + 1) % STAGES), (n + 1) // STAGES & 1, pred=j + 1 < end)", "pass", Race),
+    "no wait for the queries": ("mbarrier.wait(q_full.index(PART), turn & 1)", "pass", Race),
+    "values of the wrong phase": (
+        "mbarrier.wait(v_full.index(before), before_phase)",
+        "mbarrier.wait(v_full.index(before), 1 - before_phase)",
+        EmulationError,
+    ),
+    "keys are overwritten": ("mbarrier.wait(k_empty.index(stage), phase ^ 1)", "pass", Race),
+    "values are overwritten": ("mbarrier.wait(v_empty.index(stage), phase ^ 1)", "pass", Race),
+    "queries are overwritten": ("mbarrier.wait(q_empty.index(part), turn & 1 ^ 1)", "pass", Race),
+    "one consumer frees the keys for both": (
+        "k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)",
+        "k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 1)",
+        EmulationError,
+    ),
+    "one arrival too many is expected": (
+        "v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)",
+        "v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS + 1)",
+        Deadlock,
+    ),
+    "keys are freed before their product is done": (
+        "warpgroup_mma_wait(1, deps=[next_scores])",
+        "warpgroup_mma_wait(2, deps=[next_scores])",
+        EmulationError,
+    ),
+    "values are freed before their product is done": (
+        "warpgroup_mma_wait(0, deps=[next_acc, next_p])",
+        "warpgroup_mma_wait(1, deps=[next_acc, next_p])",
+        EmulationError,
+    ),
+    "values are never freed": ("mbarrier.arrive(v_empty.index(before), count=1)", "pass", Deadlock),
+    "turns are not handed on": ("mbarrier.arrive(turns.index(1 - PART), count=1)", "pass", Deadlock),
+    "a load has half of its bytes": (
+        "mbarrier.expect(full, desc.block_type.nbytes)",
+        "mbarrier.expect(full, desc.block_type.nbytes // 2)",
+        EmulationError,
+    ),
+    "the wrong stage is loaded": ("stage = n % C.stages", "stage = (n + 1) % C.stages", EmulationError),
+    "no fence after the rotation": (".to(target.dtype))\n    fence_async_shared()", ".to(target.dtype))", Race),
+    "no fence before the store": ("fence_async_shared()  # before the store", "# before the store", Race),
+    "the result is overwritten before it is stored": ("tma.store_wait(0)", "pass", Race),
+    "no fence after the barriers are initialised": ("turns = _barriers(2, 1)\n    fence_async_shared()", "turns = _barriers(2, 1)", Race),
+    "windows do not move": ("key_x += start_x", "pass", AssertionError),
+    "the text is not masked": ("(offs < stop)", "(offs < N)", AssertionError),
+    "text keys meet queries that are not rotated": ("gl.where(is_text, rotated, plain)", "plain", AssertionError),
+    "sums are not rescaled": ("acc = acc * gl.expand_dims(gl.convert_layout(shrink, ROWS), 1)", "pass", AssertionError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "error"), MUTATIONS.values(), ids=MUTATIONS)
+def test_mutations_of_the_kernel_are_caught(old: str, new: str, error: type[Exception]) -> None:
+    with edited(old, new), pytest.raises(error):
+        assert_right(JOINT, programs=1, seed=1)
+
+
+def test_a_deadlock_says_who_waits_for_what() -> None:
+    with (
+        edited("mbarrier.arrive(v_empty.index(before), count=1)", "pass"),
+        pytest.raises(Deadlock, match=r"\(produce\) waits at produce.py:\d+ for parity 0 of v_empty\[0\]: phase 0, 2 of 2 arrivals"),
+    ):
+        run(SMALL, programs=1)
