@@ -35,15 +35,16 @@ def committed(kernels: str) -> dict[str, DataFrame]:
 
 
 def tables(kernels: str) -> list[str]:
-    """Registers / KB of shared memory by target, for every Triton version; `p` marks the pointer path of attention."""
+    """Registers / KB of shared memory by target, for every Triton version. `w` and `p` mark the warp-specialised and the pointer path."""
     lines: list[str] = []
     keys, shown = KERNELS[kernels].KEYS, KERNELS[kernels].SHOWN
     for version, every in committed(kernels).items():
         rows = every.query(shown) if shown else every
         cell = rows["registers"] + "/" + [str(-(-int(shared or 0) // 1024)) for shared in rows["shared"]]
-        pointers = rows.get("path", rows["target"]).map({"pointer": "p "}).fillna("")
+        pointers = rows.get("path", rows["target"]).map({"pointer": "p ", "warp-specialised": "w "}).fillna("")
         cells = (pointers + cell).where(rows["registers"] != "", "does not compile")
-        by_target = rows.assign(cell=cells).pivot(index=list(keys), columns="target", values="cell")[list(rows["target"].unique())]
+        rows = rows.assign(cell=cells).drop_duplicates([*keys, "target"])  # the path that the table chooses is first
+        by_target = rows.pivot(index=list(keys), columns="target", values="cell")[list(rows["target"].unique())]
         ordered = rows[list(keys)].drop_duplicates().merge(by_target, on=list(keys)).rename(columns=keys)
         lines += [f"Triton {version}: {len(every)} kernels, {(every['faults'] != '').sum()} with faults", ""]
         lines += [*table(ordered, text=("queries", "side", "kind", "dtype", "layout")), ""]

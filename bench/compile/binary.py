@@ -109,6 +109,22 @@ def serialised(loop: Iterable[str]) -> bool:
     return sum("WARPGROUP.DEPBAR" in i for i in loop) > 2
 
 
+def order(loop: Iterable[str]) -> tuple[str, ...]:
+    """Warpgroup products, waits for all but so many of them, and exponentials in the order of a loop, from the first product after a wait.
+
+    Neighbours of one kind count once.
+    """
+    kinds = {r"\bHGMMA": "products", r"WARPGROUP\.DEPBAR\S* gsb0, 0x(\d)": "wait", r"\bMUFU\.EX2": "exponentials"}
+    found: list[str] = []
+    for instruction in loop:
+        for pattern, kind in kinds.items():
+            if match := re.search(pattern, instruction):
+                name = f"wait {match[1]}" if kind == "wait" else kind
+                found += [name] if found[-1:] != [name] else []
+    turned = (tuple(found[i:] + found[:i]) for i in range(len(found)) if found[i] == "products" and found[i - 1].startswith("wait"))
+    return next(turned, tuple(found))
+
+
 def exponentials(loop: Iterable[str], num_warps: int) -> int:
     """Of one pass of a loop, all threads of a program together."""
     return 32 * num_warps * sum("MUFU.EX2" in i for i in loop)

@@ -93,8 +93,8 @@ class Case:
         return [fault for fault, found in checks.items() if found]
 
 
-def cases() -> Iterator[Case]:
-    """Pictures of every layout, as many as there may be; a dense factor for planes and for channels."""
+def cases(_: str) -> Iterator[Case]:
+    """Of every target: pictures of every layout, as many as there may be; a dense factor for planes and for channels."""
     sides: tuple[Side, Side] = ("down", "up")
     for dtype in (torch.float32, torch.bfloat16):
         for side in sides:

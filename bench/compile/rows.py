@@ -14,7 +14,7 @@ KERNELS: dict[str, Any] = {"attention": attention, "lowpass": lowpass}
 
 def rows_of(kernels: str, target: str) -> list[dict[str, Any]]:
     """Every kernel, compiled for one target."""
-    return [row(case, target) for case in KERNELS[kernels].cases()]
+    return [row(case, target) for case in KERNELS[kernels].cases(target)]
 
 
 def row(case: Any, target: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Call:
 
     def _image(self, sizes: _CallSizes, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         q, k, v = (_tokens(x, 0, sizes.area).unflatten(1, sizes.grid) for x in (q, k, v))
-        geometry = {"window": sizes.window, "patch": sizes.patch, "offset": sizes.offset}
+        geometry: dict[str, Any] = {"window": sizes.window, "patch": sizes.patch, "offset": sizes.offset}
         return neighborhood_patch_attention(q, k, v, **geometry, scale=scale, impl=self.impl).flatten(1, 2)
 
     def _joint(self, sizes: _CallSizes, span: Span, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -132,7 +132,7 @@ def _draw(rng: random.Random, target: str | None) -> Problem:
 PATHS: list[str] = []  # of the launches, as they were chosen
 
 
-def run(problem: Problem, target: str | None, inputs: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor | None]:
+def run(problem: Problem, target: str | None, inputs: tuple[Tensor, ...] | None = None, **options: Any) -> Any:
     """Image and text of the kernels; `target` as in TARGETS."""
     from scalediff_kernels.neighborhood import launch
 
@@ -150,9 +150,10 @@ def run(problem: Problem, target: str | None, inputs: tuple[Tensor, ...] | None 
             patched.setattr("scalediff_kernels.neighborhood.op.device_name", lambda device: target)
         if problem.text:
             return joint_neighborhood_patch_attention(
-                *tensors, **problem.arguments, text_rope=problem.tables(), text_queries=problem.rule, impl="triton"
+                *tensors, **problem.arguments, text_rope=problem.tables(), text_queries=problem.rule, **options, impl="triton"
             )  # type: ignore[misc]
-        return neighborhood_patch_attention(*tensors, **problem.arguments, impl="triton"), None
+        image = neighborhood_patch_attention(*tensors, **problem.arguments, **options, impl="triton")
+        return image if options else (image, None)
 
 
 def expected(problem: Problem, *, exact: bool) -> tuple[Tensor, Tensor | None]:

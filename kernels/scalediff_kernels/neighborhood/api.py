@@ -6,7 +6,7 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -14,11 +14,26 @@ from torch import Tensor
 from scalediff_kernels._launch import has_triton
 from scalediff_kernels.neighborhood import op
 from scalediff_kernels.neighborhood.geometry import check_axis
+from scalediff_kernels.neighborhood.lse import window_log_sum_exp
 from scalediff_kernels.neighborhood.reference import joint_neighborhood_patch_attention_reference, neighborhood_patch_attention_reference
 from scalediff_kernels.neighborhood.windowed_sdpa import joint_neighborhood_patch_attention_sdpa, neighborhood_patch_attention_sdpa
 
 Impl = Literal["auto", "reference", "sdpa", "triton"]
 TextQueries = Literal["window", "global"]
+
+
+@overload
+def neighborhood_patch_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int] = (0, 0),
+    scale: float | None = None, return_lse: Literal[False] = False, impl: Impl = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def neighborhood_patch_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int] = (0, 0),
+    scale: float | None = None, return_lse: Literal[True], impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def neighborhood_patch_attention(
@@ -30,8 +45,9 @@ def neighborhood_patch_attention(
     patch: tuple[int, int],
     offset: tuple[int, int] = (0, 0),
     scale: float | None = None,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every query patch to one key/value window around it.
 
     Args:
@@ -43,13 +59,15 @@ def neighborhood_patch_attention(
         patch: Query patch in tokens, `(Y, X)`, at most the window. The paper uses half the window.
         offset: Shift of the patch grid towards the origin in tokens, `(Y, X)`, each in `[0, patch)`. Border patches are smaller.
         scale: Factor on the scores; `D ** -0.5` when None.
+        return_lse: Whether to return the log-sum-exp of the scores as well, by which results over different keys can be merged.
         impl: The implementation. `"triton"`: the fused kernel (fp16, bf16 or fp32, D a multiple of 8 up to 256, contiguous last axis, no
             gradients). `"sdpa"`: torch's SDPA on windows. `"reference"`: eager torch (fp64 stays fp64). `"auto"`: the kernel for 16-bit
             tensors on a GPU if it supports them and the window does not cover the grid, otherwise SDPA. A named implementation is never
             replaced by another.
 
     Returns:
-        `[B, Y, X, H, D]` in the dtype of q. Under autocast, `"triton"` and `"sdpa"` compute in autocast's dtype and return it.
+        `[B, Y, X, H, D]` in the dtype of q. Under autocast, `"triton"` and `"sdpa"` compute in autocast's dtype and return it. With
+        `return_lse`, a pair of this and the log-sum-exp (natural logarithm) `[B, Y, X, H]` in fp32, or in fp64 for fp64 tensors.
 
     Raises:
         ValueError: Shapes, dtypes or devices disagree, patch exceeds window, an offset is outside the patch, or the scale is not finite.
@@ -63,10 +81,29 @@ def neighborhood_patch_attention(
     window, patch, offset, scale = _check_numbers(q, window, patch, offset, scale)
     chosen = _choose(impl, (q, k, v), covers=window[0] >= q.shape[1] and window[1] >= q.shape[2])
     if chosen == "triton":
-        out: Tensor = op.image_attention(q, k, v, None, None, None, None, window, patch, offset, scale)
+        run = op.image_attention_lse if return_lse else op.image_attention
+        out: Tensor | tuple[Tensor, Tensor] = run(q, k, v, None, None, None, None, window, patch, offset, scale)
         return out
-    run = neighborhood_patch_attention_reference if chosen == "reference" else neighborhood_patch_attention_sdpa
-    return run(q, k, v, window=window, patch=patch, offset=offset, scale=scale)
+    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "scale": scale}
+    attend = neighborhood_patch_attention_reference if chosen == "reference" else neighborhood_patch_attention_sdpa
+    result = attend(q, k, v, **how)
+    return (result, window_log_sum_exp(q, k, None, **how, text_rope=None)) if return_lse else result
+
+
+@overload
+def joint_neighborhood_patch_attention(
+    q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, *, window: tuple[int, int], patch: tuple[int, int],
+    offset: tuple[int, int] = (0, 0), scale: float | None = None, text_rope: tuple[Tensor, Tensor] | None = None,
+    text_queries: TextQueries | None = "window", return_lse: Literal[False] = False, impl: Impl = "auto",
+) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+
+
+@overload
+def joint_neighborhood_patch_attention(
+    q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, *, window: tuple[int, int], patch: tuple[int, int],
+    offset: tuple[int, int] = (0, 0), scale: float | None = None, text_rope: tuple[Tensor, Tensor] | None = None,
+    text_queries: TextQueries | None = "window", return_lse: Literal[True], impl: Impl = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor]: ...  # fmt: skip
 
 
 def joint_neighborhood_patch_attention(
@@ -83,12 +120,13 @@ def joint_neighborhood_patch_attention(
     scale: float | None = None,
     text_rope: tuple[Tensor, Tensor] | None = None,
     text_queries: TextQueries | None = "window",
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Neighborhood patch attention with text tokens in the same softmax: image queries attend to text and to their window.
 
     Args:
-        q, k, v, window, patch, offset, scale, impl: As in `neighborhood_patch_attention`, with D even if `text_rope` is given.
+        q, k, v, window, patch, offset, scale, return_lse, impl: As in `neighborhood_patch_attention`, with D even if `text_rope` is given.
         text_q: Text queries `[B, T, H, D]`, with the dtype and device of q.
         text_k, text_v: Text keys and values `[B, T, G, D]`, likewise.
         text_rope: Tables (cos, sin), each `[patches_y, patches_x, D / 2]`, fp32 or fp64, with cos^2 + sin^2 = 1: angles by which text
@@ -99,7 +137,8 @@ def joint_neighborhood_patch_attention(
             `"global"`: text and all image tokens, without rotation. None: there is no text output.
 
     Returns:
-        The image output `[B, Y, X, H, D]`, and the text output `[B, T, H, D]` or None.
+        The image output `[B, Y, X, H, D]`, and the text output `[B, T, H, D]` or None. With `return_lse`, also the log-sum-exp of the
+        image queries over text and window, `[B, Y, X, H]`.
 
     Raises:
         ValueError: As `neighborhood_patch_attention`; also if text tensors or tables have other shapes, or the rule is unknown.
@@ -116,20 +155,21 @@ def joint_neighborhood_patch_attention(
     if text_rope is not None:
         _check_rope(q, text_rope, patch, offset)
     chosen = _choose(impl, (q, k, v, text_q, text_k, text_v), covers=False)
+    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "scale": scale, "text_rope": text_rope}
     if chosen != "triton":
-        run = joint_neighborhood_patch_attention_reference if chosen == "reference" else joint_neighborhood_patch_attention_sdpa
-        return run(
-            q, k, v, text_q, text_k, text_v,
-            window=window, patch=patch, offset=offset, scale=scale, text_rope=text_rope, text_queries=text_queries,
-        )  # fmt: skip
-    cos, sin = text_rope or (None, None)
-    out = op.image_attention(q, k, v, text_k, text_v, cos, sin, window, patch, offset, scale)
-    if text_queries is None:
-        return out, None
+        attend = joint_neighborhood_patch_attention_reference if chosen == "reference" else joint_neighborhood_patch_attention_sdpa
+        results = attend(q, k, v, text_q, text_k, text_v, **how, text_queries=text_queries)
+        return (*results, window_log_sum_exp(q, k, text_k, **how)) if return_lse else results
+    numbers = (*(text_rope or (None, None)), window, patch, offset, scale)
+    image = (q, k, v, text_k, text_v, *numbers)
+    out, *lse = op.image_attention_lse(*image) if return_lse else (op.image_attention(*image),)
+    text = None
     if text_queries == "window":
-        return out, op.text_attention(text_q, k, v, text_k, text_v, cos, sin, window, patch, offset, scale)
-    grid = (q.shape[1], q.shape[2])  # the global rule is one window over the grid
-    return out, op.text_attention(text_q, k, v, text_k, text_v, None, None, grid, grid, (0, 0), scale)
+        text = op.text_attention(text_q, k, v, text_k, text_v, *numbers)
+    elif text_queries == "global":  # one window over the grid
+        grid = (q.shape[1], q.shape[2])
+        text = op.text_attention(text_q, k, v, text_k, text_v, None, None, grid, grid, (0, 0), scale)
+    return (out, text, *lse)
 
 
 def check_impl(impl: str) -> None:

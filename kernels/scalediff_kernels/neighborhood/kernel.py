@@ -19,6 +19,8 @@ import triton.language as tl
 
 from scalediff_kernels._common import VECTOR, load_box, load_text, rotate, softmax_step
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def _window_block(
@@ -114,12 +116,13 @@ def image_kernel(
     text_v_ref,  # [B, T, G, D]
     cos_ptr,  # [patches_y * patches_x, D / 2]
     sin_ptr,  # [patches_y * patches_x, D / 2]
+    lse_ptr,  # [B, Y, X, H], fp32, written where LSE
     q_strides, k_strides, v_strides, out_strides, text_k_strides, text_v_strides,
     grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale,
     QUERY_BOX: tl.constexpr, TILES: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
     RAGGED_TEXT: tl.constexpr, ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, STORE_BOXES: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute one query tile of one patch.
 
@@ -167,19 +170,22 @@ def image_kernel(
     )  # fmt: skip
     b_out = (state[2] / state[1][:, None]).to(b_q.dtype)
 
+    offs_y = y + tl.arange(0, M) // COLUMNS
+    offs_x = x + tl.arange(0, M) % COLUMNS
+    stop_y = tl.minimum((patch_y + 1) * PATCH[0] - offset_y, grid_y)
+    stop_x = tl.minimum((patch_x + 1) * PATCH[1] - offset_x, grid_x)
+    m_m = (offs_y >= 0) & (offs_y < stop_y) & (offs_x >= 0) & (offs_x < stop_x)
     if STORE_BOXES:  # no tile exceeds its patch; the store clips it at the grid
         out_ref.store([batch, y, x, head, 0], b_out.reshape(1, ROWS, COLUMNS, 1, BLOCK_D))
     else:
-        offs_y = y + tl.arange(0, M) // COLUMNS
-        offs_x = x + tl.arange(0, M) % COLUMNS
         offs_d = tl.arange(0, BLOCK_D)
-        stop_y = tl.minimum((patch_y + 1) * PATCH[0] - offset_y, grid_y)
-        stop_x = tl.minimum((patch_x + 1) * PATCH[1] - offset_x, grid_x)
-        m_m = (offs_y >= 0) & (offs_y < stop_y) & (offs_x >= 0) & (offs_x < stop_x)
         place = batch.to(tl.int64) * out_strides[0] + head.to(tl.int64) * out_strides[3]
         offs = offs_y.to(tl.int64) * out_strides[1] + offs_x.to(tl.int64) * out_strides[2]
         ptrs = out_ref + place * VECTOR + (offs * VECTOR)[:, None] + offs_d[None, :]
         tl.store(ptrs, b_out, mask=m_m[:, None] & (offs_d < D)[None, :])
+    if LSE:
+        token = (batch.to(tl.int64) * grid_y + offs_y) * grid_x + offs_x
+        tl.store(lse_ptr + token * heads + head, (state[0] + tl.log2(state[1])) * LN_2, mask=m_m)
 
 
 @triton.jit(do_not_specialize=["grid_y", "grid_x", "patches_y", "patches_x", "offset_y", "offset_x", "heads", "text", "part_windows"])

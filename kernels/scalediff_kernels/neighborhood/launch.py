@@ -34,25 +34,34 @@ def image_launch(
     offset: tuple[int, int],
     scale: float,
     device: str,
+    lse: Tensor | None = None,
     path: Path | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
     """The launch for image queries, which writes `out`, contiguous `[B, Y, X, H, D]`. Arguments as in `api`, already checked.
 
-    `path` names the path to take, for tests and benchmarks; `config` replaces the configuration of the table, for tuning.
+    `lse`, contiguous `[B, Y, X, H]` in fp32, is written if it is given. `path` names the path to take, for tests and benchmarks; `config`
+    replaces the configuration of the table, for tuning.
     """
     text = None if text_k is None or text_v is None else (text_k, text_v)
     call = Call("image", q, (k, v), text, rope, window, patch, offset, scale)
     config = config or launch_config(call.problem, device, path)
     if config.path == "warp-specialised":
-        return hopper_launch.image(out, call, config)
+        return hopper_launch.image(out, call, config, lse)
     rows, columns = config.query_box
     reach = [min(p, n + o) for p, n, o in zip(patch, q.shape[1:3], offset, strict=True)]  # a patch may be larger than the grid
     tiles = -(-reach[0] // rows), -(-reach[1] // columns)
     store_boxes = config.path == "descriptor" and patch[0] % rows == 0 and patch[1] % columns == 0
     arguments = _references({"q": (q, (1, rows, columns, 1))}, boxes=config.path == "descriptor")
     arguments |= _references({"out": (out, (1, rows, columns, 1))}, boxes=store_boxes)
-    arguments |= {"QUERY_BOX": config.query_box, "TILES": tiles, "HAS_TEXT": text is not None, "STORE_BOXES": store_boxes}
+    arguments |= {
+        "lse_ptr": lse,
+        "LSE": lse is not None,
+        "QUERY_BOX": config.query_box,
+        "TILES": tiles,
+        "HAS_TEXT": text is not None,
+        "STORE_BOXES": store_boxes,
+    }
     programs = q.shape[0] * q.shape[3] * prod(call.patches) * prod(tiles)
     return Launch(image_kernel, programs, _shared_arguments(call, config) | arguments, config)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as torch operators: `torch.ops.scalediff.image_attention` and `text_attention`.
+"""The Triton kernels as torch operators: `torch.ops.scalediff.image_attention`, `image_attention_lse` and `text_attention`.
 
 Each is one opaque operator, so that torch.compile keeps a single graph, FakeTensors know the shapes, and autocast applies.
 
@@ -34,6 +34,25 @@ def image_attention(
     return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
 
 
+@torch.library.custom_op("scalediff::image_attention_lse", mutates_args=())
+def image_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    window: Sequence[int],
+    patch: Sequence[int],
+    offset: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `image_attention`, and the log-sum-exp of the scores, `[B, Y, X, H]` in fp32."""
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale), lse=lse), lse
+
+
 @torch.library.custom_op("scalediff::text_attention", mutates_args=())
 def text_attention(
     text_q: Tensor,
@@ -55,6 +74,11 @@ def text_attention(
 @image_attention.register_fake
 def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
+
+
+@image_attention_lse.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @text_attention.register_fake
@@ -85,13 +109,13 @@ def dtype_under_autocast(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
-def _autocast_rule(operator: Callable[..., Tensor], key: torch._C.DispatchKey) -> Callable[..., Tensor]:
+def _autocast_rule(operator: Callable[..., Any], key: torch._C.DispatchKey) -> Callable[..., Any]:
     """Cast image and text tensors, but not the rotary tables, to autocast's current dtype, and call the operator without autocast.
 
     `torch.library.register_autocast` would cast every argument, and to a fixed dtype.
     """
 
-    def rule(*arguments: Any) -> Tensor:
+    def rule(*arguments: Any) -> Any:
         cast = [x.to(dtype_under_autocast(x)) if isinstance(x, Tensor) and i < 5 else x for i, x in enumerate(arguments)]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return operator(*cast)
@@ -100,7 +124,7 @@ def _autocast_rule(operator: Callable[..., Tensor], key: torch._C.DispatchKey) -
 
 
 _library = torch.library.Library("scalediff", "FRAGMENT")
-for _name in ("image_attention", "text_attention"):
+for _name in ("image_attention", "image_attention_lse", "text_attention"):
     for _key in (torch._C.DispatchKey.AutocastCUDA, torch._C.DispatchKey.AutocastCPU):
         _library.impl(_name, _autocast_rule(getattr(torch.ops.scalediff, _name), _key), _key.name)
 
@@ -111,8 +135,9 @@ def _launched(
     cos: Tensor | None,
     sin: Tensor | None,
     numbers: tuple[Sequence[int], Sequence[int], Sequence[int], float],
+    **outputs: Tensor,
 ) -> Tensor:
-    """Run `image_launch` or `text_launch`. Triton is imported at the first call."""
+    """Run `image_launch` or `text_launch`; `outputs` are written as well. Triton is imported at the first call."""
     from scalediff_kernels.neighborhood import launch
     from scalediff_kernels.neighborhood.strides import aligned
 
@@ -120,7 +145,7 @@ def _launched(
     window, patch, offset, scale = numbers
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
-    how = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale}
+    how: dict[str, Any] = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale, **outputs}
     with on(q.device):
         ready = (None if x is None else aligned(x) for x in tensors)
         getattr(launch, name)(out, *ready, rope, **how, device=device_name(q.device)).run()

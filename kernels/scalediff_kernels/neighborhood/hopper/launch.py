@@ -25,10 +25,10 @@ TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 LEAST_SCALE = 1e-30  # instead of 0, which would turn the minus infinity of a masked score into NaN; weights are 1 in fp32 all the same
 
 
-def image(out: Tensor, call: Call, config: LaunchConfig) -> Launch:
-    """The launch for image queries, which writes `out`, contiguous `[B, Y, X, H, D]`."""
+def image(out: Tensor, call: Call, config: LaunchConfig, lse: Tensor | None = None) -> Launch:
+    """The launch for image queries, which writes `out`, contiguous `[B, Y, X, H, D]`, and `lse`, `[B, Y, X, H]`, if it is given."""
     store_boxes = all(p % b == 0 for p, b in zip(call.patch, config.query_box, strict=True))
-    constants = _constants(call, config, store_boxes=store_boxes)
+    constants = _constants(call, config, store_boxes=store_boxes, lse=lse is not None)
     axes = zip(call.grid, call.patch, call.offset, config.query_box, constants.tiles, strict=True)
     (skip_y, rows), (skip_x, columns) = (_tiles(*axis) for axis in axes)
     box = config.query_box[0] // constants.consumers, config.query_box[1]
@@ -39,6 +39,7 @@ def image(out: Tensor, call: Call, config: LaunchConfig) -> Launch:
         "q_ref": _descriptor(call.q, (1, *box, 1)),
         "out_ref": _descriptor(out, (1, *box, 1)) if store_boxes else out,
         "out_strides": in_vectors(out),
+        "lse_ptr": out if lse is None else lse,
         "tiles": tiles,
         "rows": rows,
         "columns": columns,
