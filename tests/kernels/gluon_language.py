@@ -6,9 +6,9 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, GeneratorType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,14 +97,14 @@ def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor
 
 
 def divide(a: Any, b: Any) -> Any:
-    """`a // b` of a GPU, which rounds towards zero."""
+    """`a // b` as in C, rounded towards zero."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return torch.div(a, b, rounding_mode="trunc")
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
 def remainder(a: Any, b: Any) -> Any:
-    """`a % b` of a GPU, which has the sign of `a`."""
+    """`a % b` as in C, with the sign of `a`."""
     return a - divide(a, b) * b
 
 
@@ -147,8 +147,21 @@ FUNCTIONS: dict[str, Any] = (
 )
 
 
+def steps(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Generator[None, None, Any]:
+    """Call a function; if it is a generator, yield where it does."""
+    result = function(*args, **kwargs)
+    return (yield from result) if isinstance(result, GeneratorType) else result
+
+
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites what means something else in Python: `x += y` of tensors, division of negative integers, `x.type`; and names memory."""
+    """Makes generators of functions, since a call may have steps, and rewrites what has another meaning in Python than in Gluon.
+
+    That is `x += y` of tensors, the division of negative integers, and `x.type`, which is `x` here. Shared memory learns its names.
+    """
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        return ast.YieldFrom(ast.Call(ast.Name("_steps", ast.Load()), [node.func, *node.args], node.keywords))
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
@@ -170,7 +183,7 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def _named(self, target: ast.expr, value: ast.expr) -> ast.expr:
-        if isinstance(target, ast.Name) and isinstance(value, ast.Call):
+        if isinstance(target, ast.Name) and isinstance(value, ast.YieldFrom):
             return ast.Call(ast.Name("_named", ast.Load()), [value, ast.Constant(target.id)], [])
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
             value.elts = [self._named(*pair) for pair in zip(target.elts, value.elts, strict=True)]
@@ -182,6 +195,9 @@ def _named(value: Any, variable: str) -> Any:
     if hasattr(type(value), "assigned_to"):
         value.assigned_to(variable)
     return value
+
+
+HELPERS = {"_steps": steps, "_divide": divide, "_remainder": remainder, "_named": _named}  # of rewritten functions
 
 
 @functools.cache
@@ -198,10 +214,10 @@ def _compiled(function: FunctionType) -> tuple[Any, set[str]]:
 
 
 class Translator:
-    """Makes Python's functions of jitted ones.
+    """Makes Python functions of jitted ones.
 
     Args:
-        modules: What stands for Gluon's modules, by the last part of a module's name; `language` for every other one.
+        modules: What takes the place of Gluon's modules, by the last part of their names; `"language"` takes that of all others.
     """
 
     def __init__(self, modules: dict[str, Any]) -> None:
@@ -212,8 +228,8 @@ class Translator:
         if function not in self.functions:
             code, names = _compiled(function)
             known = function.__globals__ | inspect.getclosurevars(function).nonlocals
-            namespace = {name: self.value(known[name]) for name in names & known.keys()}
-            exec(code, namespace | {"_divide": divide, "_remainder": remainder, "_named": _named}, definitions := dict[str, Any]())
+            namespace = HELPERS | {name: self.value(known[name]) for name in names & known.keys()}
+            exec(code, namespace, definitions := dict[str, Any]())
             self.functions[function] = definitions[function.__name__]
         return self.functions[function]
 
@@ -224,8 +240,10 @@ class Translator:
         if isinstance(value, language.dtype):
             return next(ours for name, ours in DTYPES.items() if getattr(language, name) == value)
         if isinstance(value, ModuleType) and value.__name__.startswith("triton."):
-            return self.modules.get(value.__name__.rpartition(".")[2])
+            return self._module(value.__name__)
         if (getattr(value, "__module__", None) or "").startswith("triton.") and hasattr(value, "__name__"):
-            module = self.modules.get(value.__module__.rpartition(".")[2], self.modules["language"])
-            return getattr(module, value.__name__)
+            return getattr(self._module(value.__module__), value.__name__)
         return self.function(value.fn) if isinstance(value, JITFunction) else value
+
+    def _module(self, name: str) -> Any:
+        return self.modules.get(name.rpartition(".")[2], self.modules["language"])

@@ -56,7 +56,9 @@ def _ring_consumer(ring, full, empty, out_ptr, count, PART: gl.constexpr, STAGES
     total = gl.zeros([N, N], gl.float32, layout)
     for i in range(count):
         stage = i % STAGES
-        if FAULT != "no wait for the load":
+        if FAULT == "unmasked phase":
+            mbarrier.wait(full.index(stage), i // STAGES)
+        elif FAULT != "no wait for the load":
             mbarrier.wait(full.index(stage), i // STAGES & 1)
         if FAULT == "early release":
             mbarrier.arrive(empty.index(stage), count=1)
@@ -117,6 +119,7 @@ RING_FAULTS = {
     "three arrivals": (Deadlock, r"for parity 0 of empty\[0\]: phase 0, 1 of 3 arrivals and 0 bytes pending"),
     "two arrivals": (EmulationError, r"too many arrivals at empty\[.\]: phase ., 1 of 2|is not ordered after|before anyone has waited"),
     "flipped phase": (Deadlock, r"for parity 0 of empty\[0\]: phase 0, 2 of 2 arrivals and 0 bytes pending"),
+    "unmasked phase": (EmulationError, r"the phase of a wait is 0 or 1, got phase=2 at full\[0\]"),
     "half of the bytes": (Deadlock, r"for parity 0 of full\[0\]: phase 0, 0 of 1 arrivals and -256 bytes pending"),
     "no bytes": (Deadlock, r"for parity 0 of full\[0\]: phase 0, 1 of 1 arrivals and -512 bytes pending"),
     "no init": (EmulationError, r"full\[0\] is used before mbarrier.init"),
@@ -135,6 +138,17 @@ def test_faults_of_a_ring_are_found_by_every_schedule(fault: str) -> None:
             ring(seed, fault)
 
 
+def test_a_seed_repeats_its_schedule() -> None:
+    def message(seed: int) -> str:
+        with pytest.raises(EmulationError) as found:
+            ring(seed, "no wait for the buffer")
+        return str(found.value)
+
+    messages = [message(seed) for seed in range(10)]
+    assert messages == [message(seed) for seed in range(10)]
+    assert len(set(messages)) > 1
+
+
 def test_a_deadlock_lists_every_partition() -> None:
     with pytest.raises(Deadlock) as found:
         ring(0, "three arrivals", stages=1)
@@ -150,10 +164,17 @@ def test_a_deadlock_lists_every_partition() -> None:
 
 
 @gluon.jit
+def _halt():
+    return
+
+
+@gluon.jit
 def _writer(buffer, bar, FENCE: gl.constexpr, ORDERED: gl.constexpr):
     buffer.store(gl.full([N, N], 1.0, gl.float16))
     if FENCE == "writer":
         fence_async_shared()
+    if FENCE == "nested":
+        gl.warp_specialize([(_halt, ())], [], [])
     if ORDERED:
         mbarrier.arrive(bar, count=1)
     return 3, gl.program_id(0)
@@ -195,6 +216,7 @@ def test_a_fence_orders_asynchronous_accesses_of_another_partition(fence: str) -
 FAULTY_HANDOVERS: dict[str, tuple[Callable[[int], Any], str]] = {
     "no fence": (lambda seed: handover(seed, "none"), "TMA store of buffer .* needs a fence_async_shared after store of buffer"),
     "no barrier": (lambda seed: handover(seed, "writer", ordered=False), "store of buffer .* is not ordered after (TMA )?store of buffer"),
+    "nested": (lambda seed: handover(seed, "nested"), r"warp_specialize cannot be nested, got a call in partition 0 \(_writer\)"),
     "no warps": (lambda seed: handover(seed, "writer", workers=2), "warp_specialize has 1 workers"),
 }
 

@@ -100,7 +100,7 @@ def test_asynchronous_products(registers: bool) -> None:
 
 
 PRODUCT_FAULTS = {
-    "no wait for the load": (EmulationError, r"product of ring\[0\] .* is not ordered after TMA load|before anyone has waited"),
+    "no wait for the load": (EmulationError, r"(product|TMA load) of ring.* is not ordered after|before anyone has waited"),
     "early release": (Race, r"TMA load of ring\[0\] .* is not ordered after product of ring\[0\] by partition 0 \(_product_consumer\)"),
     "wait(1)": (
         Race,
@@ -148,6 +148,8 @@ def _accumulator(out_ptr, USE: gl.constexpr):
     elif USE == "younger":
         first, second = warpgroup_mma_wait(1, deps=[first, second])
         gl.maximum(second, first)
+    elif USE == "dtypes":
+        warpgroup_mma(one.to(gl.float32), operand, zero)
     elif USE == "never":
         return
     second = warpgroup_mma_wait(0, deps=[second])
@@ -165,6 +167,11 @@ def test_products_keep_their_order() -> None:
 def test_an_accumulator_is_of_no_use_before_its_wait(use: str) -> None:
     with pytest.raises(EmulationError, match="an accumulator is used that no wait has returned complete"):
         run(_accumulator, (1,), {"out_ptr": torch.zeros(1), "USE": use})
+
+
+def test_operands_have_one_dtype() -> None:
+    with pytest.raises(EmulationError, match=r"the operands of a product have two dtypes, got torch\.float32 and torch\.float16"):
+        run(_accumulator, (1,), {"out_ptr": torch.zeros(1), "USE": "dtypes"})
 
 
 def test_products_must_be_waited_for() -> None:
