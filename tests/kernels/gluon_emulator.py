@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +59,7 @@ class Accumulator:
         self.value = value
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise EmulationError("an accumulator is used that no wait has returned complete")
+        raise EmulationError("an accumulator is used before the wait for its product")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __getitem__ = _refuse
     __getattr__ = _refuse
@@ -211,7 +211,7 @@ def _modules(machine: Machine, grid: tuple[int, ...], program: tuple[int, ...]) 
     return modules | {"nvidia": SimpleNamespace(hopper=hopper), "language": SimpleNamespace(**FUNCTIONS, **operations)}
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, seed: int = 0) -> None:
+def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], *, seed: int = 0, edits: Mapping[str, str] | None = None) -> None:
     """Run every program of the grid, one after another.
 
     Args:
@@ -219,16 +219,20 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, seed: 
         grid: Number of programs along each axis.
         arguments: By name, as for a launch: tensors on the CPU, into which the kernel may write, TMA descriptors, numbers, constants.
         seed: Of the order in which partitions run and loads land.
+        edits: Replacements of text in the functions of the kernel, to test that an error is found; each must apply exactly once.
 
     Raises:
         Race: Two accesses to shared memory conflict and are not ordered, or not by a fence where they need one.
         Deadlock: No partition can run; the message says what each one waits for.
         EmulationError: The base class of both; also raised by itself, as for an accumulator that is used before its wait.
+        ValueError: An edit applies nowhere or more than once.
     """
     rng, parameters = random.Random(seed), inspect.signature(kernel.fn).parameters
     arguments = {name: value for name, value in arguments.items() if name in parameters or name not in LAUNCH_OPTIONS}
     for program in itertools.product(*map(range, grid)):
         machine = Machine(rng)
-        translator = Translator(_modules(machine, grid, program))
+        translator = Translator(_modules(machine, grid, program), edits or {})
         values = {name: _argument(translator.value(value)) for name, value in arguments.items()}
         machine.run(steps(translator.function(kernel.fn), **values))
+        if any(count != 1 for count in translator.edited.values()):
+            raise ValueError(f"each edit must apply exactly once, got {translator.edited}")

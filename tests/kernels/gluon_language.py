@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from types import FunctionType, GeneratorType, ModuleType, SimpleNamespace
 from typing import Any
@@ -201,16 +201,22 @@ HELPERS = {"_steps": steps, "_divide": divide, "_remainder": remainder, "_named"
 
 
 @functools.cache
-def _compiled(function: FunctionType) -> tuple[Any, set[str]]:
-    """The function's definition, rewritten, and the names in it."""
+def _source(function: FunctionType) -> tuple[str, int]:
+    """The text of a function, and its first line in the file."""
     lines, first = inspect.getsourcelines(function)
-    tree = ast.parse(textwrap.dedent("".join(lines)))
+    return textwrap.dedent("".join(lines)), first
+
+
+@functools.cache
+def _compiled(source: str, file: str, first: int) -> tuple[Any, set[str]]:
+    """The definition of a function, rewritten, and the names in it."""
+    tree = ast.parse(source)
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
     tree = ast.fix_missing_locations(ast.increment_lineno(_Rewriter().visit(tree), first - 1))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return compile(tree, function.__code__.co_filename, "exec", dont_inherit=True), names
+    return compile(tree, file, "exec", dont_inherit=True), names
 
 
 class Translator:
@@ -218,15 +224,20 @@ class Translator:
 
     Args:
         modules: What takes the place of Gluon's modules, by the last part of their names; `"language"` takes that of all others.
+        edits: Replacements of text in the functions. `edited` counts them.
     """
 
-    def __init__(self, modules: dict[str, Any]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Mapping[str, Any], edits: Mapping[str, str]) -> None:
+        self.modules, self.edits, self.edited = modules, edits, dict.fromkeys(edits, 0)
         self.functions = dict[FunctionType, Callable[..., Any]]()
 
     def function(self, function: FunctionType) -> Callable[..., Any]:
         if function not in self.functions:
-            code, names = _compiled(function)
+            source, first = _source(function)
+            for old, new in self.edits.items():
+                self.edited[old] += source.count(old)
+                source = source.replace(old, new)
+            code, names = _compiled(source, function.__code__.co_filename, first)
             known = function.__globals__ | inspect.getclosurevars(function).nonlocals
             namespace = HELPERS | {name: self.value(known[name]) for name in names & known.keys()}
             exec(code, namespace, definitions := dict[str, Any]())
