@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class Access:
     """An access to shared memory. Products and TMA transfers are asynchronous: only a partition that waits for one knows its event."""
 
     event: int
-    elements: int  # of the allocation, a byte for each
+    elements: int  # of the allocation, one bit for each
     write: bool
     asynchronous: bool
     what: str
@@ -107,11 +108,11 @@ class Barrier:
 
 @functools.cache
 def _elements(shape: torch.Size, strides: tuple[int, ...], offset: int) -> int:
-    """The elements of an allocation that a view covers, as the bytes of an integer."""
+    """The elements of an allocation that a view covers, one bit for each."""
     end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     covered = torch.zeros(end, dtype=torch.uint8)
     covered.as_strided(shape, strides, offset).fill_(1)
-    return int.from_bytes(covered.numpy().tobytes(), "little")
+    return int.from_bytes(np.packbits(covered.numpy(), bitorder="little").tobytes(), "little")
 
 
 class Memory:
