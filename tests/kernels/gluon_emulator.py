@@ -167,9 +167,17 @@ class Hopper:
         return Accumulator(value)
 
     def warpgroup_mma(
-        self, a: Any, b: Memory, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any
+        self,
+        a: Any,
+        b: Memory,
+        acc: Any,
+        *,
+        use_acc: Any = True,
+        precision: Any = None,
+        max_num_imprecise_acc: Any = None,
+        is_async: bool = False,
     ) -> Generator[None, None, Any]:
-        """`a @ b + acc`. It is computed at the wait: `Machine.access` makes sure that the operands in shared memory stay as they are."""
+        """`a @ b + acc` in fp32, computed at the wait: `Machine.access` makes sure that the operands in shared memory do not change."""
         yield
         if a.dtype != b.dtype:
             raise EmulationError(f"the operands of a product have two dtypes, got {a.dtype} and {b.dtype}")

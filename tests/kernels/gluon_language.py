@@ -55,7 +55,7 @@ class Pointer:
 
 
 def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Any:
-    """What a mask leaves out is `other`, and NaN without it."""
+    """Elements that the mask leaves out are `other`; without `other` they are NaN."""
     offsets, active = pointer.offsets(mask)
     dtype = pointer.elements.dtype
     default = other if other is not None else float("nan") if dtype.is_floating_point else 0
@@ -148,7 +148,7 @@ FUNCTIONS: dict[str, Any] = (
 
 
 def steps(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Generator[None, None, Any]:
-    """Call a function; if it is a generator, yield where it does."""
+    """Call a function; if it is a generator function, yield where it does."""
     result = function(*args, **kwargs)
     return (yield from result) if isinstance(result, GeneratorType) else result
 
@@ -156,7 +156,8 @@ def steps(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Generator[
 class _Rewriter(ast.NodeTransformer):
     """Makes generators of functions, since a call may have steps, and rewrites what has another meaning in Python than in Gluon.
 
-    That is `x += y` of tensors, the division of negative integers, and `x.type`, which is `x` here. Shared memory learns its names.
+    That is `x += y` of tensors, the division of negative integers, and `x.type`, which is `x` itself here. Calls whose results are assigned
+    pass the name of the variable on to shared memory.
     """
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -220,7 +221,7 @@ def _compiled(source: str, file: str, first: int) -> tuple[Any, set[str]]:
 
 
 class Translator:
-    """Makes Python functions of jitted ones.
+    """Turns jitted functions into Python functions.
 
     Args:
         modules: What takes the place of Gluon's modules, by the last part of their names; `"language"` takes that of all others.
@@ -245,7 +246,7 @@ class Translator:
         return self.functions[function]
 
     def value(self, value: Any) -> Any:
-        """What a value of the kernel's module is in the emulator."""
+        """The emulator's counterpart of a value that the kernel's module or its caller has."""
         if isinstance(value, language.constexpr):
             return self.value(value.value)
         if isinstance(value, language.dtype):

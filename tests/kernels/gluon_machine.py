@@ -249,6 +249,7 @@ class Machine:
             if shared and (write or old.write):
                 if not order.seen & old.event:
                     raise Race(f"{new.what} is not ordered after {old.what}")
+                # Of the ordinary accesses before an asynchronous one, writes alone need a fence; after a read, a barrier suffices.
                 if asynchronous and old.write and not old.asynchronous and not order.fenced & old.event:
                     raise Race(f"{new.what} needs a fence_async_shared after {old.what}")
             replaced = order.seen & old.event and (write or not old.write) and shared == old.elements
