@@ -1,15 +1,16 @@
 """An emulator for Hopper kernels in Gluon: `run` executes the kernel's own functions on the CPU and finds errors of synchronisation.
 
-Partitions of `gl.warp_specialize` take turns: before each operation on shared memory or a barrier a seeded scheduler may go on with another
-one, or let a TMA load land. `gluon_machine` orders what they do and `gluon_language` computes. What cannot be seen: layouts, registers,
-integer overflow, races in global memory.
+The partitions of `gl.warp_specialize` take turns: before each operation on shared memory or a barrier, a seeded scheduler may go on with
+another one or let a TMA load land. `gluon_machine` has the scheduler and finds races, `gluon_language` translates and computes. Not
+emulated: layouts, registers, integer overflow, and races in global memory.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.kernels.gluon_language import FUNCTIONS, EmulationError, Pointer, Translator
+from tests.kernels.gluon_language import FUNCTIONS, EmulationError, Pointer, Translator, steps
 from tests.kernels.gluon_machine import Barrier, Machine, Memory, Order, Race, Transfer, kernel_line
 
 LAUNCH_OPTIONS = {"num_warps", "num_ctas", "num_stages", "maxnreg", "enable_fp_fusion"}
@@ -58,7 +59,7 @@ class Accumulator:
         self.value = value
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise EmulationError("an accumulator is used that no wait has returned complete")
+        raise EmulationError("an accumulator is used before the wait for its product")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __getitem__ = _refuse
     __getattr__ = _refuse
@@ -74,37 +75,37 @@ class MBarriers:
     def MBarrierLayout(self, *_: Any) -> None:
         pass
 
-    def allocate_mbarrier(self, batch: int | None = None) -> Memory:
+    def allocate_mbarrier(self, batch: int | None = None) -> Generator[None, None, Memory]:
         return self.machine.allocate(torch.int64, [1] if batch is None else [batch, 1])
 
-    def init(self, memory: Memory, count: int) -> None:
-        self.machine.switch()
+    def init(self, memory: Memory, count: int) -> Iterator[None]:
+        yield
         barriers, at = memory.allocation.barriers, memory.data.storage_offset()
         if at in barriers:
             raise EmulationError(f"{memory.name} is initialised twice")
-        barriers[at] = Barrier(memory, count, count, self.machine.event())
+        barriers[at] = Barrier(memory, count, self.machine.event(), pending_arrivals=count)
         self.machine.order.seen |= barriers[at].initialised
 
-    def invalidate(self, memory: Memory) -> None:
-        self.machine.switch()
+    def invalidate(self, memory: Memory) -> Iterator[None]:
+        yield
         self.machine.barrier(memory)
         del memory.allocation.barriers[memory.data.storage_offset()]
 
-    def expect(self, memory: Memory, bytes_per_cta: int | None = None, pred: Any = True, *, bytes: int = 0) -> None:
-        self.machine.switch()
+    def expect(self, memory: Memory, bytes_per_cta: int | None = None, pred: Any = True, *, bytes: int = 0) -> Iterator[None]:
+        yield
         if pred:
             self.machine.barrier(memory).arrive(1, bytes_per_cta or bytes, self.machine.order)
 
-    def arrive(self, memory: Memory, *, count: int = 1, pred: Any = True) -> None:
-        self.machine.switch()
+    def arrive(self, memory: Memory, *, count: int = 1, pred: Any = True) -> Iterator[None]:
+        yield
         if pred:
             self.machine.barrier(memory).arrive(count, 0, self.machine.order)
 
-    def wait(self, memory: Memory, phase: int, pred: Any = True, deps: Sequence[Memory] = ()) -> None:
+    def wait(self, memory: Memory, phase: int, pred: Any = True, deps: Sequence[Memory] = ()) -> Iterator[None]:
         if phase not in (0, 1):
             raise EmulationError(f"the phase of a wait is 0 or 1, got {phase=} at {memory.name}")
         if pred:
-            self.machine.wait(self.machine.barrier(memory), int(phase))
+            yield from self.machine.wait(self.machine.barrier(memory), int(phase))
 
 
 class TMA:
@@ -113,9 +114,9 @@ class TMA:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
-    def async_load(self, descriptor: Descriptor, coord: Sequence[int], barrier: Memory, result: Memory, pred: Any = True) -> None:
+    def async_load(self, descriptor: Descriptor, coord: Sequence[int], barrier: Memory, result: Memory, pred: Any = True) -> Iterator[None]:
         machine = self.machine
-        machine.switch()
+        yield
         if not pred:
             return
         found, nbytes = machine.barrier(barrier), descriptor.nbytes_per_cta
@@ -133,14 +134,14 @@ class TMA:
         machine.in_flight.append(Transfer(land, order, machine.load_speed))
         machine.loads.append((event, f"TMA load of {result.name} by {machine.current.name} at {kernel_line()}"))
 
-    def async_store(self, descriptor: Descriptor, coord: Sequence[int], src: Memory) -> None:
-        self.machine.switch()
+    def async_store(self, descriptor: Descriptor, coord: Sequence[int], src: Memory) -> Iterator[None]:
+        yield
         _check_box(descriptor, src)
         event = self.machine.access(src, "TMA store", asynchronous=True)
         self.machine.current.stores.append(Transfer(lambda: descriptor.store(coord, src), Order(event)))
 
-    def store_wait(self, pendings: int, read_only: bool = True) -> None:
-        self.machine.switch()
+    def store_wait(self, pendings: int, read_only: bool = True) -> Iterator[None]:
+        yield
         self.machine.current.retire(self.machine.current.stores, pendings)
 
     async_copy_global_to_shared, async_copy_shared_to_global = async_load, async_store  # their names in Triton 3.6
@@ -158,16 +159,26 @@ class Hopper:
     def __init__(self, machine: Machine) -> None:
         self.machine, self.mbarrier, self.tma = machine, MBarriers(machine), TMA(machine)
 
-    def fence_async_shared(self, cluster: bool = False) -> None:
-        self.machine.switch()
+    def fence_async_shared(self, cluster: bool = False) -> Iterator[None]:
+        yield
         self.machine.order.fenced |= self.machine.order.seen
 
     def warpgroup_mma_init(self, value: Tensor) -> Accumulator:
         return Accumulator(value)
 
-    def warpgroup_mma(self, a: Any, b: Memory, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any) -> Any:
-        """`a @ b + acc`. It is computed at the wait: `Machine.access` makes sure that the operands in shared memory stay as they are."""
-        self.machine.switch()
+    def warpgroup_mma(
+        self,
+        a: Any,
+        b: Memory,
+        acc: Any,
+        *,
+        use_acc: Any = True,
+        precision: Any = None,
+        max_num_imprecise_acc: Any = None,
+        is_async: bool = False,
+    ) -> Generator[None, None, Any]:
+        """`a @ b + acc` in fp32, computed at the wait: `Machine.access` makes sure that the operands in shared memory do not change."""
+        yield
         if a.dtype != b.dtype:
             raise EmulationError(f"the operands of a product have two dtypes, got {a.dtype} and {b.dtype}")
         events = [self.machine.access(x, "product", asynchronous=True) for x in (a, b) if isinstance(x, Memory)]
@@ -179,10 +190,10 @@ class Hopper:
             result.value = product + (acc.value if isinstance(acc, Accumulator) else acc) if use_acc else product
 
         self.machine.current.products.append(Transfer(finish, Order(sum(events))))
-        return result if is_async else self.warpgroup_mma_wait(0, [result])
+        return result if is_async else (yield from self.warpgroup_mma_wait(0, [result]))
 
-    def warpgroup_mma_wait(self, num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
-        self.machine.switch()
+    def warpgroup_mma_wait(self, num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Generator[None, None, Any]:
+        yield
         self.machine.current.retire(self.machine.current.products, num_outstanding)
         values = tuple(x.value if isinstance(x, Accumulator) and x.value is not None else x for x in deps)
         return values[0] if len(values) == 1 else values
@@ -195,40 +206,41 @@ def _argument(value: Any) -> Any:
     return Descriptor(value) if hasattr(value, "block_shape") else value
 
 
-def _run_program(machine: Machine, kernel: Any, arguments: dict[str, Any]) -> None:
+def _modules(machine: Machine, grid: tuple[int, ...], program: tuple[int, ...]) -> dict[str, Any]:
+    """What takes the place of Gluon's modules, for `Translator`."""
     hopper = Hopper(machine)
     operations = {
         "allocate_shared_memory": machine.allocate,
         "warp_specialize": machine.specialize,
-        "program_id": lambda axis: machine.program[axis],
-        "num_programs": lambda axis: machine.grid[axis],
+        "program_id": lambda axis: program[axis],
+        "num_programs": lambda axis: grid[axis],
     }
-    modules = {"hopper": hopper, "mbarrier": hopper.mbarrier, "tma": hopper.tma, "language": SimpleNamespace(**FUNCTIONS, **operations)}
-    translator = Translator(modules)
-    translator.function(kernel.fn)(**{name: _argument(translator.value(value)) for name, value in arguments.items()})
-    machine.main.end()
-    lost = [load for event, load in machine.loads if not machine.order.seen & event]
-    if lost:
-        raise EmulationError(f"nobody waited for {lost[0]}")
-    for barrier in (barrier for allocation in machine.allocations for barrier in allocation.barriers.values()):
-        if barrier.bytes:
-            raise EmulationError(f"at the end of the kernel bytes are expected at {barrier}")
+    modules = {"hopper": hopper, "mbarrier": hopper.mbarrier, "tma": hopper.tma}
+    return modules | {"nvidia": SimpleNamespace(hopper=hopper), "language": SimpleNamespace(**FUNCTIONS, **operations)}
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, seed: int = 0) -> None:
+def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], *, seed: int = 0, edits: Mapping[str, str] | None = None) -> None:
     """Run every program of the grid, one after another.
 
     Args:
-        kernel: A function of `gluon.jit`.
-        arguments: By name: tensors on the CPU, which the kernel may write into, descriptors of the host, numbers and constants.
+        kernel: A function decorated with `gluon.jit`.
+        grid: Number of programs along each axis.
+        arguments: By name, as for a launch: tensors on the CPU, into which the kernel may write, TMA descriptors, numbers, constants.
         seed: Of the order in which partitions run and loads land.
+        edits: Replacements of text in the functions of the kernel, to test that an error is found; each must apply exactly once.
 
     Raises:
-        Race: An access that conflicts with another one is not ordered after it, or lacks a fence between them.
-        Deadlock: No partition can run; the message lists what each one waits for.
-        EmulationError: Any other error; the base class of both.
+        Race: Two accesses to shared memory conflict and are not ordered, or not by a fence where they need one.
+        Deadlock: No partition can run; the message says what each one waits for.
+        EmulationError: The base class of both; also raised by itself, as for an accumulator that is used before its wait.
+        ValueError: An edit applies nowhere or more than once.
     """
-    rng, names = random.Random(seed), kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount]
-    arguments = {name: value for name, value in arguments.items() if name in names or name not in LAUNCH_OPTIONS}
+    rng, parameters = random.Random(seed), inspect.signature(kernel.fn).parameters
+    arguments = {name: value for name, value in arguments.items() if name in parameters or name not in LAUNCH_OPTIONS}
     for program in itertools.product(*map(range, grid)):
-        _run_program(Machine(grid, program, rng), kernel, arguments)
+        machine = Machine(rng)
+        translator = Translator(_modules(machine, grid, program), edits or {})
+        values = {name: _argument(translator.value(value)) for name, value in arguments.items()}
+        machine.run(steps(translator.function(kernel.fn), **values))
+        if any(count != 1 for count in translator.edited.values()):
+            raise ValueError(f"each edit must apply exactly once, got {translator.edited}")

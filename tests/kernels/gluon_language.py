@@ -6,9 +6,9 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, GeneratorType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Pointer:
 
 
 def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Any:
-    """What a mask leaves out is `other`, and NaN without it."""
+    """Elements that the mask leaves out are `other`; without `other` they are NaN."""
     offsets, active = pointer.offsets(mask)
     dtype = pointer.elements.dtype
     default = other if other is not None else float("nan") if dtype.is_floating_point else 0
@@ -97,14 +97,14 @@ def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor
 
 
 def divide(a: Any, b: Any) -> Any:
-    """`a // b` of a GPU, which rounds towards zero."""
+    """`a // b` as in C, rounded towards zero."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return torch.div(a, b, rounding_mode="trunc")
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
 def remainder(a: Any, b: Any) -> Any:
-    """`a % b` of a GPU, which has the sign of `a`."""
+    """`a % b` as in C, with the sign of `a`."""
     return a - divide(a, b) * b
 
 
@@ -147,8 +147,22 @@ FUNCTIONS: dict[str, Any] = (
 )
 
 
+def steps(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Generator[None, None, Any]:
+    """Call a function; if it is a generator function, yield where it does."""
+    result = function(*args, **kwargs)
+    return (yield from result) if isinstance(result, GeneratorType) else result
+
+
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites what means something else in Python: `x += y` of tensors, division of negative integers, `x.type`; and names memory."""
+    """Makes generators of functions, since a call may have steps, and rewrites what has another meaning in Python than in Gluon.
+
+    That is `x += y` of tensors, the division of negative integers, and `x.type`, which is `x` itself here. Calls whose results are assigned
+    pass the name of the variable on to shared memory.
+    """
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        return ast.YieldFrom(ast.Call(ast.Name("_steps", ast.Load()), [node.func, *node.args], node.keywords))
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
@@ -170,7 +184,7 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def _named(self, target: ast.expr, value: ast.expr) -> ast.expr:
-        if isinstance(target, ast.Name) and isinstance(value, ast.Call):
+        if isinstance(target, ast.Name) and isinstance(value, ast.YieldFrom):
             return ast.Call(ast.Name("_named", ast.Load()), [value, ast.Constant(target.id)], [])
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
             value.elts = [self._named(*pair) for pair in zip(target.elts, value.elts, strict=True)]
@@ -184,48 +198,64 @@ def _named(value: Any, variable: str) -> Any:
     return value
 
 
+HELPERS = {"_steps": steps, "_divide": divide, "_remainder": remainder, "_named": _named}  # of rewritten functions
+
+
 @functools.cache
-def _compiled(function: FunctionType) -> tuple[Any, set[str]]:
-    """The function's definition, rewritten, and the names in it."""
+def _source(function: FunctionType) -> tuple[str, int]:
+    """The text of a function, and its first line in the file."""
     lines, first = inspect.getsourcelines(function)
-    tree = ast.parse(textwrap.dedent("".join(lines)))
+    return textwrap.dedent("".join(lines)), first
+
+
+@functools.cache
+def _compiled(source: str, file: str, first: int) -> tuple[Any, set[str]]:
+    """The definition of a function, rewritten, and the names in it."""
+    tree = ast.parse(source)
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
     tree = ast.fix_missing_locations(ast.increment_lineno(_Rewriter().visit(tree), first - 1))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return compile(tree, function.__code__.co_filename, "exec", dont_inherit=True), names
+    return compile(tree, file, "exec", dont_inherit=True), names
 
 
 class Translator:
-    """Makes Python's functions of jitted ones.
+    """Turns jitted functions into Python functions.
 
     Args:
-        modules: What stands for Gluon's modules, by the last part of a module's name; `language` for every other one.
+        modules: What takes the place of Gluon's modules, by the last part of their names; `"language"` takes that of all others.
+        edits: Replacements of text in the functions. `edited` counts them.
     """
 
-    def __init__(self, modules: dict[str, Any]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Mapping[str, Any], edits: Mapping[str, str]) -> None:
+        self.modules, self.edits, self.edited = modules, edits, dict.fromkeys(edits, 0)
         self.functions = dict[FunctionType, Callable[..., Any]]()
 
     def function(self, function: FunctionType) -> Callable[..., Any]:
         if function not in self.functions:
-            code, names = _compiled(function)
+            source, first = _source(function)
+            for old, new in self.edits.items():
+                self.edited[old] += source.count(old)
+                source = source.replace(old, new)
+            code, names = _compiled(source, function.__code__.co_filename, first)
             known = function.__globals__ | inspect.getclosurevars(function).nonlocals
-            namespace = {name: self.value(known[name]) for name in names & known.keys()}
-            exec(code, namespace | {"_divide": divide, "_remainder": remainder, "_named": _named}, definitions := dict[str, Any]())
+            namespace = HELPERS | {name: self.value(known[name]) for name in names & known.keys()}
+            exec(code, namespace, definitions := dict[str, Any]())
             self.functions[function] = definitions[function.__name__]
         return self.functions[function]
 
     def value(self, value: Any) -> Any:
-        """What a value of the kernel's module is in the emulator."""
+        """The emulator's counterpart of a value that the kernel's module or its caller has."""
         if isinstance(value, language.constexpr):
             return self.value(value.value)
         if isinstance(value, language.dtype):
             return next(ours for name, ours in DTYPES.items() if getattr(language, name) == value)
         if isinstance(value, ModuleType) and value.__name__.startswith("triton."):
-            return self.modules.get(value.__name__.rpartition(".")[2])
+            return self._module(value.__name__)
         if (getattr(value, "__module__", None) or "").startswith("triton.") and hasattr(value, "__name__"):
-            module = self.modules.get(value.__module__.rpartition(".")[2], self.modules["language"])
-            return getattr(module, value.__name__)
+            return getattr(self._module(value.__module__), value.__name__)
         return self.function(value.fn) if isinstance(value, JITFunction) else value
+
+    def _module(self, name: str) -> Any:
+        return self.modules.get(name.rpartition(".")[2], self.modules["language"])

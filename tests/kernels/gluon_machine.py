@@ -10,16 +10,16 @@ import functools
 import os
 import random
 import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tests.kernels.gluon_language import EmulationError
+from tests.kernels.gluon_language import EmulationError, steps
 
 
 class Race(EmulationError):
@@ -30,23 +30,13 @@ class Deadlock(EmulationError):
     """No partition can go on."""
 
 
-class _Stopped(BaseException):
-    """Ends the other partitions after one has failed."""
-
-
 def kernel_line() -> str:
     """The line of the kernel that runs, as "file:line"."""
     frame = sys._getframe(1)
-    while "_divide" not in frame.f_globals:  # only translated functions have it
+    while "_steps" not in frame.f_globals:  # only translated functions have it
         assert frame.f_back is not None
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-
-def _held_lock() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
 
 
 @dataclass
@@ -66,7 +56,7 @@ class Access:
     """An access to shared memory. Products and TMA transfers are asynchronous: only a partition that waits for one knows its event."""
 
     event: int
-    elements: int  # of the allocation, a byte for each
+    elements: int  # of the allocation, one bit for each
     write: bool
     asynchronous: bool
     what: str
@@ -86,10 +76,10 @@ class Barrier:
 
     memory: Memory
     count: int
-    pending: int
     initialised: int  # the event
+    pending_arrivals: int
+    pending_bytes: int = 0
     phase: int = 0
-    bytes: int = 0
     phases_awaited: int = 0
     arrived: Order = field(default_factory=Order)
     completed: Order = field(default_factory=Order)  # `arrived` when the last complete phase completed
@@ -97,31 +87,32 @@ class Barrier:
     def has_passed(self, parity: int) -> bool:
         return (self.phase - 1) % 2 == parity
 
-    def arrive(self, count: int, bytes: int, order: Order) -> None:
-        """Count arrivals and expected bytes; bytes that have arrived are negative."""
-        if count > self.pending:
+    def arrive(self, count: int, nbytes: int, order: Order) -> None:
+        """Count arrivals, and bytes: those that are expected, and negative those that have landed."""
+        if count > self.pending_arrivals:
             raise EmulationError(f"too many arrivals at {self}, got {count=}")
-        self.pending -= count
-        self.bytes += bytes
+        self.pending_arrivals -= count
+        self.pending_bytes += nbytes
         self.arrived.join(order)
-        if self.pending or self.bytes:
+        if self.pending_arrivals or self.pending_bytes:
             return
         if self.phases_awaited < self.phase:
             raise EmulationError(f"{self.memory.name} completes phase {self.phase} before anyone has waited for phase {self.phase - 1}")
-        self.phase, self.pending = self.phase + 1, self.count
+        self.phase, self.pending_arrivals = self.phase + 1, self.count
         self.completed.join(self.arrived)
 
     def __str__(self) -> str:
-        return f"{self.memory.name}: phase {self.phase}, {self.pending} of {self.count} arrivals and {self.bytes} bytes pending"
+        pending = f"{self.pending_arrivals} of {self.count} arrivals and {self.pending_bytes} bytes pending"
+        return f"{self.memory.name}: phase {self.phase}, {pending}"
 
 
 @functools.cache
 def _elements(shape: torch.Size, strides: tuple[int, ...], offset: int) -> int:
-    """The elements of an allocation that a view covers, as the bytes of an integer."""
+    """The elements of an allocation that a view covers, one bit for each."""
     end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     covered = torch.zeros(end, dtype=torch.uint8)
     covered.as_strided(shape, strides, offset).fill_(1)
-    return int.from_bytes(covered.numpy().tobytes(), "little")
+    return int.from_bytes(np.packbits(covered.numpy(), bitorder="little").tobytes(), "little")
 
 
 class Memory:
@@ -159,13 +150,13 @@ class Memory:
     def permute(self, order: Sequence[int]) -> Memory:
         return self._view(self.data.permute(*order))
 
-    def load(self, layout: Any = None) -> Tensor:
-        self.machine.switch()
+    def load(self, layout: Any = None) -> Generator[None, None, Tensor]:
+        yield
         self.machine.order.seen |= self.machine.access(self, "load")
         return self.data.clone()
 
-    def store(self, value: Tensor) -> None:
-        self.machine.switch()
+    def store(self, value: Tensor) -> Iterator[None]:
+        yield
         if (list(value.shape), value.dtype) != (self.shape, self.dtype):
             raise EmulationError(f"{self.name} holds {self.shape} {self.dtype}, got {list(value.shape)} {value.dtype}")
         self.machine.order.seen |= self.machine.access(self, "store", write=True)
@@ -186,21 +177,30 @@ class Transfer:
 
 @dataclass(eq=False)
 class Partition:
-    """A partition of a warp-specialised kernel, or the kernel outside `gl.warp_specialize`."""
+    """A partition of a warp-specialised kernel, or the kernel outside `gl.warp_specialize`; others may run where `steps` yields."""
 
     name: str
+    steps: Generator[None, None, Any]
     order: Order
     speed: float = 1
     awaited: tuple[Barrier, int, str] | None = None  # with the parity and the line of the kernel
-    done: bool = False
+    ended: bool = False
     result: Any = None
     products: deque[Transfer] = field(default_factory=deque)
     stores: deque[Transfer] = field(default_factory=deque)
-    baton: threading.Lock = field(default_factory=_held_lock)
 
     @property
     def ready(self) -> bool:
-        return not self.done and (self.awaited is None or self.awaited[0].has_passed(self.awaited[1]))
+        return self.awaited is None or self.awaited[0].has_passed(self.awaited[1])
+
+    def step(self) -> None:
+        try:
+            next(self.steps)
+        except StopIteration as stop:
+            if self.products or self.stores:
+                unfinished = f"{len(self.products)} products and {len(self.stores)} TMA stores in flight"
+                raise EmulationError(f"{self.name} ends with {unfinished}") from None
+            self.ended, self.result = True, stop.value
 
     def retire(self, transfers: deque[Transfer], most: int) -> None:
         """Finish the oldest transfers until `most` are in flight."""
@@ -208,11 +208,6 @@ class Partition:
             transfer = transfers.popleft()
             transfer.finish()
             self.order.join(transfer.order)
-
-    def end(self) -> None:
-        if self.products or self.stores:
-            raise EmulationError(f"{self.name} ends with {len(self.products)} products and {len(self.stores)} TMA stores in flight")
-        self.done = True
 
     def __str__(self) -> str:
         if self.awaited is None:
@@ -222,14 +217,14 @@ class Partition:
 
 
 class Machine:
-    """One program of the grid: its partitions and their scheduler, its shared memory and the order of events."""
+    """One program of the grid: the scheduler of its partitions, its shared memory and the order of events."""
 
-    def __init__(self, grid: tuple[int, ...], program: tuple[int, ...], rng: random.Random) -> None:
-        self.grid, self.program, self.rng, self.events = grid, program, rng, 0
+    main: Partition
+    current: Partition
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng, self.events = rng, 0
         self.allocations, self.in_flight, self.loads = list[Allocation](), list[Transfer](), list[tuple[int, str]]()
-        self.main = self.current = Partition("the kernel", Order())
-        self.partitions = [self.main]
-        self.failure: BaseException | None = None
         self.load_speed = self._speed()
 
     @property
@@ -237,7 +232,7 @@ class Machine:
         return self.current.order
 
     def _speed(self) -> float:
-        """How often the scheduler chooses something; drawn, so that some schedules are far from fair."""
+        """Weight in the scheduler's choice; drawn, so that partitions run far ahead of each other in some schedules."""
         return float(2 ** self.rng.uniform(-4, 4))
 
     def event(self) -> int:
@@ -254,6 +249,7 @@ class Machine:
             if shared and (write or old.write):
                 if not order.seen & old.event:
                     raise Race(f"{new.what} is not ordered after {old.what}")
+                # Of the ordinary accesses before an asynchronous one, writes alone need a fence; after a read, a barrier suffices.
                 if asynchronous and old.write and not old.asynchronous and not order.fenced & old.event:
                     raise Race(f"{new.what} needs a fence_async_shared after {old.what}")
             replaced = order.seen & old.event and (write or not old.write) and shared == old.elements
@@ -262,13 +258,13 @@ class Machine:
         allocation.accesses = [*kept, new]
         return new.event
 
-    def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: Any = None, value: Any = None) -> Memory:
+    def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: Any = None, value: Any = None) -> Generator[None, None, Memory]:
         """`gl.allocate_shared_memory`; what is not yet written is NaN."""
         elements = torch.full(list(shape), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
         self.allocations.append(Allocation(elements))
         memory = Memory(self, self.allocations[-1], elements)
         if value is not None:
-            memory.store(value)
+            yield from memory.store(value)
         return memory
 
     def barrier(self, memory: Memory) -> Barrier:
@@ -277,73 +273,53 @@ class Machine:
             raise EmulationError(f"{memory.name} is used before mbarrier.init")
         return barrier
 
-    def wait(self, barrier: Barrier, parity: int) -> None:
-        """Go on when the phase before the barrier's current one has this parity, knowing what arrived before it completed."""
+    def wait(self, barrier: Barrier, parity: int) -> Iterator[None]:
+        """Wait until the phase before the barrier's current one has this parity; then what happened before it completed is known."""
         partition = self.current
         partition.awaited = barrier, parity, kernel_line()
-        self.switch()
+        yield
         partition.awaited = None
         partition.order.join(barrier.completed)
         barrier.phases_awaited = barrier.phase
 
-    def switch(self) -> None:
-        """Give the baton to whoever the scheduler chooses, and go on when it comes back."""
-        before = self.current
-        self.current = self._choose()
-        if self.current is not before:
-            self.current.baton.release()
-            if not before.done:
-                before.baton.acquire()
-                if self.failure:
-                    raise self.failure if before is self.main else _Stopped
-
-    def _choose(self) -> Partition:
-        alive = [partition for partition in self.partitions if not partition.done]
-        if self.failure or not alive:
-            return alive[0] if alive else self.main
-        while True:
-            choices = [partition for partition in alive if partition.ready] + self.in_flight
-            if not choices:
-                raise Deadlock("deadlock, and no load is in flight\n" + "\n".join(map(str, self.partitions)))
-            chosen = self.rng.choices(choices, [choice.speed for choice in choices])[0]
-            if isinstance(chosen, Partition):
-                return chosen
-            self.in_flight.remove(chosen)
-            chosen.finish()
+    def run(self, kernel: Generator[None, None, Any]) -> None:
+        """Run the kernel; at its end every load must have been waited for, and no bytes be expected."""
+        self.main = Partition("the kernel", kernel, Order(), self._speed())
+        self._drive([self.main])
+        lost = [load for event, load in self.loads if not self.main.order.seen & event]
+        if lost:
+            raise EmulationError(f"nobody waited for {lost[0]}")
+        for barrier in (barrier for allocation in self.allocations for barrier in allocation.barriers.values()):
+            if barrier.pending_bytes:
+                raise EmulationError(f"at the end of the kernel bytes are expected at {barrier}")
 
     def specialize(self, functions_and_args: Any, worker_num_warps: Sequence[int], worker_num_regs: Sequence[int] | None = None) -> Any:
-        """`gl.warp_specialize`: run the partitions to their ends; the first one's result is that of the kernel."""
+        """`gl.warp_specialize`: run the partitions to their ends; the result is that of the first one."""
         workers = len(functions_and_args) - 1
         if len(worker_num_warps) != workers or (worker_num_regs is not None and len(worker_num_regs) != workers):
             raise EmulationError(f"warp_specialize has {workers} workers, got {worker_num_warps=} and {worker_num_regs=}")
         if self.current is not self.main:
             raise EmulationError(f"warp_specialize cannot be nested, got a call in {self.current.name}")
-        self.partitions = [
-            Partition(f"partition {i} ({function.__name__})", replace(self.order), self._speed())
-            for i, (function, _) in enumerate(functions_and_args)
+        partitions = [
+            Partition(f"partition {i} ({function.__name__})", steps(function, *args), replace(self.order), self._speed())
+            for i, (function, args) in enumerate(functions_and_args)
         ]
-        threads = [
-            threading.Thread(target=self._execute, args=(partition, *call), daemon=True)
-            for partition, call in zip(self.partitions, functions_and_args, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        self.switch()
-        for thread, partition in zip(threads, self.partitions, strict=True):
-            thread.join()
+        self._drive(partitions)
+        self.current = self.main
+        for partition in partitions:
             self.order.join(partition.order)
-        result, self.partitions = self.partitions[0].result, [self.main]
-        return result
+        return partitions[0].result
 
-    def _execute(self, partition: Partition, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        partition.baton.acquire()
-        try:
-            if self.failure:
-                raise _Stopped
-            partition.result = function(*args)
-            partition.end()
-            self.switch()
-        except BaseException as error:
-            self.failure = self.failure or error
-            partition.done = True
-            self.switch()
+    def _drive(self, partitions: list[Partition]) -> None:
+        """Run partitions to their ends: again and again a step of one that is ready, or the landing of a load."""
+        while running := [partition for partition in partitions if not partition.ended]:
+            choices = [partition for partition in running if partition.ready] + self.in_flight
+            if not choices:
+                raise Deadlock("deadlock, and no load is in flight\n" + "\n".join(map(str, partitions)))
+            chosen = self.rng.choices(choices, [choice.speed for choice in choices])[0]
+            if isinstance(chosen, Partition):
+                self.current = chosen
+                chosen.step()
+            else:
+                self.in_flight.remove(chosen)
+                chosen.finish()

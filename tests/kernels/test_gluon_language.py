@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,51 +54,44 @@ def test_pointers_stay_inside_their_tensor() -> None:
 
 
 @gluon.jit
-def _shared(MISUSE: gl.constexpr):
+def _views(out_ptr):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    buffers = gl.allocate_shared_memory(gl.float16, [2, N, N], gl.NVMMASharedLayout(32, 16, 3))
+    buffers = gl.allocate_shared_memory(gl.float16, [2, N, N], gl.NVMMASharedLayout(32, 16, 2))
     buffers.index(0).store(gl.full([N, N], 3.0, gl.float16, layout))
     buffers.index(1).slice(8, 8).store(gl.full([8, N], 4.0, gl.float16, layout))
-    flat = buffers.reshape([2 * N, N]).permute((1, 0)).load(layout)
-    gl.device_assert(flat[0, 0] == 3)
-    gl.device_assert(flat[0, N] != flat[0, N], "shared memory starts as NaN")
-    gl.device_assert(flat[0, 31] == 4)
-    if MISUSE == "index":
-        buffers.index(2).load(layout)
-    elif MISUSE == "dtype":
-        buffers.index(0).store(gl.zeros([N, N], gl.float32, layout))
-    elif MISUSE == "shape":
-        buffers.index(0).store(gl.zeros([N, 8], gl.float16, layout))
-    elif MISUSE == "assertion":
-        gl.device_assert(flat[0, 0] == 4, "four")
+    rows = gl.arange(0, N, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, 2 * N, layout=gl.SliceLayout(0, layout))
+    gl.store(out_ptr + rows[:, None] * 2 * N + columns[None, :], buffers.reshape([2 * N, N]).permute((1, 0)).load(layout))
     buffers._keep_alive()
 
 
 def test_views_share_their_memory() -> None:
-    run(_shared, (1,), {"MISUSE": "none"})
+    out = torch.zeros(16, 32)
+    run(_views, (1,), {"out_ptr": out})
+    nan = float("nan")  # of what is never written
+    torch.testing.assert_close(out, torch.tensor([3.0] * 16 + [nan] * 8 + [4.0] * 8).expand(16, -1), equal_nan=True)
 
 
+ZEROS = "buffers.index(0).store(gl.zeros({}, layout))"
 MISUSES = {
-    "index": r"buffers has 2 buffers, got index 2",
-    "dtype": r"buffers\[0\] holds \[16, 16\] torch.float16, got \[16, 16\] torch.float32",
-    "shape": r"buffers\[0\] holds \[16, 16\] torch.float16, got \[16, 8\] torch.float16",
-    "assertion": "an assertion of the kernel failed: four",
+    "buffers.index(2).load(layout)": "buffers has 2 buffers, got index 2",
+    ZEROS.format("[N, N], gl.float32"): r"buffers\[0\] holds \[16, 16\] torch.float16, got \[16, 16\] torch.float32",
+    ZEROS.format("[N, 8], gl.float16"): r"buffers\[0\] holds \[16, 16\] torch.float16, got \[16, 8\] torch.float16",
+    "gl.device_assert(gl.max(rows, 0) == N, 'rows')": "an assertion of the kernel failed: rows",
 }
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
 def test_misuse_of_shared_memory(misuse: str) -> None:
     with pytest.raises(EmulationError, match=MISUSES[misuse]):
-        run(_shared, (1,), {"MISUSE": misuse})
-
-
-# TMA at the border, and the programs of a grid.
+        run(_views, (1,), {"out_ptr": torch.zeros(16, 32)}, edits={"buffers._keep_alive()": misuse})
 
 
 @gluon.jit
-def _copy(x_desc, out_desc, WIDTH: gl.constexpr):
+def _shift(x_desc, out_desc):
+    """Each program copies a block one row down; blocks reach beyond the border."""
     y, x = gl.program_id(0) * N - 4, gl.program_id(1) * N - 4
-    buffer = gl.allocate_shared_memory(x_desc.dtype, [N, WIDTH], x_desc.layout)
+    buffer = gl.allocate_shared_memory(x_desc.dtype, [N, N], x_desc.layout)
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     fence_async_shared()
@@ -105,17 +100,18 @@ def _copy(x_desc, out_desc, WIDTH: gl.constexpr):
     mbarrier.wait(bar, 0)
     mbarrier.invalidate(bar)
     gl.static_assert(x_desc.shape[0] == 20)
-    tma.async_copy_shared_to_global(out_desc, [y + 1, x], buffer)
+    tma.async_store(out_desc, [y + 1, x], buffer)
     tma.store_wait(pendings=0)
 
 
-def test_tma_fills_with_zeros_and_clips() -> None:
-    x, out = blocks(20, 24), torch.full((20, 24), float("nan")).half()
-    run(_copy, (2, 2), {"x_desc": descriptor(x), "out_desc": descriptor(out), "WIDTH": 16}, seed=1)
-    torch.testing.assert_close(out, torch.cat([torch.zeros(1, 24), x[:-1]]).half(), rtol=0, atol=0)
+@pytest.mark.parametrize(("padding", "value"), [("zero", 0.0), ("nan", float("nan"))])
+def test_tma_pads_loads_and_clips_stores(padding: str, value: float) -> None:
+    x, out = blocks(20, 24), torch.full((20, 24), -1.0).half()
+    run(_shift, (2, 2), {"x_desc": replace(descriptor(x), padding=padding), "out_desc": descriptor(out)})
+    torch.testing.assert_close(out, torch.cat([torch.full((1, 24), value), x[:-1]]).half(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_box_is_as_large_as_its_buffer() -> None:
     x = blocks(20, 24)
     with pytest.raises(EmulationError, match=r"got \[16, 16\] torch.float16 and buffer of \[16, 32\] torch.float16"):
-        run(_copy, (2, 2), {"x_desc": descriptor(x), "out_desc": descriptor(x), "WIDTH": 32})
+        run(_shift, (2, 2), {"x_desc": descriptor(x), "out_desc": descriptor(x)}, edits={"[N, N]": "[N, 2 * N]"})
