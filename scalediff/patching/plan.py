@@ -69,7 +69,8 @@ class Call:
     def _image(self, sizes: _CallSizes, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         q, k, v = (_tokens(x, 0, sizes.area).unflatten(1, sizes.grid) for x in (q, k, v))
         geometry: dict[str, Any] = {"window": sizes.window, "patch": sizes.patch, "offset": sizes.offset}
-        return neighborhood_patch_attention(q, k, v, **geometry, scale=scale, impl=self.impl).flatten(1, 2)
+        out: Tensor = neighborhood_patch_attention(q, k, v, **geometry, scale=scale, impl=self.impl)
+        return out.flatten(1, 2)
 
     def _joint(self, sizes: _CallSizes, span: Span, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         queries, area = sizes.lengths[0], sizes.area

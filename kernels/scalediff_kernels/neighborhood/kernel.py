@@ -253,31 +253,34 @@ def mean_kernel(
     lse_ptr,  # [B, H, parts, tiles, TEXT_ROWS], fp32, in units of log2; read where WEIGHTED
     out_ptr,  # [B, T, H, D]
     out_strides, heads, text, parts, count,
-    TEXT_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr,
+    TEXT_ROWS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Compute the mean over `count` windows from the sums of all parts, added in a fixed order and rounded once.
+    """Compute ROWS rows of the mean over `count` windows from the sums of all parts, added in a fixed order and rounded once.
 
     WEIGHTED: The parts are of the keys of one window, so each has the weight of its keys.
     """
     pid = tl.program_id(0)
+    first = pid % (TEXT_ROWS // ROWS) * ROWS
+    pid = pid // (TEXT_ROWS // ROWS)
     tiles = tl.cdiv(text, TEXT_ROWS)
     tile = pid % tiles
     pid = pid // tiles
-    offs_m = tl.arange(0, TEXT_ROWS)
+    offs_m = first + tl.arange(0, ROWS)
     offs_t = tile * TEXT_ROWS + offs_m
     offs_d = tl.arange(0, BLOCK_D)
     offs = offs_m[:, None] * BLOCK_D + offs_d[None, :]
-    top = tl.full([TEXT_ROWS], float("-inf"), tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
     if WEIGHTED:
         for part in range(0, parts):
-            top = tl.maximum(top, tl.load(lse_ptr + ((pid * parts + part) * tiles + tile) * TEXT_ROWS + offs_m))
-    b_sum = tl.zeros([TEXT_ROWS, BLOCK_D], tl.float32)
-    total = tl.zeros([TEXT_ROWS], tl.float32)
+            place = (pid.to(tl.int64) * parts + part) * tiles + tile
+            top = tl.maximum(top, tl.load(lse_ptr + place * TEXT_ROWS + offs_m))
+    b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     for part in range(0, parts):
-        first = (pid.to(tl.int64) * parts + part) * tiles + tile
-        b_part = tl.load(sums_ptr + first * (TEXT_ROWS * BLOCK_D) + offs)
+        place = (pid.to(tl.int64) * parts + part) * tiles + tile
+        b_part = tl.load(sums_ptr + place * (TEXT_ROWS * BLOCK_D) + offs)
         if WEIGHTED:
-            weight = tl.exp2(tl.load(lse_ptr + first * TEXT_ROWS + offs_m) - top)
+            weight = tl.exp2(tl.load(lse_ptr + place * TEXT_ROWS + offs_m) - top)
             b_sum += weight[:, None] * b_part
             total += weight
         else:

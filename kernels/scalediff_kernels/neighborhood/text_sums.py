@@ -16,6 +16,8 @@ from scalediff_kernels.neighborhood.config import LaunchConfig
 from scalediff_kernels.neighborhood.kernel import mean_kernel
 from scalediff_kernels.neighborhood.strides import in_vectors
 
+MEAN_ELEMENTS = 8192  # of a program that reduces: 32 a thread of eight warps
+
 
 @dataclass(frozen=True)
 class TextSums:
@@ -45,6 +47,7 @@ class TextSums:
     def mean(self, out: Tensor, call: Call, windows: int, config: LaunchConfig) -> Launch:
         """The launch that writes `out`, contiguous `[B, T, H, D]`: the mean over windows, or parts of keys merged by their log-sum-exp."""
         batch, text, heads, head_dim = call.q.shape
+        rows = min(self.rows, MEAN_ELEMENTS // call.block_d)
         arguments = {
             "sums_ptr": self.sums,
             "lse_ptr": self.lse,
@@ -55,10 +58,11 @@ class TextSums:
             "parts": self.parts,
             "count": windows,
             "TEXT_ROWS": self.rows,
+            "ROWS": rows,
             "D": head_dim,
             "BLOCK_D": call.block_d,
             "WEIGHTED": self.lse is not None,
             "num_warps": 8,
             "enable_fp_fusion": True,
         }
-        return Launch(mean_kernel, batch * heads * self.tiles, arguments, config)
+        return Launch(mean_kernel, batch * heads * self.tiles * self.rows // rows, arguments, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -71,13 +72,15 @@ def launches(problem: Problem, outputs: tuple[Tensor, Tensor | None], **changes:
     return [*found, text_launch(outputs[1], text[0], k, v, *text[1:], rope, **how)] if problem.rule else found
 
 
-def run(problem: Problem, *, programs: int = 2, seed: int = 0, **changes: Any) -> tuple[Tensor, Tensor | None]:
+def run(
+    problem: Problem, *, programs: int = 2, seed: int = 0, edits: Mapping[str, str] | None = None, **changes: Any
+) -> tuple[Tensor, Tensor | None]:
     """Image and text of the kernel by the emulator, with so many programs at most; `changes` are arguments of the launches."""
     q, _, _, *text = problem.inputs()
     with poisoned_memory():
         outputs = torch.empty(q.shape, dtype=q.dtype), torch.empty(text[0].shape, dtype=q.dtype) if problem.rule else None
         for launch in launches(problem, outputs, **changes):
-            emulate(launch.kernel, (min(programs, launch.programs),), launch.arguments, seed=seed)
+            emulate(launch.kernel, (min(programs, launch.programs),), launch.arguments, seed=seed, edits=edits)
             if launch.then:
                 launch.then.run()
     return outputs
