@@ -16,6 +16,7 @@ import torch
 from bench.gpu import __main__ as gpu
 from bench.gpu import parts as gpu_parts
 from bench.gpu.parts import PARTS, Part
+from bench.harness.facts import ROOT
 from bench.harness.rows import read_rows, write_rows
 
 FACTS = {
@@ -310,13 +311,12 @@ def test_it_ends_its_part_when_it_is_ended(module: Path) -> None:
     """A process that gets a signal to end while its part sleeps."""
     code = (
         "import pathlib, runpy, sys, torch; from bench.gpu import parts; from bench.harness import facts\n"
-        "from tests.bench.test_gpu import FACTS, script; facts.ROOT = pathlib.Path(sys.argv[1]); torch.cuda.is_available = lambda: True\n"
+        f"from {__name__} import FACTS, script; facts.ROOT = pathlib.Path(sys.argv[1]); torch.cuda.is_available = lambda: True\n"
         "parts.PARTS = (script('hang', '--sleep', '60', '--child'),); facts.facts = lambda *a, **k: FACTS\n"
         "sys.argv = ['x', '--out', sys.argv[1]]; runpy.run_module('bench.gpu', run_name='__main__')\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {"PYTHONPATH": f"{root}:{root / 'kernels'}:{module}", "PATH": "/usr/bin:/bin"}
-    process = subprocess.Popen([sys.executable, "-c", code, str(module)], env=environment, cwd=root, stdout=subprocess.DEVNULL)
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{module}", "PATH": "/usr/bin:/bin"}
+    process = subprocess.Popen([sys.executable, "-c", code, str(module)], env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while not (module / "child").exists() or not (module / "child").read_text():

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from bench.harness import command, gated
+from bench.harness.facts import ROOT
 from bench.lowpass import __main__ as lowpass
 from bench.lowpass import cases as lowpass_cases
 from bench.lowpass.cases import FEATURES, IMPLEMENTATIONS, LATENTS, LOW_PASS, Case
 
-ROOT = Path(__file__).parents[2]
 SMALL = Case("small", (1, 2, 32, 32))
 OURS = [f"small/float32/planes/{name}/scalediff" for name in ("guided step", "mix frequencies", "low pass")]
 

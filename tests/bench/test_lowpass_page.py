@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.harness.facts import is_commit
+from bench.harness.facts import ROOT, is_commit
 from bench.lowpass import __main__ as lowpass
 from bench.lowpass import page as lowpass_page
 from bench.lowpass.cases import LATENTS, Case
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
