@@ -171,7 +171,7 @@ PARTS: tuple[Part, ...] = (  # five in the first eight minutes
     _calls("kernel-shapes", "the attention kernel, every shape and dtype", 240, "--provider", "triton"),
     _tests(
         "tests-all", "all tests that need a device, but for compute-sanitizer", 180, "not sanitizer", "-m", "gpu", "tests/kernels",
-        "tests/bench/test_providers.py", spread=True,
+        "tests/bench/attention/test_providers.py", spread=True,
     ),
     _calls("attention", "every shape, dtype and implementation", 460, least=60),
 )  # fmt: skip
