@@ -17,63 +17,7 @@ from bench.gpu import __main__ as gpu
 from bench.gpu import parts as gpu_parts
 from bench.gpu.parts import PARTS, Part
 from bench.harness.facts import ROOT
-from bench.harness.rows import read_rows, write_rows
-
-FACTS = {
-    "machine": "NVIDIA H200",
-    "commit": "0123abc",
-    "python": "3",
-    "torch": "2",
-    "triton": "3",
-    "diffusers": "absent",
-    "natten": "absent",
-}
-
-
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the program `script.py` that parts run as `python -m script`: it prints, writes rows, and ends as its options say."""
-    (tmp_path / "script.py").write_text(
-        "import argparse, os, pathlib, subprocess, sys, time\n"
-        "p = argparse.ArgumentParser()\n"
-        "for name in ('--say', '--csv', '--commit', '--sleep', '--exit'): p.add_argument(name, default='')\n"
-        "p.add_argument('--child', action='store_true')\n"
-        "o = p.parse_args()\n"
-        "with open('began', 'a') as f: f.write(o.say + '\\n')\n"
-        "rows = 'row,status,p50_ms,commit\\na,ok,1,0123abc\\nb,FAILED,,0123abc\\nc,skipped,,0123abc\\nd,ok,1,f\\n'\n"
-        "if o.csv: pathlib.Path(o.csv).write_text(rows)\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']) if o.child else None\n"
-        "if child: pathlib.Path('child').write_text(str(child.pid))\n"
-        "print(o.say, flush=True)\n"
-        "if o.sleep: time.sleep(float(o.sleep))\n"
-        "if o.exit == 'segfault': os.abort()\n"
-        "sys.exit(int(o.exit or 0))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(gpu_parts.facts, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_parts, "GRACE", 1.0)
-    return tmp_path
-
-
-DESCRIBED = "3 rows: 1 ok, 1 FAILED, 1 skipped; first b: no note"
-
-
-def script(name: str, *more: str, limit: float = 30.0, **facts: Any) -> Part:
-    return Part(name, f"part {name}", limit, ("script", "--say", name, *more), **facts)
-
-
-def main(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, parts: list[Part], *arguments: str, commit: str = "0123abc", natten: str = "absent"
-) -> tuple[object, dict[str, dict[str, str]], list[str]]:
-    """Exit status or message, rows, and the names of the parts that were begun, as on a machine with a GPU."""
-    monkeypatch.setattr(gpu, "PARTS", tuple(parts))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "facts", lambda *_, **how: FACTS | {"commit": how["commit"] or commit, "natten": natten})
-    (folder / "began").unlink(missing_ok=True)
-    with pytest.raises(SystemExit) as stop:
-        gpu.main(["--out", str(folder), *arguments])
-    began = (folder / "began").read_text().split() if (folder / "began").exists() else []
-    return stop.value.code, read_rows(folder / "gpu-nvidia-h200.csv"), began
+from tests.bench.gpu.small_parts import DESCRIBED, FACTS, main, script
 
 
 def test_without_a_gpu_one_sentence_and_status_2(
@@ -255,49 +199,6 @@ def test_a_part_with_an_error_among_its_rows_does_not_stand(module: Path, monkey
     assert main(module, monkeypatch, parts)[2] == ["two"], "rows are of the part whose command they name, and of one commit"
 
 
-def test_it_ends_with_the_goals_and_the_quick_shapes(
-    module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    facts = {"machine": "NVIDIA H200", "commit": "0123abc", "cuda": "13", "status": "ok", "command": "x"}
-    flux = facts | {
-        "row": "flux-4096/bf16/window/triton",
-        "shape": "flux-4096",
-        "provider": "triton",
-        "p50_ms": "29",
-        "tflops": "651",
-        "kernels_ms": "image_kernel 20, text_kernel 9",
-    }
-    flux |= {"matrix_percent": "82"}
-    other = flux | {"row": "flux-4096/fp16/window/triton", "p50_ms": "28"}
-    failed = flux | {"row": "sdxl-64-4096/fp16/gather", "status": "FAILED", "provider": "gather", "p50_ms": ""}
-    older = flux | {"row": "flux-4096/bf16/global/triton", "commit": "4567def", "p50_ms": "27"}
-    write_rows(module / "attention-nvidia-h200.csv", list(flux), [flux, other, failed, older])
-    main(module, monkeypatch, [script("one")])
-    out = capsys.readouterr().out
-    assert "kernel, FLUX 4096 px, 512 text, bf16: 651 TFLOP/s, met (" in out
-    assert re.search(r"SDXL 4096 px, a whole run, beside MultiDiffusion: not measured yet; at least .*x on H100 or H200", out)
-    assert "\nflux-4096/bf16/window/triton: 29 ms, 651 TFLOP/s (image_kernel 20, text_kernel 9)\n" in out
-    assert [number for number in ("28", "27") if f"{number} ms" in out] == [], "another dtype than the model's, another commit"
-    assert "windows by SDPA" not in out, "a CPU's goal"
-    (module / "cascade-x.csv").write_text("name\na\n")
-    main(module, monkeypatch, [script("one")])
-    assert "no results: ValueError: cascade-x.csv must have a column 'row'" in capsys.readouterr().out
-
-
-def test_goals_are_shown_on_another_device_than_they_are_set_for(tmp_path: Path) -> None:
-    row = {
-        "row": "flux-4096/bf16/window/triton",
-        "status": "ok",
-        "provider": "triton",
-        "tflops": "500",
-        "p50_ms": "1",
-        "matrix_percent": "9",
-    }
-    row |= {"machine": "NVIDIA H100", "commit": "abc", "cuda": "13", "command": "x", "shape": "flux-4096"}
-    write_rows(tmp_path / "attention-nvidia-h100.csv", list(row), [row])
-    assert [line for line in gpu.results(tmp_path, "NVIDIA H100", "abc") if "500 TFLOP/s, missed" in line and "on H100 or H200" in line]
-
-
 def test_a_damaged_csv_is_refused(module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (module / "gpu-nvidia-h200.csv").write_text("name\na\n")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -330,26 +231,3 @@ def test_it_ends_its_part_when_it_is_ended(module: Path) -> None:
     stat = Path(f"/proc/{(module / 'child').read_text()}/stat")
     time.sleep(0.2)
     assert not stat.exists() or stat.read_text().split()[2] == "Z", "the part's child runs on"
-
-
-def test_what_results_lack_costs_neither_the_parts_nor_the_exit_status(
-    module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def lacking(*_: object) -> list[str]:
-        raise ModuleNotFoundError("No module named 'scalediff_kernels'")
-
-    monkeypatch.setattr(gpu, "results", lacking)
-    assert main(module, monkeypatch, [script("red", "--exit", "1")])[0] == 1
-    out = capsys.readouterr().out
-    assert "no results: ModuleNotFoundError: No module named 'scalediff_kernels'" in out
-    assert re.search(r"^red +failed", out, re.MULTILINE)
-
-
-def test_the_summary_has_sixty_lines_at_most_and_ends_with_how_it_ended(tmp_path: Path) -> None:
-    outcomes = {f"part {n}": gpu.Outcome("done", "") for n in range(100)}
-    lines = gpu.summary(outcomes, tmp_path, "NVIDIA H200", "abc", ["failed: x"])
-    assert len(lines) == 60
-    assert lines[-1] == "failed: x"
-    assert re.fullmatch(r"and \d+ lines more: see the CSVs in .*", lines[-2])
-    few = gpu.summary({}, tmp_path, "NVIDIA H200", "abc", [])
-    assert not [line for line in few if "lines more" in line]
