@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bench.flops.count import METHODS, rows
-from bench.flops.models import MODELS, TITLES
+from bench.flops.count import METHODS, MODELS, TITLES, rows
 from bench.harness.facts import ROOT, package_version
 from bench.harness.pages import fill, page_parser, require_pandas, table, write_or_check
 

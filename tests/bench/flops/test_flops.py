@@ -19,8 +19,7 @@ import diffusers
 from bench.attention.shapes import view_starts
 from bench.flops import __main__ as flops
 from bench.flops.__main__ import comma_separated, main, sections
-from bench.flops.count import Counter, Row
-from bench.flops.models import MODELS
+from bench.flops.count import MODELS, Counter, Row
 from bench.harness.pages import fill
 from scalediff.cost.flops import _attention_flops, _count_flops, attention_work, count, layer_work
 from scalediff.patch import patch_model
