@@ -40,11 +40,6 @@ class RowFile:
         return added
 
 
-def default_path(name: str, machine: str) -> Path:
-    """The CSV of a benchmark on a machine."""
-    return RESULTS / f"{name}-{slug(machine)}.csv"
-
-
 def slug(name: str) -> str:
     """A name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
