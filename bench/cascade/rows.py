@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from bench.cascade.gate import Gate
@@ -25,7 +24,7 @@ from bench.flops.work import StagePlan, Work
 from bench.harness.device import broken, first_line, forget
 from bench.harness.facts import FACTS, VERSIONS
 from bench.harness.rows import Row
-from bench.harness.timing import fused_attention
+from bench.harness.timing import fused_attention, percentiles
 from scalediff.patching.networks import denoiser_of
 
 SAME = (*FACTS, *VERSIONS, "timed_steps", "limit_s", "view_batch")
@@ -199,6 +198,6 @@ def _compiled(pipe: Any) -> Iterator[None]:
 
 def _percentiles(seconds: Sequence[float], count: int) -> Row:
     """Milliseconds of each, and seconds of `count` of them in a run; only the median of a single one."""
-    p20, p50, p80 = np.quantile(seconds, (0.2, 0.5, 0.8))
+    p20, p50, p80 = percentiles(seconds)
     row = {"p50_ms": f"{1000 * p50:.5g}", "count": str(count), "in_run_s": f"{count * p50:.5g}"}
     return row | ({"p20_ms": f"{1000 * p20:.5g}", "p80_ms": f"{1000 * p80:.5g}"} if len(seconds) > 1 else {})

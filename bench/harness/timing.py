@@ -10,7 +10,6 @@ from functools import cache
 from itertools import cycle
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -85,7 +84,7 @@ def _by_events(calls: Sequence[Call], seconds: float) -> Timing:
         next(turn)()
         pairs[-1][1].record()
     torch.cuda.synchronize()
-    return _percentiles([begin.elapsed_time(end) for begin, end in pairs])
+    return percentiles([begin.elapsed_time(end) for begin, end in pairs])
 
 
 def _in_rounds(entrants: Sequence[Sequence[Call]], seconds: float) -> list[Timing | Exception]:
@@ -113,11 +112,13 @@ def _in_rounds(entrants: Sequence[Sequence[Call]], seconds: float) -> list[Timin
         for i in range(len(entrants)):
             run(i)
         rounds += 1
-    return [raised[i] if i in raised else _percentiles(found) for i, found in enumerate(times)]
+    return [raised[i] if i in raised else percentiles(found) for i, found in enumerate(times)]
 
 
-def _percentiles(milliseconds: Sequence[float]) -> Timing:
-    return Timing(*np.quantile(milliseconds, (0.2, 0.5, 0.8)).tolist())
+def percentiles(times: Sequence[float]) -> Timing:
+    """The percentiles 20, 50 and 80, in the unit of the times."""
+    values, quantiles = (torch.tensor(numbers, dtype=torch.float64) for numbers in (times, (0.2, 0.5, 0.8)))
+    return Timing(*torch.quantile(values, quantiles).tolist())
 
 
 def peak_memory(call: Call, device: str) -> int | None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ import scalediff
 from bench.harness.command import Benchmark, parser_of
 from bench.harness.facts import FACTS
 from bench.harness.rows import Row
+from bench.harness.timing import percentiles
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
 from scalediff.patching import plan
@@ -40,7 +40,7 @@ def differences(ours: Callable[[], Any], bare: Callable[[], Any]) -> dict[str, s
     timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in (ours, bare)]
     spent = [[timer.timeit(CALLS).median for timer in timers] for _ in range(ROUNDS + 1)]
     gaps = [1e6 * (hooked - plain) for hooked, plain in spent[1:]]  # the first round warms up
-    return {f"p{p}_us": f"{value:.2f}" for p, value in zip((20, 50, 80), np.percentile(gaps, (20, 50, 80)), strict=True)}
+    return {f"{name}_us": f"{value:.2f}" for name, value in percentiles(gaps)._asdict().items()}
 
 
 def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pair]:

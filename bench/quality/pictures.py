@@ -17,6 +17,7 @@ from torch import Tensor
 
 import scalediff
 from bench.flops.work import Work, plan, without_weights
+from bench.harness.timing import percentiles
 from bench.quality.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
 from bench.quality.tables import CASCADES, LABELS, METHODS, SPREAD, SWITCHES, UNDRAWN
 from scalediff.cascade.pipeline import native_size, preset, stage_sizes
@@ -159,7 +160,7 @@ def quantised(images: Tensor) -> Tensor:
 
 
 def _spread(seconds: Sequence[float]) -> Columns:
-    return dict(zip((SPREAD[0], "seconds", SPREAD[1]), np.quantile(seconds, (0.2, 0.5, 0.8)).tolist(), strict=True))
+    return dict(zip((SPREAD[0], "seconds", SPREAD[1]), percentiles(seconds), strict=True))
 
 
 def _discs(images: Tensor, pipe: Any) -> Columns:
