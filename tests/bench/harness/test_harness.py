@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from bench.harness import device, timing
 from bench.harness import facts as harness_facts
 from bench.harness.facts import ROOT, VERSIONS, facts
-from bench.harness.rows import compared, finished_rows, read_records, read_rows, write_rows
+from bench.harness.rows import RowFile, compared, finished_rows, read_records, read_rows, write_rows
 from bench.harness.timing import Timing, kernels, measure_in_turn, peak_memory
 
 FACTS = {"machine": "X", "commit": "abc", "torch": "2"}
@@ -97,6 +97,16 @@ def test_rows_are_read_back_or_refused(tmp_path: Path) -> None:
     assert read_rows(path, ("row", "p50_ms")) == {}
     path.write_text("")
     assert read_rows(path, ("row", "p50_ms")) == {}
+
+
+def test_a_file_of_rows_is_written_with_every_row_and_read_by_the_next_run(tmp_path: Path) -> None:
+    fields = ("row", "p50_ms", *FACTS)
+    file = RowFile(tmp_path / "rows.csv", fields, FACTS, order=("b", "a"))
+    for name, time in (("c", "1"), ("a", "2"), ("b", "3"), ("a", "4")):
+        assert file.add({"row": name, "p50_ms": time, "unknown": "x"}) == {"row": name, "p50_ms": time, **FACTS}
+    assert [(name, one["p50_ms"]) for name, one in read_rows(file.path).items()] == [("b", "3"), ("a", "4"), ("c", "1")]
+    assert RowFile(file.path, fields, FACTS).finished == {"a", "b", "c"}
+    assert RowFile(file.path, fields, FACTS | {"torch": "3"}).finished == set()
 
 
 def test_the_commit_is_given_found_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
