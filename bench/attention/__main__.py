@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,17 +25,15 @@ from bench.attention.gate import Truth, truth
 from bench.attention.providers import Provider
 from bench.attention.sdpa import one_window
 from bench.attention.shapes import CPU_QUICK, CPU_SHAPES, DTYPES, QUICK, SHAPES, Inputs, Task, tasks
-from bench.harness import command
-from bench.harness import rows as harness
-from bench.harness.ceilings import Ceilings, ceilings
-from bench.harness.command import Benchmark
+from bench.harness.command import Benchmark, parser_of, timed_line
+from bench.harness.facts import VERSIONS
 from bench.harness.gated import Candidate, measured
 from bench.harness.rows import Row
-from bench.harness.timing import Call, Timing, sets_of_inputs
+from bench.harness.timing import Call, Ceilings, Timing, ceilings, sets_of_inputs
 from scalediff_kernels.testing import poisoned_memory
 
-OURS = ("triton", "sdpa", "reference")
-SAME = ("machine", "threads", "commit", "torch", *harness.VERSIONS, "natten")
+OURS = ("triton", "sdpa")
+SAME = ("machine", "threads", "commit", "torch", *VERSIONS, "natten")
 FIELDS = (
     "row", "status", "shape", "problem", "dtype", "rule", "provider", "function", "backend", "kernel", "p20_ms", "p50_ms", "p80_ms",
     "tflops", "matrix_percent", "copy_percent", "useful_gflop", "executed_gflop", "megabytes", "peak_megabytes", "launches", "error",
@@ -64,9 +62,8 @@ class Bench:
         heads = f"heads {s.heads}" + (f" on {s.groups}" if s.groups else "")
         row = {
             "shape": task.name, "problem": ", ".join([f"batch {s.batch}", *sizes, heads, f"dim {s.head_dim}", f"text {s.text}"]),
-            "dtype": next(name for name, dtype in DTYPES.items() if dtype is task.dtype), "rule": task.rule, "provider": provider.name,
-            "function": provider.function, "useful_gflop": f"{task.flops(provider.function) / 1e9:.4g}",
-            "megabytes": f"{task.bytes(provider.function) / 1e6:.4g}",
+            "dtype": task.dtype_name, "rule": task.rule, "provider": provider.name, "function": provider.function,
+            "useful_gflop": f"{task.flops(provider.function) / 1e9:.4g}", "megabytes": f"{task.bytes(provider.function) / 1e6:.4g}",
         }  # fmt: skip
         return Candidate(row, partial(self._prepare, provider), partial(self._numbers, provider), provider.refusal(task))
 
@@ -123,14 +120,8 @@ class SeenBackends(TorchDispatchMode):
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    command.check(parser, options)
     picked, names = _picked(options)
-    found: dict[torch.dtype, Ceilings] = {}
-
-    def ceiling(dtype: torch.dtype) -> Ceilings:
-        if dtype not in found:
-            found[dtype] = ceilings(options.device, dtype, seconds=options.seconds)
-        return found[dtype]
+    ceiling = cache(lambda dtype: ceilings(options.device, dtype, seconds=options.seconds))
 
     def measure(finished: Set[str]) -> Iterator[tuple[str, Row]]:
         for task in picked:
@@ -145,12 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def line(row: Row) -> str:
     """For a terminal."""
     rates = f"{row['tflops']} TFLOP/s, {row['matrix_percent']}% of a matrix product, {row['copy_percent']}% of a copy"
-    more = {"setup_ms": "{} ms of setup", "backend": "{}", "kernels_ms": "ms by kernel: {}"}
-    return command.timed_line(row, rates, *(words.format(row[column]) for column, words in more.items() if row[column]))
+    return timed_line(row, rates, row["backend"], f"ms by kernel: {row['kernels_ms']}" if row["kernels_ms"] else "")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser_of("attention", __doc__.split("\n")[0], seconds=0.5)
+    parser = parser_of("attention", __doc__.split("\n")[0], seconds=0.5)
     parser.add_argument("--shape", nargs="+", metavar="NAME", choices=[*SHAPES, *CPU_SHAPES], help=f"of {', '.join(SHAPES | CPU_SHAPES)}")
     parser.add_argument("--provider", nargs="+", metavar="NAME", choices=[*PROVIDERS], help=f"of {', '.join(PROVIDERS)}")
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], help="default: bf16 fp16; on a CPU fp32")

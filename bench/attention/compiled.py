@@ -163,7 +163,7 @@ _ONE_TEXT, _OWN_TEXT = ("", "global"), ("", "window")  # not rotated for every w
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        *(ours("triton"), ours("sdpa"), ours("reference")),
+        *(ours("triton"), ours("sdpa")),
         *_named("gather", sdpa.gather, ("", "cudnn", "flash"), work=sdpa.padded_flops),
         *_named("windows", partial(sdpa.gather, beforehand=True), ("cudnn", "flash"), work=sdpa.padded_flops),
         *_named("loop", sdpa.loop, ("", "cudnn")),

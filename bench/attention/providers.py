@@ -27,7 +27,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-REFERENCE_FLOPS, CPU_SCORES = 20e9, 2**29  # at most; scores that a CPU holds in memory
+CPU_SCORES = 2**29  # at most, that a CPU holds in memory
 
 
 def image_and_text(found: tuple[Tensor, Tensor | None]) -> Outputs:
@@ -87,12 +87,10 @@ def scores_refusal(task: Task) -> str:
     return f"on a CPU scores of all pairs of tokens may take {4 * CPU_SCORES / 1e9:.1f} GB, got {4 * scores / 1e9:.1f} GB"
 
 
-def ours(impl: Literal["triton", "sdpa", "reference"]) -> Provider:
+def ours(impl: Literal["triton", "sdpa"]) -> Provider:
     """One of the library's implementations."""
 
     def unavailable(task: Task) -> str:
-        if impl == "reference" and task.flops("window") > REFERENCE_FLOPS:
-            return f"the reference is run up to {REFERENCE_FLOPS / 1e9:.0f} GFLOPs, got {task.flops('window') / 1e9:.0f}"
         if impl != "triton":
             return ""
         if task.device == "cpu":

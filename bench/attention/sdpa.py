@@ -5,6 +5,7 @@ Legend: B batch, H heads, G key heads, T text tokens, D head dim, W x W window, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -16,9 +17,52 @@ from torch.nn import functional as F
 
 from bench.attention.gate import Outputs
 from bench.attention.providers import Ready, image_and_text
-from bench.attention.shapes import Heads, Inputs, Task
+from bench.attention.shapes import Heads, Inputs, Pair, Task
 from bench.harness.timing import Call
 from scalediff_kernels.neighborhood.reference import rotate_pairs
+
+
+class Cut:
+    """A canvas of queries in whole patches, with or without one to spare along each axis, and the windows of these patches."""
+
+    def __init__(
+        self, grid: Pair, window: Pair, patch: Pair, device: torch.device | str, *, offset: Pair = (0, 0), spare: bool = False
+    ) -> None:  # fmt: skip
+        self.grid, self.window, self.device, self._offset = grid, window, device, offset
+        counts = [-(-n // p) + spare for n, p in zip(grid, patch, strict=True)]
+        self.count = counts[0] * counts[1]
+        axes = zip(counts, patch, offset, strict=True)
+        self.centers = [torch.arange(n, device=device) * p + (p // 2 - o) for n, p, o in axes]  # tokens along each axis
+        self._sizes = {"r": counts[0], "c": counts[1], "y": patch[0], "x": patch[1]}
+        self._places = self._keys(0)[:, None, :, None], self._keys(1)[None, :, None, :]
+        (y, x), after = offset, [n * p - o - length for n, p, o, length in zip(counts, patch, offset, grid, strict=True)]
+        self._pad = (0, 0, 0, 0, x, after[1], y, after[0])
+
+    def _keys(self, axis: int) -> Tensor:
+        """`[n, W]`, the tokens of every patch's window along an axis."""
+        length, window = self.grid[axis], min(self.window[axis], self.grid[axis])
+        starts = (self.centers[axis] - self.window[axis] // 2).clamp(0, length - window)
+        return starts[:, None] + torch.arange(window, device=self.device)
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Patches `[B, n, P P, H, D]` and windows `[B, n, W W, H, D]` of `[B, Y, X, H, D]`."""
+        padded = F.pad(q, self._pad) if any(self._pad) else q
+        patches = rearrange(padded, "b (r y) (c x) h d -> b (r c) (y x) h d", **self._sizes)
+        return [patches, *(x[:, *self._places].flatten(3, 4).flatten(1, 2) for x in (k, v))]
+
+    def texts(self, texts: Sequence[Tensor], rope: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """q, k and v of text `[B, T, H, D]` for every window, `[B, n, T, H, D]`; rotated in fp32 or better, as the models do."""
+        text_q, text_k, text_v = (x[:, None] for x in texts)
+        if rope is not None:
+            tables = (rope[0].flatten(0, 1)[None], rope[1].flatten(0, 1)[None])
+            wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in texts[:2]]
+            text_q, text_k = (rotate_pairs(x, tables, 0).to(texts[0].dtype).movedim(0, 1) for x in wide)
+        return [x.expand(-1, self.count, -1, -1, -1) for x in (text_q, text_k, text_v)]
+
+    def canvas(self, out: Tensor) -> Tensor:
+        """`[B, Y, X, H, D]` of `[B, n, P P, H, D]`, without the padding."""
+        (y, x), (rows, columns) = self._offset, self.grid
+        return rearrange(out, "b (r c) (y x) h d -> b (r y) (c x) h d", **self._sizes)[:, y : y + rows, x : x + columns]
 
 
 def gather(task: Task, *, beforehand: bool = False) -> Ready:
@@ -27,23 +71,14 @@ def gather(task: Task, *, beforehand: bool = False) -> Ready:
     Under the rule "window" text is copied into every window, rotated and joined, and its results are averaged. `beforehand`: attention is
     timed alone, on windows gathered before: what a dense kernel reaches if copies cost nothing.
     """
-    s, (rows, columns) = task.shape, task.spans
-    key_y = torch.tensor([[*range(span.key_start, span.key_stop)] for span in rows], device=task.device)[:, None, :, None]
-    key_x = torch.tensor([[*range(span.key_start, span.key_stop)] for span in columns], device=task.device)[None, :, None, :]
-    pad = (0, 0, 0, 0, 0, len(columns) * s.patch[1] - s.grid[1], 0, len(rows) * s.patch[0] - s.grid[0])
-    sizes = {"r": len(rows), "c": len(columns), "y": s.patch[0], "x": s.patch[1]}
+    s, cut = task.shape, Cut(task.shape.grid, task.shape.window, task.shape.patch, task.device)
 
-    def cut(inputs: Inputs) -> list[Heads]:
+    def gathered(inputs: Inputs) -> list[Heads]:
         """Patches `[B n, H, P P, D]` and windows `[B n, G, W W, D]` with text before them; by "global" also the text's call."""
-        q, k, v = inputs.image
-        q = rearrange(F.pad(q, pad) if any(pad) else q, "b (r y) (c x) h d -> b (r c) (y x) h d", **sizes)
-        parts = [q, *(x[:, key_y, key_x].flatten(3, 4).flatten(1, 2) for x in (k, v))]  # [B, n, S, H, D]
+        parts = cut.parts(*inputs.image)
         if task.rule:
-            texts = [x[:, None].expand(-1, q.shape[1], -1, -1, -1) for x in inputs.text]
-            if inputs.rope is not None:  # in fp32, as the models' own rotation is
-                tables = (inputs.rope[0].flatten(0, 1)[None], inputs.rope[1].flatten(0, 1)[None])
-                texts[:2] = [rotate_pairs(x.float(), tables, 0).transpose(0, 1).to(x.dtype) for x in inputs.text[:2]]
-            first = 0 if task.rule == "window" else 1
+            first = 0 if task.rule == "window" else 1  # else text has a call of its own
+            texts = cut.texts(inputs.text, inputs.rope)
             parts[first:] = [torch.cat(pair, 2) for pair in zip(texts[first:], parts[first:], strict=True)]
         q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in parts)
         return [(q, k, v), text_heads(inputs)] if task.rule == "global" else [(q, k, v)]
@@ -56,15 +91,14 @@ def gather(task: Task, *, beforehand: bool = False) -> Ready:
         text = results[1].transpose(1, 2) if task.rule == "global" else None
         if task.rule == "window":
             text, out = out[:, :, : s.text].mean(1), out[:, :, s.text :]
-        return rearrange(out, "b (r c) (y x) h d -> b (r y) (c x) h d", **sizes)[:, : s.grid[0], : s.grid[1]], text
-
-    if not beforehand:
-        return Ready(lambda inputs: assemble(attend_all(cut(inputs))))
+        return cut.canvas(out), text
 
     def lay(inputs: Inputs) -> list[Any]:
-        return [tuple(x.contiguous() for x in call) for call in cut(inputs)]
+        return [tuple(x.contiguous() for x in call) for call in gathered(inputs)]
 
-    return Ready(attend_all, lay, lambda results: image_and_text(assemble(results)), "windows gathered beforehand")
+    if beforehand:
+        return Ready(attend_all, lay, lambda results: image_and_text(assemble(results)), "windows gathered beforehand")
+    return Ready(lambda inputs: assemble(attend_all(gathered(inputs))))
 
 
 def padded_flops(task: Task) -> int:

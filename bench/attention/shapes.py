@@ -92,9 +92,12 @@ class Task:
     device: str
     rule: str = ""
 
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+
     def row_name(self, provider: str) -> str:
-        dtype = next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
-        return "/".join(filter(None, (self.name, dtype, self.rule, provider)))
+        return "/".join(filter(None, (self.name, self.dtype_name, self.rule, provider)))
 
     @property
     def scale(self) -> float:

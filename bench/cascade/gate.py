@@ -87,40 +87,24 @@ class Gate:
 
     def _draw(self, rule: TextQueries, wider: bool) -> Tensor:
         """The stage with windows computed by torch's attention, never by the backend under test."""
-        ours, changed = (neighborhood_patch_attention, joint_neighborhood_patch_attention), _wider if wider else self._recorded
-        image, joint = (partial(changed, function) for function in ours)
-        plain = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+
+        def plain(function: Callable[..., Any], q: Tensor, k: Tensor, *others: Tensor, **how: Any) -> Any:
+            """Compute a call as it is and keep its shape, or, if `wider`, in a higher precision and round the result."""
+            how["impl"] = "sdpa"
+            if wider:
+                precise = torch.float64 if q.dtype == torch.float32 else torch.float32
+                tensors, how = tree_map_only(Tensor, lambda x: x.to(precise), ((q, k, *others), how))
+                return tree_map_only(Tensor, lambda x: x.to(q.dtype), function(*tensors, **how))
+            (batch, y, x, heads, dim), text = q.shape, others[1].shape[1] if len(others) > 1 else 0
+            groups = 0 if k.shape[3] == heads else k.shape[3]
+            self._layers.add(Shape((y, x), how["window"], how["patch"], heads, dim, batch, text, groups, q.dtype))
+            return function(q, k, *others, **how)
+
+        image, joint = (partial(plain, function) for function in (neighborhood_patch_attention, joint_neighborhood_patch_attention))
+        backends = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
         windows = mock.patch.multiple(plan, neighborhood_patch_attention=image, joint_neighborhood_patch_attention=joint)
-        with windows, plain if self._drawn.device == "cuda" else nullcontext():
+        with windows, backends if self._drawn.device == "cuda" else nullcontext():
             return self._drawn.stage(replace(METHODS["npa"], text_queries=rule), steps=STEPS)
-
-    def _recorded(self, function: Callable[..., Any], q: Tensor, k: Tensor, *others: Tensor, **how: Any) -> Any:
-        """Compute a call as it is, and keep its shape."""
-        text = others[1].shape[1] if len(others) > 1 else 0
-        batch, y, x, heads, dim = q.shape
-        groups = 0 if k.shape[3] == heads else k.shape[3]
-        self._layers.add(Shape((y, x), how["window"], how["patch"], heads, dim, batch, text, groups, q.dtype))
-        return function(q, k, *others, **{**how, "impl": "sdpa"})
-
-    def _at_size(self, method: Method, size: int) -> Verdict:
-        """The windows of every layer on the grid that is timed, against a sample of attention in fp64."""
-        rule = method.text_queries if self._drawn.joint else ""
-        twice = 2 * self._drawn.native
-        shapes = {replace(one, grid=(one.grid[0] * size // twice, one.grid[1] * size // twice)) for one in self._layers}
-        triples: list[tuple[Tensor, Tensor, Tensor]] = []
-        for shape in shapes:
-            inputs = Task("layer", shape, shape.dtype, self._drawn.device, rule).inputs(0)
-            truth = gate.truth(inputs, "window")
-            how: dict[str, Any] = {"window": shape.window, "patch": shape.patch}
-            how |= {"text_rope": inputs.rope, "text_queries": rule} if rule else {}
-            with poisoned_memory():
-                found = _outputs(self._attention(method)(*inputs.image, *(inputs.text if rule else ()), **how))
-            if not all(out.isfinite().all() for out in found):
-                return Verdict("size", math.inf, 0.0, f"attention in fp64: the result has NaN or infinite values at {size} pixels")
-            for sample, out in zip((truth.image, truth.text), (found[0].flatten(1, 2), *found[1:]), strict=False):
-                if sample is not None:
-                    triples.append((out[:, sample.tokens], sample.eager, sample.exact))
-        return _worst("size", triples, f"attention in fp64, a sample of {len(shapes)} kinds of layer at {size} pixels")
 
     def _attention(self, method: Method, offset: tuple[int, int] | None = None) -> Callable[..., Any]:
         """The method's attention as a pass calls it."""
@@ -130,23 +114,37 @@ class Gate:
         ours = joint_neighborhood_patch_attention if self._drawn.joint else neighborhood_patch_attention
         return partial(ours, impl=self._drawn.impl)
 
+    def _at_size(self, method: Method, size: int) -> Verdict:
+        """The windows of every layer on the grid that is timed, against a sample of attention in fp64."""
+        rule, twice = method.text_queries if self._drawn.joint else "", 2 * self._drawn.native
+        shapes = {replace(one, grid=(one.grid[0] * size // twice, one.grid[1] * size // twice)) for one in self._layers}
+        what = f"attention in fp64, a sample of {len(shapes)} kinds of layer at {size} pixels"
+        triples: list[tuple[Tensor, Tensor, Tensor]] = []
+        for shape in shapes:
+            inputs = Task("layer", shape, shape.dtype, self._drawn.device, rule).inputs(0)
+            how: dict[str, Any] = {"window": shape.window, "patch": shape.patch}
+            how |= {"text_rope": inputs.rope, "text_queries": rule} if rule else {}
+            with poisoned_memory():
+                image, *text = _outputs(self._attention(method)(*inputs.image, *(inputs.text if rule else ()), **how))
+            if not all(out.isfinite().all() for out in (image, *text)):
+                return Verdict("size", math.inf, 0.0, f"{what}: the result has NaN or infinite values")
+            samples = zip(gate.truth(inputs, "window"), (image.flatten(1, 2), *text), strict=False)
+            triples += [(out[:, sample.tokens], sample.eager, sample.exact) for sample, out in samples if sample is not None]
+        return _worst("size", triples, what)
+
     def _definition(self, method: Method) -> Verdict:
         """On random tensors: the method's attention, and the reference in its precision, against the reference in fp64."""
-        joint, rotation = self._drawn.joint, self._drawn.rotation
+        joint, rotation, device = self._drawn.joint, self._drawn.rotation, self._drawn.device
         grid, window, patch, offset = (16, 12), (8, 8), (4, 4), (0, 0) if method.authors == "plain" else (1, 3)
-        rng = torch.Generator().manual_seed(0)
-        dim = 64 if rotation is None else rotation.channels
+        rng, dim = torch.Generator().manual_seed(0), 64 if rotation is None else rotation.channels
         tokens: list[tuple[int, ...]] = [grid] * 3 + ([(5,)] * 3 if joint else [])
-        tensors = [torch.randn(1, *one, 2, dim, generator=rng).to(self._drawn.device, self._drawn.subject.dtype) for one in tokens]
+        tensors = [torch.randn(1, *one, 2, dim, generator=rng).to(device, self._drawn.subject.dtype) for one in tokens]
+        rope = None if rotation is None else [x.to(device) for x in rotation.tables(grid, window, window, patch, offset)]
         how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset}
-        rope = None
-        if rotation is not None:
-            rope = tuple(x.to(self._drawn.device) for x in rotation.tables(grid, window, window, patch, offset))
-        if joint:
-            how |= {"text_queries": method.text_queries, "text_rope": None if rope is None else tuple(x.float() for x in rope)}
+        how |= {"text_queries": method.text_queries, "text_rope": rope and tuple(x.float() for x in rope)} if joint else {}
         reference = partial(joint_neighborhood_patch_attention if joint else neighborhood_patch_attention, impl="reference")
         actual, eager = _outputs(self._attention(method, offset)(*tensors, **how)), _outputs(reference(*tensors, **how))
-        exact = _outputs(reference(*(x.double() for x in tensors), **how | ({"text_rope": rope} if joint else {})))
+        exact = _outputs(reference(*(x.double() for x in tensors), **how | ({"text_rope": rope and tuple(rope)} if joint else {})))
         return _worst("definition", list(zip(actual, eager, exact, strict=True)), f"the definition at offset {offset}, on random tensors")
 
 
@@ -161,8 +159,7 @@ def _worst(name: str, triples: list[tuple[Tensor, Tensor, Tensor]], what: str, *
 
 def _distance(x: Tensor, y: Tensor) -> float:
     """The largest difference; infinite where one is NaN."""
-    difference = (x.double() - y.double()).abs().max().item()
-    return math.inf if math.isnan(difference) else difference
+    return torch.nan_to_num((x.double() - y.double()).abs().max(), nan=math.inf, posinf=math.inf).item()
 
 
 def _rounding(x: Tensor, dtype: torch.dtype | None = None) -> float:
@@ -172,11 +169,3 @@ def _rounding(x: Tensor, dtype: torch.dtype | None = None) -> float:
 
 def _outputs(found: Any) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
-
-
-def _wider(function: Callable[..., Any], *tensors: Tensor, **how: Any) -> Any:
-    """Compute a call by torch's attention in a higher precision, and round the result."""
-    dtype = tensors[0].dtype
-    precise = torch.float64 if dtype == torch.float32 else torch.float32
-    tensors, how = tree_map_only(Tensor, lambda x: x.to(precise), (tensors, {**how, "impl": "sdpa"}))
-    return tree_map_only(Tensor, lambda x: x.to(dtype), function(*tensors, **how))

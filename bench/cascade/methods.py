@@ -1,31 +1,27 @@
-"""How each of the methods that `bench.cascade` compares draws a picture, and the useful work of it."""
+"""How each of the methods that `bench.cascade` compares draws a picture."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, Literal, NamedTuple
-from unittest import mock
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import scalediff
-from bench.attention.shapes import view_starts
 from bench.cascade.authors import Authors
 from bench.cascade.models import SEED, Subject
+from bench.flops.work import Above, StagePlan, Work, plan, without_weights
 from scalediff.cascade.latents import packed
 from scalediff.cascade.pipeline import cascade_of, family_with_cascade, native_size, preset, stage_sizes, takes_size_conditioning
 from scalediff.cascade.results import Stage
-from scalediff.cost import flops
 from scalediff.methods import DemoFusion, MultiDiffusion, running
 from scalediff.methods.demofusion import demofusion, phase_sizes
 from scalediff.methods.multidiffusion import multidiffusion
 from scalediff.patching.networks import denoiser_of
-from scalediff.patching.subclass import original_class
 from scalediff.settings import Settings
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
@@ -63,15 +59,6 @@ METHODS: Mapping[str, Method] = {
 OURS = ("npa", "npa-global")
 
 
-class StagePlan(NamedTuple):
-    """One stage of a run."""
-
-    side: int  # pixels
-    steps: int  # of the whole run
-    views: int  # passes of native size that make up the pass of a step; 0 for one pass of the stage's own size
-    restarts: bool  # from the picture of the stage before
-
-
 class Drawn:
     """A pipeline that draws square pictures by any method; methods with views pass `view_batch` of them at once."""
 
@@ -105,13 +92,13 @@ class Drawn:
         """The stages of a whole run; raises ValueError for a size that the model cannot draw."""
         with self.patched(method):
             sizes = (phase_sizes if method.kind == "phases" else stage_sizes)(self.pipe, side, side)
-        stages = []
-        for number, (one, _) in enumerate(sizes[-1:] if method.kind in ("direct", "views") else sizes, start=1):
-            views = len(view_starts(one, self.native)) ** 2 if method.kind == "views" or (method.kind == "phases" and number > 1) else 0
-            dilated = number**2 if method.kind == "phases" and number > 1 else 0
-            steps = self.settings.stage_steps if method.kind == "cascade" and number > 1 else self.settings.steps
-            stages.append(StagePlan(one, steps, views + dilated, restarts=number > 1))
-        return stages
+        cascade, sides = method.kind == "cascade", [one for one, _ in sizes]
+        above: Above = method.text_queries if method.attention == "npa" else "full"
+        guided = self.settings.guidance_scale > 1 and bool(cascade_of(self.pipe).conditional)
+        how: dict[str, Any] = {"cascade": cascade, "native": self.native, "settings": self.settings, "guided": guided}
+        if method.kind in ("views", "phases"):
+            above = method.kind
+        return plan(sides[-1:] if method.kind in ("direct", "views") else sides, above, **how)
 
     def draw(
         self, method: Method, side: int, *, steps: int | None = None, stride: int | None = None,
@@ -182,50 +169,10 @@ class Drawn:
             with authors.installed() if method.authors else nullcontext():
                 yield
 
-
-class Work:
-    """Useful TFLOPs of the parts of a run, counted on the meta device as `scalediff.cost.flops` does; padding never counts.
-
-    An autoencoder that works in tiles attends only within them: it is counted as so many pictures of native size as fit into the area.
-    """
-
-    def __init__(self, drawn: Drawn) -> None:
-        self._drawn, denoiser = drawn, denoiser_of(drawn.pipe)
-        window = drawn.subject.window or drawn.family.native_grid(denoiser)  # a small model's family may name that of the large one
-        self._family = replace(drawn.family, native_grid=lambda _: window)
-        with torch.device("meta"):  # the same networks without weights, in fp32
-            twins: list[Any] = [original_class(type(net)).from_config(net.config).eval() for net in (denoiser, drawn.pipe.vae)]  # type: ignore[attr-defined]
-        self._denoiser, self._vae = twins
-        guided = drawn.settings.guidance_scale > 1 and cascade_of(drawn.pipe).conditional
-        self._passes = 2 if guided else 1
-        self._pass, self._coded = cache(self._count_pass), cache(self._count_coded)
-
-    def step(self, method: Method, stage: StagePlan) -> flops.Forward:
-        """One step, all views and both passes of guidance included."""
-        windows = stage.restarts and method.kind == "cascade" and method.attention == "npa"
-        one = self._pass(self._drawn.native if stage.views else stage.side, method.text_queries if windows else None)
-        return flops.Forward(*((stage.views or 1) * self._passes * part for part in one))
-
-    def run(self, method: Method, stages: Sequence[StagePlan]) -> float:
-        """A whole run: every stage is decoded, and encoded again for the next one of a cascade."""
-        total = sum(stage.steps * sum(self.step(method, stage)) + self._coded("decode", stage.side) for stage in stages)
-        return total + sum(self._coded("encode", stage.side) for stage in stages[1:] if method.kind == "cascade")
-
-    def _count_pass(self, side: int, rule: TextQueries | None) -> flops.Forward:
-        """One pass of the denoiser, with windows where there is a rule for text queries."""
-        grid = side // self._drawn.pipe.vae_scale_factor
-        with torch.device("meta"):
-            inputs = self._drawn.subject.inputs(grid, grid)
-        with mock.patch.object(flops, "family_of", return_value=self._family):
-            return flops.forward_work(self._denoiser, inputs, attention="npa" if rule else "full", text_queries=rule or "window")
-
-    def _count_coded(self, what: str, side: int) -> float:
-        from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
-
-        native, factor, channels = self._drawn.native, self._drawn.pipe.vae_scale_factor, self._vae.config.latent_channels
-        if getattr(self._drawn.pipe.vae, "use_tiling", False) and side != native:
-            return self._coded(what, native) * (side / native) ** 2
-        shape = (1, 3, side, side) if what == "encode" else (1, channels, side // factor, side // factor)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            getattr(self._vae, what)(torch.empty(shape, device="meta"))
-        return float(counter.get_total_flops()) / 1e12
+    def work(self) -> Work:
+        """Useful TFLOPs of runs with this model."""
+        denoiser, vae = denoiser_of(self.pipe), self.pipe.vae
+        window = self.subject.window or self.family.native_grid(denoiser)  # a small model's family may name that of the large one
+        how: dict[str, Any] = {"native": self.native, "factor": self.pipe.vae_scale_factor, "tiled": getattr(vae, "use_tiling", False)}
+        family = replace(self.family, native_grid=lambda _: window)
+        return Work(without_weights(denoiser), without_weights(vae), self.subject.inputs, **how, family=family)

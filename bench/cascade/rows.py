@@ -17,15 +17,17 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.cascade.gate import Gate
-from bench.cascade.methods import METHODS, OURS, Drawn, Method, StagePlan, Work
+from bench.cascade.methods import METHODS, OURS, Drawn, Method
 from bench.cascade.models import SUBJECTS
 from bench.cascade.watch import Clock, Memory, StageTimes, Watch, composed
-from bench.harness import rows as harness
-from bench.harness.timing import fused_attention
+from bench.flops.work import StagePlan, Work
+from bench.harness.device import broken, first_line, forget
+from bench.harness.facts import FACTS, VERSIONS
+from bench.harness.rows import Row
+from bench.harness.timing import fused_attention, percentiles
 from scalediff.patching.networks import denoiser_of
 
-Row = dict[str, str]
-SAME = (*harness.FACTS, *harness.VERSIONS, "timed_steps", "limit_s", "view_batch")
+SAME = (*FACTS, *VERSIONS, "timed_steps", "limit_s", "view_batch")
 FIELDS = (
     "row", "status", "model", "size", "method", "compile", "stage", "part", "p20_ms", "p50_ms", "p80_ms", "count", "in_run_s", "steps",
     "composed_s", "measured_s", "runs", "rate_of", "useful_tflop", "tflops", "matrix_percent", "matrix_tflops", "peak_megabytes",
@@ -71,7 +73,7 @@ class Bench:
 
     @cached_property
     def work(self) -> Work:
-        return Work(self.drawn)
+        return self.drawn.work()
 
     @cached_property
     def gate(self) -> Gate:
@@ -87,11 +89,11 @@ class Bench:
                 yield from self._rows(unit, METHODS[unit.method])
         except NotImplementedError as refused:
             status = "error" if unit.method in OURS else "skipped"  # the library must not refuse a method of its own
-            yield unit.row("run", part="run", status=status, note=harness.first_line(refused))
+            yield unit.row("run", part="run", status=status, note=first_line(refused))
         except Exception as problem:
-            yield unit.row("run", part="run") | harness.broken(problem, self._device)
+            yield unit.row("run", part="run") | broken(problem, self._device)
         finally:
-            harness.forget(self._device)
+            forget(self._device)
 
     def _rows(self, unit: Unit, method: Method) -> Iterator[Row]:
         compiled = unit.compile == "compiled"
@@ -109,6 +111,7 @@ class Bench:
             yield from self._timed(unit, method)
 
     def _refusal(self, unit: Unit, method: Method) -> str:
+        """Why a unit is skipped; empty where it is measured."""
         if unit.compile == "compiled" and not method.repeatable:
             return "a new offset in every call would be a new graph in every call"
         if refusal := self.drawn.refusal(method):
@@ -116,62 +119,52 @@ class Bench:
         try:
             plan = self.drawn.plan(method, unit.size)
         except ValueError as wrong:
-            return harness.first_line(wrong)
-        step, speed = sum(sum(self.work.step(method, stage)) for stage in plan), _SPEED[self._device]
+            return first_line(wrong)
+        step, speed = sum(sum(self.work.step(stage)) for stage in plan), _SPEED[self._device]
         seconds = (self._watched_steps + 1) * step / (speed * self._matrix_tflops(self._subject.dtype))
         if seconds <= self.limit:
             return ""
         return f"to watch it would take about {seconds:.0f} s, at {speed:.0%} of a matrix product's speed, --limit is {self.limit:g} s"
 
     def _timed(self, unit: Unit, method: Method) -> Iterator[Row]:
-        plan, useful = self.drawn.plan(method, unit.size), self.work.run(method, self.drawn.plan(method, unit.size))
+        plan = self.drawn.plan(method, unit.size)
         before, stages = self._watched(unit, method)
         for number, (planned, times) in enumerate(zip(plan, stages, strict=True), start=1):
-            yield from self._parts(unit, method, f"{number}-{planned.side}", planned, times)
-        seconds = composed(stages, [stage.steps for stage in plan])
+            yield from self._parts(unit, f"{number}-{planned.side}", planned, times)
+        seconds, rate_of = composed(stages, [stage.steps for stage in plan]), "composed"
         row = unit.row("run", part="run", status="ok", composed_s=f"{seconds:.5g}", steps="+".join(str(stage.steps) for stage in plan))
         if seconds <= self.limit:
-            measured = self._whole(unit, method)
-            median = statistics.median(measured)
-            row |= _percentiles(measured, 1) | {"measured_s": f"{median:.5g}", "runs": str(len(measured)), "rate_of": "measured"}
-            row |= self._rate(useful, median)
+            whole = list[float]()
+            while len(whole) < _RUNS and sum(whole) < _ENOUGH:
+                whole.append(self.clock.timed(lambda: self.drawn.draw(method, unit.size)))
+            seconds, rate_of = statistics.median(whole), "measured"
+            row |= _percentiles(whole, 1) | {"measured_s": f"{seconds:.5g}", "runs": str(len(whole))}
         else:
-            row |= self._rate(useful, seconds)
-            row |= {"rate_of": "composed", "note": f"composed, not measured: above --limit {self.limit:g} s"}
+            row["note"] = f"composed, not measured: above --limit {self.limit:g} s"
+        run, coded = self.work.run(plan)
+        row |= self._rate(sum(run) + coded, seconds) | {"rate_of": rate_of}
         peaks = [stage.peak for stage in stages if stage.peak is not None]
         if before is not None and len(peaks) == len(stages):
-            row |= {"peak_megabytes": _megabytes(max(peaks)), "before_megabytes": _megabytes(before)}
+            row |= {"peak_megabytes": f"{max(peaks) / 1e6:.5g}", "before_megabytes": f"{before / 1e6:.5g}"}
         yield row
 
     def _watched(self, unit: Unit, method: Method) -> tuple[int | None, list[StageTimes]]:
         """Bytes that are in use before, and the times of every stage."""
         self.drawn.draw(method, unit.size, steps=1)
-        harness.forget("cpu")  # a GPU's allocator keeps its cache, as in a whole run
+        forget("cpu")  # a GPU's allocator keeps its cache, as in a whole run
         self.memory.reset()
         before = self.memory.now()
         watch = Watch(self.clock, self.memory, steps=self._watched_steps, deep=unit.compile == "eager")
         hooks: dict[str, Any] = {"on_stage": watch.on_stage, "callback_on_step_end": watch.on_step}
         with watch.over(self.drawn.pipe):
             self.drawn.draw(method, unit.size, steps=self._watched_steps, **hooks)
-        return before, watch.stages()
+        return before, watch.stages
 
-    def _whole(self, unit: Unit, method: Method) -> list[float]:
-        """Seconds of whole runs that are not watched."""
-        seconds: list[float] = []
-        while len(seconds) < _RUNS and sum(seconds) < _ENOUGH:
-            self.clock.wait()
-            begin = self.clock.mark()
-            self.drawn.draw(method, unit.size)
-            end = self.clock.mark()
-            self.clock.wait()
-            seconds.append(self.clock.seconds(begin, end))
-        return seconds
-
-    def _parts(self, unit: Unit, method: Method, stage: str, planned: StagePlan, times: StageTimes) -> Iterator[Row]:
+    def _parts(self, unit: Unit, stage: str, planned: StagePlan, times: StageTimes) -> Iterator[Row]:
         """The parts of one stage, without those that it does not have."""
-        work = self.work.step(method, planned)
+        work = self.work.step(planned)
         useful = {"step": sum(work), "denoiser": sum(work), "attention": work.attention, "cross": work.cross}
-        peak = "" if times.peak is None else _megabytes(times.peak)
+        peak = "" if times.peak is None else f"{times.peak / 1e6:.5g}"
         more: dict[str, Row] = {"attention": {"backend": times.backends}, "step": {"peak_megabytes": peak}}
         for part, seconds in (times.each | {part: [once] for part, once in times.once.items()}).items():
             if any(seconds):
@@ -205,10 +198,6 @@ def _compiled(pipe: Any) -> Iterator[None]:
 
 def _percentiles(seconds: Sequence[float], count: int) -> Row:
     """Milliseconds of each, and seconds of `count` of them in a run; only the median of a single one."""
-    p20, p50, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    p20, p50, p80 = percentiles(seconds)
     row = {"p50_ms": f"{1000 * p50:.5g}", "count": str(count), "in_run_s": f"{count * p50:.5g}"}
     return row | ({"p20_ms": f"{1000 * p20:.5g}", "p80_ms": f"{1000 * p80:.5g}"} if len(seconds) > 1 else {})
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.5g}"

@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -52,6 +51,15 @@ class Clock:
     def wait(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
+
+    def timed(self, call: Callable[[], Any]) -> float:
+        """Seconds of a call."""
+        self.wait()
+        begin = self.mark()
+        call()
+        end = self.mark()
+        self.wait()
+        return self.seconds(begin, end)
 
 
 class Memory:
@@ -97,22 +105,8 @@ class StageTimes(NamedTuple):
 
 
 def composed(stages: Sequence[StageTimes], steps: Sequence[int]) -> float:
-    """Seconds of a run with this many steps in each stage; raises ValueError if there are not as many numbers as stages."""
-    if len(stages) != len(steps):
-        raise ValueError(f"every stage needs a number of steps, got {len(stages)} stages, {len(steps)=}")
+    """Seconds of a run with this many steps in each stage."""
     return sum(n * statistics.median(stage.each["step"]) + sum(stage.once.values()) for stage, n in zip(stages, steps, strict=True))
-
-
-@dataclass
-class _Marks:
-    """The times recorded in one stage."""
-
-    begin: Any
-    spans: dict[tuple[str, int], list[tuple[Any, Any]]] = field(default_factory=lambda: defaultdict(list))  # by part and step
-    steps: list[Any] = field(default_factory=list)
-    backends: list[str] = field(default_factory=list)
-    end: Any = None
-    peak: int | None = None
 
 
 class Watch:
@@ -126,25 +120,27 @@ class Watch:
             raise ValueError(f"a watched stage needs at least 3 steps, its first and last are not timed, got {steps=}")
         self._clock, self._memory, self._steps, self._deep = clock, memory, steps, deep
         self._inside: list[tuple[str, Any]] = []  # parts under way, the outermost first, and when they began
-        self._ended: list[_Marks] = []
+        self.stages: list[StageTimes] = []  # that have ended
 
     def begin(self) -> None:
         """A stage begins."""
         self._clock.wait()
         self._memory.reset()
-        self._now = _Marks(self._clock.mark())
+        self._begun, self._marks, self._backends = self._clock.mark(), list[Any](), list[str]()  # when it began and its steps ended
+        self._spans = defaultdict[tuple[str, int], list[tuple[Any, Any]]](list)  # by part and step
 
     def on_step(self, pipe: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         """For diffusers' `callback_on_step_end`."""
-        self._now.steps.append(self._clock.mark())
+        self._marks.append(self._clock.mark())
         return {}
 
     def on_stage(self, stage: Any) -> None:
-        """A stage has ended, and the next one begins."""
-        self._now.end = self._clock.mark()
+        """A stage has ended, and the next one begins; raises RuntimeError if it had another number of steps."""
+        end = self._clock.mark()
         self._clock.wait()
-        self._now.peak = self._memory.peak()
-        self._ended.append(self._now)
+        if len(self._marks) != self._steps:
+            raise RuntimeError(f"every stage must run {self._steps} steps, got {len(self._marks)}")
+        self.stages.append(self._times(end))
         self.begin()
 
     @contextmanager
@@ -175,13 +171,13 @@ class Watch:
 
     def _leave(self) -> None:
         name, begin = self._inside.pop()
-        self._now.spans[name, len(self._now.steps)].append((begin, self._clock.mark()))
+        self._spans[name, len(self._marks)].append((begin, self._clock.mark()))
 
     def _wanted(self, name: str) -> bool:
         """Parts that are not within each other; attention only in the denoiser and in the last step."""
         inside = [part for part, _ in self._inside]
         if name in ("attention", "cross"):
-            return inside == ["denoiser"] and len(self._now.steps) == self._steps - 1
+            return inside == ["denoiser"] and len(self._marks) == self._steps - 1
         return not inside
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,7 +202,7 @@ class Watch:
             same = query.shape[-2] == key.shape[-2]
             if (same and self._wanted("attention")) or (self._inside and self._inside[-1][0] == "attention"):
                 backend = SDPBackend(torch._fused_sdp_choice(query, key, value, *args, **kwargs))  # that torch chooses
-                self._now.backends.append(backend.name.lower().removesuffix("_attention"))
+                self._backends.append(backend.name.lower().removesuffix("_attention"))
             return (own if same else cross)(query, key, value, *args, **kwargs)
 
         return call
@@ -217,33 +213,26 @@ class Watch:
 
         @functools.wraps(attend)
         def call(*args: Any, **kwargs: Any) -> Any:
-            wanted, before = self._wanted("attention"), len(self._now.backends)
+            wanted, before = self._wanted("attention"), len(self._backends)
             result = timed(*args, **kwargs)
-            if wanted and len(self._now.backends) == before:
-                self._now.backends.append("triton")
+            if wanted and len(self._backends) == before:
+                self._backends.append("triton")
             return result
 
         return call
 
-    def stages(self) -> list[StageTimes]:
-        """The times of all stages that have ended; raises RuntimeError if one had another number of steps."""
-        self._clock.wait()
-        return [self._read(marks) for marks in self._ended]
-
-    def _read(self, marks: _Marks) -> StageTimes:
-        if len(marks.steps) != self._steps:
-            raise RuntimeError(f"every stage must run {self._steps} steps, got {len(marks.steps)}")
+    def _times(self, end: Any) -> StageTimes:
         seconds, timed, last = self._clock.seconds, range(1, self._steps - 1), self._steps - 1
 
         def total(name: str, *steps: int) -> float:
-            return sum(seconds(*span) for step in steps for span in marks.spans[name, step])
+            return sum(seconds(*span) for step in steps for span in self._spans[name, step])
 
-        each = {"step": [seconds(marks.steps[i - 1], marks.steps[i]) for i in timed]}
+        each = {"step": [seconds(self._marks[i - 1], self._marks[i]) for i in timed]}
         each |= {name: [total(name, i) for i in timed] for name in ("denoiser", "guidance")}
         if self._deep:
             scale = statistics.median(each["denoiser"]) / total("denoiser", last)
             each |= {name: [scale * total(name, last)] for name in ("attention", "cross")}
         once = {name: total(name, *range(self._steps + 1)) for name in ("encode", "decode", "mixing")}
-        in_steps = seconds(marks.spans["denoiser", 0][0][0], marks.steps[-1])
-        once["rest"] = max(0.0, seconds(marks.begin, marks.end) - in_steps - sum(once.values()))
-        return StageTimes(each, once, marks.peak, " ".join(sorted(set(marks.backends))))
+        in_steps = seconds(self._spans["denoiser", 0][0][0], self._marks[-1])
+        once["rest"] = max(0.0, seconds(self._begun, end) - in_steps - sum(once.values()))
+        return StageTimes(each, once, self._memory.peak(), " ".join(sorted(set(self._backends))))

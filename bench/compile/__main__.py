@@ -17,13 +17,11 @@ import triton
 
 from bench.compile.binary import TARGETS
 from bench.compile.rows import KERNELS, rows_of
-from bench.harness.rows import ROOT, write_rows, write_text
-from bench.harness.tables import fill, require_pandas, table
+from bench.harness.pages import fill, require_pandas, table
+from bench.harness.rows import RESULTS, write_rows, write_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-RESULTS = ROOT / "bench" / "results"
 
 
 def committed(kernels: str) -> dict[str, DataFrame]:
@@ -56,26 +54,9 @@ def page(text: str) -> str:
     return fill(text, {kernels: tables(kernels) for kernels in KERNELS})
 
 
-def _report(kernels: str, results: Sequence[list[dict[str, Any]]], options: argparse.Namespace) -> int:
-    """Print and write the rows of all targets; returns the number of kernels with faults."""
-    rows, broken = list[dict[str, Any]](), 0
-    for target, result in zip(options.targets, results, strict=True):
-        faulty = [row for row in result if row["faults"]]
-        rows, broken = rows + result, broken + len(faulty)
-        print(f"triton {triton.__version__} {kernels} {target}: {len(result)} kernels, {len(faulty)} with faults", flush=True)
-        for found in faulty:
-            print("  ", *(f"{key}={value}" for key, value in found.items() if key not in ("triton", "target")), flush=True)
-    if options.write:
-        version = ".".join(triton.__version__.split(".")[:2])
-        write_rows(RESULTS / f"compile-{kernels}-{version}.csv", list(rows[0]), rows)
-    return broken
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write the rows to bench/results/compile-KERNELS-VERSION.csv")
     parser.add_argument("--doc", type=Path, help="compile nothing, write the tables of this page from the committed rows")
     options = parser.parse_args(arguments)
@@ -83,11 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_pandas()
         write_text(options.doc, page(options.doc.read_text()))
         return
-    if options.write and options.targets != list(TARGETS):
-        parser.error(f"--write takes all targets, got --targets {' '.join(options.targets)}")
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        running = {kernels: [pool.submit(rows_of, kernels, target) for target in options.targets] for kernels in options.kernels}
-        broken = sum(_report(kernels, [future.result() for future in futures], options) for kernels, futures in running.items())
+    broken, version = 0, ".".join(triton.__version__.split(".")[:2])
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        running = {kernels: [pool.submit(rows_of, kernels, target) for target in TARGETS] for kernels in options.kernels}
+        for kernels, futures in running.items():
+            rows = list[dict[str, Any]]()
+            for target, future in zip(TARGETS, futures, strict=True):
+                faulty = [row for row in future.result() if row["faults"]]
+                rows, broken = rows + future.result(), broken + len(faulty)
+                print(f"triton {version} {kernels} {target}: {len(future.result())} kernels, {len(faulty)} with faults", flush=True)
+                for found in faulty:
+                    print("  ", *(f"{key}={value}" for key, value in found.items() if key not in ("triton", "target")), flush=True)
+            if options.write:
+                write_rows(RESULTS / f"compile-{kernels}-{version}.csv", list(rows[0]), rows)
     raise SystemExit(broken > 0)
 
 

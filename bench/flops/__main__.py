@@ -5,14 +5,12 @@ Models at their true size, one prompt, 2 FLOPs a multiply-add. What is counted, 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bench.flops.count import METHODS, rows
-from bench.flops.models import MODELS, TITLES
-from bench.harness.rows import ROOT, package_version
-from bench.harness.tables import fill, require_pandas, table, write_or_check
+from bench.flops.count import METHODS, MODELS, TITLES, rows
+from bench.harness.facts import ROOT, package_version
+from bench.harness.pages import fill, page_parser, require_pandas, table, write_or_check
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,11 +26,8 @@ def sections(found: DataFrame) -> list[str]:
     lines: list[str] = []
     for name, mine in found.groupby("model", sort=False):
         cross = bool(mine["forward_cross"].any())
-        lines += [
-            f"## {TITLES[name]}",
-            "",
-            f"{mine['text'].iloc[0]} text tokens, {'in cross-attention' if cross else 'in the same softmax'}.",
-        ]
+        where = "in cross-attention" if cross else "in the same softmax"
+        lines += [f"## {TITLES[name]}", "", f"{mine['text'].iloc[0]} text tokens, {where}."]
         passes = mine[[METHODS[method].cascade for method in mine["method"]]]  # the others' passes are those of a cascade
         lines += ["", *_table(passes, "One pass", "forward", cross=cross), "", *_table(mine, "A run", "run", cross=cross), ""]
     return lines[:-1]
@@ -58,10 +53,7 @@ def comma_separated(found: DataFrame) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.flops", description=__doc__.split("\n")[0])
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--write", action="store_true", help="write bench/results/flops.csv and the tables of docs/evidence/flops.md")
-    how.add_argument("--check", action="store_true", help="fail where these files are not what is counted")
+    parser = page_parser("flops", __doc__.split("\n")[0], "bench/results/flops.csv and the tables of docs/evidence/flops.md")
     options = parser.parse_args(arguments)
     if package_version("diffusers") == "absent":
         parser.error('models are built from diffusers, not installed here: pip install "scalediff[diffusers]"')

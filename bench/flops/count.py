@@ -1,34 +1,73 @@
-"""TFLOPs of drawing a large picture by several methods, counted on the meta device: one model, one size, one method a row."""
+"""TFLOPs of drawing a large picture by several methods: one model, one size, one method a row.
+
+Models are of true size, on the meta device: those of `scalediff plan`, and two more.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from bench.flops.models import MODELS
-from scalediff.cost.flops import FACTOR, Forward, attention_work, autoencoder_work, built, layer_work, passes_of_a_step, stages
+from bench.flops.work import Above, Work, plan
+from scalediff.cost.flops import FACTOR, Model, built, passes_of_a_step, stages
+from scalediff.cost.flops import MODELS as PLANNED
 from scalediff.families import family_of
-from scalediff.settings import Attention
-from scalediff_kernels.neighborhood.api import TextQueries
+
+_TABLE = 512  # positions along an axis, for 8192 pixels; the published tables are shorter, and looking up costs nothing that is counted
+
+
+def _sd3() -> nn.Module:
+    """The transformer of stabilityai/stable-diffusion-3.5-large; its own table of positions has 192 along an axis: 3072 pixels."""
+    from diffusers import SD3Transformer2DModel
+
+    sizes = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+    return SD3Transformer2DModel(**sizes, pos_embed_max_size=_TABLE, qk_norm="rms_norm")  # type: ignore[no-any-return]
+
+
+def _sd3_inputs(y: int, x: int) -> dict[str, Any]:
+    """77 tokens of CLIP and 256 of T5, as the pipeline has them."""
+    shapes = {
+        "hidden_states": (1, 16, y, x),
+        "encoder_hidden_states": (1, 77 + 256, 4096),
+        "pooled_projections": (1, 2048),
+        "timestep": (1,),
+    }
+    return {name: torch.empty(shape) for name, shape in shapes.items()}
+
+
+def _lumina() -> nn.Module:
+    """The transformer of Alpha-VLLM/Lumina-Next-SFT-diffusers; its pipeline rotates 384 positions along an axis: 6144 pixels."""
+    from diffusers import LuminaNextDiT2DModel
+
+    return LuminaNextDiT2DModel(num_layers=24, num_kv_heads=8)  # type: ignore[no-any-return]
+
+
+def _lumina_inputs(y: int, x: int) -> dict[str, Any]:
+    """256 tokens of Gemma, padding included, as the pipeline has them."""
+    shapes = {"hidden_states": (1, 4, y, x), "encoder_hidden_states": (1, 256, 2048), "timestep": (1,), "encoder_mask": (1, 256)}
+    rotary = torch.empty(_TABLE, _TABLE, 36, dtype=torch.complex64)
+    inputs = {name: torch.empty(shape) for name, shape in shapes.items()}
+    return {**inputs, "image_rotary_emb": rotary, "cross_attention_kwargs": {}}
+
+
+MODELS: Mapping[str, Model] = {
+    **PLANNED,
+    "sd3.5-large": Model(_sd3, _sd3_inputs, channels=16, tokens=16, guided=True),
+    "lumina-next": Model(_lumina, _lumina_inputs, channels=4, tokens=16, guided=True),
+}
+TITLES = {"sdxl": "SDXL base 1.0", "flux": "FLUX.1-dev", "sd3.5-large": "Stable Diffusion 3.5 Large", "lumina-next": "Lumina-Next"}
 
 
 class Method(NamedTuple):
-    """How a picture above the native size is drawn.
+    """How a picture above the native size is drawn: in a cascade from the native size, or with all steps at the target, from noise."""
 
-    Attributes:
-        label: For people.
-        cascade: From the native size, stage by stage; otherwise all steps are run at the target, from noise.
-        attention: Above the native size, of the whole grid, of windows with text queries by either rule, or of each view alone;
-            of a phase of DemoFusion each of its views and dilated samples.
-    """
-
-    label: str
+    label: str  # for people
     cascade: bool
-    attention: Literal["full", "window", "global", "views", "phases"]
+    above: Above
 
 
 METHODS = {
@@ -41,7 +80,6 @@ METHODS = {
     "npa-global": Method("cascade, NPA, text queries once", True, "global"),
 }
 
-
 Row = dict[str, Any]  # columns as docs/evidence/flops.md explains them; `cross` is attention to text in calls of its own
 
 
@@ -50,18 +88,16 @@ class Counter:
 
     def __init__(self, name: str) -> None:
         self.name, self.model = name, MODELS[name]
-        self.denoiser, self._vae = built(self.model)
+        self.denoiser, vae = built(self.model)
         family = family_of(self.denoiser)
         assert family is not None
         native = family.native_grid(self.denoiser)
         assert native is not None
-        self.native = native[0] * self.model.tokens
+        self.work = Work(self.denoiser, vae, self.model.inputs, native=native[0] * self.model.tokens, factor=FACTOR)
         joint = any(site.role == "joint" for site in family.sites(self.denoiser))
         self._queries = ("window", "global") if joint else ()
         possible = {"global": joint, "phases": hasattr(self.denoiser, "up_blocks")}  # text in the same softmax; a U-Net
-        self.methods = tuple(name for name, method in METHODS.items() if possible.get(method.attention, True))
-        self._layers = cache(lambda side: layer_work(self.denoiser, self._inputs(side)))
-        self._coded = cache(lambda side, after: autoencoder_work(self._vae, (side, side), after and (after, after)))
+        self.methods = tuple(name for name, method in METHODS.items() if possible.get(method.above, True))
 
     def row(self, size: int, method: str) -> Row:
         """One method at a size in pixels per side.
@@ -69,47 +105,20 @@ class Counter:
         Raises:
             ValueError: the model cannot draw this size.
         """
-        how = METHODS[method]
+        _, cascade, above = METHODS[method]
         settings, sizes = stages(self.model, self.denoiser, (size, size))
-        sides = [side for side, _ in (sizes if how.cascade else sizes[-1:])]
-        if how.attention == "phases":
-            sides = [min(size, phase * self.native) for phase in range(1, math.ceil(size / self.native) + 1)]
-        steps = [settings.steps, *[settings.stage_steps if how.cascade else settings.steps] * (len(sides) - 1)]
-        passes = [passes_of_a_step(self.model, settings) * n for n in steps]
-        works = [self.forward(side, how.attention) for side in sides]
-        run = Forward(*(sum(n * part for n, part in zip(passes, parts, strict=True)) for parts in zip(*works, strict=True)))
-        encoded = sides[1:] if how.cascade else [None] * (len(sides) - 1)  # every stage is encoded again, every phase only decoded
-        vae = sum(self._coded(side, after) for side, after in zip(sides, [*encoded, None], strict=True))
-        rule = how.attention if how.attention in self._queries else ""
-        text = self._inputs(size)["encoder_hidden_states"].shape[1]
-        row = {"model": self.name, "size": size, "method": method, "text": text, "text_queries": rule, "passes": passes[-1]}
-        row |= {"tflops_forward": sum(works[-1]), "tflops_run": sum(run) + vae}
-        row |= {f"forward_{part}": tflops for part, tflops in works[-1]._asdict().items()}
+        sides, native = [side for side, _ in (sizes if cascade else sizes[-1:])], self.work.native
+        if above == "phases":
+            sides = [min(size, phase * native) for phase in range(1, math.ceil(size / native) + 1)]
+        guided = passes_of_a_step(self.model, settings) == 2
+        planned = plan(sides, above, cascade=cascade, native=native, settings=settings, guided=guided)
+        last = self.work.forward(planned[-1].side, above, planned[-1].phase)
+        run, vae = self.work.run(planned)
+        row = {"model": self.name, "size": size, "method": method, "text": self.work.inputs(size)["encoder_hidden_states"].shape[1]}
+        row |= {"text_queries": above if above in self._queries else "", "passes": planned[-1].passes}
+        row |= {"tflops_forward": sum(last), "tflops_run": sum(run) + vae}
+        row |= {f"forward_{part}": tflops for part, tflops in last._asdict().items()}
         return row | {f"run_{part}": tflops for part, tflops in run._asdict().items()} | {"vae": vae}
-
-    def forward(self, side: int, attention: str) -> Forward:
-        """One pass at a size in pixels per side; of views, all of them at the native size, and dilated samples beside them in a phase."""
-        if attention in ("views", "phases") and side > self.native:
-            native = self.forward(self.native, "full")
-            count, phase = views(side, self.native) ** 2, math.ceil(side / self.native)
-            dilated = native if attention == "views" else self.forward(FACTOR * math.ceil(side / FACTOR / phase), "full")
-            samples = phase**2 if attention == "phases" else 0
-            return Forward(*(count * part + samples * other for part, other in zip(native, dilated, strict=True)))
-        rule: TextQueries = "global" if attention == "global" else "window"
-        kind: Attention = "npa" if attention in ("window", "global") else "full"
-        return Forward(*attention_work(self.denoiser, self._inputs(side), attention=kind, text_queries=rule), *self._layers(side))
-
-    def _inputs(self, side: int) -> dict[str, Any]:
-        with torch.device("meta"):
-            return self.model.inputs(side // FACTOR, side // FACTOR)
-
-
-def views(side: int, native: int) -> int:
-    """MultiDiffusion's views along an axis: of native size, the last one at the border (arXiv:2302.08113).
-
-    They lie half a view apart, as where ScaleDiff compares with them (arXiv:2510.25818); its authors' own script takes an eighth.
-    """
-    return 1 + math.ceil((side - native) / (native // 2))
 
 
 def rows(models: Iterable[str], sizes: Sequence[int]) -> Iterator[Row]:

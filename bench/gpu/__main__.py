@@ -25,14 +25,13 @@ from typing import NamedTuple
 import torch
 
 from bench.gpu import parts as gpu_parts
-from bench.gpu.parts import PARTS, Part, Row, describe, needs_rerun, typed
-from bench.harness import rows as harness
+from bench.gpu.parts import PARTS, Part, Row, describe, typed
+from bench.harness.facts import ROOT, VERSIONS, facts, is_commit
+from bench.harness.rows import RowFile, read_records, slug
 
-PACKAGES = ("transformers", "natten")
-SAME = ("machine", "commit", "torch", "diffusers", *harness.VERSIONS, *PACKAGES)
+SAME = ("machine", "commit", "torch", "diffusers", *VERSIONS, "transformers", "natten")
 SUMMARY = 60  # lines
 FIELDS = ("row", "status", "seconds", "note", "command", *SAME)
-OWN, STUCK = "its own limit", "its own limit, and nothing new in that time"
 CARRY = (
     "Where diffusers is not installed and nothing can be fetched: unpack the wheels of diffusers, importlib-metadata and zipp, all of them "
     "pure Python, into one folder, and put that on PYTHONPATH."
@@ -48,57 +47,47 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
 
 
-def facts(commit: str | None) -> dict[str, str]:
-    """What a part is run with."""
-    found = harness.facts("cuda", commit=commit) | harness.versions("cuda")
-    found |= {name: harness.package_version(name) for name in PACKAGES}
-    return {key: found[key] for key in SAME}
-
-
 class Run:
     """Runs parts in the time that there is, and keeps their outcomes in a CSV."""
 
-    def __init__(self, out: Path, measured_with: Mapping[str, str], *, seconds: float, commit: str = "", again: bool = False) -> None:
-        self._out, self._facts, self._commit, self._again = out, measured_with, commit, again
+    def __init__(self, out: Path, measured_with: Mapping[str, str], *, seconds: float, commit: str = "") -> None:
+        self._out, self._facts, self._commit = out, measured_with, commit
         self._deadline = time.monotonic() + seconds - gpu_parts.GRACE  # the last part may have to be ended
         self._spare = 0.0  # seconds that parts have left of their limits
-        self._path = out / f"gpu-{harness.slug(measured_with['machine'])}.csv"
-        self._rows = harness.read_rows(self._path)
-        self._finished = set() if again else harness.finished_rows(self._rows, measured_with)
+        self._file = RowFile(out / f"gpu-{slug(measured_with['machine'])}.csv", FIELDS, measured_with)
         self.outcomes: dict[str, Outcome] = {}
-
-    def queue(self, parts: Sequence[Part]) -> list[Part]:
-        """The parts in order, last those that an earlier run stopped without a new result."""
-        return sorted(parts, key=lambda part: part.name in self._finished and STUCK in self._rows[part.name]["note"])
 
     def part(self, part: Part) -> Outcome:
         """Run one, unless it is done, cannot run here or has no time left."""
-        command = part.command(self._facts["machine"], commit=self._commit, again=self._again)
+        command = part.command(self._facts["machine"], commit=self._commit)
         outcome = self.outcomes[part.name] = self._outcome(part, command)
         if outcome.status not in ("done before", "did not fit"):
             row = {"row": part.name, "status": outcome.status, "seconds": f"{outcome.seconds:.0f}", "note": outcome.note}
-            self._rows[part.name] = row | {"command": typed(command)} | dict(self._facts)
-            harness.write_rows(self._path, FIELDS, self._rows.values())
+            self._file.add(row | {"command": typed(command)})
         return outcome
 
     def _outcome(self, part: Part, command: Sequence[str]) -> Outcome:
-        before, begun = self._measured(part), time.monotonic()
-        if part.name in self._finished and self._rows[part.name]["status"] == "done" and not needs_rerun(before):
-            return Outcome("done before", self._rows[part.name]["note"])
+        begun, before = time.monotonic(), self._file.rows.get(part.name, {})
+        if (
+            part.name in self._file.finished
+            and before["status"] == "done"
+            and all(row["status"] != "error" for row in self._measured(part))
+        ):
+            return Outcome("done before", before["note"])
         if refusal := part.refusal():
             return Outcome("skipped", refusal)
         left, own = self._deadline - begun, part.limit + min(self._spare, part.limit)
         if left < part.least:
             return Outcome("did not fit", f"{max(left, 0):.0f} s were left, it is begun with {part.least:.0f}")
         status, printed = part.run(command, self._out, limit=min(own, left))
-        seconds, rows = time.monotonic() - begun, self._measured(part)
+        seconds = time.monotonic() - begun
         self._spare = max(0.0, self._spare + part.limit - seconds)
         last = (printed.splitlines() or ["nothing was printed"])[-1].strip("= ")[:160]
-        result = describe(rows) if part.csv else last
+        result = describe(self._measured(part)) if part.csv else last
         if status == 0:
             return Outcome("done", result, seconds)
         if status is None:
-            why = "the end of the time for all parts" if left < own else OWN if rows != before else STUCK
+            why = "the end of the time for all parts" if left < own else "its own limit"
             return Outcome("stopped", f"after {min(own, left):.0f} s, {why}; {result}", seconds)
         if refused := [line for line in printed.splitlines() if part.refuses and part.refuses in line]:
             return Outcome("skipped", refused[0].rpartition("= ")[2].strip(), seconds)
@@ -111,7 +100,7 @@ class Run:
 
 def results(out: Path, machine: str, commit: str) -> list[str]:
     """Timed calls of the quick shapes, and the goals as a commit meets them on this machine, whatever device they are set for."""
-    sys.path.append(str(harness.ROOT / "kernels"))  # the package need not be installed
+    sys.path.append(str(ROOT / "kernels"))  # the package need not be installed
     from bench.attention import shapes  # not needed before something was measured
     from bench.report.goals import GOALS
     from bench.report.rows import read
@@ -126,7 +115,7 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
         goals += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.result_text(None)]]
     lines = []
     quick = {task.row_name("") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}
-    for row in harness.read_records(out / f"attention-{harness.slug(machine)}.csv"):
+    for row in read_records(out / f"attention-{slug(machine)}.csv"):
         if row["commit"] == commit and row["status"] == "ok" and row["row"].rpartition("/")[0] in quick:
             each = f" ({row['kernels_ms']})" if row.get("kernels_ms") and row["provider"] == "triton" else ""
             lines.append(f"{row['row']}: {row['p50_ms']} ms, {row['tflops']} TFLOP/s{each}")
@@ -169,16 +158,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        measured_with = facts(options.commit)
-        run = Run(out, measured_with, seconds=60 * options.minutes, commit=options.commit or "", again=options.again)
+        measured_with = facts(SAME, "cuda", commit=options.commit)
+        run = Run(out, measured_with, seconds=60 * options.minutes, commit=options.commit or "")
     except ValueError as error:
         parser.error(str(error))
     print(", ".join(f"{key} {value}" for key, value in measured_with.items()), flush=True)
-    if not harness.is_commit(measured_with["commit"]):
+    if not is_commit(measured_with["commit"]):
         print(f"commit {measured_with['commit']}: no later run resumes; commit the changes. {COPY}", flush=True)
     if find_spec("diffusers") is None and any("diffusers" in part.needs for part in parts):
         print(f"diffusers is not installed, so there are no whole pictures. {CARRY}", flush=True)
-    for part in run.queue(parts):
+    for part in parts:
         print(f"{part.name}: {part.title}", flush=True)
         outcome = run.part(part)
         print(f"{part.name}: {outcome.status}, {outcome.note}", flush=True)
@@ -195,9 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.split("\n")[0], epilog=f"{CARRY} {COPY}")
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}, in that order")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "runs" / "gpu", help="folder of CSVs and gpu.log (default: runs/gpu)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of CSVs and gpu.log (default: runs/gpu)")
     parser.add_argument("--list", action="store_true", help="print the parts and how long they are, run none")
-    parser.add_argument("--again", action="store_true", help="run parts that are done, too")
     parser.add_argument("--commit", help="of a copy of the tree without git")
     return parser
 

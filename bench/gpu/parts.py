@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -17,7 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.harness import rows as harness
+from bench.harness import facts
+from bench.harness.rows import read_records, slug
 
 Row = Mapping[str, str]
 GRACE = 10.0  # seconds between asking a process to end and killing it
@@ -34,7 +34,7 @@ class Part:
     least: float = 20.0  # seconds without which it is not started: it would end before its first row
     needs: tuple[str, ...] = ()  # modules and programs without which it is skipped
     refuses: str = ""  # what it prints where its program cannot work on this device
-    csv: str = ""  # results are `CSV-MACHINE.csv`; such a command takes --csv, --commit and --again, and resumes
+    csv: str = ""  # results are `CSV-MACHINE.csv`; such a command takes --csv and --commit, and resumes
     spread: bool = False  # tests in several processes with pytest-xdist, with a limit for each with pytest-timeout
 
     def refusal(self) -> str:
@@ -44,21 +44,21 @@ class Part:
 
     def file(self, machine: str) -> str:
         """Its CSV, in the folder of results."""
-        return f"{self.csv}-{harness.slug(machine)}.csv"
+        return f"{self.csv}-{slug(machine)}.csv"
 
     def rows(self, out: Path, machine: str, commit: str) -> list[Row]:
         """What it measured of a commit, in a CSV that it may share: the rows of its own command, and those whose command names no CSV."""
         if not self.csv:
             return []
         own = f" {shlex.join(['-m', *self.arguments])} --csv "
-        rows = [row for row in harness.read_records(out / self.file(machine)) if row.get("commit") == commit]
+        rows = [row for row in read_records(out / self.file(machine)) if row.get("commit") == commit]
         return [row for row in rows if own in (row.get("command") or "") or " --csv " not in (row.get("command") or "")]
 
-    def command(self, machine: str, *, commit: str = "", again: bool = False) -> list[str]:
+    def command(self, machine: str, *, commit: str = "") -> list[str]:
         """What follows `python3`."""
         words = ["-m", *self.arguments]
         if self.csv:
-            words += ["--csv", self.file(machine), *(["--commit", commit] if commit else []), *["--again"] * again]
+            words += ["--csv", self.file(machine), *(["--commit", commit] if commit else [])]
         if self.spread and find_spec("xdist") is not None:
             words += ["-n", str(min(12, os.cpu_count() or 1))]
         if self.spread and find_spec("pytest_timeout") is not None:
@@ -71,14 +71,14 @@ class Part:
         A benchmark runs in the folder of results, so that no row names a folder of this machine. Folders of PYTHONPATH stay.
         """
         given = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-        paths = os.pathsep.join([str(harness.ROOT), str(harness.ROOT / "kernels"), *given])
+        paths = os.pathsep.join([str(facts.ROOT), str(facts.ROOT / "kernels"), *given])
         status = None
         with (out / "gpu.log").open("ab+") as log:
             log.write(f"== {self.name}: {typed(command)}\n".encode())
             log.flush()
             begin = log.tell()
             process = subprocess.Popen(
-                [sys.executable, *command], cwd=out if self.csv else harness.ROOT, stdin=subprocess.DEVNULL, stdout=log,
+                [sys.executable, *command], cwd=out if self.csv else facts.ROOT, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
             )  # fmt: skip
             try:
@@ -108,32 +108,12 @@ def typed(command: Sequence[str]) -> str:
     return f"python3 {shlex.join(command)}"
 
 
-def missing(row: Row) -> str:
-    """The module without which a row could not be measured; empty where that is not the reason."""
-    found = re.search(r"[Tt]he (\S+) package is not installed|No module named '(\w+)", row.get("note") or "")
-    return (found[1] or found[2]) if found and row["status"] != "ok" else ""
-
-
-def needs_rerun(rows: Sequence[Row]) -> bool:
-    """Whether a row met an error, or lacked a module that is installed now."""
-    return any(find_spec(name) is not None if (name := missing(row)) else row["status"] == "error" for row in rows)
-
-
 def describe(rows: Sequence[Row]) -> str:
-    """How many rows there are, how many failed and the first of these, and how many were skipped for each reason."""
+    """How many rows there are by status, and the first that is wrong."""
     rows = [row for row in rows if row.get("part") != "gate"]  # the run of a gate that failed has failed as well
-    failed = [
-        f"{len(wrong)} {status}, first {wrong[0]['row']}: {(wrong[0].get('note') or 'no note')[:100]}"
-        for status in ("FAILED", "error")
-        if (wrong := [row for row in rows if row["status"] == status and not missing(row)])
-    ]
-    notes = [
-        f"the {name} package is not installed" if (name := missing(row)) else re.split(r"[:;,] ", row.get("note") or "")[0]
-        for row in rows
-        if row["status"] == "skipped" or missing(row)
-    ]
-    reasons = Counter(re.sub(r"\d[\d.]*", "N", note) or "skipped" for note in notes)  # the same whatever the numbers
-    return "; ".join([f"{len(rows)} rows", *failed, *(f"{reason}: {n} row{'s' * (n > 1)}" for reason, n in reasons.items())])
+    counts = [f"{count} {status}" for status, count in Counter(row["status"] for row in rows).items()]
+    wrong = [f"; first {row['row']}: {row.get('note') or 'no note'}"[:160] for row in rows if row["status"] in ("FAILED", "error")]
+    return f"{len(rows)} rows: {', '.join(counts)}{''.join(wrong[:1])}" if rows else "no rows"
 
 
 def _tests(name: str, title: str, limit: float, *words: str, **more: Any) -> Part:
@@ -191,7 +171,7 @@ PARTS: tuple[Part, ...] = (  # five in the first eight minutes
     _calls("kernel-shapes", "the attention kernel, every shape and dtype", 240, "--provider", "triton"),
     _tests(
         "tests-all", "all tests that need a device, but for compute-sanitizer", 180, "not sanitizer", "-m", "gpu", "tests/kernels",
-        "tests/bench/test_providers.py", spread=True,
+        "tests/bench/attention/test_providers.py", spread=True,
     ),
     _calls("attention", "every shape, dtype and implementation", 460, least=60),
 )  # fmt: skip

@@ -13,8 +13,9 @@ from typing import NoReturn
 
 import torch
 
-from bench.harness import rows as harness
-from bench.harness.rows import RESULTS, Row
+from bench.harness import device
+from bench.harness.facts import facts
+from bench.harness.rows import RESULTS, Row, RowFile, compared, read_rows, slug
 
 
 def parser_of(name: str, title: str, *, seconds: float | None = None) -> argparse.ArgumentParser:
@@ -22,25 +23,29 @@ def parser_of(name: str, title: str, *, seconds: float | None = None) -> argpars
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=title)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, help=f"results (default: bench/results/{name}-MACHINE.csv)")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="another CSV, row by row")
-    parser.add_argument("--no-measure", action="store_true", help="only show the rows of --csv")
+    parser.add_argument("--compare", type=_file, metavar="FILE", help="another CSV, row by row")
     parser.add_argument("--again", action="store_true", help="measure finished rows again")
     parser.add_argument("--commit", help="the commit of a copy of the tree without git's data")
     if seconds is not None:
-        parser.add_argument("--seconds", type=float, default=seconds, help="for each row (default: %(default)s)")
+        parser.add_argument("--seconds", type=positive(float), default=seconds, help="for each row (default: %(default)s)")
     return parser
 
 
-def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse options that cannot be met or contradict each other."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch sees, got none")
-    if not 0 < getattr(options, "seconds", 1.0) < math.inf:
-        parser.error(f"--seconds must be positive and finite, got {options.seconds}")
-    if options.compare and not options.compare.is_file():
-        parser.error(f"--compare takes a CSV of this benchmark, got {options.compare}, which is no file")
-    if options.no_measure and options.again:
-        parser.error("--no-measure and --again exclude each other")
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """The type of an option that is a positive number."""
+
+    def parsed(text: str) -> float:
+        if not 0 < (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+        return value
+
+    return parsed
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"takes a CSV of this benchmark, got {text}, which is no file")
+    return Path(text)
 
 
 def keep_freed_memory() -> bool:
@@ -56,9 +61,7 @@ def timed_line(row: Row, *parts: str) -> str:
         return f"{row['row']}: {row['status']}, {row['note']}"
     times = f"{row['row']}: {row['p50_ms']} ms ({row['p20_ms']} - {row['p80_ms']})"
     error = f"error {row['error']} (eager {row['eager_error'] or 'unknown'})" if row["error"] else ""
-    units = {"peak_megabytes": "MB", "launches": "launches"}
-    found = [f"{row[column]} {unit}" for column, unit in units.items() if row[column]]
-    return ", ".join(filter(None, [times, *parts, error, *found, row["note"]]))
+    return ", ".join(filter(None, [times, *parts, error, row["note"]]))
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Benchmark:
 
     name: str  # as in `bench.NAME`; its CSVs are named after it
     fields: Sequence[str]  # the columns
-    same: Sequence[str]  # those that say what a row was measured with: of the harness, the caller's own, or names of packages
+    same: Sequence[str]  # those that say what a row was measured with: facts, names of packages, or the caller's own
     line: Callable[[Row], str]  # formats a row for a terminal
     last: str = ""  # for units of several rows, what the name of the last one adds to that of the unit, such as "/run"
 
@@ -86,54 +89,43 @@ class Benchmark:
         Args:
             wanted: Names of units, and whether the library itself is measured: its failures are failures of the command.
             measure: Yields names of units and their rows, of all that is wanted except the finished units that it is given.
-            own_facts: Values of columns in `same` that the harness does not know.
+            own_facts: Values of columns in `same` that are the caller's own.
         """
+        if options.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda needs a GPU that torch sees, got none")
         try:
-            measured_with = self._facts(options, own_facts or {})
-            path: Path = options.csv or RESULTS / f"{self.name}-{harness.slug(measured_with['machine'])}.csv"
-            if not path.is_file() and (path.exists() or options.no_measure):
-                parser.error(f"--csv takes {'an existing file with --no-measure' if options.no_measure else 'a file'}, got {path}")
-            rows = harness.read_rows(path, self.fields)
-            others = harness.read_rows(options.compare, self.fields) if options.compare else {}
-        except ValueError as error:
+            own = {**(own_facts or {}), **({"seconds": f"{options.seconds:g}"} if "seconds" in self.fields else {})}
+            measured_with = facts([name for name in self.same if name not in own], options.device, commit=options.commit) | own
+            path = options.csv or RESULTS / f"{self.name}-{slug(measured_with['machine'])}.csv"
+            file = RowFile(path, self.fields, measured_with)
+            others = read_rows(options.compare, self.fields) if options.compare else {}
+        except (OSError, ValueError) as error:
             parser.error(str(error))
         # What was skipped may run now; what failed is not tried again.
-        same = {row for row in harness.finished_rows(rows, measured_with) if rows[row]["status"] in ("ok", "FAILED")}
-        finished = {name for name in wanted if options.no_measure or (name + self.last in same and not options.again)}
-        for name in [name for name in wanted if name in finished]:
-            if not (found := self._rows(rows, name)):
-                print(f"{name}: not in {path.name}", file=sys.stderr)
-            else:
-                print(*(map(self.line, found.values()) if options.no_measure else [f"{name}: as measured before"]), sep="\n", flush=True)
-        if not options.no_measure:
-            if options.device == "cpu":
-                keep_freed_memory()
-            typed = shlex.join(["python", "-m", f"bench.{self.name}", *(sys.argv[1:] if arguments is None else arguments)])
-            begun = set[str]()
-            for name, row in measure(finished):
-                if name not in begun:  # no row of an earlier run stays beside new ones
-                    begun.add(name)
-                    earlier = self._rows(rows, name)
-                    rows = {key: old for key, old in rows.items() if key == name or key not in earlier}
-                new = dict.fromkeys(self.fields, "") | {"row": name} | row | measured_with | {"command": typed}
-                rows[new["row"]] = {field: new[field] for field in self.fields}
-                harness.write_rows(path, self.fields, rows.values())
-                print(self.line(rows[new["row"]]), flush=True)
-                if harness.device_lost(options.device):
-                    raise SystemExit(f"the device was lost in {name}: run the same command again to continue after it")
-        shown = {key: row for name in wanted for key, row in self._rows(rows, name).items()}
+        same = {row for row in file.finished if file.rows[row].get("status", "ok") in ("ok", "FAILED")}
+        finished = {name for name in wanted if name + self.last in same and not options.again}
+        for name in wanted:
+            if name in finished:
+                print(f"{name}: as measured before", flush=True)
+        if options.device == "cpu":
+            keep_freed_memory()
+        typed = shlex.join(["python", "-m", f"bench.{self.name}", *(sys.argv[1:] if arguments is None else arguments)])
+        begun = set[str]()
+        for name, row in measure(finished):
+            if name not in begun:  # no row of an earlier run stays beside new ones
+                begun.add(name)
+                for key in [key for key in self._rows(file.rows, name) if key != name]:
+                    del file.rows[key]
+            print(self.line(file.add({"row": name, **row, "command": typed})), flush=True)
+            if device.device_lost(options.device):
+                raise SystemExit(f"the device was lost in {name}: run the same command again to continue after it")
         if options.compare:
-            mine, theirs = ({key: row for key, row in table.items() if row.get("part") != "gate"} for table in (shown, others))  # no times
-            for sentence in harness.compared(mine, theirs, facts=self.same):
-                print(sentence)
-        ours = [row for name in wanted if wanted[name] for row in self._rows(rows, name).values()]
-        failed = [row["row"] for row in ours if row["status"] in ("FAILED", "error")]
+            shown = {key: row for name in wanted for key, row in self._rows(file.rows, name).items()}
+            timed, other = ({key: row for key, row in rows.items() if row.get("part") != "gate"} for rows in (shown, others))
+            print(*compared(timed, other, facts=self.same), sep="\n")
+        ours = [row for name in wanted if wanted[name] for row in self._rows(file.rows, name).values()]
+        failed = [row["row"] for row in ours if row.get("status") in ("FAILED", "error")]
         raise SystemExit(f"rows of scalediff failed: {', '.join(failed)}" if failed else 0)
-
-    def _facts(self, options: argparse.Namespace, own: Mapping[str, str]) -> Row:
-        known = {**harness.facts(options.device, commit=options.commit), **harness.versions(options.device), **own}
-        found = {name: known[name] if name in known else harness.package_version(name) for name in self.same}
-        return found | ({"seconds": f"{options.seconds:g}"} if "seconds" in self.fields else {})
 
     def _rows(self, rows: Mapping[str, Row], name: str) -> dict[str, Row]:
         """Those of one unit."""

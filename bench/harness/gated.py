@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from bench.harness import rows as harness
+from bench.harness.device import broken, first_line, forget
 from bench.harness.rows import Row
 from bench.harness.timing import Call, Timing, kernels, measure_together, peak_memory
 
@@ -32,18 +33,15 @@ def measured(
     where memory is short, each is prepared and timed alone.
     """
     for group in [candidates] if device == "cpu" else [[one] for one in candidates]:
-        yield from _measured_group(group, device, seconds, beside if device == "cpu" else None)
-        harness.forget(device)
-
-
-def _measured_group(group: Sequence[Candidate], device: str, seconds: float, beside: Callable[[], Sequence[Call]] | None) -> Iterator[Row]:
-    prepared = [_prepared(one, device) for one in group]
-    running = [calls for _, calls in prepared if calls]
-    more = [beside()] if beside and running else []
-    timings = measure_together(running + more, device, seconds=seconds * len(running))
-    other = timings.pop() if more else None
-    for one, (row, calls) in zip(group, prepared, strict=True):
-        yield row | _finished(one, calls[0], timings.pop(0), other, device) if calls else row
+        prepared = [_prepared(one, device) for one in group]
+        running = [calls for _, calls in prepared if calls]
+        more = [beside()] if beside and running and device == "cpu" else []
+        timings = measure_together(running + more, device, seconds=seconds * len(running))
+        other = timings.pop() if more else None
+        for one, (row, calls) in zip(group, prepared, strict=True):
+            yield row | _finished(one, calls[0], timings.pop(0), other, device) if calls else row
+        del prepared, running, more
+        forget(device)
 
 
 def _prepared(one: Candidate, device: str) -> tuple[Row, Sequence[Call]]:
@@ -53,11 +51,11 @@ def _prepared(one: Candidate, device: str) -> tuple[Row, Sequence[Call]]:
         columns, calls = one.prepare()
         return one.row | columns | {"sets": str(len(calls))}, calls
     except GateFailed as failed:
-        return one.row | {"status": "FAILED", "note": harness.first_line(failed)}, []
+        return one.row | {"status": "FAILED", "note": first_line(failed)}, []
     except Exception as problem:
-        return one.row | harness.broken(problem, device), []
+        return one.row | broken(problem, device), []
     finally:
-        harness.forget(device)
+        forget(device)
 
 
 def _finished(one: Candidate, call: Call, timing: Timing | Exception, other: Timing | Exception | None, device: str) -> Row:
@@ -67,28 +65,34 @@ def _finished(one: Candidate, call: Call, timing: Timing | Exception, other: Tim
         row = {f"{name}_ms": f"{value:.4g}" for name, value in timing._asdict().items()}
         row |= one.numbers(timing, other if isinstance(other, Timing) else None)
     except Exception as problem:
-        return harness.broken(problem, device)
+        return broken(problem, device)
     return row | profiled(call, device) | {"status": "ok"}
 
 
 def profiled(call: Call, device: str) -> Row:
     """Memory and kernels of a call on a GPU; what cannot be found out is a note, for the time is good."""
     row, notes = Row(), []
-    try:
-        if (peak := peak_memory(call, device)) is not None:
-            row["peak_megabytes"] = f"{peak / 1e6:.4g}"
-    except Exception as problem:
-        notes.append(f"peak memory unknown: {type(problem).__name__}: {harness.first_line(problem)}")
-    try:
-        if found := kernels(call, device):
-            times: dict[str, float] = {}
-            for name, microseconds in found:
-                times[name[:80]] = times.get(name[:80], 0.0) + microseconds / 1000
-            longest = sorted(times, key=times.__getitem__, reverse=True)[:5]
-            row |= {"launches": str(len(found)), "kernel": max(found, key=lambda kernel: kernel[1])[0][:80]}
-            row["kernels_ms"] = ", ".join(f"{name[:40]} {times[name]:.4g}" for name in longest)
-        elif found is not None:
-            notes.append("kernels unknown: the profiler saw none")
-    except Exception as problem:
-        notes.append(f"kernels unknown: {type(problem).__name__}: {harness.first_line(problem)}")
+    for what, find in (("peak memory", _memory), ("kernels", _kernels)):
+        try:
+            row |= find(call, device)
+        except Exception as problem:
+            notes.append(f"{what} unknown: {type(problem).__name__}: {first_line(problem)}")
     return row | {"note": "; ".join(notes)}
+
+
+def _memory(call: Call, device: str) -> Row:
+    peak = peak_memory(call, device)
+    return {} if peak is None else {"peak_megabytes": f"{peak / 1e6:.4g}"}
+
+
+def _kernels(call: Call, device: str) -> Row:
+    """How many kernels a call launches, the longest one by name, and the milliseconds of the five that take the most."""
+    if (found := kernels(call, device)) is None:
+        return {}
+    if not found:
+        raise RuntimeError("the profiler saw none")
+    times = Counter[str]()
+    for name, microseconds in found:
+        times[name[:80]] += microseconds / 1000  # type: ignore[assignment]
+    longest = ", ".join(f"{name[:40]} {time:.4g}" for name, time in times.most_common(5))
+    return {"launches": str(len(found)), "kernel": max(found, key=lambda kernel: kernel[1])[0][:80], "kernels_ms": longest}

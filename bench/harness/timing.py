@@ -1,4 +1,4 @@
-"""How long calls take, how much memory they need and which kernels they launch."""
+"""How long calls take, how much memory they need, which kernels they launch, and what a machine reaches at best."""
 
 from __future__ import annotations
 
@@ -53,14 +53,13 @@ def measure_together(entrants: Sequence[Sequence[Call]], device: str, *, seconds
     """
     if device == "cpu":
         return _in_rounds(entrants, seconds)
-
-    def alone(calls: Sequence[Call]) -> Timing | Exception:
+    found: list[Timing | Exception] = []
+    for calls in entrants:
         try:
-            return _by_events(calls, seconds / len(entrants))
+            found.append(_by_events(calls, seconds / len(entrants)))
         except Exception as problem:
-            return problem
-
-    return [alone(calls) for calls in entrants]
+            found.append(problem)
+    return found
 
 
 def _by_events(calls: Sequence[Call], seconds: float) -> Timing:
@@ -85,7 +84,7 @@ def _by_events(calls: Sequence[Call], seconds: float) -> Timing:
         next(turn)()
         pairs[-1][1].record()
     torch.cuda.synchronize()
-    return _percentiles([begin.elapsed_time(end) for begin, end in pairs])
+    return percentiles([begin.elapsed_time(end) for begin, end in pairs])
 
 
 def _in_rounds(entrants: Sequence[Sequence[Call]], seconds: float) -> list[Timing | Exception]:
@@ -113,12 +112,13 @@ def _in_rounds(entrants: Sequence[Sequence[Call]], seconds: float) -> list[Timin
         for i in range(len(entrants)):
             run(i)
         rounds += 1
-    return [raised[i] if i in raised else _percentiles(found) for i, found in enumerate(times)]
+    return [raised[i] if i in raised else percentiles(found) for i, found in enumerate(times)]
 
 
-def _percentiles(milliseconds: Sequence[float]) -> Timing:
-    times, quantiles = (torch.tensor(values, dtype=torch.float64) for values in (milliseconds, (0.2, 0.5, 0.8)))
-    return Timing(*torch.quantile(times, quantiles).tolist())
+def percentiles(times: Sequence[float]) -> Timing:
+    """The percentiles 20, 50 and 80, in the unit of the times."""
+    values, quantiles = (torch.tensor(numbers, dtype=torch.float64) for numbers in (times, (0.2, 0.5, 0.8)))
+    return Timing(*torch.quantile(values, quantiles).tolist())
 
 
 def peak_memory(call: Call, device: str) -> int | None:
@@ -166,3 +166,22 @@ def by_speed(device: str, dtype: torch.dtype, head_dim: int, *, seconds: float =
         with suppress(RuntimeError), sdpa_kernel(backend):  # torch has no kernel of this backend here
             times[backend] = measure_in_turn([lambda: F.scaled_dot_product_attention(q, q, q)], device, seconds=seconds).p50
     return tuple(sorted(times, key=times.__getitem__))
+
+
+class Ceilings(NamedTuple):
+    """What a machine reaches in this run: the rates of a large copy, bytes read and written, and of a large matrix product in one dtype."""
+
+    copy_gbs: float
+    matrix_tflops: float
+
+
+def ceilings(device: str, dtype: torch.dtype, *, seconds: float = 0.5) -> Ceilings:
+    """Measure both; 2 GB and 8192 x 8192 x 8192 on a GPU, 256 MB and 2048 x 2048 x 2048 on a CPU."""
+    size, side = (2**31, 8192) if device == "cuda" else (2**28, 2048)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = measure_in_turn([lambda: target.copy_(source)], device, seconds=seconds).p50
+    rng = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=rng, dtype=dtype, device=device) for _ in range(2))
+    product = measure_in_turn([lambda: a @ b], device, seconds=seconds).p50
+    return Ceilings(2 * size / copy / 1e6, 2 * side**3 / product / 1e9)

@@ -6,21 +6,22 @@ Percentiles are those of the differences. The CSV is bench/results/hook-<machine
 
 from __future__ import annotations
 
-import argparse
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 import scalediff
-from bench.harness import rows as harness
+from bench.harness.command import Benchmark, parser_of
+from bench.harness.facts import FACTS
+from bench.harness.rows import Row
+from bench.harness.timing import percentiles
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
 from scalediff.patching import plan
@@ -28,6 +29,9 @@ from scalediff.patching import plan
 SDPA = F.scaled_dot_product_attention
 LIMIT = 30.0  # microseconds per attention call
 ROUNDS, CALLS = 41, 300
+MODELS, GRIDS = ("SD1.5", "FLUX.1"), {"native size": WINDOW, "above": (8, 8)}
+CALLED = [f"{name}: a call that is {what}" for name in MODELS for what in ("taken", "refused", "not")]
+FIELDS = ("row", "p20_us", "p50_us", "p80_us", *FACTS)
 Pair = tuple[str, Callable[[], Any], Callable[[], Any]]
 
 
@@ -36,7 +40,7 @@ def differences(ours: Callable[[], Any], bare: Callable[[], Any]) -> dict[str, s
     timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in (ours, bare)]
     spent = [[timer.timeit(CALLS).median for timer in timers] for _ in range(ROUNDS + 1)]
     gaps = [1e6 * (hooked - plain) for hooked, plain in spent[1:]]  # the first round warms up
-    return {f"p{p}_us": f"{value:.2f}" for p, value in zip((20, 50, 80), np.percentile(gaps, (20, 50, 80)), strict=True)}
+    return {f"{name}_us": f"{value:.2f}" for name, value in percentiles(gaps)._asdict().items()}
 
 
 def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pair]:
@@ -72,26 +76,36 @@ def forwards() -> Iterator[Pair]:
     patched, draw = copy.deepcopy(bare), Draw()
     text = draw(1, 6, 32)
     scalediff.patch_model(patched, strict=False)
-    for what, grid in (("native size", WINDOW), ("above", (8, 8))):
+    for what, grid in GRIDS.items():
         x = draw(1, 4, *grid)
         yield f"a forward pass, {what}", lambda x=x: patched(x, 0, text), lambda x=x: bare(x, 0, text)  # type: ignore[misc]
 
 
+def measured(finished: Set[str]) -> Iterator[tuple[str, Row]]:
+    """A row for every pair that is not finished; exits with a message where a call costs more than LIMIT."""
+    warnings.filterwarnings("ignore", message="scalediff: .* causal")  # the refused call is what is timed
+    slow = []
+    for pairs in (*(attention_calls(name, (8, 8), 7) for name in MODELS), forwards()):
+        for name, ours, bare in pairs:
+            if name not in finished:
+                row = differences(ours, bare)
+                yield name, row
+                slow += [name] if name in CALLED and float(row["p50_us"]) > LIMIT else []
+    if slow:
+        raise SystemExit(f"over {LIMIT} microseconds: {', '.join(slow)}")
+
+
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
-    argparse.ArgumentParser(description="Microseconds that the hook adds to attention calls and forward passes.").parse_args(arguments)
-    warnings.filterwarnings("ignore", message="scalediff: .* causal")  # the refused call is what is timed
-    facts, records = harness.facts(), []
-    for pairs in (attention_calls("SD1.5", (8, 8), 7), attention_calls("FLUX.1", (8, 8), 7), forwards()):
-        for name, ours, bare in pairs:
-            row = {"row": name, **differences(ours, bare)}
-            print(f"{name:36} {row['p50_us']} us  ({row['p20_us']} - {row['p80_us']})")
-            records.append(row | facts)
-    path = harness.RESULTS / f"hook-{harness.slug(facts['machine'])}.csv"
-    harness.write_rows(path, ("row", "p20_us", "p50_us", "p80_us", *harness.FACTS), records)
-    print(path.relative_to(harness.ROOT))
-    if slow := [row["row"] for row in records if "a call" in row["row"] and float(row["p50_us"]) > LIMIT]:
-        raise SystemExit(f"over {LIMIT} microseconds: {', '.join(slow)}")
+    parser = parser_of("hook", "Microseconds that the hook adds to attention calls and forward passes.")
+    options = parser.parse_args(arguments)
+    wanted = dict.fromkeys([*CALLED, *(f"a forward pass, {what}" for what in GRIDS)], True)
+    Benchmark("hook", FIELDS, FACTS, line).run(parser, options, arguments, wanted=wanted, measure=measured)
+
+
+def line(row: Row) -> str:
+    """A row for people, on a terminal."""
+    return f"{row['row']:36} {row['p50_us']} us  ({row['p20_us']} - {row['p80_us']})"
 
 
 if __name__ == "__main__":

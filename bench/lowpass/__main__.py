@@ -25,19 +25,18 @@ import torch
 from torch import Tensor
 
 from bench.harness import command
-from bench.harness import rows as harness
-from bench.harness.command import Benchmark
+from bench.harness.command import Benchmark, parser_of, timed_line
 from bench.harness.gated import Candidate, GateFailed, measured
-from bench.harness.rows import RESULTS, Row
+from bench.harness.pages import require_pandas
+from bench.harness.rows import RESULTS, Row, read_rows, write_text
 from bench.harness.timing import Call, Timing, measure_in_turn, sets_of_inputs
 from bench.lowpass import page
 from bench.lowpass.cases import FEATURES, IMPLEMENTATIONS, LATENTS, Case, Implementation, Operation, Pictures
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
-SAME = page.FACTS
 FIELDS = (
     "row", "status", "case", "dtype", "layout", "operation", "implementation", "p20_ms", "p50_ms", "p80_ms", "megabytes", "copy_ms",
-    "peak_megabytes", "launches", "error", "eager_error", "sets", "note", "seconds", "command", *SAME,
+    "peak_megabytes", "launches", "error", "eager_error", "sets", "note", "seconds", "command", *page.FACTS,
 )  # fmt: skip
 
 
@@ -115,12 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.doc:
+        require_pandas()
         try:
-            harness.write_text(options.doc, page.markdown(committed()))
+            write_text(options.doc, page.markdown(committed()))
         except ValueError as error:
             parser.error(str(error))
         return
-    command.check(parser, options)
     # Nobody filters fp16 on a CPU; fp32 latents are filtered on GPUs too.
     known = [case for case in LATENTS + FEATURES if options.device == "cuda" or case.dtype is torch.float32]
     cases = [case for case in known if options.cases in case.name]
@@ -137,18 +136,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     yield row_name(case, one), row
 
     wanted = {row_name(case, one): one.name == "scalediff" for case in cases for one in IMPLEMENTATIONS}
-    keeps = options.device == "cpu" and not options.no_measure and command.keep_freed_memory()
-    facts = {"memory": page.KEPT if keeps else ""}
-    Benchmark("lowpass", FIELDS, SAME, line).run(parser, options, arguments, wanted=wanted, measure=measure, own_facts=facts)
+    facts = {"memory": "kept" if options.device == "cpu" and command.keep_freed_memory() else ""}  # that the process has freed
+    Benchmark("lowpass", FIELDS, page.FACTS, line).run(parser, options, arguments, wanted=wanted, measure=measure, own_facts=facts)
 
 
 def line(row: Row) -> str:
     """For a terminal."""
-    return command.timed_line(row, f"{100 * float(row['copy_ms']) / float(row['p50_ms']):.0f}% of a copy" if row["copy_ms"] else "")
+    return timed_line(row, f"{100 * float(row['copy_ms']) / float(row['p50_ms']):.0f}% of a copy" if row["copy_ms"] else "")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser_of("lowpass", __doc__.split("\n")[0], seconds=0.3)
+    parser = parser_of("lowpass", __doc__.split("\n")[0], seconds=0.3)
     parser.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--doc", type=Path, metavar="FILE", help="measure nothing, write this page from the committed rows")
     return parser
@@ -156,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def committed() -> dict[str, list[Row]]:
     """The committed rows by device; raises ValueError for a CSV that is not of this benchmark."""
-    tables = {path.stem: list(harness.read_rows(path, FIELDS).values()) for path in sorted(RESULTS.glob("lowpass-*.csv"))}
+    tables = {path.stem: list(read_rows(path, FIELDS).values()) for path in sorted(RESULTS.glob("lowpass-*.csv"))}
     return {name: rows for name, rows in tables.items() if rows}
 
 

@@ -6,7 +6,6 @@ longer reached.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
 import warnings
@@ -16,13 +15,13 @@ import diffusers
 from torch import nn
 
 import scalediff
-from bench.harness import rows as harness
-from bench.harness.tables import fill, require_pandas, table, write_or_check
+from bench.harness.facts import ROOT, package_version
+from bench.harness.pages import fill, page_parser, require_pandas, table, write_or_check
 from bench.models.zoo import WINDOW, ZOO, Specimen
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Family
 
-PAGE = harness.ROOT / "docs" / "guide" / "models.md"
+PAGE = ROOT / "docs" / "guide" / "models.md"
 # Denoisers of pictures and videos: classes of diffusers in these places, by the shape of their names.
 _PLACES = ("diffusers.models.unets.", "diffusers.models.transformers.", "diffusers.models.controlnets.")
 _DENOISER = re.compile(r"^(?!Flax).*(Transformer2DModel|Transformer3DModel|DiT2D\w*Model|UNet\w*Model|ControlNet\w*Model|UNet)$")
@@ -83,20 +82,17 @@ def page() -> str:
     from pandas import DataFrame
 
     if gone := sorted(name for name in FAMILIES if not hasattr(diffusers, name)):
-        raise RuntimeError(f"the installed diffusers {harness.package_version('diffusers')} no longer has {', '.join(gone)}")
+        raise RuntimeError(f"the installed diffusers {package_version('diffusers')} no longer has {', '.join(gone)}")
     known = DataFrame([row(name, specimen) for name, specimen in ZOO.items()])
     others = ", ".join(f"`{name}`" for name in unlisted())
     return fill(PAGE.read_text(), {"known": table(known, text=known.columns), "refused": refused(), "unlisted": [f"{others}."]})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__.split("\n")[0])
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--write", action="store_true", help="write the tables of docs/guide/models.md")
-    way.add_argument("--check", action="store_true", help="fail where docs/guide/models.md differs")
+    parser = page_parser("models", __doc__.split("\n")[0], "the tables of docs/guide/models.md")
     options = parser.parse_args(arguments)
     require_pandas()
-    write_or_check({PAGE: page()}, check=options.check, command="python -m bench.models --write")
+    write_or_check({PAGE: page()}, check=not options.write, command="python -m bench.models --write")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 
 from bench.attention import shapes
-from bench.harness.rows import ROOT, write_rows, write_text
-from bench.harness.tables import fill, require_pandas, table
+from bench.harness.facts import ROOT
+from bench.harness.pages import fill, require_pandas, table
+from bench.harness.rows import RESULTS, write_rows, write_text
 from bench.roofline.cycles import case_of, cycles
 from scalediff_kernels.neighborhood.config import MULTIPROCESSORS
 from scalediff_kernels.neighborhood.geometry import attention_flops
 
-RESULT = ROOT / "bench" / "results" / "predicted-sm_90.csv"
+RESULT = RESULTS / "predicted-sm_90.csv"
 PAGE = ROOT / "docs" / "internals" / "kernels.md"
 CLOCK = 1.83e9  # Hz
 # Triton's fused attention (its tutorial 06, forward, no mask) on an H100: 458 to 477 TFLOP/s at D = 128 and about 400 at D = 64 by figures

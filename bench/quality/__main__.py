@@ -15,92 +15,85 @@ from pathlib import Path
 import torch
 
 import scalediff
-from bench.harness import rows as harness
-from bench.harness.tables import fill, has_pandas, require_pandas
+from bench.harness.command import positive
+from bench.harness.facts import ROOT, facts, machine
+from bench.harness.pages import fill, has_pandas, require_pandas
+from bench.harness.rows import RESULTS, RowFile, read_rows, slug, write_text
 from bench.quality.metrics import seam_score
-from bench.quality.page import sections
 from bench.quality.pictures import Task, border, in_turn, measure, native_rows, quantised, word_rows, write_sheet
-from bench.quality.rows import COLUMNS, FIELDS, SWEEP, SWITCHES, TABLES
+from bench.quality.tables import COLUMNS, FIELDS, SWEEP, SWITCHES, TABLES, sections
 from scalediff.cascade.pipeline import stage_sizes
 from scalediff.command.allocator import keep_freed_memory
 from scalediff.demo.scenes import HELD_OUT_SEED, render
 
-RESULTS = harness.ROOT / "bench" / "results"
-PAGE = harness.ROOT / "docs" / "evidence" / "quality.md"
+PAGE = ROOT / "docs" / "evidence" / "quality.md"
 DEFAULT = TABLES["The parts of the method"]
 KNOWN = (*DEFAULT, *SWITCHES, *SWEEP)
 
 
 def committed() -> list[dict[str, dict[str, str]]]:
     """The rows of every machine that has been measured."""
-    return [harness.read_rows(path) for path in sorted(RESULTS.glob("quality-*.csv"))]
+    return [read_rows(path, FIELDS) for path in sorted(RESULTS.glob("quality-*.csv"))]
 
 
 def write_page(csv: Path) -> None:
     """docs/evidence/quality.md from all committed results; for a CSV elsewhere a page beside it."""
-    page, results = (PAGE, committed()) if csv.parent == RESULTS else (csv.with_suffix(".md"), [harness.read_rows(csv)])
-    harness.write_text(page, fill(PAGE.read_text(), {"tables": sections(*results)}))
+    page, results = (PAGE, committed()) if csv.parent == RESULTS else (csv.with_suffix(".md"), [read_rows(csv, FIELDS)])
+    write_text(page, fill(PAGE.read_text(), {"tables": sections(*results)}))
 
 
-def add_row(options: argparse.Namespace, measured_with: Mapping[str, str], row: str, columns: Mapping[str, float]) -> None:
+def add_row(file: RowFile, options: argparse.Namespace, row: str, columns: Mapping[str, float]) -> None:
     """Add or replace a row in the CSV, and write the page."""
     what = f"--words {options.words}" if options.words else f"--native {options.native}" if options.native else ""
     what = what or f"--n {options.n} --size {options.size}" + " --sweep" * (row in SWEEP) + " --switches" * (row in SWITCHES)
     cells = {name: f"{value:.6g}" for name, value in columns.items()}
-    cells |= {"row": row, "command": f"python -m bench.quality {what} --seed {options.seed}", **measured_with}
-    records = {**harness.read_rows(options.csv), row: cells}
-    known = [name for names in TABLES.values() for name in names]
-    order = [*(name for name in known if name in records), *(name for name in records if name not in known)]
-    harness.write_rows(options.csv, FIELDS, [records[name] for name in order])
+    file.add({"row": row, **cells, "command": f"python -m bench.quality {what} --seed {options.seed}"})
     if has_pandas():
         write_page(options.csv)
     shown = (f"{heading} {form.format(columns[name])}" for name, (heading, form) in COLUMNS.items() if name in columns)
     print(", ".join([row, *shown]), flush=True)
 
 
+def _rows(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in KNOWN]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(KNOWN)}, got {', '.join(unknown)}")
+    return names
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=16, help="pictures per row (default: %(default)s)")
+    parser.add_argument("--n", type=positive(int), default=16, help="pictures per row (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="pixels per side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--rows", default="", help=f"rows to measure, of {','.join(KNOWN)}")
-    what.add_argument("--sweep", action="store_true", help="measure restart x cutoff instead of the ablation")
-    what.add_argument("--switches", action="store_true", help="measure the rows of the switches instead")
-    what.add_argument("--native", type=int, metavar="N", help="only count the discs of N pictures of native size")
-    what.add_argument("--words", type=int, metavar="N", help="only check the words of N pictures per hour and place")
+    what.add_argument("--rows", type=_rows, default=list(DEFAULT), help=f"rows to measure, of {','.join(KNOWN)}")
+    what.add_argument(
+        "--sweep", dest="rows", action="store_const", const=list(SWEEP), help="measure restart x cutoff instead of the ablation"
+    )
+    what.add_argument(
+        "--switches", dest="rows", action="store_const", const=list(SWITCHES), help="measure the rows of the switches instead"
+    )
+    what.add_argument("--native", type=positive(int), metavar="N", help="only count the discs of N pictures of native size")
+    what.add_argument("--words", type=positive(int), metavar="N", help="only check the words of N pictures per hour and place")
     what.add_argument("--doc", action="store_true", help="measure nothing, write the page from the rows that are there")
-    results = RESULTS / f"quality-{harness.slug(harness.machine())}.csv"
+    results = RESULTS / f"quality-{slug(machine())}.csv"
     parser.add_argument("--csv", type=Path, default=results, help="results (default: bench/results/quality-MACHINE.csv)")
     parser.add_argument("--sheet", type=Path, help="contact sheet, a .png or .jpg")
     return parser
 
 
-def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Complete the options; exit with a message where they cannot be measured."""
-    named = options.rows.split(",") if options.rows else SWEEP if options.sweep else SWITCHES if options.switches else DEFAULT
-    options.rows, options.csv = list(dict.fromkeys(named)), options.csv.resolve()
-    try:
-        foreign = {name for row in harness.read_rows(options.csv).values() for name in row} - set(FIELDS)
-    except ValueError as error:
-        parser.error(f"--csv: {error}")
-    if unknown := [row for row in options.rows if row not in KNOWN]:
-        parser.error(f"--rows takes {', '.join(KNOWN)}, got {', '.join(unknown)}")
-    for name in ("n", "native", "words"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if not 0 <= options.seed < 2**63:
-        parser.error(f"--seed must be from 0 to 2^63 - 1, got {options.seed}")
-    if options.sheet and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        parser.error(f"--sheet must be a .png or .jpg, got {options.sheet}")
-    if foreign:
-        parser.error(f"--csv must have no columns but those of this benchmark, got {', '.join(sorted(foreign))} in {options.csv}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    _checked(parser, options)
+    options.csv = options.csv.resolve()
+    if options.sheet and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        parser.error(f"--sheet must be a .png or .jpg, got {options.sheet}")
+    try:
+        order = [name for names in TABLES.values() for name in names]
+        file = RowFile(options.csv, FIELDS, {"model": "embedded", **facts()}, order=order)
+    except ValueError as error:
+        parser.error(f"--csv: {error}")
     if options.doc:
         require_pandas()
         write_page(options.csv)
@@ -110,11 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     pipe = scalediff.load_demo()
     pipe.set_progress_bar_config(disable=True)
-    measured_with = {"model": "embedded", **harness.facts()}
     if options.words or options.native:
         counted, n = (word_rows, options.words) if options.words else (native_rows, options.native)
         for row, columns in counted(pipe, n=n, seed=options.seed).items():
-            add_row(options, measured_with, row, columns)
+            add_row(file, options, row, columns)
         return
     try:
         stage_sizes(pipe, options.size, options.size)
@@ -126,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pictures = {"true renders of the captions": reference}
     for row, drawn in in_turn(task, options.rows):
         columns, pictures[row] = measure(task, row, drawn, reference)
-        add_row(options, measured_with, row, columns)
+        add_row(file, options, row, columns)
         if options.sheet:
             write_sheet(options.sheet, pictures)
 

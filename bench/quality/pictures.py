@@ -1,4 +1,4 @@
-"""The pictures of every row of `bench.quality`, and what is measured of them."""
+"""The pictures of every row of `bench.quality`, what is measured of them, and the useful work in one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import scalediff
+from bench.flops.work import Work, plan, without_weights
+from bench.harness.timing import percentiles
 from bench.quality.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
-from bench.quality.rows import BATCH, CASCADES, LABELS, METHODS, SPREAD, SWITCHES, UNDRAWN
-from bench.quality.work import native_grid, work
-from scalediff.cascade.pipeline import native_size, preset
+from bench.quality.tables import CASCADES, LABELS, METHODS, SPREAD, SWITCHES, UNDRAWN
+from scalediff.cascade.pipeline import native_size, preset, stage_sizes
 from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
 from scalediff.families.grid import patch_of
+from scalediff.methods.demofusion import phase_sizes
+from scalediff.patching.networks import denoiser_of
 
+BATCH = 4  # pictures
 FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the prompts
 Columns = dict[str, float]
 
@@ -127,9 +131,27 @@ def word_rows(pipe: Any, *, n: int, seed: int) -> dict[str, Columns]:
     return {"words": {"n": len(wanted), "size": native, "hour": hour_share, "place": place_share}}
 
 
+def work(pipe: Any, size: int, row: str) -> tuple[float, float]:
+    """GFLOPs of one square picture, all stages and both passes of guidance: of self-attention, and of denoiser and autoencoder together."""
+    settings, denoiser = replace(preset(pipe), **CASCADES.get(row, {})), without_weights(denoiser_of(pipe))
+    config, tokens, native = denoiser.config, pipe.tokenizer.model_max_length, native_size(pipe)[0]
+
+    def inputs(y: int, x: int) -> dict[str, Any]:
+        text = torch.empty(1, tokens, config.cross_attention_dim)
+        return {"sample": torch.empty(1, config.in_channels, y, x), "timestep": torch.tensor(1.0), "encoder_hidden_states": text}
+
+    sizes = stage_sizes(pipe, size, size) if row in CASCADES else phase_sizes(pipe, size, size) if row == "demofusion" else [(size, size)]
+    above: Any = {"multidiffusion": "views", "demofusion": "phases"}.get(row) or ("window" if settings.attention == "npa" else "full")
+    how: dict[str, Any] = {"cascade": row in CASCADES, "native": native, "settings": settings, "guided": settings.guidance_scale > 1}
+    counted = Work(denoiser, without_weights(pipe.vae), inputs, native=native, factor=pipe.vae_scale_factor)
+    run, coded = counted.run(plan([side for side, _ in sizes], above, **how))
+    return 1e3 * run.attention, 1e3 * (sum(run) + coded)
+
+
 def border(pipe: Any) -> int:
     """Pixels between borders of the query patches."""
-    return patch_of(native_grid(pipe), 0)[0] * int(pipe.vae_scale_factor)
+    native = native_size(pipe)[0] // pipe.vae_scale_factor
+    return patch_of((native, native), 0)[0] * int(pipe.vae_scale_factor)
 
 
 def quantised(images: Tensor) -> Tensor:
@@ -138,7 +160,7 @@ def quantised(images: Tensor) -> Tensor:
 
 
 def _spread(seconds: Sequence[float]) -> Columns:
-    return dict(zip((SPREAD[0], "seconds", SPREAD[1]), np.quantile(seconds, (0.2, 0.5, 0.8)).tolist(), strict=True))
+    return dict(zip((SPREAD[0], "seconds", SPREAD[1]), percentiles(seconds), strict=True))
 
 
 def _discs(images: Tensor, pipe: Any) -> Columns:

@@ -1,8 +1,8 @@
 """Rehearse `bench.gpu` from its first line to its last on a machine without a GPU: `python3 -m bench.rehearsal`.
 
-The tree is copied without git and is not installed, as on another machine. The parent process gets a pretended GPU; every part runs its
-own command on the CPU, on small problems, and tests are collected and skipped. What fails here would have failed there: an import, a path,
-an option, a missing summary. Exit status: 0 if the run ended with status 0 and every part was done, or skipped because diffusers is
+The last commit is copied without git and is not installed, as on another machine. The parent process gets a pretended GPU; every part runs
+its own command on the CPU, on small problems, and tests are collected and skipped. What fails here would have failed there: an import, a
+path, an option, a missing summary. Exit status: 0 if the run ended with status 0 and every part was done, or skipped because diffusers is
 missing.
 
 By default the environment is this one without diffusers and the installed package. `--build FOLDER` makes one with Python 3.12, torch
@@ -19,12 +19,15 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from bench.harness.rows import ROOT
+from bench.harness.facts import ROOT
 
 VERSIONS = ("torch==2.11.0", "triton==3.6.0", "numpy==2.5.*")
 PACKAGES = (*VERSIONS, "transformers", "pytest", "pytest-xdist", "pytest-timeout", "einops", "requests", "pillow")
@@ -51,14 +54,11 @@ runpy.run_module("bench.gpu", run_name="__main__")
 
 
 def copy_tree(tree: Path) -> None:
-    """Copy the files that git knows, as they are now, without git."""
-    if not (ROOT / ".git").exists():
-        raise SystemExit(f"a rehearsal copies the files that git knows, and {ROOT} is no checkout")
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0"):
-        if (ROOT / name).is_file():  # not one that was deleted
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
+    """Copy the files of the last commit, without git."""
+    tree.mkdir(exist_ok=True)
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=BytesIO(archive)) as files:
+        files.extractall(tree, filter="data")
 
 
 def link_packages(folder: Path) -> None:
@@ -95,18 +95,16 @@ def stage(build: Path | None) -> Iterator[tuple[Path, Path, list[Path]]]:
         yield work, work / "venv" / "bin" / "python3", [work / "packages"]
 
 
-def rehearse(parts: Sequence[str], *, minutes: float = 8, build: Path | None = None, wheels: Path | None = None) -> tuple[int, str]:
+def rehearse(parts: Sequence[str], *, build: Path | None = None, wheels: Path | None = None) -> tuple[int, str]:
     """The exit status of the run and all that it printed, which is printed as it comes, too."""
     with stage(build) as (work, python, paths):
         copy_tree(work / "tree")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
         environment |= {"PYTHONPATH": os.pathsep.join(map(str, [*([wheels.resolve()] if wheels else []), *paths])), "PYTHONUNBUFFERED": "1"}
-        options = ["--out", str(work / "out"), "--commit", "0123abc", "--minutes", str(minutes), "--only", *parts]
-        with subprocess.Popen(
-            [str(python), "-c", PRETENDED, *options], cwd=work / "tree", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:  # fmt: skip
-            printed = []
+        command = [str(python), "-c", PRETENDED, "--out", str(work / "out"), "--commit", "0123abc", "--only", *parts]
+        how: Any = {"cwd": work / "tree", "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        printed = []
+        with subprocess.Popen(command, **how) as process:
             for line in process.stdout or ():
                 print(line, end="", flush=True)
                 printed.append(line)
@@ -117,14 +115,12 @@ def rehearse(parts: Sequence[str], *, minutes: float = 8, build: Path | None = N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python3 -m bench.rehearsal", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--build", type=Path, metavar="FOLDER", help="an environment with Python 3.12, torch 2.11, Triton 3.6; made if needed"
-    )
+    build = "an environment with Python 3.12, torch 2.11, Triton 3.6; made if needed"
+    parser.add_argument("--build", type=Path, metavar="FOLDER", help=build)
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="unpacked packages, put on the path")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), help="of bench.gpu (default: one of every kind)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of them (default: %(default)s)")
     options = parser.parse_args(arguments)
-    status, printed = rehearse(options.parts, minutes=options.minutes, build=options.build, wheels=options.wheels)
+    status, printed = rehearse(options.parts, build=options.build, wheels=options.wheels)
     well = re.findall(r"^(\S+) +(?:done|skipped .*needs diffusers)\b", printed, re.MULTILINE)
     wrong = [part for part in options.parts if part not in well]
     if status or wrong:

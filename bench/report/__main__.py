@@ -5,21 +5,19 @@ Every number in them is read or divided out of rows of one CSV, one device and o
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.harness import rows as harness
-from bench.harness.tables import fill, write_or_check
-from bench.quality.page import summary
-from bench.report.missing import missing
+from bench.harness.facts import ROOT
+from bench.harness.pages import fill, page_parser, write_or_check
+from bench.harness.rows import RESULTS
+from bench.quality.tables import summary
 from bench.report.plots import PREFIX, Plot, plots, save
 from bench.report.rows import NOT_YET, Results, read
-from bench.report.sections import attention, checks, goals, pictures
+from bench.report.tables import attention, checks, goals, pictures
 
-RESULTS = harness.ROOT / "bench" / "results"
-PAGE = harness.ROOT / "docs" / "evidence" / "benchmarks.md"
-README = harness.ROOT / "README.md"
+PAGE = ROOT / "docs" / "evidence" / "benchmarks.md"
+README = ROOT / "README.md"
 
 
 def pages(results: Results, found: Sequence[Plot]) -> dict[Path, str]:
@@ -27,7 +25,7 @@ def pages(results: Results, found: Sequence[Plot]) -> dict[Path, str]:
     images = [f"![{plot.title}: {plot.source}]({plot.file})\n" for plot in found]
     blocks = {
         "goals": goals(results), "checks": checks(results), "pictures": pictures(results), "attention": attention(results),
-        "plots": images or ["There is nothing to draw yet."], "missing": missing(results),
+        "plots": images or ["There is nothing to draw yet."],
     }  # fmt: skip
     readme = {"goals": goals(results, readme=True), "quality": quality(results)}
     return {PAGE: fill(PAGE.read_text(), blocks), README: fill(README.read_text(), readme)}
@@ -41,11 +39,8 @@ def quality(results: Results) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--write", action="store_true", help="write the tables of docs/evidence/benchmarks.md and README.md, and the plots")
-    how.add_argument("--check", action="store_true", help="fail where these are not what the CSVs say")
-    options = parser.parse_args(arguments)
+    what = "the tables of docs/evidence/benchmarks.md and README.md, and the plots"
+    options = page_parser("report", __doc__.split("\n")[0], what).parse_args(arguments)
     try:
         results = read(RESULTS)
         if not options.write and not options.check:

@@ -49,26 +49,16 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        device: Parts of the machine's name, joined by "or", or `"CPU"`.
-        what: What is measured.
-        bound, unit: What to reach, and what comes after the number.
-        kind: The benchmark.
-        find: The answer of one group; None where it has no such rows.
-        most: The bound is not to be exceeded, instead of to be reached.
-        readme: Shown in the README too.
-    """
-
-    device: str
-    what: str
-    bound: float
-    unit: str
-    kind: Literal["attention", "cascade"]
-    find: Callable[[Group], Answer | None]
-    most: bool = False
-    readme: bool = True
+    device: str  # parts of the machine's name, joined by "or", or "CPU"
+    what: str  # is measured
+    bound: float  # to reach
+    unit: str  # after the number
+    kind: Literal["attention", "cascade"]  # the benchmark
+    find: Callable[[Group], Answer | None]  # the answer of one group; None where it has no such rows
+    most: bool = False  # the bound is not to be exceeded, instead of to be reached
+    readme: bool = True  # shown in the README too
 
     @property
     def goal(self) -> str:
@@ -77,7 +67,11 @@ class Goal:
     def answers(self, results: Results) -> list[Answer]:
         """Every group with a number; without any, the last group that says why not, if one does."""
         groups: Iterable[Group] = getattr(results, self.kind)
-        every = [answer for group in groups if is_of(self.device, group) and (answer := self.find(group)) is not None]
+        if self.device == "CPU":
+            here = [group for group in groups if group.on_cpu]
+        else:
+            here = [group for group in groups if any(name in group.machine for name in self.device.split(" or "))]
+        every = [answer for group in here if (answer := self.find(group)) is not None]
         return [answer for answer in every if answer.value is not None] or every[-1:]
 
     def result_text(self, answer: Answer | None) -> str:
@@ -89,11 +83,6 @@ class Goal:
 
     def _met(self, value: float) -> bool:
         return value <= self.bound if self.most else value >= self.bound
-
-
-def is_of(device: str, group: Group) -> bool:
-    """Whether a group was measured on a device that goals name so."""
-    return group.on_cpu if device == "CPU" else any(name in group.machine for name in device.split(" or "))
 
 
 def _untimed(group: Group, **sides: Iterable[Row]) -> Answer:
@@ -144,9 +133,8 @@ def quicker(model: str, other: str, group: Group) -> Answer | None:
     """How many times as long another method takes for a whole run at 4096 px, in what both were tried in: eager or compiled blocks."""
     runs, others = _runs(group, model, "npa"), _runs(group, model, other)
     tried = [how for how in runs if how in others] or list(runs)
-    return _ratio(
-        group, **{METHODS["npa"]: [runs[how] for how in tried], METHODS[other]: [others[how] for how in tried if how in others]}
-    )  # fmt: skip
+    theirs = [others[how] for how in tried if how in others]
+    return _ratio(group, **{METHODS["npa"]: [runs[how] for how in tried], METHODS[other]: theirs})
 
 
 def over_floor(model: str, group: Group) -> Answer | None:

@@ -14,9 +14,9 @@ from pandas import DataFrame
 
 from bench.cascade.models import SUBJECTS
 from bench.harness.rows import slug
-from bench.report.frames import numbers, of_full_size, runs
 from bench.report.goals import METHODS
 from bench.report.rows import Group, Results
+from bench.report.tables import numbers, of_full_size, runs
 
 PREFIX = "benchmarks-"
 COMPILED = ", compiled blocks"

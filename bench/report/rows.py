@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.harness import rows as harness
+from bench.harness.facts import is_commit
+from bench.harness.rows import read_rows
 
 Row = Mapping[str, str]
 VERSIONS = ("torch", "triton", "cuda", "cudnn", "card", "diffusers", "natten", "python")
@@ -19,17 +20,11 @@ NOT_YET = "not measured yet"
 
 
 class Group(NamedTuple):
-    """Rows of one CSV that may be compared.
+    """Rows of one CSV that may be compared."""
 
-    Attributes:
-        file: Name of the CSV.
-        facts: What the rows were measured with; empty where the CSV has no such column.
-        rows: In the order of the file.
-    """
-
-    file: str
-    facts: Mapping[str, str]
-    rows: Sequence[Row]
+    file: str  # name of the CSV
+    facts: Mapping[str, str]  # what the rows were measured with; empty where the CSV has no such column
+    rows: Sequence[Row]  # in the order of the file
 
     @property
     def machine(self) -> str:
@@ -69,19 +64,18 @@ def read(folder: Path) -> Results:
     Raises:
         ValueError: a CSV has no column `row`, or a row twice.
     """
+    files = {kind: {path.name: read_rows(path) for path in sorted(folder.glob(f"{kind}-*.csv"))} for kind in Results._fields}
 
     def groups(kind: str) -> list[Group]:
-        return [group for path in sorted(folder.glob(f"{kind}-*.csv")) for group in grouped(path.name, harness.read_rows(path).values())]
+        return [group for name, rows in files[kind].items() for group in _grouped(name, rows.values())]
 
-    quality = {path.name: harness.read_rows(path) for path in sorted(folder.glob("quality-*.csv"))}
-    return Results(groups("attention"), groups("cascade"), groups("gpu"), quality)
+    return Results(groups("attention"), groups("cascade"), groups("gpu"), files["quality"])
 
 
-def grouped(file: str, rows: Iterable[Row]) -> list[Group]:
+def _grouped(file: str, rows: Iterable[Row]) -> list[Group]:
     """In the order of their first rows; without a clean commit only rows of one command are comparable."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        commit = row.get("commit") or "unknown"
-        command = "" if harness.is_commit(commit) else row.get("command", "")
+        command = "" if is_commit(row.get("commit") or "unknown") else row.get("command", "")
         found.setdefault((*(row.get(fact) or "" for fact in FACTS), command), []).append(row)
     return [Group(file, dict(zip(FACTS, facts, strict=False)), members) for facts, members in found.items()]

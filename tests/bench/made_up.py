@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bench.attention.shapes import Shape
-from bench.harness import rows as harness
+from bench.harness.rows import write_rows
 from bench.report.rows import Results, read
 
 EVEN = Shape((16, 24), (8, 8), (4, 4), 2, 16, batch=2, dtype=torch.float32)
@@ -59,5 +59,5 @@ def call(task: str, provider: str, ms: float, *, status: str = "ok", note: str =
 def written(place: Path, name: str, *tables: Table) -> Results:
     rows = [row for table in tables for row in table.values()]
     fields = list(dict.fromkeys(field for row in rows for field in row))
-    harness.write_rows(place / "results" / name, fields, [dict.fromkeys(fields, "") | row for row in rows])
+    write_rows(place / "results" / name, fields, [dict.fromkeys(fields, "") | row for row in rows])
     return read(place / "results")

@@ -6,7 +6,6 @@ import csv
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,10 +16,10 @@ from bench.compile.__main__ import committed, page
 from bench.compile.attention import Case
 from bench.compile.binary import Binary, exponentials, main_loops, serialised
 from bench.compile.rows import KERNELS
+from bench.harness.facts import ROOT
 from bench.predictions import __main__ as predictions
 from bench.roofline.cycles import cycles
 
-ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "evidence" / "compiled.md"
 
 LISTING = """

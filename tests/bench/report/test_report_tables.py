@@ -1,4 +1,4 @@
-"""What the report's tables and plots say of made-up rows, and that what is missing is what the benchmarks can run."""
+"""What the report's tables and plots say of made-up rows."""
 
 from __future__ import annotations
 
@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.attention.compiled import CPU as ON_CPU
-from bench.attention.compiled import PROVIDERS
-from bench.attention.shapes import CPU_SHAPES, SHAPES, tasks
-from bench.cascade.methods import METHODS as DRAWN
-from bench.cascade.models import SUBJECTS
-from bench.report.frames import shares
-from bench.report.missing import JOINT, excluded, exists, missing
 from bench.report.plots import Plot, plots
 from bench.report.rows import Results
-from bench.report.sections import attention as calls
-from bench.report.sections import pictures
+from bench.report.tables import attention as calls
+from bench.report.tables import pictures, shares
 from tests.bench.made_up import CPU, Table, call, part, run, written
 
 
@@ -127,53 +120,6 @@ def test_calls_have_the_columns_that_hold_something(place: Path) -> None:
     memory = call("flux-4096/bf16/window", "triton", 4) | call("flux-4096/bf16/global", "triton", 4)
     memory = {name: {**row, "peak_megabytes": "12"} for name, row in memory.items()}
     assert "| % of a matrix product | peak MB | error | by |" in row_of(calls(written(place, "attention-x.csv", memory)), "| shape |")
-
-
-def test_what_is_missing_is_what_has_no_row(place: Path) -> None:
-    (task,) = tasks(["sdxl-64-4096"], None, "cuda")
-    names = [name for name, provider in PROVIDERS.items() if not excluded(provider, task)]
-    rows = [call("sdxl-64-4096/fp16", name, 4) for name in names if name != "natten"]
-    written(place, "attention-x.csv", *rows, call("flux-2048/bf16/window", "triton", 4), call("cpu-32/fp32", "sdpa", 4, facts=CPU))
-    runs = [run("sdxl", name, 4, how=how) for name in ("direct", "npa") for how in ("eager", "compiled")]
-    runs += [run("demo", name, 4, size=256) | run("demo", name, 4, size=128, **CPU) for name in DRAWN if exists(DRAWN[name], joint=False)]
-    lines = missing(written(place, "cascade-x.csv", *runs))
-    assert row_of(lines, "| H100 or H200 | sdxl-64-4096 |") == "| H100 or H200 | sdxl-64-4096 | natten |"
-    rest = row_of(lines, "| H100 or H200 | flux-2048 |")
-    assert "window: sdpa, gather, " in rest
-    assert "; global: triton, " in rest
-    assert "| H100 or H200 | flux-4096 | all implementations |" in lines
-    assert "| CPU | cpu-32 | gather, loop, flex, full, natten, multidiffusion |" in lines
-    others = "multidiffusion, demofusion, cascade-full, authors"
-    assert f"| H100 or H200 | sdxl, 4096 px | eager: {others}; compiled: {others} |" in lines
-    assert "| CPU | demo, 256 px | all methods |" in lines, "what a GPU did is not done on a CPU"
-    assert not [line for line in lines if "demo, 128 px" in line]
-    assert len(lines) <= 35
-
-
-@pytest.mark.parametrize(("shapes", "names", "device"), [(SHAPES, list(PROVIDERS), "cuda"), (CPU_SHAPES, list(ON_CPU), "cpu")])
-def test_implementations_are_excluded_by_what_they_refuse(shapes: dict[str, object], names: list[str], device: str) -> None:
-    about = ("text", "up to 20 GFLOPs", "averaged")  # and not of a package or a device that is missing here
-    for task in tasks(list(shapes), None, device):
-        for name in names:
-            refusal = "" if name == "triton" else PROVIDERS[name].refusal(task) or ""
-            if "not installed" not in refusal:
-                assert excluded(PROVIDERS[name], task) is any(word in refusal for word in about), (task.name, task.rule, name, refusal)
-
-
-@pytest.mark.parametrize("model", ["sdxl-small", "flux-small", "demo"])
-def test_methods_are_excluded_by_what_the_models_refuse(model: str) -> None:
-    pytest.importorskip("diffusers", reason="models are diffusers'")
-    from bench.cascade.methods import Drawn
-
-    drawn = Drawn(SUBJECTS[model], "cpu")
-    for method in DRAWN.values():
-        refusal = drawn.refusal(method)
-        try:
-            if method.kind == "phases":
-                drawn.draw(method, SUBJECTS[model].sizes[0], steps=1)
-        except NotImplementedError as refused:
-            refusal = refusal or str(refused)
-        assert exists(method, joint=model.removesuffix("-small") in JOINT) is not bool(refusal), (method.name, refusal)
 
 
 def test_curves_have_a_word_for_what_is_composed(place: Path) -> None:

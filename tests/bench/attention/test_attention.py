@@ -18,8 +18,8 @@ from bench.attention.compiled import PROVIDERS
 from bench.attention.gate import Outputs
 from bench.attention.providers import Ready
 from bench.attention.shapes import CPU_SHAPES, SHAPES, Task
-from bench.harness import ceilings as roofline
 from bench.harness import command, gated
+from bench.harness import timing as roofline
 from tests.bench.made_up import EVEN, ODD
 
 
@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(attention, "SHAPES", {"even": EVEN, "odd": ODD})
     monkeypatch.setattr("bench.attention.shapes.SHAPES", {"even": EVEN, "odd": ODD})
     monkeypatch.setattr(attention, "ceilings", lambda *_, **__: roofline.Ceilings(10.0, 0.1))
-    monkeypatch.setattr("bench.harness.rows._commit", lambda: "0123abc")
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "0123abc")
     monkeypatch.setattr("scalediff.command.allocator.keep_freed_memory", lambda: True)  # for the whole process, and this one goes on
     monkeypatch.setattr("bench.harness.timing.CPU_CACHE", 2**16)
     return tmp_path / "rows.csv"
@@ -115,7 +115,7 @@ def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(monkeypatch: 
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(PROVIDERS["gather"], "prepare", illegal)
-    monkeypatch.setattr("bench.harness.rows.device_lost", lambda device: bool(lost))
+    monkeypatch.setattr("bench.harness.device.device_lost", lambda device: bool(lost))
     arguments = ("--shape", "even", "--provider", "gather", "full")
     (row,), status = run(small, *arguments)
     assert status == "the device was lost in even/fp32/gather: run the same command again to continue after it"
@@ -148,11 +148,11 @@ def test_what_is_counted_after_the_clock_leaves_the_time(
         assert row["note"] in capsys.readouterr().out
         notes.append(row["note"])
     memory, kernels = (f"{what} unknown: RuntimeError: CUPTI is busy" for what in ("peak memory", "kernels"))
-    assert notes == ["", "kernels unknown: the profiler saw none", memory, f"{memory}; {kernels}"]
+    assert notes == ["", "kernels unknown: RuntimeError: the profiler saw none", memory, f"{memory}; {kernels}"]
 
 
 def test_what_loses_the_device_after_the_clock_ends_the_run_too(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
-    monkeypatch.setattr("bench.harness.rows.device_lost", lambda device: True)
+    monkeypatch.setattr("bench.harness.device.device_lost", lambda device: True)
     (row,), status = run(small, "--shape", "even", "--provider", "gather", "full")
     assert (row["status"], status) == ("ok", "the device was lost in even/fp32/gather: run the same command again to continue after it")
 
@@ -161,28 +161,12 @@ def test_freed_memory_is_kept_where_the_host_measures(monkeypatch: pytest.Monkey
     kept: list[int] = []
     monkeypatch.setattr("scalediff.command.allocator.keep_freed_memory", lambda: kept.append(1))
     run(small, "--shape", "even", "--provider", "gather")
-    run(small, "--shape", "even", "--provider", "gather", "--no-measure")
     assert kept == [1]
 
 
 def test_what_is_named_twice_is_measured_once(small: Path) -> None:
     rows, _ = run(small, "--shape", "even", "even", "--provider", "gather", "gather", "--dtype", "fp32", "fp32", "--again")
     assert [r["row"] for r in rows] == ["even/fp32/gather"]
-
-
-def test_rows_are_taken_as_they_are(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All that are wanted; those that are not there are named."""
-    run(small, "--shape", "even", "--provider", "gather", "full-cudnn")
-    before = small.read_text()
-    capsys.readouterr()
-    wanted = ("--shape", "even", "--provider", "gather", "loop", "full-cudnn", "--no-measure")
-    rows, status = run(small, *wanted)
-    out, err = capsys.readouterr()
-    first, *others = out.splitlines()
-    assert first.startswith(f"even/fp32/gather: {rows[0]['p50_ms']} ms")
-    assert others == ["even/fp32/full-cudnn: skipped, torch has no cudnn attention on CPUs"]
-    assert err == "even/fp32/loop: not in rows.csv\n"
-    assert (status, small.read_text()) == (0, before)
 
 
 def test_a_second_run_goes_on(monkeypatch: pytest.MonkeyPatch, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +178,7 @@ def test_a_second_run_goes_on(monkeypatch: pytest.MonkeyPatch, small: Path, caps
     assert "even/fp32/sdpa: as measured before" in capsys.readouterr().out
     rows, _ = run(small, "--shape", "even", "--provider", "sdpa", "--again")
     assert rows[0]["command"] != first[0]["command"]
-    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "4567def")
     rows, _ = run(small, "--shape", "even", "--provider", "sdpa")
     assert [(r["provider"], r["commit"]) for r in rows] == [("sdpa", "4567def"), ("full-cudnn", "0123abc"), ("loop", "0123abc")]
 
@@ -205,11 +189,9 @@ def test_a_comparison(monkeypatch: pytest.MonkeyPatch, small: Path, capsys: pyte
     other.write_text(small.read_text())
     time = run(small, "--shape", "even", "--provider", "sdpa", "--compare", str(other))[0][0]["p50_ms"]
     assert f"even/fp32/sdpa: {time} ms here, {time} ms there, 1.000x" in capsys.readouterr().out
-    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "4567def")
     run(small, "--shape", "even", "--provider", "sdpa", "--compare", str(other))
     assert "not the same commit: here 4567def, there 0123abc; the ratios below include that difference" in capsys.readouterr().out
-    run(small, "--shape", "even", "--provider", "sdpa", "loop", "--compare", str(other), "--no-measure")
-    assert "not the same commit: here 0123abc and 4567def, there 0123abc" in capsys.readouterr().out
 
 
 def choices(names: Iterable[str]) -> str:
@@ -223,15 +205,13 @@ def choices(names: Iterable[str]) -> str:
         (["--shape", "flux-9000"], f"argument --shape: invalid choice: 'flux-9000' (choose from {choices([*SHAPES, *CPU_SHAPES])}"),
         (["--provider", "triton", "fa4"], f"argument --provider: invalid choice: 'fa4' (choose from {choices(PROVIDERS)}"),
         (["--dtype", "fp8"], f"argument --dtype: invalid choice: 'fp8' (choose from {choices(['bf16', 'fp16', 'fp32'])}"),
-        (["--seconds", "0"], "--seconds must be positive and finite, got 0.0"),
-        (["--seconds", "inf"], "--seconds must be positive and finite, got inf"),
-        (["--seconds", "nan"], "--seconds must be positive and finite, got nan"),
-        (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
-        (["--compare", "/"], "--compare takes a CSV of this benchmark, got /, which is no file"),
+        (["--seconds", "0"], "argument --seconds: must be positive and finite, got 0"),
+        (["--seconds", "inf"], "argument --seconds: must be positive and finite, got inf"),
+        (["--seconds", "nan"], "argument --seconds: must be positive and finite, got nan"),
+        (["--compare", "nowhere.csv"], "argument --compare: takes a CSV of this benchmark, got nowhere.csv, which is no file"),
+        (["--compare", "/"], "argument --compare: takes a CSV of this benchmark, got /, which is no file"),
         (["--compare", __file__], "must have a column 'row'"),
-        (["--no-measure", "--again"], "--no-measure and --again exclude each other"),
-        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes an existing file with --no-measure, got nowhere.csv"),
-        (["--csv", "/"], "--csv takes a file, got /"),
+        (["--csv", "/"], "Is a directory: '/'"),
         (["--commit", "4567def"], "--commit is for a copy of the tree without git's data: git has '0123abc' here, got '4567def'"),
         (["--device", "cuda"], "--device cuda needs a GPU that torch sees, got none"),
     ],
@@ -241,7 +221,7 @@ def test_what_the_command_refuses(
 ) -> None:
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("bench.harness.rows._commit", lambda: "0123abc")
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "0123abc")
     with pytest.raises(SystemExit) as stop:
         attention.main(["--device", "cpu", *arguments])
     assert stop.value.code == 2

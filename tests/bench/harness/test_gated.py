@@ -11,8 +11,8 @@ from bench.attention import __main__ as attention
 from bench.attention.compiled import PROVIDERS
 from bench.attention.sdpa import one_window
 from bench.attention.shapes import Task
-from bench.harness import ceilings as roofline
 from bench.harness import gated
+from bench.harness import timing as roofline
 from bench.harness.gated import Candidate, GateFailed
 from bench.harness.timing import Timing
 from tests.bench.made_up import EVEN
@@ -33,14 +33,14 @@ def raising(problem: Exception) -> Any:
 def test_what_breaks_while_it_is_timed_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr("bench.harness.timing._by_events", lambda calls, seconds: Timing(1.0, 2.0, 3.0) if calls[0]() is None else None)
     monkeypatch.setattr(gated, "profiled", lambda call, device: {})
-    monkeypatch.setattr("bench.harness.rows.forget", lambda device: None)
+    monkeypatch.setattr("bench.harness.gated.forget", lambda device: None)
     group = [
         candidate("a", raising(RuntimeError("out of memory\nat last"))),
         Candidate({"row": "b"}, raising(AssertionError()), lambda timing, beside: {}, "no kernel"),
         candidate("c"),
     ]
     for lost, status in ((False, "error"), (True, "FAILED")):
-        monkeypatch.setattr("bench.harness.rows.device_lost", lambda device, lost=lost: lost)
+        monkeypatch.setattr("bench.harness.device.device_lost", lambda device, lost=lost: lost)
         a, b, c = gated.measured(group, device, seconds=0.001)
         assert a == {"row": "a", "sets": "1", "status": status, "note": "RuntimeError: out of memory"}
         assert b == {"row": "b", "status": "skipped", "note": "no kernel"}
@@ -90,7 +90,7 @@ def test_on_a_cpu_rows_are_timed_side_by_side_and_on_a_gpu_alone(monkeypatch: py
     monkeypatch.setattr(attention.Bench, "_prepare", prepare)
     monkeypatch.setattr(gated, "measure_together", together)
     monkeypatch.setattr(gated, "profiled", lambda call, device: {})
-    monkeypatch.setattr("bench.harness.rows.forget", lambda device: made.append("."))
+    monkeypatch.setattr("bench.harness.gated.forget", lambda device: made.append("."))
     providers = [PROVIDERS["sdpa"], PROVIDERS["full"]]
     flops = one_window(Task("even", EVEN, torch.float32, "cpu"))[1]
     for device, order, rate in (

@@ -5,15 +5,26 @@ A page has `<!-- begin NAME -->` and `<!-- end NAME -->` around everything that 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.harness.rows import difference, write_text
+from bench.harness.rows import write_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+def page_parser(name: str, title: str, what: str) -> argparse.ArgumentParser:
+    """The parser of a benchmark that makes pages: --write and --check."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=title)
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--write", action="store_true", help=f"write {what}")
+    way.add_argument("--check", action="store_true", help="fail where these files differ")
+    return parser
 
 
 def has_pandas() -> bool:
@@ -57,5 +68,14 @@ def write_or_check(files: Mapping[Path, str], *, check: bool, command: str, prob
         for path, text in files.items():
             write_text(path, text)
         return
-    wrong = [sentence for path, text in files.items() if (sentence := difference(path, text))] + list(problems)
+    wrong = [sentence for path, text in files.items() if (sentence := _difference(path, text))] + list(problems)
     raise SystemExit("\n".join([*wrong, f"run {command}"]) if wrong else 0)
+
+
+def _difference(path: Path, expected: str) -> str:
+    """A sentence about the first line in which a file differs from the expected text; empty where none does."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, (old, new) in enumerate(zip_longest(lines, expected.splitlines()), start=1):
+        if old != new:
+            return f"{path.name}, line {number}, is not what is counted now, got {old!r} for {new!r}"
+    return ""

@@ -16,11 +16,11 @@ pytest.importorskip("diffusers", reason="the models are diffusers' classes")
 
 import diffusers
 
+from bench.attention.shapes import view_starts
 from bench.flops import __main__ as flops
 from bench.flops.__main__ import comma_separated, main, sections
-from bench.flops.count import Counter, Row, views
-from bench.flops.models import MODELS
-from bench.harness.tables import fill
+from bench.flops.count import MODELS, Counter, Row
+from bench.harness.pages import fill
 from scalediff.cost.flops import _attention_flops, _count_flops, attention_work, count, layer_work
 from scalediff.patch import patch_model
 
@@ -76,8 +76,8 @@ def test_demofusion_runs_views_and_dilated_samples_in_every_phase(size: int, of_
 
 
 def test_dilated_samples_of_a_last_phase_that_is_cut_are_smaller() -> None:
-    row, native = counter("sdxl").row(2560, "demofusion"), counter("sdxl").forward(1024, "full")
-    sample = counter("sdxl").forward(8 * 107, "full")  # every third of 320
+    row, native = counter("sdxl").row(2560, "demofusion"), counter("sdxl").work.forward(1024, "full")
+    sample = counter("sdxl").work.forward(8 * 107, "full")  # every third of 320
     assert row["forward_attention"] == pytest.approx(16 * native.attention + 9 * sample.attention)
 
 
@@ -145,8 +145,8 @@ def test_models_have_their_published_size() -> None:
 
 
 def test_views_cover_the_picture() -> None:
-    assert [views(side, 1024) ** 2 for side in (1024, 2048, 4096, 8192)] == [1, 9, 49, 225]
-    assert views(1025, 1024) == views(1536, 1024) == 2
+    assert [len(view_starts(side, 1024)) ** 2 for side in (1024, 2048, 4096, 8192)] == [1, 9, 49, 225]
+    assert len(view_starts(1025, 1024)) == len(view_starts(1536, 1024)) == 2
 
 
 def test_rows_are_printed_as_csv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

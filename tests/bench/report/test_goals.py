@@ -1,4 +1,4 @@
-"""The report from made-up CSVs: numbers within one group, the reason where there is no number, plots by digest; and the committed pages."""
+"""Goals from made-up CSVs: numbers within one group, and the reason where there is no number."""
 
 from __future__ import annotations
 
@@ -7,51 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from pandas import DataFrame
 
-from bench.attention import __main__ as attention
 from bench.attention.compiled import PROVIDERS
 from bench.attention.shapes import tasks
-from bench.harness import rows as harness
-from bench.harness.tables import fill, table
+from bench.harness.facts import ROOT
+from bench.harness.rows import slug
 from bench.report import __main__ as report
-from bench.report.goals import FAMILIES, GOALS, KERNEL, METHODS, Goal, comparable
+from bench.report.goals import FAMILIES, GOALS, KERNEL, Goal, comparable
 from bench.report.plots import plots
-from bench.report.rows import FACTS, HOW, NOT_YET, Results, read
-from bench.report.sections import goals
-from tests.bench.made_up import CPU, H200, Table, call, part, run, written
+from bench.report.rows import HOW, NOT_YET, Results, read
+from bench.report.tables import goals
+from tests.bench.made_up import CPU, H200, call, run, written
 
-
-def blocks(*names: str) -> str:
-    return "".join(f"{name}:\n<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in names)
-
-
-README = f"before\n{blocks('goals', 'quality')}end\n"
-PAGE = blocks("goals", "checks", "pictures", "attention", "plots", "missing")
 SHOWN = [goal for goal in GOALS if goal.readme]
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of nothing but results, a page and a README."""
-    (tmp_path / "results").mkdir()
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(README)
-    (tmp_path / "docs" / "benchmarks.md").write_text(PAGE)
-    for name, value in (("RESULTS", "results"), ("PAGE", "docs/benchmarks.md"), ("README", "README.md")):
-        monkeypatch.setattr(report, name, tmp_path / value)
-    return tmp_path
 
 
 def page_of(results: Results) -> str:
     return report.pages(results, list(plots(results)))[report.PAGE]
-
-
-def problems() -> list[str]:
-    """What --check says, line by line; nothing where it passes."""
-    with pytest.raises(SystemExit) as stop:
-        report.main(["--check"])
-    return [] if stop.value.code == 0 else str(stop.value.code).splitlines()
 
 
 def result_text(results: Results, what: str, *, number: int = 0) -> str:
@@ -62,22 +34,11 @@ def result_text(results: Results, what: str, *, number: int = 0) -> str:
 SDXL, FLUX = "SDXL 4096 px, a whole run, {}", "FLUX 4096 px, a whole run, {}"
 
 
-def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
-    assert problems() == []
-
-
-def test_without_rows_every_goal_and_every_row_is_not_measured_yet(place: Path) -> None:
+def test_without_rows_every_goal_is_not_measured_yet(place: Path) -> None:
     results = read(place / "results")
     assert [goal.result_text(None) for goal in GOALS] == [NOT_YET] * len(GOALS)
     assert len([line for line in goals(results) if NOT_YET in line]) == len(GOALS)
     page = page_of(results)
-    for words in (
-        "| H100 or H200 | sdxl, 4096 px | all methods |",
-        "| H100 or H200 | flux-4096 | all implementations |",
-        "| CPU | cpu-64 | all implementations |",
-        "| CPU | demo, 1024 px | all methods |",
-    ):
-        assert words in page
     assert "on a GPU: not run yet." in page
     assert "There is nothing to draw yet" in page
 
@@ -157,7 +118,7 @@ def test_no_ratio_between_files(place: Path) -> None:
 def test_every_device_of_a_goal_has_its_line_and_others_have_none(place: Path) -> None:
     for machine, ms in (("NVIDIA H200", 4), ("NVIDIA H200 NVL", 5), ("NVIDIA A100", 8)):
         facts = H200 | {"machine": machine}
-        results = written(place, f"attention-{harness.slug(machine)}.csv", call("sdxl-64-4096/fp16", "triton", ms, facts=facts))
+        results = written(place, f"attention-{slug(machine)}.csv", call("sdxl-64-4096/fp16", "triton", ms, facts=facts))
     lines = sorted(line for line in goals(results) if "kernel, SDXL 4096 px, 256 x 256, fp16 |" in line)
     assert [line.split(" | ")[0].strip("| ") for line in lines] == ["NVIDIA H200 NVL", "NVIDIA H200"]
     assert "| 500 TFLOP/s, met (4 ms, 70% of a matrix product) |" in lines[1]
@@ -223,142 +184,13 @@ def test_windows_on_a_cpu_count_on_their_worst_shape(place: Path) -> None:
     assert result_text(written(place, "attention-amd-epyc.csv", *older), goal.what) == "0.95x, met (cpu-32 0.95, 0.95x as fast)"
 
 
-def test_tests_on_a_device_are_told(place: Path) -> None:
-    row = {
-        "row": "tests",
-        "status": "done",
-        "seconds": "60",
-        "note": "185 passed, 5 deselected",
-        "command": "python -m pytest -m gpu",
-    } | H200
-    page = page_of(written(place, "gpu-nvidia-h200.csv", {"tests": row}))
-    assert "| tests | done | 185 passed, 5 deselected | `python -m pytest -m gpu`: NVIDIA H200, torch 2.11.0" in page
-
-
-def measured(place: Path) -> Results:
-    """Rows that make a plot of time and one of memory."""
-    memory = [{"peak_megabytes": peak, "before_megabytes": "5"} for peak in ("6", "9")]
-    tables = [run("sdxl", "npa", 5, size=2048, **memory[0]), run("sdxl", "npa", 20, **memory[1]), part("sdxl", "npa", "step", 20)]
-    return written(place, "cascade-x.csv", *tables, run("flux", "npa", 20))
-
-
-def test_plots_of_other_numbers_and_of_nothing_are_found_without_drawing(place: Path) -> None:
-    results = measured(place)
-    names = [plot.file for plot in plots(results)]
-    assert [name.split("-")[1] for name in names] == ["seconds", "memory"]
-    for path, text in report.pages(results, list(plots(results))).items():
-        path.write_text(text)
-    assert set(problems()) == {*(f"docs/evidence/{name} is not drawn" for name in names), "run python -m bench.report --write"}
-    for name in names:
-        (place / "docs" / name).write_text("<svg/>")
-    assert problems() == []
-    assert report.PAGE.read_text().count(".svg)") == 2
-    results = written(place, "cascade-x.csv", run("sdxl", "npa", 6, size=2048), run("sdxl", "npa", 20))
-    (other,) = (plot.file for plot in plots(results))
-    assert other not in names
-    assert problems()[-4:-1] == [f"docs/evidence/{other} is not drawn",
-                                 *(f"docs/evidence/{name} is a plot of nothing in bench/results" for name in sorted(names))]  # fmt: skip
-
-
-def test_plots_are_drawn_by_matplotlib(place: Path) -> None:
-    pytest.importorskip("matplotlib", reason='pip install -e ".[bench]"')
-    results = measured(place)
-    (place / "docs" / "benchmarks-share-gone.svg").write_text("<svg/>")
-    report.main(["--write"])
-    drawn = {path.name: path.read_bytes() for path in (place / "docs").glob("*.svg")}
-    assert set(drawn) == {plot.file for plot in plots(results)}
-    assert report.PAGE.read_text().count(".svg)") == 2
-    assert problems() == []
-    report.main(["--write"])
-    assert {path.name: path.read_bytes() for path in (place / "docs").glob("*.svg")} == drawn, "the same bytes again"
-
-
-def test_a_page_that_departs_is_named_with_its_line(place: Path) -> None:
-    report.main(["--write"])
-    assert problems() == []
-    text = (place / "README.md").read_text()
-    assert text.startswith("before\ngoals:\n")
-    assert text.endswith("<!-- end quality -->\nend\n")
-    assert "old" not in text
-    (place / "README.md").write_text(text.replace(f"at least 12x | {NOT_YET}", "at least 12x | 13x"))
-    with pytest.raises(
-        SystemExit, match=r"README.md, line 8, is not what is counted now, got '.*13x.*\nrun python -m bench.report --write"
-    ):
-        report.main(["--check"])
-
-
-@pytest.mark.parametrize(("mark", "seen"), [("begin", "False and False"), ("end", "True and False")])
-@pytest.mark.parametrize("name", ["goals", "quality"])
-def test_a_readme_without_a_place_for_a_table_is_refused(place: Path, name: str, mark: str, seen: str) -> None:
-    (place / "README.md").write_text(README.replace(f"<!-- {mark} {name} -->", ""))
-    with pytest.raises(SystemExit, match=rf"must have the lines '.*begin {name} -->' and '.*end {name} -->', got {seen}"):
-        report.main(["--write"])
-
-
-def test_tables_and_pages() -> None:
-    frame = DataFrame({"a": ["x|y"], "empty": [""], "b": ["1"], "note": [""]})
-    assert table(frame, text=("a", "note")) == ["| a | b | note |", "|---|--:|---|", "| x/y | 1 |  |"]
-    assert fill("1\n<!-- begin t -->\nold\n<!-- end t -->\n2\n", {"t": ["new"]}) == "1\n<!-- begin t -->\n\nnew\n\n<!-- end t -->\n2\n"
-
-
-def drawn_by(method: str, discs: float) -> Table:
-    return {method: {"row": method, "one_disc": "0.5", "discs": f"{discs}", "swd": "100", "seconds": "2", "gflops": "20"}}
-
-
-def test_the_readme_has_the_table_of_quality(place: Path) -> None:
-    def readme(results: Results) -> str:
-        return report.pages(results, [])[report.README]
-
-    assert f"<!-- begin quality -->\n\n{NOT_YET}.\n" in readme(read(place / "results"))
-    written(place, "quality-x.csv", drawn_by("direct", 5.31), drawn_by("npa", 1.0625))
-    report.main(["--write"])
-    assert "| NPA + LFM + SG | 50.0% | 1.06 | 100.0 | 2.00 | 20.00 |\n\n<!-- end quality -->" in report.README.read_text()
-    assert problems() == []
-    written(place, "quality-x.csv", drawn_by("direct", 5.31), drawn_by("npa", 2))
-    assert problems()
-    text = readme(written(place, "quality-y.csv", drawn_by("npa", 3)))
-    assert "quality-x.csv:\n\n| row |" in text
-    assert "quality-y.csv:\n\n| row |" in text
-
-
-def test_the_report_needs_none_of_what_measuring_needs() -> None:
-    missing = ("diffusers", "transformers", "triton", "matplotlib", "PIL")
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); from bench.report import __main__ as report"
-    code += "; results = report.read(report.RESULTS.parent); print(report.pages(results, [])[report.PAGE], report.quality(results))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=True)
-    assert "| H100 or H200 | flux-4096 | all implementations |" in ran.stdout
-    assert ran.stdout.endswith("['not measured yet.']\n")
-
-
 def test_goals_need_no_pandas() -> None:
     """As `bench.gpu` does, on a machine that has only what the kernels need."""
     code = "import sys; sys.modules.update(dict.fromkeys(('pandas', 'matplotlib', 'diffusers'))); from bench.report.goals import GOALS"
     code += "; from bench.report.rows import read; from pathlib import Path; results = read(Path('bench/results'))"
     code += "; print([goal.result_text(answer) for goal in GOALS for answer in goal.answers(results)])"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "cpu-32" in ran.stdout
-
-
-def test_a_damaged_csv_is_refused(place: Path) -> None:
-    (place / "results" / "cascade-x.csv").write_text("name\na\n")
-    with pytest.raises(SystemExit, match=r"python -m bench.report: cascade-x.csv must have a column 'row'"):
-        report.main([])
-
-
-def test_the_benchmarks_write_the_columns_that_are_read() -> None:
-    """What the made-up rows have, and so what is read of true ones."""
-
-    def columns(table: Table) -> set[str]:
-        return {column for row in table.values() for column in row}
-
-    assert columns(call("a/b", "c", 1)) | set(FACTS) - {"diffusers", *HOW} | {"executed_gflop", "setup_ms"} <= set(attention.FIELDS)
-    from bench.cascade import __main__ as cascade
-
-    rows = (
-        columns(run("a", "b", 1)) | columns(part("a", "b", "c", 1)) | {"p20_ms", "p50_ms", "p80_ms", "peak_megabytes", "before_megabytes"}
-    )
-    assert rows | set(FACTS) - {"natten"} <= set(cascade.FIELDS)
-    assert set(METHODS) >= set(cascade.METHODS)
 
 
 def test_goals_have_different_names() -> None:

@@ -13,7 +13,7 @@ from bench.cascade import __main__ as cascade
 from bench.gpu import __main__ as gpu
 from bench.gpu import parts as gpu_parts
 from bench.gpu.parts import PARTS, Part
-from bench.harness import rows as harness
+from bench.harness.facts import ROOT
 from bench.lowpass import __main__ as lowpass
 
 FIRST = ["tests", "kernel", "attention-goals", "cascade-sdxl", "cascade-flux"]
@@ -34,11 +34,11 @@ def test_the_list_needs_no_gpu_and_says_how_long_all_of_it_is(capsys: pytest.Cap
 @pytest.mark.parametrize("part", PARTS, ids=lambda p: p.name)
 def test_every_command_is_one_that_its_benchmark_takes(part: Part) -> None:
     """By that benchmark's own parser; tests are collected by the slow way alone, on a device."""
-    words = part.command("NVIDIA H200", commit="abc", again=True)[2:]
+    words = part.command("NVIDIA H200", commit="abc")[2:]
     if part.arguments[0] == "pytest":
-        assert all((harness.ROOT / word).exists() for word in words if word.startswith("tests/"))
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
         return
-    assert words[-4:] == [f"{part.csv}-nvidia-h200.csv", "--commit", "abc", "--again"]
+    assert words[-3:] == [f"{part.csv}-nvidia-h200.csv", "--commit", "abc"]
     if part.csv == "attention":
         options = attention._parser().parse_args(words)
         assert options.device == "cuda"
@@ -66,8 +66,7 @@ def test_a_picture_is_of_one_part_and_what_is_compared_is_measured_in_one_way() 
 
 def test_every_test_that_needs_a_gpu_is_run() -> None:
     (part,) = (part for part in PARTS if part.name == "tests-all")
-    root = Path(__file__).parents[2]
-    marked = [path.relative_to(root) for path in (root / "tests").rglob("*.py") if re.search(r"\bmark\.gpu\b", path.read_text())]
+    marked = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py") if re.search(r"\bmark\.gpu\b", path.read_text())]
     assert Path("tests/kernels/test_on_the_gpu.py") in marked
     assert not [path for path in marked if not any(path.is_relative_to(word) for word in part.arguments)]
 
@@ -102,22 +101,7 @@ def test_rows_are_described_by_their_status_and_why() -> None:
         row("a/run", "ok", "composed, not measured: above --limit 50 s", part="run"),
         row("b", "FAILED", "image: NaN"),
         row("c", "error", "RuntimeError: No available kernel"),
-        row("d", "error", "OutOfMemoryError: CUDA"),
         *(row(f"n{i}", "skipped", "the natten package is not installed") for i in range(4)),
-        row("n4", "error", "ModuleNotFoundError: No module named 'natten'"),
-        *(row(f"m{i}", "skipped", f"needs about {i}.5 GB, 3 GB are free") for i in range(2)),
     ]
-    assert gpu_parts.describe(rows) == (
-        "12 rows; 1 FAILED, first b: image: NaN; 2 error, first c: RuntimeError: No available kernel; "
-        "the natten package is not installed: 5 rows; needs about N GB: 2 rows"
-    )
-
-
-def test_errors_and_packages_that_came_are_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    skipped = row("a", "skipped", "the no_such_package package is not installed")
-    error = row("a", "error", "ModuleNotFoundError: No module named 'no_such_package'")
-    assert not gpu_parts.needs_rerun([row("a", "ok"), row("b", "FAILED"), row("c", "skipped", "too large"), skipped, error])
-    assert gpu_parts.needs_rerun([row("a", "error", "RuntimeError: out of memory")])
-    monkeypatch.setattr(gpu_parts, "find_spec", lambda name: name == "no_such_package" or None)
-    assert gpu_parts.needs_rerun([skipped])
-    assert gpu_parts.needs_rerun([error])
+    assert gpu_parts.describe(rows) == "8 rows: 2 ok, 1 FAILED, 1 error, 4 skipped; first b: image: NaN"
+    assert gpu_parts.describe([]) == "no rows"

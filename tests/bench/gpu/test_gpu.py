@@ -16,63 +16,8 @@ import torch
 from bench.gpu import __main__ as gpu
 from bench.gpu import parts as gpu_parts
 from bench.gpu.parts import PARTS, Part
-from bench.harness import rows as harness
-
-FACTS = {
-    "machine": "NVIDIA H200",
-    "commit": "0123abc",
-    "python": "3",
-    "torch": "2",
-    "triton": "3",
-    "diffusers": "absent",
-    "natten": "absent",
-}
-
-
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the program `script.py` that parts run as `python -m script`: it prints, writes rows, and ends as its options say."""
-    (tmp_path / "script.py").write_text(
-        "import argparse, os, pathlib, subprocess, sys, time\n"
-        "p = argparse.ArgumentParser()\n"
-        "for name in ('--say', '--csv', '--commit', '--sleep', '--exit'): p.add_argument(name, default='')\n"
-        "p.add_argument('--again', action='store_true'); p.add_argument('--child', action='store_true')\n"
-        "o = p.parse_args()\n"
-        "with open('began', 'a') as f: f.write(o.say + '\\n')\n"
-        "rows = 'row,status,p50_ms,commit\\na,ok,1,0123abc\\nb,FAILED,,0123abc\\nc,skipped,,0123abc\\nd,ok,1,f\\n'\n"
-        "if o.csv: pathlib.Path(o.csv).write_text(rows)\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']) if o.child else None\n"
-        "if child: pathlib.Path('child').write_text(str(child.pid))\n"
-        "print(o.say, flush=True)\n"
-        "if o.sleep: time.sleep(float(o.sleep))\n"
-        "if o.exit == 'segfault': os.abort()\n"
-        "sys.exit(int(o.exit or 0))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(gpu_parts.harness, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_parts, "GRACE", 1.0)
-    return tmp_path
-
-
-DESCRIBED = "3 rows; 1 FAILED, first b: no note; skipped: 1 row"
-
-
-def script(name: str, *more: str, limit: float = 30.0, **facts: Any) -> Part:
-    return Part(name, f"part {name}", limit, ("script", "--say", name, *more), **facts)
-
-
-def main(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, parts: list[Part], *arguments: str, commit: str = "0123abc", natten: str = "absent"
-) -> tuple[object, dict[str, dict[str, str]], list[str]]:
-    """Exit status or message, rows, and the names of the parts that were begun, as on a machine with a GPU."""
-    monkeypatch.setattr(gpu, "PARTS", tuple(parts))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "facts", lambda given: FACTS | {"commit": given or commit, "natten": natten})
-    (folder / "began").unlink(missing_ok=True)
-    with pytest.raises(SystemExit) as stop:
-        gpu.main(["--out", str(folder), *arguments])
-    began = (folder / "began").read_text().split() if (folder / "began").exists() else []
-    return stop.value.code, harness.read_rows(folder / "gpu-nvidia-h200.csv"), began
+from bench.harness.facts import ROOT
+from tests.bench.gpu.small_parts import DESCRIBED, FACTS, main, script
 
 
 def test_without_a_gpu_one_sentence_and_status_2(
@@ -110,8 +55,8 @@ def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.Capt
 
 def test_what_a_part_is_run_with_names_the_packages_that_rows_are_skipped_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(harness, "package_version", lambda name: f"{name} 1")
-    found = gpu.facts(None)
+    monkeypatch.setattr("bench.harness.facts.package_version", lambda name: f"{name} 1")
+    found = gpu.facts(gpu.SAME, "cuda")
     assert (found["natten"], found["transformers"], found["diffusers"]) == ("natten 1", "transformers 1", "diffusers 1")
 
 
@@ -129,7 +74,6 @@ def test_parts_run_in_order_and_what_is_done_is_not_run_again(
     capsys.readouterr()
     assert main(module, monkeypatch, parts)[2] == []
     assert capsys.readouterr().out.count("done before") == 6, "as it comes, and in the table"
-    assert main(module, monkeypatch, parts, "--again", "--only", "two")[2] == ["two"]
     assert main(module, monkeypatch, parts, "--commit", "4567def")[2] == ["one", "two", "three"], "another commit"
     assert main(module, monkeypatch, parts, natten="0.21")[2] == ["one", "two", "three"], "a package that rows are skipped without"
     changed = main(module, monkeypatch, parts, commit="0123abc with changes")
@@ -156,22 +100,11 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(module: Path, monkeypat
     status, rows, began = main(module, monkeypatch, [script("hang", "--sleep", "60", "--child", limit=3), script("last")])
     assert (status, began) == (0, ["hang", "last"])
     assert rows["hang"]["status"] == "stopped"
-    assert rows["hang"]["note"] == "after 3 s, its own limit, and nothing new in that time; hang"
+    assert rows["hang"]["note"] == "after 3 s, its own limit; hang"
     assert float(rows["hang"]["seconds"]) < 10
     stat = Path(f"/proc/{(module / 'child').read_text()}/stat")
     time.sleep(0.2)
     assert not stat.exists() or stat.read_text().split()[2] == "Z", "its child runs on"
-
-
-def test_a_part_that_was_stopped_with_nothing_to_show_comes_last_the_next_time(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are something to show, as long as there are more of them than before."""
-    parts = [script("hang", "--sleep", "60", limit=2), script("rows", "--sleep", "60", limit=3, csv="lowpass"), script("last", limit=1)]
-    assert main(module, monkeypatch, parts)[2] == ["hang", "rows", "last"]
-    _, rows, began = main(module, monkeypatch, parts)
-    assert began == ["rows", "hang"]
-    assert rows["rows"]["note"] == f"after 3 s, its own limit, and nothing new in that time; {DESCRIBED}"
-    assert main(module, monkeypatch, parts)[2] == ["hang", "rows"]
-    assert main(module, monkeypatch, parts, "--again", "--only", "hang", "last")[2] == ["hang", "last"]
 
 
 def test_what_a_part_leaves_of_its_limit_is_for_the_next_ones(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,9 +112,9 @@ def test_what_a_part_leaves_of_its_limit_is_for_the_next_ones(module: Path, monk
     parts = [script("first"), script("second", "--sleep", "3.5", limit=3)]
     rows = main(module, monkeypatch, parts)[1]
     assert [row["status"] for row in rows.values()] == ["done", "done"]
-    assert main(module, monkeypatch, parts, "--again", "--only", "second")[1]["second"]["status"] == "stopped"
+    assert main(module, monkeypatch, parts[1:], commit="4567def")[1]["second"]["status"] == "stopped"
     endless = [script("first"), script("second", "--sleep", "60", limit=1)]
-    assert "after 2 s, its own limit" in main(module, monkeypatch, endless, "--again")[1]["second"]["note"]
+    assert "after 2 s, its own limit" in main(module, monkeypatch, endless, commit="89abcde")[1]["second"]["note"]
 
 
 def test_the_time_for_all_is_kept_and_what_did_not_fit_is_named(
@@ -237,7 +170,7 @@ def test_without_diffusers_it_says_once_what_to_do(
 def test_a_folder_on_the_path_is_found_from_wherever_a_part_runs(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(module)
     monkeypatch.setenv("PYTHONPATH", ".")
-    monkeypatch.setattr(gpu_parts.harness, "ROOT", module / "tree")
+    monkeypatch.setattr(gpu_parts.facts, "ROOT", module / "tree")
     (module / "out").mkdir()
     assert main(module / "out", monkeypatch, [script("one", csv="lowpass")])[1]["one"]["status"] == "done"
 
@@ -266,53 +199,10 @@ def test_a_part_with_an_error_among_its_rows_does_not_stand(module: Path, monkey
     assert main(module, monkeypatch, parts)[2] == ["two"], "rows are of the part whose command they name, and of one commit"
 
 
-def test_it_ends_with_the_goals_and_the_quick_shapes(
-    module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    facts = {"machine": "NVIDIA H200", "commit": "0123abc", "cuda": "13", "status": "ok", "command": "x"}
-    flux = facts | {
-        "row": "flux-4096/bf16/window/triton",
-        "shape": "flux-4096",
-        "provider": "triton",
-        "p50_ms": "29",
-        "tflops": "651",
-        "kernels_ms": "image_kernel 20, text_kernel 9",
-    }
-    flux |= {"matrix_percent": "82"}
-    other = flux | {"row": "flux-4096/fp16/window/triton", "p50_ms": "28"}
-    failed = flux | {"row": "sdxl-64-4096/fp16/gather", "status": "FAILED", "provider": "gather", "p50_ms": ""}
-    older = flux | {"row": "flux-4096/bf16/global/triton", "commit": "4567def", "p50_ms": "27"}
-    harness.write_rows(module / "attention-nvidia-h200.csv", list(flux), [flux, other, failed, older])
-    main(module, monkeypatch, [script("one")])
-    out = capsys.readouterr().out
-    assert "kernel, FLUX 4096 px, 512 text, bf16: 651 TFLOP/s, met (" in out
-    assert re.search(r"SDXL 4096 px, a whole run, beside MultiDiffusion: not measured yet; at least .*x on H100 or H200", out)
-    assert "\nflux-4096/bf16/window/triton: 29 ms, 651 TFLOP/s (image_kernel 20, text_kernel 9)\n" in out
-    assert [number for number in ("28", "27") if f"{number} ms" in out] == [], "another dtype than the model's, another commit"
-    assert "windows by SDPA" not in out, "a CPU's goal"
-    (module / "cascade-x.csv").write_text("name\na\n")
-    main(module, monkeypatch, [script("one")])
-    assert "no results: ValueError: cascade-x.csv must have a column 'row'" in capsys.readouterr().out
-
-
-def test_goals_are_shown_on_another_device_than_they_are_set_for(tmp_path: Path) -> None:
-    row = {
-        "row": "flux-4096/bf16/window/triton",
-        "status": "ok",
-        "provider": "triton",
-        "tflops": "500",
-        "p50_ms": "1",
-        "matrix_percent": "9",
-    }
-    row |= {"machine": "NVIDIA H100", "commit": "abc", "cuda": "13", "command": "x", "shape": "flux-4096"}
-    harness.write_rows(tmp_path / "attention-nvidia-h100.csv", list(row), [row])
-    assert [line for line in gpu.results(tmp_path, "NVIDIA H100", "abc") if "500 TFLOP/s, missed" in line and "on H100 or H200" in line]
-
-
 def test_a_damaged_csv_is_refused(module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (module / "gpu-nvidia-h200.csv").write_text("name\na\n")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "facts", lambda given: FACTS)
+    monkeypatch.setattr(gpu, "facts", lambda *_, **__: FACTS)
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(module)])
     assert "must have a column 'row', got ['name']" in capsys.readouterr().err
@@ -321,14 +211,13 @@ def test_a_damaged_csv_is_refused(module: Path, monkeypatch: pytest.MonkeyPatch,
 def test_it_ends_its_part_when_it_is_ended(module: Path) -> None:
     """A process that gets a signal to end while its part sleeps."""
     code = (
-        "import pathlib, runpy, sys, torch; from bench.gpu import parts; from bench.harness import rows as harness\n"
-        "from tests.bench.test_gpu import FACTS, script; harness.ROOT = pathlib.Path(sys.argv[1]); torch.cuda.is_available = lambda: True\n"
-        "parts.PARTS = (script('hang', '--sleep', '60', '--child'),); harness.facts = lambda *a, **k: FACTS\n"
+        "import pathlib, runpy, sys, torch; from bench.gpu import parts; from bench.harness import facts\n"
+        f"from {__name__} import FACTS, script; facts.ROOT = pathlib.Path(sys.argv[1]); torch.cuda.is_available = lambda: True\n"
+        "parts.PARTS = (script('hang', '--sleep', '60', '--child'),); facts.facts = lambda *a, **k: FACTS\n"
         "sys.argv = ['x', '--out', sys.argv[1]]; runpy.run_module('bench.gpu', run_name='__main__')\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {"PYTHONPATH": f"{root}:{root / 'kernels'}:{module}", "PATH": "/usr/bin:/bin"}
-    process = subprocess.Popen([sys.executable, "-c", code, str(module)], env=environment, cwd=root, stdout=subprocess.DEVNULL)
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{module}", "PATH": "/usr/bin:/bin"}
+    process = subprocess.Popen([sys.executable, "-c", code, str(module)], env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while not (module / "child").exists() or not (module / "child").read_text():
@@ -342,26 +231,3 @@ def test_it_ends_its_part_when_it_is_ended(module: Path) -> None:
     stat = Path(f"/proc/{(module / 'child').read_text()}/stat")
     time.sleep(0.2)
     assert not stat.exists() or stat.read_text().split()[2] == "Z", "the part's child runs on"
-
-
-def test_what_results_lack_costs_neither_the_parts_nor_the_exit_status(
-    module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def lacking(*_: object) -> list[str]:
-        raise ModuleNotFoundError("No module named 'scalediff_kernels'")
-
-    monkeypatch.setattr(gpu, "results", lacking)
-    assert main(module, monkeypatch, [script("red", "--exit", "1")])[0] == 1
-    out = capsys.readouterr().out
-    assert "no results: ModuleNotFoundError: No module named 'scalediff_kernels'" in out
-    assert re.search(r"^red +failed", out, re.MULTILINE)
-
-
-def test_the_summary_has_sixty_lines_at_most_and_ends_with_how_it_ended(tmp_path: Path) -> None:
-    outcomes = {f"part {n}": gpu.Outcome("done", "") for n in range(100)}
-    lines = gpu.summary(outcomes, tmp_path, "NVIDIA H200", "abc", ["failed: x"])
-    assert len(lines) == 60
-    assert lines[-1] == "failed: x"
-    assert re.fullmatch(r"and \d+ lines more: see the CSVs in .*", lines[-2])
-    few = gpu.summary({}, tmp_path, "NVIDIA H200", "abc", [])
-    assert not [line for line in few if "lines more" in line]

@@ -17,7 +17,7 @@ from bench.attention.compiled import PROVIDERS
 from bench.attention.gate import GateFailed, Outputs, truth
 from bench.attention.sdpa import one_window
 from bench.attention.shapes import Inputs, Shape, Task
-from bench.harness import rows as harness
+from bench.harness.facts import ROOT
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from tests.bench.made_up import EVEN, ODD
 
@@ -138,8 +138,8 @@ def test_the_gate_stands_where_python_drops_asserts() -> None:
         "    try: assert_within_budget(result, right, exact)\n"
         "    except AssertionError as failed: print(failed)\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(harness.ROOT / part) for part in (".", "kernels"))}
-    ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT, env=environment)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))}
+    ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     assert ran.stdout.splitlines() == [
         "image: error 1.000e+00 exceeds the budget 1.192e-07",
         "image: the result has NaN or infinite values",

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from bench.harness import command, gated
+from bench.harness.facts import ROOT
 from bench.lowpass import __main__ as lowpass
 from bench.lowpass import cases as lowpass_cases
 from bench.lowpass.cases import FEATURES, IMPLEMENTATIONS, LATENTS, LOW_PASS, Case
 
-ROOT = Path(__file__).parents[2]
 SMALL = Case("small", (1, 2, 32, 32))
 OURS = [f"small/float32/planes/{name}/scalediff" for name in ("guided step", "mix frequencies", "low pass")]
 
@@ -36,8 +36,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(lowpass, "FEATURES", [])
     monkeypatch.setattr("bench.harness.timing.CPU_CACHE", 2**13)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr("bench.harness.rows._commit", lambda: "0123abc")
-    monkeypatch.setattr("bench.harness.rows.forget", lambda device: None)  # small pictures leave nothing, and it takes most of the time
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "0123abc")
+    monkeypatch.setattr("bench.harness.gated.forget", lambda device: None)  # small pictures leave nothing, and it takes most of the time
     return tmp_path / "rows.csv"
 
 
@@ -192,7 +192,7 @@ def test_what_loses_the_device_ends_the_run_and_is_not_tried_again(small: Path, 
     replaced(monkeypatch, "guided step", "torch.compile", prepare=illegal)
     own = lowpass.measured  # one by one, as on a GPU
     monkeypatch.setattr(lowpass, "measured", lambda all_, device, **how: (row for one in all_ for row in own([one], device, **how)))
-    monkeypatch.setattr("bench.harness.rows.device_lost", lambda device: bool(lost))
+    monkeypatch.setattr("bench.harness.device.device_lost", lambda device: bool(lost))
     rows, status = run(small)
     assert (
         status == "the device was lost in small/float32/planes/guided step/torch.compile: run the same command again to continue after it"
@@ -245,9 +245,9 @@ def test_a_second_run_goes_on(small: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert len(small.read_text().splitlines()) == len(whole), "rows that were not requested stay"
     assert again("--again") == every
     assert again("--seconds", "0.002") == every, "measured for another time"
-    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "4567def")
     assert again() == every, "another commit"
-    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def with changes")
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "4567def with changes")
     assert again() == again() == every
 
 
@@ -258,22 +258,9 @@ def test_a_comparison(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     capsys.readouterr()
     rows, _ = run(small, "--compare", str(other), "--again")
     assert f"{OURS[0]}: {rows[1]['p50_ms']} ms here, " in capsys.readouterr().out
-    monkeypatch.setattr("bench.harness.rows._commit", lambda: "4567def")
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "4567def")
     run(small, "--compare", str(other))
     assert "not the same commit: here 4567def, there 0123abc; the ratios below include that difference" in capsys.readouterr().out
-
-
-def test_rows_are_shown_as_they_are(small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    run(small)
-    capsys.readouterr()
-    before = small.read_text()
-    monkeypatch.setattr(lowpass, "LATENTS", [SMALL, Case("other", (1, 2, 32, 32))])
-    monkeypatch.setattr(command, "keep_freed_memory", lambda: pytest.fail("nothing is measured"))
-    rows, status = run(small, "--no-measure")
-    printed, missing = capsys.readouterr()
-    assert (status, small.read_text()) == (0, before)
-    assert f"{OURS[0]}: {rows[1]['p50_ms']} ms ({rows[1]['p20_ms']} - {rows[1]['p80_ms']})" in printed
-    assert "other/float32/planes/low pass/eager: not in rows.csv" in missing
 
 
 @pytest.mark.parametrize(
@@ -281,14 +268,12 @@ def test_rows_are_shown_as_they_are(small: Path, capsys: pytest.CaptureFixture[s
     [
         (["--commit", "magic"], "--commit is for a copy of the tree without git's data: git has '0123abc' here, got 'magic'"),
         (["--cases", "magic"], "--cases takes a part of small, got 'magic'"),
-        (["--seconds", "0"], "--seconds must be positive and finite, got 0.0"),
-        (["--seconds", "inf"], "--seconds must be positive and finite, got inf"),
-        (["--seconds", "nan"], "--seconds must be positive and finite, got nan"),
-        (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
+        (["--seconds", "0"], "argument --seconds: must be positive and finite, got 0"),
+        (["--seconds", "inf"], "argument --seconds: must be positive and finite, got inf"),
+        (["--seconds", "nan"], "argument --seconds: must be positive and finite, got nan"),
+        (["--compare", "nowhere.csv"], "argument --compare: takes a CSV of this benchmark, got nowhere.csv, which is no file"),
         (["--compare", __file__], "must have a column 'row'"),
-        (["--no-measure", "--again"], "--no-measure and --again exclude each other"),
-        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes an existing file with --no-measure, got nowhere.csv"),
-        (["--csv", str(ROOT)], f"--csv takes a file, got {ROOT}"),
+        (["--csv", str(ROOT)], f"Is a directory: '{ROOT}'"),
         (["--device", "cuda"], "--device cuda needs a GPU that torch sees, got none"),
     ],
 )

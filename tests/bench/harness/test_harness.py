@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench.harness import ceilings as roofline
-from bench.harness import rows as harness
-from bench.harness import timing
+from bench.harness import device, timing
+from bench.harness import facts as harness_facts
+from bench.harness.facts import ROOT, VERSIONS, facts
+from bench.harness.rows import RowFile, compared, finished_rows, read_records, read_rows, write_rows
 from bench.harness.timing import Timing, kernels, measure_in_turn, peak_memory
 
-ROOT = Path(__file__).parents[2]
 FACTS = {"machine": "X", "commit": "abc", "torch": "2"}
 
 
@@ -30,29 +30,27 @@ def row(name: str, time: str, **facts: str) -> dict[str, str]:
 
 def test_rows_are_finished_only_with_the_same_facts_of_one_commit() -> None:
     rows = {"a": row("a", "1"), "b": row("b", "1", commit="def"), "c": row("c", "1", machine="Y"), "d": {"row": "d"}}
-    assert harness.finished_rows(rows, FACTS) == {"a"}
+    assert finished_rows(rows, FACTS) == {"a"}
     for commit in ("unknown", "abc with changes"):
         changed = {"a": row("a", "1", commit=commit)}
-        assert harness.finished_rows(changed, FACTS | {"commit": commit}) == set()
+        assert finished_rows(changed, FACTS | {"commit": commit}) == set()
 
 
 def test_a_comparison_says_what_differs_before_any_ratio() -> None:
     here = {"a": row("a", "2"), "b": row("b", ""), "c": row("c", "1"), "d": row("d", "1")}
     untimed = row("c", "", commit="def", status="skipped", note="no kernel")
     there = {"a": row("a", "3", commit="def"), "b": row("b", "1", commit="def"), "c": untimed, "e": row("e", "1")}
-    assert harness.compared(here, there, facts=tuple(FACTS)) == [
+    assert compared(here, there, facts=tuple(FACTS)) == [
         "not the same commit: here abc, there def; the ratios below include that difference",
         "a: 2 ms here, 3 ms there, 1.500x",
         "b: no time here",
         "c: no time there (skipped, no kernel)",
-        "1 rows are only here",
-        "1 rows are only there",
     ]
     same = {"a": row("a", "2")}
-    assert harness.compared(same, same, facts=tuple(FACTS)) == ["a: 2 ms here, 2 ms there, 1.000x"]
+    assert compared(same, same, facts=tuple(FACTS)) == ["a: 2 ms here, 2 ms there, 1.000x"]
     failed, empty = {"a": row("a", "", status="FAILED", note="error 1")}, {"a": row("a", "", status="error")}
-    assert harness.compared(failed, empty, facts=tuple(FACTS)) == ["a: no time here (FAILED, error 1); no time there (error)"]
-    assert harness.compared(same, {"z": row("z", "1")}, facts=tuple(FACTS)) == ["no row is in both files: 1 rows here, 1 there"]
+    assert compared(failed, empty, facts=tuple(FACTS)) == ["a: no time here (FAILED, error 1); no time there (error)"]
+    assert compared(same, {"z": row("z", "1")}, facts=tuple(FACTS)) == ["no row is in both files: 1 rows here, 1 there"]
 
 
 def test_only_times_of_one_kind_are_compared() -> None:
@@ -60,7 +58,7 @@ def test_only_times_of_one_kind_are_compared() -> None:
     measured, composed = row("a", "4000", composed_s="5"), row("a", "", composed_s="2")
     only = row("a", "4000")
     found = [
-        harness.compared({"a": a}, {"a": b}, facts=())
+        compared({"a": a}, {"a": b}, facts=())
         for a, b in ((measured, measured), (measured, composed), (composed, composed), (composed, only))
     ]
     assert found == [
@@ -71,68 +69,67 @@ def test_only_times_of_one_kind_are_compared() -> None:
     ]
 
 
-@pytest.mark.parametrize("wrong", ["fast", "0", "-1", "nan", "inf"])
-def test_a_time_that_is_none_is_named(wrong: str) -> None:
-    good, bad, none = ({"a": row("a", time)} for time in ("1", wrong, ""))
-    sentence = f"a: p50_ms must be a positive number, got {wrong!r}"
-    assert harness.compared(good, bad, facts=()) == [f"{sentence} there"]
-    assert harness.compared(bad, none, facts=()) == [f"{sentence} here"]
-    assert harness.compared(bad, bad, facts=()) == [f"{sentence} here and {wrong!r} there"]
-
-
 def test_an_unknown_fact_differs_from_a_known_one() -> None:
-    (printed, _) = harness.compared(
-        {"a": row("a", "1")}, {"a": {"row": "a", "p50_ms": "1", "machine": "X", "torch": "2"}}, facts=tuple(FACTS)
-    )
+    (printed, _) = compared({"a": row("a", "1")}, {"a": {"row": "a", "p50_ms": "1", "machine": "X", "torch": "2"}}, facts=tuple(FACTS))
     assert printed == "not the same commit: here abc, there unknown; the ratios below include that difference"
 
 
 def test_rows_are_read_back_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rows.csv"
-    assert harness.read_rows(path) == {}
-    harness.write_rows(path, ("row", "p50_ms"), [{"row": "a", "p50_ms": "1"}])
-    assert harness.read_rows(path) == {"a": {"row": "a", "p50_ms": "1"}}
+    assert read_rows(path) == {}
+    write_rows(path, ("row", "p50_ms"), [{"row": "a", "p50_ms": "1"}])
+    assert read_rows(path) == {"a": {"row": "a", "p50_ms": "1"}}
     assert [p.name for p in path.parent.iterdir()] == ["rows.csv"], "nothing half written is left"
     path.write_text("row,p50_ms\na,1\na,2\n")
     with pytest.raises(ValueError, match=r"rows\.csv must name every row once, got 1 names again"):
-        harness.read_rows(path)
+        read_rows(path)
     path.write_text("name\na\n")
     with pytest.raises(ValueError, match=r"rows\.csv must have a column 'row', got \['name'\]"):
-        harness.read_rows(path)
+        read_rows(path)
     for text, columns in (("a note\n", r"\['a note'\]"), ("\n", r"\[\]")):  # a file that is no CSV is not overwritten
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"rows\.csv must have a column 'row', got {columns}"):
-            harness.read_rows(path, ("row", "p50_ms"))
+            read_rows(path, ("row", "p50_ms"))
     path.write_text("row,p50_ms\na,1\nb,1,2\n")
     with pytest.raises(ValueError, match=r"rows\.csv must have one cell for each column in every row, got more in b"):
-        harness.read_rows(path, ("row", "p50_ms"))
+        read_rows(path, ("row", "p50_ms"))
     path.write_text("row,p50_ms\n")
-    assert harness.read_rows(path, ("row", "p50_ms")) == {}
+    assert read_rows(path, ("row", "p50_ms")) == {}
     path.write_text("")
-    assert harness.read_rows(path, ("row", "p50_ms")) == {}
+    assert read_rows(path, ("row", "p50_ms")) == {}
+
+
+def test_a_file_of_rows_is_written_with_every_row_and_read_by_the_next_run(tmp_path: Path) -> None:
+    fields = ("row", "p50_ms", *FACTS)
+    file = RowFile(tmp_path / "rows.csv", fields, FACTS, order=("b", "a"))
+    for name, time in (("c", "1"), ("a", "2"), ("b", "3"), ("a", "4")):
+        assert file.add({"row": name, "p50_ms": time, "unknown": "x"}) == {"row": name, "p50_ms": time, **FACTS}
+    assert [(name, one["p50_ms"]) for name, one in read_rows(file.path).items()] == [("b", "3"), ("a", "4"), ("c", "1")]
+    assert RowFile(file.path, fields, FACTS).finished == {"a", "b", "c"}
+    assert RowFile(file.path, fields, FACTS | {"torch": "3"}).finished == set()
 
 
 def test_the_commit_is_given_found_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
-    assert harness.facts()["commit"] == "unknown"
-    assert harness.facts(commit="0123abc")["commit"] == "0123abc"
+    monkeypatch.setattr(harness_facts.shutil, "which", lambda name: None)
+    assert facts()["commit"] == "unknown"
+    assert facts(commit="0123abc")["commit"] == "0123abc"
 
 
 def test_a_commit_that_git_knows_better_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tree with changes is no commit, and another commit is not this one."""
-    monkeypatch.setattr(harness, "_commit", lambda: "0123abc")
-    assert [harness.facts(commit=given)["commit"] for given in (None, "0123abc", "0123abcdef")] == ["0123abc"] * 3
+    monkeypatch.setattr(harness_facts, "_commit", lambda: "0123abc")
+    assert [facts(commit=given)["commit"] for given in (None, "0123abc", "0123abcdef")] == ["0123abc"] * 3
     for known, given in (("0123abc", "4567def"), ("0123abc with changes", "0123abc"), ("0123abc", "0123abc with changes")):
-        monkeypatch.setattr(harness, "_commit", lambda known=known: known)
+        monkeypatch.setattr(harness_facts, "_commit", lambda known=known: known)
         with pytest.raises(
             ValueError, match=f"--commit is for a copy of the tree without git's data: git has '{known}' here, got '{given}'"
         ):
-            harness.facts(commit=given)
+            facts(commit=given)
 
 
 def test_a_card_tells_its_driver_and_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert harness.versions("cpu")["card"] == ""
-    assert set(harness.versions("cpu")) == set(harness.VERSIONS)
+    assert facts(VERSIONS)["card"] == ""
+    assert set(facts(VERSIONS)) == set(VERSIONS)
     cards = {
         "570.133.20, 700.00 W, 1980 MHz\n": "driver 570.133.20, 700.00 W, 1980 MHz",
         "570.1, 700.00 W, 1980 MHz\n570.1, 700.00 W, 1980 MHz\n": "driver 570.1, 700.00 W, 1980 MHz",
@@ -140,25 +137,25 @@ def test_a_card_tells_its_driver_and_its_limits(monkeypatch: pytest.MonkeyPatch)
         "": "",
     }
     for printed, words in cards.items():
-        monkeypatch.setattr(harness.subprocess, "run", lambda *_, printed=printed, **__: subprocess.CompletedProcess([], 0, printed))
-        assert harness._card() == words
+        monkeypatch.setattr(harness_facts.subprocess, "run", lambda *_, printed=printed, **__: subprocess.CompletedProcess([], 0, printed))
+        assert harness_facts._card() == words
 
     def failing(problem: Exception) -> Any:
         raise problem
 
     for problem in (FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 5), subprocess.CalledProcessError(9, "x")):
-        monkeypatch.setattr(harness.subprocess, "run", lambda *_, problem=problem, **__: failing(problem))
-        assert harness._card() == ""
+        monkeypatch.setattr(harness_facts.subprocess, "run", lambda *_, problem=problem, **__: failing(problem))
+        assert harness_facts._card() == ""
 
 
 def test_what_is_forgotten_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the C library can; elsewhere nothing is said."""
     trimmed: list[int] = []
-    monkeypatch.setattr(harness.ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=trimmed.append))
-    harness.forget("cpu")
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=trimmed.append))
+    device.forget("cpu")
     assert trimmed == [0]
-    monkeypatch.setattr(harness.ctypes, "CDLL", lambda name: SimpleNamespace())
-    harness.forget("cpu")
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: SimpleNamespace())
+    device.forget("cpu")
 
 
 class FakeEvent:
@@ -222,8 +219,8 @@ def test_ceilings_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
         calls[0]()
         return Timing(90.0, 100.0, 110.0)
 
-    monkeypatch.setattr(roofline, "measure_in_turn", fixed)
-    found = roofline.ceilings("cpu", torch.float32)
+    monkeypatch.setattr(timing, "measure_in_turn", fixed)
+    found = timing.ceilings("cpu", torch.float32)
     assert found.copy_gbs == pytest.approx(2 * 2**28 / 0.1 / 1e9)
     assert found.matrix_tflops == pytest.approx(2 * 2048**3 / 0.1 / 1e12)
 
@@ -305,21 +302,21 @@ def test_attention_takes_the_fastest_backend_that_runs(monkeypatch: pytest.Monke
 
 
 def test_rows_of_another_benchmark_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    harness.write_rows(tmp_path / "x.csv", ["row", "part"], [{"row": "a", "part": "run"}])
-    assert harness.read_rows(tmp_path / "x.csv", ["part", "row"]) == {"a": {"row": "a", "part": "run"}}
+    write_rows(tmp_path / "x.csv", ["row", "part"], [{"row": "a", "part": "run"}])
+    assert read_rows(tmp_path / "x.csv", ["part", "row"]) == {"a": {"row": "a", "part": "run"}}
     with pytest.raises(ValueError, match=r"x.csv is not of this benchmark: it differs in the columns part"):
-        harness.read_rows(tmp_path / "x.csv", ["row", "p50_ms"])
-    assert harness.read_rows(tmp_path / "x.csv", ["row", "part", "new"])["a"]["new"] == "", "of an earlier version"
+        read_rows(tmp_path / "x.csv", ["row", "p50_ms"])
+    assert read_rows(tmp_path / "x.csv", ["row", "part", "new"])["a"]["new"] == "", "of an earlier version"
     with pytest.raises(ValueError, match="it differs in the columns status"):
-        harness.read_rows(tmp_path / "x.csv", ["row", "part", "status"])
+        read_rows(tmp_path / "x.csv", ["row", "part", "status"])
 
 
-@pytest.mark.parametrize("path", sorted((harness.ROOT / "bench" / "results").glob("*.csv")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.csv")), ids=lambda path: path.name)
 def test_rows_are_of_commits_that_git_has(path: Path) -> None:
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *arguments], cwd=harness.ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
     if shutil.which("git") is None or git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
         pytest.skip("no checkout with its whole history")
-    commits = {row["commit"].removesuffix(" with changes") for row in harness.read_records(path) if row.get("commit")}
+    commits = {row["commit"].removesuffix(" with changes") for row in read_records(path) if row.get("commit")}
     assert not [commit for commit in commits if git("cat-file", "-e", f"{commit}^{{commit}}").returncode != 0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="whole pictures need diffusers")
 
-from bench.cascade import authors as cascade_authors
+from bench.attention.sdpa import Cut
 from bench.cascade import gate as cascade_gate
 from bench.cascade.gate import Gate, Verdict
 from bench.cascade.methods import METHODS, Drawn
@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_stays")]
 @pytest.mark.parametrize("model", ["sdxl-small", "flux-small"])
 def test_a_wrong_form_of_the_authors_does_not_pass(benches: dict[str, Bench], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Every window one token further."""
-    keys = cascade_authors._Cut._keys
-    monkeypatch.setattr(cascade_authors._Cut, "_keys", lambda cut, axis: (keys(cut, axis) + 1).clamp(max=cut.grid[axis] - 1))
+    keys = Cut._keys
+    monkeypatch.setattr(Cut, "_keys", lambda cut, axis: (keys(cut, axis) + 1).clamp(max=cut.grid[axis] - 1))
     rows = rows_of(benches[model], unit(model, "authors"))
     assert list(rows) == ["gate-definition", "run"]
     assert {row["status"] for row in rows.values()} == {"FAILED"}

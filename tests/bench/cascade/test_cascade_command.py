@@ -17,14 +17,15 @@ from bench.cascade import __main__ as cascade
 from bench.cascade import rows as cascade_rows
 from bench.cascade.methods import METHODS
 from bench.cascade.rows import FIELDS, Unit
-from bench.harness import rows as harness
+from bench.harness.facts import ROOT, package_version
+from bench.harness.rows import read_rows, write_rows
 from scalediff.patching import plan
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """The command, in a tree without git, with ceilings that take no time, into a CSV of its own: exit status, stdout and stderr."""
-    monkeypatch.setattr(harness, "_commit", lambda: "unknown")
+    monkeypatch.setattr("bench.harness.facts._commit", lambda: "unknown")
     monkeypatch.setattr(cascade, "ceilings", lambda device, dtype: SimpleNamespace(matrix_tflops=1.0))
     monkeypatch.setattr(cascade_rows, "_RUNS", 1)
 
@@ -45,41 +46,41 @@ def test_finished_rows_are_not_measured_again(ran: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     code, out, _ = ran(*DIRECT, "npa-global", "--commit", "abc")
     assert code == 0
-    first = harness.read_rows(path)
+    first = read_rows(path)
     assert {"flux-small/32/direct/eager/run", "flux-small/32/npa-global/eager/2-32/attention"} <= set(first)
     assert len(out.splitlines()) == len(first)
     assert all(row["commit"] == "abc" and row["torch"] == torch.__version__ and row["limit_s"] == "210" for row in first.values())
     assert not list(tmp_path.glob("*.part"))
     _, out, _ = ran(*DIRECT, "--commit", "abc")
     assert out == "flux-small/32/direct/eager: as measured before\n"
-    assert harness.read_rows(path) == first
+    assert read_rows(path) == first
     del first["flux-small/32/direct/eager/run"]  # interrupted before its end, and beside it what no longer is measured
     first["flux-small/32/direct/eager/9-99/step"] = {**next(iter(first.values())), "row": "flux-small/32/direct/eager/9-99/step"}
-    harness.write_rows(path, FIELDS, first.values())
+    write_rows(path, FIELDS, first.values())
     ran(*DIRECT, "--commit", "abc")
-    third = harness.read_rows(path)
+    third = read_rows(path)
     assert "flux-small/32/direct/eager/run" in third
     assert "flux-small/32/direct/eager/9-99/step" not in third
     for changed in (("--commit", "def"), ("--commit", "abc", "--again"), ("--commit", "abc", "--limit", "211")):
         _, out, _ = ran(*DIRECT, *changed)
         assert "as measured before" not in out
-    assert "flux-small/32/npa-global/eager/run" in harness.read_rows(path), "other units stay"
+    assert "flux-small/32/npa-global/eager/run" in read_rows(path), "other units stay"
 
 
 @pytest.mark.slow
 def test_a_comparison(ran: Any, tmp_path: Path) -> None:
     _, out, _ = ran(*DIRECT, "--commit", "abc")
-    records = list(harness.read_rows(tmp_path / "rows.csv").values())
+    records = list(read_rows(tmp_path / "rows.csv").values())
     assert len(records) == len(out.splitlines())
     assert records[-1]["row"] == "flux-small/32/direct/eager/run"
     assert all(set(row) == set(FIELDS) for row in records)
     other = tmp_path / "other.csv"
     for row in records:
         row |= {"commit": "def", "p50_ms": row["p50_ms"] and f"{2 * float(row['p50_ms']):.6g}"}
-    harness.write_rows(other, FIELDS, records)
-    code, out, _ = ran(*DIRECT, "--no-measure", "--compare", str(other))
+    write_rows(other, FIELDS, records)
+    code, out, _ = ran(*DIRECT, "--commit", "abc", "--compare", str(other))
     assert code == 0
-    printed = out.splitlines()[len(records) :]
+    printed = out.splitlines()[1:]
     assert printed[0] == "not the same commit: here abc, there def; the ratios below include that difference"
     assert next(line for line in printed if "1-32/step" in line).endswith("2.000x")
     assert next(line for line in printed if line.startswith("flux-small/32/direct/eager/run")).endswith(("2.000x", "1.999x", "2.001x"))
@@ -109,10 +110,10 @@ def test_growth_is_of_the_embedded_model(monkeypatch: pytest.MonkeyPatch, ran: A
 def test_the_embedded_model_grows_in_time_and_memory(ran: Any, tmp_path: Path) -> None:
     code, _, _ = ran("--growth", "--size", "128", "--method", "npa", "--limit", "1e-3", "--commit", "abc")
     assert code == 0
-    row = harness.read_rows(tmp_path / "rows.csv")["demo/128/npa/eager/run"]
+    row = read_rows(tmp_path / "rows.csv")["demo/128/npa/eager/run"]
     assert row["status"] == "skipped", "a limit of a millisecond"
     ran("--growth", "--size", "128", "--method", "npa", "--limit", "60", "--commit", "abc")
-    row = harness.read_rows(tmp_path / "rows.csv")["demo/128/npa/eager/run"]
+    row = read_rows(tmp_path / "rows.csv")["demo/128/npa/eager/run"]
     assert row["status"] == "ok"
     assert float(row["composed_s"]) > 0
     assert bool(row["measured_s"]) == (row["rate_of"] == "measured")
@@ -125,16 +126,14 @@ def test_the_embedded_model_grows_in_time_and_memory(ran: Any, tmp_path: Path) -
         (["--model", "dalle"], "argument --model: invalid choice: 'dalle' (choose from"),
         (["--method", "npa", "magic"], "argument --method: invalid choice: 'magic' (choose from"),
         (["--compile", "jit"], "argument --compile: invalid choice: 'jit' (choose from"),
-        (["--model", "sdxl", "--device", "cpu"], "--model sdxl is of true size, for a GPU and without --small; small ones are sdxl-small"),
-        (["--growth", "--model", "demo"], "takes no --model and no --small, got --growth and --model demo"),
+        (["--model", "sdxl", "--device", "cpu"], "--model sdxl is of true size, for a GPU; small ones are sdxl-small"),
+        (["--growth", "--model", "demo"], "argument --model: not allowed with argument --growth"),
         (["--limit", "0"], "argument --limit: must be positive and finite, got 0"),
         (["--steps", "0"], "argument --steps: must be positive and finite, got 0"),
         (["--view-batch", "0"], "argument --view-batch: must be positive and finite, got 0"),
         (["--size", "0"], "argument --size: must be positive and finite, got 0"),
-        (["--compare", "nowhere.csv"], "--compare takes a CSV of this benchmark, got nowhere.csv, which is no file"),
-        (["--no-measure", "--csv", "nowhere.csv"], "--csv takes an existing file with --no-measure, got nowhere.csv"),
+        (["--compare", "nowhere.csv"], "argument --compare: takes a CSV of this benchmark, got nowhere.csv, which is no file"),
         (["--limit", "inf"], "argument --limit: must be positive and finite, got inf"),
-        (["--no-measure", "--again"], "--no-measure and --again exclude each other"),
     ],
 )
 def test_what_is_unknown_is_refused_in_a_sentence(ran: Any, arguments: list[str], sentence: str) -> None:
@@ -143,23 +142,14 @@ def test_what_is_unknown_is_refused_in_a_sentence(ran: Any, arguments: list[str]
     assert sentence in err
 
 
-def test_finished_rows_are_shown_and_missing_ones_named(ran: Any, tmp_path: Path) -> None:
-    unit = "flux-small/32/direct/eager"
-    row = dict.fromkeys(FIELDS, "") | {"row": f"{unit}/run", "part": "run", "status": "skipped", "note": "for a test"}
-    harness.write_rows(tmp_path / "rows.csv", FIELDS, [row])
-    code, out, err = ran(*DIRECT, "npa", "--no-measure")
-    assert (code, out) == (0, f"{unit}/run: skipped, for a test\n")
-    assert err == "flux-small/32/npa/eager: not in rows.csv\n"
-
-
 def test_a_gpu_that_is_not_there_is_refused(ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device cuda needs a GPU that torch sees, got none" in ran("--device", "cuda")[2]
 
 
 def test_without_diffusers_there_is_one_sentence(ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = harness.package_version
-    monkeypatch.setattr(harness, "package_version", lambda name: "absent" if name == "diffusers" else version(name))
+    version = package_version
+    monkeypatch.setattr("bench.harness.facts.package_version", lambda name: "absent" if name == "diffusers" else version(name))
     code, _, err = ran()
     assert code == 2
     assert 'pipelines need diffusers, not installed here: pip install "scalediff[diffusers]"' in err
@@ -172,11 +162,11 @@ def test_a_broken_csv_is_refused(ran: Any, tmp_path: Path) -> None:
 
 def test_import_brings_no_diffusers() -> None:
     code = "import sys, bench.cascade.__main__; print({'diffusers', 'transformers'} & set(sys.modules))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT, env=_paths())
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=_paths())
     assert printed.stdout.strip() == "set()"
 
 
 def _paths() -> dict[str, str]:
     import os
 
-    return os.environ | {"PYTHONPATH": os.pathsep.join(str(harness.ROOT / part) for part in (".", "kernels"))}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))}
