@@ -68,7 +68,7 @@ def test_every_test_that_needs_a_gpu_is_run() -> None:
     (part,) = (part for part in PARTS if part.name == "tests-all")
     root = Path(__file__).parents[2]
     marked = [path.relative_to(root) for path in (root / "tests").rglob("*.py") if re.search(r"\bmark\.gpu\b", path.read_text())]
-    assert Path("tests/kernels/test_on_the_gpu.py") in marked
+    assert Path("tests/kernels/neighborhood/test_on_the_gpu.py") in marked
     assert not [path for path in marked if not any(path.is_relative_to(word) for word in part.arguments)]
 
 

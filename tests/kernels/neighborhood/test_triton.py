@@ -9,7 +9,7 @@ import torch
 
 from scalediff_kernels.neighborhood.geometry import windows
 from scalediff_kernels.testing import assert_within_budget
-from tests.kernels.problems import CHOSEN, DEVICE, GPU, PATHS, TARGETS, Problem, assert_path, assert_right, draw, expected, run
+from tests.kernels.neighborhood.problems import CHOSEN, DEVICE, GPU, PATHS, TARGETS, Problem, assert_path, assert_right, draw, expected, run
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
