@@ -33,13 +33,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter replaces the builtins of `triton.language` again at every call of a device function: up to half its time."""
+    """Triton's interpreter replaces the builtins of `triton.language` again at every call of a device function: up to half its time.
+
+    It also makes its table of dtypes again at every look-up.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
     from triton.runtime import interpreter
 
     original, launch, replaced = interpreter._patch_lang, interpreter.GridExecutor.__call__, dict[frozenset[int], Any]()
+    dtype_of, dtypes = interpreter._get_np_dtype, dict[str, Any]()
 
     @functools.cache
     def languages(function: Any) -> frozenset[int]:
@@ -51,12 +55,18 @@ def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
             replaced[key] = original(function)
         return replaced[key]
 
+    def looked_up(kind: Any) -> Any:
+        if kind.name not in dtypes:
+            dtypes[kind.name] = dtype_of(kind)
+        return dtypes[kind.name]
+
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
         replaced.clear()
         launch(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(interpreter, "_patch_lang", once)
+        patched.setattr(interpreter, "_get_np_dtype", looked_up)
         patched.setattr(interpreter.GridExecutor, "__call__", launched)
         yield
 

@@ -19,8 +19,9 @@ from bench.attention.sdpa import one_window
 from bench.attention.shapes import Inputs, Shape, Task
 from bench.harness.facts import ROOT
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
-from tests.bench.made_up import EVEN, ODD
 
+EVEN = Shape((12, 16), (8, 8), (4, 4), 2, 16, batch=2, dtype=torch.float32)
+ODD = Shape((9, 10), (8, 6), (4, 3), 4, 16, text=9, groups=2, dtype=torch.float32)
 COVERED = Shape((6, 5), (8, 8), (4, 4), 2, 16, text=3, dtype=torch.float32)
 SMALL = [("even", EVEN, ""), ("odd", ODD, "window"), ("odd", ODD, "global"), ("covered", COVERED, "window"), ("covered", COVERED, "global")]
 TASKS = [Task(name, shape, torch.float32, "cpu", rule) for name, shape, rule in SMALL]

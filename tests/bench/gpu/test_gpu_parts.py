@@ -67,7 +67,7 @@ def test_a_picture_is_of_one_part_and_what_is_compared_is_measured_in_one_way() 
 def test_every_test_that_needs_a_gpu_is_run() -> None:
     (part,) = (part for part in PARTS if part.name == "tests-all")
     marked = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py") if re.search(r"\bmark\.gpu\b", path.read_text())]
-    assert Path("tests/kernels/test_on_the_gpu.py") in marked
+    assert Path("tests/kernels/neighborhood/test_on_the_gpu.py") in marked
     assert not [path for path in marked if not any(path.is_relative_to(word) for word in part.arguments)]
 
 

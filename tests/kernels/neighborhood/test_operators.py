@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
-from tests.kernels.problems import DEVICE, TARGETS, Problem, assert_right
+from tests.kernels.neighborhood.problems import DEVICE, TARGETS, Problem, assert_right
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
-from tests.kernels.problems import CHOSEN, GPU, Problem, assert_right, run
+from tests.kernels.neighborhood.problems import CHOSEN, GPU, Problem, assert_right, run
 from tests.kernels.sanitizer import assert_clean
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
