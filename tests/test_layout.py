@@ -69,7 +69,7 @@ def test_dependencies_point_one_way(path: Path) -> None:
     used = imports(path, eager_only=False)
     if layer == "kernels":
         assert used.isdisjoint({"scalediff", "bench", "tests", "einops"} | MODEL_LIBRARIES)
-        assert "triton" not in used or path.name in ("kernel.py", "launch.py", "_common.py")
+        assert "triton" not in used or path.name in ("kernel.py", "launch.py", "_common.py") or path.parent.name == "hopper"
     if layer == "scalediff":
         assert used.isdisjoint({"bench", "tests", "triton"})
         assert imports(path, eager_only=True).isdisjoint(MODEL_LIBRARIES) or path.name in ("train.py", "architecture.py")

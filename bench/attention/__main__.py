@@ -32,7 +32,7 @@ from bench.harness.rows import Row
 from bench.harness.timing import Call, Ceilings, Timing, ceilings, sets_of_inputs
 from scalediff_kernels.testing import poisoned_memory
 
-OURS = ("triton", "sdpa")
+OURS = ("triton", "triton-plain", "sdpa")
 SAME = ("machine", "threads", "commit", "torch", *VERSIONS, "natten")
 FIELDS = (
     "row", "status", "shape", "problem", "dtype", "rule", "provider", "function", "backend", "kernel", "p20_ms", "p50_ms", "p80_ms",

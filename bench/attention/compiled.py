@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.attention import sdpa
-from bench.attention.providers import Provider, Ready, image_and_text, ours, scores_refusal
+from bench.attention.providers import Provider, Ready, image_and_text, ours, scores_refusal, second_choice
 from bench.attention.shapes import Inputs, Pair, Task
 
 BLOCK = 128  # tokens of a block of FlexAttention's mask, its own default
@@ -163,7 +163,7 @@ _ONE_TEXT, _OWN_TEXT = ("", "global"), ("", "window")  # not rotated for every w
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        *(ours("triton"), ours("sdpa")),
+        *(ours("triton"), second_choice(), ours("sdpa")),
         *_named("gather", sdpa.gather, ("", "cudnn", "flash"), work=sdpa.padded_flops),
         *_named("windows", partial(sdpa.gather, beforehand=True), ("cudnn", "flash"), work=sdpa.padded_flops),
         *_named("loop", sdpa.loop, ("", "cudnn")),
@@ -175,7 +175,7 @@ PROVIDERS: dict[str, Provider] = {
     )
 }
 QUICK = (
-    "triton", "gather", "gather-cudnn", "windows-cudnn", "windows-flash", "full", "full-cudnn", "flex", "flex-pretiled", "natten",
-    "multidiffusion-cudnn",
+    "triton", "triton-plain", "gather", "gather-cudnn", "windows-cudnn", "windows-flash", "full", "full-cudnn", "flex", "flex-pretiled",
+    "natten", "multidiffusion-cudnn",
 )  # fmt: skip
 CPU = ("sdpa", "gather", "loop", "flex", "full", "natten", "multidiffusion")

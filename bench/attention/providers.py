@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -87,15 +89,39 @@ def scores_refusal(task: Task) -> str:
     return f"on a CPU scores of all pairs of tokens may take {4 * CPU_SCORES / 1e9:.1f} GB, got {4 * scores / 1e9:.1f} GB"
 
 
-def ours(impl: Literal["triton", "sdpa"]) -> Provider:
-    """One of the library's implementations."""
+def no_triton(task: Task) -> str:
+    """Why the kernels cannot run a task here; empty where they can."""
+    if task.device == "cpu":
+        return "the kernel needs a CUDA or ROCm device; Triton's interpreter is nothing to time"
+    return (device_refusal(torch.device(task.device)) or "") if has_triton() else "the triton package is not installed"
+
+
+def second_choice() -> Provider:
+    """The kernels in plain Triton, on devices for which the table of launch configurations has another kernel first."""
 
     def unavailable(task: Task) -> str:
-        if impl != "triton":
-            return ""
-        if task.device == "cpu":
-            return "the kernel needs a CUDA or ROCm device; Triton's interpreter is nothing to time"
-        return (device_refusal(torch.device(task.device)) or "") if has_triton() else "the triton package is not installed"
+        if refusal := no_triton(task):
+            return refusal
+        return (
+            "" if device_name(torch.device(task.device)) == "sm_90" else "the kernels in plain Triton are the first choice here: see triton"
+        )
+
+    def make(task: Task) -> Ready:
+        from scalediff_kernels.neighborhood import launch
+
+        first = ours("triton").make(task)
+
+        def run(inputs: Inputs) -> Any:
+            with patch.object(launch, "launch_config", lambda problem, device, _: config.block_config(problem, device)):
+                return first.run(inputs)
+
+        return first._replace(run=run)
+
+    return Provider("triton-plain", make, unavailable=unavailable, work=partial(tiled_flops, choose=config.block_config))
+
+
+def ours(impl: Literal["triton", "sdpa"]) -> Provider:
+    """One of the library's implementations."""
 
     def make(task: Task) -> Ready:
         how: dict[str, Any] = {"window": task.shape.window, "patch": task.shape.patch, "impl": impl}
@@ -104,17 +130,20 @@ def ours(impl: Literal["triton", "sdpa"]) -> Provider:
         how["text_queries"] = task.rule
         return Ready(lambda inputs: joint_neighborhood_patch_attention(*inputs.image, *inputs.text, text_rope=inputs.rope, **how))
 
-    return Provider(impl, make, unavailable=unavailable, work=tiled_flops if impl == "triton" else None)
+    return Provider(impl, make, unavailable=no_triton, work=tiled_flops) if impl == "triton" else Provider(impl, make)
 
 
-def tiled_flops(task: Task, device: str = "") -> int:
+def tiled_flops(
+    task: Task, device: str = "", *, choose: Callable[[config.Problem, str], config.LaunchConfig] = config.launch_config
+) -> int:
     """Of the kernel: tiles that hold a query, blocks of keys that hold a key, registers of D rounded up to a power of two."""
     s, width = task.shape, config.ceil_power_of_two(max(task.shape.head_dim, config.MIN_BLOCK))
     device, total = device or device_name(torch.device(task.device)), 0
     for queries in ("image", "text") if task.rule else ("image",):
         whole = queries == "text" and task.rule == "global"  # one window over the grid
-        window, patch = (s.grid, s.grid) if whole else (task.window, s.patch)
-        chosen = config.launch_config(config.Problem(s.grid, window, patch, s.head_dim, task.dtype.itemsize, s.text, queries), device)
+        window, tile = (s.grid, s.grid) if whole else (task.window, s.patch)
+        problem = config.Problem(s.grid, window, tile, s.head_dim, task.dtype.itemsize, s.text, queries, rope=task.rule == "window")
+        chosen = choose(problem, device)
         keys = _round_up(window[0], chosen.key_box[0]) * _round_up(window[1], chosen.key_box[1]) + _round_up(s.text, chosen.text_block)
         if queries == "image":
             axes = zip(task.spans, chosen.query_box, strict=True)

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command, for eight minutes or as many as there are: `python3 -m bench.gpu`.
 
 Parts run one after another, the most valuable first, each as a process with a time limit; if one crashes or hangs, that is reported and
-the next one runs. The first eight minutes are for the kernels' correctness, the attention kernel with what its goals are compared with,
-and whole pictures of SDXL and FLUX at 4096 px. All parts at their limits are about seventy minutes, nine runs, and every shape by every
-implementation is about an hour more. What is done at this commit, on this device and with these packages is not done again, so the same
+the next one runs. The first eight minutes are for the kernels' correctness, the attention kernel with what its goals are compared with
+and its neighbours in the table, and, of what time is left, whole pictures of SDXL and FLUX at 4096 px. All parts at their limits are about
+seventy minutes, ten runs, and every shape by every implementation is about an hour more. What is done at this commit, on this device and with these packages is not done again, so the same
 command resumes, by parts and by rows. It ends with a summary of at most sixty lines: the parts, timed calls of the quick shapes, and the
 goals as they are met. Only torch, Triton, einops and pytest must be installed. CSVs and one log are written to --out; CSVs copied to
 bench/results are what `python -m bench.report --write` shows. Exit status: 1 if a part failed, 2 without a GPU.
@@ -149,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 60 * options.minutes > gpu_parts.GRACE:
         parser.error(f"--minutes must be more than the {gpu_parts.GRACE:.0f} s in which a part is ended, got {options.minutes}")
-    parts = [part for part in PARTS if not options.only or part.name in options.only]
+    names = ["pipeline", "tune"] if options.tune else options.only
+    parts = [part for part in PARTS if not names or part.name in names]
     if options.list:
         print("\n".join(listed(parts, options.minutes)))
         return
@@ -183,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.split("\n")[0], epilog=f"{CARRY} {COPY}")
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}, in that order")
+    parser.add_argument("--tune", action="store_true", help="as --only pipeline tune")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of CSVs and gpu.log (default: runs/gpu)")
     parser.add_argument("--list", action="store_true", help="print the parts and how long they are, run none")

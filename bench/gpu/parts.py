@@ -36,6 +36,7 @@ class Part:
     refuses: str = ""  # what it prints where its program cannot work on this device
     csv: str = ""  # results are `CSV-MACHINE.csv`; such a command takes --csv and --commit, and resumes
     spread: bool = False  # tests in several processes with pytest-xdist, with a limit for each with pytest-timeout
+    hangs: int = 60  # seconds after which a test counts as hanging
 
     def refusal(self) -> str:
         """Why it cannot run here; empty where it can."""
@@ -62,7 +63,7 @@ class Part:
         if self.spread and find_spec("xdist") is not None:
             words += ["-n", str(min(12, os.cpu_count() or 1))]
         if self.spread and find_spec("pytest_timeout") is not None:
-            words += ["--timeout", "60", "--timeout-method", "thread"]  # a test that hangs fails by name, and the others go on
+            words += ["--timeout", str(self.hangs), "--timeout-method", "thread"]  # a test that hangs fails by name, and the others go on
         return words
 
     def run(self, command: Sequence[str], out: Path, *, limit: float) -> tuple[int | None, str]:
@@ -147,10 +148,15 @@ _OF_GOALS = (
     "--shape", "flux-4096", "sdxl-64-4096", "sdxl-32-4096",
     "--provider", "windows-cudnn", "windows-flash", "gather", "gather-cudnn", "natten",
 )  # fmt: skip
-PARTS: tuple[Part, ...] = (  # five in the first eight minutes
+PARTS: tuple[Part, ...] = (  # six in the first eight minutes
+    _tests(
+        "pipeline", "the warp-specialised kernel of sm_90 is right; a wrong barrier hangs", 60, "pipeline",
+        "tests/kernels/neighborhood/test_on_the_gpu.py", spread=True, hangs=20,
+    ),
     _tests("tests", "every kernel is right on the device, in bf16 and fp16 among others", 75, _RIGHT, "tests/kernels", spread=True),
-    _calls("kernel", "the attention kernel, few shapes", 45, "--quick", "--provider", "triton"),
+    _calls("kernel", "the attention kernels, few shapes", 60, "--quick", "--provider", "triton", "triton-plain"),
     _calls("attention-goals", "what its goals compare with, without a compiler", 50, "--quick", *_OF_GOALS),
+    Part("tune", "neighbours of the warp-specialised kernel's table", 100, ("bench.tune", "--device", "cuda"), csv="tune"),
     _pictures("cascade-sdxl", "whole pictures, SDXL, 4096 px", 150, 60, _SDXL, "npa", "multidiffusion", "demofusion", "authors"),
     _pictures("cascade-flux", "whole pictures, FLUX.1-dev, 4096 px", 150, 75, _FLUX, "npa", "multidiffusion"),
     _calls("attention-quick", "few shapes by every implementation worth it", 240, "--quick"),
@@ -168,7 +174,7 @@ PARTS: tuple[Part, ...] = (  # five in the first eight minutes
     _pictures(
         "cascade-flux-2048", "FLUX.1-dev, 2048 px", 320, 75, _FLUX_2048, "npa", "multidiffusion", "authors-jitter", "npa-global", *_FULL
     ),
-    _calls("kernel-shapes", "the attention kernel, every shape and dtype", 240, "--provider", "triton"),
+    _calls("kernel-shapes", "the attention kernels, every shape and dtype", 300, "--provider", "triton", "triton-plain"),
     _tests(
         "tests-all", "all tests that need a device, but for compute-sanitizer", 180, "not sanitizer", "-m", "gpu", "tests/kernels",
         "tests/bench/attention/test_providers.py", spread=True,

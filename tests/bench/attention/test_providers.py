@@ -26,6 +26,7 @@ COVERED = Shape((6, 5), (8, 8), (4, 4), 2, 16, text=3, dtype=torch.float32)
 SMALL = [("even", EVEN, ""), ("odd", ODD, "window"), ("odd", ODD, "global"), ("covered", COVERED, "window"), ("covered", COVERED, "global")]
 TASKS = [Task(name, shape, torch.float32, "cpu", rule) for name, shape, rule in SMALL]
 HERE = [name for name in PROVIDERS if not name.endswith(("cudnn", "efficient"))]
+KERNELS = ("triton", "triton-plain")
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning", "ignore:return_lse is deprecated:FutureWarning")
 
@@ -46,10 +47,10 @@ def test_a_provider_computes_what_it_says(task: Task, name: str) -> None:
     """The whole result against the library's reference in fp64, not through the gate; views one by one."""
     if name == "natten":
         pytest.importorskip("natten", reason="pip install --no-build-isolation --no-deps natten (needs cmake)")
-    if name == "triton" and torch.cuda.is_available():
+    if name in KERNELS and torch.cuda.is_available():
         pytest.skip("the interpreter stands for the kernel only where there is no GPU")
     provider = PROVIDERS[name]
-    if name != "triton" and (refusal := provider.refusal(task)):
+    if name not in KERNELS and (refusal := provider.refusal(task)):
         assert refusal.endswith(("'window'", "'global'")), "what small shapes are refused for is the rule, and the other one is named"
         return
     inputs, (image, text) = outputs(task, name)

@@ -65,13 +65,47 @@ def test_products_that_wait_for_each_other_and_repeated_softmaxes_are_faults() -
         loops = (("HGMMA.64x64x16", *[wait] * waits, *["MUFU.EX2 R7, R6"] * exponential),)
         return case.faults("sm_90", case.launch("sm_90"), Binary(200, 0, 1000, "HGMMA UTMALDG", loops))
 
-    case = Case(128, text=512)  # 128 x 128 scores on eight warps: 64 exponentials a thread, and two of a row's maxima
+    case = Case(128, text=512, path="descriptor")  # 128 x 128 scores on eight warps: 64 exponentials a thread, and two of a row's maxima
     assert faults(case, 2, 66) == []
     assert faults(case, 3, 66) == ["products that wait for each other"]
     assert faults(case, 1, 132) == ["2.06 exponentials a score"]
-    assert faults(Case(160, text=512), 34, 72) == [], "known: docs/evidence/compiled.md"
-    assert faults(Case(160), 34, 20) == ["products that wait for each other"]
+    assert faults(Case(160, text=512, path="descriptor"), 34, 72) == [], "known: docs/evidence/compiled.md"
+    assert faults(Case(160, path="descriptor"), 34, 20) == ["products that wait for each other"]
     assert "head dims above 128" in DOC.read_text()
+
+
+def pipeline(products: int = 16, exponentials: int = 66, order: str = "PweW") -> tuple[str, ...]:
+    """A main loop of a consumer: products, the wait for scores, exponentials, the wait for all, or in another order."""
+    kinds = {
+        "P": ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4]"] * products,
+        "w": ["WARPGROUP.DEPBAR.LE gsb0, 0x1"],
+        "e": ["MUFU.EX2 R7, R6"] * exponentials,
+        "W": ["WARPGROUP.DEPBAR.LE gsb0, 0x0"],
+    }
+    return tuple(instruction for kind in order for instruction in kinds[kind])
+
+
+@pytest.mark.parametrize(
+    ("loops", "fault"),
+    [
+        ([pipeline()] * 2, ""),
+        ([pipeline(order="eWPw"), pipeline()], ""),  # the same loop, turned
+        ([pipeline()], "1 main loops for 2 consumers"),
+        ([pipeline(), pipeline(products=15)], "not 16 products in every main loop"),
+        ([pipeline(), pipeline(order="PwWe")], "a main loop in the order products, wait 1, wait 0, exponentials"),
+        ([pipeline(), pipeline(order="PwPweW")], "not 16 products in every main loop"),
+        ([pipeline(), pipeline(exponentials=132)], "2.06 exponentials a score"),
+        ([pipeline(), (*pipeline(), "STL [R1], R2")], "1 spills in the main loops"),
+        ([pipeline(), (*pipeline(), "LDSM.16.M88.4 R4, [R2]")], "keys or values go through registers in the main loop"),
+    ],
+)
+def test_faults_of_a_pipeline_are_named(loops: list[tuple[str, ...]], fault: str) -> None:
+    case = Case(128, text=512)
+    code = "UTMALDG.5D " * 8 + "USETMAXREG"
+    found = case.faults("sm_90", case.launch("sm_90"), Binary(168, 0, 200_000, code, tuple(loops)))
+    assert fault in found if fault else found == []
+    assert "8 loads by TMA" not in found
+    assert "7 loads by TMA" in case.faults("sm_90", case.launch("sm_90"), Binary(168, 0, 200_000, "UTMALDG.5D " * 7, tuple(loops)))
 
 
 def test_the_roofline_counts_what_is_repeated_and_ranks_what_is_serialised_last() -> None:
@@ -93,7 +127,7 @@ def test_predictions_shown_are_the_committed_ones() -> None:
 
 
 def test_faults_are_named() -> None:
-    case = Case(128)
+    case = Case(128, path="descriptor")
     launch = case.launch("sm_90")
     broken = Binary(registers=255, spills=3, shared=300_000, code="HMMA", loops=(("LDSM R1 ;",),))
     assert case.faults("sm_90", launch, broken) == [
@@ -103,7 +137,7 @@ def test_faults_are_named() -> None:
         r"no \bHGMMA",
         "keys or values go through registers in the main loop",
     ]
-    assert case.faults("sm_80", case.launch("sm_80"), Binary(200, 0, 1000, "HMMA", ())) == ["no main loop found", "no cp.async"]
+    assert Case(128).faults("sm_80", Case(128).launch("sm_80"), Binary(200, 0, 1000, "HMMA", ())) == ["no main loop found", "no cp.async"]
 
 
 def test_the_page_is_that_of_the_committed_rows() -> None:

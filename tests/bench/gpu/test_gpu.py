@@ -42,7 +42,7 @@ def test_help_says_what_to_do_without_diffusers_and_without_git(capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "tests", "speed"], r"argument --only: invalid choice: 'speed' \(choose from '?tests"),
+        (["--only", "tests", "speed"], r"argument --only: invalid choice: 'speed' \(choose from '?pipeline"),
         (["--minutes", "0"], r"--minutes must be more than the 10 s in which a part is ended, got 0\.0"),
         (["--minutes", "0.1"], r"got 0\.1"),
     ],

@@ -16,7 +16,7 @@ from bench.gpu.parts import PARTS, Part
 from bench.harness.facts import ROOT
 from bench.lowpass import __main__ as lowpass
 
-FIRST = ["tests", "kernel", "attention-goals", "cascade-sdxl", "cascade-flux"]
+FIRST = ["pipeline", "tests", "kernel", "attention-goals", "tune"]
 
 
 def test_the_list_needs_no_gpu_and_says_how_long_all_of_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,8 +24,8 @@ def test_the_list_needs_no_gpu_and_says_how_long_all_of_it_is(capsys: pytest.Cap
     *listed, total = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == [part.name for part in PARTS]
     assert [part.name for part in PARTS[:5]] == FIRST
-    assert total == f"{len(PARTS)} parts, 68 minutes at their limits, 9 runs of 8 minutes; the first has room for {', '.join(FIRST)}"
-    assert "about seventy minutes, nine runs" in " ".join(str(gpu.__doc__).split())
+    assert total == f"{len(PARTS)} parts, 72 minutes at their limits, 10 runs of 8 minutes; the first has room for {', '.join(FIRST)}"
+    assert "about seventy minutes, ten runs" in " ".join(str(gpu.__doc__).split())
     gpu.main(["--list", "--only", "sanitizer", "tests"])
     listed = capsys.readouterr().out.splitlines()[:-1]
     assert [line.split()[0] for line in listed] == ["tests", "sanitizer"], "the order is not the caller's"
@@ -43,6 +43,8 @@ def test_every_command_is_one_that_its_benchmark_takes(part: Part) -> None:
         options = attention._parser().parse_args(words)
         assert options.device == "cuda"
         assert set(options.provider or ()) <= set(attention.PROVIDERS)
+    elif part.csv == "tune":
+        assert words[1:3] == ["--device", "cuda"]
     elif part.csv == "lowpass":
         assert lowpass._parser().parse_args(words).seconds == 0.2
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 from tests.kernels.gluon_emulator import run as emulate
-from tests.kernels.problems import Problem, expected
+from tests.kernels.neighborhood.problems import Problem, expected
 
 F16, BF16 = torch.float16, torch.bfloat16
 CHOSEN = [

@@ -16,7 +16,7 @@ from tests.kernels.gluon_emulator import run as emulate
 from tests.kernels.gluon_language import EmulationError
 from tests.kernels.gluon_machine import Deadlock, Race
 from tests.kernels.neighborhood.pipelines import CHOSEN, JOINT, SMALL, assert_right, draw, launches, run
-from tests.kernels.problems import GPU, Problem
+from tests.kernels.neighborhood.problems import GPU, Problem
 
 pytestmark = pytest.mark.skipif(GPU, reason="the emulator is for CPUs; tests/kernels/test_on_the_gpu.py runs these problems on a GPU")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels.neighborhood.lse import window_log_sum_exp
 from scalediff_kernels.neighborhood.reference import attend
-from tests.kernels.problems import TARGETS, Problem, run
+from tests.kernels.neighborhood.problems import TARGETS, Problem, run
 
 PLAIN = Problem((11, 9), (7, 6), (3, 2), (1, 1), 16, heads=4, groups=2, dtype=torch.float64)
 JOINT = replace(PLAIN, text=5, rope=True, rule="window")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
-from tests.kernels.neighborhood.problems import CHOSEN, GPU, Problem, assert_right, run
+from tests.kernels.neighborhood import pipelines
+from tests.kernels.neighborhood.problems import CHOSEN, GPU, PATHS, TARGETS, Problem, assert_right, run
 from tests.kernels.sanitizer import assert_clean
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -17,35 +20,70 @@ SANITIZED = """
 import torch
 from scalediff_kernels import joint_neighborhood_patch_attention as joint
 half, brain = torch.float16, torch.bfloat16
-for dim, dtype, window in ((64, half, (8, 8)), (40, brain, (7, 5)), (128, brain, (8, 8)), (16, torch.float32, (5, 6))):
+sizes = ((64, half, (8, 8)), (40, brain, (7, 5)), (128, brain, (8, 8)), (16, torch.float32, (5, 6)), (64, half, (12, 14)))
+for dim, dtype, window in sizes:
     q, k, v = (torch.randn(1, 19, 14, 2, dim, device="cuda", dtype=dtype) for _ in range(3))
     text = [torch.randn(1, 9, 2, dim, device="cuda", dtype=dtype) for _ in range(3)]
     for rule in ("window", "global"):
-        joint(q, k, v, *text, window=window, patch=(4, 4), offset=(1, 3), text_queries=rule, impl="triton")
+        patch = (4, 4) if max(window) < 12 else (11, 12)  # of the last one a tile of 128 queries: the warp-specialised kernel on sm_90
+        joint(q, k, v, *text, window=window, patch=patch, offset=(1, 3), text_queries=rule, impl="triton")
 torch.cuda.synchronize()
 """
 
 
+HOPPER = pytest.mark.skipif(not GPU or torch.cuda.get_device_capability() != (9, 0), reason="the warp-specialised kernel is for sm_90")
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("problem", pipelines.CHOSEN, ids=lambda p: f"{p.grid[0]}x{p.grid[1]}-D{p.dim}-T{p.text}")
+def test_pipeline_keeps_the_error_budget(problem: Problem, dtype: torch.dtype) -> None:
+    PATHS.clear()
+    assert_right(replace(problem, dtype=dtype), None)
+    assert set(PATHS) == {"warp-specialised"}
+
+
+@HOPPER
+@pytest.mark.parametrize("seed", range(12))
+def test_pipeline_keeps_the_error_budget_of_drawn_problems(seed: int) -> None:
+    assert_right(pipelines.draw(seed), None)
+
+
+@HOPPER
+@pytest.mark.parametrize("dim", [64, 128])
+def test_pipeline_takes_tile_after_tile(dim: int) -> None:
+    """More tiles than multiprocessors, so that every barrier goes through many phases; and the same bits every run."""
+    problem = Problem(
+        (192, 192), (64, 64), (32, 32), (0, 0), dim, heads=4, groups=4, text=200, rope=True, rule="window", dtype=torch.bfloat16
+    )
+    assert_right(problem, None)
+    first = run(problem, None)
+    assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(problem, None), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("problem", CHOSEN, ids=lambda p: f"{p.grid[0]}x{p.grid[1]}-D{p.dim}-T{p.text}")
-def test_every_dtype(problem: Problem, dtype: torch.dtype) -> None:
-    assert_right(Problem(**(vars(problem) | {"dtype": dtype})), None)
+def test_every_dtype(problem: Problem, dtype: torch.dtype, target: str | None) -> None:
+    assert_right(Problem(**(vars(problem) | {"dtype": dtype})), target)
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [40, 64, 72, 80, 96, 128, 160, 256])
-def test_windows_of_the_paper(dim: int, dtype: torch.dtype) -> None:
-    assert_right(Problem((96, 80), (64, 64), (32, 32), (5, 17), dim, text=77, rope=True, rule="window", dtype=dtype), None)
+def test_windows_of_the_paper(dim: int, dtype: torch.dtype, target: str | None) -> None:
+    assert_right(Problem((96, 80), (64, 64), (32, 32), (5, 17), dim, text=77, rope=True, rule="window", dtype=dtype), target)
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("rule", ["window", "global"])
-def test_low_precision_as_flux_hands_it_over(rule: str) -> None:
+def test_low_precision_as_flux_hands_it_over(rule: str, target: str | None) -> None:
     """Text and image cut out of one sequence, the windows split over several programs: the shape of a layer, with fewer heads."""
     rope = rule == "window"
     problem = Problem(
         (128, 128), (64, 64), (32, 32), (0, 0), 128, heads=3, groups=3, text=512, rope=rope, rule=rule, layout="joint", dtype=torch.bfloat16
     )  # fmt: skip
-    assert_right(problem, None)
+    assert_right(problem, target)
 
 
 def test_the_same_bits_every_run() -> None:

@@ -33,11 +33,17 @@ def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
     return bars
 
 
+def _name(specialization):
+    """Image and text queries have names of their own in a profile."""
+    return "hopper_text_kernel" if specialization.constants["C"].text_queries else "hopper_image_kernel"
+
+
 @gluon.jit(
+    repr=_name,
     do_not_specialize=[
         "tiles", "rows", "columns", "skip_y", "skip_x", "grid_y", "grid_x", "patches_x", "offset_y", "offset_x", "heads", "windows",
         "part_windows", "blocks", "part_blocks", "text", "text_blocks",
-    ]
+    ],
 )  # fmt: skip
 def hopper_kernel(
     q_ref,  # descriptor of [B, Y, X, H, D], or of text queries [B, T, H, D]; a box is the rows of one consumer
