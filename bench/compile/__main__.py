@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for target, future in zip(TARGETS, futures, strict=True):
                 faulty = [row for row in future.result() if row["faults"]]
                 rows, broken = rows + future.result(), broken + len(faulty)
-                print(f"triton {version} {kernels} {target}: {len(future.result())} kernels, {len(faulty)} with faults", flush=True)
+                print(
+                    f"triton {triton.__version__} {kernels} {target}: {len(future.result())} kernels, {len(faulty)} with faults", flush=True
+                )
                 for found in faulty:
                     print("  ", *(f"{key}={value}" for key, value in found.items() if key not in ("triton", "target")), flush=True)
             if options.write:
