@@ -1,12 +1,13 @@
 """Everything that needs a GPU, in one command, for eight minutes or as many as there are: `python3 -m bench.gpu`.
 
-Parts run one after another, the most valuable first, each as a process with a time limit; if one crashes or hangs, that is reported and
-the next one runs. The first eight minutes are for the kernels' correctness, the attention kernel with what its goals are compared with
-and its neighbours in the table, and, of what time is left, whole pictures of SDXL and FLUX at 4096 px. All parts at their limits are about
-seventy minutes, ten runs, and every shape by every implementation is about an hour more. What is done at this commit, on this device and with these packages is not done again, so the same
-command resumes, by parts and by rows. It ends with a summary of at most sixty lines: the parts, timed calls of the quick shapes, and the
-goals as they are met. Only torch, Triton, einops and pytest must be installed. CSVs and one log are written to --out; CSVs copied to
-bench/results are what `python -m bench.report --write` shows. Exit status: 1 if a part failed, 2 without a GPU.
+Parts run one after another, the most valuable first, each as a process with a time limit; if one crashes or hangs, that is reported and the
+next one runs. The first eight minutes are for the kernels' correctness, the attention kernel with what its goals are compared with and its
+neighbours in the table, and, of what time is left, whole pictures of SDXL and FLUX at 4096 px. All parts at their limits are about seventy
+minutes, ten runs, and every shape by every implementation is about an hour more. What is done at this commit, on this device and with these
+packages is not done again, so the same command resumes, by parts and by rows. It ends with a summary of at most sixty lines: the parts,
+timed calls of the quick shapes, and the goals as they are met. Only torch, Triton, einops and pytest must be installed. CSVs and one log
+are written to --out; CSVs copied to bench/results are what `python -m bench.report --write` shows. Exit status: 1 if a part failed, 2
+without a GPU.
 """
 
 from __future__ import annotations
