@@ -90,17 +90,17 @@ def test_log_sum_exp_of_image_queries() -> None:
 
 
 MUTATIONS: dict[str, tuple[str, str, type[Exception]]] = {
-    "no wait for the first keys": ("mbarrier.wait(k_full.index(stage), n // STAGES & 1)", "pass", Race),
-    "no wait for the next keys": ("mbarrier.wait(k_full.index((n + 1) % STAGES), (n + 1) // STAGES & 1, pred=j + 1 < end)", "pass", Race),
-    "no wait for the queries": ("mbarrier.wait(q_full.index(PART), turn & 1)", "pass", Race),
+    "no wait for the first keys": ("mbarrier.wait(bars.k_full.index(stage), n // STAGES & 1)", "pass", Race),
+    "no wait for the next keys": ("mbarrier.wait(bars.k_full.index((n + 1) % STAGES), (n + 1) // STAGES & 1, pred=j + 1 < end)", "pass", Race),
+    "no wait for the queries": ("mbarrier.wait(bars.q_full.index(PART), turn & 1)", "pass", Race),
     "values of the wrong phase": (
-        "mbarrier.wait(v_full.index(before), before_phase)",
-        "mbarrier.wait(v_full.index(before), 1 - before_phase)",
+        "mbarrier.wait(bars.v_full.index(before), before_phase)",
+        "mbarrier.wait(bars.v_full.index(before), 1 - before_phase)",
         EmulationError,
     ),
-    "keys are overwritten": ("mbarrier.wait(k_empty.index(stage), phase ^ 1)", "pass", Race),
-    "values are overwritten": ("mbarrier.wait(v_empty.index(stage), phase ^ 1)", "pass", Race),
-    "queries are overwritten": ("mbarrier.wait(q_empty.index(part), turn & 1 ^ 1)", "pass", Race),
+    "keys are overwritten": ("mbarrier.wait(bars.k_empty.index(stage), phase ^ 1)", "pass", Race),
+    "values are overwritten": ("mbarrier.wait(bars.v_empty.index(stage), phase ^ 1)", "pass", Race),
+    "queries are overwritten": ("mbarrier.wait(bars.q_empty.index(part), turn & 1 ^ 1)", "pass", Race),
     "one consumer frees the keys for both": (
         "k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)",
         "k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 1)",
@@ -121,8 +121,8 @@ MUTATIONS: dict[str, tuple[str, str, type[Exception]]] = {
         "warpgroup_mma_wait(1, deps=[next_acc, next_p])",
         EmulationError,
     ),
-    "values are never freed": ("mbarrier.arrive(v_empty.index(before), count=1)", "pass", Deadlock),
-    "turns are not handed on": ("mbarrier.arrive(turns.index(1 - PART), count=1)", "pass", Deadlock),
+    "values are never freed": ("mbarrier.arrive(bars.v_empty.index(before), count=1)", "pass", Deadlock),
+    "turns are not handed on": ("mbarrier.arrive(bars.turns.index(1 - PART), count=1)", "pass", Deadlock),
     "a load has half of its bytes": (
         "mbarrier.expect(full, desc.block_type.nbytes)",
         "mbarrier.expect(full, desc.block_type.nbytes // 2)",
@@ -149,4 +149,4 @@ def test_mutations_of_the_kernel_are_caught(old: str, new: str, error: type[Exce
 def test_a_deadlock_says_who_waits_for_what() -> None:
     message = r"\(produce\) waits at produce.py:\d+ for parity 0 of v_empty\[0\]: phase 0, 2 of 2 arrivals"
     with pytest.raises(Deadlock, match=message):
-        run(SMALL, programs=1, edits={"mbarrier.arrive(v_empty.index(before), count=1)": "pass"})
+        run(SMALL, programs=1, edits={"mbarrier.arrive(bars.v_empty.index(before), count=1)": "pass"})

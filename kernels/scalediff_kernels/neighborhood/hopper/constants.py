@@ -6,6 +6,7 @@ Legend: M x N query x key block of a consumer, D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from triton.experimental.gluon import language as gl
 
@@ -40,9 +41,14 @@ class Constants:
 
     @property
     def split(self) -> tuple[int, int]:
-        """Distance of the query boxes of two consumers."""
+        """Distance of the query boxes of two consumers: below each other, or side by side where a tile has too few rows."""
         rows, columns = self.query_box
         return (rows // self.consumers, 0) if rows >= self.consumers else (0, columns // self.consumers)
+
+    @property
+    def consumer_box(self) -> tuple[int, int]:
+        """The part of a query tile that a consumer computes."""
+        return self.split[0] or self.query_box[0], self.split[1] or self.query_box[1]
 
     @property
     def full(self) -> tuple[int, int]:
@@ -79,3 +85,64 @@ class Constants:
     def wide_layout(self) -> gl.BlockedLayout:
         """Rows of D elements in vectors of 16 bytes."""
         return gl.BlockedLayout([1, 8], [32 // (self.block_d // 8), self.block_d // 8], [4, 1], [1, 0])
+
+
+class Sizes(NamedTuple):
+    """Numbers that may differ from call to call without another compilation."""
+
+    tiles: Any  # query tiles of all heads
+    rows: Any  # query tiles of a head along y, or tiles of text queries
+    columns: Any  # query tiles of a head along x, or parts of the windows or blocks that text queries attend to
+    skip_y: Any  # tiles of the first patches that are outside the grid
+    skip_x: Any
+    grid_y: Any
+    grid_x: Any
+    patches_x: Any
+    offset_y: Any
+    offset_x: Any
+    heads: Any
+    windows: Any
+    part_windows: Any  # of a part
+    blocks: Any  # of text and window
+    part_blocks: Any  # of a part
+    text: Any  # tokens
+    text_blocks: Any
+
+
+class Descriptors(NamedTuple):
+    """Of the tensors that the producer reads."""
+
+    q: Any
+    k: Any
+    v: Any
+    text_k: Any
+    text_v: Any
+
+
+class Buffers(NamedTuple):
+    """Shared memory: queries of each consumer, and rings of blocks of keys and values."""
+
+    q: Any
+    k: Any
+    v: Any
+
+
+class Barriers(NamedTuple):
+    """Of each buffer, and the turns of two consumers."""
+
+    q_full: Any
+    q_empty: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+    turns: Any
+
+
+class Outputs(NamedTuple):
+    """Pointers, or a descriptor of the image, and the strides of the image."""
+
+    image: Any
+    sums: Any
+    lse: Any
+    strides: Any

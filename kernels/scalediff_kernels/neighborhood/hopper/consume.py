@@ -39,9 +39,8 @@ def _mask(scores, j, sizes, C: gl.constexpr):
     """The scores of block j, with minus infinity at keys beyond the text and at keys that earlier boxes have."""
     N: gl.constexpr = C.n
     LAYOUT: gl.constexpr = C.scores_layout
-    _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, text, text_blocks = sizes
-    _, _, seen_y, seen_x = key_place(gl.maximum(j - text_blocks, 0), C)
-    stop = gl.where(j < text_blocks, text - text_token(j, text_blocks, C), N)
+    _, _, seen_y, seen_x = key_place(gl.maximum(j - sizes.text_blocks, 0), C)
+    stop = gl.where(j < sizes.text_blocks, sizes.text - text_token(j, sizes, C), N)
     offs = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
     keep = (offs // C.key_box[1] >= seen_y) & (offs % C.key_box[1] >= seen_x) & (offs < stop)
     return gl.where(gl.expand_dims(keep, 0), scores, float("-inf"))
@@ -61,7 +60,7 @@ def _softmax(scores, j, top, total, scale, sizes, MASKED: gl.constexpr, C: gl.co
 
 
 @gluon.jit
-def _attend(n, steps, window, begin, end, buffers, barriers, sizes, scale, PART: gl.constexpr, C: gl.constexpr):
+def _attend(n, steps, window, begin, end, buffers, bars, sizes, scale, PART: gl.constexpr, C: gl.constexpr):
     """Attend to the blocks of one window; `n` blocks were before, and `steps` turns. Returns maxima, sums, result, and the new counts."""
     M: gl.constexpr = C.m
     N: gl.constexpr = C.n
@@ -71,44 +70,41 @@ def _attend(n, steps, window, begin, end, buffers, barriers, sizes, scale, PART:
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     SCORES_ROWS: gl.constexpr = gl.SliceLayout(1, C.scores_layout)
-    q_smem, k_smem, v_smem = buffers
-    _, _, k_full, k_empty, v_full, v_empty, turns = barriers
-    _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, text_blocks = sizes
     top = gl.full([M], float("-inf"), gl.float32, SCORES_ROWS)
     total = gl.full([M], 0.0, gl.float32, SCORES_ROWS)
     acc = gl.zeros([M, BLOCK_D], gl.float32, LAYOUT)
 
     stage = n % STAGES
-    mbarrier.wait(k_full.index(stage), n // STAGES & 1)
-    scores = warpgroup_mma_wait(0, deps=[_scores(_queries(q_smem, begin < text_blocks, PART, C), k_smem.index(stage), C)])
-    mbarrier.arrive(k_empty.index(stage), count=1)
+    mbarrier.wait(bars.k_full.index(stage), n // STAGES & 1)
+    scores = warpgroup_mma_wait(0, deps=[_scores(_queries(buffers.q, begin < sizes.text_blocks, PART, C), buffers.k.index(stage), C)])
+    mbarrier.arrive(bars.k_empty.index(stage), count=1)
     top, total, shrink, weights = _softmax(scores, begin, top, total, scale, sizes, C.ragged_text or C.ragged_window, C)
-    p = gl.convert_layout(weights.to(q_smem.dtype), P_LAYOUT)
-    mbarrier.wait(k_full.index((n + 1) % STAGES), (n + 1) // STAGES & 1, pred=begin + 1 < end)
+    p = gl.convert_layout(weights.to(buffers.q.dtype), P_LAYOUT)
+    mbarrier.wait(bars.k_full.index((n + 1) % STAGES), (n + 1) // STAGES & 1, pred=begin + 1 < end)
     for j in range(begin + 1, end):
         before, before_phase = stage, n // STAGES & 1
         n += 1
         stage = n % STAGES
-        mbarrier.wait(v_full.index(before), before_phase)
+        mbarrier.wait(bars.v_full.index(before), before_phase)
         if C.ping_pong:
-            mbarrier.wait(turns.index(PART), steps & 1)
+            mbarrier.wait(bars.turns.index(PART), steps & 1)
             steps += 1
-        next_scores = _scores(_queries(q_smem, j < text_blocks, PART, C), k_smem.index(stage), C)
-        next_acc = warpgroup_mma(p, v_smem.index(before).reshape([N, BLOCK_D]), acc, is_async=True)
+        next_scores = _scores(_queries(buffers.q, j < sizes.text_blocks, PART, C), buffers.k.index(stage), C)
+        next_acc = warpgroup_mma(p, buffers.v.index(before).reshape([N, BLOCK_D]), acc, is_async=True)
         if C.ping_pong:
-            mbarrier.arrive(turns.index(1 - PART), count=1)
+            mbarrier.arrive(bars.turns.index(1 - PART), count=1)
         scores = warpgroup_mma_wait(1, deps=[next_scores])
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.arrive(bars.k_empty.index(stage), count=1)
         top, total, shrink, weights = _softmax(scores, j, top, total, scale, sizes, C.ragged_window, C)
-        next_p = gl.convert_layout(weights.to(q_smem.dtype), P_LAYOUT)
+        next_p = gl.convert_layout(weights.to(buffers.q.dtype), P_LAYOUT)
         # The wait for the next keys is a loop, over which ptxas moves nothing: so the softmax stays above the wait for P V.
-        mbarrier.wait(k_full.index((n + 1) % STAGES), (n + 1) // STAGES & 1, pred=j + 1 < end)
+        mbarrier.wait(bars.k_full.index((n + 1) % STAGES), (n + 1) // STAGES & 1, pred=j + 1 < end)
         acc, p = warpgroup_mma_wait(0, deps=[next_acc, next_p])
-        mbarrier.arrive(v_empty.index(before), count=1)
+        mbarrier.arrive(bars.v_empty.index(before), count=1)
         acc = acc * gl.expand_dims(gl.convert_layout(shrink, ROWS), 1)
-    mbarrier.wait(v_full.index(stage), n // STAGES & 1)
-    acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_smem.index(stage).reshape([N, BLOCK_D]), acc, is_async=True)])
-    mbarrier.arrive(v_empty.index(stage), count=1)
+    mbarrier.wait(bars.v_full.index(stage), n // STAGES & 1)
+    acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, buffers.v.index(stage).reshape([N, BLOCK_D]), acc, is_async=True)])
+    mbarrier.arrive(bars.v_empty.index(stage), count=1)
     return top, total, acc / gl.expand_dims(gl.convert_layout(total, ROWS), 1), n + 1, steps
 
 
@@ -117,23 +113,21 @@ def consume(work, PART: gl.constexpr, C: gl.constexpr):
     """A consumer: compute the query rows PART of every tile."""
     M: gl.constexpr = C.m
     BLOCK_D: gl.constexpr = C.block_d
-    buffers, barriers, sizes, outputs, rotation, scale = work
-    q_smem, _, _ = buffers
-    q_full, q_empty, _, _, _, _, _ = barriers
+    buffers, bars, sizes, outputs, rotation, scale = work
     n = 0  # blocks so far
     turn = 0  # tiles so far
     steps = 0  # turns at the tensor cores so far
-    for tile in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
+    for tile in range(gl.program_id(0), sizes.tiles, gl.num_programs(0)):
         batch, head, y, x, first, last, begin, end = place(tile, sizes, C)
-        mbarrier.wait(q_full.index(PART), turn & 1)
+        mbarrier.wait(bars.q_full.index(PART), turn & 1)
         for window in range(first, last):
             if C.rope:
-                rotated = q_smem.index(C.consumers + PART).reshape([M, BLOCK_D])
-                rotate(q_smem.index(PART).reshape([M, BLOCK_D]), rotated, rotation, window, C)
-            top, total, b_out, n, steps = _attend(n, steps, window, begin, end, buffers, barriers, sizes, scale, PART, C)
+                rotated = buffers.q.index(C.consumers + PART).reshape([M, BLOCK_D])
+                rotate(buffers.q.index(PART).reshape([M, BLOCK_D]), rotated, rotation, window, C)
+            top, total, b_out, n, steps = _attend(n, steps, window, begin, end, buffers, bars, sizes, scale, PART, C)
             if C.text_queries:
                 store_sums(outputs, b_out, top, total, tile, window - first, PART, C)
             else:
-                store_image(outputs, q_smem.index(PART), b_out, top, total, batch, y, x, head, window, sizes, PART, C)
-        mbarrier.arrive(q_empty.index(PART), count=1)
+                store_image(outputs, buffers.q.index(PART), b_out, top, total, batch, y, x, head, window, sizes, PART, C)
+        mbarrier.arrive(bars.q_empty.index(PART), count=1)
         turn += 1

@@ -20,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from scalediff_kernels.neighborhood.hopper.constants import Barriers, Buffers, Descriptors, Outputs, Sizes
 from scalediff_kernels.neighborhood.hopper.consume import consume
 from scalediff_kernels.neighborhood.hopper.produce import produce
 
@@ -75,24 +76,24 @@ def hopper_kernel(
     fence_async_shared()
     if C.ping_pong:
         mbarrier.arrive(turns.index(0), count=1)
-    buffers = (q_smem, k_smem, v_smem)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
-    sizes = (
+    buffers = Buffers(q_smem, k_smem, v_smem)
+    bars = Barriers(q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    sizes = Sizes(
         tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, patches_x, offset_y, offset_x, heads, windows, part_windows, blocks,
         part_blocks, text, text_blocks,
     )  # fmt: skip
-    descs = (q_ref, k_ref, v_ref, text_k_ref, text_v_ref)
-    work = (buffers, barriers, sizes, (out_ref, sums_ptr, lse_ptr, out_strides), (cos_ptr, sin_ptr), scale)
+    descs = Descriptors(q_ref, k_ref, v_ref, text_k_ref, text_v_ref)
+    work = (buffers, bars, sizes, Outputs(out_ref, sums_ptr, lse_ptr, out_strides), (cos_ptr, sin_ptr), scale)
     if CONSUMERS == 2:
         gl.warp_specialize(
-            [(consume, (work, 0, C)), (consume, (work, 1, C)), (produce, (descs, buffers, barriers, sizes, C))],
+            [(consume, (work, 0, C)), (consume, (work, 1, C)), (produce, (descs, buffers, bars, sizes, C))],
             [4, 1], [REGISTERS, 24],
         )  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
                 (consume, (work, 0, C)), (consume, (work, 1, C)), (consume, (work, 2, C)),
-                (produce, (descs, buffers, barriers, sizes, C)),
+                (produce, (descs, buffers, bars, sizes, C)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
@@ -100,7 +101,7 @@ def hopper_kernel(
         gl.warp_specialize(
             [
                 (consume, (work, 0, C)), (consume, (work, 1, C)), (consume, (work, 2, C)), (consume, (work, 3, C)),
-                (produce, (descs, buffers, barriers, sizes, C)),
+                (produce, (descs, buffers, bars, sizes, C)),
             ],
             [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24],
         )  # fmt: skip

@@ -31,9 +31,7 @@ def image(out: Tensor, call: Call, config: LaunchConfig, lse: Tensor | None = No
     constants = _constants(call, config, store_boxes=store_boxes, lse=lse is not None)
     axes = zip(call.grid, call.patch, call.offset, config.query_box, constants.tiles, strict=True)
     (skip_y, rows), (skip_x, columns) = (_tiles(*axis) for axis in axes)
-    box = config.query_box[0] // constants.consumers, config.query_box[1]
-    if constants.split[1]:
-        box = config.query_box[0], constants.split[1]
+    box = constants.consumer_box
     tiles = call.q.shape[0] * call.q.shape[3] * rows * columns
     arguments = {
         "q_ref": _descriptor(call.q, (1, *box, 1)),

@@ -14,33 +14,39 @@ def place(tile, sizes, C: gl.constexpr):
     Tiles of image queries are ordered along x, y, heads and batch; those outside the grid are not among them. Text tokens are counted
     along y, and parts of the windows and blocks that they attend to take the place of x.
     """
-    _, rows, columns, skip_y, skip_x, _, _, patches_x, offset_y, offset_x, heads, windows, part_windows, blocks, part_blocks, _, _ = sizes
-    plane = tile // (rows * columns)
+    plane = tile // (sizes.rows * sizes.columns)
     if C.text_queries:
-        y = tile % rows * C.query_box[1]
+        y = tile % sizes.rows * C.query_box[1]
         x = 0
-        part = tile // rows % columns
-        block_parts = (blocks + part_blocks - 1) // part_blocks
-        first = part // block_parts * part_windows
-        last = gl.minimum(first + part_windows, windows)
-        begin = part % block_parts * part_blocks
-        end = gl.minimum(begin + part_blocks, blocks)
+        part = tile // sizes.rows % sizes.columns
+        block_parts = (sizes.blocks + sizes.part_blocks - 1) // sizes.part_blocks
+        first = part // block_parts * sizes.part_windows
+        last = gl.minimum(first + sizes.part_windows, sizes.windows)
+        begin = part % block_parts * sizes.part_blocks
+        end = gl.minimum(begin + sizes.part_blocks, sizes.blocks)
     else:
-        row = tile // columns % rows + skip_y
-        column = tile % columns + skip_x
-        y = row // C.tiles[0] * C.patch[0] + row % C.tiles[0] * C.query_box[0] - offset_y
-        x = column // C.tiles[1] * C.patch[1] + column % C.tiles[1] * C.query_box[1] - offset_x
-        first = row // C.tiles[0] * patches_x + column // C.tiles[1]
+        row = tile // sizes.columns % sizes.rows + sizes.skip_y
+        column = tile % sizes.columns + sizes.skip_x
+        y = row // C.tiles[0] * C.patch[0] + row % C.tiles[0] * C.query_box[0] - sizes.offset_y
+        x = column // C.tiles[1] * C.patch[1] + column % C.tiles[1] * C.query_box[1] - sizes.offset_x
+        first = row // C.tiles[0] * sizes.patches_x + column // C.tiles[1]
         last = first + 1
         begin = 0
-        end = blocks
-    return plane // heads, plane % heads, y, x, first, last, begin, end
+        end = sizes.blocks
+    return plane // sizes.heads, plane % sizes.heads, y, x, first, last, begin, end
 
 
 @gluon.jit
-def window_start(patch, length, offset, PATCH: gl.constexpr, WINDOW: gl.constexpr):
-    """First key of a patch's window along one axis: centred on the patch, then clamped into the grid."""
+def _axis_start(patch, length, offset, PATCH: gl.constexpr, WINDOW: gl.constexpr):
     return gl.maximum(gl.minimum(patch * PATCH - offset + PATCH // 2 - WINDOW // 2, length - WINDOW), 0)
+
+
+@gluon.jit
+def window_start(window, sizes, C: gl.constexpr):
+    """First key of a window along both axes: it is centred on its patch, then clamped into the grid."""
+    y = _axis_start(window // sizes.patches_x, sizes.grid_y, sizes.offset_y, C.patch[0], C.window[0])
+    x = _axis_start(window % sizes.patches_x, sizes.grid_x, sizes.offset_x, C.patch[1], C.window[1])
+    return y, x
 
 
 @gluon.jit
@@ -63,6 +69,6 @@ def key_place(i, C: gl.constexpr):
 
 
 @gluon.jit
-def text_token(j, text_blocks, C: gl.constexpr):
+def text_token(j, sizes, C: gl.constexpr):
     """The first text token of block j. The last tokens come first: only block 0 may reach beyond the text, which no loop has to check."""
-    return (text_blocks - 1 - j) * C.n
+    return (sizes.text_blocks - 1 - j) * C.n

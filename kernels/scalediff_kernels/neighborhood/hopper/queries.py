@@ -37,15 +37,14 @@ def store_sums(outputs, b_out, top, total, tile, add, PART: gl.constexpr, C: gl.
     M: gl.constexpr = C.m
     BLOCK_D: gl.constexpr = C.block_d
     LAYOUT: gl.constexpr = C.out_layout
-    _, sums_ptr, lse_ptr, _ = outputs
     rows = gl.cast(tile, gl.int64) * (C.consumers * M) + PART * M
     offs_m = gl.arange(0, M, layout=gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
-    ptrs = sums_ptr + rows * BLOCK_D + gl.expand_dims(offs_m * BLOCK_D, 1) + gl.expand_dims(offs_d, 0)
+    ptrs = outputs.sums + rows * BLOCK_D + gl.expand_dims(offs_m * BLOCK_D, 1) + gl.expand_dims(offs_d, 0)
     b_sum = gl.load(ptrs, mask=gl.full([M, BLOCK_D], 0, gl.int32, LAYOUT) < add, other=0.0)
     gl.store(ptrs, b_sum + b_out)
     if C.lse:
-        gl.store(lse_ptr + rows + gl.arange(0, M, layout=top.type.layout), top + gl.log2(total))
+        gl.store(outputs.lse + rows + gl.arange(0, M, layout=top.type.layout), top + gl.log2(total))
 
 
 @gluon.jit
@@ -53,19 +52,17 @@ def store_image(outputs, smem, b_out, top, total, batch, y, x, head, window, siz
     """Store the result by way of the queries' buffer, which is not needed any more."""
     M: gl.constexpr = C.m
     BLOCK_D: gl.constexpr = C.block_d
-    COLUMNS: gl.constexpr = C.query_box[1] - C.split[1] if C.split[1] else C.query_box[1]
+    COLUMNS: gl.constexpr = C.consumer_box[1]
     WIDE: gl.constexpr = C.wide_layout
-    out_ref, _, lse_ptr, out_strides = outputs
-    _, _, _, _, _, grid_y, grid_x, patches_x, offset_y, offset_x, heads, _, _, _, _, _, _ = sizes
     y += PART * C.split[0]
     x += PART * C.split[1]
-    stop_y = gl.minimum((window // patches_x + 1) * C.patch[0] - offset_y, grid_y)
-    stop_x = gl.minimum((window % patches_x + 1) * C.patch[1] - offset_x, grid_x)
+    stop_y = gl.minimum((window // sizes.patches_x + 1) * C.patch[0] - sizes.offset_y, sizes.grid_y)
+    stop_x = gl.minimum((window % sizes.patches_x + 1) * C.patch[1] - sizes.offset_x, sizes.grid_x)
     rows = smem.reshape([M, BLOCK_D])
     rows.store(b_out.to(smem.dtype))
     fence_async_shared()  # before the store, and before the load of the next tile's queries
     if C.store_boxes:  # no tile exceeds its patch; the store clips it at the grid
-        _async_store(out_ref, [batch, y, x, head, 0], smem)
+        _async_store(outputs.image, [batch, y, x, head, 0], smem)
         tma.store_wait(0)
     else:
         offs_m = gl.arange(0, M, layout=gl.SliceLayout(1, WIDE))
@@ -73,14 +70,14 @@ def store_image(outputs, smem, b_out, top, total, batch, y, x, head, window, siz
         offs_y = y + offs_m // COLUMNS
         offs_x = x + offs_m % COLUMNS
         m_m = (offs_y >= 0) & (offs_y < stop_y) & (offs_x >= 0) & (offs_x < stop_x)
-        place = gl.cast(batch, gl.int64) * out_strides[0] + gl.cast(head, gl.int64) * out_strides[3]
-        offs = offs_y.to(gl.int64) * out_strides[1] + offs_x.to(gl.int64) * out_strides[2]
-        ptrs = out_ref + place * VECTOR + gl.expand_dims(offs * VECTOR, 1) + gl.expand_dims(offs_d, 0)
+        place = gl.cast(batch, gl.int64) * outputs.strides[0] + gl.cast(head, gl.int64) * outputs.strides[3]
+        offs = offs_y.to(gl.int64) * outputs.strides[1] + offs_x.to(gl.int64) * outputs.strides[2]
+        ptrs = outputs.image + place * VECTOR + gl.expand_dims(offs * VECTOR, 1) + gl.expand_dims(offs_d, 0)
         gl.store(ptrs, rows.load(WIDE), mask=gl.expand_dims(m_m, 1) & gl.expand_dims(offs_d < C.head_dim, 0))
     if C.lse:
         offs_m = gl.arange(0, M, layout=top.type.layout)
         offs_y = y + offs_m // COLUMNS
         offs_x = x + offs_m % COLUMNS
         m_m = (offs_y >= 0) & (offs_y < stop_y) & (offs_x >= 0) & (offs_x < stop_x)
-        token = (gl.cast(batch, gl.int64) * grid_y + offs_y) * grid_x + offs_x
-        gl.store(lse_ptr + token * heads + head, (top + gl.log2(total)) * LN_2, mask=m_m)
+        token = (gl.cast(batch, gl.int64) * sizes.grid_y + offs_y) * sizes.grid_x + offs_x
+        gl.store(outputs.lse + token * sizes.heads + head, (top + gl.log2(total)) * LN_2, mask=m_m)
