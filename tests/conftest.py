@@ -29,6 +29,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 100)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # for what extensions check at the end of the process
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may be missing
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`-n` means `--dist worksteal`: neighbouring tests share fixtures and caches, and no worker waits for another's long test."""
