@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -19,6 +20,17 @@ if not torch.cuda.is_available():
 
 
 torch.set_num_threads(1)  # the models are small: threads cost more than they bring, above all beside other work
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now lives as long as the process: the garbage collector need not look through it at every turn."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # for what extensions check at the end of the process
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may be missing

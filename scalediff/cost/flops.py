@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scalediff.cost.tally import FusedAttention
 from scalediff.families import family_of
 from scalediff.families.base import Family, Reader
 from scalediff.families.grid import patch_of, window_of
@@ -252,8 +253,9 @@ def attention_work(
 
 
 def layer_work(denoiser: nn.Module, inputs: dict[str, Any]) -> tuple[float, float]:
-    """TFLOPs of linear layers and of convolutions in one forward pass."""
-    parts = _count_flops(lambda: denoiser(**_on_meta(inputs)))
+    """TFLOPs of linear layers and of convolutions in one forward pass, in which attention only allocates its output."""
+    with FusedAttention():
+        parts = _count_flops(lambda: denoiser(**_on_meta(inputs)))
     convolutions = sum((flops for op, flops in parts.items() if "conv" in op), 0.0)
     return sum(parts.values()) - _attention_flops(parts) - convolutions, convolutions
 

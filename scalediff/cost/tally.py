@@ -19,12 +19,12 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     Tensors that the code creates on other devices, such as position tables on the CPU, are counted too.
     """
     tally = _Tally()
-    with torch.no_grad(), _Fused(), tally:
+    with torch.no_grad(), FusedAttention(), tally:
         run()
     return tally.peak
 
 
-class _Fused(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Replaces attention by an allocation of its output, as a fused kernel would."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,14 +44,17 @@ class _Tally(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         for tensor in leaves:
             self._count(tensor.untyped_storage(), is_new=False)  # inputs such as weights, because the result may be a view of them
-        if any(x.is_meta for x in leaves):
-            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs or {}))
+        on_meta = [x.is_meta for x in leaves]
+        if any(on_meta):
+            if not all(on_meta):
+                args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
             if kwargs.get("device") is not None:  # the code wants to move a tensor without values to a real device
                 kwargs = {**kwargs, "device": torch.device("meta")}
-        out = function(*args, **(kwargs or {}))
+        out = function(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage(), is_new=True)

@@ -97,10 +97,10 @@ def test_a_part_that_crashes_is_reported_and_the_next_one_runs(
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, rows, began = main(module, monkeypatch, [script("hang", "--sleep", "60", "--child", limit=3), script("last")])
+    status, rows, began = main(module, monkeypatch, [script("hang", "--sleep", "60", "--child", limit=2), script("last")])
     assert (status, began) == (0, ["hang", "last"])
     assert rows["hang"]["status"] == "stopped"
-    assert rows["hang"]["note"] == "after 3 s, its own limit; hang"
+    assert rows["hang"]["note"] == "after 2 s, its own limit; hang"
     assert float(rows["hang"]["seconds"]) < 10
     stat = Path(f"/proc/{(module / 'child').read_text()}/stat")
     time.sleep(0.2)
@@ -109,7 +109,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(module: Path, monkeypat
 
 def test_what_a_part_leaves_of_its_limit_is_for_the_next_ones(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As much again as they have, at most."""
-    parts = [script("first"), script("second", "--sleep", "3.5", limit=3)]
+    parts = [script("first"), script("second", "--sleep", "2.2", limit=2)]
     rows = main(module, monkeypatch, parts)[1]
     assert [row["status"] for row in rows.values()] == ["done", "done"]
     assert main(module, monkeypatch, parts[1:], commit="4567def")[1]["second"]["status"] == "stopped"

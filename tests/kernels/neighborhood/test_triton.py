@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
+from scalediff_kernels._launch import Launch
 from scalediff_kernels.neighborhood.geometry import windows
 from scalediff_kernels.testing import assert_within_budget
 from tests.kernels.neighborhood.problems import CHOSEN, DEVICE, GPU, PATHS, TARGETS, Problem, assert_path, assert_right, draw, expected, run
@@ -19,16 +21,22 @@ IN_FP32 = [problem for problem in CHOSEN if problem.dtype is torch.float32]  # o
 @pytest.mark.skipif(GPU, reason="a device is one target")
 @pytest.mark.parametrize("problem", IN_FP32, ids=lambda p: f"{p.grid[0]}x{p.grid[1]}-D{p.dim}-T{p.text}")
 def test_in_fp32_targets_with_descriptors_have_the_launch_of_those_without(problem: Problem) -> None:
+    """So the launch for one target stands for all; only the tensors that it writes are others."""
     from scalediff_kernels.neighborhood.launch import aligned, image_launch, text_launch
+
+    def numbers(launch: Launch) -> dict[str, Any]:
+        return {name: x for name, x in launch.arguments.items() if not isinstance(x, torch.Tensor)}
 
     q, k, v, *text = map(aligned, problem.inputs())
     rope = problem.tables()
     images = [image_launch(torch.empty_like(q), q, k, v, *text[1:], rope, **problem.arguments, device=target) for target in TARGETS]
     assert images[0].config == images[1].config
+    assert numbers(images[0]) == numbers(images[1])
     if problem.text:
         whole = problem.arguments | ({"window": problem.grid, "patch": problem.grid} if problem.rule == "global" else {})
         texts = [text_launch(torch.empty_like(text[0]), text[0], k, v, *text[1:], rope, **whole, device=target) for target in TARGETS]
         assert texts[0].config == texts[1].config
+        assert numbers(texts[0]) == numbers(texts[1])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +54,7 @@ def test_chosen_problems_keep_the_error_budget(problem: Problem, target: str | N
 @pytest.mark.parametrize("seed", range(40))
 def test_drawn_problems_keep_the_error_budget(seed: int) -> None:
     target = TARGETS[seed % len(TARGETS)]
-    assert_right(draw(seed, target, most_programs=32), target)
+    assert_right(draw(seed, target, most_programs=20), target)
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
-from scalediff.cascade.latents import decode, encode
 from scalediff.cascade.pipeline import native_size, preset, stage_sizes
 from scalediff.cascade.results import Stage
 from scalediff.draw import generate
@@ -253,46 +252,6 @@ def test_a_small_picture_with_one_long_side_is_the_pipelines_own(demo: Any) -> N
         assert torch.equal(draw(), before)
 
 
-def test_an_autoencoder_in_another_precision(demo: Any) -> None:
-    demo.unet.bfloat16()
-    demo.text_encoder.bfloat16()
-    try:
-        result = generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
-        assert latents_of(result).dtype == torch.bfloat16
-        assert latents_of(result).isfinite().all()
-    finally:
-        demo.unet.float()
-        demo.text_encoder.float()
-
-
-def test_an_overflowing_autoencoder_is_named(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = demo.vae.decode
-
-    def overflow(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = decode(latents, *args, **kwargs)
-        out.sample.fill_(float("nan"))
-        return out
-
-    monkeypatch.setattr(demo.vae, "decode", overflow)
-    with (
-        pytest.raises(ValueError, match=r"the autoencoder overflows in torch.float32"),
-        pytest.warns(RuntimeWarning, match="invalid value"),
-    ):
-        generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
-
-
-def test_an_fp16_autoencoder_that_would_overflow_runs_in_fp32(demo: Any) -> None:
-    latents = torch.randn(1, 4, 8, 8, generator=seeded())
-    expected = decode(demo, latents)
-    assert demo.vae.config.force_upcast
-    demo.vae.half()
-    try:
-        torch.testing.assert_close(decode(demo, latents), expected, rtol=1e-2, atol=1e-2)  # the weights were fp16 before
-        assert demo.vae.dtype == torch.float16
-    finally:
-        demo.vae.float()
-
-
 def test_the_safety_checker_sees_copies(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It blackens what it is given; the next stage must start from the picture all the same."""
 
@@ -305,22 +264,6 @@ def test_the_safety_checker_sees_copies(demo: Any, monkeypatch: pytest.MonkeyPat
     checked = generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
     assert torch.equal(latents_of(checked), latents_of(free))
     assert pixels(checked.images[0]).max() == 0
-
-
-def test_latent_statistics_of_the_autoencoder_are_used(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Standardised latents of an autoencoder that gives its statistics: the same pictures, by the formula of the pipelines."""
-    latents = torch.randn(1, 4, 8, 8, generator=seeded())
-    scale = demo.vae.config.scaling_factor
-    plain = decode(demo, latents)
-    mean, std = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1), torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
-    own = dict(demo.vae.config)
-    try:
-        demo.vae.register_to_config(latents_mean=mean.flatten().tolist(), latents_std=std.flatten().tolist())
-        torch.testing.assert_close(decode(demo, (latents / scale - mean) * scale / std), plain, rtol=1e-4, atol=1e-4)
-        again = encode(demo, plain) * std / scale + mean
-        torch.testing.assert_close(again, demo.vae.encode(plain).latent_dist.mode(), rtol=1e-5, atol=1e-5)
-    finally:
-        demo.vae.register_to_config(**{name: own.get(name) for name in ("latents_mean", "latents_std")})
 
 
 def test_pipelines_that_take_a_picture_keep_their_call(demo: Any) -> None:

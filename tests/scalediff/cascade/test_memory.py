@@ -1,145 +1,27 @@
-"""Memory told in advance: the tally against sums by hand and against the same tally of real tensors, and what follows from it."""
+"""Memory told in advance: estimates against the same tally of real tensors, and what follows from them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 import scalediff
 from bench.models.zoo import WINDOW
 from scalediff.cascade import memory
 from scalediff.cascade.memory import Estimate, estimate, needs_tiling, vae_bytes
 from scalediff.cascade.pipeline import native_size
-from scalediff.cost import tally
-from scalediff.cost.tally import peak_bytes
 from scalediff.patching.networks import denoiser_of
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import PIPELINES, autoencoder, built
+from tests.scalediff.cost.real_peaks import real_peak_of
 
 diffusers = pytest.importorskip("diffusers")
 
 GIB = 2**30
-
-
-class RealTally(tally._Tally):
-    """The same tally of tensors that have values."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                self._count(x.untyped_storage(), is_new=False)
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._count(x.untyped_storage(), is_new=True)
-        return out
-
-
-class RealAttention(TorchFunctionMode):
-    """Attention that holds its output alone, of zeros."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            query, value = args[0] if args else kwargs["query"], args[2] if len(args) > 2 else kwargs["value"]
-            return query.new_zeros(*query.shape[:-1], value.shape[-1])
-        return function(*args, **kwargs)
-
-
-def real_peak_of(run: Callable[[], Any]) -> int:
-    tally = RealTally()
-    with torch.no_grad(), RealAttention(), tally:
-        run()
-    return tally.peak
-
-
-# The tally: `x` is given, [10, 10] in fp32, 400 bytes
-
-
-def chain(x: Tensor) -> Tensor:
-    return ((x + 1) * 2 - 3).exp()
-
-
-def kept(x: Tensor) -> Tensor:
-    a, b = x + 1, x + 2
-    return a + b
-
-
-def views(x: Tensor) -> Tensor:
-    a = x + 1
-    return a.view(100)[10:50].view(4, 10).T[None].expand(7, 10, 4)
-
-
-def in_place(x: Tensor) -> Tensor:
-    x.mul_(2)
-    a = x + 1
-    return a.add_(1).relu_()
-
-
-def freed(x: Tensor) -> Tensor:
-    a = torch.cat([x] * 5)
-    b = a.sum()
-    del a
-    return torch.cat([x] * 4) + b
-
-
-def a_view_keeps_the_whole(x: Tensor) -> Tensor:
-    a = torch.cat([x] * 5)[:1]
-    return torch.cat([x] * 4) + a
-
-
-def views_of_what_is_given(x: Tensor) -> Tensor:
-    return x.T.reshape(10, 2, 5)[:, 0].unbind(0)[3]
-
-
-def half_precision(x: Tensor) -> Tensor:
-    return x.half()
-
-
-def attention(x: Tensor) -> Tensor:
-    q = x.view(1, 1, 10, 10)
-    return F.scaled_dot_product_attention(q, q, q)
-
-
-def attention_by_hand(x: Tensor) -> Tensor:
-    return ((x @ x.T).softmax(-1)) @ x
-
-
-def linear(x: Tensor) -> Tensor:
-    return F.linear(x, x[:3])
-
-
-BY_HAND: list[tuple[Callable[[Tensor], Tensor], int]] = [
-    (chain, 800), (kept, 1200), (views, 400), (in_place, 400), (freed, 3200), (a_view_keeps_the_whole, 5200),
-    (views_of_what_is_given, 0), (half_precision, 200), (attention, 400), (attention_by_hand, 800), (linear, 120),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("function", "expected"), BY_HAND, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_the_tally_is_the_sum_by_hand(function: Callable[[Tensor], Tensor], expected: int) -> None:
-    """Also of real tensors: then the comparisons below compare the same."""
-    given = torch.empty(10, 10, device="meta")
-    expected += 4 * (function is freed)  # the sum itself
-    assert peak_bytes(lambda: function(given)) == expected
-    x = torch.ones(10, 10)
-    assert real_peak_of(lambda: function(x)) == expected
-
-
-def test_one_tally_knows_nothing_of_the_one_before() -> None:
-    x = torch.empty(10, 10, device="meta")
-    outside: list[Tensor] = []
-    assert peak_bytes(lambda: outside.append(x + 1)) == 400
-    assert peak_bytes(lambda: outside.append(outside[0] + 1)) == 400
-    assert [peak_bytes(lambda: chain(x)) for _ in range(3)] == [800] * 3
 
 
 # Networks

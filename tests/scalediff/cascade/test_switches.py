@@ -5,6 +5,7 @@ Legend: abar share of the signal, x = sqrt(abar) x0 + sqrt(1 - abar) eps; sigma 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -208,6 +209,9 @@ def drawn(name: str, settings: Settings, **more: Any) -> scalediff.Result:
         return scalediff.generate(pipe, None, height=64, width=64, call=arguments, generator=seeded(), preset=settings, **more)
 
 
+drawn_once = functools.cache(drawn)  # for several tests, that which has no switch
+
+
 @pytest.mark.parametrize("as_a_list", [False, True])
 def test_every_stage_runs_its_own_steps(as_a_list: bool) -> None:
     pipe, arguments = built("SD3")
@@ -229,7 +233,7 @@ def test_every_stage_runs_its_own_steps(as_a_list: bool) -> None:
 def test_a_tuple_reaches_its_stage(name: str, one: float, other: float) -> None:
     plain = Settings(steps=4, restart=0.5, guidance_scale=3.0, lfm_cutoff=0.25, sg_cutoff=0.25)
     settings = (replace(plain, **{name: value}) for value in ((one, one), one, (one, other), (other, one)))  # type: ignore[arg-type]
-    twice, scalar, last, first = ([stage.latents for stage in drawn("SD3", each).stages] for each in settings)
+    twice, scalar, last, first = ([stage.latents for stage in drawn_once("SD3", each).stages] for each in settings)
     assert all(torch.equal(a, b) for a, b in zip(twice, scalar, strict=True))
     assert torch.equal(last[1], scalar[1])
     assert not torch.equal(last[2], scalar[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,12 @@ def latents(pipe: Any, arguments: dict[str, Any], chosen: Settings, factor: int 
     return last
 
 
+@functools.cache
+def always_guided(name: str) -> Tensor:
+    """What a pipeline of its own draws, once."""
+    return latents(*two(name), settings())
+
+
 def rows_with_the_prompt(kwargs: dict[str, Any], arguments: dict[str, Any]) -> list[int]:
     """Which rows of a call's batch have the embeddings of the prompt."""
     wanted = arguments["prompt_embeds"]
@@ -89,7 +96,7 @@ def test_unguided_steps_are_those_of_the_prompt_alone(name: str, until: float, g
     hook.remove()
     assert len(calls) == 7
     torch.testing.assert_close(halved, expected, rtol=1e-4, atol=1e-4)
-    assert (halved - latents(pipe, arguments, settings())).abs().max() > 0.01
+    assert (halved - always_guided(name)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", GUIDED)

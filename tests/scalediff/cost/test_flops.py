@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from scalediff.cascade import memory
 from scalediff.cascade.memory import estimate_model
 from scalediff.command import commands
 from scalediff.command.cli import main
+from scalediff.cost import flops
 from scalediff.cost.flops import MODELS, _attention_flops, _count_flops, attention_work, count, forward_work, layer_work
 from scalediff.patch import patch_model
 from scalediff.settings import Attention
@@ -27,19 +31,31 @@ def counted_attention(denoiser: Any, inputs: dict[str, Any], *, attention: Atten
         return _attention_flops(_count_flops(lambda: denoiser(**inputs)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _models_are_built_once() -> Iterator[None]:
+    once = functools.cache(flops.built)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(flops, "built", once)
+        patched.setattr(memory, "built", lambda model: copy.deepcopy(once(model)))  # it casts what it gets
+        yield
+
+
 @pytest.fixture(scope="module")
 def sdxl() -> tuple[Any, dict[str, Any]]:
     """The U-Net at its true size, and inputs of a grid that is not square."""
     with torch.device("meta"):
-        return MODELS["sdxl"].denoiser(), MODELS["sdxl"].inputs(256, 192)
+        return flops.built(MODELS["sdxl"])[0], MODELS["sdxl"].inputs(256, 192)
 
 
 @pytest.mark.parametrize("attention", ["npa", "full"])
-def test_attention_of_sdxl_is_what_torch_counts(sdxl: tuple[Any, dict[str, Any]], attention: Attention) -> None:
+@pytest.mark.parametrize("layers", [(1, 1, 2), pytest.param((1, 2, 10), marks=pytest.mark.slow)], ids=["few layers", "all layers"])
+def test_attention_of_sdxl_is_what_torch_counts(sdxl: tuple[Any, dict[str, Any]], layers: tuple[int, ...], attention: Attention) -> None:
     """Self-attention at two levels, over windows or all, and cross-attention to 77 tokens."""
-    unet, inputs = sdxl
+    with torch.device("meta"):
+        unet = type(sdxl[0]).from_config(dict(sdxl[0].config) | {"transformer_layers_per_block": layers})
+    inputs = sdxl[1]
     attended, cross = attention_work(unet, inputs, attention=attention)
-    blocks = {1: 10, 2: 60}  # by level: a quarter of the tokens and twice the channels each
+    blocks = {1: 5 * layers[1], 2: 6 * layers[2]}  # by level: a quarter of the tokens and twice the channels each
     assert cross == pytest.approx(sum(n * 4 * (256 * 192 // 4**k) * 77 * 640 * k for k, n in blocks.items()) / 1e12, rel=1e-12)
     assert attended + cross == pytest.approx(counted_attention(unet, inputs, attention=attention), rel=1e-12)
 

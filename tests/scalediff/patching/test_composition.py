@@ -1,4 +1,7 @@
-"""The patch beside what people do with a diffusers model: compile it, adapt it, offload it, cache it, cast it, save it, share it."""
+"""The patch beside what people do with a diffusers model: choose a backend, cache it, batch it, share it between threads.
+
+Compiling, adapting, offloading and saving have files of their own, which share the helpers here.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +24,18 @@ from torch.nn import functional as F
 
 import scalediff
 from bench.models.inputs import Draw
-from bench.models.zoo import WINDOW, ZOO, flat
-from tests.conftest import forward, seeded, state_of
+from bench.models.zoo import WINDOW, ZOO
+from tests.conftest import seeded, state_of
 
 diffusers = pytest.importorskip("diffusers", reason="what is composed with are diffusers' features")
-accelerate = pytest.importorskip("accelerate")
 
-from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading  # noqa: E402
+from diffusers.hooks import FirstBlockCacheConfig  # noqa: E402
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:scalediff")  # no warning of ours in any of these tests
 
 SDPA = F.scaled_dot_product_attention
 NATIVE, GRID = (4, 4), (8, 6)
-CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
 patch = functools.partial(scalediff.patch_model, window=WINDOW)
 
@@ -131,88 +132,6 @@ def test_a_backend_that_never_calls_sdpa_gets_what_is_not_windowed(chosen_first:
     scalediff.unpatch_model(model)
     assert_close(ZOO["FLUX.1"].run(model, GRID), plain)
     assert calls[3:] == [6 + 48] * 3
-
-
-# Offloading and casting
-
-OFFLOADS: dict[str, Callable[[Any], Any]] = {
-    "groups of blocks": lambda model: apply_group_offloading(model, CPU, CPU, offload_type="block_level", num_blocks_per_group=1),
-    "groups of leaves": lambda model: apply_group_offloading(model, CPU, CPU, offload_type="leaf_level"),
-    "sequential": lambda model: accelerate.cpu_offload(model, CPU),
-    "model": lambda model: accelerate.cpu_offload_with_hook(model, CPU),
-}
-
-
-@either_order
-@pytest.mark.parametrize("offload", OFFLOADS)
-@pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
-def test_an_offloaded_model_is_patched(name: str, offload: str, patch_first: bool) -> None:
-    model, (plain, patched) = ZOO[name].build(), plain_and_patched(name)
-    with in_order(model, lambda: OFFLOADS[offload](model), patch_first):
-        assert torch.equal(ZOO[name].run(model, GRID), patched)
-        if name == "SD1.5":  # others' hooks must not hide the names of its arguments
-            positional = ZOO[name].inputs(Draw(0), GRID, 1).values()
-            with torch.no_grad():
-                assert torch.equal(model(*positional, return_dict=False)[0].flatten(), patched)
-    assert torch.equal(ZOO[name].run(model, GRID), plain)
-
-
-@either_order
-def test_a_pipeline_with_model_offloading_is_patched(demo: Any, patch_first: bool) -> None:
-    cls, plain = type(demo), forward(demo.unet, (32, 24))
-    with scalediff.patch_model(demo):
-        patched = forward(demo.unet, (32, 24))
-    try:
-        if patch_first:
-            scalediff.patch_model(demo)
-        demo.enable_model_cpu_offload(device="cpu")
-        if not patch_first:
-            scalediff.patch_model(demo)
-        assert torch.equal(forward(demo.unet, (32, 24)), patched)
-        assert demo("a moon", height=96, width=128, num_inference_steps=2, output_type="latent").images.shape[-2:] == (24, 32)
-        scalediff.unpatch_model(demo)
-        assert torch.equal(forward(demo.unet, (32, 24)), plain)
-    finally:
-        demo.remove_all_hooks()
-    assert type(demo) is cls
-    assert torch.equal(forward(demo.unet, (32, 24)), plain)
-
-
-@either_order
-@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
-@pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
-def test_weights_stored_in_few_bits_are_cast_in_a_patched_model(name: str, storage: torch.dtype, patch_first: bool) -> None:
-    model, rounded = ZOO[name].build(), ZOO[name].build()
-    handle = in_order(model, lambda: model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32), patch_first)
-    out = ZOO[name].run(model, GRID)
-    handle.remove()
-    rounded.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
-    with patch(rounded):
-        assert torch.equal(out, ZOO[name].run(rounded, GRID))
-    plain = ZOO[name].run(rounded, GRID)
-    assert_differs(out, plain)
-    assert torch.equal(ZOO[name].run(model, GRID), plain)
-
-
-@pytest.mark.parametrize(("dtype", "how"), [(torch.bfloat16, "autocast"), (torch.bfloat16, "weights"), (torch.float16, "weights")])
-@pytest.mark.parametrize("name", ["SD1.5", "SD3", "FLUX.1"])
-def test_low_precision_costs_no_more_than_without_the_patch(name: str, dtype: torch.dtype, how: str) -> None:
-    model, (plain, patched) = ZOO[name].build(), plain_and_patched(name)
-    lower = model if how == "autocast" else ZOO[name].build().to(dtype)
-    inputs = ZOO[name].inputs(Draw(0), GRID, 1)
-    if how == "weights":
-        inputs = changed(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
-
-    def run() -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", dtype) if how == "autocast" else nullcontext():
-            return flat(lower(**inputs, return_dict=False)).float()
-
-    error = (run() - plain).norm()
-    with patch(lower):
-        out = run()
-    assert (out - patched).norm() <= 2 * error + torch.finfo(dtype).eps * patched.norm()
-    assert (out - patched).norm() < 0.25 * (plain - patched).norm()
-    assert torch.equal((run() - plain).norm(), error)
 
 
 # Caches, batches, callbacks, threads
