@@ -36,6 +36,8 @@ IDEAS: tuple[tuple[str, float, float, float, dict[str, Any]], ...] = (
     ("as shipped", 1, 1, 1, {}),
     ("L2 delivers 20 bytes a clock instead of 24", 1, 1, 1, {"l2": 20}),
     ("L2 delivers 32 bytes a clock", 1, 1, 1, {"l2": 32}),
+    ("a load takes 400 cycles instead of 600", 1, 1, 1, {"latency": 400}),
+    ("a load takes 1000 cycles", 1, 1, 1, {"latency": 1000}),
     ("two tiles of a patch share K and V by TMA multicast", 1, 1, 0.5, {}),
     ("the producer loads keys one block ahead of values", 1, 1, 1, {"ahead": 1}),
     ("two stages", 1, 1, 1, {"stages": 2}),

@@ -40,6 +40,7 @@ class Schedule:
         block_bytes, query_bytes: Of keys and values of a block, and of queries of an actor.
         finish: Instructions of a warp after a tile.
         l2: Bytes a clock.
+        latency: Cycles from a load to its data, beside those of its bytes.
         ahead: Blocks by which the producer loads keys before values.
     """
 
@@ -51,6 +52,7 @@ class Schedule:
     query_bytes: float = 0
     finish: float = 0
     l2: float = L2_BYTES
+    latency: float = LOAD_LATENCY
     ahead: int = 0
 
     def cycles(self, blocks: int, tiles: int) -> float:
@@ -196,7 +198,7 @@ class _Run:
     def _load(self, size: float) -> float:
         """When a load that is issued now has arrived."""
         self.l2_free = max(self.now, self.l2_free) + size / self.schedule.l2
-        return self.l2_free + LOAD_LATENCY
+        return self.l2_free + self.schedule.latency
 
     def _load_next(self, part: int, tile: int) -> None:
         """Issue the next load of a program, unless its tile has no more blocks."""
