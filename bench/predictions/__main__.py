@@ -1,16 +1,14 @@
 """What the shipped kernels should reach on an H100, written down before any of them has run there: `python -m bench.predictions --write`.
 
-For every program: the cycles of a block of keys by `bench/roofline/cycles.py`, times blocks, times the programs that one multiprocessor
-gets, at 1.83 GHz; divided by the share of that model which a published kernel of the same schedule reaches. No GPU is needed. The kernel
-that averages the sums of text queries is left out. A measurement beside a prediction shows whether the model is right, and if not which
-term of it is wrong.
+For every shape, what the table chooses and, for comparison, the descriptor path: by the model of `bench/roofline/call.py`. No GPU is
+needed. The kernel that averages the sums of text queries is left out. A measurement beside a prediction shows whether the model is right,
+and if not which term of it is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
@@ -20,61 +18,46 @@ from bench.attention import shapes
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import RESULTS, write_rows, write_text
-from bench.roofline.cycles import case_of, cycles
-from scalediff_kernels.neighborhood.config import MULTIPROCESSORS
-from scalediff_kernels.neighborhood.geometry import attention_flops
+from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict, useful_flops
 
 RESULT = RESULTS / "predicted-sm_90.csv"
 PAGE = ROOT / "docs" / "internals" / "kernels.md"
-CLOCK = 1.83e9  # Hz
-# Triton's fused attention (its tutorial 06, forward, no mask) on an H100: 458 to 477 TFLOP/s at D = 128 and about 400 at D = 64 by figures
-# that others have published; nobody has measured it here. Its schedule is that of our 128 x 128 blocks with eight warps, one program on a
-# multiprocessor, bound at 653, and of 128 x 64 with four, two programs, bound at 742 TFLOP/s.
-REACHED = {1: 465 / 653, 2: 400 / 742}
 SHAPES = ("flux-image-4096", "flux-4096", "flux-2048", "flux-8192", "sdxl-64-4096", "sdxl-32-4096", "lumina2-4096")
 FIELDS = (
-    "shape", "rule", "kernel", "blocks", "registers", "programs", "a_multiprocessor", "key_blocks", "cycles", "useful_tflop", "ms",
+    "shape", "rule", "path", "kernel", "blocks", "registers", "programs", "a_multiprocessor", "key_blocks", "cycles", "useful_tflop", "ms",
     "tflops",
 )  # fmt: skip
 SHOWN = {
-    "shape": "shape", "rule": "text rule", "kernel": "kernel", "blocks": "queries x keys, warps, stages", "programs": "programs",
-    "ms": "predicted ms", "tflops": "predicted TFLOP/s",
+    "shape": "shape", "rule": "text rule", "path": "path", "kernel": "kernel", "blocks": "queries x keys, warps, stages",
+    "programs": "programs", "ms": "predicted ms", "tflops": "predicted TFLOP/s",
 }  # fmt: skip
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
-    """A row for the image kernel and one for the text kernel, by every rule; and the call, where there are two."""
+    """A row for the image kernel and one for the text kernel, by every rule and both paths; and the call, where there are two."""
     shape = shapes.SHAPES[name]
-    heads: dict[str, int] = {"heads": shape.heads, "head_dim": shape.head_dim, "batch": shape.batch}
-    image_flops = attention_flops(grid=shape.grid, window=shape.window, text=shape.text, **heads)
     for rule in shape.rules:
-        task = shapes.Task(name, shape, shape.dtype, "cuda", rule)
-        found = [_row(task, "image", image_flops)]
-        if rule:
-            found.append(_row(task, "text", task.flops("window") - image_flops))
-            found.append({"kernel": "both", "useful_tflop": task.flops("window") / 1e12, "ms": sum(row["ms"] for row in found)})
-        for row in found:
-            yield row | {"shape": name, "rule": rule, "tflops": 1000 * row["useful_tflop"] / row["ms"]}
+        for path in ("warp-specialised", "descriptor"):
+            found = [_row(shape, "image", rule, path)]
+            if rule:
+                found.append(_row(shape, "text", rule, path))
+                found.append({"kernel": "both"} | {key: sum(row[key] for row in found) for key in ("useful_tflop", "ms")})
+            for row in found:
+                yield row | {"shape": name, "rule": rule, "path": path, "tflops": 1000 * row["useful_tflop"] / row["ms"]}
 
 
-def _row(task: shapes.Task, queries: Literal["image", "text"], flops: int) -> dict[str, Any]:
+def _row(shape: shapes.Shape, queries: Literal["image", "text"], rule: str, path: str) -> dict[str, Any]:
     from bench.compile.binary import compile_launch
 
-    shape = task.shape
-    if queries == "text" and task.rule == "global":  # one window over the grid
-        shape = replace(shape, window=shape.grid, patch=shape.grid)
-    launch = case_of(shape, queries).launch("sm_90")
-    config, binary, keys = launch.config, compile_launch(launch, "sm_90"), prod(launch.config.key_box)
-    c = cycles(binary, config.num_warps, 2 * keys * shape.head_dim * shape.dtype.itemsize)
-    windows = config.part_windows if queries == "text" else 1
-    text = -(-shape.text // config.text_block) if shape.text else 0
-    blocks = windows * (prod(-(-min(w, g) // k) for w, g, k in zip(shape.window, shape.grid, config.key_box, strict=True)) + text)
-    turns = -(-launch.programs // MULTIPROCESSORS["sm_90"])  # programs of one multiprocessor, one after another or beside each other
-    seconds = turns * blocks * c.total / CLOCK / REACHED[min(2, c.programs)]
+    case = case_of(shape, queries, rule)
+    launch = case.launch("sm_90", descriptor_config(case) if path == "descriptor" else None)
+    config, binary = launch.config, compile_launch(launch, "sm_90")
+    p = predict(launch, binary, case)
     return {
-        "kernel": queries, "blocks": f"{prod(config.query_box)} x {keys}, {config.num_warps}, {config.num_stages}",
-        "registers": binary.registers, "programs": launch.programs, "a_multiprocessor": c.programs, "key_blocks": blocks,
-        "cycles": round(c.total), "useful_tflop": flops / 1e12, "ms": 1000 * seconds,
+        "kernel": queries, "blocks": f"{prod(config.query_box)} x {prod(config.key_box)}, {config.num_warps}, {config.num_stages}",
+        "registers": config.registers or binary.registers, "programs": launch.programs, "a_multiprocessor": p.schedule.actors,
+        "key_blocks": p.key_blocks, "cycles": costs(p.schedule, efficiency(config.path, case.head_dim))["block"],
+        "useful_tflop": useful_flops(shape, queries, rule) / 1e12, "ms": p.ms,
     }  # fmt: skip
 
 
@@ -83,7 +66,7 @@ def page() -> str:
     from pandas import read_csv
 
     found = read_csv(RESULT, dtype=str, keep_default_na=False)[list(SHOWN)].rename(columns=SHOWN)
-    return fill(PAGE.read_text(), {"predictions": table(found, text=list(SHOWN.values())[:4])})
+    return fill(PAGE.read_text(), {"predictions": table(found, text=list(SHOWN.values())[:5])})
 
 
 def main() -> None:

@@ -1,86 +1,156 @@
-"""Rank launch configurations for sm_90 without a GPU, by the disassembly of the main loop: `python -m bench.roofline`.
+"""Rank launch configurations for sm_90 without a GPU, by the disassembly of their main loops: `python -m bench.roofline --csv FILE`.
 
-The model is in `bench/roofline/cycles.py`. The bound is of the useful products alone. A loop whose products wait for each other has no
-bound; it ranks behind every one that has. The ranking predicts no times (`bench/predictions/__main__.py` does); measurements replace it
-where there are any.
+Candidates of the warp-specialised kernel and of those in plain Triton go through one model: `bench/roofline/pipeline.py` simulates a
+multiprocessor, `bench/roofline/call.py` predicts the call. Ideas that were not built follow, and what the model says about published
+kernels (`bench/roofline/ideas.py`). docs/evidence/tuning.md shows the rows: `--doc` compiles nothing and writes its tables.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.attention import shapes
-from bench.harness.rows import write_rows
-from bench.roofline.cycles import MATRIX_FLOPS, case_of, cycles
-from scalediff_kernels.neighborhood import config
+from bench.harness.facts import ROOT
+from bench.harness.pages import fill, require_pandas, table
+from bench.harness.rows import write_rows, write_text
+from bench.roofline import ideas
+from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict, useful_flops
+from bench.roofline.loops import to_text
+from scalediff_kernels.neighborhood.config import Blocks, LaunchConfig, Pipeline, key_box, shared_memory
 
 if TYPE_CHECKING:
     from bench.compile.attention import Case
+    from scalediff_kernels._launch import Launch
 
-PEAK_TFLOPS = 989.5
-SHAPES: dict[str, tuple[str, Literal["image", "text"]]] = {
-    "FLUX 4096 px": ("flux-image-4096", "image"),
-    "FLUX 4096 px, text keys": ("flux-4096", "image"),
-    "FLUX 4096 px, text queries": ("flux-4096", "text"),
-    "SDXL 4096 px, 256^2": ("sdxl-64-4096", "image"),
-    "SDXL 4096 px, 128^2": ("sdxl-32-4096", "image"),
+RESULT = ROOT / "bench" / "results" / "static-roofline-sm_90.csv"
+SHAPES: dict[str, tuple[str, Literal["image", "text"], str]] = {
+    ideas.FLUX: ("flux-image-4096", "image", ""),
+    ideas.TEXT: ("flux-4096", "image", "window"),
+    "FLUX 4096 px, text queries, window": ("flux-4096", "text", "window"),
+    "FLUX 4096 px, text queries, global": ("flux-4096", "text", "global"),
+    ideas.SDXL: ("sdxl-64-4096", "image", ""),
+    "SDXL 4096 px, 128^2": ("sdxl-32-4096", "image", ""),
 }
-CANDIDATES = [
-    config.Blocks(queries, keys, warps, stages)
-    for queries, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
-    for keys in (32, 64, 128)
-    for stages in (2, 3)
-]
-CYCLES = ("matrix", "exponentials", "issue", "compute", "l2", "total")
-FIELDS = ("shape", *config.Blocks._fields, "registers", "spills", "shared", "programs", *CYCLES, "bound", "note")
+PLAIN = [Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3)]
+PIPELINES = {
+    64: [
+        *(Pipeline(128, 128, 3, 240, turns) for turns in (True, False)),
+        *(Pipeline(256, 64, stages, 112, False) for stages in (2, 4)),
+        Pipeline(192, 128, 3, 160, False),
+    ],
+    128: [
+        *(Pipeline(128, 128, stages, 240, turns) for stages in (2, 3) for turns in (True, False)),
+        Pipeline(128, 64, 3, 240, True),
+        Pipeline(192, 64, 3, 160, False),
+    ],
+}
+FIELDS = (
+    "shape", "path", "queries", "keys", "num_warps", "num_stages", "ping_pong", "registers", "loop_spills", "spills", "shared", "actors",
+    "block_bytes", "matrix", "exponentials", "issue", "block", "tflops", "note", "loop",
+)  # fmt: skip
+COSTS = {
+    "block_bytes": "L2 bytes", "matrix": "matrix", "exponentials": "exponentials", "issue": "issue", "block": "cycles a block",
+}  # fmt: skip
+SHOWN = {
+    "candidates": {
+        "shape": "shape", "form": "queries x keys, stages", "kernel": "kernel", "registers": "registers", "spilled": "spills", "KB": "KB",
+        **COSTS, "tflops": "predicted TFLOP/s", "measured": "measured", "note": "note",
+    },
+    "published": {
+        "shape": "kernel", "form": "queries x keys, stages", **COSTS, "tflops": "TFLOP/s without the factor", "note": "published TFLOP/s",
+    },
+    "ideas": {"shape": "shape", "note": "idea", **COSTS, "tflops": "predicted TFLOP/s"},
+}  # fmt: skip
 
 
-def row(name: str, case: Case, blocks: config.Blocks) -> dict[str, Any]:
-    """One candidate: cycles and bound, or a note why it has none."""
-    from bench.compile.binary import compile_launch, serialised
+def candidates(case: Case) -> Iterator[LaunchConfig]:
+    """What could be launched, the shipped configurations among them."""
+    shipped, plain = case.launch("sm_90").config, descriptor_config(case)
+    for p in PIPELINES[case.head_dim]:
+        parts = shipped.part_blocks * prod(shipped.key_box) // p.keys
+        changed = shipped._replace(query_box=_box(case, p.queries), key_box=key_box(case.window, p.keys), text_block=p.keys)
+        yield changed._replace(part_blocks=parts, num_stages=p.stages, registers=p.registers, ping_pong=p.ping_pong)
+    for b in PLAIN:
+        text = b.keys if case.text else plain.text_block
+        changed = plain._replace(query_box=_box(case, b.queries), key_box=key_box(case.window, b.keys), text_block=text)
+        yield changed._replace(num_warps=b.num_warps, num_stages=b.num_stages)
 
-    query_box = config.query_box(case.patch, blocks.queries) if case.queries == "image" else (1, blocks.queries)
-    boxes = {"query_box": query_box, "key_box": config.key_box(case.window, blocks.keys), "text_block": blocks.keys}
-    warps = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-    chosen = case.launch("sm_90").config._replace(**boxes, **warps)
-    facts: dict[str, Any] = {"shape": name} | blocks._asdict()
+
+def _box(case: Case, queries: int) -> tuple[int, int]:
+    return (1, queries) if case.queries == "text" else (queries // 16, 16)
+
+
+def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, Any]:
+    """One candidate: cycles and the time of the call, or a note why it has none."""
+    from bench.compile.binary import compile_launch, serialised, spills
+
+    sizes = {
+        "queries": prod(config.query_box),
+        "keys": prod(config.key_box),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    facts: dict[str, Any] = {"shape": name, "path": config.path, **sizes, "ping_pong": config.ping_pong}
+    launch: Launch = case.launch("sm_90", config)
     try:
-        binary = compile_launch(case.launch("sm_90", chosen), "sm_90")
+        binary = compile_launch(launch, "sm_90")
     except Exception as error:
         return facts | {"note": f"does not compile: {str(error).splitlines()[0][:60]}"}
-    c = cycles(binary, blocks.num_warps, 2 * blocks.keys * case.head_dim * case.dtype.itemsize)
-    facts |= {"registers": binary.registers, "spills": binary.spills, "shared": binary.shared, "programs": c.programs}
-    if binary.spills or c.programs == 0 or c.matrix == 0:
-        return facts | {"note": "spills" if binary.spills else "does not fit" if c.programs == 0 else "no HGMMA"}
-    if any(map(serialised, binary.loops)):
-        return facts | {"note": "serialised"}
-    useful = 4 * blocks.queries * blocks.keys * config.ceil_power_of_two(case.head_dim) / MATRIX_FLOPS
-    return facts | {name: f"{getattr(c, name):.0f}" for name in CYCLES} | {"bound": f"{PEAK_TFLOPS * useful / c.total:.0f}"}
+    inside, wanted = sum(map(spills, binary.loops)), case.launch("sm_90").config
+    facts |= {"registers": config.registers or binary.registers, "loop_spills": inside, "spills": binary.spills - inside}
+    facts |= {"shared": binary.shared, "note": "shipped" if config == wanted else ""}
+    faults = {"does not fit": binary.shared > shared_memory("sm_90"), "serialised": any(map(serialised, binary.loops))}
+    if any(faults.values()):
+        return facts | {"note": ", ".join(fault for fault, found in faults.items() if found)}
+    if inside:
+        facts["note"] = "spills in the loop"
+    p = predict(launch, binary, case)
+    facts |= costs(p.schedule, efficiency(config.path, case.head_dim))
+    return facts | {"tflops": f"{useful / p.ms / 1e9:.0f}", "loop": to_text(p.schedule.loop)}
 
 
-def _rank(row: dict[str, Any]) -> tuple[float, float]:
-    """Highest bound first; of those that L2 makes equal, the one that computes fastest."""
-    return -float(row.get("bound", 0)), float(row.get("compute", 0)) / float(row.get("matrix", 1))
+def page(text: str) -> str:
+    """docs/evidence/tuning.md with its tables from the committed rows."""
+    from pandas import read_csv
+
+    rows = read_csv(RESULT, dtype=str, keep_default_na=False)
+    rows["form"] = rows["queries"] + " x " + rows["keys"] + ", " + rows["num_stages"]
+    turns = rows["ping_pong"].map({"True": ", in turns"}).fillna("")
+    rows["kernel"] = rows["path"].where(rows["path"] == "warp-specialised", rows["num_warps"] + " warps") + turns
+    rows["spilled"] = rows["loop_spills"] + " + " + rows["spills"]
+    rows["KB"] = [str(-(-int(shared or 0) // 1024)) for shared in rows["shared"]]
+    rows["measured"] = "not measured yet"
+    kinds = rows["path"].map({"published": "published", "idea": "ideas"}).fillna("candidates")
+    text_columns = ("shape", "kernel", "queries x keys, stages", "note", "published TFLOP/s", "idea", "measured")
+    return fill(text, {
+        name: table(rows[kinds == name][list(shown)].rename(columns=shown), text=text_columns) for name, shown in SHOWN.items()
+    })  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.split("\n")[0])
     parser.add_argument("--csv", type=Path, help="where to write the rows")
+    parser.add_argument("--doc", type=Path, help="compile nothing, write the tables of this page from the committed rows")
     options = parser.parse_args()
-    rows = []
-    for name, (shape, queries) in SHAPES.items():
-        case = case_of(shapes.SHAPES[shape], queries)
-        shipped = case.launch("sm_90").config
-        used = (prod(shipped.query_box), prod(shipped.key_box), shipped.num_warps, shipped.num_stages)
-        ranked = sorted((row(name, case, blocks) for blocks in CANDIDATES), key=_rank)
-        print(name, *FIELDS[1:], sep="\t")
-        for r in ranked:
-            mark = "shipped" if tuple(r[field] for field in config.Blocks._fields) == used else ""
-            print(mark, *(str(r.get(field, "")) for field in FIELDS[1:]), sep="\t", flush=True)
-        rows += [dict.fromkeys(FIELDS, "") | r for r in ranked]
+    if options.doc:
+        require_pandas()
+        write_text(options.doc, page(options.doc.read_text()))
+        return
+    rows: list[dict[str, Any]] = []
+    for name, (shape, queries, rule) in SHAPES.items():
+        case, useful = case_of(shapes.SHAPES[shape], queries, rule), useful_flops(shapes.SHAPES[shape], queries, rule)
+        found = []
+        for config in candidates(case):
+            found.append(dict.fromkeys(FIELDS, "") | row(name, case, config, useful))
+            print(*(str(found[-1][field]) for field in FIELDS[:-1]), sep="\t", flush=True)
+        rows += sorted(found, key=lambda r: (r["note"] not in ("", "shipped"), -float(r["tflops"] or 0)))
+    for other in ideas.rows(rows):
+        rows.append(dict.fromkeys(FIELDS, "") | other)
+        print(*(str(rows[-1][field]) for field in FIELDS[:-1]), sep="\t", flush=True)
     if options.csv:
         write_rows(options.csv, FIELDS, rows)
 

@@ -1,8 +1,7 @@
-"""The compilation gates and the static roofline: one kernel by default, every kernel among the slow gates (`.ci/run`)."""
+"""The compilation gates: one kernel by default, every kernel among the slow gates (`.ci/run`)."""
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from bench.compile.binary import Binary, exponentials, main_loops, serialised
 from bench.compile.rows import KERNELS
 from bench.harness.facts import ROOT
 from bench.predictions import __main__ as predictions
-from bench.roofline.cycles import cycles
 
 DOC = ROOT / "docs" / "evidence" / "compiled.md"
 
@@ -40,18 +38,6 @@ def test_the_main_loop_is_the_innermost_with_the_products() -> None:
     (loop,) = main_loops(LISTING)
     assert [i.split()[0] for i in loop] == ["HGMMA.64x64x16.F32.BF16", "HGMMA.64x128x16.F32.BF16", "MUFU.EX2", "@!P0"]
     assert main_loops("nothing here") == []
-
-
-def test_cycles_follow_from_the_instructions() -> None:
-    binary = Binary(registers=168, spills=0, shared=60_000, code=LISTING, loops=tuple(map(tuple, main_loops(LISTING))))
-    counted = cycles(binary, num_warps=8, block_bytes=240)
-    assert counted.matrix == 2 * (2 * 64 * 64 * 16 + 2 * 64 * 128 * 16) / 4096
-    assert counted.exponentials == 8 * 32 / 16
-    assert counted.issue == 4 * 8 / 4
-    assert counted.programs == 1  # 168 registers x 256 threads, twice, are more than 65,536
-    assert counted.l2 == 10
-    assert counted.total == counted.matrix + counted.exponentials
-    assert counted._replace(l2=1000.0).total == 1000
 
 
 def test_products_that_wait_for_each_other_and_repeated_softmaxes_are_faults() -> None:
@@ -108,20 +94,6 @@ def test_faults_of_a_pipeline_are_named(loops: list[tuple[str, ...]], fault: str
     assert "7 loads by TMA" in case.faults("sm_90", case.launch("sm_90"), Binary(168, 0, 200_000, "UTMALDG.5D " * 7, tuple(loops)))
 
 
-def test_the_roofline_counts_what_is_repeated_and_ranks_what_is_serialised_last() -> None:
-    with (ROOT / "bench" / "results" / "static-roofline-sm_90.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert not [row for row in rows if row["note"] and row["bound"]]
-    for row in (row for row in rows if row["bound"]):
-        width = 128 if row["shape"].startswith("FLUX") else 64
-        useful = 4 * int(row["queries"]) * int(row["keys"]) * width / 4096
-        assert float(row["bound"]) == pytest.approx(989.5 * useful / float(row["total"]), rel=2e-3)
-        assert float(row["matrix"]) >= useful
-    for name in dict.fromkeys(row["shape"] for row in rows):
-        bounds = [bool(row["bound"]) for row in rows if row["shape"] == name]
-        assert bounds == sorted(bounds, reverse=True)
-
-
 def test_predictions_shown_are_the_committed_ones() -> None:
     assert predictions.page() == predictions.PAGE.read_text()
 
@@ -146,24 +118,6 @@ def test_the_page_is_that_of_the_committed_rows() -> None:
         ("attention", "3.6"), ("attention", "3.9"), ("lowpass", "3.6"), ("lowpass", "3.9"),
     ]  # fmt: skip
     assert all((rows["faults"] == "").all() for kernels in KERNELS for rows in committed(kernels).values())
-
-
-def test_the_roofline_shown_is_that_of_the_committed_rows() -> None:
-    """Every line of the table in docs/internals/kernels.md is a line of the CSV: blocks, programs, cycles, bound."""
-    with (ROOT / "bench" / "results" / "static-roofline-sm_90.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = ("programs", "matrix", "exponentials", "issue", "l2", "total", "bound")
-    measured = {
-        (r["shape"][:4], f"{r['queries']} x {r['keys']}, {r['num_warps']}, {r['num_stages']}", *(r[c] for c in columns)) for r in rows
-    }
-    shown, shape = set(), ""
-    for line in (ROOT / "docs" / "internals" / "kernels.md").read_text().splitlines():
-        cells = [cell.strip(" *") for cell in line.split("|")[1:-1]]
-        if len(cells) == 2 + len(columns) and cells[1][:1].isdigit():
-            shape = cells[0][:4] or shape
-            shown.add((shape, *cells[1:]))
-    assert len(shown) == 8
-    assert shown <= measured
 
 
 COMPILED = """

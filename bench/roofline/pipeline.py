@@ -1,0 +1,243 @@
+"""One multiprocessor of sm_90 that runs an attention loop: a simulation of events, which finds the steady state.
+
+Each *consumer* of the warp-specialised kernel, and each program of the kernels in plain Triton, goes through the steps of its loop
+(`bench/roofline/loops.py`). They share
+
+- the tensor cores, which compute one product at a time, in the order in which they were issued;
+- the schedulers: issue slots, the pipe of half rate and the exponential unit, each divided fairly among those that need it;
+- L2, which delivers a number of bytes a clock, one load after another.
+
+A producer loads blocks into `stages` buffers as consumers release them. A program in plain Triton issues its loads itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from bench.roofline.loops import Step
+
+L2_BYTES = 24.0  # assumed, a multiprocessor and clock: 5.6 TB/s over 132 at 1.75 GHz
+LOAD_LATENCY = 600  # cycles; assumed, as the next two
+STORE_LATENCY = 700
+START = 1000  # of a program in plain Triton: launch, addresses, descriptors
+
+Moment = Callable[[], float]  # when an actor goes on; infinity as long as nobody knows
+Actor = Iterator[Moment | tuple[float, ...]]  # what it waits for, or cycles of issue, half rate, exponentials
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a multiprocessor runs.
+
+    Attributes:
+        loop: Steps for one block of keys.
+        actors: Consumers, or programs in plain Triton.
+        specialised: Whether a producer loads.
+        stages: Buffers of keys, and of values.
+        block_bytes, query_bytes: Of keys and values of a block, and of queries of an actor.
+        finish: Instructions of a warp after a tile.
+        l2: Bytes a clock.
+        latency: Cycles from a load to its data, beside those of its bytes.
+        ahead: Blocks by which the producer loads keys before values.
+    """
+
+    loop: tuple[Step, ...]
+    actors: int
+    specialised: bool
+    stages: int
+    block_bytes: float
+    query_bytes: float = 0
+    finish: float = 0
+    l2: float = L2_BYTES
+    latency: float = LOAD_LATENCY
+    ahead: int = 0
+
+    def cycles(self, blocks: int, tiles: int) -> float:
+        """For `tiles` tiles of every actor, with `blocks` blocks of keys each.
+
+        Raises:
+            RuntimeError: every actor waits for another.
+        """
+        return _Run(self, blocks, tiles).cycles()
+
+    def block(self) -> float:
+        """Cycles between one block of keys of every actor and the next, in the steady state."""
+        return (self.cycles(60, 1) - self.cycles(20, 1)) / 40
+
+    def call(self, blocks: int, tiles: int) -> float:
+        """Cycles for many tiles: those after the fourth take as long as the third and fourth."""
+        if tiles <= 4:
+            return self.cycles(blocks, tiles)
+        two, four = self.cycles(blocks, 2), self.cycles(blocks, 4)
+        return four + (tiles - 4) * (four - two) / 2
+
+
+@dataclass
+class _Run:
+    """One run of the simulation."""
+
+    schedule: Schedule
+    blocks: int
+    tiles: int
+    now: float = 0
+    matrix_free: float = 0  # when the tensor cores have nothing left to do
+    l2_free: float = 0
+    arrivals: defaultdict[tuple[object, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def cycles(self) -> float:
+        s = self.schedule
+        actors = [self._consumer(part) if s.specialised else self._program(part) for part in range(s.actors)]
+        self._pass_turn(0)
+        waiting: dict[Actor, Moment] = dict.fromkeys([*actors, *([self._producer()] if s.specialised else [])], lambda: 0)
+        working: dict[Actor, tuple[float, ...]] = {}
+        while waiting or working:
+            for actor in [actor for actor, moment in waiting.items() if moment() <= self.now]:
+                del waiting[actor]
+                wish = next(actor, None)
+                if callable(wish):
+                    waiting[actor] = wish
+                elif wish and any(wish):
+                    working[actor] = wish
+                elif wish:
+                    waiting[actor] = lambda: 0
+            moments = [moment() for moment in waiting.values()]
+            if min(moments, default=inf) <= self.now:
+                continue
+            rates = fair_rates(working)
+            left = min([*moments, *(self.now + max(work) / rates[actor] for actor, work in working.items())], default=self.now) - self.now
+            if left == inf:
+                raise RuntimeError(f"every actor waits for another, at cycle {self.now:.0f}")
+            self.now += left
+            for actor, work in list(working.items()):
+                share = 1 - left * rates[actor] / max(work)
+                working[actor] = tuple(share * part for part in work)
+                if share * max(work) < 1e-6:
+                    waiting[actor] = lambda: 0
+                    del working[actor]
+        return self.now
+
+    def _consumer(self, part: int) -> Actor:
+        loop = self.schedule.loop
+        scores, values = (step for step in loop if step.action == "product")
+        first, second = (i for i, step in enumerate(loop) if step.action == "wait")
+        softmax = loop[first + 1 : second]
+        before = (Step("acquire", name="k"), scores, Step("wait", (0,)), *softmax)
+        after = (Step("acquire", name="v"), values, Step("wait", (0,)), Step("release", name="v"))
+        for tile in range(self.tiles):
+            yield self._when("q", part, tile)
+            for steps in (before, *[loop] * (self.blocks - 1), after):
+                yield from self._steps(steps, part, (tile + 1) * self.blocks)
+            yield from self._finish()
+            self._arrive("q empty", part, tile)
+
+    def _program(self, part: int) -> Actor:
+        for tile in range(self.tiles):
+            yield self._after(START)
+            yield self._after(self._load(self.schedule.query_bytes) - self.now)
+            for _ in range(self.schedule.stages - 1):
+                self._load_next(part, tile)
+            for _ in range(self.blocks):
+                yield from self._steps(self.schedule.loop, part, (tile + 1) * self.blocks)
+            yield from self._steps((Step("wait", (0,)),), part, 0)
+            yield from self._finish()
+
+    def _steps(self, steps: Sequence[Step], part: int, end: int) -> Actor:
+        """Go through steps once; blocks from `end` on are those of the next tile."""
+        flying = self.arrivals["product", part]
+        for action, amounts, name in steps:
+            if action == "run":
+                yield amounts[:3]
+                yield self._after(amounts[3])
+            elif action == "product":
+                self.matrix_free = max(self.now, self.matrix_free) + amounts[0]
+                flying.append(self.matrix_free)
+            elif action == "wait":
+                yield self._after(flying[-1 - int(amounts[0])] - self.now)
+            elif action == "acquire" and (n := self._next("acquire", name, part)) < (end if name == "k" else inf):
+                yield self._when(name, *self._owner(name, part), n)
+                self._arrive("acquire", name, part)
+            elif action == "release" and name == "turn":
+                self._pass_turn((part + 1) % self.schedule.actors)
+            elif action == "release":
+                self._arrive(f"{name} empty", self._next("release", name, part))
+                self._arrive("release", name, part)
+            elif action == "load":
+                self._load_next(part, end // self.blocks - 1)
+
+    def _producer(self) -> Actor:
+        s, end = self.schedule, self.tiles * self.blocks
+        for n in range(end + s.ahead):
+            if n < end:
+                yield from self._deliver("k", n)
+            if n >= s.ahead > 0:  # before queries, which wait for the end of the tile
+                yield from self._deliver("v", n - s.ahead)
+            if n < end and n % self.blocks == 0:
+                yield from self._deliver_queries(n // self.blocks)
+            if not s.ahead:
+                yield from self._deliver("v", n)
+
+    def _deliver_queries(self, tile: int) -> Actor:
+        for part in range(self.schedule.actors):
+            if tile:
+                yield self._when("q empty", part, tile - 1)
+            self._arrive("q", part, tile, at=self._load(self.schedule.query_bytes))
+
+    def _deliver(self, name: str, n: int) -> Actor:
+        """Load keys or values as soon as all consumers have released the buffer."""
+        if n >= self.schedule.stages:
+            yield self._when(f"{name} empty", n - self.schedule.stages, count=self.schedule.actors)
+        self._arrive(name, n, at=self._load(self.schedule.block_bytes / 2))
+
+    def _finish(self) -> Actor:
+        yield (self.schedule.finish, 0, 0)
+        yield self._after(STORE_LATENCY)
+
+    def _load(self, size: float) -> float:
+        """When a load that is issued now has arrived."""
+        self.l2_free = max(self.now, self.l2_free) + size / self.schedule.l2
+        return self.l2_free + self.schedule.latency
+
+    def _load_next(self, part: int, tile: int) -> None:
+        """Issue the next load of a program, unless its tile has no more blocks."""
+        n = self._next("loaded", part)
+        if n < (tile + 1) * self.blocks:
+            self._arrive("loaded", part)
+            self._arrive("k", part, n, at=self._load(self.schedule.block_bytes))
+
+    def _pass_turn(self, part: int) -> None:
+        self._arrive("turn", part, self._next("turns", part))
+        self._arrive("turns", part)
+
+    def _owner(self, name: str, part: int) -> tuple[int, ...]:
+        return (part,) if name == "turn" or not self.schedule.specialised else ()
+
+    def _next(self, *key: object) -> int:
+        """How often something has happened."""
+        return len(self.arrivals.get(key, ()))
+
+    def _arrive(self, *key: object, at: float | None = None) -> None:
+        self.arrivals[key].append(self.now if at is None else at)
+
+    def _when(self, *key: object, count: int = 1) -> Moment:
+        return lambda: max(self.arrivals[key]) if len(self.arrivals[key]) >= count else inf
+
+    def _after(self, cycles: float) -> Moment:
+        moment = self.now + cycles
+        return lambda: moment
+
+
+def fair_rates(working: Mapping[Actor, tuple[float, ...]]) -> dict[Actor, float]:
+    """How fast each goes, 1 being its speed alone: all alike, until something is used up by those that need it."""
+    use = {actor: [part / max(work) for part in work] for actor, work in working.items()}
+    rates, growing, free = dict.fromkeys(use, 0.0), set(use), [1.0, 1.0, 1.0]
+    while growing:
+        sums = [sum(use[actor][i] for actor in growing) for i in range(3)]
+        more = min([1 - max(rates[actor] for actor in growing), *(f / s for f, s in zip(free, sums, strict=True) if s)])
+        free = [f - more * s for f, s in zip(free, sums, strict=True)]
+        for actor in growing:
+            rates[actor] += more
+        growing = {a for a in growing if rates[a] < 1 - 1e-12 and not any(f < 1e-12 and u for f, u in zip(free, use[a], strict=True))}
+    return rates
