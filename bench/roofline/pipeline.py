@@ -41,7 +41,7 @@ class Schedule:
         finish: Instructions of a warp after a tile.
         l2: Bytes a clock.
         latency: Cycles from a load to its data, beside those of its bytes.
-        ahead: Blocks by which the producer loads keys before values.
+        ahead: Whether the producer loads keys one block ahead of values.
     """
 
     loop: tuple[Step, ...]
@@ -53,7 +53,7 @@ class Schedule:
     finish: float = 0
     l2: float = L2_BYTES
     latency: float = LOAD_LATENCY
-    ahead: int = 0
+    ahead: bool = True
 
     def cycles(self, blocks: int, tiles: int) -> float:
         """For `tiles` tiles of every actor, with `blocks` blocks of keys each.
@@ -168,16 +168,18 @@ class _Run:
                 self._load_next(part, end // self.blocks - 1)
 
     def _producer(self) -> Actor:
-        s, end = self.schedule, self.tiles * self.blocks
-        for n in range(end + s.ahead):
-            if n < end:
-                yield from self._deliver("k", n)
-            if n >= s.ahead > 0:  # before queries, which wait for the end of the tile
-                yield from self._deliver("v", n - s.ahead)
-            if n < end and n % self.blocks == 0:
-                yield from self._deliver_queries(n // self.blocks)
-            if not s.ahead:
+        s = self.schedule
+        for tile in range(self.tiles):
+            first, end = tile * self.blocks, (tile + 1) * self.blocks
+            yield from self._deliver("k", first)
+            for n in range(first, end):
+                if s.ahead and n + 1 < end:
+                    yield from self._deliver("k", n + 1)
                 yield from self._deliver("v", n)
+                if n == first:
+                    yield from self._deliver_queries(tile)
+                if not s.ahead and n + 1 < end:
+                    yield from self._deliver("k", n + 1)
 
     def _deliver_queries(self, tile: int) -> Actor:
         for part in range(self.schedule.actors):

@@ -59,7 +59,8 @@ def neighborhood_patch_attention(
         patch: Query patch in tokens, `(Y, X)`, at most the window. The paper uses half the window.
         offset: Shift of the patch grid towards the origin in tokens, `(Y, X)`, each in `[0, patch)`. Border patches are smaller.
         scale: Factor on the scores; `D ** -0.5` when None.
-        return_lse: Whether to return the log-sum-exp of the scores as well, by which results over different keys can be merged.
+        return_lse: Whether to return the log-sum-exp of the scores as well, by which results over different keys can be merged. The
+            kernel has it at no cost; `"sdpa"` and `"reference"` compute the scores once more for it.
         impl: The implementation. `"triton"`: the fused kernel (fp16, bf16 or fp32, D a multiple of 8 up to 256, contiguous last axis, no
             gradients). `"sdpa"`: torch's SDPA on windows. `"reference"`: eager torch (fp64 stays fp64). `"auto"`: the kernel for 16-bit
             tensors on a GPU if it supports them and the window does not cover the grid, otherwise SDPA. A named implementation is never
@@ -79,7 +80,8 @@ def neighborhood_patch_attention(
     """
     _check_image(q, k, v)
     window, patch, offset, scale = _check_numbers(q, window, patch, offset, scale)
-    chosen = _choose(impl, (q, k, v), covers=window[0] >= q.shape[1] and window[1] >= q.shape[2])
+    covers = window[0] >= q.shape[1] and window[1] >= q.shape[2]
+    chosen = _choose(impl, (q, k, v), covers=covers and not return_lse)  # the kernel has the log-sum-exp, torch's attention has not
     if chosen == "triton":
         run = op.image_attention_lse if return_lse else op.image_attention
         out: Tensor | tuple[Tensor, Tensor] = run(q, k, v, None, None, None, None, window, patch, offset, scale)
@@ -87,7 +89,7 @@ def neighborhood_patch_attention(
     how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "scale": scale}
     attend = neighborhood_patch_attention_reference if chosen == "reference" else neighborhood_patch_attention_sdpa
     result = attend(q, k, v, **how)
-    return (result, window_log_sum_exp(q, k, None, **how, text_rope=None)) if return_lse else result
+    return (result, window_log_sum_exp(*_as_cast(chosen, q, k), **how)) if return_lse else result
 
 
 @overload
@@ -159,7 +161,7 @@ def joint_neighborhood_patch_attention(
     if chosen != "triton":
         attend = joint_neighborhood_patch_attention_reference if chosen == "reference" else joint_neighborhood_patch_attention_sdpa
         results = attend(q, k, v, text_q, text_k, text_v, **how, text_queries=text_queries)
-        return (*results, window_log_sum_exp(q, k, text_k, **how)) if return_lse else results
+        return (*results, window_log_sum_exp(*_as_cast(chosen, q, k, text_k), **how)) if return_lse else results
     numbers = (*(text_rope or (None, None)), window, patch, offset, scale)
     image = (q, k, v, text_k, text_v, *numbers)
     out, *lse = op.image_attention_lse(*image) if return_lse else (op.image_attention(*image),)
@@ -197,6 +199,11 @@ def _choose(impl: str, tensors: tuple[Tensor, ...], *, covers: bool) -> str:
     if tensors[0].device.type != "cuda" or covers or not has_triton() or op.refusal(tensors):
         return "sdpa"
     return "triton" if op.dtype_under_autocast(tensors[0]).itemsize == 2 else "sdpa"
+
+
+def _as_cast(chosen: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the implementation sees them: torch's attention in the dtype of autocast."""
+    return tensors if chosen == "reference" else tuple(x.to(op.dtype_under_autocast(x)) for x in tensors)
 
 
 def _check_numbers(

@@ -25,6 +25,7 @@ Path = Literal["warp-specialised", "descriptor", "pointer"]
 
 MIN_BLOCK = 16  # the smallest side of a matrix product in Triton
 WARP_ROWS = 16  # of a product that one warp computes on NVIDIA's GPUs
+FEWEST_KEYS = 32  # of a block of the warp-specialised kernel; an estimate, not measured yet
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup computes
 
 
@@ -123,7 +124,8 @@ def _pipelined(problem: Problem, device: str) -> LaunchConfig | None:
         pipeline = _PIPELINES["ragged"][column]
     keys, text_queries = key_box(problem.window, pipeline.keys), problem.queries == "text"
     queries = (1, pipeline.queries) if text_queries else query_box(_cut(problem.patch, problem.grid), pipeline.queries)
-    if prod(queries) < pipeline.queries or not fits_inside(keys, problem.window):
+    few = prod(keys) < min(FEWEST_KEYS, pipeline.keys // 2)  # a block is not worth its barriers
+    if prod(queries) < pipeline.queries or few or not fits_inside(keys, problem.window):
         return None
     part_windows, part_blocks = 1, 0
     if text_queries:

@@ -45,7 +45,7 @@ def image_launch(
     """
     text = None if text_k is None or text_v is None else (text_k, text_v)
     call = Call("image", q, (k, v), text, rope, window, patch, offset, scale)
-    config = config or launch_config(call.problem, device, path)
+    config = _config(call, device, path, config)
     if config.path == "warp-specialised":
         return hopper_launch.image(out, call, config, lse)
     rows, columns = config.query_box
@@ -89,7 +89,7 @@ def text_launch(
     `out` for each part of the windows, and the second computes the mean.
     """
     call = Call("text", text_q, (k, v), (text_k, text_v), rope, window, patch, offset, scale)
-    config = config or launch_config(call.problem, device, path)
+    config = _config(call, device, path, config)
     if config.path == "warp-specialised":
         return hopper_launch.text(out, call, config)
     rows, windows = config.query_box[1], prod(call.patches)
@@ -98,6 +98,12 @@ def text_launch(
     arguments |= {"sums_ptr": sums.sums, "TEXT_ROWS": rows, "part_windows": config.part_windows}
     programs = text_q.shape[0] * text_q.shape[2] * sums.tiles * sums.parts
     return Launch(text_kernel, programs, _shared_arguments(call, config) | arguments, config, then=sums.mean(out, call, windows, config))
+
+
+def _config(call: Call, device: str, path: Path | None, config: LaunchConfig | None) -> LaunchConfig:
+    if config and path not in (None, config.path):
+        raise ValueError(f"path must be that of config where both are given, got {path=}, {config.path=}")
+    return config or launch_config(call.problem, device, path)
 
 
 def _shared_arguments(call: Call, config: LaunchConfig) -> dict[str, Any]:

@@ -65,6 +65,18 @@ def test_the_kernel_agrees(problem: Problem, target: str | None) -> None:
     torch.testing.assert_close(lse, exact.float(), rtol=1.3e-6, atol=1e-5 + rounded)
 
 
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_autocast_does_not_round_it(impl: str) -> None:
+    """It is that of the tensors as the implementation sees them: rounded to bf16 once, or not at all."""
+    q, k, v = (x.float() for x in PLAIN.inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        _, lse = neighborhood_patch_attention(q, k, v, **PLAIN.arguments, return_lse=True, impl=impl)  # type: ignore[call-overload]
+    seen = (q, k) if impl == "reference" else (q.bfloat16(), k.bfloat16())
+    exact = window_log_sum_exp(*(x.double() for x in seen), **PLAIN.arguments)
+    assert lse.dtype is torch.float32
+    torch.testing.assert_close(lse, exact.float())
+
+
 def test_fakes_have_its_shape() -> None:
     from torch._subclasses import FakeTensorMode
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
+from scalediff_kernels.neighborhood.lse import window_log_sum_exp
 from tests.kernels.neighborhood import pipelines
 from tests.kernels.neighborhood.problems import CHOSEN, GPU, PATHS, TARGETS, Problem, assert_right, run
 from tests.kernels.sanitizer import assert_clean
@@ -46,7 +47,9 @@ def test_pipeline_keeps_the_error_budget(problem: Problem, dtype: torch.dtype) -
 @HOPPER
 @pytest.mark.parametrize("seed", range(12))
 def test_pipeline_keeps_the_error_budget_of_drawn_problems(seed: int) -> None:
+    PATHS.clear()
     assert_right(pipelines.draw(seed), None)
+    assert set(PATHS) == {"warp-specialised"}
 
 
 @HOPPER
@@ -56,9 +59,22 @@ def test_pipeline_takes_tile_after_tile(dim: int) -> None:
     problem = Problem(
         (192, 192), (64, 64), (32, 32), (0, 0), dim, heads=4, groups=4, text=200, rope=True, rule="window", dtype=torch.bfloat16
     )
+    PATHS.clear()
     assert_right(problem, None)
+    assert set(PATHS) == {"warp-specialised"}
     first = run(problem, None)
     assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(problem, None), strict=True))
+
+
+@HOPPER
+def test_pipeline_has_the_log_sum_exp() -> None:
+    problem = Problem((96, 80), (64, 64), (32, 32), (5, 17), 64, dtype=torch.bfloat16)
+    q, k, _ = problem.inputs()
+    PATHS.clear()
+    out, lse = run(problem, None, return_lse=True)
+    assert set(PATHS) == {"warp-specialised"}
+    assert torch.equal(out, run(problem, None)[0])
+    torch.testing.assert_close(lse, window_log_sum_exp(q.double(), k.double(), **problem.arguments).float())
 
 
 @pytest.mark.parametrize("target", TARGETS)

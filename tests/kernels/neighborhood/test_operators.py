@@ -20,10 +20,9 @@ def test_opcheck(with_text: bool) -> None:
     q, k, v, text_q, text_k, text_v = problem.inputs()
     cos, sin = problem.tables() or (None, None)
     numbers = ([3, 3], [2, 3], [1, 0], 0.3)
-    torch.library.opcheck(
-        torch.ops.scalediff.image_attention.default,
-        (q, k, v, text_k, text_v, cos, sin, *numbers) if with_text else (q, k, v, None, None, None, None, *numbers),
-    )
+    arguments = (q, k, v, text_k, text_v, cos, sin, *numbers) if with_text else (q, k, v, None, None, None, None, *numbers)
+    torch.library.opcheck(torch.ops.scalediff.image_attention.default, arguments)
+    torch.library.opcheck(torch.ops.scalediff.image_attention_lse.default, arguments)
     if with_text:
         torch.library.opcheck(torch.ops.scalediff.text_attention.default, (text_q, k, v, text_k, text_v, cos, sin, *numbers))
 

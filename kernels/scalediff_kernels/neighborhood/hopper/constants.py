@@ -5,10 +5,14 @@ Legend: M x N query x key block of a consumer, D head dim.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from triton.experimental.gluon import language as gl
+
+_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Constants:
     ping_pong: bool
     store_boxes: bool
     lse: bool
+
+    @property
+    def cache_key(self) -> str:
+        """What Triton's cache of binaries tells instances apart by. The properties below are part of the kernel's code, too."""
+        return f"{self!r} {_SOURCE}"
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -91,8 +100,8 @@ class Sizes(NamedTuple):
     """Numbers that may differ from call to call without another compilation."""
 
     tiles: Any  # query tiles of all heads
-    rows: Any  # query tiles of a head along y, or tiles of text queries
-    columns: Any  # query tiles of a head along x, or parts of the windows or blocks that text queries attend to
+    rows: Any  # query tiles of a head along y; of text queries all tiles of a head
+    columns: Any  # query tiles of a head along x; of text queries the parts of the windows, or of the blocks, that they attend to
     skip_y: Any  # tiles of the first patches that are outside the grid
     skip_x: Any
     grid_y: Any

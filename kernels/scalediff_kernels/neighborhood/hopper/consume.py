@@ -12,13 +12,13 @@ from scalediff_kernels.neighborhood.hopper.queries import rotate, store_image, s
 
 
 @gluon.jit
-def _queries(q_smem, is_text, PART: gl.constexpr, C: gl.constexpr):
+def _queries(q_smem, is_text, CONSUMER: gl.constexpr, C: gl.constexpr):
     """The buffer of queries for a block: the rotated ones for text keys, or, of text queries, for image keys."""
     M: gl.constexpr = C.m
     BLOCK_D: gl.constexpr = C.block_d
-    buffer = PART
+    buffer = CONSUMER
     if C.rope:
-        plain, rotated = PART, C.consumers + PART
+        plain, rotated = CONSUMER, C.consumers + CONSUMER
         buffer = gl.where(is_text, plain, rotated) if C.text_queries else gl.where(is_text, rotated, plain)
     return q_smem.index(buffer).reshape([M, BLOCK_D])
 
@@ -60,8 +60,8 @@ def _softmax(scores, j, top, total, scale, sizes, MASKED: gl.constexpr, C: gl.co
 
 
 @gluon.jit
-def _attend(n, steps, window, begin, end, buffers, bars, sizes, scale, PART: gl.constexpr, C: gl.constexpr):
-    """Attend to the blocks of one window; `n` blocks were before, and `steps` turns. Returns maxima, sums, result, and the new counts."""
+def _attend(n, taken, window, begin, end, buffers, bars, sizes, scale, CONSUMER: gl.constexpr, C: gl.constexpr):
+    """Attend to the blocks of one window; `n` blocks and `taken` turns were before. Returns maxima, sums, result, and the new counts."""
     M: gl.constexpr = C.m
     N: gl.constexpr = C.n
     BLOCK_D: gl.constexpr = C.block_d
@@ -76,7 +76,7 @@ def _attend(n, steps, window, begin, end, buffers, bars, sizes, scale, PART: gl.
 
     stage = n % STAGES
     mbarrier.wait(bars.k_full.index(stage), n // STAGES & 1)
-    scores = warpgroup_mma_wait(0, deps=[_scores(_queries(buffers.q, begin < sizes.text_blocks, PART, C), buffers.k.index(stage), C)])
+    scores = warpgroup_mma_wait(0, deps=[_scores(_queries(buffers.q, begin < sizes.text_blocks, CONSUMER, C), buffers.k.index(stage), C)])
     mbarrier.arrive(bars.k_empty.index(stage), count=1)
     top, total, shrink, weights = _softmax(scores, begin, top, total, scale, sizes, C.ragged_text or C.ragged_window, C)
     p = gl.convert_layout(weights.to(buffers.q.dtype), P_LAYOUT)
@@ -87,12 +87,12 @@ def _attend(n, steps, window, begin, end, buffers, bars, sizes, scale, PART: gl.
         stage = n % STAGES
         mbarrier.wait(bars.v_full.index(before), before_phase)
         if C.ping_pong:
-            mbarrier.wait(bars.turns.index(PART), steps & 1)
-            steps += 1
-        next_scores = _scores(_queries(buffers.q, j < sizes.text_blocks, PART, C), buffers.k.index(stage), C)
+            mbarrier.wait(bars.turns.index(CONSUMER), taken & 1)
+            taken += 1
+        next_scores = _scores(_queries(buffers.q, j < sizes.text_blocks, CONSUMER, C), buffers.k.index(stage), C)
         next_acc = warpgroup_mma(p, buffers.v.index(before).reshape([N, BLOCK_D]), acc, is_async=True)
         if C.ping_pong:
-            mbarrier.arrive(bars.turns.index(1 - PART), count=1)
+            mbarrier.arrive(bars.turns.index(1 - CONSUMER), count=1)
         scores = warpgroup_mma_wait(1, deps=[next_scores])
         mbarrier.arrive(bars.k_empty.index(stage), count=1)
         top, total, shrink, weights = _softmax(scores, j, top, total, scale, sizes, C.ragged_window, C)
@@ -105,29 +105,29 @@ def _attend(n, steps, window, begin, end, buffers, bars, sizes, scale, PART: gl.
     mbarrier.wait(bars.v_full.index(stage), n // STAGES & 1)
     acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, buffers.v.index(stage).reshape([N, BLOCK_D]), acc, is_async=True)])
     mbarrier.arrive(bars.v_empty.index(stage), count=1)
-    return top, total, acc / gl.expand_dims(gl.convert_layout(total, ROWS), 1), n + 1, steps
+    return top, total, acc / gl.expand_dims(gl.convert_layout(total, ROWS), 1), n + 1, taken
 
 
 @gluon.jit
-def consume(work, PART: gl.constexpr, C: gl.constexpr):
-    """A consumer: compute the query rows PART of every tile."""
+def consume(work, CONSUMER: gl.constexpr, C: gl.constexpr):
+    """A consumer: compute the query rows CONSUMER of every tile."""
     M: gl.constexpr = C.m
     BLOCK_D: gl.constexpr = C.block_d
     buffers, bars, sizes, outputs, rotation, scale = work
     n = 0  # blocks so far
-    turn = 0  # tiles so far
-    steps = 0  # turns at the tensor cores so far
+    tiles = 0  # tiles so far
+    taken = 0  # turns at the tensor cores so far
     for tile in range(gl.program_id(0), sizes.tiles, gl.num_programs(0)):
         batch, head, y, x, first, last, begin, end = place(tile, sizes, C)
-        mbarrier.wait(bars.q_full.index(PART), turn & 1)
+        mbarrier.wait(bars.q_full.index(CONSUMER), tiles & 1)
         for window in range(first, last):
             if C.rope:
-                rotated = buffers.q.index(C.consumers + PART).reshape([M, BLOCK_D])
-                rotate(buffers.q.index(PART).reshape([M, BLOCK_D]), rotated, rotation, window, C)
-            top, total, b_out, n, steps = _attend(n, steps, window, begin, end, buffers, bars, sizes, scale, PART, C)
+                rotated = buffers.q.index(C.consumers + CONSUMER).reshape([M, BLOCK_D])
+                rotate(buffers.q.index(CONSUMER).reshape([M, BLOCK_D]), rotated, rotation, window, C)
+            top, total, b_out, n, taken = _attend(n, taken, window, begin, end, buffers, bars, sizes, scale, CONSUMER, C)
             if C.text_queries:
-                store_sums(outputs, b_out, top, total, tile, window - first, PART, C)
+                store_sums(outputs, b_out, top, total, tile, window - first, CONSUMER, C)
             else:
-                store_image(outputs, buffers.q.index(PART), b_out, top, total, batch, y, x, head, window, sizes, PART, C)
-        mbarrier.arrive(bars.q_empty.index(PART), count=1)
-        turn += 1
+                store_image(outputs, buffers.q.index(CONSUMER), b_out, top, total, batch, y, x, head, window, sizes, CONSUMER, C)
+        mbarrier.arrive(bars.q_empty.index(CONSUMER), count=1)
+        tiles += 1

@@ -5,6 +5,7 @@ Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head d
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -15,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from scalediff_kernels._launch import Launch
 from scalediff_kernels.neighborhood.call import Call
-from scalediff_kernels.neighborhood.config import MULTIPROCESSORS, WARPGROUP_ROWS, LaunchConfig
+from scalediff_kernels.neighborhood.config import MIN_BLOCK, MULTIPROCESSORS, WARPGROUP_ROWS, LaunchConfig, ceil_power_of_two
 from scalediff_kernels.neighborhood.hopper.constants import Constants
 from scalediff_kernels.neighborhood.hopper.kernel import hopper_kernel
 from scalediff_kernels.neighborhood.strides import descriptor_strides, in_vectors
@@ -36,7 +37,7 @@ def image(out: Tensor, call: Call, config: LaunchConfig, lse: Tensor | None = No
     arguments = {
         "q_ref": _descriptor(call.q, (1, *box, 1)),
         "out_ref": _descriptor(out, (1, *box, 1)) if store_boxes else out,
-        "out_strides": in_vectors(out),
+        "out_strides": (0, 0, 0, 0) if store_boxes else in_vectors(out),
         "lse_ptr": out if lse is None else lse,
         "tiles": tiles,
         "rows": rows,
@@ -58,7 +59,7 @@ def text(out: Tensor, call: Call, config: LaunchConfig) -> Launch:
     arguments = {
         "q_ref": _descriptor(call.q, (1, prod(config.query_box) // constants.consumers, 1)),
         "out_ref": out,
-        "out_strides": in_vectors(out),
+        "out_strides": (0, 0, 0, 0),
         "sums_ptr": sums.sums,
         "tiles": tiles,
         "rows": sums.tiles,
@@ -72,6 +73,9 @@ def text(out: Tensor, call: Call, config: LaunchConfig) -> Launch:
 
 
 def _constants(call: Call, config: LaunchConfig, *, store_boxes: bool = False, lse: bool = False) -> Constants:
+    consumers = prod(config.query_box) // WARPGROUP_ROWS
+    assert consumers == 2 or (consumers in (3, 4) and not config.ping_pong), f"two consumers, or three or four without turns, {config=}"
+    assert config.num_stages > 1, f"the next keys are waited for while the values before are read, {config=}"
     return Constants(
         query_box=config.query_box,
         key_box=config.key_box,
@@ -81,7 +85,7 @@ def _constants(call: Call, config: LaunchConfig, *, store_boxes: bool = False, l
         head_dim=call.q.shape[-1],
         block_d=call.block_d,
         stages=config.num_stages,
-        consumers=prod(config.query_box) // WARPGROUP_ROWS,
+        consumers=consumers,
         registers=config.registers,
         text_queries=call.queries == "text",
         has_text=call.text is not None,
@@ -150,5 +154,10 @@ def _programs(tiles: int, out: Tensor) -> int:
 
 
 def _descriptor(x: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
-    block = [*box, max(16, 1 << (x.shape[-1] - 1).bit_length())]
-    return TensorDescriptor(x, list(x.shape), descriptor_strides(x), block, gl.NVMMASharedLayout.get_default_for(block, TYPES[x.dtype]))
+    block = (*box, max(MIN_BLOCK, ceil_power_of_two(x.shape[-1])))
+    return TensorDescriptor(x, list(x.shape), descriptor_strides(x), list(block), _layout(block, x.dtype))
+
+
+@cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])

@@ -32,12 +32,12 @@ def rotate(source, target, rotation, window, C: gl.constexpr):
 
 
 @gluon.jit
-def store_sums(outputs, b_out, top, total, tile, add, PART: gl.constexpr, C: gl.constexpr):
+def store_sums(outputs, b_out, top, total, tile, add, CONSUMER: gl.constexpr, C: gl.constexpr):
     """Add the result of a window to the sums of a tile, in memory: each element belongs to one thread. LSE: also its log-sum-exp."""
     M: gl.constexpr = C.m
     BLOCK_D: gl.constexpr = C.block_d
     LAYOUT: gl.constexpr = C.out_layout
-    rows = gl.cast(tile, gl.int64) * (C.consumers * M) + PART * M
+    rows = gl.cast(tile, gl.int64) * (C.consumers * M) + CONSUMER * M
     offs_m = gl.arange(0, M, layout=gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
     ptrs = outputs.sums + rows * BLOCK_D + gl.expand_dims(offs_m * BLOCK_D, 1) + gl.expand_dims(offs_d, 0)
@@ -48,14 +48,14 @@ def store_sums(outputs, b_out, top, total, tile, add, PART: gl.constexpr, C: gl.
 
 
 @gluon.jit
-def store_image(outputs, smem, b_out, top, total, batch, y, x, head, window, sizes, PART: gl.constexpr, C: gl.constexpr):
+def store_image(outputs, smem, b_out, top, total, batch, y, x, head, window, sizes, CONSUMER: gl.constexpr, C: gl.constexpr):
     """Store the result by way of the queries' buffer, which is not needed any more."""
     M: gl.constexpr = C.m
     BLOCK_D: gl.constexpr = C.block_d
     COLUMNS: gl.constexpr = C.consumer_box[1]
     WIDE: gl.constexpr = C.wide_layout
-    y += PART * C.split[0]
-    x += PART * C.split[1]
+    y += CONSUMER * C.split[0]
+    x += CONSUMER * C.split[1]
     stop_y = gl.minimum((window // sizes.patches_x + 1) * C.patch[0] - sizes.offset_y, sizes.grid_y)
     stop_x = gl.minimum((window % sizes.patches_x + 1) * C.patch[1] - sizes.offset_x, sizes.grid_x)
     rows = smem.reshape([M, BLOCK_D])
