@@ -105,7 +105,7 @@ def test_binaries_are_told_apart_by_the_code_of_the_constants() -> None:
     [
         ({"query_box": (8, 8)}, "two consumers, or three or four without turns"),
         ({"query_box": (16, 16)}, "two consumers, or three or four without turns"),
-        ({"num_stages": 1}, "the next keys are waited for"),
+        ({"num_stages": 1}, "second block of keys is loaded before its queries"),
     ],
 )
 def test_configurations_that_the_kernel_cannot_have_are_refused(change: dict[str, Any], message: str) -> None:

@@ -75,7 +75,7 @@ def text(out: Tensor, call: Call, config: LaunchConfig) -> Launch:
 def _constants(call: Call, config: LaunchConfig, *, store_boxes: bool = False, lse: bool = False) -> Constants:
     consumers = prod(config.query_box) // WARPGROUP_ROWS
     assert consumers == 2 or (consumers in (3, 4) and not config.ping_pong), f"two consumers, or three or four without turns, {config=}"
-    assert config.num_stages > 1, f"the next keys are waited for while the values before are read, {config=}"
+    assert config.num_stages > 1, f"a tile's second block of keys is loaded before its queries, {config=}"
     return Constants(
         query_box=config.query_box,
         key_box=config.key_box,
