@@ -1,15 +1,14 @@
 """Try the neighbours of the warp-specialised kernel's launch configurations on an sm_90 GPU: `python -m bench.tune`.
 
 Of every shape the configuration of the table, then those that differ from it in one respect: stages, turns, registers, keys of a block, or
-query rows. Every candidate has processes of its own with a limit, since a wrong barrier hangs: all are compiled and checked first, several
-at a time, then timed one after another. A candidate that is faster than the table's is a line for `_PIPELINES` in
-`kernels/scalediff_kernels/neighborhood/config.py`.
+query rows. They run in processes with a limit, since a wrong barrier hangs: each is compiled and checked in one of its own, several at a
+time; then those of a shape are timed in one process, one after another. A candidate that is faster than the table's is a line for
+`_PIPELINES` in `kernels/scalediff_kernels/neighborhood/config.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -32,13 +31,14 @@ from scalediff_kernels.neighborhood.config import LaunchConfig, Problem, key_box
 from scalediff_kernels.neighborhood.geometry import attention_flops
 from scalediff_kernels.testing import assert_within_budget
 
-LIMIT = 20.0  # seconds of a process
-AT_ONCE = 8  # processes that compile and check
+CHECK_LIMIT, TIME_LIMIT = 60.0, 5.0  # seconds of a process that checks one candidate, and for each candidate that one times
+AT_ONCE = 8  # processes that check
+LATE: Row = {"status": "skipped", "note": "no time was left"}
 SHAPES = {"flux-4096": "window", "sdxl-64-4096": "", "sdxl-32-4096": ""}
 SAME = ("machine", "commit", "torch", *VERSIONS)
 FIELDS = (
     "row", "status", "shape", "queries", "keys", "stages", "registers", "ping_pong", "p20_ms", "p50_ms", "p80_ms", "tflops", "error",
-    "note", "seconds", "command", *SAME,
+    "eager_error", "note", "seconds", "command", *SAME,
 )  # fmt: skip
 
 
@@ -95,15 +95,16 @@ def calls(candidate: Candidate, shape: shapes.Shape) -> Iterator[tuple[Any, torc
 
 
 def check(candidate: Candidate) -> Row:
-    """Compile a candidate, and compare it with fp64 on a grid of six patches and one head."""
+    """Compile a candidate, and compare it with fp64 on a grid of six patches and eight heads: some tiles for every multiprocessor."""
     full = shapes.SHAPES[candidate.shape]
-    small = replace(full, grid=(full.window[0], full.window[1] + full.patch[1]), heads=1, groups=0, batch=1)
+    small = replace(full, grid=(full.window[0], full.window[1] + full.patch[1]), heads=8, groups=0, batch=1)
     launch, out, inputs = next(calls(candidate, small))
     launch.run()
     how: dict[str, Any] = {"window": small.window, "patch": small.patch}
     exact, plain = (_image(inputs, dtype, impl, how) for dtype, impl in ((torch.float64, "reference"), (small.dtype, "sdpa")))
     assert_within_budget(out, plain, exact)
-    return {"error": f"{(out.double() - exact).abs().max().item():.3g}"}
+    errors = ((x.double() - exact).abs().max().item() for x in (out, plain))
+    return {name: f"{error:.3g}" for name, error in zip(("error", "eager_error"), errors, strict=True)}
 
 
 def _image(inputs: shapes.Inputs, dtype: torch.dtype, impl: Any, how: dict[str, Any]) -> torch.Tensor:
@@ -119,46 +120,54 @@ def _image(inputs: shapes.Inputs, dtype: torch.dtype, impl: Any, how: dict[str, 
 
 
 def timed(candidate: Candidate, seconds: float) -> Row:
+    """Time a candidate; its first result must be its last one, bit for bit."""
     shape = shapes.SHAPES[candidate.shape]
-    timing = measure_in_turn([launch.run for launch, _, _ in calls(candidate, shape)], "cuda", seconds=seconds)
+    found = list(calls(candidate, shape))
+    found[0][0].run()
+    first = found[0][1].clone()
+    timing = measure_in_turn([launch.run for launch, _, _ in found], "cuda", seconds=seconds)
+    if not (torch.equal(found[0][1], first) and first.isfinite().all()):
+        raise RuntimeError("its results differ from run to run, or are not finite")
     sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "batch": shape.batch, "text": shape.text}
     rate = attention_flops(grid=shape.grid, window=shape.window, **sizes) / timing.p50 / 1e9
     return {f"{name}_ms": f"{value:.4g}" for name, value in timing._asdict().items()} | {"tflops": f"{rate:.4g}"}
 
 
-def in_a_process(candidate: Candidate, what: str, seconds: float) -> Row:
-    """The columns that `check` or `timed` finds; status and note where it fails or hangs."""
-    words = [sys.executable, "-m", "bench.tune", "--one", what, candidate.shape, json.dumps(candidate.config), "--seconds", str(seconds)]
+def in_a_process(what: str, candidates: Sequence[Candidate], seconds: float, *, limit: float) -> list[Row]:
+    """The columns that `check` or `timed` finds of each candidate of a shape; status and note where one fails or hangs."""
+    configs = json.dumps([candidate.config for candidate in candidates])
+    words = [sys.executable, "-m", "bench.tune", "--one", what, candidates[0].shape, configs, "--seconds", str(seconds)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, env=os.environ, check=False)
-    except subprocess.TimeoutExpired:
-        return {"status": "FAILED", "note": f"{what} was stopped after {LIMIT:.0f} s: it hangs"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        found: Row = json.loads(lines[-1])
-        return found
-    return {"status": "FAILED", "note": f"{what}: {(done.stderr.strip().splitlines() or ['nothing was printed'])[-1][:160]}"}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False)
+        printed, note = done.stdout, (done.stderr.strip().splitlines() or ["nothing was printed"])[-1][:160]
+    except subprocess.TimeoutExpired as stopped:
+        printed, note = (stopped.stdout or b"").decode(), f"stopped after {limit:.0f} s: it hangs, or is slow"
+    rows: list[Row] = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    rows += [{"status": "FAILED", "note": f"{what}: {note}"}] * (len(rows) < len(candidates))
+    return rows + [{"status": "skipped", "note": "one before it ended the process"}] * (len(candidates) - len(rows))
 
 
-def one(shape: str, config: str) -> Candidate:
-    """A candidate out of the command line."""
-    values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in json.loads(config)]
-    return Candidate(shape, LaunchConfig._make(values))
+def run_here(what: str, shape: str, configs: str, seconds: float) -> Iterator[Row]:
+    """In a process of its own: check or time candidates."""
+    for values in json.loads(configs):
+        config = LaunchConfig._make(tuple(value) if isinstance(value, list) else value for value in values)
+        try:
+            yield check(Candidate(shape, config)) if what == "check" else timed(Candidate(shape, config), seconds)
+        except Exception as problem:
+            yield {"status": "FAILED", "note": f"{what}: {type(problem).__name__}: {first_line(problem)}"}
 
 
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("tune", __doc__.split("\n")[0], seconds=0.3)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--minutes", type=float, default=1.5, help="no candidate is begun later (default: %(default)s)")
-    parser.add_argument("--one", nargs=3, metavar=("WHAT", "SHAPE", "CONFIG"), help="check or time one candidate in this process")
+    parser.add_argument("--minutes", type=float, default=1.5, help="for all (default: %(default)s)")
+    parser.add_argument("--one", nargs=3, metavar=("WHAT", "SHAPE", "CONFIGS"), help="check or time candidates in this process")
     options = parser.parse_args(arguments)
     if options.one:
-        candidate = one(*options.one[1:])
-        try:
-            print(json.dumps(check(candidate) if options.one[0] == "check" else timed(candidate, options.seconds)))
-        except Exception as problem:
-            raise SystemExit(f"{type(problem).__name__}: {first_line(problem)}") from problem
+        what, shape, configs = options.one
+        for row in run_here(what, shape, configs, options.seconds):
+            print(json.dumps(row), flush=True)
         return
     deadline = time.monotonic() + 60 * options.minutes
     wanted = {candidate.name: candidate for name in options.shape for candidate in candidates(name)}
@@ -166,12 +175,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def measure(finished: Set[str]) -> Iterator[tuple[str, Row]]:
         todo = [candidate for name, candidate in wanted.items() if name not in finished]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            checked = list(pool.map(lambda candidate: in_a_process(candidate, "check", options.seconds), todo))
-        for candidate, row in zip(todo, checked, strict=True):
-            if "status" not in row:
-                late = time.monotonic() > deadline
-                row |= {"status": "skipped", "note": "no time was left"} if late else in_a_process(candidate, "time", options.seconds)
-            yield candidate.name, {"status": "ok", "note": ""} | candidate.row() | row
+            limit = min(CHECK_LIMIT, 60 * options.minutes)
+            checked = pool.map(lambda one: in_a_process("check", [one], options.seconds, limit=limit)[0], todo)
+            rows = dict(zip(todo, checked, strict=True))
+        for shape in options.shape:
+            right = [candidate for candidate, row in rows.items() if candidate.shape == shape and "status" not in row]
+            left = min(TIME_LIMIT * (2 + len(right)), deadline - time.monotonic())
+            if right:
+                times = in_a_process("time", right, options.seconds, limit=left) if left > TIME_LIMIT else [LATE] * len(right)
+                rows |= {candidate: rows[candidate] | found for candidate, found in zip(right, times, strict=True)}
+            for candidate, row in rows.items():
+                if candidate.shape == shape:
+                    yield candidate.name, {"status": "ok", "note": ""} | candidate.row() | row
 
     table = {candidates(name)[0].name for name in options.shape}
     Benchmark("tune", FIELDS, SAME, line).run(parser, options, arguments, wanted={name: name in table for name in wanted}, measure=measure)

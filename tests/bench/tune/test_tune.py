@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -24,9 +28,18 @@ def test_the_first_candidate_is_the_one_of_the_table_and_each_differs(name: str)
         assert changed == {field for field in changed if field not in ("path", "part_windows", "part_blocks", "num_warps")} != set()
 
 
-def test_a_candidate_comes_back_from_the_command_line() -> None:
-    for one in tune.candidates("flux-4096"):
-        assert tune.one(one.shape, json.dumps(one.config)) == one
+def test_a_candidate_comes_back_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails has a row that says so, and the next one is tried."""
+    ones = tune.candidates("flux-4096")
+
+    def check(candidate: tune.Candidate) -> dict[str, str]:
+        if candidate == ones[1]:
+            raise RuntimeError("no")
+        return {"error": str(ones.index(candidate))}
+
+    monkeypatch.setattr(tune, "check", check)
+    found = list(tune.run_here("check", "flux-4096", json.dumps([one.config for one in ones[:3]]), 0.3))
+    assert found == [{"error": "0"}, {"status": "FAILED", "note": "check: RuntimeError: no"}, {"error": "2"}]
 
 
 def test_most_candidates_fit_into_shared_memory() -> None:
@@ -40,25 +53,49 @@ def test_most_candidates_fit_into_shared_memory() -> None:
         assert sum(size + 1024 <= shared_memory("sm_90") for size in sizes) >= 5
 
 
+FAILED = {"status": "FAILED", "note": "time: stopped after 20 s: it hangs, or is slow"}
+SKIPPED = {"status": "skipped", "note": "one before it ended the process"}
+
+
 @pytest.mark.parametrize(
     ("ended", "expected"),
     [
-        (subprocess.CompletedProcess([], 0, 'noise\n{"tflops": "600"}\n', ""), {"tflops": "600"}),
-        (
-            subprocess.CompletedProcess([], 1, "", "Traceback\nAssertionError: the result has NaN"),
-            "check: AssertionError: the result has NaN",
-        ),
-        (subprocess.CompletedProcess([], -9, "", ""), "check: nothing was printed"),
-        (subprocess.TimeoutExpired("python", 20), "check was stopped after 20 s: it hangs"),
+        (subprocess.CompletedProcess([], 0, 'noise\n{"a": "1"}\n{"a": "2"}\n{"a": "3"}\n', ""), [{"a": "1"}, {"a": "2"}, {"a": "3"}]),
+        (subprocess.CompletedProcess([], -6, '{"a": "1"}\n', "an\nabort"), [{"a": "1"}, FAILED | {"note": "time: abort"}, SKIPPED]),
+        (subprocess.CompletedProcess([], -9, "", ""), [FAILED | {"note": "time: nothing was printed"}, SKIPPED, SKIPPED]),
+        (subprocess.TimeoutExpired("python", 20, b'{"a": "1"}\n'), [{"a": "1"}, FAILED, SKIPPED]),
+        (subprocess.TimeoutExpired("python", 20), [FAILED, SKIPPED, SKIPPED]),
     ],
 )
 def test_what_a_process_found(ended: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(words: list[str], **_: Any) -> Any:
-        assert words[1:5] == ["-m", "bench.tune", "--one", "check"]
+        assert words[1:6] == ["-m", "bench.tune", "--one", "time", "sdxl-32-4096"]
         if isinstance(ended, Exception):
             raise ended
         return ended
 
     monkeypatch.setattr(subprocess, "run", run)
-    found = tune.in_a_process(tune.candidates("sdxl-32-4096")[0], "check", 0.3)
-    assert found == (expected if isinstance(expected, dict) else {"status": "FAILED", "note": expected})
+    assert tune.in_a_process("time", tune.candidates("sdxl-32-4096")[:3], 0.3, limit=20) == expected
+
+
+def test_rows_of_candidates_that_hang_fail_and_are_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command, with processes and device pretended: a row for every candidate."""
+
+    def in_a_process(what: str, ones: Sequence[tune.Candidate], seconds: float, *, limit: float) -> list[dict[str, str]]:
+        rows = [{"error": "0.001"} if what == "check" else {f"p{n}0_ms": "2" for n in (2, 5, 8)} | {"tflops": "600"} for _ in ones]
+        if what == "check" and ones[0].config.ping_pong is False:
+            rows[0] = {"status": "FAILED", "note": "check: wrong"}
+        return rows
+
+    monkeypatch.setattr(tune, "in_a_process", in_a_process)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("bench.harness.command.facts", lambda names, device, commit: dict.fromkeys(names, "x"))
+    monkeypatch.setattr("bench.harness.command.device.device_lost", lambda device: False)
+    with pytest.raises(SystemExit) as ended:
+        tune.main(["--device", "cuda", "--shape", "sdxl-64-4096", "--csv", str(tmp_path / "tune.csv")])
+    assert ended.value.code in (0, None)
+    with (tmp_path / "tune.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == [one.name for one in tune.candidates("sdxl-64-4096")]
+    assert {row["status"] for row in rows if row["ping_pong"] == "True"} == {"ok"}
+    assert {(row["status"], row["note"]) for row in rows if row["ping_pong"] == "False"} == {("FAILED", "check: wrong")}
