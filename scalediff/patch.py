@@ -6,11 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from scalediff.arguments import Check, check_arguments, check_boolean, check_grid, check_integer, check_positive, choice, instance, optional
 from scalediff.cascade.generators import fresh_generator
+from scalediff.cascade.holding import held
 from scalediff.cascade.pipeline import cascade_of, native_size, preset, stage_sizes
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
@@ -23,6 +25,25 @@ from scalediff.patching.patch_networks import patch_networks, supports_cascade, 
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
+
+
+def _check_grid_source(name: str, value: Any) -> None:
+    if not callable(value):
+        check_grid(name, value)
+
+
+_CHECKS: dict[str, Check] = {
+    "grid": optional(_check_grid_source),
+    "patch_size": optional(check_positive),
+    "text": optional(instance((tuple, list, str), '("prefix" or "suffix", a number of tokens or the name of an argument)')),
+    "window": optional(check_grid),
+    "text_queries": choice(get_args(TextQueries)),
+    "text_rope": check_boolean,
+    "jitter": choice(get_args(Jitter)),
+    "seed": check_integer,
+    "strict": check_boolean,
+    "impl": choice(get_args(Impl)),
+}
 
 
 def patch_model(
@@ -73,21 +94,26 @@ def patch_model(
         ValueError: The model has no self-attention to patch, or, under `strict`, only a part of it can be patched; a module
             of no known family comes without a grid or window; the model is already patched through another pipeline; an
             argument is out of range.
-        TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph.
+        TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph; an argument is of the
+            wrong type.
+        RuntimeError: The call comes from a callback of a run of the same model.
         NotImplementedError: The model is a video model, or uses diffusers' context parallelism; `impl="triton"` without the
             triton package. `impl="triton"` on a model that is not on a GPU, and gradient checkpointing, raise this error at the
             first call above the native area.
 
     ScaleDiff, arXiv:2510.25818.
     """
-    handle = patch_networks(
-        model, grid=grid, patch_size=patch_size, text=text, window=window, text_queries=text_queries, text_rope=text_rope, jitter=jitter,
-        seed=seed, strict=strict, impl=impl,
-    )  # fmt: skip
-    if not isinstance(model, nn.Module):
-        family = family_of(denoiser_of(model))
-        if family is not None and supports_cascade(type(model), family):
-            patch_class(model, handle, _cascade_methods)
+    arguments: dict[str, Any] = {
+        "grid": grid, "patch_size": patch_size, "text": text, "window": window, "text_queries": text_queries, "text_rope": text_rope,
+        "jitter": jitter, "seed": seed, "strict": strict, "impl": impl,
+    }  # fmt: skip
+    check_arguments(_CHECKS, arguments)
+    with held(model):
+        handle = patch_networks(model, **arguments)
+        if not isinstance(model, nn.Module):
+            family = family_of(denoiser_of(model))
+            if family is not None and supports_cascade(type(model), family):
+                patch_class(model, handle, _cascade_methods)
     return handle
 
 
@@ -96,8 +122,13 @@ def unpatch_model(model: Any) -> None:
 
     Args:
         model: The pipeline or denoiser. Nothing happens if it is not patched.
+
+    Raises:
+        TypeError: The model is neither a module nor a pipeline with a denoiser.
+        RuntimeError: The call comes from a callback of a run of the same model.
     """
-    unpatch_networks(model)
+    with held(model):
+        unpatch_networks(model)
 
 
 def _cascade_methods(cls: type) -> dict[str, Callable[..., Any]]:
@@ -109,7 +140,8 @@ def _cascade_methods(cls: type) -> dict[str, Callable[..., Any]]:
         if handle is None or not handle.active:  # a copy made while patched, or a pipeline unpatched since
             return cls.__call__(self, *args, **kwargs)
         bound = inspect.signature(functools.partial(cls.__call__, self)).bind(*args, **kwargs)
-        return _call_patched_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
+        with held(self):
+            return _call_patched_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
 
     return {"__call__": call}
 
