@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scalediff.arguments import checked
 from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs
+from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import Generators, fresh_generator, states_of
 from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.memory import images_per_call
@@ -111,7 +112,8 @@ def generate(
         A Result with `.images`, `.stages` and `.settings`.
 
     Raises:
-        ValueError: A size or setting is out of range, the pipeline belongs to no known family, or the workdir belongs to another run.
+        ValueError: A size or setting is out of range, the picture alone is larger than the device's memory, the pipeline belongs to no
+            known family, or the workdir belongs to another run.
         TypeError: The pipeline is not a text-to-image pipeline, or an argument is of the wrong type.
         NotImplementedError: The pipeline's scheduler is not supported.
         RuntimeError: The call comes from a callback of a run of the same pipeline.
@@ -309,6 +311,7 @@ def _run_other_method(
     run_method = next((one.run for one in METHODS.values() if type(options) is one.options), None)
     if run_method is None:
         raise ValueError(f"method must be one of scalediff, {', '.join(METHODS)}, or an options object of one, got {method!r}")
+    check_possible(pipe, arguments, size)
     stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
     return Result(stages[-1].images, stages, settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, get_args
@@ -24,11 +25,11 @@ from scalediff.arguments import (
 )  # fmt: skip
 from scalediff.cascade.generators import Generators
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, takes_size_conditioning
+from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, native_size, size_multiple, takes_size_conditioning
 from scalediff.cascade.schedule import check_scheduler
 from scalediff.patching.networks import denoiser_of, original_call
 from scalediff.settings import Attention, Preset, Settings
-from scalediff_kernels.lowpass.geometry import coarse_length
+from scalediff_kernels.lowpass.geometry import Kind, coarse_length
 
 # Arguments of the pipeline's call that generate and upscale have themselves, or that each stage sets.
 _RESERVED = {"prompt", "negative_prompt", "height", "width", "generator", "num_inference_steps", "latents", "output_type", "return_dict"}
@@ -139,10 +140,23 @@ def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: S
         stage = settings.of_stage(number, restarts)
         for cutoff in (stage.lfm_cutoff, stage.sg_cutoff, stage.sg_cutoff_start):
             if isinstance(cutoff, float | int):
-                coarse_length(min(height, width) // factor, cutoff, stage.filter)
+                _check_coarse_grid(pipe, (height, width), cutoff, stage.filter)
     latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
     if latents is not None and (latents.shape[1] != base[0] * base[1] // 4 if cascade.packed else tuple(latents.shape[-2:]) != base):
         raise ValueError(f"latents must have the size of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
+
+
+def _check_coarse_grid(pipe: Any, size: tuple[int, int], cutoff: float, kind: Kind) -> None:
+    """Check that the filter's coarse grid has at least one pixel. The size is named if it is to blame, and the cutoff otherwise."""
+    factor = pipe.vae_scale_factor
+    length, native = min(size) // factor, min(native_size(pipe)) // factor
+    if kind == "resize" and length < native and length * cutoff < 1 <= native * cutoff:
+        least = math.ceil(math.ceil(1 / cutoff) * factor / size_multiple(pipe)) * size_multiple(pipe)
+        raise ValueError(
+            f"a stage of {size[0]} x {size[1]} is too narrow: the coarse grid of its low-pass filter has no pixel along the shorter side, "
+            f"which must be at least {least} pixels in every stage above the base, got {min(size)}"
+        )
+    coarse_length(length, cutoff, kind)
 
 
 def _check_settings(pipe: Any, settings: Settings, restarts: int, *, has_base: bool) -> None:

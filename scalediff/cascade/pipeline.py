@@ -64,6 +64,12 @@ def native_size(pipe: Any) -> tuple[int, int]:
     return y * cascade.patch * pipe.vae_scale_factor, x * cascade.patch * pipe.vae_scale_factor
 
 
+def size_multiple(pipe: Any) -> int:
+    """Number of pixels that picture sides must be multiples of."""
+    cascade = cascade_of(pipe)
+    return max(cascade.size_multiple, cascade.patch * int(pipe.vae_scale_factor))
+
+
 def stage_sizes(
     pipe: Any, height: int, width: int, given: Sizes | None = None, *, picture: tuple[int, int] | None = None
 ) -> list[tuple[int, int]]:
@@ -78,8 +84,7 @@ def stage_sizes(
     Raises:
         ValueError: As `plan_sizes` and `check_sizes`.
     """
-    cascade = cascade_of(pipe)
-    rules: dict[str, Any] = {"native": native_size(pipe), "multiple": max(cascade.size_multiple, cascade.patch * pipe.vae_scale_factor)}
+    rules: dict[str, Any] = {"native": native_size(pipe), "multiple": size_multiple(pipe)}
     if given is None:
         return plan_sizes((height, width), **rules)
     check_sizes(given, (height, width), picture=picture, **rules)
