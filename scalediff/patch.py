@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from scalediff.families import family_of
 from scalediff.families.grid import Grid
 from scalediff.families.unlisted import GridSource, TextSource
 from scalediff.patching.handle import Handle
-from scalediff.patching.networks import denoiser_of, handle_of, original_call
+from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, original_call
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
@@ -86,6 +87,10 @@ def patch_model(
             be replaced in its first pass above the native area. Warn instead when False.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
 
+    Warns:
+        UserWarning: The model is a text-to-image pipeline that the cascade does not support, so that its own call above the native size
+            is direct inference with windowed attention; or, without `strict`, only a part of it can be patched.
+
     Returns:
         A Handle with a `.report`. Used as a context manager, it unpatches the model on exit. Patching a model again replaces
         the earlier patch.
@@ -114,6 +119,9 @@ def patch_model(
             family = family_of(denoiser_of(model))
             if family is not None and supports_cascade(type(model), family):
                 patch_class(model, handle, _cascade_methods)
+            elif is_text_to_image(type(model)):
+                problem = f"{handle.report.call}; above the native size it is direct inference with windowed attention"
+                warnings.warn(f"scalediff: {problem}", stacklevel=2)
     return handle
 
 
