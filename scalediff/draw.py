@@ -106,7 +106,8 @@ def generate(
             resumes after the last finished stage and gives the same result bit for bit.
         on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
         on_step: Called after every denoising step with a `Step`: position in the run, seconds left, and a function that makes a preview.
-        progress: Show one progress bar over all stages, with the remaining time.
+        progress: Show one progress bar over all stages, with the remaining time; where stderr is no terminal or notebook, a line for
+            each stage.
 
     Returns:
         A Result with `.images`, `.stages` and `.settings`.

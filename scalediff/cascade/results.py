@@ -46,7 +46,8 @@ class RunOptions:
     Attributes:
         on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
         on_step: Called after every step.
-        progress: Show one bar over all stages; None keeps the pipeline's bar, False shows none.
+        progress: Show one bar over all stages, or a line for each where stderr is no terminal; None keeps the pipeline's bar, False shows
+            none.
         workdir: Folder in which finished stages are saved and from which they are loaded.
         vae_tiling: Run the autoencoder in tiles; None means only if it would not fit into the device's memory.
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder.

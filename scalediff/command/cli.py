@@ -125,7 +125,9 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="scheduler (default: the model's)")
     command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="timestep spacing of the scheduler")
     command.add_argument("--preview", type=_positive, metavar="N", help="write a preview file at every N-th step")
-    command.add_argument("--quiet", action="store_true", help="hide the progress bar")
+    command.add_argument(
+        "--quiet", action="store_true", help="hide the progress bar, or the line for each stage where stderr is no terminal"
+    )
     command.add_argument("--json", action="store_true", help="print a line of JSON for every picture")
 
     memory = command.add_argument_group("memory", "an estimate is printed before the run, and a run that does not fit is refused")

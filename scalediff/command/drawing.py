@@ -22,7 +22,7 @@ from scalediff.cascade.fitting import check_possible, describe_fit, fitting_size
 from scalediff.cascade.memory import available_bytes, estimate, format_gib, is_offloaded, needs_tiling
 from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import cascade_of, named_preset, native_size, stage_sizes
-from scalediff.cascade.progress import Step
+from scalediff.cascade.progress import Step, show_pipeline_bar
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import check_scheduler
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
@@ -109,6 +109,8 @@ def _prompts(options: Namespace) -> list[str]:
 
 def _jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Job]:
     """One job per prompt and seed. All files are checked to be writable; several pictures go to a folder, under different names."""
+    if not all(prompt.strip() for prompt in prompts):
+        _print_status("a prompt is empty: its picture follows no text")
     wanted = [(prompt, seed) for prompt in prompts for seed in options.seed]
     out: Path | None = options.out
     if out is not None and len(wanted) > 1 and not out.is_dir():
@@ -255,7 +257,7 @@ def _comparison_panels(
 ) -> dict[str, Any]:
     """Pictures by label: direct inference, the cascade with full attention, and the result. Labels include the time."""
     final, settings = result.stages[-1], result.settings
-    pipe.set_progress_bar_config(desc=f"direct  {final.height} x {final.width}", disable=options.quiet)
+    show_pipeline_bar(pipe, f"direct  {final.height} x {final.width}", show=not options.quiet)
     since = time.perf_counter()
     direct = pipe(
         job.prompt,

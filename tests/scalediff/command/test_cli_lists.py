@@ -137,6 +137,24 @@ def test_memory_is_told_before_anything_is_drawn(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "scalediff: error: as foretold\n"
 
 
+@pytest.mark.parametrize("prompts", [[""], ["a moon", "  "]])
+def test_an_empty_prompt_is_named(prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", *prompts, *FAST, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.startswith("a prompt is empty: its picture follows no text\n")
+    assert "picture-0.png" in last_pictures(tmp_path)
+    assert main(["generate", "a moon", *FAST]) == 0
+    assert "empty" not in capsys.readouterr().err
+
+
+def test_progress_in_a_pipe_is_a_line_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a moon", "--compare", *FAST[:-1]]) == 0
+    lines = capsys.readouterr().err
+    assert "\r" not in lines
+    stages = [line for line in lines.splitlines() if line.startswith(("stage ", "direct "))]
+    run = ["stage 1/2  64 x 64", "stage 2/2  96 x 96"]
+    assert stages == [*run, "direct  96 x 96", *run]
+
+
 def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the numbers and a size that would fit, which does."""
     room = 2**30 + 60 * 2**20
