@@ -12,8 +12,10 @@ from typing import Any, get_args
 from torch import nn
 
 from scalediff.arguments import Check, check_arguments, check_boolean, check_grid, check_integer, check_positive, choice, instance, optional
+from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.holding import held
+from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import cascade_of, native_size, preset, stage_sizes
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
@@ -45,6 +47,8 @@ _CHECKS: dict[str, Check] = {
     "strict": check_boolean,
     "impl": choice(get_args(Impl)),
 }
+# The arguments of a patched pipeline's call that the cascade reads; the pipeline checks the others.
+_CALL_CHECKS = {name: optional(DRAWING_CHECKS[name]) for name in ("prompt", "negative_prompt", "height", "width", "generator")}
 
 
 def patch_model(
@@ -156,10 +160,12 @@ def _cascade_methods(cls: type) -> dict[str, Callable[..., Any]]:
 
 def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     """Run the original call up to the native size and the cascade above it; arguments and return value are those of the pipeline."""
+    check_arguments(_CALL_CHECKS, arguments)
     native = native_size(pipe)
     height, width = arguments.get("height") or native[0], arguments.get("width") or native[1]
     if (height <= native[0] and width <= native[1]) or height * width <= native[0] * native[1]:
         return original_call(pipe)(pipe, **arguments)
+    check_generators(arguments.get("generator"), images_per_call(arguments))
     settings, handle = preset(pipe), handle_of(pipe)
     settings = replace(
         settings,

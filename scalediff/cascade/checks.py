@@ -108,7 +108,11 @@ def check_inputs(
         raise ValueError("prompt must be given, or its embeddings in call, got prompt=None")
     if isinstance(prompt, list) and isinstance(negative_prompt, list) and len(prompt) != len(negative_prompt):
         raise ValueError(f"negative_prompt must have one entry for each of the {len(prompt)} prompts, got {len(negative_prompt)}")
-    count = images_per_call({"prompt": prompt, **given})
+    check_generators(generator, images_per_call({"prompt": prompt, **given}))
+
+
+def check_generators(generator: Generators | None, count: int) -> None:
+    """Check that a list of generators has one for each of `count` pictures."""
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"generator must be one generator, or one for each of the {count} pictures, got a list of {len(generator)}")
 

@@ -86,6 +86,7 @@ PATCHING: list[tuple[str, Any, type[Exception], str]] = [
     ("strict", "no", TypeError, "strict must be True or False, got strict='no'"),
     ("impl", None, ValueError, "impl must be one of auto, reference, sdpa, triton, got impl=None"),
 ]
+CALL = [row for row in DRAWING if row[0] in ("prompt", "negative_prompt", "height", "width", "generator") and row[1] is not None]
 OBJECTS: list[tuple[Any, str, Any, type[Exception], str]] = [
     (Settings, "steps", True, TypeError, "steps must be an integer, got steps=True"),
     (Settings, "restart", None, TypeError, "restart must be a number, or one number for each stage, got restart=None"),
@@ -134,6 +135,12 @@ def test_upscale(demo: Any, argument: str, value: Any, error: type[Exception], m
 def test_patch_model(demo: Any, argument: str, value: Any, error: type[Exception], message: str) -> None:
     refused(scalediff.patch_model, {"model": demo} | {argument: value}, error, message)
     assert type(demo).__module__.startswith("diffusers")
+
+
+@cases(CALL)
+def test_a_patched_pipelines_own_call(demo: Any, argument: str, value: Any, error: type[Exception], message: str) -> None:
+    with scalediff.patch_model(demo):
+        refused(demo, {"prompt": "a moon", "height": 128, "width": 128, "num_inference_steps": 1} | {argument: value}, error, message)
 
 
 @pytest.mark.parametrize(("kind", "argument", "value", "error", "message"), OBJECTS)
