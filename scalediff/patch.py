@@ -21,6 +21,7 @@ from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
 from scalediff.families import family_of
 from scalediff.families.grid import Grid
+from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import GridSource, TextSource
 from scalediff.patching.handle import Handle
 from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, original_call
@@ -41,7 +42,7 @@ _CHECKS: dict[str, Check] = {
     "text": optional(instance((tuple, list, str), '("prefix" or "suffix", a number of tokens or the name of an argument)')),
     "window": optional(check_grid),
     "text_queries": choice(get_args(TextQueries)),
-    "text_rope": check_boolean,
+    "text_rope": instance((bool, TextRotation), "True, False or a TextRotation"),
     "jitter": choice(get_args(Jitter)),
     "seed": check_integer,
     "strict": check_boolean,
