@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalediff.arguments import checked
+from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs
+from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import Generators, fresh_generator, states_of
+from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, named_preset, stage_sizes
+from scalediff.cascade.pipeline import Sizes, cascade_of, named_preset, stage_sizes
 from scalediff.cascade.progress import Step
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.run import run
@@ -41,6 +45,8 @@ class Result:
     settings: Settings
 
 
+@checked(DRAWING_CHECKS)
+@holds_pipeline
 def generate(
     pipe: Any,
     prompt: str | list[str] | None,
@@ -71,12 +77,16 @@ def generate(
 ) -> Result:
     """Generate a picture above the model's native size.
 
+    A run changes the pipeline until it ends. A second call for the same pipeline from another thread waits until then, and so do
+    `upscale`, `patch_model` and a patched pipeline's own call; the call of a pipeline that is not patched cannot wait.
+
     Args:
         pipe: A diffusers pipeline with a known denoiser, patched or not. Its state is restored after the run.
         prompt: The prompt, or a list of prompts for a batch; None if `call` holds prompt embeddings.
         height, width: Target size in pixels. Its area must be at least the native one; any aspect ratio.
         negative_prompt: The negative prompt, or a list of them, passed to the pipeline.
-        call: Further arguments of the pipeline's call, used in every stage.
+        call: Further arguments of the pipeline's call, used in every stage. Beside `negative_prompt_embeds` it may also hold
+            `"negative_prompt": None`, for pipelines with a default negative prompt.
         generator: Random generator, or one per picture. It makes the whole run reproducible; a generator with a random seed when None.
             The global RNG is not used, with one exception in diffusers: Stable Diffusion 3's ControlNet pipeline samples its control
             latents from it.
@@ -96,21 +106,24 @@ def generate(
             resumes after the last finished stage and gives the same result bit for bit.
         on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
         on_step: Called after every denoising step with a `Step`: position in the run, seconds left, and a function that makes a preview.
-        progress: Show one progress bar over all stages, with the remaining time.
+        progress: Show one progress bar over all stages, with the remaining time; where stderr is no terminal or notebook, a line for
+            each stage.
 
     Returns:
         A Result with `.images`, `.stages` and `.settings`.
 
     Raises:
-        ValueError: A size or setting is out of range, the pipeline belongs to no known family, or the workdir belongs to another run.
-        TypeError: The pipeline is not a text-to-image pipeline.
+        ValueError: A size or setting is out of range, the picture alone is larger than the device's memory, the pipeline belongs to no
+            known family, or the workdir belongs to another run.
+        TypeError: The pipeline is not a text-to-image pipeline, or an argument is of the wrong type.
         NotImplementedError: The pipeline's scheduler is not supported.
+        RuntimeError: The call comes from a callback of a run of the same pipeline.
         torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
 
     ScaleDiff, arXiv:2510.25818.
     """
     given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
-    check_call(pipe)
+    check_inputs(pipe, prompt, negative_prompt, generator, call)
     if method != "scalediff":
         others = {"sizes": sizes, "vae_tiling": vae_tiling, "workdir": workdir, "on_step": on_step}
         named = [*(set(given) - {"steps", "guidance_scale"}), *(name for name, value in others.items() if value is not None)]
@@ -127,6 +140,8 @@ def generate(
     return _run_cascade(pipe, arguments, stage_sizes(pipe, height, width, sizes), replace(chosen.settings, **given), run_options, workdir)
 
 
+@checked(DRAWING_CHECKS)
+@holds_pipeline
 def upscale(
     pipe: Any,
     image: Any,
@@ -173,14 +188,16 @@ def upscale(
     Raises:
         ValueError: As `generate`; also if the target is not larger than the picture, or has another aspect ratio.
         TypeError: As `generate`; also if `image` is not a PIL picture or a list of them.
-        NotImplementedError: As `generate`.
+        NotImplementedError, RuntimeError: As `generate`.
         torch.OutOfMemoryError: As `generate`.
 
     ScaleDiff, arXiv:2510.25818.
     """
     given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
-    check_call(pipe)
+    check_inputs(pipe, prompt, negative_prompt, generator, call)
     images = image if isinstance(image, list) else [image]
+    if not images:
+        raise ValueError("image must be a PIL picture or a list of at least one, got image=[]")
     if not all(hasattr(picture, "convert") for picture in images):
         raise TypeError(f"image must be a PIL picture or a list of them, got {', '.join(type(picture).__name__ for picture in images)}")
     if len({picture.size for picture in images}) != 1:
@@ -263,11 +280,6 @@ def _call_arguments(
     preset: Preset,
 ) -> dict[str, Any]:
     """The arguments of the pipeline's call that are the same in every stage."""
-    own = {"prompt", "negative_prompt", "height", "width", "generator", "num_inference_steps", "latents", "output_type", "return_dict"}
-    if reserved := own & set(call or {}):
-        raise ValueError(
-            f"call must not hold arguments of generate or upscale, or those that each stage sets, got {', '.join(sorted(reserved))}"
-        )
     if preset.suffix and prompt is not None:
         prompt = [one + preset.suffix for one in prompt] if isinstance(prompt, list) else prompt + preset.suffix
     named = {"prompt": prompt, "negative_prompt": negative_prompt}
@@ -300,6 +312,7 @@ def _run_other_method(
     run_method = next((one.run for one in METHODS.values() if type(options) is one.options), None)
     if run_method is None:
         raise ValueError(f"method must be one of scalediff, {', '.join(METHODS)}, or an options object of one, got {method!r}")
+    check_possible(pipe, arguments, size)
     stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
     return Result(stages[-1].images, stages, settings)
 

@@ -4,25 +4,52 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from scalediff.arguments import Check, check_arguments, check_boolean, check_grid, check_integer, check_positive, choice, instance, optional
+from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
 from scalediff.cascade.generators import fresh_generator
+from scalediff.cascade.holding import held
+from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import cascade_of, native_size, preset, stage_sizes
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
 from scalediff.families import family_of
 from scalediff.families.grid import Grid
+from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import GridSource, TextSource
 from scalediff.patching.handle import Handle
-from scalediff.patching.networks import denoiser_of, handle_of, original_call
+from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, original_call
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
+
+
+def _check_grid_source(name: str, value: Any) -> None:
+    if not callable(value):
+        check_grid(name, value)
+
+
+_CHECKS: dict[str, Check] = {
+    "grid": optional(_check_grid_source),
+    "patch_size": optional(check_positive),
+    "text": optional(instance((tuple, list, str), '("prefix" or "suffix", a number of tokens or the name of an argument)')),
+    "window": optional(check_grid),
+    "text_queries": choice(get_args(TextQueries)),
+    "text_rope": instance((bool, TextRotation), "True, False or a TextRotation"),
+    "jitter": choice(get_args(Jitter)),
+    "seed": check_integer,
+    "strict": check_boolean,
+    "impl": choice(get_args(Impl)),
+}
+# The arguments of a patched pipeline's call that the cascade reads; the pipeline checks the others.
+_CALL_CHECKS = {name: optional(DRAWING_CHECKS[name]) for name in ("prompt", "negative_prompt", "height", "width", "generator")}
 
 
 def patch_model(
@@ -65,6 +92,10 @@ def patch_model(
             be replaced in its first pass above the native area. Warn instead when False.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
 
+    Warns:
+        UserWarning: The model is a text-to-image pipeline that the cascade does not support, so that its own call above the native size
+            is direct inference with windowed attention; or, without `strict`, only a part of it can be patched.
+
     Returns:
         A Handle with a `.report`. Used as a context manager, it unpatches the model on exit. Patching a model again replaces
         the earlier patch.
@@ -73,21 +104,29 @@ def patch_model(
         ValueError: The model has no self-attention to patch, or, under `strict`, only a part of it can be patched; a module
             of no known family comes without a grid or window; the model is already patched through another pipeline; an
             argument is out of range.
-        TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph.
+        TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph; an argument is of the
+            wrong type.
+        RuntimeError: The call comes from a callback of a run of the same model.
         NotImplementedError: The model is a video model, or uses diffusers' context parallelism; `impl="triton"` without the
             triton package. `impl="triton"` on a model that is not on a GPU, and gradient checkpointing, raise this error at the
             first call above the native area.
 
     ScaleDiff, arXiv:2510.25818.
     """
-    handle = patch_networks(
-        model, grid=grid, patch_size=patch_size, text=text, window=window, text_queries=text_queries, text_rope=text_rope, jitter=jitter,
-        seed=seed, strict=strict, impl=impl,
-    )  # fmt: skip
-    if not isinstance(model, nn.Module):
-        family = family_of(denoiser_of(model))
-        if family is not None and supports_cascade(type(model), family):
-            patch_class(model, handle, _cascade_methods)
+    arguments: dict[str, Any] = {
+        "grid": grid, "patch_size": patch_size, "text": text, "window": window, "text_queries": text_queries, "text_rope": text_rope,
+        "jitter": jitter, "seed": seed, "strict": strict, "impl": impl,
+    }  # fmt: skip
+    check_arguments(_CHECKS, arguments)
+    with held(model):
+        handle = patch_networks(model, **arguments)
+        if not isinstance(model, nn.Module):
+            family = family_of(denoiser_of(model))
+            if family is not None and supports_cascade(type(model), family):
+                patch_class(model, handle, _cascade_methods)
+            elif is_text_to_image(type(model)):
+                problem = f"{handle.report.call}; above the native size it is direct inference with windowed attention"
+                warnings.warn(f"scalediff: {problem}", stacklevel=2)
     return handle
 
 
@@ -96,8 +135,13 @@ def unpatch_model(model: Any) -> None:
 
     Args:
         model: The pipeline or denoiser. Nothing happens if it is not patched.
+
+    Raises:
+        TypeError: The model is neither a module nor a pipeline with a denoiser.
+        RuntimeError: The call comes from a callback of a run of the same model.
     """
-    unpatch_networks(model)
+    with held(model):
+        unpatch_networks(model)
 
 
 def _cascade_methods(cls: type) -> dict[str, Callable[..., Any]]:
@@ -109,17 +153,20 @@ def _cascade_methods(cls: type) -> dict[str, Callable[..., Any]]:
         if handle is None or not handle.active:  # a copy made while patched, or a pipeline unpatched since
             return cls.__call__(self, *args, **kwargs)
         bound = inspect.signature(functools.partial(cls.__call__, self)).bind(*args, **kwargs)
-        return _call_patched_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
+        with held(self):
+            return _call_patched_pipeline(self, dict(zip(bound.signature.parameters, bound.args, strict=False)) | bound.kwargs)
 
     return {"__call__": call}
 
 
 def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     """Run the original call up to the native size and the cascade above it; arguments and return value are those of the pipeline."""
+    check_arguments(_CALL_CHECKS, arguments)
     native = native_size(pipe)
     height, width = arguments.get("height") or native[0], arguments.get("width") or native[1]
     if (height <= native[0] and width <= native[1]) or height * width <= native[0] * native[1]:
         return original_call(pipe)(pipe, **arguments)
+    check_generators(arguments.get("generator"), images_per_call(arguments))
     settings, handle = preset(pipe), handle_of(pipe)
     settings = replace(
         settings,

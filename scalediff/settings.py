@@ -6,8 +6,10 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
+from scalediff.arguments import check_boolean, check_integer, check_mapping, check_number, check_text, choice, instance, wrong_type
 from scalediff_kernels.lowpass.geometry import Kind
 
 Attention = Literal["npa", "full"]
@@ -49,7 +51,7 @@ class Settings:
 
     Raises:
         ValueError: A value is outside its range.
-        TypeError: `steps` is not an integer.
+        TypeError: A value is of the wrong type, such as `steps` that is not an integer.
     """
 
     steps: int = 50
@@ -68,25 +70,31 @@ class Settings:
     size_conditioning: SizeConditioning = "target"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int):
-            raise TypeError(f"steps must be an integer, got steps={self.steps!r}")
+        check_integer("steps", self.steps)
+        check_number("guidance_scale", self.guidance_scale)
+        for name in ("lfm", "sg"):
+            check_boolean(name, getattr(self, name))
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got steps={self.steps}")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got guidance_scale={self.guidance_scale}")
         for name in _PER_STAGE:
             value = getattr(self, name)
-            if isinstance(value, Sequence):
+            if value is None and name == "sg_cutoff_start":
+                continue
+            if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))  # JSON gives lists
                 if not value:
                     raise ValueError(f"{name} must be a number, or one number for each stage, got {name}=()")
-            for one in value if isinstance(value, Sequence) else () if value is None else (value,):
-                if not (0 < one <= 1 or (one == 0 and name == "guidance_until")):
+            for one in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+                if not isinstance(one, Real) or isinstance(one, bool):
+                    raise wrong_type(name, "a number, or one number for each stage", value)
+                if not (0 < float(one) <= 1 or (one == 0 and name == "guidance_until")):
                     raise ValueError(f"{name} must lie in {'[' if name == 'guidance_until' else '('}0, 1], got {name}={one}")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
-            if value not in get_args(allowed) and not (name == "jitter" and value is None):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {name}={value!r}")
+            if not (name == "jitter" and value is None):
+                choice(get_args(allowed))(name, value)
 
     @property
     def stage_steps(self) -> int:
@@ -124,6 +132,9 @@ class Preset:
         suffix: Text appended to every prompt.
         call: Default arguments of the pipeline's call.
         spacing: The `timestep_spacing` that the scheduler must have; empty if any works.
+
+    Raises:
+        TypeError: A value is of the wrong type.
     """
 
     settings: Settings
@@ -131,6 +142,12 @@ class Preset:
     suffix: str = ""
     call: Mapping[str, Any] = field(default_factory=dict)
     spacing: str = ""
+
+    def __post_init__(self) -> None:
+        instance(Settings, "a Settings object")("settings", self.settings)
+        for name in ("source", "suffix", "spacing"):
+            check_text(name, getattr(self, name))
+        check_mapping("call", self.call)
 
 
 def derived_presets(*, steps: int, guidance_scale: float) -> Mapping[str, Preset]:

@@ -16,7 +16,8 @@ import scalediff_kernels
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "scalediff").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 MODEL_LIBRARIES = {"diffusers", "transformers", "accelerate", "safetensors", "PIL"}
-WINGS = ("settings", "demo", "families", "patching", "cost", "cascade", "methods", "patch", "draw", "command")  # from the ground up
+# From the ground up.
+WINGS = ("arguments", "settings", "demo", "families", "patching", "cost", "cascade", "methods", "patch", "draw", "command")
 
 
 def module_of(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,6 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
             nets = networks_of(pipe)  # ControlNets that the caller patched separately are left alone
             whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
             handle = undo.enter_context(patch_networks(whole, jitter=settings.jitter or "none"))
-        if vae_attention not in get_args(Attention):
-            raise ValueError(f"vae_attention must be one of {', '.join(get_args(Attention))}, got {vae_attention=}")
         if vae_attention == "npa":
             undo.enter_context(_windowed_vae(pipe))
         attention = handle.attention if handle is not None else None

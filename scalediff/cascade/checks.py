@@ -2,16 +2,130 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping
-from typing import Any
+from os import PathLike
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from scalediff.cascade.pipeline import Sizes, cascade_of, takes_size_conditioning
+from scalediff.arguments import (
+    Check,
+    check_boolean,
+    check_callable,
+    check_mapping,
+    check_positive,
+    choice,
+    instance,
+    optional,
+    shown,
+    wrong_type,
+)  # fmt: skip
+from scalediff.cascade.generators import Generators
+from scalediff.cascade.memory import images_per_call
+from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, native_size, size_multiple, takes_size_conditioning
 from scalediff.cascade.schedule import check_scheduler
-from scalediff.patching.networks import denoiser_of
-from scalediff.settings import Settings
-from scalediff_kernels.lowpass.geometry import coarse_length
+from scalediff.patching.networks import denoiser_of, original_call
+from scalediff.settings import Attention, Preset, Settings
+from scalediff_kernels.lowpass.geometry import Kind, coarse_length
+
+# Arguments of the pipeline's call that generate and upscale have themselves, or that each stage sets.
+_RESERVED = {"prompt", "negative_prompt", "height", "width", "generator", "num_inference_steps", "latents", "output_type", "return_dict"}
+
+
+def _check_prompt(name: str, value: Any) -> None:
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        raise wrong_type(name, "a string or a list of strings", value)
+    if not isinstance(value, str) and not value:
+        raise ValueError(f"{name} must be a string or a list of at least one, got {name}=[]")
+
+
+def _check_generator(name: str, value: Any) -> None:
+    if not all(isinstance(one, torch.Generator) for one in (value if isinstance(value, list) else [value])):
+        raise wrong_type(name, "a torch.Generator or a list of them", value)
+
+
+def _check_sizes(name: str, value: Any) -> None:
+    """A sequence of pairs of integers; `check_sizes` in `scalediff.settings` checks what they are."""
+    pairs = list(value) if isinstance(value, tuple | list) else [value]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise wrong_type(name, "a list of (height, width) in pixels", value)
+    for pair in pairs:
+        for side in pair:
+            check_positive(f"every side in {name}", side)
+
+
+# The arguments of generate and upscale whose type does not depend on the pipeline. Settings and RunOptions check theirs.
+DRAWING_CHECKS: Mapping[str, Check] = {
+    "prompt": optional(_check_prompt),
+    "negative_prompt": optional(_check_prompt),
+    "height": check_positive,
+    "width": check_positive,
+    "call": optional(check_mapping),
+    "generator": optional(_check_generator),
+    "preset": instance((str, Preset, Settings), "the name of a preset, a Preset or a Settings"),
+    "sizes": optional(_check_sizes),
+    "vae_tiling": optional(check_boolean),
+    "vae_attention": choice(get_args(Attention)),
+    "split_guidance": check_boolean,
+    "workdir": optional(instance((str, PathLike), "a path")),
+    "on_stage": optional(check_callable),
+    "on_step": optional(check_callable),
+    "progress": check_boolean,
+}
+
+
+def check_inputs(
+    pipe: Any,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    generator: Generators | None,
+    call: Mapping[str, Any] | None,
+) -> None:
+    """Check that a pipeline can run the cascade with these inputs.
+
+    Raises:
+        ValueError: There is no prompt, the numbers of prompts, negative prompts and generators differ, or `call` has a name that it
+            must not have.
+        TypeError: It is not a text-to-image pipeline.
+    """
+    check_call(pipe)
+    given = {name: value for name, value in (call or {}).items() if value is not None}
+    embeds_negative = any(name.startswith("negative_prompt_embeds") for name in given)
+    reserved = _RESERVED & set(call or {})
+    if embeds_negative and "negative_prompt" not in given:  # some pipelines have a default that must be None beside embeddings
+        reserved -= {"negative_prompt"}
+    if reserved:
+        raise ValueError(
+            f"call must not hold arguments of generate or upscale, or those that each stage sets, got {', '.join(sorted(reserved))}"
+        )
+    for name, value in (call or {}).items():
+        if not _takes(pipe, name):
+            raise ValueError(f"call must hold arguments of the call of {type(pipe).__name__}, got {shown(name, value)}")
+    if prompt is None and not any(name.startswith("prompt_embeds") for name in given):
+        raise ValueError("prompt must be given, or its embeddings in call, got prompt=None")
+    if isinstance(prompt, list) and isinstance(negative_prompt, list) and len(prompt) != len(negative_prompt):
+        raise ValueError(f"negative_prompt must have one entry for each of the {len(prompt)} prompts, got {len(negative_prompt)}")
+    check_generators(generator, images_per_call({"prompt": prompt, **given}))
+
+
+def check_generators(generator: Generators | None, count: int) -> None:
+    """Check that a list of generators has one for each of `count` pictures."""
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"generator must be one generator, or one for each of the {count} pictures, got a list of {len(generator)}")
+
+
+def _takes(pipe: Any, name: str) -> bool:
+    """Whether the pipeline's call has an argument of this name."""
+    parameters = inspect.signature(original_call(pipe)).parameters
+    if name in parameters:
+        return True
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return False
+    # The pipelines of diffusers ignore further keywords, except these two of earlier versions; others may pass them on.
+    return name in ("callback", "callback_steps") or not type(pipe).__module__.startswith("diffusers.")
 
 
 def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: Settings, *, restarts: int) -> None:
@@ -30,10 +144,23 @@ def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: S
         stage = settings.of_stage(number, restarts)
         for cutoff in (stage.lfm_cutoff, stage.sg_cutoff, stage.sg_cutoff_start):
             if isinstance(cutoff, float | int):
-                coarse_length(min(height, width) // factor, cutoff, stage.filter)
+                _check_coarse_grid(pipe, (height, width), cutoff, stage.filter)
     latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
     if latents is not None and (latents.shape[1] != base[0] * base[1] // 4 if cascade.packed else tuple(latents.shape[-2:]) != base):
         raise ValueError(f"latents must have the size of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
+
+
+def _check_coarse_grid(pipe: Any, size: tuple[int, int], cutoff: float, kind: Kind) -> None:
+    """Check that the filter's coarse grid has at least one pixel. The size is named if it is to blame, and the cutoff otherwise."""
+    factor = pipe.vae_scale_factor
+    length, native = min(size) // factor, min(native_size(pipe)) // factor
+    if kind == "resize" and length < native and length * cutoff < 1 <= native * cutoff:
+        least = math.ceil(math.ceil(1 / cutoff) * factor / size_multiple(pipe)) * size_multiple(pipe)
+        raise ValueError(
+            f"a stage of {size[0]} x {size[1]} is too narrow: the coarse grid of its low-pass filter has no pixel along the shorter side, "
+            f"which must be at least {least} pixels in every stage above the base, got {min(size)}"
+        )
+    coarse_length(length, cutoff, kind)
 
 
 def _check_settings(pipe: Any, settings: Settings, restarts: int, *, has_base: bool) -> None:

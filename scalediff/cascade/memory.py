@@ -178,24 +178,26 @@ def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype) 
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a device, plus those that this process has reserved there; None if not known."""
+    """Free bytes of a device, plus those that this process has there already, such as weights; None if not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return _read_meminfo("MemAvailable") if device.type == "cpu" else None
+    free = _read_kilobytes("/proc/meminfo", "MemAvailable") if device.type == "cpu" else None
+    return None if free is None else free + (_read_kilobytes("/proc/self/status", "RssAnon") or 0)
 
 
 def total_bytes(device: torch.device) -> int | None:
     """Total bytes of a device; None if not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return _read_meminfo("MemTotal") if device.type == "cpu" else None
+    return _read_kilobytes("/proc/meminfo", "MemTotal") if device.type == "cpu" else None
 
 
-def _read_meminfo(field: str) -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+def _read_kilobytes(file: str, field: str) -> int | None:
+    """The bytes of a line `field: N kB` of a file of Linux; None on other systems."""
+    if not Path(file).exists():
         return None
-    return int(next(line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith(field))) * 1024
+    found = (line.split()[1] for line in Path(file).read_text().splitlines() if line.startswith(f"{field}:"))
+    return next((int(number) * 1024 for number in found), None)
 
 
 def is_offloaded(pipe: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Cascade, Family
-from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, original_call
+from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, may_edit_picture, original_call
 from scalediff.settings import Preset, Settings, check_sizes, plan_sizes
 
 Sizes = Sequence[tuple[int, int]]
@@ -64,6 +64,12 @@ def native_size(pipe: Any) -> tuple[int, int]:
     return y * cascade.patch * pipe.vae_scale_factor, x * cascade.patch * pipe.vae_scale_factor
 
 
+def size_multiple(pipe: Any) -> int:
+    """Number of pixels that picture sides must be multiples of."""
+    cascade = cascade_of(pipe)
+    return max(cascade.size_multiple, cascade.patch * int(pipe.vae_scale_factor))
+
+
 def stage_sizes(
     pipe: Any, height: int, width: int, given: Sizes | None = None, *, picture: tuple[int, int] | None = None
 ) -> list[tuple[int, int]]:
@@ -78,8 +84,7 @@ def stage_sizes(
     Raises:
         ValueError: As `plan_sizes` and `check_sizes`.
     """
-    cascade = cascade_of(pipe)
-    rules: dict[str, Any] = {"native": native_size(pipe), "multiple": max(cascade.size_multiple, cascade.patch * pipe.vae_scale_factor)}
+    rules: dict[str, Any] = {"native": native_size(pipe), "multiple": size_multiple(pipe)}
     if given is None:
         return plan_sizes((height, width), **rules)
     check_sizes(given, (height, width), picture=picture, **rules)
@@ -96,11 +101,17 @@ def check_call(pipe: Any) -> None:
     """Check that a pipeline can run the cascade.
 
     Raises:
-        TypeError: It is not a text-to-image pipeline.
+        TypeError: It is not a text-to-image pipeline, or it can also edit pictures.
+        ValueError: As `family_with_cascade`.
     """
-    denoiser_of(pipe)
+    denoiser = denoiser_of(pipe)
     if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
         raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
+    family_with_cascade(denoiser)
+    if may_edit_picture(type(pipe)):
+        raise TypeError(
+            f"the cascade needs a pipeline that draws from text alone, got {type(pipe).__name__}, which can also edit a picture"
+        )
 
 
 def takes_size_conditioning(pipe: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -36,7 +38,7 @@ class Progress(AbstractContextManager["Progress"]):
     Args:
         sizes: (height, width) of every stage in pixels.
         calls: Number of model calls of every stage.
-        bar: Show a progress bar on stderr.
+        bar: Show the progress on stderr: a bar in a terminal or notebook, and otherwise a line for each stage.
         on_step: Called after every step.
         preview: Function from a stage's number and clean latents to PIL pictures.
     """
@@ -55,7 +57,8 @@ class Progress(AbstractContextManager["Progress"]):
         self._total = sum(work * count for work, count in zip(self._work, calls, strict=True))
         self._done = 0
         self._began: tuple[float, int] | None = None
-        self._bar = _bar(self._total) if bar else None
+        self._bar = _bar(self._total) if bar and shows_bars() else None
+        self._lines = bar and self._bar is None
 
     def __exit__(self, *raised: object) -> None:
         if self._bar is not None:
@@ -65,9 +68,12 @@ class Progress(AbstractContextManager["Progress"]):
         """Start a stage; the first one is 1."""
         if self._began is None:
             self._began = time.perf_counter(), self._done
+        height, width = self._sizes[stage - 1]
+        label = f"stage {stage}/{len(self._sizes)}  {height} x {width}"
         if self._bar is not None:
-            height, width = self._sizes[stage - 1]
-            self._bar.set_description(f"stage {stage}/{len(self._sizes)}  {height} x {width}")
+            self._bar.set_description(label)
+        if self._lines:
+            print_line(label)
 
     def skip(self, stage: int) -> None:
         """Count a stage that is loaded from the workdir."""
@@ -93,7 +99,30 @@ class Progress(AbstractContextManager["Progress"]):
         return (time.perf_counter() - since) * max(self._total - self._done, 0) / max(self._done - before, 1)
 
 
+def shows_bars() -> bool:
+    """Whether stderr is a terminal or a notebook. In a file or a pipe, every update of a bar would be one more line."""
+    return sys.stderr is not None and (sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel"))
+
+
+def print_line(label: str) -> None:
+    """Print the label of a stage on stderr."""
+    print(label, file=sys.stderr, flush=True)
+
+
+def show_pipeline_bar(pipe: Any, label: str, *, show: bool) -> None:
+    """Show the pipeline's own progress bar with a label, or only the label where there are no bars; hide both if `show` is False."""
+    pipe.set_progress_bar_config(desc=label, disable=not (show and shows_bars()), ncols=_columns())
+    if show and not shows_bars():
+        print_line(label)
+
+
+def _columns() -> int | None:
+    """The width that the user sets with the environment variable COLUMNS; None leaves it to tqdm, which measures the terminal."""
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) > 0 else None
+
+
 def _bar(total: int) -> Any:
     from tqdm import tqdm  # a dependency of diffusers
 
-    return tqdm(total=total, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+    return tqdm(total=total, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}", ncols=_columns())

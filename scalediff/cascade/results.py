@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
+from scalediff.arguments import check_arguments, check_boolean, check_callable, choice, optional
 from scalediff.cascade.progress import Step
 from scalediff.cascade.workdir import Workdir
 from scalediff.settings import Attention, Settings
@@ -45,11 +46,16 @@ class RunOptions:
     Attributes:
         on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
         on_step: Called after every step.
-        progress: Show one bar over all stages; None keeps the pipeline's bar, False shows none.
+        progress: Show one bar over all stages, or a line for each where stderr is no terminal; None keeps the pipeline's bar, False shows
+            none.
         workdir: Folder in which finished stages are saved and from which they are loaded.
         vae_tiling: Run the autoencoder in tiles; None means only if it would not fit into the device's memory.
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder.
         split_guidance: Run the two passes of classifier-free guidance one after the other.
+
+    Raises:
+        TypeError: A value is of the wrong type.
+        ValueError: `vae_attention` is not one of its values.
     """
 
     on_stage: Callable[[Stage], None] | None = None
@@ -59,3 +65,16 @@ class RunOptions:
     vae_tiling: bool | None = None
     vae_attention: Attention = "full"
     split_guidance: bool = False
+
+    def __post_init__(self) -> None:
+        check_arguments(_OPTION_CHECKS, vars(self))
+
+
+_OPTION_CHECKS = {
+    "on_stage": optional(check_callable),
+    "on_step": optional(check_callable),
+    "progress": optional(check_boolean),
+    "vae_tiling": optional(check_boolean),
+    "vae_attention": choice(get_args(Attention)),
+    "split_guidance": check_boolean,
+}

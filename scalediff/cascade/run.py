@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from scalediff.cascade.borrowing import borrowed, guidance_in_halves, tiled
 from scalediff.cascade.checks import check_run
+from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
 from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
@@ -65,6 +66,7 @@ def run(
         The return value of the pipeline's last call, or None with `on_stage`.
     """
     check_run(pipe, arguments, sizes, settings, restarts=len(sizes) - (picture is None))
+    check_possible(pipe, arguments, sizes[-1])
     with borrowed(pipe, settings, options.vae_attention) as handle:
         return _Run(pipe, arguments, list(sizes), settings, options, handle, base or sizes[0]).run_stages(picture)
 

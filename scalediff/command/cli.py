@@ -125,10 +125,13 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="scheduler (default: the model's)")
     command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="timestep spacing of the scheduler")
     command.add_argument("--preview", type=_positive, metavar="N", help="write a preview file at every N-th step")
-    command.add_argument("--quiet", action="store_true", help="hide the progress bar")
+    command.add_argument(
+        "--quiet", action="store_true", help="hide the progress bar, or the line for each stage where stderr is no terminal"
+    )
     command.add_argument("--json", action="store_true", help="print a line of JSON for every picture")
 
-    memory = command.add_argument_group("memory", "an estimate is printed before the run")
+    memory = command.add_argument_group("memory", "an estimate is printed before the run, and a run that does not fit is refused")
+    memory.add_argument("--force", action="store_true", help="run even if too little memory is available by estimate")
     memory.add_argument(
         "--low-memory", action="store_true", help="--vae-tiling, --split-guidance, and CPU offload of components not in use"
     )

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from scalediff.cascade.checks import check_run
+from scalediff.cascade.fitting import check_possible, describe_fit, fitting_size
 from scalediff.cascade.memory import available_bytes, estimate, format_gib, is_offloaded, needs_tiling
 from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import cascade_of, named_preset, native_size, stage_sizes
-from scalediff.cascade.progress import Step
+from scalediff.cascade.progress import Step, show_pipeline_bar
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import check_scheduler
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
@@ -108,6 +109,8 @@ def _prompts(options: Namespace) -> list[str]:
 
 def _jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Job]:
     """One job per prompt and seed. All files are checked to be writable; several pictures go to a folder, under different names."""
+    if not all(prompt.strip() for prompt in prompts):
+        _print_status("a prompt is empty: its picture follows no text")
     wanted = [(prompt, seed) for prompt in prompts for seed in options.seed]
     out: Path | None = options.out
     if out is not None and len(wanted) > 1 and not out.is_dir():
@@ -166,27 +169,43 @@ def _preview_path(job: Job) -> Path:
 
 
 def _print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
-    """Print the memory that the run needs and advice if too little is available; on a CPU with plenty, keep freed memory."""
+    """Print the memory that the run needs, and refuse a run that does not fit; on a CPU with plenty, keep freed memory.
+
+    Raises:
+        UsageError: Too little memory is available, and --force is not given.
+        ValueError: The picture alone is larger than the device's memory.
+    """
     arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
+    check_possible(pipe, arguments, size)
     try:
         needs = estimate(pipe, arguments, size)
     except NotImplementedError as why:
         _print_status(f"memory: no estimate: {one_line(why)}")
         return
-    tiling = _vae_tiling(options)
-    used = {
-        "tiled": needs_tiling(pipe, size, 1) if tiling is None else tiling,
-        "split": options.low_memory or options.split_guidance,
-        "offloaded": is_offloaded(pipe),
-    }
+
+    def used_at(size: tuple[int, int]) -> dict[str, bool]:
+        tiling = _vae_tiling(options)
+        return {
+            "tiled": needs_tiling(pipe, size, 1) if tiling is None else tiling,
+            "split": options.low_memory or options.split_guidance,
+            "offloaded": is_offloaded(pipe),
+        }
+
+    used = used_at(size)
     peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
     if available is None:
         _print_status(f"memory: this run needs about {format_gib(peak)}")
+    elif peak > available:
+        advice = needs.advice(available, **used)
+        problem = f"this run needs about {format_gib(peak)}; {format_gib(available)} are available; {advice}"
+        if not options.force:
+            fits = describe_fit(fitting_size(pipe, arguments, size, available, used_at))
+            raise UsageError(f"{problem}; {fits}; --force runs it all the same")
+        _print_status(f"memory: {problem}")
     else:
-        advice = f"; {needs.advice(available, **used)}" if peak > available else ""
-        _print_status(f"memory: this run needs about {format_gib(peak)}; {format_gib(available)} are available{advice}")
+        _print_status(f"memory: this run needs about {format_gib(peak)}; {format_gib(available)} are available")
         if pipe._execution_device.type == "cpu" and MEMORY_HEADROOM * peak <= available:
             keep_freed_memory()
 
@@ -238,7 +257,7 @@ def _comparison_panels(
 ) -> dict[str, Any]:
     """Pictures by label: direct inference, the cascade with full attention, and the result. Labels include the time."""
     final, settings = result.stages[-1], result.settings
-    pipe.set_progress_bar_config(desc=f"direct  {final.height} x {final.width}", disable=options.quiet)
+    show_pipeline_bar(pipe, f"direct  {final.height} x {final.width}", show=not options.quiet)
     since = time.perf_counter()
     direct = pipe(
         job.prompt,

@@ -17,12 +17,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scalediff.arguments import check_boolean, check_number, wrong_type
 from scalediff.cascade.generators import Generators
 from scalediff.cascade.pipeline import native_size, stage_sizes
 from scalediff.cascade.results import Stage
@@ -51,6 +53,7 @@ class DemoFusion:
 
     Raises:
         ValueError: A value is out of range.
+        TypeError: A value is of the wrong type.
     """
 
     stride: int | None = None
@@ -61,6 +64,10 @@ class DemoFusion:
 
     def __post_init__(self) -> None:
         check_options(self.stride, self.view_batch)
+        check_number("blur_std", self.blur_std)
+        check_boolean("jitter", self.jitter)
+        if not isinstance(self.cosine_scale, tuple | list) or not all(isinstance(one, Real) for one in self.cosine_scale):
+            raise wrong_type("cosine_scale", "three non-negative exponents", self.cosine_scale)
         if len(self.cosine_scale) != 3 or min(self.cosine_scale) < 0:
             raise ValueError(f"cosine_scale must be three non-negative exponents, got cosine_scale={self.cosine_scale}")
         if not self.blur_std > 0:

@@ -44,6 +44,7 @@ class MultiDiffusion:
 
     Raises:
         ValueError: A value is not positive.
+        TypeError: A value is not an integer.
     """
 
     stride: int | None = None

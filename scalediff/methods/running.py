@@ -15,6 +15,7 @@ from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.latents import decode, to_pil_images, unpack
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
 from scalediff.cascade.pipeline import call_pipeline, cascade_of
+from scalediff.cascade.progress import show_pipeline_bar
 from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods.views import INPUTS, Denoise, Inputs
@@ -119,9 +120,9 @@ def latent_size(pipe: Any, size: Grid) -> Grid:
 
 
 def show_progress(pipe: Any, progress: bool | None, *, index: int, of: int, size: Grid) -> None:
-    """Label the pipeline's progress bar with the stage, or hide the bar; None leaves it unchanged."""
+    """Show the progress of a stage, or hide it; None leaves the pipeline's bar unchanged."""
     if progress is not None:
-        pipe.set_progress_bar_config(desc=f"stage {index}/{of}  {size[0]} x {size[1]}", disable=not progress)
+        show_pipeline_bar(pipe, f"stage {index}/{of}  {size[0]} x {size[1]}", show=progress)
 
 
 def finished(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalediff.arguments import check_integer, check_positive, optional
 from scalediff.cascade.latents import pack, unpack
 from scalediff.families.grid import Grid
 
@@ -36,11 +37,12 @@ def check_options(stride: int | None, view_batch: int) -> None:
 
     Raises:
         ValueError: A value is not positive.
+        TypeError: A value is not an integer.
     """
+    optional(check_integer)("stride", stride)
     if stride is not None and stride < 1:
         raise ValueError(f"stride must be at least 1 latent, got {stride=}")
-    if view_batch < 1:
-        raise ValueError(f"view_batch must be at least 1, got {view_batch=}")
+    check_positive("view_batch", view_batch)
 
 
 def stride_of(window: Grid, stride: int | None, *, patch: int) -> Grid:

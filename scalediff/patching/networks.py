@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from torch import nn
 
 from scalediff.patching.handle import Handle
 from scalediff.patching.subclass import ATTRIBUTE, original_class
 from scalediff.patching.target import Target
+
+_EDITING = frozenset({"control_mask", "mask", "mask_image", "strength", "video"})  # arguments of calls that edit
 
 
 def denoiser_of(model: Any) -> nn.Module:
@@ -58,12 +60,26 @@ def handle_of(model: Any) -> Handle | None:
 
 
 def is_text_to_image(pipeline_class: type) -> bool:
-    """Whether a pipeline class can run a stage: its call takes a prompt, a size and latents, and no picture to edit."""
+    """Whether a pipeline class draws from text: its call takes a prompt, a size and latents, and needs no picture to edit."""
     original = original_class(pipeline_class)
-    names, parts = (set(inspect.signature(of).parameters) for of in (original.__call__, original))
-    # With a ControlNet, `image` is the condition; a call that edits a picture also has a `strength`.
-    pictures = {"mask_image", "strength"} if "controlnet" in parts else {"image", "mask_image"}
-    return {"prompt", "height", "width", "latents"} <= names and names.isdisjoint(pictures)
+    parameters = inspect.signature(original.__call__).parameters
+    if not {"prompt", "height", "width", "latents"} <= set(parameters) or not _EDITING.isdisjoint(parameters):
+        return False
+    encode: Any = getattr(original, "encode_prompt", None)
+    if encode is not None and "image" in inspect.signature(encode).parameters:  # the text is encoded together with the picture
+        return False
+    return not may_edit_picture(original) or _is_optional(parameters["image"])
+
+
+def may_edit_picture(pipeline_class: type) -> bool:
+    """Whether the call of a pipeline class takes a picture to edit or to refer to. With a ControlNet, `image` is the condition."""
+    original = original_class(pipeline_class)
+    return "image" in inspect.signature(original.__call__).parameters and "controlnet" not in inspect.signature(original).parameters
+
+
+def _is_optional(parameter: inspect.Parameter) -> bool:
+    """Whether an argument may be left out. Many required pictures also have the default None, so the type must allow None too."""
+    return parameter.default is None and type(None) in get_args(parameter.annotation)
 
 
 def original_call(pipe: Any) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from scalediff.families.base import Family
 from scalediff.families.grid import Grid
 from scalediff.families.unlisted import GridSource, TextSource, unlisted
 from scalediff.patching.handle import Handle, install
-from scalediff.patching.networks import is_text_to_image, named_networks, uncompiled
+from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, uncompiled
 from scalediff.patching.plan import Options
 from scalediff.patching.report import Row
 from scalediff.patching.subclass import ATTRIBUTE
@@ -78,7 +78,7 @@ def unpatch_networks(model: Any) -> None:
 
 def supports_cascade(pipeline_class: type, family: Family) -> bool:
     """Whether the cascade supports a pipeline class with a denoiser of this family."""
-    return family.cascade is not None and is_text_to_image(pipeline_class)
+    return family.cascade is not None and is_text_to_image(pipeline_class) and not may_edit_picture(pipeline_class)
 
 
 def _resolve_family(net: nn.Module, grid: GridSource | None, patch_size: int | None, text: TextSource | None) -> Family:
@@ -151,6 +151,8 @@ def describe_pipeline_call(pipeline_class: type, family: Family) -> str:
         return "only the attention changes; the sampling loop is your own code"
     if not is_text_to_image(pipeline_class):
         return f"{pipeline_class.__name__} is not a text-to-image pipeline: its call is unchanged"
+    if family.cascade is not None and may_edit_picture(pipeline_class):
+        return f"the cascade does not support {pipeline_class.__name__}, which can also edit a picture: its call is unchanged"
     if not supports_cascade(pipeline_class, family):
         return f"the cascade does not support {family.denoiser} yet: the call of {pipeline_class.__name__} is unchanged"
     return f"{pipeline_class.__name__} runs the cascade above the native size"

@@ -186,7 +186,7 @@ def test_tiling_is_wanted_where_a_picture_does_not_fit(demo: Any, monkeypatch: p
 
 
 def test_what_a_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, what torch has reserved is part of what is available to a run."""
+    """What the process has there already is part of what is available to a run."""
     cpu = torch.device("cpu")
     now, whole = memory.available_bytes(cpu), memory.total_bytes(cpu)
     assert (now is None and whole is None) or (now is not None and whole is not None and 2**20 < now <= whole)
@@ -196,6 +196,9 @@ def test_what_a_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert memory.available_bytes(torch.device("cuda")) == (5 + 7) * GIB
     assert memory.total_bytes(torch.device("cuda")) == 24 * GIB
+    fields = {"MemAvailable": 5 * GIB, "RssAnon": 7 * GIB}
+    monkeypatch.setattr(memory, "_read_kilobytes", lambda file, field: fields.get(field))
+    assert memory.available_bytes(cpu) == (5 + 7) * GIB, "weights that are there already are not needed again"
 
 
 # What cannot be told

@@ -16,7 +16,7 @@ import scalediff
 from bench.models.zoo import WINDOW
 from scalediff.cascade.latents import decode, to_pil_images
 from scalediff.cascade.pipeline import native_size
-from scalediff.cascade.progress import Step
+from scalediff.cascade.progress import Step, shows_bars
 from scalediff.patching.networks import denoiser_of
 from scalediff.settings import Settings
 from tests.conftest import seeded, state_of
@@ -179,6 +179,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().set_description(desc, refresh)
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr("scalediff.cascade.progress.shows_bars", lambda: True)
     return shown
 
 
@@ -189,6 +190,67 @@ def test_one_bar_over_all_stages(demo: Any, bars: list[Any], capsys: pytest.Capt
     assert bar.total == bar.n == 4 * 64**2 + 2 * 96**2
     assert bar.said == ["stage 1/2  64 x 64", "stage 2/2  96 x 96"]
     assert "100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["50", "30"])
+def test_a_bar_is_as_wide_as_the_user_says(
+    demo: Any, bars: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    """And has no colours, as NO_COLOR asks."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("NO_COLOR", "1")
+    scalediff.generate(demo, PROMPT, generator=seeded(), progress=True, **RUN)
+    shown = capsys.readouterr().err
+    assert max(len(line.rstrip("\n")) for line in shown.split("\r")) == int(columns)
+    assert "\x1b[" not in shown
+
+
+@pytest.mark.parametrize("columns", ["wide", "0", ""])
+def test_a_width_that_is_no_number_is_left_to_the_terminal(
+    demo: Any, bars: list[Any], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    scalediff.generate(demo, PROMPT, generator=seeded(), progress=True, **RUN)
+    assert len(bars) == 1
+
+
+STAGES = "stage 1/2  64 x 64\nstage 2/2  96 x 96\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "lines"),
+    [
+        ("scalediff", STAGES),
+        ("demofusion", "stage 1/2  64 x 64\nstage 2/2  96 x 96\n"),
+        ("multidiffusion", "stage 1/1  96 x 96\n"),
+    ],
+)
+def test_a_file_or_a_pipe_gets_a_line_for_each_stage(demo: Any, capsys: pytest.CaptureFixture[str], method: str, lines: str) -> None:
+    scalediff.generate(demo, PROMPT, generator=seeded(), progress=True, method=method, height=96, width=96, steps=2)
+    assert capsys.readouterr().err == lines
+
+
+def test_a_resumed_run_prints_only_the_stages_that_it_runs(demo: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def stop(step: Step) -> None:
+        if step.stage == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        scalediff.generate(demo, PROMPT, generator=seeded(), workdir=tmp_path, on_step=stop, progress=True, **RUN)
+    assert capsys.readouterr().err == STAGES
+    scalediff.generate(demo, PROMPT, generator=seeded(), workdir=tmp_path, progress=True, **RUN)
+    assert capsys.readouterr().err == STAGES.splitlines(keepends=True)[1]
+
+
+def test_bars_are_for_terminals_and_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, terminal: bool) -> None:
+            self.isatty = lambda: terminal
+
+    notebook = type("OutStream", (Stream,), {"__module__": "ipykernel.iostream"})
+    for stream, bars_fit in ((Stream(True), True), (Stream(False), False), (notebook(False), True), (None, False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert shows_bars() == bars_fit
 
 
 def test_no_bar_without_asking(demo: Any, bars: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,23 @@ def test_the_command_keeps_it_where_there_is_room(
     monkeypatch.setattr(drawing, "keep_freed_memory", lambda: asked.append(1))
     monkeypatch.setattr(drawing, "available_bytes", lambda device: room * 2**30)
     assert (
-        main(["generate", "a moon", "--size", "64", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "moon.png"), "--quiet"]) == 0
+        main(
+            [
+                "generate",
+                "a moon",
+                "--size",
+                "64",
+                "--steps",
+                "1",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "moon.png"),
+                "--quiet",
+                "--force",
+            ]
+        )
+        == 0
     )
     assert len(asked) == kept
     assert f"; {room}.0 GiB are available" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,58 @@ def test_memory_is_told_before_anything_is_drawn(capsys: pytest.CaptureFixture[s
         raise torch.OutOfMemoryError("as foretold")
 
     told: list[str] = []
-    assert main(["generate", "a moon", *FAST]) == 1
+    assert main(["generate", "a moon", "--force", *FAST]) == 1
     assert "memory: this run needs about 1.0 GiB; 0.0 GiB are available; it needs about 1.0 GiB as configured" in told[0]
     assert capsys.readouterr().err == "scalediff: error: as foretold\n"
+
+
+@pytest.mark.parametrize("prompts", [[""], ["a moon", "  "]])
+def test_an_empty_prompt_is_named(prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", *prompts, *FAST, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.startswith("a prompt is empty: its picture follows no text\n")
+    assert "picture-0.png" in last_pictures(tmp_path)
+    assert main(["generate", "a moon", *FAST]) == 0
+    assert "empty" not in capsys.readouterr().err
+
+
+def test_progress_in_a_pipe_is_a_line_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a moon", "--compare", *FAST[:-1]]) == 0
+    lines = capsys.readouterr().err
+    assert "\r" not in lines
+    stages = [line for line in lines.splitlines() if line.startswith(("stage ", "direct "))]
+    run = ["stage 1/2  64 x 64", "stage 2/2  96 x 96"]
+    assert stages == [*run, "direct  96 x 96", *run]
+
+
+def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the numbers and a size that would fit, which does."""
+    room = 2**30 + 60 * 2**20
+    monkeypatch.setattr(drawing, "available_bytes", lambda device: room)
+    monkeypatch.setattr(drawing, "generate", lambda *args, **kwargs: pytest.fail("drawn"))
+    big = ["--steps", "4", "--restart", "0.5", "--quiet", "--device", "cpu", "--no-vae-tiling"]
+    assert main(["generate", "a moon", "--size", "1024x512", *big]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("scalediff: error: this run needs about 1.")
+    assert f"; {room / 2**30:.1f} GiB are available; " in said
+    assert said.endswith(" would fit; --force runs it all the same\n")
+    height, width = map(int, re.findall(r"; (\d+) x (\d+) would fit", said)[0])
+    assert 64 <= width <= 512
+    assert abs(height - 2 * width) <= 16
+    with pytest.raises(pytest.fail.Exception, match="drawn"):
+        main(["generate", "a moon", "--size", f"{height}x{width}", *big])
+    assert "this run needs about 1.1 GiB; 1.1 GiB are available" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "upscale"])
+def test_a_picture_beyond_all_memory_is_refused(command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--force does not help: no machine holds it."""
+    Image.new("RGB", (72, 72), (20, 30, 60)).save(tmp_path / "photo.png")
+    subject = ["a moon"] if command == "generate" else [str(tmp_path / "photo.png"), "a moon"]
+    assert main([command, *subject, *FAST, "--size", "10000000", "--device", "cpu", "--force"]) == 2
+    said = capsys.readouterr().err
+    assert "the picture must fit into the memory of cpu, " in said
+    assert "got 10000000 x 10000000, which takes 1117587.1 GiB for its pixels alone; " in said
+    assert said.endswith(" would fit\n")
 
 
 def test_low_memory_draws_the_same_picture_nearly(tmp_path: Path) -> None:

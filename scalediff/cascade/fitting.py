@@ -1,0 +1,87 @@
+"""Pictures that are too large for a device: refuse what can never fit, and find the largest size that does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from scalediff.cascade.memory import Estimate, estimate, format_gib, images_per_call, total_bytes
+from scalediff.cascade.pipeline import native_size, size_multiple
+
+_PICTURES = 4  # any way of decoding holds a picture about this many times, so the search begins where these fit
+_TRIES = 8
+
+
+def check_possible(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:
+    """Check that the device could hold the finished pictures at all. Far smaller runs can still be too large: see `estimate`.
+
+    Args:
+        pipe: The pipeline.
+        arguments: Arguments of the pipeline's call.
+        size: (height, width) of the largest stage in pixels.
+
+    Raises:
+        ValueError: The pictures alone are larger than the device's memory.
+    """
+    device = pipe._execution_device
+    needs, total = _picture_bytes(pipe, arguments, size), total_bytes(device)
+    if total is not None and needs > total:
+        fits = fitting_size(pipe, arguments, size, total, lambda _: {"tiled": True})
+        raise ValueError(
+            f"the picture must fit into the memory of {device}, {format_gib(total)}, got {size[0]} x {size[1]}, which takes "
+            f"{format_gib(needs)} for its pixels alone; {describe_fit(fits)}"
+        )
+
+
+def fitting_size(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    size: tuple[int, int],
+    available: int,
+    options: Callable[[tuple[int, int]], Mapping[str, bool]],
+) -> tuple[int, int] | None:
+    """The largest size of about the same aspect ratio whose run fits into memory, by estimate.
+
+    Args:
+        pipe: The pipeline.
+        arguments: Arguments of the pipeline's call.
+        size: (height, width) in pixels that does not fit.
+        available: Bytes that are available.
+        options: Function from a size to the options in use, as in `Estimate.peak`.
+
+    Returns:
+        (height, width) in pixels, or None if no size of at least the native area fits, or if it is not known.
+    """
+    multiple, native = size_multiple(pipe), math.prod(native_size(pipe))
+    scale = min(1.0, math.sqrt(available / (_PICTURES * _picture_bytes(pipe, arguments, size))))
+    for _ in range(_TRIES):
+        height, width = (math.floor(side * scale / multiple) * multiple for side in size)
+        if height * width < native or not height * width:
+            return None
+        try:
+            needs = estimate(pipe, arguments, (height, width))
+        except NotImplementedError:
+            return None
+        used = options((height, width))
+        peak, fixed = needs.peak(**used), _without_activations(needs).peak(**used)
+        if peak <= available:
+            return height, width
+        if fixed >= available:
+            return None
+        scale *= min(0.98, math.sqrt((available - fixed) / (peak - fixed)))
+    return None
+
+
+def describe_fit(fits: tuple[int, int] | None) -> str:
+    """A clause for messages that names the size that fits."""
+    return f"{fits[0]} x {fits[1]} would fit" if fits is not None else "no size is known to fit"
+
+
+def _without_activations(needs: Estimate) -> Estimate:
+    return replace(needs, denoiser=0, vae=0, vae_tiled=0)
+
+
+def _picture_bytes(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> int:
+    return int(3 * size[0] * size[1] * pipe.vae.dtype.itemsize * images_per_call(arguments))
