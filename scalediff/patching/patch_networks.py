@@ -13,6 +13,7 @@ from scalediff.families import family_of
 from scalediff.families.base import Family
 from scalediff.families.grid import Grid
 from scalediff.families.unlisted import GridSource, TextSource, unlisted
+from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
 from scalediff.patching.networks import is_text_to_image, named_networks, uncompiled
 from scalediff.patching.plan import Options
@@ -63,6 +64,7 @@ def patch_networks(
     call = describe_pipeline_call(type(model), targets[0].family)
     handle = Handle(uncompiled(model), targets, skipped=skipped, call=call)
     _check_coverage(handle, strict)
+    _check_not_running(targets, strict)
     unpatch_networks(model)
     install(handle, targets)
     return handle
@@ -126,6 +128,18 @@ def _check_not_patched_elsewhere(net: nn.Module, model: Any) -> None:
         raise ValueError(
             f"this {type(net).__name__} is already patched through a {type(owner).__name__}: unpatch_model that pipeline first"
         )
+
+
+def _check_not_running(targets: list[Target], strict: bool) -> None:
+    """Raise an error, or warn, if a network is patched in the middle of its forward."""
+    for net in (target.module() for target in targets):
+        if net is not None and is_running(net):
+            problem = (
+                f"patch_model was called while a forward of this {type(net).__name__} was running, which keeps full attention: patch before"
+            )
+            if strict:
+                raise ValueError(problem)
+            warnings.warn(f"scalediff: {problem}", stacklevel=4)
 
 
 def _check_coverage(handle: Handle, strict: bool) -> None:
