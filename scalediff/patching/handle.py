@@ -33,10 +33,15 @@ class Handle:
 
     @property
     def report(self) -> Report:
-        """Every attention module with its role, window and status; for an unlisted model, the modules seen so far."""
+        """Every attention module with its role, window and status, and what the last pass above the native area did.
+
+        For an unlisted model, the modules seen so far.
+        """
         rows = *(row for target in self._targets for row in target.rows()), *self._skipped
         known = all(target.family.listed for target in self._targets)
-        return Report(self._targets[0].family.denoiser, rows, self._call, known)
+        last = "; ".join(said for target in self._targets if (said := target.account.last_pass()))
+        notes = tuple(dict.fromkeys(note for target in self._targets for note in target.account.notes()))
+        return Report(self._targets[0].family.denoiser, rows, self._call, known, last, notes)
 
     @property
     def attention(self) -> Attention:
