@@ -87,7 +87,7 @@ class Account:
                 self.warn_once(name, why)
             if count == 0 and self._most_intercepted > 0 and not self._family.listed:
                 self._warn(self._name, f"{none}, and an earlier pass had some. {self._cause(finished)}")
-            elif count == 0 and not self._already_warned:
+            elif count == 0 and not self._already_warned and not self._missing:
                 self.warn_once(self._name, f"{none}. {self._cause(finished)}")
         self.layout_is_checked = self.layout_is_checked or count > 0
         self._last_intercepted, self._most_intercepted = count, max(count, self._most_intercepted)
