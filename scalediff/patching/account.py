@@ -111,6 +111,10 @@ class Account:
             return [self._row(site) for site in self._sites.values()]
         return [self._row_of_calls(name, calls) for name, calls in self._known.items()]
 
+    def seen(self) -> dict[str, Call]:
+        """The modules whose attention was computed in windows, and their kind of call."""
+        return {self._prefix + name: calls.call for name, calls in self._known.items() if calls.call is not None}
+
     def last_pass(self) -> str:
         """What the last pass above the native area did; empty before such a pass."""
         if self._last is None:

@@ -174,6 +174,11 @@ class Target:
         """Count another call: cross-attention, attention among text tokens, or any call of a pass that only observes."""
         self.account.left(current_pass, lengths)
 
+    @property
+    def seen(self) -> dict[str, Call]:
+        """The modules whose attention was computed in windows, and their kind of call."""
+        return self.account.seen()
+
     def rows(self) -> list[Row]:
         """Rows of the report."""
         return self.account.rows()
