@@ -72,7 +72,10 @@ class Account:
             self._check_lengths(finished)
             return
         self._last, count = finished, finished.intercepted
+        silent = [self._prefix + name for name, calls in self._known.items() if calls.call is not None and name not in finished.calls]
         self._known.update(finished.calls)
+        if silent and count > 0 and not self._family.listed and not finished.in_graph:
+            self.warn_once(", ".join(silent), f"{', '.join(silent)} made calls in an earlier pass and none in this one, or was skipped")
         if finished.skipped_in_graph:
             self.warn_once(f"an attention call of the compiled {self._name}", finished.skipped_in_graph)
         self._check_missing(finished)

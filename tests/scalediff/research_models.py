@@ -111,6 +111,8 @@ class CrossAttention(nn.Module):
 class UNet(nn.Module):
     """Three levels with self-attention at each; a forward around an inner one, as in code with hooks of its own."""
 
+    patch_size, sample_size = 1, 4
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Conv2d(4, WIDTH, 1), nn.Conv2d(WIDTH, 4, 1)
