@@ -136,7 +136,11 @@ class Account:
 
     def notes(self) -> list[str]:
         """What to know beyond the rows."""
-        return []
+        denoiser = self._denoiser()
+        if self._family.listed or self._family.text == "-" or denoiser is None or self._family.rotation(denoiser) is not None:
+            return []
+        remedy = "if its positions are rotary, pass text_rope=TextRotation(axes, theta)"
+        return [f"the text of {self._name} is not rotated for each window: {remedy}"]
 
     @property
     def _must_intercept(self) -> bool:

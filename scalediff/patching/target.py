@@ -76,8 +76,7 @@ class Target:
         parameters: Names of the arguments of `forward`.
         options: Options of `patch_model` for the attention.
         jitter, seed: How the patch grid moves from step to step, as in `patch_model`.
-        strict: Raise an error, instead of a warning, if no call of an unlisted model can be intercepted in its first pass above the
-            native area.
+        strict: Raise an error, instead of a warning, where calls that should be intercepted are not.
     """
 
     def __init__(
