@@ -73,7 +73,10 @@ class Account:
             return
         self._last, count = finished, finished.intercepted
         silent = [self._prefix + name for name, calls in self._known.items() if calls.call is not None and name not in finished.calls]
-        self._known.update(finished.calls)
+        for name, calls in finished.calls.items():
+            before = self._known.get(name)
+            calls.call = calls.call or (before.call if before is not None else None)
+            self._known[name] = calls
         if silent and count > 0 and not self._family.listed and not finished.in_graph:
             self.warn_once(", ".join(silent), f"{', '.join(silent)} made calls in an earlier pass and none in this one, or was skipped")
         if finished.skipped_in_graph:
@@ -251,8 +254,8 @@ class Account:
             return Row(full, role, "-", "-", None, None, "untouched", calls.why or _other_lengths(calls), taken, left)
         text, role = (self._family.text, "joint") if calls.call.sequence.text else ("-", "self")
         if taken == 0:
-            why = (self._last.calls[name].why if self._last and name in self._last.calls else _NO_CALL) or _other_lengths(calls)
-            return Row(full, role, self._family.grid_source, text, None, None, "untouched", f"{why} in the last pass", taken, left)
+            why = (calls.why or _other_lengths(calls)) if left else f"{_NO_CALL} in the last pass"
+            return Row(full, role, self._family.grid_source, text, None, None, "untouched", why, taken, left)
         return Row(full, role, self._family.grid_source, text, calls.call.window, calls.call.patch, "patched", "", taken, left)
 
 

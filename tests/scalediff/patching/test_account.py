@@ -164,6 +164,18 @@ def test_an_unlisted_model_that_stops_calling_attention_is_said() -> None:
         assert handle.report.last_pass.startswith("9 x 6 tokens; 0 self-attention calls in windows")
 
 
+def test_a_call_that_is_left_after_calls_were_taken_is_reported() -> None:
+    model, x = Changing(), torch.randn(1, 4, 9, 6, generator=seeded())
+    with scalediff.patch_model(model, window=(4, 4)) as handle:
+        model(x)
+        model.attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        with pytest.warns(UserWarning, match="Changing runs full attention: causal attention is not supported"):
+            model(x)
+        (row,) = handle.report.rows
+        assert (row.role, row.status, row.why) == ("self", "untouched", "causal attention is not supported")
+        assert (row.taken, row.left) == (0, 1)
+
+
 def test_the_report_of_a_pass_that_took_nothing_says_so() -> None:
     model, x = Changing(lambda q, k, v: v), torch.randn(1, 4, 9, 6, generator=seeded())
     with scalediff.patch_model(model, window=(4, 4), strict=False) as handle:
