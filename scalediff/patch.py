@@ -60,7 +60,7 @@ def patch_model(
     text: TextSource | None = None,
     window: Grid | None = None,
     text_queries: TextQueries = "window",
-    text_rope: bool = True,
+    text_rope: bool | TextRotation = True,
     jitter: Jitter = "none",
     seed: int = 0,
     strict: bool = True,
@@ -83,13 +83,16 @@ def patch_model(
             token grid when None.
         text_queries: What text queries attend to in joint attention: `"window"` (the authors' rule) or `"global"`, as in
             `scalediff_kernels.joint_neighborhood_patch_attention`.
-        text_rope: Rotate text for each window, if the family is known and has rotary positions (the authors' rule).
+        text_rope: Rotate text for each window, if the family is known and has rotary positions (the authors' rule). A
+            `scalediff.families.rotation.TextRotation` gives the rotary positions of a module that belongs to no known family;
+            without it the text of such a module is not rotated.
         jitter: How the patch grid moves: `"none"`; `"alternate"`, by half a patch at every second step; `"random"`, by a random
             fraction of a patch at every step. Forward passes with the same input tensor count as one step;
             `Handle.restart_jitter` starts the sequence again.
         seed: Seed of the random offsets. They come from a separate generator.
-        strict: Raise an error if a self-attention module cannot be patched, or if no attention call of an unlisted model could
-            be replaced in its first pass above the native area. Warn instead when False.
+        strict: Raise an error if a self-attention module cannot be patched or, in a later pass, ran without calling attention;
+            or if no attention call of an unlisted model has the lengths of its layout in its first pass, at any size. Warn
+            instead when False.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
 
     Warns:

@@ -117,14 +117,14 @@ class Family:
                 role = next((role for pattern, role in self.roles if re.search(pattern, name)), self.role)
                 if role == "self" and getattr(module, "is_cross_attention", False) and module.added_kv_proj_dim is None:
                     role = "cross"
-                found.append(AttentionSite(name, role, self.level(denoiser, name), _obstacle(module)))
+                found.append(AttentionSite(name, role, self.level(denoiser, name), find_obstacle(module)))
         return tuple(found)
 
 
 _ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 
 
-def _obstacle(attention: nn.Module) -> str:
+def find_obstacle(attention: nn.Module) -> str:
     """Why the calls of an attention module cannot be intercepted, by the functions that its processor calls; empty if they can."""
     processor = type(attention.processor)
     calls = [cls.__dict__["__call__"] for cls in processor.__mro__ if "__call__" in cls.__dict__]

@@ -12,13 +12,20 @@ from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, Side, UnknownLayout
+from scalediff.families.rotation import TextRotation
 
 GridSource = Grid | Callable[[Arguments], Grid]
 TextSource = tuple[Side, int | str]
 
 
 def unlisted(
-    model: nn.Module, parameters: tuple[str, ...], *, grid: GridSource | None, patch_size: int | None, text: TextSource | None
+    model: nn.Module,
+    parameters: tuple[str, ...],
+    *,
+    grid: GridSource | None,
+    patch_size: int | None,
+    text: TextSource | None,
+    rotation: TextRotation | None = None,
 ) -> Family:
     """Make the family of one model.
 
@@ -29,9 +36,10 @@ def unlisted(
             from the first `[B, C, H, W]` argument and the patch size.
         patch_size: Pixels or latents per token; the model's `patch_size` when None.
         text: Side of the text tokens in the same softmax, and their number or the name of the argument `[B, T, C]` that holds them.
+        rotation: Rotary positions by which text is rotated for each window; text is not rotated when None.
 
     Raises:
-        ValueError: Neither a grid nor a patch size is given or found, or `text` is malformed.
+        ValueError: `rotation` is given without `text`. Neither a grid nor a patch size is given or found, or `text` is malformed.
     """
     if text is not None and (len(text) != 2 or text[0] not in get_args(Side) or not isinstance(text[1], int | str)):
         raise ValueError(f'text must be ("prefix" or "suffix", a number of tokens or the name of an argument [B, T, C]), got {text!r}')
@@ -39,6 +47,8 @@ def unlisted(
         raise ValueError(f"text must name an argument of the forward pass, one of {', '.join(parameters)}, got {text[1]!r}")
     if isinstance(grid, tuple) and (len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid)):
         raise ValueError(f"grid must be two positive integers (Y, X) in tokens, got {grid!r}")
+    if rotation is not None and text is None:
+        raise ValueError(f"text_rope=TextRotation(...) rotates text: pass text= too, got text=None and text_rope={rotation!r}")
     size = patch_size if patch_size is not None else _patch_size(model)
     if grid is None and size is None:
         raise ValueError(
@@ -61,6 +71,7 @@ def unlisted(
         text="-" if text is None else f"joint, {text[0]} of {text[1]}",
         native_grid=lambda denoiser: _native(denoiser, size),
         layout=layout,
+        rotation=lambda denoiser: rotation,
         listed=False,
     )
 

@@ -1,22 +1,21 @@
 """The handle of a patched model, and the methods of its patched networks.
 
-A patched denoiser gets a subclass of its class whose `__call__` opens a pass before the forward and closes it afterwards, also after an
-exception. During a pass, attention calls are intercepted (`scalediff.patching.interception`). No `forward`, processor or submodule is
-replaced.
+A patched denoiser gets a subclass of its class whose `__call__` and `forward` open a pass and close it afterwards, also after an
+exception (`scalediff.patching.entry`). During a pass, attention calls are intercepted (`scalediff.patching.interception`). No function of
+the model, no processor and no submodule is replaced.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from scalediff.families.grid import Grid
+from scalediff.patching.entry import denoiser_methods
 from scalediff.patching.plan import Options
 from scalediff.patching.report import Report, Row
 from scalediff.patching.subclass import ATTRIBUTE, patch_class, restore_class
@@ -34,10 +33,15 @@ class Handle:
 
     @property
     def report(self) -> Report:
-        """Every attention module with its role, window and status; for an unlisted model, the modules seen so far."""
+        """Every attention module with its role, window and status, and what the last pass above the native area did.
+
+        For an unlisted model, the modules seen so far.
+        """
         rows = *(row for target in self._targets for row in target.rows()), *self._skipped
         known = all(target.family.listed for target in self._targets)
-        return Report(self._targets[0].family.denoiser, rows, self._call, known)
+        last = "; ".join(said for target in self._targets if (said := target.account.last_pass()))
+        notes = tuple(dict.fromkeys(note for target in self._targets for note in target.account.notes()))
+        return Report(self._targets[0].family.denoiser, rows, self._call, known, last, notes)
 
     @property
     def attention(self) -> Attention:
@@ -110,40 +114,8 @@ def install(handle: Handle, targets: Sequence[Target]) -> None:
         module = target.module()
         assert module is not None
         target.handle = handle
-        patch_class(module, target, _denoiser_methods)
+        patch_class(module, target, denoiser_methods)
         target.active = True
     model = handle.model
     if model is not None and not isinstance(model, nn.Module):
         model.__dict__[ATTRIBUTE] = handle
-
-
-def _denoiser_methods(cls: type) -> dict[str, Callable[..., Any]]:
-    """`__call__` and `_call_impl` for a denoiser class, each of which opens a pass of the denoiser's target.
-
-    torch.compile may have captured `__call__` earlier (then it still looks up `_call_impl`) or `_call_impl` (then `__call__` is called
-    as usual). So at least one of our methods is always called; if both are, the inner one does nothing.
-    """
-
-    # torch.compile compiles only the forward between `begin` and `end`, and none of the code around it.
-    begin, end = torch.compiler.disable(Target.begin), torch.compiler.disable(Target.end)
-
-    def with_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            target: Target | None = self.__dict__.get(ATTRIBUTE)
-            if target is None:
-                return forward(self, *args, **kwargs)
-            opened, finished = None, False
-            try:
-                opened = begin(target, self, args, kwargs)
-                result = forward(self, *args, **kwargs)
-                finished = True
-            finally:
-                if opened is not None:
-                    end(target, self, opened, finished)
-            return result
-
-        not_compiled: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
-        return not_compiled
-
-    return {"__call__": with_pass(cls.__call__), "_call_impl": with_pass(cls._call_impl)}  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scalediff.patching.plan import Call, Plan, got, with_score_bias
+from scalediff.patching.record import ModuleCalls
 
 
 class Owner(Protocol):
@@ -27,20 +28,29 @@ class Owner(Protocol):
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None: ...
 
-    def on_skipped(self, current_pass: Pass, why: str) -> None: ...
+    def on_skipped(self, current_pass: Pass, why: str, lengths: tuple[int, int]) -> None: ...
+
+    def on_other(self, current_pass: Pass, lengths: tuple[int, int]) -> None: ...
 
 
 class Pass:
-    """One forward pass of one patched denoiser in one thread."""
+    """One forward pass of one patched denoiser in one thread. If `observes`, it only records the calls, and all run full attention."""
 
-    def __init__(self, owner: Owner, plan: Plan, weights: Tensor | None, outer: Pass | None) -> None:
-        self.owner, self.plan, self.weights, self.outer = owner, plan, weights, outer
+    def __init__(self, owner: Owner, plan: Plan, weights: Tensor | None, outer: Pass | None, *, observes: bool = False) -> None:
+        self.owner, self.plan, self.weights, self.outer, self.observes = owner, plan, weights, outer, observes
         self.with_gradients = torch.is_grad_enabled()
         self.intercepted = 0  # calls
         self.skipped: dict[str, str] = {}  # callers whose calls ran full attention, and why
-        # Inside a compiled graph calls cannot be counted and the calling module is unknown. These two record what happened there.
+        self.calls: dict[str, ModuleCalls] = {}  # by the name of the module
+        # Inside a compiled graph calls cannot be counted and the calling module is unknown. These record what happened there.
         self.intercepted_in_graph = False
         self.skipped_in_graph = ""  # why
+        self.other_in_graph = False
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether a compiled graph made calls, which are not counted."""
+        return self.intercepted_in_graph or self.other_in_graph or bool(self.skipped_in_graph)
 
 
 class _Passes(threading.local):
@@ -57,13 +67,13 @@ def current() -> Pass | None:
     return _passes.current
 
 
-def open_pass(owner: Owner, plan: Plan, weights: Tensor | None) -> Pass:
+def open_pass(owner: Owner, plan: Plan, weights: Tensor | None, *, observes: bool = False) -> Pass:
     """Start intercepting this thread's attention calls for a new pass. Passes may nest; calls belong to the innermost one.
 
     `weights` are the score weights of the pass's layout.
     """
     _replacement.acquire()
-    opened = Pass(owner, plan, weights, _passes.current)
+    opened = Pass(owner, plan, weights, _passes.current, observes=observes)
     _passes.current = opened
     return opened
 
@@ -107,6 +117,12 @@ class _Replacement:
 
 
 _replacement = _Replacement()
+
+
+def torch_function() -> Callable[..., Any]:
+    """torch's own scaled_dot_product_attention."""
+    function: Callable[..., Any] = _replacement.torch_function
+    return function
 
 
 def _registry() -> dict[Any, Any]:
@@ -183,6 +199,9 @@ def _intercept(
     if current_pass is None:
         return None
     problem, plan = "", current_pass.plan
+    if current_pass.observes:
+        _notify_of_other(current_pass, q, k, heads_first=heads_first)
+        return None
     if q.ndim != 4:
         problem = "q, k and v must be [B, H, S, D]" + got(q)
     else:
@@ -190,8 +209,9 @@ def _intercept(
         call = plan.call(q.shape[1], k.shape[1])
         if call is None:
             problem = plan.unexpected(q.shape[1], k.shape[1])
-            if not problem:
-                return None  # cross-attention, or attention among text tokens
+            if not problem:  # cross-attention, or attention among text tokens
+                _notify_of_other(current_pass, q, k, heads_first=False)
+                return None
         else:
             without_mask = mask is None or plan.masked or is_constant(mask)  # plan.masked: the plan already accounts for the mask
             key_bias = None if without_mask or mask is None else key_mask_bias(mask, k)
@@ -210,8 +230,21 @@ def _intercept(
     if torch.compiler.is_compiling():
         current_pass.skipped_in_graph = problem
     else:
-        current_pass.owner.on_skipped(current_pass, problem)
+        current_pass.owner.on_skipped(current_pass, problem, _lengths(q, k, heads_first=heads_first and q.ndim != 4))
     return None
+
+
+def _notify_of_other(current_pass: Pass, q: Tensor, k: Tensor, *, heads_first: bool) -> None:
+    if torch.compiler.is_compiling():
+        current_pass.other_in_graph = True
+    else:
+        current_pass.owner.on_other(current_pass, _lengths(q, k, heads_first=heads_first))
+
+
+def _lengths(q: Tensor, k: Tensor, *, heads_first: bool) -> tuple[int, int]:
+    """Numbers of queries and keys of `[..., S, D]`, or of `[B, S, H, D]`."""
+    axis = -2 if heads_first else 1
+    return q.shape[axis], k.shape[axis]
 
 
 def _cast_to_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,9 @@ from torch import nn
 from scalediff.families import family_of
 from scalediff.families.base import Family
 from scalediff.families.grid import Grid
+from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import GridSource, TextSource, unlisted
+from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
 from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, uncompiled
 from scalediff.patching.plan import Options
@@ -31,7 +33,7 @@ def patch_networks(
     text: TextSource | None = None,
     window: Grid | None = None,
     text_queries: TextQueries = "window",
-    text_rope: bool = True,
+    text_rope: bool | TextRotation = True,
     jitter: Jitter = "none",
     seed: int = 0,
     strict: bool = True,
@@ -42,12 +44,13 @@ def patch_networks(
     for name, value, allowed in (("jitter", jitter, Jitter), ("text_queries", text_queries, TextQueries)):
         if value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {name}={value!r}")
-    options = Options(impl, text_queries, text_rope)
+    rotation = text_rope if isinstance(text_rope, TextRotation) else None
+    options = Options(impl, text_queries, bool(text_rope))
     targets: list[Target] = []
     skipped: list[Row] = []
     for prefix, net in named_networks(model):
         try:
-            family = _resolve_family(net, grid, patch_size, text) if not targets else _resolve_family(net, None, None, None)
+            family = _resolve_family(net, grid, patch_size, text, rotation) if not targets else _resolve_family(net, None, None, None, None)
         except (ValueError, NotImplementedError) as why:
             if not targets:
                 raise
@@ -63,6 +66,7 @@ def patch_networks(
     call = describe_pipeline_call(type(model), targets[0].family)
     handle = Handle(uncompiled(model), targets, skipped=skipped, call=call)
     _check_coverage(handle, strict)
+    _check_not_running(targets, strict)
     unpatch_networks(model)
     install(handle, targets)
     return handle
@@ -81,15 +85,17 @@ def supports_cascade(pipeline_class: type, family: Family) -> bool:
     return family.cascade is not None and is_text_to_image(pipeline_class) and not may_edit_picture(pipeline_class)
 
 
-def _resolve_family(net: nn.Module, grid: GridSource | None, patch_size: int | None, text: TextSource | None) -> Family:
+def _resolve_family(
+    net: nn.Module, grid: GridSource | None, patch_size: int | None, text: TextSource | None, rotation: TextRotation | None
+) -> Family:
     if isinstance(net, torch.fx.GraphModule | torch.jit.ScriptModule):
         raise TypeError(f"patch the module that was traced, not the graph: its attention calls are fixed, got {type(net).__name__}")
     known = family_of(net)
     if known is None:
-        return unlisted(net, _parameters(net), grid=grid, patch_size=patch_size, text=text)
+        return unlisted(net, _parameters(net), grid=grid, patch_size=patch_size, text=text, rotation=rotation)
     if known.refusal:
         raise known.refusal_error(f"{type(net).__name__} is not patched: {known.refusal}")
-    given = {"grid": grid, "patch_size": patch_size, "text": text}
+    given = {"grid": grid, "patch_size": patch_size, "text": text, "text_rope": rotation}
     if any(value is not None for value in given.values()):
         names = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
         raise ValueError(f"{type(net).__name__} is a known family, whose token grid comes from {known.grid_source}, got {names}")
@@ -126,6 +132,18 @@ def _check_not_patched_elsewhere(net: nn.Module, model: Any) -> None:
         raise ValueError(
             f"this {type(net).__name__} is already patched through a {type(owner).__name__}: unpatch_model that pipeline first"
         )
+
+
+def _check_not_running(targets: list[Target], strict: bool) -> None:
+    """Raise an error, or warn, if a network is patched in the middle of its forward."""
+    for net in (target.module() for target in targets):
+        if net is not None and is_running(net):
+            problem = (
+                f"patch_model was called while a forward of this {type(net).__name__} was running, which keeps full attention: patch before"
+            )
+            if strict:
+                raise ValueError(problem)
+            warnings.warn(f"scalediff: {problem}", stacklevel=4)
 
 
 def _check_coverage(handle: Handle, strict: bool) -> None:

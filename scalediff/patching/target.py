@@ -1,10 +1,9 @@
-"""One patched denoiser: it plans its forward passes, checks what was intercepted in them, and reports its attention modules."""
+"""One patched denoiser: it plans its forward passes, opens and closes them."""
 
 from __future__ import annotations
 
 import random
 import sys
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
@@ -15,7 +14,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from scalediff.families.base import Family, Reader
-from scalediff.families.grid import Grid, UnknownLayout, patch_of, window_of
+from scalediff.families.grid import Grid, UnknownLayout
+from scalediff.patching.account import Account
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import Call, Options, Plan
 from scalediff.patching.report import Row
@@ -76,8 +76,7 @@ class Target:
         parameters: Names of the arguments of `forward`.
         options: Options of `patch_model` for the attention.
         jitter, seed: How the patch grid moves from step to step, as in `patch_model`.
-        strict: Raise an error, instead of a warning, if no call of an unlisted model can be intercepted in its first pass above the
-            native area.
+        strict: Raise an error, instead of a warning, where calls that should be intercepted are not.
     """
 
     def __init__(
@@ -95,19 +94,13 @@ class Target:
     ) -> None:
         self.module = weakref.ref(denoiser)
         self.handle: Patch = None  # type: ignore[assignment]  # until the handle installs it
-        self.family, self.native, self.prefix, self._parameters, self.options, self._strict = (
-            family, native, prefix, parameters, options, strict,
-        )  # fmt: skip
+        self.family, self.native, self.options, self._parameters = family, native, options, parameters
         self.attention: Attention = "npa"
-        self.sites = {site.name: site for site in family.sites(denoiser)}
-        self.seen: dict[str, Call] = {}
+        self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
         self._rotation = family.rotation(denoiser)
         self.offsets = Offsets(jitter, seed)
         self._read = Reader()
         self._plans: dict[Any, Plan] = {}
-        self._already_warned: set[str] = set()  # reasons
-        self._most_intercepted = 0  # calls in any pass
-        self._last_intercepted = -1  # calls in the previous pass; -1 before the first
 
     @property
     def active(self) -> bool:
@@ -124,15 +117,19 @@ class Target:
         if not self.active or self.attention == "full" or (outer is not None and outer.owner is self):
             return None
         planned = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
-        return None if planned is None else open_pass(self, *planned)
+        if planned is None:
+            return None
+        plan, weights, observes = planned
+        return open_pass(self, plan, weights, observes=observes)
 
     def end(self, module: nn.Module, opened: Pass, finished: bool) -> None:
         """Close a pass. If the forward finished without an exception, check what was intercepted."""
         close_pass(opened)
         if finished:
-            self._check_finished_pass(module, opened)
+            self.account.check(opened)
 
-    def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[Plan, Tensor | None] | None:
+    def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[Plan, Tensor | None, bool] | None:
+        """The plan of a pass, its score weights, and whether the pass only observes its calls; None if it needs no interception."""
         try:
             layout = self.family.layout(module, arguments, self._read)
             like = next((x for x in _tensors(arguments.values()) if x.is_floating_point()), None)
@@ -140,13 +137,15 @@ class Target:
                 raise UnknownLayout("no argument is a floating-point tensor")
         except UnknownLayout as why:
             if why.tokens is None or why.tokens > self.native[0] * self.native[1]:
-                self._warn_once(type(module).__name__, str(why))
+                self.account.unknown_layout(str(why))
             return None
         except (AttributeError, IndexError, KeyError, TypeError) as why:  # arguments that the family does not expect
-            self._warn_once(type(module).__name__, f"its arguments do not give the token layout: {why!r}")
+            self.account.unknown_layout(f"its arguments do not give the token layout: {why!r}")
             return None
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
-            return None
+            if self.account.layout_is_checked or _has_compiled_parts(module):
+                return None
+            return Plan(layout, self.native, (0.0, 0.0), None, like, self.options), None, True
         if is_context_parallel(module):
             raise NotImplementedError(CONTEXT_PARALLEL)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
@@ -158,93 +157,30 @@ class Target:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             plan = self._plans[key] = Plan(layout, self.native, fraction, self._rotation, like, self.options)
-        return plan, layout.weights
+        return plan, layout.weights, False
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None:
-        """Count a call that is about to be computed in windows, and remember its module for the report."""
-        current_pass.intercepted += 1
+        """Count a call that is about to be computed in windows."""
         if current_pass.with_gradients and _in_checkpoint():
             raise NotImplementedError(_CHECKPOINTING)
-        if self._last_intercepted < 0:
-            self.seen.setdefault(self._caller(), call)
+        self.account.taken(current_pass, call)
 
-    def on_skipped(self, current_pass: Pass, why: str) -> None:
-        """Warn that a call that looks like self-attention runs full attention; wait for the end of a pass that may raise an error."""
-        if _without_shapes(why) in self._already_warned or _without_shapes(why) in map(_without_shapes, current_pass.skipped.values()):
-            return
-        if self._must_intercept:
-            current_pass.skipped[self._caller()] = why
-        else:
-            self._warn_once(self._caller(), why)
+    def on_skipped(self, current_pass: Pass, why: str, lengths: tuple[int, int]) -> None:
+        """Count a call that looks like self-attention and runs full attention."""
+        self.account.left(current_pass, lengths, why)
+
+    def on_other(self, current_pass: Pass, lengths: tuple[int, int]) -> None:
+        """Count another call: cross-attention, attention among text tokens, or any call of a pass that only observes."""
+        self.account.left(current_pass, lengths)
 
     @property
-    def _must_intercept(self) -> bool:
-        """Whether this is the first pass above the native area of an unlisted model, under `strict`."""
-        return self._strict and not self.family.listed and self._last_intercepted < 0
-
-    def _check_finished_pass(self, module: nn.Module, finished: Pass) -> None:
-        """Raise an error, or warn, if attention calls of the pass were not intercepted."""
-        count = finished.intercepted
-        if finished.skipped_in_graph:
-            self._warn_once(f"an attention call of the compiled {type(module).__name__}", finished.skipped_in_graph)
-        if count != self._last_intercepted and not finished.intercepted_in_graph and not finished.skipped_in_graph:
-            self._warn_of_obstacles(module)
-            none = f"no call of scaled_dot_product_attention had the tokens of {finished.plan.grids}"
-            if count == 0 and self._must_intercept:
-                self._last_intercepted = 0
-                why = next(iter(finished.skipped.values()), none)
-                raise ValueError(f"nothing was patched: {why}, in {type(module).__name__}; the pass ran full attention")
-            for name, why in finished.skipped.items():
-                self._warn_once(name, why)
-            if count == 0 and self._most_intercepted == 0 and not self._already_warned:
-                self._warn_once(type(module).__name__, none)
-        self._last_intercepted, self._most_intercepted = count, max(count, self._most_intercepted)
-
-    def _warn_of_obstacles(self, module: nn.Module) -> None:
-        """Check the modules again, because processors may have been replaced since the model was patched."""
-        for site in self.family.sites(module):
-            if site.obstacle and site.role in ("self", "joint"):
-                self._warn_once(self.prefix + site.name, site.obstacle)
-
-    def _warn_once(self, name: str, why: str) -> None:
-        """Warn once per reason, naming the first module that it concerns."""
-        if _without_shapes(why) not in self._already_warned:
-            self._already_warned.add(_without_shapes(why))
-            warnings.warn(f"scalediff: {name} runs full attention: {why}", stacklevel=3)
-
-    def _caller(self) -> str:
-        """Name of the module whose forward is running: the innermost attention module on the stack, or else the innermost module."""
-        denoiser = self.module()
-        names = {id(module): name for name, module in denoiser.named_modules()} if denoiser is not None else {}
-        innermost: str = ""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            name: str = names.get(id(frame.f_locals.get("self")), "")
-            if name in self.sites:
-                return self.prefix + name
-            innermost = innermost or name
-            frame = frame.f_back
-        return self.prefix + (innermost or type(denoiser).__name__)
+    def seen(self) -> dict[str, Call]:
+        """The modules whose attention was computed in windows, and their kind of call."""
+        return self.account.seen()
 
     def rows(self) -> list[Row]:
-        """Rows of the report: the attention modules of a listed family, or the modules seen calling attention."""
-        rows = []
-        for site in self.sites.values():
-            name, grid_source, text = self.prefix + site.name, self.family.grid_source, "-" if site.role == "self" else self.family.text
-            if site.role in ("cross", "text"):
-                why = "text cross-attention" if site.role == "cross" else "no image tokens"
-                rows.append(Row(name, site.role, "-", "-", None, None, "untouched", why))
-            elif site.obstacle:
-                rows.append(Row(name, site.role, grid_source, text, None, None, "untouched", site.obstacle))
-            else:
-                window, patch = window_of(self.native, site.level), patch_of(self.native, site.level)
-                rows.append(Row(name, site.role, grid_source, text, window, patch, "patched"))
-        if not self.family.listed:
-            for name, call in self.seen.items():
-                role = "joint" if call.sequence.text else "self"
-                text = self.family.text if call.sequence.text else "-"
-                rows.append(Row(name, role, self.family.grid_source, text, call.window, call.patch, "patched"))
-        return rows
+        """Rows of the report."""
+        return self.account.rows()
 
 
 _active: weakref.WeakSet[Target] = weakref.WeakSet()
@@ -277,9 +213,14 @@ def _in_checkpoint() -> bool:
     return False
 
 
-def _without_shapes(why: str) -> str:
-    """A reason without the shapes of the particular call."""
-    return why.partition(", got")[0]
+def _has_compiled_parts(module: nn.Module) -> bool:
+    """Whether the module or a part of it is compiled. A pass that only observes would be compiled for itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("_dynamo/eval_frame.py") and frame.f_code.co_name == "compile_wrapper":
+            return True
+        frame = frame.f_back
+    return any(getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in module.modules())
 
 
 def is_context_parallel(module: nn.Module) -> bool:

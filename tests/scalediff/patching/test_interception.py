@@ -137,8 +137,11 @@ def test_a_processor_that_never_calls_sdpa_is_reported(unet: nn.Module) -> None:
         unet.set_attn_processor(dict(own))  # type: ignore[operator]
         with scalediff.patch_model(unet):
             unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())  # type: ignore[operator]
-            with pytest.warns(UserWarning, match=r"attn1 runs full attention: AttnProcessor does not call"):
-                forward(unet, (32, 32))
+            for _ in range(2):
+                with pytest.raises(ValueError, match=r"attn1, .*attn1 run full attention: AttnProcessor does not call"):
+                    forward(unet, (32, 32))
+            unet.set_attn_processor(dict(own))  # type: ignore[operator]
+            forward(unet, (32, 32))
     finally:
         unet.set_attn_processor(dict(own))  # type: ignore[operator]
 

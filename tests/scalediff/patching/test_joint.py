@@ -22,6 +22,7 @@ from bench.models.zoo import WINDOW, ZOO
 from scalediff.families import FAMILIES
 from scalediff.families.base import Reader
 from scalediff.families.grid import Sequence, Span
+from scalediff.families.rotation import TextRotation
 from scalediff.families.transformers import lengths
 from tests.scalediff.families.test_families import Masked, double, run, specimen
 
@@ -293,3 +294,49 @@ def test_keys_beside_image_and_text_are_said() -> None:
         pytest.warns(UserWarning, match=r"blocks.0.attn runs full .*tokens of 9 x 6, got 54, 58"),
     ):
         spec.run(model, (9, 6))
+
+
+PADDED = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.float64)
+
+
+class Unlisted(torch.nn.Module):
+    """FLUX under a name that nobody listed."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **arguments: Any) -> Any:
+        return self.inner(**arguments)
+
+
+def test_text_of_an_unlisted_model_is_rotated_by_the_rotation_it_is_given() -> None:
+    """The same numbers as from the listed family with the same weights; without a rotation the report says that text is not rotated."""
+    spec, inner = specimen("FLUX.1")
+    inputs = double(spec.inputs(Draw(0), (9, 6), 1))
+    rotation = TextRotation(axes=AXES, theta=10000.0)
+    how: dict[str, Any] = {"grid": (9, 6), "text": ("prefix", TEXT), "window": WINDOW}
+    model = Unlisted(inner)
+    with torch.no_grad():
+        with scalediff.patch_model(inner, window=WINDOW):
+            expected = inner(**inputs, return_dict=False)[0]
+        with scalediff.patch_model(model, **how, text_rope=rotation) as handle:
+            out = model(**inputs, return_dict=False)[0]
+            assert handle.report.notes == ()
+        with scalediff.patch_model(model, **how) as handle:
+            unturned = model(**inputs, return_dict=False)[0]
+            remedy = "if its positions are rotary, pass text_rope=TextRotation(axes, theta)"
+            note = f"the text of Unlisted is not rotated for each window: {remedy}"
+            assert handle.report.notes == (note,)
+            assert str(handle.report).endswith(note)
+    assert (out - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert (unturned - expected).abs().max() > 1e-5 * expected.abs().max()
+
+
+def test_a_rotation_is_for_the_text_of_unlisted_models() -> None:
+    _, inner = specimen("FLUX.1")
+    rotation = TextRotation(axes=AXES, theta=10000.0)
+    with pytest.raises(ValueError, match=r"is a known family, whose token grid comes from img_ids, got text_rope=TextRotation"):
+        scalediff.patch_model(inner, text_rope=rotation)
+    with pytest.raises(ValueError, match=r"rotates text: pass text= too, got text=None and text_rope=TextRotation"):
+        scalediff.patch_model(Unlisted(inner), grid=(9, 6), window=WINDOW, text_rope=rotation)

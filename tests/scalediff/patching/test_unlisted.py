@@ -151,11 +151,16 @@ def test_text_that_is_not_there_is_an_error() -> None:
         forward(model, doubled(GRID))
     with pytest.raises(ValueError, match="text must name an argument of the forward pass, one of img, img_ids, txt, got 'caption'"):
         scalediff.patch_model(model, grid=GRID, text=("prefix", "caption"), window=WINDOW)
-    with (
-        scalediff.patch_model(model, grid=lambda arguments: arguments["size"], text=("prefix", "txt"), window=WINDOW),
-        pytest.warns(UserWarning, match=r"its arguments do not give the token layout: KeyError\('size'\)"),
-    ):
-        forward(model, doubled(GRID))
+    for strict in (True, False):
+        with scalediff.patch_model(
+            model, grid=lambda arguments: arguments["size"], text=("prefix", "txt"), window=WINDOW, strict=strict
+        ) as handle:
+            if strict:
+                with pytest.raises(ValueError, match=r"nothing was patched: DoubleStreamDiT .* token layout: KeyError\('size'\)"):
+                    forward(model, doubled(GRID))
+            with pytest.warns(UserWarning, match=r"its arguments do not give the token layout: KeyError\('size'\)"):
+                forward(model, doubled(GRID))
+            assert not handle.report.patched
 
 
 class Masked(nn.Module):

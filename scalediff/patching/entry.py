@@ -1,0 +1,120 @@
+"""The methods of a patched denoiser that open a pass: `__call__`, and `forward` for code that calls it directly.
+
+A pass opens at the outermost of these methods; the inner ones do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import FrameType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from scalediff.patching.interception import current
+from scalediff.patching.subclass import ATTRIBUTE
+from scalediff.patching.target import Target
+
+
+def _not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a function, but not out of the functions that it calls."""
+    wrapped: Callable[..., Any] = torch.compiler.disable(function, recursive=False)
+    return wrapped
+
+
+@functools.cache  # made when a model is first patched: torch.compiler.disable imports the compiler
+def _runner() -> Callable[..., Any]:
+    """Function of a denoiser, one of its bound methods, and the arguments: it calls the method in a pass of the denoiser's patch."""
+    begin, end = torch.compiler.disable(Target.begin), torch.compiler.disable(Target.end)
+
+    def run(module: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target: Target | None = module.__dict__.get(ATTRIBUTE)
+        if target is None:  # a copy, or a model that is not patched any more
+            return method(*args, **kwargs)
+        opened, finished = None, False
+        try:
+            opened = begin(target, module, args, kwargs)
+            result = method(*args, **kwargs)
+            finished = True
+        finally:
+            if opened is not None:
+                end(target, module, opened, finished)
+        return result
+
+    _StoredForward.__call__ = _not_compiled(_StoredForward.__call__)  # type: ignore[method-assign]
+    return _not_compiled(run)
+
+
+class _StoredForward:
+    """A forward that other code has stored in the denoiser, such as an offloading hook; a call runs in a pass."""
+
+    def __init__(self, module: Any, forward: Callable[..., Any]) -> None:
+        self._module, self._forward = module, forward
+        functools.update_wrapper(self, forward, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _runner()(self._module, self._forward, args, kwargs)
+
+
+def _with_pass(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a class that runs in a pass."""
+    run = _runner()
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self, MethodType(method, self), args, kwargs)
+
+    return _not_compiled(call)
+
+
+def _forward_attribute(method: Callable[..., Any]) -> Any:
+    """The attribute `forward` of a patched denoiser's class.
+
+    Hooks store a forward in the denoiser itself, which would hide a method of the class. A descriptor with `__set__` comes before it.
+    """
+    in_pass = _with_pass(method)
+
+    def get(descriptor: Any, module: Any, cls: type) -> Callable[..., Any]:
+        if module is None:
+            return in_pass
+        own = module.__dict__.get("forward")
+        if own is None:
+            return MethodType(in_pass, module)
+        if isinstance(own, _StoredForward) or getattr(own, "__func__", None) is in_pass:
+            return own  # type: ignore[no-any-return]  # stored by a hook that has been removed again
+        return _StoredForward(module, own)  # `own` is read now: a hook that stores another forward keeps this one and calls it
+
+    def put(descriptor: Any, module: Any, forward: Callable[..., Any]) -> None:
+        module.__dict__["forward"] = forward
+
+    def delete(descriptor: Any, module: Any) -> None:
+        if "forward" not in module.__dict__:
+            raise AttributeError("forward")
+        del module.__dict__["forward"]
+
+    # `get` is a frame of its own, which torch.compile would try to compile.
+    return type("Forward", (), {"__get__": torch.compiler.disable(get), "__set__": put, "__delete__": delete})()
+
+
+def denoiser_methods(cls: type) -> dict[str, Any]:
+    """The methods of a patched denoiser's class.
+
+    torch.compile may have captured `__call__` or `_call_impl` before the model was patched. Both look up `forward`, so a pass still opens.
+    """
+    return {"__call__": _with_pass(cls.__call__), "forward": _forward_attribute(cls.forward)}  # type: ignore[attr-defined]
+
+
+def is_running(net: nn.Module) -> bool:
+    """Whether this thread is inside a forward of the network that has no pass."""
+    inner = current()
+    if inner is not None and inner.owner is net.__dict__.get(ATTRIBUTE):
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in ("forward", "_call_impl") and frame.f_locals.get("self") is net:
+            return True
+        frame = frame.f_back
+    return False
