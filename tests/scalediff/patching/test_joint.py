@@ -296,9 +296,6 @@ def test_keys_beside_image_and_text_are_said() -> None:
         spec.run(model, (9, 6))
 
 
-PADDED = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.float64)
-
-
 class Unlisted(torch.nn.Module):
     """FLUX under a name that nobody listed."""
 
