@@ -22,7 +22,8 @@ IN_FP32 = [problem for problem in CHOSEN if problem.dtype is torch.float32]  # o
 @pytest.mark.parametrize("problem", IN_FP32, ids=lambda p: f"{p.grid[0]}x{p.grid[1]}-D{p.dim}-T{p.text}")
 def test_in_fp32_targets_with_descriptors_have_the_launch_of_those_without(problem: Problem) -> None:
     """So the launch for one target stands for all; only the tensors that it writes are others."""
-    from scalediff_kernels.neighborhood.launch import aligned, image_launch, text_launch
+    from scalediff_kernels.neighborhood.launch import image_launch, text_launch
+    from scalediff_kernels.neighborhood.strides import aligned
 
     def numbers(launch: Launch) -> dict[str, Any]:
         return {name: x for name, x in launch.arguments.items() if not isinstance(x, torch.Tensor)}
