@@ -14,7 +14,7 @@ from bench.rehearsal import __main__ as rehearsal
 def test_one_part_of_every_kind_is_rehearsed() -> None:
     picked = [part for part in PARTS if part.name in rehearsal.PARTS]
     assert [part.name for part in picked] == list(rehearsal.PARTS)
-    assert {part.csv for part in picked} == {part.csv for part in PARTS}
+    assert {part.csv for part in picked} == {part.csv for part in PARTS} - {"tune"}
 
 
 def test_an_environment_without_the_project_and_without_diffusers() -> None:

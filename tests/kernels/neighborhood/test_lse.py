@@ -13,7 +13,7 @@ from scalediff_kernels.neighborhood.lse import window_log_sum_exp
 from scalediff_kernels.neighborhood.reference import attend
 from tests.kernels.neighborhood.problems import TARGETS, Problem, run
 
-PLAIN = Problem((11, 9), (7, 6), (3, 2), (1, 1), 16, heads=4, groups=2, dtype=torch.float64)
+PLAIN = Problem((6, 5), (5, 4), (4, 3), (1, 1), 16, heads=2, groups=1, dtype=torch.float64)
 JOINT = replace(PLAIN, text=5, rope=True, rule="window")
 RIGHT = [PLAIN, replace(PLAIN, scale=-0.3), replace(PLAIN, window=(64, 64), patch=(5, 5))]
 
