@@ -32,7 +32,7 @@ from bench.harness.facts import ROOT
 VERSIONS = ("torch==2.11.0", "triton==3.6.0", "numpy==2.5.*")
 PACKAGES = (*VERSIONS, "transformers", "pytest", "pytest-xdist", "pytest-timeout", "einops", "requests", "pillow")
 HIDDEN = ("diffusers", "scalediff", "_editable_impl_scalediff", "__editable__")
-PARTS = ("tests", "kernel", "attention-goals", "cascade-sdxl", "filters")  # one of every kind, but for `tune`: a CPU has nothing to tune
+PARTS = ("tests", "kernel", "attention-goals", "cascade-sdxl", "filters")  # one of every kind, but for `tune`
 
 PRETENDED = """
 import runpy, shlex
@@ -48,7 +48,8 @@ INSTEAD = {  # options that replace those before them
     "cascade": "--device cpu --model demo --size 128 --method npa --steps 2 --compile eager",
     "": "-m gpu",
 }
-parts.PARTS = tuple(replace(part, arguments=(*part.arguments, *shlex.split(INSTEAD.get(part.csv, ""))), limit=240.0) for part in parts.PARTS)
+more = {part.name: shlex.split(INSTEAD.get(part.csv, "")) for part in parts.PARTS}
+parts.PARTS = tuple(replace(part, arguments=(*part.arguments, *more[part.name]), limit=240.0) for part in parts.PARTS)
 runpy.run_module("bench.gpu", run_name="__main__")
 """
 
