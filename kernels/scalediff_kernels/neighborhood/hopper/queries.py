@@ -33,7 +33,10 @@ def rotate(source, target, rotation, window, C: gl.constexpr):
 
 @gluon.jit
 def store_sums(outputs, b_out, top, total, tile, add, CONSUMER: gl.constexpr, C: gl.constexpr):
-    """Add the result of a window to the sums of a tile, in memory: each element belongs to one thread. LSE: also its log-sum-exp."""
+    """Add the result of a window to the sums of a tile, in memory: each element belongs to one thread.
+
+    Of a part of the keys of one window: store the result and its log-sum-exp.
+    """
     M: gl.constexpr = C.m
     BLOCK_D: gl.constexpr = C.block_d
     LAYOUT: gl.constexpr = C.out_layout
@@ -41,10 +44,12 @@ def store_sums(outputs, b_out, top, total, tile, add, CONSUMER: gl.constexpr, C:
     offs_m = gl.arange(0, M, layout=gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
     ptrs = outputs.sums + rows * BLOCK_D + gl.expand_dims(offs_m * BLOCK_D, 1) + gl.expand_dims(offs_d, 0)
-    b_sum = gl.load(ptrs, mask=gl.full([M, BLOCK_D], 0, gl.int32, LAYOUT) < add, other=0.0)
-    gl.store(ptrs, b_sum + b_out)
-    if C.lse:
+    if C.lse:  # there is one window
+        gl.store(ptrs, b_out)
         gl.store(outputs.lse + rows + gl.arange(0, M, layout=top.type.layout), top + gl.log2(total))
+    else:
+        b_sum = gl.load(ptrs, mask=gl.full([M, BLOCK_D], 0, gl.int32, LAYOUT) < add, other=0.0)
+        gl.store(ptrs, b_sum + b_out)
 
 
 @gluon.jit
