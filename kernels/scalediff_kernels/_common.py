@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 VECTOR = tl.constexpr(8)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -65,6 +65,19 @@ class Call:
         return abs(self.scale) * math.log2(math.e)
 
     @property
+    def numbers(self) -> dict[str, int]:
+        """Arguments that all kernels have in common."""
+        return {
+            "grid_y": self.grid[0],
+            "grid_x": self.grid[1],
+            "patches_x": self.patches[1],
+            "offset_y": self.offset[0],
+            "offset_x": self.offset[1],
+            "heads": self.q.shape[-2],
+            "text": self.tokens,
+        }
+
+    @property
     def problem(self) -> Problem:
         q = self.q
         descriptors = all(suits_descriptor(x) for x in (q, *self.keys, *(self.text or ())))

@@ -17,9 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scalediff_kernels._common import VECTOR, load_box, load_text, rotate, softmax_step
-
-LN_2 = tl.constexpr(0.6931471805599453)
+from scalediff_kernels._common import LN_2, VECTOR, load_box, load_text, rotate, softmax_step
 
 
 @triton.jit

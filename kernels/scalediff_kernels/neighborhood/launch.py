@@ -113,16 +113,10 @@ def _shared_arguments(call: Call, config: LaunchConfig) -> dict[str, Any]:
     references = {name: (x, (1, rows, columns, 1)) for name, x in zip("kv", call.keys, strict=True)}
     references |= {f"text_{n}": (x, (1, config.text_block, 1)) for n, x in zip("kv", call.text or (None, None), strict=True)}
     return _references(references, boxes=config.path == "descriptor") | {
+        **call.numbers,
         "cos_ptr": call.rope and call.rope[0],
         "sin_ptr": call.rope and call.rope[1],
-        "grid_y": call.grid[0],
-        "grid_x": call.grid[1],
         "patches_y": call.patches[0],
-        "patches_x": call.patches[1],
-        "offset_y": call.offset[0],
-        "offset_x": call.offset[1],
-        "heads": call.q.shape[-2],
-        "text": call.tokens,
         "scale": call.log2_scale,
         "KEY_BOX": config.key_box,
         "WINDOW": call.cut_window,

@@ -17,7 +17,7 @@ def chain(x: Tensor) -> Tensor:
     return ((x + 1) * 2 - 3).exp()
 
 
-def kept(x: Tensor) -> Tensor:
+def both_in_use(x: Tensor) -> Tensor:
     a, b = x + 1, x + 2
     return a + b
 
@@ -67,7 +67,7 @@ def linear(x: Tensor) -> Tensor:
 
 
 BY_HAND: list[tuple[Callable[[Tensor], Tensor], int]] = [
-    (chain, 800), (kept, 1200), (views, 400), (in_place, 400), (freed, 3200), (a_view_keeps_the_whole, 5200),
+    (chain, 800), (both_in_use, 1200), (views, 400), (in_place, 400), (freed, 3200), (a_view_keeps_the_whole, 5200),
     (views_of_what_is_given, 0), (half_precision, 200), (attention, 400), (attention_by_hand, 800), (linear, 120),
 ]  # fmt: skip
 

@@ -7,20 +7,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from scalediff_kernels.neighborhood.hopper.outputs import store_image, store_sums
 from scalediff_kernels.neighborhood.hopper.places import key_place, place, text_token
-from scalediff_kernels.neighborhood.hopper.queries import rotate, store_image, store_sums
-
-
-@gluon.jit
-def _queries(q_smem, is_text, CONSUMER: gl.constexpr, C: gl.constexpr):
-    """The buffer of queries for a block: the rotated ones for text keys, or, of text queries, for image keys."""
-    M: gl.constexpr = C.m
-    BLOCK_D: gl.constexpr = C.block_d
-    buffer = CONSUMER
-    if C.rope:
-        plain, rotated = CONSUMER, C.consumers + CONSUMER
-        buffer = gl.where(is_text, plain, rotated) if C.text_queries else gl.where(is_text, rotated, plain)
-    return q_smem.index(buffer).reshape([M, BLOCK_D])
+from scalediff_kernels.neighborhood.hopper.queries import queries_for, rotate
 
 
 @gluon.jit
@@ -76,7 +65,9 @@ def _attend(n, taken, window, begin, end, buffers, bars, sizes, scale, CONSUMER:
 
     stage = n % STAGES
     mbarrier.wait(bars.k_full.index(stage), n // STAGES & 1)
-    scores = warpgroup_mma_wait(0, deps=[_scores(_queries(buffers.q, begin < sizes.text_blocks, CONSUMER, C), buffers.k.index(stage), C)])
+    scores = warpgroup_mma_wait(
+        0, deps=[_scores(queries_for(buffers.q, begin < sizes.text_blocks, CONSUMER, C), buffers.k.index(stage), C)]
+    )
     mbarrier.arrive(bars.k_empty.index(stage), count=1)
     top, total, shrink, weights = _softmax(scores, begin, top, total, scale, sizes, C.ragged_text or C.ragged_window, C)
     p = gl.convert_layout(weights.to(buffers.q.dtype), P_LAYOUT)
@@ -89,7 +80,7 @@ def _attend(n, taken, window, begin, end, buffers, bars, sizes, scale, CONSUMER:
         if C.ping_pong:
             mbarrier.wait(bars.turns.index(CONSUMER), taken & 1)
             taken += 1
-        next_scores = _scores(_queries(buffers.q, j < sizes.text_blocks, CONSUMER, C), buffers.k.index(stage), C)
+        next_scores = _scores(queries_for(buffers.q, j < sizes.text_blocks, CONSUMER, C), buffers.k.index(stage), C)
         next_acc = warpgroup_mma(p, buffers.v.index(before).reshape([N, BLOCK_D]), acc, is_async=True)
         if C.ping_pong:
             mbarrier.arrive(bars.turns.index(1 - CONSUMER), count=1)

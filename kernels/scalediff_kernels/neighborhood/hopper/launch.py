@@ -105,6 +105,7 @@ def _shared_arguments(call: Call, config: LaunchConfig, constants: Constants, ou
     cos, sin = call.rope or (out, out)
     blocks = _blocks(call, config)
     return {
+        **call.numbers,
         "k_ref": k,
         "v_ref": v,
         "text_k_ref": text_k,
@@ -113,17 +114,10 @@ def _shared_arguments(call: Call, config: LaunchConfig, constants: Constants, ou
         "lse_ptr": out,
         "cos_ptr": cos,
         "sin_ptr": sin,
-        "grid_y": call.grid[0],
-        "grid_x": call.grid[1],
-        "patches_x": call.patches[1],
-        "offset_y": call.offset[0],
-        "offset_x": call.offset[1],
-        "heads": call.q.shape[-2],
         "windows": prod(call.patches),
         "part_windows": config.part_windows,
         "blocks": blocks,
         "part_blocks": config.part_blocks or blocks,
-        "text": call.tokens,
         "text_blocks": -(-call.tokens // config.text_block),
         "scale": max(call.log2_scale, LEAST_SCALE),
         "C": constants,
