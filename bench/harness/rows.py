@@ -111,7 +111,10 @@ def _ratio(mine: Mapping[str, str], other: Mapping[str, str]) -> str:
     """Both times and their ratio, by the first column of TIMES that both rows have; or why there is none."""
     for column, unit in TIMES.items():
         if (a := mine.get(column)) and (b := other.get(column)):
-            return f"{a} {unit} here, {b} {unit} there, {float(b) / float(a):.3f}x"
+            try:
+                return f"{a} {unit} here, {b} {unit} there, {float(b) / float(a):.3f}x"
+            except (ValueError, ZeroDivisionError):
+                return f"{column} must be a positive number, got {a!r} here and {b!r} there"
     untimed = [(where, row) for where, row in (("here", mine), ("there", other)) if not any(row.get(column) for column in TIMES)]
     reasons = [(where, ", ".join(filter(None, (row.get("status"), row.get("note"))))) for where, row in untimed]
     sentences = [f"no time {where}" + (f" ({why})" if why else "") for where, why in reasons]

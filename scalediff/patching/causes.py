@@ -52,13 +52,8 @@ def other_attention(model: nn.Module, original: Callable[..., Any]) -> list[str]
     classes: dict[type, nn.Module] = {type(module): module for module in model.modules()}
     for cls, module in classes.items():
         if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            fast = (
-                ""
-                if module.training or not torch.backends.mha.get_fastpath_enabled()
-                else ": torch.backends.mha.set_fastpath_enabled(False)"
-            )
-            if fast:
-                found[f"the fast path of nn.{cls.__name__}{fast}"] = None
+            if not module.training and torch.backends.mha.get_fastpath_enabled():
+                found[f"the fast path of nn.{cls.__name__}: torch.backends.mha.set_fastpath_enabled(False)"] = None
             elif isinstance(module, nn.MultiheadAttention):
                 found["nn.MultiheadAttention: call it with need_weights=False"] = None
         if cls.__module__.startswith("torch.nn."):

@@ -320,3 +320,9 @@ def test_rows_are_of_commits_that_git_has(path: Path) -> None:
         pytest.skip("no checkout with its whole history")
     commits = {row["commit"].removesuffix(" with changes") for row in read_records(path) if row.get("commit")}
     assert not [commit for commit in commits if git("cat-file", "-e", f"{commit}^{{commit}}").returncode != 0]
+
+
+@pytest.mark.parametrize("time", ["0", "fast"])
+def test_a_time_that_is_none_is_named(time: str) -> None:
+    rows, others = ({"a": {"row": "a", "status": "ok", "p50_ms": value}} for value in (time, "2"))
+    assert compared(rows, others, facts=()) == [f"a: p50_ms must be a positive number, got {time!r} here and '2' there"]
