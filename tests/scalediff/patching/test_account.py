@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import flex_attention
 
 import scalediff
 from tests.conftest import forward, seeded
@@ -250,7 +251,7 @@ def by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.nn.attention.flex_attention.flex_attention(q, k, v)  # type: ignore[return-value]
+    return flex_attention.flex_attention(q, k, v)  # type: ignore[return-value]
 
 
 def by_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
