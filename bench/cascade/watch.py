@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend
 from bench.cascade import authors as cascade_authors
 from scalediff.cascade import schedule
 from scalediff.cascade import stage as cascade
-from scalediff.patching import plan
+from scalediff.patching import call
 from scalediff.patching.networks import denoiser_of
 from scalediff_kernels import mix_frequencies
 from scalediff_kernels.neighborhood import windowed_sdpa
@@ -154,7 +154,7 @@ class Watch:
         if self._deep:
             replaced.append((F, "scaled_dot_product_attention", self._attention(F.scaled_dot_product_attention)))
             replaced += [(module, "_sdpa", self._attention(module._sdpa)) for module in (windowed_sdpa, cascade_authors)]
-            replaced.append((plan.Call, "attend", self._windows(plan.Call.attend)))
+            replaced.append((call.Call, "attend", self._windows(call.Call.attend)))
         with ExitStack() as undo:
             undo.callback(denoiser.register_forward_pre_hook(lambda *_: self._enter("denoiser")).remove)
             undo.callback(denoiser.register_forward_hook(lambda *_: self._leave()).remove)

@@ -9,9 +9,9 @@ from torch import nn
 
 from scalediff.families.base import Family, find_obstacle
 from scalediff.families.grid import AttentionSite, Grid, patch_of, window_of
+from scalediff.patching.call import Call
 from scalediff.patching.causes import describe_calls, other_attention
 from scalediff.patching.interception import Pass, torch_function
-from scalediff.patching.plan import Call
 from scalediff.patching.record import Callers, ModuleCalls
 from scalediff.patching.report import Row
 

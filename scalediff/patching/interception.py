@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.patching.plan import Call, Plan, got, with_score_bias
+from scalediff.patching.call import Call
+from scalediff.patching.plan import AttentionPlan, Match
 from scalediff.patching.record import ModuleCalls
 
 
@@ -32,11 +33,13 @@ class Owner(Protocol):
 
     def on_other(self, current_pass: Pass, lengths: tuple[int, int]) -> None: ...
 
+    def on_observed(self, current_pass: Pass, call: Call | None, why: str, lengths: tuple[int, int]) -> None: ...
+
 
 class Pass:
     """One forward pass of one patched denoiser in one thread. If `observes`, it only records the calls, and all run full attention."""
 
-    def __init__(self, owner: Owner, plan: Plan, weights: Tensor | None, outer: Pass | None, *, observes: bool = False) -> None:
+    def __init__(self, owner: Owner, plan: AttentionPlan, weights: Tensor | None, outer: Pass | None, *, observes: bool = False) -> None:
         self.owner, self.plan, self.weights, self.outer, self.observes = owner, plan, weights, outer, observes
         self.with_gradients = torch.is_grad_enabled()
         self.intercepted = 0  # calls
@@ -67,7 +70,7 @@ def current() -> Pass | None:
     return _passes.current
 
 
-def open_pass(owner: Owner, plan: Plan, weights: Tensor | None, *, observes: bool = False) -> Pass:
+def open_pass(owner: Owner, plan: AttentionPlan, weights: Tensor | None, *, observes: bool = False) -> Pass:
     """Start intercepting this thread's attention calls for a new pass. Passes may nest; calls belong to the innermost one.
 
     `weights` are the score weights of the pass's layout.
@@ -198,124 +201,37 @@ def _intercept(
     current_pass = _passes.current
     if current_pass is None:
         return None
-    problem, plan = "", current_pass.plan
-    if current_pass.observes:
-        _notify_of_other(current_pass, q, k, heads_first=heads_first)
+    match, why = current_pass.plan.match(
+        q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa,
+        heads_first=heads_first, weights=current_pass.weights,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        _record_in_graph(current_pass, match, why)
+    else:
+        axis = -2 if heads_first or q.ndim != 4 else 1
+        _notify(current_pass, match, why, (q.shape[axis], k.shape[axis]))
+    if match is None or current_pass.observes:
         return None
-    if q.ndim != 4:
-        problem = "q, k and v must be [B, H, S, D]" + got(q)
-    else:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v)) if heads_first else (q, k, v)
-        call = plan.call(q.shape[1], k.shape[1])
-        if call is None:
-            problem = plan.unexpected(q.shape[1], k.shape[1])
-            if not problem:  # cross-attention, or attention among text tokens
-                _notify_of_other(current_pass, q, k, heads_first=False)
-                return None
-        else:
-            without_mask = mask is None or plan.masked or is_constant(mask)  # plan.masked: the plan already accounts for the mask
-            key_bias = None if without_mask or mask is None else key_mask_bias(mask, k)
-            supported = without_mask or key_bias is not None
-            problem = _find_problem(current_pass, call, q, k, v, mask, dropout_p, is_causal, enable_gqa, mask_supported=supported)
-            if not problem:
-                if torch.compiler.is_compiling():
-                    current_pass.intercepted_in_graph = True
-                else:
-                    current_pass.owner.on_intercepted(current_pass, call)
-                weights = None if current_pass.weights is None else (current_pass.weights, current_pass.weights)
-                if key_bias is not None:
-                    weights = torch.ones_like(key_bias), key_bias
-                out = _attend(call, *_cast_to_one_dtype(q, k, v), scale, weights)
-                return out.transpose(1, 2) if heads_first else out
-    if torch.compiler.is_compiling():
-        current_pass.skipped_in_graph = problem
-    else:
-        current_pass.owner.on_skipped(current_pass, problem, _lengths(q, k, heads_first=heads_first and q.ndim != 4))
-    return None
+    out = match.attend(scale)
+    return out.transpose(1, 2) if heads_first else out
 
 
-def _notify_of_other(current_pass: Pass, q: Tensor, k: Tensor, *, heads_first: bool) -> None:
-    if torch.compiler.is_compiling():
+def _record_in_graph(current_pass: Pass, match: Match | None, why: str) -> None:
+    if current_pass.observes or (match is None and not why):
         current_pass.other_in_graph = True
+    elif match is None:
+        current_pass.skipped_in_graph = why
     else:
-        current_pass.owner.on_other(current_pass, _lengths(q, k, heads_first=heads_first))
+        current_pass.intercepted_in_graph = True
 
 
-def _lengths(q: Tensor, k: Tensor, *, heads_first: bool) -> tuple[int, int]:
-    """Numbers of queries and keys of `[..., S, D]`, or of `[B, S, H, D]`."""
-    axis = -2 if heads_first else 1
-    return q.shape[axis], k.shape[axis]
-
-
-def _cast_to_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cast as torch's attention does under autocast, where normalised queries and keys may be fp32 and values 16-bit."""
-    if q.dtype == k.dtype == v.dtype:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float | None, weights: tuple[Tensor, Tensor] | None) -> Tensor:
-    if weights is None:
-        return call.attend(q, k, v, scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    of_queries, of_keys = (x.expand(q.shape[0], -1) for x in weights)
-    if of_queries.shape[1] != q.shape[1]:  # only the image has queries, and text is among the keys
-        of_queries = of_queries[:, :1].expand(-1, q.shape[1])
-    return call.attend(*with_score_bias(q, k, v, of_queries, of_keys, scale), scale)[..., : q.shape[-1]]
-
-
-_MASKED = -1e4  # score bias of a masked key: its softmax weight underflows to zero, and fp16 can represent it
-
-
-def key_mask_bias(mask: Tensor, k: Tensor) -> Tensor | None:
-    """Convert a boolean mask `[B or 1, 1, 1, S]` of the keys to a score bias `[B or 1, S]`; None for any other mask."""
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:] != (1, 1, k.shape[1]):
-        return None
-    return torch.where(mask[:, 0, 0], 0.0, _MASKED)
-
-
-def _find_problem(
-    current_pass: Pass,
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    enable_gqa: bool,
-    *,
-    mask_supported: bool,
-) -> str:
-    """Why a call of the expected lengths cannot be computed in windows; empty if it can."""
-    if is_causal:
-        return "causal attention is not supported"
-    if dropout_p != 0.0:
-        return "attention with dropout is not supported"
-    if k.shape != v.shape or (k.shape[2] != q.shape[2] and not enable_gqa) or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
-        return "q, k and v must have the same shape except for their lengths" + got(q, k, v)
-    if call.real and len(call.real) != q.shape[0]:
-        return f"the text lengths are for a batch of {len(call.real)} samples" + got(q)
-    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
-        return "q, k and v must have the same dtype" + got(q, k, v)
-    if current_pass.weights is not None and current_pass.weights.shape != q.shape[:2]:
-        return "score weights must be [B, S]" + got(current_pass.weights, q)
-    if call.padded and mask is None:
-        return f"text of {call.real} tokens is padded, but the call has no mask"
-    if mask is not None and not mask_supported:
-        return "this attention mask is not supported" + got(mask)
-    return ""
-
-
-_MAX_MASK_ELEMENTS = 1 << 20  # a mask with more distinct elements is not read, because reading happens at every call
-
-
-def is_constant(mask: Tensor) -> bool:
-    """Whether a mask has no effect: all True, or one number for every score. False inside a compiled graph, where values are unknown."""
-    if torch.compiler.is_compiling():
-        return False
-    distinct = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]  # one element of each expanded axis
-    if distinct.numel() > _MAX_MASK_ELEMENTS:
-        return False
-    return bool(distinct.all()) if mask.dtype == torch.bool else bool((distinct == distinct.flatten()[0]).all())
+def _notify(current_pass: Pass, match: Match | None, why: str, lengths: tuple[int, int]) -> None:
+    owner = current_pass.owner
+    if current_pass.observes:
+        owner.on_observed(current_pass, None if match is None else match.call, why, lengths)
+    elif match is not None:
+        owner.on_intercepted(current_pass, match.call)
+    elif why:
+        owner.on_skipped(current_pass, why, lengths)
+    else:
+        owner.on_other(current_pass, lengths)

@@ -1,21 +1,22 @@
-"""How the attention calls of one forward pass are computed: one plan per picture size.
+"""`AttentionPlan`: which attention calls of a forward pass are computed in windows, and how. It knows no model.
 
-Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X token grid, T text tokens.
+Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X token grid.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from scalediff.families.grid import Grid, Layout, Sequence, Span, offset_of, patch_of, window_of
+from scalediff.arguments import check_arguments, check_grid, choice, instance, optional
+from scalediff.families.grid import Grid, Layout
 from scalediff.families.rotation import TextRotation
-from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
-from scalediff_kernels.neighborhood.api import Impl, TextQueries
+from scalediff.patching.call import Call
+from scalediff.patching.masks import is_constant, key_mask_bias, with_score_bias
+from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
 
 
 @dataclass(frozen=True)
@@ -27,163 +28,250 @@ class Options:
     text_rope: bool = True
 
 
-class Call:
-    """One kind of attention call: the layout of its sequence, and its windows."""
+class Match(NamedTuple):
+    """A call that is computed in windows: queries `[B, S, H, D]`, keys and values `[B, S, G, D]`, and the factors of a score bias."""
 
-    def __init__(
-        self, sequence: Sequence, native: Grid, fraction: tuple[float, float], rotation: TextRotation | None, like: Tensor, options: Options
-    ) -> None:
-        self.sequence, self.grid = sequence, sequence.grid
-        self.window, self.patch = window_of(native, sequence.level), patch_of(native, sequence.level)
-        self.offset = offset_of(native, sequence.level, fraction)
-        self.impl, self.text_queries = options.impl, options.text_queries if sequence.queries == "all" else None
-        self.real, self.padded = sequence.real, any(count < sequence.text for count in sequence.real)
-        self.text_rope: tuple[Tensor, Tensor] | None = None
-        if rotation is not None and options.text_rope and sequence.text != 0:
-            cos, sin = rotation.tables(self.grid, native, self.window, self.patch, self.offset)
-            kind = torch.promote_types(like.dtype, torch.float32)
-            self.text_rope = cos.to(like.device, kind), sin.to(like.device, kind)
-        spans = sequence.spans(len(sequence.real) or 1)
-        self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, sequence.lengths, spans)
-        self._encoded = self._sizes.encode()
+    call: Call
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weights: tuple[Tensor, Tensor] | None
 
-    @property
-    def sizes(self) -> _CallSizes:
-        """The sizes of the call.
-
-        Under torch.compile they are parsed from a string, which makes them constants: integers would become symbolic as soon as a second
-        picture size is used.
-        """
-        return _CallSizes.decode(self._encoded) if torch.compiler.is_compiling() else self._sizes
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Attention of queries `[B, S, H, D]` to keys and values `[B, S, G, D]`; the output is zero at padding."""
-        sizes = self.sizes
-        if sizes.lengths[1] == sizes.area:
-            return self._image(sizes, q, k, v, scale)
-        if len(sizes.spans) == 1:
-            return self._joint(sizes, sizes.spans[0], q, k, v, scale)
-        parts = [self._joint(sizes, s, q[s.first : s.last], k[s.first : s.last], v[s.first : s.last], scale) for s in sizes.spans]
-        return torch.cat(parts)
-
-    def _image(self, sizes: _CallSizes, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        q, k, v = (_tokens(x, 0, sizes.area).unflatten(1, sizes.grid) for x in (q, k, v))
-        geometry: dict[str, Any] = {"window": sizes.window, "patch": sizes.patch, "offset": sizes.offset}
-        out: Tensor = neighborhood_patch_attention(q, k, v, **geometry, scale=scale, impl=self.impl)
-        return out.flatten(1, 2)
-
-    def _joint(self, sizes: _CallSizes, span: Span, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        queries, area = sizes.lengths[0], sizes.area
-        tokens = span.text_stop - span.text_start
-        image_q = _tokens(q, span.image if queries > area else 0, area)
-        image_k, image_v = (_tokens(x, span.image, area) for x in (k, v))
-        if tokens == 0:
-            out = self._image(sizes, image_q, image_k, image_v, scale)
-            return F.pad(out, (0, 0, 0, 0, span.image, queries - area - span.image)) if queries > area else out
-        text_k, text_v = (_tokens(x, span.text_start, tokens) for x in (k, v))
-        text_q = _tokens(q, span.text_start, tokens) if self.text_queries else _placeholder_queries(text_k, q)
-        image_q, image_k, image_v = (x.unflatten(1, sizes.grid) for x in (image_q, image_k, image_v))
-        text_rope = None if self.text_rope is None else _rope_for(self.text_rope, q)
-        image_out, text_out = joint_neighborhood_patch_attention(
-            image_q, image_k, image_v, text_q, text_k, text_v,
-            window=sizes.window, patch=sizes.patch, offset=sizes.offset, scale=scale, text_rope=text_rope,
-            text_queries=self.text_queries, impl=self.impl,
-        )  # fmt: skip
-        image_out = image_out.flatten(1, 2)
-        if text_out is None:
-            return image_out
-        parts, between = [image_out, text_out], 0
-        if self.sequence.side == "prefix":
-            parts, between = [text_out, image_out], span.image - span.text_stop
-        if between:
-            parts.insert(1, image_out.new_zeros(()).expand(q.shape[0], between, *q.shape[2:]))
-        out = torch.cat(parts, dim=1)
-        length = between + tokens + area
-        return F.pad(out, (0, 0, 0, 0, 0, queries - length)) if queries > length else out
+    def attend(self, scale: float | None) -> Tensor:
+        """The result, `[B, S, H, D]`."""
+        q, k, v = self.q, self.k, self.v
+        if self.weights is None:
+            return self.call.attend(q, k, v, scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        of_queries, of_keys = (x.expand(q.shape[0], -1) for x in self.weights)
+        if of_queries.shape[1] != q.shape[1]:  # only the image has queries, and text is among the keys
+            of_queries = of_queries[:, :1].expand(-1, q.shape[1])
+        return self.call.attend(*with_score_bias(q, k, v, of_queries, of_keys, scale), scale)[..., : q.shape[-1]]
 
 
-class _CallSizes(NamedTuple):
-    """The sizes by which a call slices its tensors."""
+class AttentionPlan:
+    """The attention of one forward pass in windows, without any model: call it with the queries, keys and values of every attention call.
 
-    grid: Grid
-    window: Grid
-    patch: Grid
-    offset: Grid
-    lengths: tuple[int, int]
-    spans: tuple[Span, ...]
+        plan = scalediff.AttentionPlan(Layout((128, 128), (Sequence((128, 128), text=77),)), window=(64, 64))
+        out = plan(q, k, v)
+        if out is None:  # another call, such as cross-attention: plan.why tells
+            out = full_attention(q, k, v)
 
-    @property
-    def area(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    def encode(self) -> str:
-        """Encode as a string: five pairs, then the spans."""
-        return " ".join(str(n) for pair in (*self[:5], *self.spans) for n in pair)
-
-    @classmethod
-    def decode(cls, text: str) -> _CallSizes:
-        """The inverse of `encode`."""
-        n = [int(number) for number in text.split()]
-        pairs = [(n[i], n[i + 1]) for i in range(0, 10, 2)]
-        spans = tuple(Span(n[i], n[i + 1], n[i + 2], n[i + 3], n[i + 4]) for i in range(10, len(n), 5))
-        return cls(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], spans)
-
-
-class Plan:
-    """The attention calls of one forward pass that are computed in windows, and how to recognise them.
+    A call is recognised by its numbers of queries and keys, which `layout` lists. A plan may be kept for all passes of one size, and used
+    by several threads; only `why` is that of the last call.
 
     Args:
-        layout: Layout of the pass's tokens.
-        native: Native token grid `(Y, X)` of the model; the window.
-        fraction: Offset of the patch grid per axis, as a fraction of the patch.
-        rotation: The model's rotary positions, if text is rotated for each window.
-        like: An input tensor of the model, for device and dtype.
-        options: Options of `patch_model`.
+        layout: Layout of the tokens of the pass.
+        window: Key/value window `(Y, X)` in tokens at the finest level: the token grid that the model was trained on. Query patches are
+            half a window. If the layout's grid is not larger in area, no call is computed in windows.
+        text_rope: The model's rotary positions, to rotate text for each window; text is not rotated when None.
+        text_queries: What text queries attend to: `"window"` or `"global"`, as in
+            `scalediff_kernels.joint_neighborhood_patch_attention`.
+        offset: Offset of the patch grid `(Y, X)`, each as a fraction of a patch in [0, 1).
+        impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: An argument is of the wrong type.
+        NotImplementedError: `impl="triton"` without the triton package.
+
+    ScaleDiff, arXiv:2510.25818, section 3.2.
     """
 
     def __init__(
-        self, layout: Layout, native: Grid, fraction: tuple[float, float], rotation: TextRotation | None, like: Tensor, options: Options
+        self,
+        layout: Layout,
+        *,
+        window: Grid,
+        text_rope: TextRotation | None = None,
+        text_queries: TextQueries = "window",
+        offset: tuple[float, float] = (0.0, 0.0),
+        impl: Impl = "auto",
     ) -> None:
-        self.grid, self.masked, self.others = layout.grid, layout.masked, layout.others
-        self.calls = tuple(Call(sequence, native, fraction, rotation, like, options) for sequence in layout.sequences)
+        given = {"layout": layout, "window": window, "text_rope": text_rope, "text_queries": text_queries, "offset": offset}
+        check_arguments(_CHECKS, given)
+        check_impl(impl)
+        self.layout, self.window, self.grid = layout, (window[0], window[1]), layout.grid
+        self.why = ""  # why the last call was not computed in windows; empty if it was
+        options = {"rotation": text_rope, "text_queries": text_queries, "impl": impl}
+        self.calls = tuple(Call(sequence, native=window, offset=offset, **options) for sequence in layout.sequences)  # type: ignore[arg-type]
         self.grids = " or ".join(dict.fromkeys(f"{y} x {x}" for y, x in (call.grid for call in self.calls)))
 
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """Compute one attention call in windows, or return None if the caller must compute it.
+
+        Args:
+            q: Queries `[B, S, H, D]`, any strides with a contiguous last axis; fp16, bf16, fp32 or fp64.
+            k, v: Keys and values `[B, S, G, D]`, where G is H or 1, or divides H with `enable_gqa`.
+            mask: Mask that broadcasts to `[B, H, S, S]`, as for `F.scaled_dot_product_attention`. Masks without effect and boolean masks of
+                keys `[B or 1, 1, 1, S]` are supported; with any other the result is None.
+            scale: Scale of the scores; 1 / sqrt(D) when None.
+            is_causal: Whether attention is causal, which is not supported: the result is None.
+            enable_gqa: Whether fewer key heads than query heads are intended, as for `F.scaled_dot_product_attention`.
+
+        Returns:
+            The result `[B, S, H, D]`; None if this is not one of the plan's calls, if windows cannot be used for it, or if the grid is
+            not larger than the window. Then `why` tells the reason.
+        """
+        match, why = None, "the grid is not larger than the window"
+        if not self.is_native:
+            match, why = self.match(q, k, v, mask=mask, is_causal=is_causal, enable_gqa=enable_gqa, weights=self.layout.weights)
+        if match is None:
+            self._set_why(why or f"{q.shape[1]} queries and {k.shape[1]} keys are not the tokens of {self.grids}")
+            return None
+        self._set_why("")
+        return match.attend(scale)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the token grid is not larger in area than the window, so that every call runs full attention."""
+        return self.grid[0] * self.grid[1] <= self.window[0] * self.window[1]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> AttentionPlan:
+        """Move the rotary tables to the device and dtype of later calls, and return the plan. Otherwise the first call moves them."""
+        for call in self.calls:
+            call.move_text_rope(torch.device(device), dtype)
+        return self
+
     def call(self, queries: int, keys: int) -> Call | None:
-        """The call with these sequence lengths; None if there is none, or if it could be another kind of call."""
-        if keys in self.others:
+        """The kind of call with these numbers of tokens; None if there is none, or if it could be another kind of call."""
+        if keys in self.layout.others:
             return None
         for call in self.calls:
             if (queries, keys) == call.sizes.lengths:
                 return call
         return None
 
-    def unexpected(self, queries: int, keys: int) -> str:
+    def match(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+        heads_first: bool = False,
+        weights: Tensor | None = None,
+    ) -> tuple[Match | None, str]:
+        """Match a call with the plan.
+
+        Args:
+            q, k, v, mask, is_causal, enable_gqa: As in a call of the plan; `[B, H, S, D]` with `heads_first`.
+            dropout_p: Dropout of the attention, which must be 0.
+            weights: The layout's score weights of this pass.
+
+        Returns:
+            The match and an empty string; or None and why the call runs full attention, which is empty for cross-attention and attention
+            among text tokens.
+        """
+        if q.ndim != 4:
+            return None, "q, k and v must be [B, H, S, D]" + got(q)
+        if heads_first:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        call = self.call(q.shape[1], k.shape[1])
+        if call is None:
+            return None, self._unexpected(q.shape[1], k.shape[1])
+        k, v = _broadcast(q, k, v)
+        problem = _find_problem(call, q, k, v, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa)
+        if not problem and weights is not None and weights.shape != q.shape[:2]:
+            problem = "score weights must be [B, S]" + got(weights, q)
+        if not problem and call.padded and mask is None:
+            problem = f"text of {call.real} tokens is padded, but the call has no mask"
+        if problem:
+            return None, problem
+        factors = None if weights is None else (weights, weights)
+        if mask is not None and not self.layout.masked and not is_constant(mask):  # masked: the layout already accounts for the mask
+            bias = key_mask_bias(mask, k)
+            if bias is None:
+                return None, "this attention mask is not supported" + got(mask)
+            factors = torch.ones_like(bias), bias
+        return Match(call, *_cast_to_one_dtype(q, k, v), factors), ""
+
+    def _unexpected(self, queries: int, keys: int) -> str:
         """Why a call that looks like image self-attention does not match; empty for cross-attention and attention among text tokens."""
-        if keys in self.others:
+        others = self.layout.others
+        if keys in others:
             same = any((queries, keys) == call.sizes.lengths for call in self.calls)
             return "image and text have the same number of tokens and cannot be told apart" + got(keys) if same else ""
         image = any(queries == call.sizes.area for call in self.calls)
         joint = any(call.sequence.text for call in self.calls)
-        wrong = queries == keys or (image and (keys - queries in self.others or (joint and keys > queries)))
+        wrong = queries == keys or (image and (keys - queries in others or (joint and keys > queries)))
         return f"q, k and v must have the tokens of {self.grids}" + got(queries, keys) if wrong else ""
 
+    def _set_why(self, why: str) -> None:
+        if not torch.compiler.is_compiling():
+            self.why = why
 
-_EXTRA_CHANNELS = 8  # the kernel needs head dims that are multiples of 8
+
+def _check_window(name: str, value: object) -> None:
+    check_grid(name, value)
+    if not (isinstance(value, tuple | list) and len(value) == 2 and min(value) > 0):
+        raise ValueError(f"{name} must be two positive integers (Y, X) in tokens, got {name}={value!r}")
 
 
-def with_score_bias(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, of_keys: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Extend q, k and v to `[B, S, H, D + 8]` so that attention adds a_i b_j to the score of query i and key j; a and b are `[B, S]`.
+def _check_offset(name: str, value: object) -> None:
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(n, int | float) and 0 <= n < 1 for n in value)
+    if not pair:
+        raise ValueError(f"{name} must be two fractions of a patch (Y, X) in [0, 1), got {name}={value!r}")
 
-    The product is one more channel: a / scale in the queries, b in the keys, zero in the values.
+
+_CHECKS = {
+    "layout": instance(Layout, "a Layout"),
+    "window": _check_window,
+    "text_rope": optional(instance(TextRotation, "a TextRotation")),
+    "text_queries": choice(get_args(TextQueries)),
+    "offset": _check_offset,
+}
+
+
+def _broadcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Broadcast keys and values as `F.scaled_dot_product_attention` does: over the batch, and to equal numbers of heads.
+
+    One head for all queries stays one head: the op takes grouped heads.
     """
+    if k.ndim != 4 or v.ndim != 4:
+        return k, v
+    batch = q.shape[0]
+    k, v = (x.expand(batch, -1, -1, -1) if x.shape[0] == 1 and batch > 1 else x for x in (k, v))
+    heads = max(k.shape[2], v.shape[2])
+    k, v = (x.expand(-1, -1, heads, -1) if x.shape[2] == 1 and heads > 1 else x for x in (k, v))
+    return k, v
 
-    def longer(x: Tensor, channel: Tensor | None) -> Tensor:
-        x = F.pad(x, (0, _EXTRA_CHANNELS))
-        if channel is not None:
-            x[..., -_EXTRA_CHANNELS] = channel[:, :, None].to(x.device, x.dtype)
-        return x
 
-    return longer(q, of_queries / scale), longer(k, of_keys), longer(v, None)
+def _find_problem(call: Call, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, is_causal: bool, enable_gqa: bool) -> str:
+    """Why a call of the expected lengths cannot be computed in windows, whatever its mask; empty if it can."""
+    if is_causal:
+        return "causal attention is not supported"
+    if dropout_p != 0.0:
+        return "attention with dropout is not supported"
+    grouped = enable_gqa or k.shape[2] == 1
+    if k.shape != v.shape or (k.shape[2] != q.shape[2] and not grouped) or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        return "q, k and v must have the same shape except for their lengths" + got(q, k, v)
+    if call.real and len(call.real) != q.shape[0]:
+        return f"the text lengths are for a batch of {len(call.real)} samples" + got(q)
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+        return "q, k and v must have the same dtype" + got(q, k, v)
+    return ""
+
+
+def _cast_to_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast as torch's attention does under autocast, where normalised queries and keys may be fp32 and values 16-bit."""
+    if q.dtype == k.dtype == v.dtype:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def got(*values: Tensor | int) -> str:
@@ -191,20 +279,3 @@ def got(*values: Tensor | int) -> str:
     if torch.compiler.is_compiling():
         return ""
     return ", got " + ", ".join(f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{x}" for x in values)
-
-
-def _rope_for(rope: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables on the device of a call, which offloading may change, padded for channels that are not rotated."""
-    cos, sin = (table.to(q.device) for table in rope)
-    more = q.shape[-1] // 2 - cos.shape[-1]
-    return (F.pad(cos, (0, more), value=1.0), F.pad(sin, (0, more))) if more > 0 else (cos, sin)
-
-
-def _tokens(x: Tensor, start: int, length: int) -> Tensor:
-    """Tokens `[start, start + length)` of `[B, S, H, D]`. With slicing, torch.compile would keep symbolic shapes."""
-    return x.narrow(1, start, length)
-
-
-def _placeholder_queries(text_k: Tensor, q: Tensor) -> Tensor:
-    """A placeholder `[B, T, H, D]` for the text queries where none are needed."""
-    return text_k if text_k.shape[2] == q.shape[2] else text_k.repeat_interleave(q.shape[2] // text_k.shape[2], dim=2)

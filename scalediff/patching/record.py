@@ -10,7 +10,7 @@ from types import FrameType
 
 from torch import nn
 
-from scalediff.patching.plan import Call
+from scalediff.patching.call import Call
 
 
 @dataclass

@@ -14,10 +14,11 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from scalediff.families.base import Family, Reader
-from scalediff.families.grid import Grid, UnknownLayout
+from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
+from scalediff.patching.call import Call
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
-from scalediff.patching.plan import Call, Options, Plan
+from scalediff.patching.plan import AttentionPlan, Options
 from scalediff.patching.report import Row
 from scalediff.settings import Attention, Jitter
 
@@ -97,10 +98,10 @@ class Target:
         self.family, self.native, self.options, self._parameters = family, native, options, parameters
         self.attention: Attention = "npa"
         self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
-        self._rotation = family.rotation(denoiser)
+        self._rotation = family.rotation(denoiser) if options.text_rope else None
         self.offsets = Offsets(jitter, seed)
         self._read = Reader()
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, AttentionPlan] = {}
 
     @property
     def active(self) -> bool:
@@ -128,7 +129,7 @@ class Target:
         if finished:
             self.account.check(opened)
 
-    def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[Plan, Tensor | None, bool] | None:
+    def _plan(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[AttentionPlan, Tensor | None, bool] | None:
         """The plan of a pass, its score weights, and whether the pass only observes its calls; None if it needs no interception."""
         try:
             layout = self.family.layout(module, arguments, self._read)
@@ -145,7 +146,7 @@ class Target:
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
             if self.account.layout_is_checked or _has_compiled_parts(module):
                 return None
-            return Plan(layout, self.native, (0.0, 0.0), None, like, self.options), None, True
+            return AttentionPlan(layout, window=self.native), None, True
         if is_context_parallel(module):
             raise NotImplementedError(CONTEXT_PARALLEL)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
@@ -156,8 +157,14 @@ class Target:
         if plan is None:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = Plan(layout, self.native, fraction, self._rotation, like, self.options)
+            plan = self._plans[key] = self._make_plan(layout, fraction).to(like.device, like.dtype)
         return plan, layout.weights, False
+
+    def _make_plan(self, layout: Layout, offset: tuple[float, float]) -> AttentionPlan:
+        return AttentionPlan(
+            layout, window=self.native, text_rope=self._rotation, text_queries=self.options.text_queries, offset=offset,
+            impl=self.options.impl,
+        )  # fmt: skip
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None:
         """Count a call that is about to be computed in windows."""
@@ -170,7 +177,11 @@ class Target:
         self.account.left(current_pass, lengths, why)
 
     def on_other(self, current_pass: Pass, lengths: tuple[int, int]) -> None:
-        """Count another call: cross-attention, attention among text tokens, or any call of a pass that only observes."""
+        """Count another call: cross-attention, or attention among text tokens."""
+        self.account.left(current_pass, lengths)
+
+    def on_observed(self, current_pass: Pass, call: Call | None, why: str, lengths: tuple[int, int]) -> None:
+        """Count a call of a pass that only observes."""
         self.account.left(current_pass, lengths)
 
     @property

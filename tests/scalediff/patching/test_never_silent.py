@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scalediff
-import scalediff.patching.plan
+import scalediff.patching.call
 from tests.scalediff.patching.research_models import Attention
 from tests.scalediff.patching.test_entries import ENTRIES, conditions, latents, store_forward
 from tests.scalediff.patching.test_unlisted import made
@@ -98,13 +98,13 @@ class Spy:
     """Counts the calls that are computed in windows."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls, own = 0, scalediff.patching.plan.Call.attend
+        self.calls, own = 0, scalediff.patching.call.Call.attend
 
         def attend(*args: Any) -> Tensor:
             self.calls += 1
             return own(*args)
 
-        monkeypatch.setattr(scalediff.patching.plan.Call, "attend", attend)
+        monkeypatch.setattr(scalediff.patching.call.Call, "attend", attend)
 
 
 @pytest.mark.parametrize("seed", range(60))

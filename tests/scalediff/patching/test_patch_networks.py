@@ -115,7 +115,7 @@ def test_every_self_attention_gets_its_window(unet: nn.Module, monkeypatch: pyte
         return neighborhood_patch_attention(q, k, v, **arguments)
 
     with scalediff.patch_model(unet) as handle:
-        monkeypatch.setattr("scalediff.patching.plan.neighborhood_patch_attention", recording)
+        monkeypatch.setattr("scalediff.patching.call.neighborhood_patch_attention", recording)
         forward(unet, (40, 24))
     assert sorted(calls) == sorted(row.window for row in handle.report.patched if row.window)
 

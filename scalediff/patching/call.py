@@ -1,0 +1,150 @@
+"""One kind of attention call of a forward pass: where its tokens are, and how it is computed in windows.
+
+Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X token grid, T text tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scalediff.families.grid import Grid, Sequence, Span, offset_of, patch_of, window_of
+from scalediff.families.rotation import TextRotation
+from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
+from scalediff_kernels.neighborhood.api import Impl, TextQueries
+
+
+class Call:
+    """One kind of attention call: the layout of its sequence, and its windows."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        *,
+        native: Grid,
+        offset: tuple[float, float],
+        rotation: TextRotation | None,
+        text_queries: TextQueries,
+        impl: Impl,
+    ) -> None:
+        self.sequence, self.grid = sequence, sequence.grid
+        self.window, self.patch = window_of(native, sequence.level), patch_of(native, sequence.level)
+        self.offset = offset_of(native, sequence.level, offset)
+        self.impl, self.text_queries = impl, text_queries if sequence.queries == "all" else None
+        self.real, self.padded = sequence.real, any(count < sequence.text for count in sequence.real)
+        self.text_rope: tuple[Tensor, Tensor] | None = None
+        if rotation is not None and sequence.text != 0:
+            self.text_rope = rotation.tables(self.grid, native, self.window, self.patch, self.offset)
+        spans = sequence.spans(len(sequence.real) or 1)
+        self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, sequence.lengths, spans)
+        self._encoded = self._sizes.encode()
+
+    def move_text_rope(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The rotary tables `(cos, sin)` on a device, in at least fp32. They stay there, except inside a compiled graph."""
+        if self.text_rope is None:
+            return None
+        kind = torch.promote_types(dtype, torch.float32)
+        cos, sin = (table.to(device, kind) for table in self.text_rope)
+        if not torch.compiler.is_compiling():
+            self.text_rope = cos, sin
+        return cos, sin
+
+    @property
+    def sizes(self) -> _CallSizes:
+        """The sizes of the call.
+
+        Under torch.compile they are parsed from a string, which makes them constants: integers would become symbolic as soon as a second
+        picture size is used.
+        """
+        return _CallSizes.decode(self._encoded) if torch.compiler.is_compiling() else self._sizes
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Attention of queries `[B, S, H, D]` to keys and values `[B, S, G, D]`; the output is zero at padding."""
+        sizes = self.sizes
+        if sizes.lengths[1] == sizes.area:
+            return self._image(sizes, q, k, v, scale)
+        if len(sizes.spans) == 1:
+            return self._joint(sizes, sizes.spans[0], q, k, v, scale)
+        parts = [self._joint(sizes, s, q[s.first : s.last], k[s.first : s.last], v[s.first : s.last], scale) for s in sizes.spans]
+        return torch.cat(parts)
+
+    def _image(self, sizes: _CallSizes, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        q, k, v = (_tokens(x, 0, sizes.area).unflatten(1, sizes.grid) for x in (q, k, v))
+        geometry: dict[str, Any] = {"window": sizes.window, "patch": sizes.patch, "offset": sizes.offset}
+        out: Tensor = neighborhood_patch_attention(q, k, v, **geometry, scale=scale, impl=self.impl)
+        return out.flatten(1, 2)
+
+    def _joint(self, sizes: _CallSizes, span: Span, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        queries, area = sizes.lengths[0], sizes.area
+        tokens = span.text_stop - span.text_start
+        image_q = _tokens(q, span.image if queries > area else 0, area)
+        image_k, image_v = (_tokens(x, span.image, area) for x in (k, v))
+        if tokens == 0:
+            out = self._image(sizes, image_q, image_k, image_v, scale)
+            return F.pad(out, (0, 0, 0, 0, span.image, queries - area - span.image)) if queries > area else out
+        text_k, text_v = (_tokens(x, span.text_start, tokens) for x in (k, v))
+        text_q = _tokens(q, span.text_start, tokens) if self.text_queries else _placeholder_queries(text_k, q)
+        image_q, image_k, image_v = (x.unflatten(1, sizes.grid) for x in (image_q, image_k, image_v))
+        text_rope = _pad_channels(self.move_text_rope(q.device, q.dtype), q.shape[-1])
+        image_out, text_out = joint_neighborhood_patch_attention(
+            image_q, image_k, image_v, text_q, text_k, text_v,
+            window=sizes.window, patch=sizes.patch, offset=sizes.offset, scale=scale, text_rope=text_rope,
+            text_queries=self.text_queries, impl=self.impl,
+        )  # fmt: skip
+        image_out = image_out.flatten(1, 2)
+        if text_out is None:
+            return image_out
+        parts, between = [image_out, text_out], 0
+        if self.sequence.side == "prefix":
+            parts, between = [text_out, image_out], span.image - span.text_stop
+        if between:
+            parts.insert(1, image_out.new_zeros(()).expand(q.shape[0], between, *q.shape[2:]))
+        out = torch.cat(parts, dim=1)
+        length = between + tokens + area
+        return F.pad(out, (0, 0, 0, 0, 0, queries - length)) if queries > length else out
+
+
+class _CallSizes(NamedTuple):
+    """The sizes by which a call slices its tensors."""
+
+    grid: Grid
+    window: Grid
+    patch: Grid
+    offset: Grid
+    lengths: tuple[int, int]
+    spans: tuple[Span, ...]
+
+    @property
+    def area(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def encode(self) -> str:
+        """Encode as a string: five pairs, then the spans."""
+        return " ".join(str(n) for pair in (*self[:5], *self.spans) for n in pair)
+
+    @classmethod
+    def decode(cls, text: str) -> _CallSizes:
+        """The inverse of `encode`."""
+        n = [int(number) for number in text.split()]
+        pairs = [(n[i], n[i + 1]) for i in range(0, 10, 2)]
+        spans = tuple(Span(n[i], n[i + 1], n[i + 2], n[i + 3], n[i + 4]) for i in range(10, len(n), 5))
+        return cls(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], spans)
+
+
+def _pad_channels(rope: tuple[Tensor, Tensor] | None, dim: int) -> tuple[Tensor, Tensor] | None:
+    """Extend rotary tables to heads of `dim` channels, of which the last are not rotated."""
+    more = 0 if rope is None else dim // 2 - rope[0].shape[-1]
+    return rope if rope is None or more <= 0 else (F.pad(rope[0], (0, more), value=1.0), F.pad(rope[1], (0, more)))
+
+
+def _tokens(x: Tensor, start: int, length: int) -> Tensor:
+    """Tokens `[start, start + length)` of `[B, S, H, D]`. With slicing, torch.compile would keep symbolic shapes."""
+    return x.narrow(1, start, length)
+
+
+def _placeholder_queries(text_k: Tensor, q: Tensor) -> Tensor:
+    """A placeholder `[B, T, H, D]` for the text queries where none are needed."""
+    return text_k if text_k.shape[2] == q.shape[2] else text_k.repeat_interleave(q.shape[2] // text_k.shape[2], dim=2)
