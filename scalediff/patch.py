@@ -11,7 +11,18 @@ from typing import Any, get_args
 
 from torch import nn
 
-from scalediff.arguments import Check, check_arguments, check_boolean, check_grid, check_integer, check_positive, choice, instance, optional
+from scalediff.arguments import (
+    Check,
+    check_arguments,
+    check_boolean,
+    check_callable,
+    check_grid,
+    check_integer,
+    check_positive,
+    choice,
+    instance,
+    optional,
+)
 from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.holding import held
@@ -22,7 +33,7 @@ from scalediff.cascade.run import run
 from scalediff.families import family_of
 from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
-from scalediff.families.unlisted import GridSource, TextSource
+from scalediff.families.unlisted import GridSource, LayoutSource, TextSource
 from scalediff.patching.handle import Handle
 from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, original_call
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
@@ -39,6 +50,8 @@ def _check_grid_source(name: str, value: Any) -> None:
 _CHECKS: dict[str, Check] = {
     "grid": optional(_check_grid_source),
     "patch_size": optional(check_positive),
+    "levels": optional(check_positive),
+    "layout": optional(check_callable),
     "text": optional(instance((tuple, list, str), '("prefix" or "suffix", a number of tokens or the name of an argument)')),
     "window": optional(check_grid),
     "text_queries": choice(get_args(TextQueries)),
@@ -57,6 +70,8 @@ def patch_model(
     *,
     grid: GridSource | None = None,
     patch_size: int | None = None,
+    levels: int | None = None,
+    layout: LayoutSource | None = None,
     text: TextSource | None = None,
     window: Grid | None = None,
     text_queries: TextQueries = "window",
@@ -73,19 +88,22 @@ def patch_model(
             reaches `F.scaled_dot_product_attention`. A pipeline's ControlNets are patched too. If the cascade supports the
             family, a text-to-image call of the pipeline runs the cascade whenever `height` x `width` exceeds the native size; the
             family's preset fills in the arguments that the call leaves out.
-        grid: Token grid `(Y, X)` of a module that belongs to no known family, or a function that returns it from the named
-            arguments of a forward pass.
+        grid: Token grid `(Y, X)`, or a function that returns it from the named arguments of a forward pass. Like the next four
+            arguments, it is needed for a module that belongs to no known family, and comes before what a known family says.
         patch_size: Latents or pixels per token, as an alternative to `grid`; applied to the first `[B, C, H, W]` argument. Read from
             the module, its config or its `patch_embed` when None.
-        text: Text tokens in the same softmax as the image, for a module that belongs to no known family:
-            `("prefix" | "suffix", T)`, where T is a number of tokens or the name of the argument `[B, T, C]` that holds them.
+        levels: Number of levels of the token grid in a U-Net; each has half the rows and columns of the one before, rounded up.
+        layout: Function that returns the `scalediff.Layout` of a forward pass from its named arguments, as an alternative to
+            `grid`, `patch_size`, `levels` and `text`: for other levels, several kinds of sequences, or text among the keys only.
+        text: Text tokens in the same softmax as the image: `("prefix" | "suffix", T)`, where T is a number of tokens or the name of
+            the argument `[B, T, C]` that holds them. Text may have queries or be among the keys only.
         window: Key/value window in tokens `(Y, X)` at the finest level. It also defines the native area. The model's native
             token grid when None.
         text_queries: What text queries attend to in joint attention: `"window"` (the authors' rule) or `"global"`, as in
             `scalediff_kernels.joint_neighborhood_patch_attention`.
         text_rope: Rotate text for each window, if the family is known and has rotary positions (the authors' rule). A
-            `scalediff.families.rotation.TextRotation` gives the rotary positions of a module that belongs to no known family;
-            without it the text of such a module is not rotated.
+            `scalediff.TextRotation` gives the rotary positions of a module that belongs to no known family; without it the text of
+            such a module is not rotated.
         jitter: How the patch grid moves: `"none"`; `"alternate"`, by half a patch at every second step; `"random"`, by a random
             fraction of a patch at every step. Forward passes with the same input tensor count as one step;
             `Handle.restart_jitter` starts the sequence again.
@@ -117,8 +135,8 @@ def patch_model(
     ScaleDiff, arXiv:2510.25818.
     """
     arguments: dict[str, Any] = {
-        "grid": grid, "patch_size": patch_size, "text": text, "window": window, "text_queries": text_queries, "text_rope": text_rope,
-        "jitter": jitter, "seed": seed, "strict": strict, "impl": impl,
+        "grid": grid, "patch_size": patch_size, "levels": levels, "layout": layout, "text": text, "window": window,
+        "text_queries": text_queries, "text_rope": text_rope, "jitter": jitter, "seed": seed, "strict": strict, "impl": impl,
     }  # fmt: skip
     check_arguments(_CHECKS, arguments)
     with held(model):

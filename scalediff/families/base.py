@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from scalediff.families.grid import AttentionSite, Grid, Layout, Role
+from scalediff.families.grid import AttentionSite, Grid, Layout, Role, UnknownLayout
 from scalediff.families.rotation import TextRotation
 from scalediff.settings import Preset
 
@@ -67,13 +67,17 @@ class Cascade:
     trained_size: str = ""
 
 
+def _no_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
+    raise UnknownLayout(f"the family of {type(denoiser).__name__} has no layout")
+
+
 def _no_rotation(denoiser: nn.Module) -> TextRotation | None:
     return None
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family.
+    """One model family: what `patch_model` must know to recognise its denoisers, and where the tokens of their attention are.
 
     Attributes:
         denoiser: Class name of the denoiser.
@@ -91,13 +95,14 @@ class Family:
         refusal_error: Exception class raised with that reason.
         listed: Whether the attention modules are known in advance, as modules with a processor. For other models they are found when
             they call attention.
+        module: Module that defines the class, or a package that contains it. A class of the same name elsewhere is another family.
     """
 
     denoiser: str
     grid_source: str = ""
     text: str = ""
     native_grid: Callable[[nn.Module], Grid | None] = field(default=lambda denoiser: None)
-    layout: Callable[[nn.Module, Arguments, Reader], Layout] = field(default=lambda denoiser, arguments, read: Layout((0, 0), ()))
+    layout: Callable[[nn.Module, Arguments, Reader], Layout] = field(default=_no_layout)
     roles: tuple[tuple[str, Role], ...] = ()
     role: Role = "self"
     level: Callable[[nn.Module, str], int] = field(default=lambda denoiser, name: 0)
@@ -106,6 +111,7 @@ class Family:
     refusal: str = ""
     refusal_error: type[Exception] = NotImplementedError
     listed: bool = True
+    module: str = "diffusers"
 
     def sites(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
         """The attention modules of a denoiser; empty if the family is not listed."""

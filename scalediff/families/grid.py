@@ -8,8 +8,9 @@ Legend: B batch, Y x X token grid, S tokens of a sequence.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -46,6 +47,20 @@ class Span(NamedTuple):
     image: int
 
 
+def checked_grid(grid: Grid) -> Grid:
+    """A token grid as two plain integers.
+
+    Raises:
+        ValueError: It is not two positive integers.
+        TypeError: Its elements are not integers.
+    """
+    y, x = grid if len(grid) == 2 else (0, 0)
+    y, x = operator.index(y), operator.index(x)
+    if y < 1 or x < 1:
+        raise ValueError(f"grid must be two positive integers (Y, X) in tokens, got grid={grid!r}")
+    return y, x
+
+
 @dataclass(frozen=True)
 class Sequence:
     """One kind of token sequence in a forward pass: the image tokens, row by row, and other tokens in the same softmax.
@@ -61,6 +76,9 @@ class Sequence:
             Empty if no sample has padding.
         ragged: Whether the image directly follows each sample's text, so that padding is at the end of the sequence.
         queries: `"all"`, or `"image"` if text is only among the keys.
+
+    Raises:
+        ValueError: A number is out of range, or a choice is not one of those listed.
     """
 
     grid: Grid
@@ -70,6 +88,17 @@ class Sequence:
     real: tuple[int, ...] = ()
     ragged: bool = False
     queries: Literal["all", "image"] = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", checked_grid(self.grid))
+        for name in ("level", "text"):
+            if operator.index(getattr(self, name)) < 0:
+                raise ValueError(f"{name} must not be negative, got {name}={getattr(self, name)}")
+        for name, allowed in (("side", get_args(Side)), ("queries", ("all", "image"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {name}={getattr(self, name)!r}")
+        if any(not 0 <= count <= self.text for count in self.real):
+            raise ValueError(f"real must be numbers of text tokens from 0 to text={self.text}, got real={self.real}")
 
     @property
     def area(self) -> int:
@@ -105,7 +134,11 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of the tokens of one forward pass.
+    """The layout of the tokens of one forward pass: every kind of sequence that attends to itself and contains the image.
+
+    For example, a transformer with 77 text tokens before a picture of 128 x 96 tokens, in whose last blocks the picture is alone:
+
+        Layout((128, 96), (Sequence((128, 96), text=77), Sequence((128, 96))))
 
     Attributes:
         grid: Grid `(Y, X)` of the image tokens at the finest level.
@@ -114,6 +147,10 @@ class Layout:
             their lengths, so a call with one of these lengths runs full attention.
         masked: Whether `real` and `weights` already describe the attention masks of the pass; the masks are then ignored.
         weights: `[B, S]`, m, if the model adds m_i m_j to the score of query i and key j. Not compared by `==`.
+
+    Raises:
+        ValueError: The grid is not two positive integers.
+        TypeError: `sequences` has something else than a `Sequence`.
     """
 
     grid: Grid
@@ -121,6 +158,11 @@ class Layout:
     others: tuple[int, ...] = ()
     masked: bool = False
     weights: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", checked_grid(self.grid))
+        if not all(isinstance(sequence, Sequence) for sequence in self.sequences):
+            raise TypeError(f"sequences must be a tuple of Sequence, got sequences={self.sequences!r}")
 
 
 class UnknownLayout(Exception):

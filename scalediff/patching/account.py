@@ -13,7 +13,7 @@ from scalediff.patching.call import Call
 from scalediff.patching.causes import describe_calls, other_attention
 from scalediff.patching.interception import Pass, torch_function
 from scalediff.patching.record import Callers, ModuleCalls
-from scalediff.patching.report import Row
+from scalediff.patching.report import Report, Row
 
 _NO_CALL = "it made no call of scaled_dot_product_attention"
 
@@ -60,6 +60,27 @@ class Account:
             current_pass.skipped[name] = why
         else:
             self.warn_once(name, why)
+
+    def observed(self, current_pass: Pass, call: Call | None, why: str, lengths: tuple[int, int]) -> None:
+        """Count a call of a pass that only observes, and that would be computed in windows if `call` is given."""
+        calls = self._calls(current_pass)
+        calls.lengths[lengths] = None
+        if call is not None:
+            calls.taken, calls.call = calls.taken + 1, call
+        else:
+            calls.left, calls.why = calls.left + 1, why or calls.why
+
+    def dry_run(self, finished: Pass) -> Report:
+        """The report of a pass that only observed. This account is not changed."""
+        self._callers.may_have_changed = True
+        denoiser = self._denoiser()
+        assert denoiser is not None
+        dry = Account(denoiser, self._family, self._native, prefix=self._prefix, strict=False)
+        dry._last, dry._known = finished, finished.calls
+        found = tuple(f"{self._name} also uses {cause}" for cause in other_attention(denoiser, torch_function()))
+        notes = (*self.notes(), *found, describe_calls({self._prefix + name: calls for name, calls in finished.calls.items()}, most=8))
+        call = "a dry run: these calls would be computed in windows above the native area, and none was"
+        return Report(self._family.denoiser, tuple(dry.rows()), call, known=self._family.listed, notes=notes)
 
     def check(self, finished: Pass) -> None:
         """Check a finished pass.

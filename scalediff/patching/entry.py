@@ -26,8 +26,11 @@ def _not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache  # made when a model is first patched: torch.compiler.disable imports the compiler
-def _runner() -> Callable[..., Any]:
-    """Function of a denoiser, one of its bound methods, and the arguments: it calls the method in a pass of the denoiser's patch."""
+def _runners() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Two functions of a denoiser, one of its bound methods, and the arguments, which call the method in a pass of the denoiser's patch.
+
+    Plain Python, which torch.export runs as it is; and the same function kept away from torch.compile.
+    """
     begin, end = torch.compiler.disable(Target.begin), torch.compiler.disable(Target.end)
 
     def run(module: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -45,7 +48,36 @@ def _runner() -> Callable[..., Any]:
         return result
 
     _StoredForward.__call__ = _not_compiled(_StoredForward.__call__)  # type: ignore[method-assign]
-    return _not_compiled(run)
+    return run, _not_compiled(run)
+
+
+class _Uncompiled:
+    """A method that is never compiled itself, while the functions that it calls are. torch.export runs it as plain Python.
+
+    Args:
+        make: Function from a runner to the method.
+    """
+
+    def __init__(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        plain, disabled = _runners()
+        self.plain, self.disabled = make(plain), _not_compiled(make(disabled))
+
+    def __get__(self, owner: Any, cls: type) -> Callable[..., Any]:
+        function = self.plain if torch.compiler.is_exporting() else self.disabled
+        return function if owner is None else MethodType(function, owner)
+
+
+def _in_pass(method: Callable[..., Any]) -> _Uncompiled:
+    """A method of a class that runs in a pass."""
+
+    def make(run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return run(self, MethodType(method, self), args, kwargs)
+
+        return call
+
+    return _Uncompiled(make)
 
 
 class _StoredForward:
@@ -55,19 +87,8 @@ class _StoredForward:
         self._module, self._forward = module, forward
         functools.update_wrapper(self, forward, updated=())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _runner()(self._module, self._forward, args, kwargs)
-
-
-def _with_pass(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a class that runs in a pass."""
-    run = _runner()
-
-    @functools.wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(self, MethodType(method, self), args, kwargs)
-
-    return _not_compiled(call)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # kept away from torch.compile when a model is first patched
+        return _runners()[1](self._module, self._forward, args, kwargs)
 
 
 def _forward_attribute(method: Callable[..., Any]) -> Any:
@@ -75,16 +96,16 @@ def _forward_attribute(method: Callable[..., Any]) -> Any:
 
     Hooks store a forward in the denoiser itself, which would hide a method of the class. A descriptor with `__set__` comes before it.
     """
-    in_pass = _with_pass(method)
+    in_pass = _in_pass(method)
 
     def get(descriptor: Any, module: Any, cls: type) -> Callable[..., Any]:
-        if module is None:
-            return in_pass
-        own = module.__dict__.get("forward")
+        own = None if module is None else module.__dict__.get("forward")
         if own is None:
-            return MethodType(in_pass, module)
-        if isinstance(own, _StoredForward) or getattr(own, "__func__", None) is in_pass:
+            return in_pass.__get__(module, cls)
+        if isinstance(own, _StoredForward) or getattr(own, "__func__", None) in (in_pass.plain, in_pass.disabled):
             return own  # type: ignore[no-any-return]  # stored by a hook that has been removed again
+        if torch.compiler.is_exporting():
+            return lambda *args, **kwargs: _runners()[0](module, own, args, kwargs)
         return _StoredForward(module, own)  # `own` is read now: a hook that stores another forward keeps this one and calls it
 
     def put(descriptor: Any, module: Any, forward: Callable[..., Any]) -> None:
@@ -104,7 +125,7 @@ def denoiser_methods(cls: type) -> dict[str, Any]:
 
     torch.compile may have captured `__call__` or `_call_impl` before the model was patched. Both look up `forward`, so a pass still opens.
     """
-    return {"__call__": _with_pass(cls.__call__), "forward": _forward_attribute(cls.forward)}  # type: ignore[attr-defined]
+    return {"__call__": _in_pass(cls.__call__), "forward": _forward_attribute(cls.forward)}  # type: ignore[attr-defined]
 
 
 def is_running(net: nn.Module) -> bool:

@@ -82,6 +82,24 @@ class Handle:
             restore_class(target.module(), target)
         restore_class(self._model(), self)
 
+    def check(self, *args: Any, **inputs: Any) -> Report:
+        """Run the denoiser once without changing anything, and report what its attention calls are: a dry run, at any size.
+
+        Every call runs full attention. The result is thrown away; the generators, the buffers of the model and the counts of
+        `report` stay as they are. Hooks of the model and compiled parts run, the latter uncompiled.
+
+        Args:
+            args, inputs: Arguments of the denoiser's forward pass, such as those of a picture of native size.
+
+        Returns:
+            A report whose rows are the modules that called attention: which calls would be computed in windows above the native area,
+            and why not the others. Its notes name the numbers of queries and keys, and what else in the model computes attention.
+
+        Raises:
+            ValueError: The arguments do not give the layout of the tokens.
+        """
+        return self._targets[0].check(*args, **inputs)
+
     def restart_jitter(self) -> None:
         """Restart the sequence of patch grid offsets, so that repeating a run repeats its offsets."""
         for target in self._targets:

@@ -13,6 +13,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from scalediff.patching.call import Call
 from scalediff.patching.plan import AttentionPlan, Match
 from scalediff.patching.record import ModuleCalls
+from scalediff.patching.stack import depth_of
 
 
 class Owner(Protocol):
@@ -37,11 +39,17 @@ class Owner(Protocol):
 
 
 class Pass:
-    """One forward pass of one patched denoiser in one thread. If `observes`, it only records the calls, and all run full attention."""
+    """One forward pass in one thread. If `observes`, it only records the calls, and all run full attention.
 
-    def __init__(self, owner: Owner, plan: AttentionPlan, weights: Tensor | None, outer: Pass | None, *, observes: bool = False) -> None:
+    `depth` is the depth of the stack where the pass was opened, if gradients are recorded.
+    """
+
+    def __init__(
+        self, owner: Owner, plan: AttentionPlan, weights: Tensor | None, outer: Pass | None, *, observes: bool, frame: FrameType
+    ) -> None:
         self.owner, self.plan, self.weights, self.outer, self.observes = owner, plan, weights, outer, observes
         self.with_gradients = torch.is_grad_enabled()
+        self.depth = depth_of(frame) if self.with_gradients else 0
         self.intercepted = 0  # calls
         self.skipped: dict[str, str] = {}  # callers whose calls ran full attention, and why
         self.calls: dict[str, ModuleCalls] = {}  # by the name of the module
@@ -70,13 +78,18 @@ def current() -> Pass | None:
     return _passes.current
 
 
-def open_pass(owner: Owner, plan: AttentionPlan, weights: Tensor | None, *, observes: bool = False) -> Pass:
+def open_pass(owner: Owner, plan: AttentionPlan, weights: Tensor | None, *, frame: FrameType, observes: bool = False) -> Pass:
     """Start intercepting this thread's attention calls for a new pass. Passes may nest; calls belong to the innermost one.
 
-    `weights` are the score weights of the pass's layout.
+    Args:
+        owner: It is notified of the calls.
+        plan: How calls are computed.
+        weights: Score weights of the pass's layout.
+        frame: The frame that runs the calls.
+        observes: Only notify the owner: all calls run full attention.
     """
     _replacement.acquire()
-    opened = Pass(owner, plan, weights, _passes.current, observes=observes)
+    opened = Pass(owner, plan, weights, _passes.current, observes=observes, frame=frame)
     _passes.current = opened
     return opened
 

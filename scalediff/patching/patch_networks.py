@@ -9,11 +9,11 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from scalediff.families import family_of
+from scalediff.families import family_of, namesake_of
 from scalediff.families.base import Family
 from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
-from scalediff.families.unlisted import GridSource, TextSource, unlisted
+from scalediff.families.unlisted import Described, GridSource, LayoutSource, TextSource, describe_family
 from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
 from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, uncompiled
@@ -30,6 +30,8 @@ def patch_networks(
     *,
     grid: GridSource | None = None,
     patch_size: int | None = None,
+    levels: int | None = None,
+    layout: LayoutSource | None = None,
     text: TextSource | None = None,
     window: Grid | None = None,
     text_queries: TextQueries = "window",
@@ -45,12 +47,13 @@ def patch_networks(
         if value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {name}={value!r}")
     rotation = text_rope if isinstance(text_rope, TextRotation) else None
+    described = Described(grid, patch_size, levels, text, layout, rotation)
     options = Options(impl, text_queries, bool(text_rope))
     targets: list[Target] = []
     skipped: list[Row] = []
     for prefix, net in named_networks(model):
         try:
-            family = _resolve_family(net, grid, patch_size, text, rotation) if not targets else _resolve_family(net, None, None, None, None)
+            family = _resolve_family(net, described if not targets else Described())  # ControlNets have families of their own
         except (ValueError, NotImplementedError) as why:
             if not targets:
                 raise
@@ -85,23 +88,25 @@ def supports_cascade(pipeline_class: type, family: Family) -> bool:
     return family.cascade is not None and is_text_to_image(pipeline_class) and not may_edit_picture(pipeline_class)
 
 
-def _resolve_family(
-    net: nn.Module, grid: GridSource | None, patch_size: int | None, text: TextSource | None, rotation: TextRotation | None
-) -> Family:
+def _resolve_family(net: nn.Module, described: Described) -> Family:
     if isinstance(net, torch.fx.GraphModule | torch.jit.ScriptModule):
         raise TypeError(f"patch the module that was traced, not the graph: its attention calls are fixed, got {type(net).__name__}")
     known = family_of(net)
-    if known is None:
-        return unlisted(net, _parameters(net), grid=grid, patch_size=patch_size, text=text, rotation=rotation)
-    if known.refusal:
-        raise known.refusal_error(f"{type(net).__name__} is not patched: {known.refusal}")
-    given = {"grid": grid, "patch_size": patch_size, "text": text, "text_rope": rotation}
-    if any(value is not None for value in given.values()):
-        names = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-        raise ValueError(f"{type(net).__name__} is a known family, whose token grid comes from {known.grid_source}, got {names}")
+    if known is not None and known.refusal:
+        if not described:
+            raise known.refusal_error(f"{type(net).__name__} is not patched: {known.refusal}")
+        known = None  # the user knows better
     if is_context_parallel(net):
         raise NotImplementedError(CONTEXT_PARALLEL)
-    return known
+    if known is not None and not described:
+        return known
+    namesake, hint = namesake_of(net), ""
+    if namesake is not None:
+        hint = (
+            f". It has the name of {namesake.module}'s {namesake.denoiser}, but is defined in {type(net).__module__}: register_family "
+            f"makes scalediff recognise it"
+        )
+    return describe_family(net, _parameters(net), described, known, hint)
 
 
 def _parameters(net: nn.Module) -> tuple[str, ...]:

@@ -6,11 +6,9 @@ import random
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from scalediff.families.base import Family, Reader
@@ -19,7 +17,8 @@ from scalediff.patching.account import Account
 from scalediff.patching.call import Call
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import AttentionPlan, Options
-from scalediff.patching.report import Row
+from scalediff.patching.report import Report, Row
+from scalediff.patching.stack import CHECKPOINTING, in_checkpoint, in_compiled_function
 from scalediff.settings import Attention, Jitter
 
 _MAX_PLANS = 64  # cached per denoiser: picture sizes in use, times the offsets of the jitter
@@ -121,7 +120,7 @@ class Target:
         if planned is None:
             return None
         plan, weights, observes = planned
-        return open_pass(self, plan, weights, observes=observes)
+        return open_pass(self, plan, weights, frame=sys._getframe(1), observes=observes)
 
     def end(self, module: nn.Module, opened: Pass, finished: bool) -> None:
         """Close a pass. If the forward finished without an exception, check what was intercepted."""
@@ -143,6 +142,8 @@ class Target:
         except (AttributeError, IndexError, KeyError, TypeError) as why:  # arguments that the family does not expect
             self.account.unknown_layout(f"its arguments do not give the token layout: {why!r}")
             return None
+        if not isinstance(layout, Layout):
+            raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
             if self.account.layout_is_checked or _has_compiled_parts(module):
                 return None
@@ -150,7 +151,12 @@ class Target:
         if is_context_parallel(module):
             raise NotImplementedError(CONTEXT_PARALLEL)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
-            raise NotImplementedError(_CHECKPOINTING)
+            raise NotImplementedError(CHECKPOINTING)
+        if torch.is_grad_enabled() and self.offsets.jitter != "none" and in_checkpoint():
+            raise NotImplementedError(
+                f"gradient checkpointing around the model needs jitter='none', got jitter={self.offsets.jitter!r}: the patch grid of the "
+                f"second computation would be another one"
+            )
         fraction = self.offsets.next(like)
         key = (layout, fraction, like.device, like.dtype)
         plan = self._plans.get(key)
@@ -168,8 +174,8 @@ class Target:
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None:
         """Count a call that is about to be computed in windows."""
-        if current_pass.with_gradients and _in_checkpoint():
-            raise NotImplementedError(_CHECKPOINTING)
+        if current_pass.with_gradients and in_checkpoint(current_pass.depth):
+            raise NotImplementedError(CHECKPOINTING)
         self.account.taken(current_pass, call)
 
     def on_skipped(self, current_pass: Pass, why: str, lengths: tuple[int, int]) -> None:
@@ -182,7 +188,28 @@ class Target:
 
     def on_observed(self, current_pass: Pass, call: Call | None, why: str, lengths: tuple[int, int]) -> None:
         """Count a call of a pass that only observes."""
-        self.account.left(current_pass, lengths)
+        self.account.observed(current_pass, call, why, lengths)
+
+    def check(self, *args: Any, **kwargs: Any) -> Report:
+        """What the attention calls of a forward pass are, as `Handle.check` describes."""
+        module = self.module()
+        assert module is not None
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        try:
+            layout = self.family.layout(module, arguments, self._read)
+        except (UnknownLayout, AttributeError, IndexError, KeyError, TypeError) as why:
+            raise ValueError(f"these arguments of {type(module).__name__} do not give its token layout: {why}") from why
+        devices = [x.device for x in module.parameters() if x.device.type != "cpu"][:1]
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            opened = open_pass(self, self._make_plan(layout, (0.0, 0.0)), layout.weights, frame=sys._getframe(0), observes=True)
+            try:
+                module(*args, **kwargs)
+            finally:
+                close_pass(opened)
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+        return self.account.dry_run(opened)
 
     @property
     def seen(self) -> dict[str, Call]:
@@ -208,30 +235,10 @@ CONTEXT_PARALLEL = (
 )
 
 
-_CHECKPOINTING = (
-    "gradient checkpointing is not supported: it computes blocks again after the forward pass, when attention is no longer "
-    "patched; disable it, or use torch.no_grad()"
-)
-
-
-def _in_checkpoint() -> bool:
-    """Whether torch.utils.checkpoint is on the call stack."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def _has_compiled_parts(module: nn.Module) -> bool:
     """Whether the module or a part of it is compiled. A pass that only observes would be compiled for itself."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith("_dynamo/eval_frame.py") and frame.f_code.co_name == "compile_wrapper":
-            return True
-        frame = frame.f_back
-    return any(getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in module.modules())
+    parts = module.modules()
+    return in_compiled_function() or any(getattr(p, "_compiled_call_impl", None) is not None or hasattr(p, "_orig_mod") for p in parts)
 
 
 def is_context_parallel(module: nn.Module) -> bool:

@@ -256,12 +256,6 @@ def test_a_traced_graph_is_refused() -> None:
         scalediff.patch_model(graph, grid=(4, 4))
 
 
-def test_a_listed_model_knows_its_grid_itself() -> None:
-    flux = type("FluxTransformer2DModel", (nn.Module,), {})()
-    with pytest.raises(ValueError, match=r"is a known family, whose token grid comes from img_ids, got grid=\(4, 4\)"):
-        scalediff.patch_model(flux, grid=(4, 4))
-
-
 @pytest.mark.parametrize(("jitter", "kinds"), [("none", 1), ("alternate", 2), ("random", 3)])
 def test_jitter_moves_the_patches_once_per_step(jitter: Any, kinds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes with the same input tensor are one step; the global generator is not used."""
