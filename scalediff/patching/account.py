@@ -103,6 +103,8 @@ class Account:
         if finished.skipped_in_graph:
             self.warn_once(f"an attention call of the compiled {self._name}", finished.skipped_in_graph)
         self._check_missing(finished)
+        if count > 0 and self._most_intercepted == 0 and not self._family.listed:
+            self._warn_of_other_attention()
         if count != self._last_intercepted and not finished.intercepted_in_graph and not finished.skipped_in_graph:
             none = f"no call of scaled_dot_product_attention had the tokens of {finished.plan.grids}"
             if count == 0 and self._must_intercept:
@@ -205,6 +207,12 @@ class Account:
         if self._strict:
             raise ValueError(problem)
         warnings.warn(f"scalediff: {problem}", stacklevel=4)
+
+    def _warn_of_other_attention(self) -> None:
+        """After the first pass of an unlisted model with windows: modules that never call `F.scaled_dot_product_attention` are not seen."""
+        denoiser = self._denoiser()
+        for cause in [] if denoiser is None else other_attention(denoiser, torch_function(), certain=True):
+            self.warn_once(f"a part of {self._name}", f"it uses {cause}")
 
     def _check_lengths(self, finished: Pass) -> None:
         """Check that the calls of an unlisted model's first pass have the lengths of its layout, also at native size."""

@@ -12,6 +12,7 @@ from torch import nn
 from scalediff.patching.record import ModuleCalls
 
 _SWITCH = "switch the model to F.scaled_dot_product_attention"
+_SOFTMAX = "a softmax of its own"
 _OTHER_FUNCTIONS = {
     "memory_efficient_attention": f"xformers' memory_efficient_attention: {_SWITCH}",
     "flash_attn_func": f"flash_attn's flash_attn_func: {_SWITCH}",
@@ -21,7 +22,7 @@ _OTHER_FUNCTIONS = {
     "flex_attention": f"flex_attention: {_SWITCH}",
     "_scaled_dot_product_flash_attention": f"an operator of torch.ops.aten: {_SWITCH}",
     "_scaled_dot_product_efficient_attention": f"an operator of torch.ops.aten: {_SWITCH}",
-    "softmax": f"a softmax of its own: {_SWITCH}",
+    "softmax": f"{_SOFTMAX}: {_SWITCH}",
 }
 
 
@@ -41,12 +42,13 @@ def describe_calls(calls: Mapping[str, ModuleCalls], *, most: int = 3) -> str:
     return f"scaled_dot_product_attention was called with {'; '.join(parts)}{more}"
 
 
-def other_attention(model: nn.Module, original: Callable[..., Any]) -> list[str]:
+def other_attention(model: nn.Module, original: Callable[..., Any], *, certain: bool = False) -> list[str]:
     """What in a model computes attention without calling `F.scaled_dot_product_attention` by that name, and what to switch.
 
     Args:
         model: The model.
         original: torch's scaled_dot_product_attention.
+        certain: Leave out what may be something else than attention: a softmax.
     """
     found: dict[str, None] = {}
     classes: dict[type, nn.Module] = {type(module): module for module in model.modules()}
@@ -65,7 +67,7 @@ def other_attention(model: nn.Module, original: Callable[..., Any]) -> list[str]
                     found[f"{_OTHER_FUNCTIONS[name]} ({cls.__name__})"] = None
                 elif known.get(name) is original:
                     found[f"{name}, imported by name: call it as F.{original.__name__} ({cls.__name__})"] = None
-    return list(found)
+    return [cause for cause in found if not (certain and cause.startswith(_SOFTMAX))]
 
 
 def _functions(cls: type) -> Iterator[Any]:

@@ -86,6 +86,8 @@ class _StoredForward:
     def __init__(self, module: Any, forward: Callable[..., Any]) -> None:
         self._module, self._forward = module, forward
         functools.update_wrapper(self, forward, updated=())
+        if hasattr(forward, "__code__"):
+            self.__code__ = forward.__code__  # torch.export reads the names of the arguments there
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # kept away from torch.compile when a model is first patched
         return _runners()[1](self._module, self._forward, args, kwargs)

@@ -97,6 +97,7 @@ class Handle:
 
         Raises:
             ValueError: The arguments do not give the layout of the tokens.
+            RuntimeError: The model has been garbage-collected.
         """
         return self._targets[0].check(*args, **inputs)
 

@@ -103,8 +103,8 @@ def _resolve_family(net: nn.Module, described: Described) -> Family:
     namesake, hint = namesake_of(net), ""
     if namesake is not None:
         hint = (
-            f". It has the name of {namesake.module}'s {namesake.denoiser}, but is defined in {type(net).__module__}: register_family "
-            f"makes scalediff recognise it"
+            f". Its class has the name of {namesake.denoiser} in {namesake.module}, but is defined in {type(net).__module__}: "
+            f"register_family makes scalediff recognise it"
         )
     return describe_family(net, _parameters(net), described, known, hint)
 

@@ -176,8 +176,8 @@ class AttentionPlan:
             The match and an empty string; or None and why the call runs full attention, which is empty for cross-attention and attention
             among text tokens.
         """
-        if q.ndim != 4:
-            return None, "q, k and v must be [B, H, S, D]" + got(q)
+        if not q.ndim == k.ndim == v.ndim == 4:
+            return None, f"q, k and v must be {'[B, H, S, D]' if heads_first else '[B, S, H, D]'}" + got(q)
         if heads_first:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         call = self.call(q.shape[1], k.shape[1])
@@ -241,8 +241,6 @@ def _broadcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     One head for all queries stays one head: the op takes grouped heads.
     """
-    if k.ndim != 4 or v.ndim != 4:
-        return k, v
     batch = q.shape[0]
     k, v = (x.expand(batch, -1, -1, -1) if x.shape[0] == 1 and batch > 1 else x for x in (k, v))
     heads = max(k.shape[2], v.shape[2])

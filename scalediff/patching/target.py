@@ -193,7 +193,8 @@ class Target:
     def check(self, *args: Any, **kwargs: Any) -> Report:
         """What the attention calls of a forward pass are, as `Handle.check` describes."""
         module = self.module()
-        assert module is not None
+        if module is None:
+            raise RuntimeError(f"the patched {self.family.denoiser} no longer exists: the handle does not keep it")
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         try:
             layout = self.family.layout(module, arguments, self._read)
