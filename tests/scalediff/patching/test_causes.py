@@ -150,9 +150,7 @@ class CallsByName(nn.Module):
 def test_a_module_that_is_never_seen_is_said_once() -> None:
     model, x = PartlyByName(), torch.randn(1, WIDTH, 9, 6, generator=seeded())
     with scalediff.patch_model(model, window=(4, 4)):
-        with pytest.warns(
-            UserWarning, match=r"a part of PartlyByName runs full attention: it uses SDPA, imported by name: .* \(CallsByName\)"
-        ):
+        with pytest.warns(UserWarning, match=r"a part of PartlyByName runs full attention: it uses SDPA, imported by name"):
             model(x)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

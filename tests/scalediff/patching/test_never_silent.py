@@ -73,6 +73,7 @@ class Case:
     change: str
     size: tuple[int, int]
     grid: tuple[int, int] | None
+    levels: int | None
     passes_before: int
     strict: bool
 
@@ -88,9 +89,9 @@ class Case:
 def drawn(seed: int) -> Case:
     rng = random.Random(seed)
     model = rng.choice(list(MODELS))
-    grid = rng.choice([None, None, None, (7, 7), (2, 2)])
+    grid, levels = rng.choice([None, None, None, (7, 7), (2, 2)]), rng.choice([None, 3, 3]) if model == "UNet" else None
     return Case(
-        model, rng.choice(list(ENTRIES)), rng.choice(list(CHANGES)), rng.choice(SIZES), grid, rng.randrange(2), rng.random() < 0.5
+        model, rng.choice(list(ENTRIES)), rng.choice(list(CHANGES)), rng.choice(SIZES), grid, levels, rng.randrange(2), rng.random() < 0.5
     )  # fmt: skip
 
 
@@ -114,7 +115,10 @@ def test_windows_and_the_report_says_so_or_full_attention_and_it_is_said(seed: i
     CHANGES[case.change](twin)
     full, names = case.run(twin), [name for name, _ in attentions(model)]
     spy, said = Spy(monkeypatch), list[str]()
-    with scalediff.patch_model(model, grid=case.grid, strict=case.strict) as handle, warnings.catch_warnings(record=True) as warned:
+    with (
+        scalediff.patch_model(model, grid=case.grid, levels=case.levels, strict=case.strict) as handle,
+        warnings.catch_warnings(record=True) as warned,
+    ):
         warnings.simplefilter("always")
         for passed in range(case.passes_before + 1):
             if passed == case.passes_before:
