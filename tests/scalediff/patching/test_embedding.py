@@ -343,3 +343,13 @@ def test_arguments_that_exclude_each_other() -> None:
         pytest.raises(TypeError, match=r"the layout of DiT must be a scalediff.Layout, got \(9, 6\)"),
     ):
         run_dit(model)
+
+
+def test_a_refused_class_is_patched_if_its_tokens_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video model that draws one frame, for example."""
+    video = type("WanTransformer3DModel", (DiT,), {"__module__": "diffusers.models.transformers.transformer_wan"})
+    model, twin = made(video), made(DiT)
+    with pytest.raises(NotImplementedError, match="WanTransformer3DModel is not patched: it attends over frames"):
+        scalediff.patch_model(model)
+    with scalediff.patch_model(model, patch_size=2), scalediff.patch_model(twin):
+        assert torch.equal(run_dit(model), run_dit(twin))
