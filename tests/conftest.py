@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -44,10 +45,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
+def _interpreter_does_nothing_twice() -> Iterator[None]:
     """Triton's interpreter replaces the builtins of `triton.language` again at every call of a device function: up to half its time.
 
-    It also makes its table of dtypes again at every look-up.
+    It also makes its table of dtypes again at every look-up, and computes for every sum and product of integers whether it overflows,
+    which nothing then reads: a third of what is left.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
@@ -80,6 +82,33 @@ def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
         patched.setattr(interpreter, "_patch_lang", once)
         patched.setattr(interpreter, "_get_np_dtype", looked_up)
         patched.setattr(interpreter.GridExecutor, "__call__", launched)
+        options = interpreter.interpreter_builder.options
+        if not options.debug:  # else the overflow is an error
+            patched.setattr(interpreter.interpreter_builder, "options", dataclasses.replace(options, sanitize_overflow=False))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _autoencoders_are_counted_once() -> Iterator[None]:
+    """Every stage of a run counts the memory of its autoencoder, to know whether it needs tiles: a sixth of a small run.
+
+    Here once for each class, for the pictures are small; always where a test has replaced the memory that there is.
+    """
+    from scalediff.cascade import memory, run
+    from scalediff.methods import running
+
+    count, total, known = memory.needs_tiling, memory.total_bytes, set[type]()
+
+    def counted(pipe: Any, size: tuple[int, int], batch: int) -> bool:
+        kind = type(pipe.vae)
+        if kind in known and memory.total_bytes is total:
+            return False
+        known.add(kind)
+        return count(pipe, size, batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "needs_tiling", counted)
+        patched.setattr(running, "needs_tiling", counted)
         yield
 
 

@@ -57,19 +57,22 @@ def page(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="compile for these alone; all by default")
     parser.add_argument("--write", action="store_true", help="write the rows to bench/results/compile-KERNELS-VERSION.csv")
     parser.add_argument("--doc", type=Path, help="compile nothing, write the tables of this page from the committed rows")
     options = parser.parse_args(arguments)
+    if options.write and set(options.targets) != set(TARGETS):
+        parser.error(f"--write needs all targets, for a file has the rows of all, got --targets {' '.join(options.targets)}")
     if options.doc:
         require_pandas()
         write_text(options.doc, page(options.doc.read_text()))
         return
     broken, version = 0, ".".join(triton.__version__.split(".")[:2])
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        running = {kernels: [pool.submit(rows_of, kernels, target) for target in TARGETS] for kernels in options.kernels}
+        running = {kernels: [pool.submit(rows_of, kernels, target) for target in options.targets] for kernels in options.kernels}
         for kernels, futures in running.items():
             rows = list[dict[str, Any]]()
-            for target, future in zip(TARGETS, futures, strict=True):
+            for target, future in zip(options.targets, futures, strict=True):
                 faulty = [row for row in future.result() if row["faults"]]
                 rows, broken = rows + future.result(), broken + len(faulty)
                 print(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -58,6 +59,7 @@ class _Absent:
 def compile_launch(launch: Launch, target: str) -> Binary:
     """Compile for `target`, without running; the active driver is replaced for good, so do it in a process of its own."""
     driver.set_active(_Absent(TARGETS[target]))
+    knobs.compilation.disable_line_info = True  # the same instructions in less time
     compiled = launch.kernel.warmup(grid=(launch.programs,), **launch.arguments)
     shared = compiled.metadata.shared
     if TARGETS[target].backend == "hip":
@@ -68,7 +70,7 @@ def compile_launch(launch: Launch, target: str) -> Binary:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _run("cuobjdump", "-res-usage", cubin.name)
-        code = _run("nvdisasm", "-c", cubin.name)
+        code = _run("nvdisasm", "-c", "-ndf", cubin.name)  # without the targets of indirect branches, which take time to find
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage
     return Binary(int(registers[1]), spills(code.splitlines()), shared, code, tuple(map(tuple, main_loops(code))))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scalediff.cost.tally import FusedAttention
+from scalediff.cost.tally import FusedAttention, KnownResults
 from scalediff.families import family_of
 from scalediff.families.base import Family, Reader
 from scalediff.families.grid import patch_of, window_of
@@ -296,7 +296,7 @@ def _count_flops(run: Callable[[], Any]) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode  # this import loads Triton, so it is not at the top
 
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), KnownResults(), counter:
         run()
     return {str(op): flops / 1e12 for op, flops in counter.get_flop_counts()["Global"].items()}
 

@@ -19,7 +19,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     Tensors that the code creates on other devices, such as position tables on the CPU, are counted too.
     """
     tally = _Tally()
-    with torch.no_grad(), FusedAttention(), tally:
+    with torch.no_grad(), FusedAttention(), KnownResults(), tally:
         run()
     return tally.peak
 
@@ -33,6 +33,55 @@ class FusedAttention(TorchFunctionMode):
             query, value = args[0] if args else kwargs["query"], args[2] if len(args) > 2 else kwargs["value"]
             return query.new_empty(*query.shape[:-1], value.shape[-1], device="meta")
         return function(*args, **kwargs)
+
+
+class KnownResults(TorchDispatchMode):
+    """Repeats an operator on the meta device without running it: its kernels there are Python, and most layers of a network are alike.
+
+    The first call with such shapes, strides and dtypes runs; later ones get new tensors like those that it returned. Operators that return
+    views, or write to an argument, always run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: dict[Any, Any] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        key = function, _signature(args), _signature(kwargs)
+        if key in self._known:
+            return tree_map_only(Tensor, _like, self._known[key])
+        out = function(*args, **kwargs)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if inputs and not function._schema.is_mutable and _all_new(tree_leaves(out), inputs):
+            self._known[key] = tree_map_only(Tensor, _like, out)
+        return out
+
+
+def _signature(value: Any) -> Any:
+    """What the result on the meta device depends on, hashable."""
+    if isinstance(value, Tensor):
+        return value.device, value.dtype, value.shape, value.stride(), value.is_conj(), value.is_neg()
+    if isinstance(value, list | tuple):
+        return tuple(map(_signature, value))
+    if isinstance(value, dict):
+        return tuple((name, _signature(part)) for name, part in value.items())
+    return type(value), value
+
+
+def _all_new(outputs: list[Any], inputs: list[Tensor]) -> bool:
+    """Whether the outputs are tensors on the meta device, each in a storage of its own and of its own size."""
+    if not all(isinstance(x, Tensor) and x.is_meta for x in (*outputs, *inputs)):
+        return False
+    storages = [x.untyped_storage() for x in outputs]
+    taken = {x.untyped_storage()._cdata for x in inputs}
+    distinct = len(taken | {storage._cdata for storage in storages}) == len(taken) + len(storages)
+    whole = all(_like(x).untyped_storage().nbytes() == storage.nbytes() for x, storage in zip(outputs, storages, strict=True))
+    return distinct and whole and not any(x.is_conj() or x.is_neg() for x in outputs)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 class _Tally(TorchDispatchMode):
@@ -76,4 +125,4 @@ class _Tally(TorchDispatchMode):
 
 
 def _to_meta(x: Tensor) -> Tensor:
-    return x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return x if x.is_meta else _like(x)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from bench.compile import lowpass as compile_lowpass
-from bench.compile.__main__ import committed, page
+from bench.compile.__main__ import committed, main, page
 from bench.compile.attention import Case
 from bench.compile.binary import Binary, exponentials, main_loops, serialised
 from bench.compile.rows import KERNELS
@@ -118,6 +118,12 @@ def test_the_page_is_that_of_the_committed_rows() -> None:
         ("attention", "3.6"), ("attention", "3.9"), ("lowpass", "3.6"), ("lowpass", "3.9"),
     ]  # fmt: skip
     assert all((rows["faults"] == "").all() for kernels in KERNELS for rows in committed(kernels).values())
+
+
+def test_rows_of_some_targets_are_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--write", "--targets", "sm_90", "gfx942"])
+    assert "--write needs all targets, for a file has the rows of all, got --targets sm_90 gfx942" in capsys.readouterr().err
 
 
 COMPILED = """

@@ -126,11 +126,11 @@ def test_linear_layers_by_hand() -> None:
     tokens, width = 128 * 128, 2432
     block = 4 * width**2 + 2 * width * 4 * width  # q, k, v, out; up and down
     text = 333 * (38 * block - block + 3 * width**2)  # the last block's text ends at q, k and v
-    assert counter("sd3.5-large").row(2048, "npa")["forward_linear"] == pytest.approx(2 * (tokens * 38 * block + text) / 1e12, rel=2e-3)
+    assert counter("sd3.5-large").work.forward(2048, "window").linear == pytest.approx(2 * (tokens * 38 * block + text) / 1e12, rel=2e-3)
     width, keys = 2304, 8 * 72
     block = 2 * width**2 + 2 * width * keys + width**2 + 3 * width * 6144  # q of both attentions, k and v, out; gated up, down
     text = 256 * 24 * 2 * 2048 * keys
-    assert counter("lumina-next").row(2048, "npa")["forward_linear"] == pytest.approx(2 * (tokens * 24 * block + text) / 1e12, rel=2e-3)
+    assert counter("lumina-next").work.forward(2048, "window").linear == pytest.approx(2 * (tokens * 24 * block + text) / 1e12, rel=2e-3)
 
 
 def test_models_have_their_published_size() -> None:

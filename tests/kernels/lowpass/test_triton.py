@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,12 +183,19 @@ def test_opcheck(triton: bool) -> None:
     torch.library.opcheck(ops.low_pass_expand_.default, (a.clone(), 1.0, coarse, 0.5, [b], [2.0], 0.25, "resize", triton))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("impl", ["matmul", "triton", "reference"])
-@pytest.mark.parametrize("kind", ["resize", "gaussian"])
-@pytest.mark.parametrize("dynamic", [False, True])
+def one_graph_cases() -> Iterator[Any]:
+    """Among the slow tests: dense factors by matrix products, and the graph's functional form.
+
+    The kernel and the matrix products are one operator in a graph; `test_opcheck` compiles the functional form operator by operator.
+    """
+    for dynamic, kind, impl in itertools.product((False, True), ("resize", "gaussian"), ("matmul", "triton", "reference")):
+        quick = kind == "resize" or impl != "matmul"
+        yield pytest.param(dynamic, kind, impl, "eager", marks=() if quick else pytest.mark.slow)
+        yield pytest.param(dynamic, kind, impl, "aot_eager", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("dynamic", "kind", "impl", "backend"), one_graph_cases())
 def test_compiles_to_one_graph(dynamic: bool, kind: Any, impl: Any, backend: str) -> None:
-    """The graph as it is traced, and among the slow tests its functional form, which `test_opcheck` compiles operator by operator."""
 
     def mixed(a: Tensor, b: Tensor) -> Tensor:
         return 2 * mix_frequencies(a + 0, b, cutoff=0.25, kind=kind, impl=impl)

@@ -15,7 +15,9 @@ from tests.kernels.neighborhood.problems import CHOSEN, GPU, PATHS, TARGETS, Pro
 from tests.kernels.sanitizer import assert_clean
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device")]
+if not GPU:
+    pytest.skip("no CUDA or ROCm device", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 
 SANITIZED = """
 import torch
@@ -32,7 +34,7 @@ torch.cuda.synchronize()
 """
 
 
-HOPPER = pytest.mark.skipif(not GPU or torch.cuda.get_device_capability() != (9, 0), reason="the warp-specialised kernel is for sm_90")
+HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="the warp-specialised kernel is for sm_90")
 
 
 @HOPPER

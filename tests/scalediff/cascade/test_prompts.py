@@ -25,6 +25,10 @@ from tests.scalediff.cascade.prompted_pipelines import PROMPTED, draw, drawn, pi
 BOAT, MOONS = "a red boat", "two green moons"
 
 every_pipeline = pytest.mark.parametrize("name", PROMPTED)
+# What test_pipelines.py tests of every class with embeddings in place of a prompt: here a U-Net, packed latents and a long system prompt.
+few_pipelines = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("SD1.5", "FLUX", "Lumina 2") else pytest.mark.slow) for name in PROMPTED]
+)
 
 
 def global_randomness() -> list[Any]:
@@ -94,7 +98,7 @@ def test_several_pictures_of_a_prompt(name: str) -> None:
         torch.testing.assert_close(several.stages[-1].latents[i : i + 1], alone, rtol=1e-3, atol=1e-3)
 
 
-@every_pipeline
+@few_pipelines
 def test_the_patched_call_is_generate(name: str) -> None:
     """Latents to the bit, and the picture that both make of them."""
     pipe = ready(name)
@@ -128,7 +132,7 @@ def test_a_negative_prompt_is_heard(name: str) -> None:
     assert torch.equal(deaf, unguided)
 
 
-@every_pipeline
+@few_pipelines
 def test_a_picture_is_enlarged_with_a_prompt(name: str) -> None:
     """The smaller the restart, the nearer to the picture; at any, the prompt is heard."""
     pipe = ready(name)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from scalediff.cost.tally import peak_bytes
+from scalediff.cost.tally import KnownResults, peak_bytes
 from tests.scalediff.cost.real_peaks import real_peak_of
 
 
@@ -62,6 +64,12 @@ def attention_by_hand(x: Tensor) -> Tensor:
     return ((x @ x.T).softmax(-1)) @ x
 
 
+def the_same_again(x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = (x.T.reshape(10, 10) + 1).mul_(2).softmax(-1)
+    return x
+
+
 def linear(x: Tensor) -> Tensor:
     return F.linear(x, x[:3])
 
@@ -69,6 +77,7 @@ def linear(x: Tensor) -> Tensor:
 BY_HAND: list[tuple[Callable[[Tensor], Tensor], int]] = [
     (chain, 800), (both_in_use, 1200), (views, 400), (in_place, 400), (freed, 3200), (a_view_keeps_the_whole, 5200),
     (views_of_what_is_given, 0), (half_precision, 200), (attention, 400), (attention_by_hand, 800), (linear, 120),
+    (the_same_again, 1200),
 ]  # fmt: skip
 
 
@@ -88,3 +97,35 @@ def test_one_tally_knows_nothing_of_the_one_before() -> None:
     assert peak_bytes(lambda: outside.append(x + 1)) == 400
     assert peak_bytes(lambda: outside.append(outside[0] + 1)) == 400
     assert [peak_bytes(lambda: chain(x)) for _ in range(3)] == [800] * 3
+
+
+def test_an_operator_that_is_known_is_not_run_again() -> None:
+    """Its results are new tensors all the same; views are views, and other numbers or strides are another call."""
+    ran: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is not torch.ops.aten.empty_strided.default:  # what is returned in place of a result
+                ran.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    def run(*functions: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        ran.clear()
+        x = torch.empty(4, 6, device="meta")
+        with Watch(), KnownResults():  # the last one that is entered is asked first
+            return [function(x) for function in functions]
+
+    first, second = run(*[lambda x: x.softmax(-1)] * 2)
+    assert ran == ["_softmax.default"]
+    assert (second.shape, second.stride(), second.dtype) == (first.shape, first.stride(), first.dtype)
+    assert second.untyped_storage()._cdata != first.untyped_storage()._cdata
+    whole, again = run(*[lambda x: x.view(24)] * 2)
+    assert ran == ["view.default"] * 2
+    assert whole.untyped_storage()._cdata == again.untyped_storage()._cdata
+    run(lambda x: x + 1, lambda x: x + 1.0, lambda x: x.add_(1), lambda x: x.add_(1))
+    assert ran == ["add.Tensor"] * 2 + ["add_.Tensor"] * 2
+    _, turned = run(lambda x: x.exp(), lambda x: x.transpose(0, 1).exp())
+    assert ran == ["exp.default", "transpose.int", "exp.default"]
+    assert turned.stride() == (1, 6)
+    run(lambda x: torch.zeros(3), lambda x: torch.zeros(3))
+    assert ran == ["zeros.default"] * 2, "of the CPU"
