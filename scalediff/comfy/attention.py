@@ -214,9 +214,9 @@ class WindowedAttention:
             lines.append(f"calls {' and '.join(kinds)} inside compiled graphs, which are not counted")
         else:
             lines.append(f"{sum(calls.taken.values())} of {self.blocks} attention blocks in windows")
-        lines += [f"  {count} calls of {keys} tokens" for (_, keys), count in calls.taken.items()]
-        lines += [f"  {count} calls with full attention: {why}" for why, count in calls.left.items()]
-        lines += [f"  {count} other calls of {queries} queries and {keys} keys" for (queries, keys), count in calls.others.items()]
+        lines += [f"  calls of {keys} tokens: {count}" for (_, keys), count in calls.taken.items()]
+        lines += [f"  calls with full attention: {count}, {why}" for why, count in calls.left.items()]
+        lines += [f"  other calls of {queries} queries and {keys} keys: {count}" for (queries, keys), count in calls.others.items()]
         return lines
 
     def _begin(self, net: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> PassCalls | None:
