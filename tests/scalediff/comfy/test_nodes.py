@@ -45,14 +45,23 @@ def model_of(name: str) -> ModelPatcher:
     return SPECIMENS[name].model(dtype=torch.float32)
 
 
-def base_picture(model: ModelPatcher, size: tuple[int, int], *, steps: int = 6, seed: int = 5, frames: bool = False) -> Tensor:
+def sample_node(
+    model: ModelPatcher, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
+    latent_image: dict[str, Any], denoise: float,
+) -> tuple[dict[str, Any]]:  # fmt: skip
     """ComfyUI's own KSampler node: noise from the seed, the whole schedule."""
-    empty = torch.zeros(1, 4, *((1,) if frames else ()), *size)
-    arguments: dict[str, Any] = {"denoise": 1.0, "start_step": 0, "force_full_denoise": True, "noise_mask": None, "disable_pbar": True}
-    return sample(
-        model, prepare_noise(empty, seed), steps, 3.0, "euler", "simple", cond(1), cond(2), empty, **arguments, callback=lambda *_: None,
-        seed=seed,
+    empty = latent_image["samples"]
+    samples = sample(
+        model, prepare_noise(empty, seed), steps, cfg, sampler_name, scheduler, positive, negative, empty, denoise=denoise, start_step=0,
+        force_full_denoise=True, noise_mask=None, disable_pbar=True, callback=lambda *_: None, seed=seed,
     )  # fmt: skip
+    return ({"samples": samples},)
+
+
+def base_picture(model: ModelPatcher, size: tuple[int, int], *, frames: bool = False) -> Tensor:
+    empty = {"samples": torch.zeros(1, 4, *((1,) if frames else ()), *size)}
+    (latent,) = sample_node(model, 5, 6, 3.0, "euler", "simple", cond(1), cond(2), empty, 1.0)
+    return latent["samples"]  # type: ignore[no-any-return]
 
 
 WINDOWS = {"window_height": 8, "window_width": 8}
