@@ -143,13 +143,12 @@ class UpscaleStage:
             ValueError: There is no VAE; the latents are smaller than native; the scale gives no whole number of tokens.
         """
         _check_vae(vae)
-        latents, size = latent["samples"], _scaled(model, latent["samples"], scale)
+        size = _scaled(model, latent["samples"], scale)
         settings = _settings(model, steps, cfg, preset, restart, lfm_cutoff, sg_cutoff, lfm=lfm, sg=sg, kind=filter)
         sampling = Sampling(steps, cfg, sampler_name, scheduler, positive, negative, seed)
         count = stage_steps(sampling.sigmas(model), float(settings.restart))  # type: ignore[arg-type]
         callback = Progress(model, count).run(count)
-        upscaled = run_stage(model, vae, latents, size, settings, sampling, callback=callback, noise_mask=latent.get("noise_mask"))
-        return ({**latent, "samples": upscaled},)
+        return (run_stage(model, vae, latent, size, settings, sampling, callback=callback),)
 
 
 class CascadeSampler:
@@ -216,13 +215,13 @@ class CascadeSampler:
         schedule = sampling.sigmas(model)
         count = stage_steps(schedule, float(settings.restart))  # type: ignore[arg-type]
         progress = Progress(model, len(schedule) - 1 + count * (len(sizes) - 1))
-        latents = _empty(model, batch_size, (sizes[0][0] // ratio, sizes[0][1] // ratio))
-        latents = sampling.run(unpatched(model), latents, start=0, callback=progress.run(len(schedule) - 1))
+        latent = {"samples": _empty(model, batch_size, (sizes[0][0] // ratio, sizes[0][1] // ratio))}
+        latent = {"samples": sampling.run(unpatched(model), latent, start=0, callback=progress.run(len(schedule) - 1))}
         for number, (y, x) in enumerate(sizes[1:], 1):
             stage = replace(sampling, seed=(seed + number) & _LARGEST_SEED)
             size = y // ratio, x // ratio
-            latents = run_stage(windowed, vae, latents, size, settings, stage, callback=progress.run(count))
-        return {"samples": latents}, windowed
+            latent = run_stage(windowed, vae, latent, size, settings, stage, callback=progress.run(count))
+        return latent, windowed
 
 
 class Report:

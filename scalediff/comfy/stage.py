@@ -51,15 +51,20 @@ class Sampling:
         sigmas: Tensor = sampler.sigmas
         return sigmas
 
-    def run(self, model: Any, latents: Tensor, *, start: int, callback: Callback, noise_mask: Tensor | None = None) -> Tensor:
-        """Add noise to latents at a step of the schedule, and denoise them from there to the end."""
+    def run(self, model: Any, latent: Mapping[str, Any], *, start: int, callback: Callback) -> Tensor:
+        """Add noise to the `samples` of a latent at a step of the schedule, and denoise them from there to the end.
+
+        As ComfyUI's own sampler nodes do, it keeps to the latent's `noise_mask` and `batch_index`, if there are any.
+        """
         import comfy.sample
         import comfy.utils
 
+        samples = latent["samples"]
+        noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
         sampled: Tensor = comfy.sample.sample(
-            model, comfy.sample.prepare_noise(latents, self.seed), self.steps, self.cfg, self.sampler_name, self.scheduler,
-            self.positive, self.negative, latents, denoise=1.0, start_step=start, force_full_denoise=True, noise_mask=noise_mask,
-            callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=self.seed,
+            model, noise, self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive, self.negative, samples, denoise=1.0,
+            start_step=start, force_full_denoise=True, noise_mask=latent.get("noise_mask"), callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=self.seed,
         )  # fmt: skip
         return sampled
 
@@ -102,30 +107,21 @@ def stage_steps(sigmas: Tensor, restart: float) -> int:
 
 
 def run_stage(
-    model: Any,
-    vae: Any,
-    latents: Tensor,
-    size: Grid,
-    settings: Settings,
-    sampling: Sampling,
-    *,
-    callback: Callback,
-    noise_mask: Tensor | None = None,
-) -> Tensor:
+    model: Any, vae: Any, latent: Mapping[str, Any], size: Grid, settings: Settings, sampling: Sampling, *, callback: Callback
+) -> dict[str, Any]:
     """One stage above the native size.
 
     Args:
         model: ComfyUI's `ModelPatcher`; not changed.
         vae: ComfyUI's `VAE`.
-        latents: `[B, C, y, x]` or `[B, C, 1, y, x]`, of a finished picture, as nodes pass them.
+        latent: ComfyUI's latent of a finished picture: `samples` of `[B, C, y, x]` or `[B, C, 1, y, x]`, and what belongs to them.
         size: `(Y, X)` of the stage in latents.
         settings: `restart` and the switches of latent frequency mixing and structure guidance; the others are not used.
         sampling: Sampler, conditioning and seed.
         callback: Called after every step.
-        noise_mask: ComfyUI's mask of what is drawn anew.
 
     Returns:
-        Latents of the larger picture, with the axes of the autoencoder's latents.
+        The latent of the larger picture, with the axes of the autoencoder's latents.
 
     Raises:
         ValueError: The autoencoder overflows or has another number of pixels per latent than it says.
@@ -133,12 +129,12 @@ def run_stage(
 
     ScaleDiff, arXiv:2510.25818.
     """
-    reference = make_reference(vae, latents, size, settings)
+    reference = make_reference(vae, latent["samples"], size, settings)
     sigmas = sampling.sigmas(model)
     start = len(sigmas) - 1 - stage_steps(sigmas, _number(settings.restart))
     if settings.sg:
         model = guided(model, reference, settings, restart=float(sigmas[start]))
-    return sampling.run(model, reference, start=start, callback=callback, noise_mask=noise_mask)
+    return {**latent, "samples": sampling.run(model, {**latent, "samples": reference}, start=start, callback=callback)}
 
 
 def make_reference(vae: Any, latents: Tensor, size: Grid, settings: Settings) -> Tensor:

@@ -42,6 +42,7 @@ class Specimen:
         frames: Whether latents have an axis for frames.
         unet_config: ComfyUI's config of the network, as far as it is read.
         sampling: Kind of the noise.
+        dtype: Dtype of weights and inputs.
     """
 
     build: Callable[[], nn.Module]
@@ -52,21 +53,27 @@ class Specimen:
     frames: bool = False
     unet_config: dict[str, Any] = field(default_factory=dict)
     sampling: Callable[[], Any] = CONST
+    dtype: torch.dtype = torch.float64
 
-    def model(self, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> ModelPatcher:
+    def model(self, *, dtype: torch.dtype | None = None, seed: int = 0) -> ModelPatcher:
         """The model with random weights."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            net = self.build().to(dtype)
+            net = self.build().to(dtype or self.dtype)
         net.requires_grad_(False)
         return ModelPatcher(BaseModel(net, self.sampling(), LatentFormat(), self.unet_config))
 
-    def inputs(self, grid: tuple[int, int], *, batch: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    def inputs(self, grid: tuple[int, int], *, batch: int = 2) -> tuple[Tensor, Tensor]:
         """Latents and context of a pass."""
-        rng = seeded(1)
+        rng, dtype = seeded(1), self.dtype
         frames = (1,) if self.frames else ()
         x = torch.randn(batch, 4, *frames, grid[0] * self.patch, grid[1] * self.patch, generator=rng, dtype=dtype)
         return x, torch.randn(batch, TOKENS, TEXT, generator=rng, dtype=dtype)
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error of the whole network between two ways to compute its attention."""
+        return 1e-9 if self.dtype == torch.float64 else 1e-4
 
 
 def prefix(*, alone: bool = False, multiple: int = 1) -> Callable[[tuple[int, int]], dict[int, int]]:

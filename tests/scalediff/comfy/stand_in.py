@@ -227,9 +227,11 @@ class KSampler:
         self.sigmas = torch.linspace(model.get_model_object("model_sampling").sigma_max, 0, steps + 1)
 
 
-def prepare_noise(latent: Tensor, seed: int) -> Tensor:
-    """Contract (comfy/sample.py): noise on the CPU, from a seed."""
-    return torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed), dtype=latent.dtype)
+def prepare_noise(latent: Tensor, seed: int, noise_inds: list[int] | None = None) -> Tensor:
+    """Contract (comfy/sample.py): noise on the CPU, from a seed; of a batch, the noise of the given numbers."""
+    count = len(latent) if noise_inds is None else max(noise_inds) + 1
+    noise = torch.randn(count, *latent.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=latent.dtype)
+    return noise if noise_inds is None else noise[noise_inds]
 
 
 def sample(
@@ -268,6 +270,9 @@ def sample(
             denoised = guesses[1] + cfg * (guesses[0] - guesses[1])
             for function in model.model_options.get("sampler_post_cfg_function", []):
                 denoised = function({"denoised": denoised, "sigma": batch, "input": x, "model": model.model})
+            if noise_mask is not None:  # of any size; one where the picture is drawn anew
+                mask = F.interpolate(noise_mask[:, None], latent.shape[-2:])
+                denoised = denoised * mask + latent * (1 - mask)
             callback(step, denoised, x, len(sigmas) - 1)
             x = x + (x - denoised) / sigma * (following - sigma)
     return model.model.process_latent_out(x)

@@ -100,21 +100,47 @@ def test_a_stage_runs_the_last_steps_of_the_whole_schedule(restart: float, steps
 
     model.model.apply_model = watched
     settings = Settings(restart=restart, lfm_cutoff=0.5, sg_cutoff=0.5)
-    out = run_stage(model, VAE(), latents((16, 16)), (20, 18), settings, sampling(), callback=lambda *_: None)
-    assert out.shape == (1, 4, 20, 18)
+    out = run_stage(model, VAE(), {"samples": latents((16, 16))}, (20, 18), settings, sampling(), callback=lambda *_: None)
+    assert out["samples"].shape == (1, 4, 20, 18)
     assert seen == [level for level in sigmas[-steps - 1 : -1].tolist() for _ in range(2)]
 
 
 def test_guidance_can_be_turned_off() -> None:
     model, settings = SPECIMENS["FLUX"].model(dtype=torch.float32), Settings(restart=0.4, lfm_cutoff=0.5, sg_cutoff=0.5)
     outs = [
-        run_stage(model, VAE(), latents((16, 16)), (20, 18), Settings(**{**vars(settings), "sg": sg}), sampling(), callback=lambda *_: None)
+        run_stage(
+            model,
+            VAE(),
+            {"samples": latents((16, 16))},
+            (20, 18),
+            Settings(**{**vars(settings), "sg": sg}),
+            sampling(),
+            callback=lambda *_: None,
+        )
         for sg in (True, False)
     ]
     plain = make_reference(VAE(), latents((16, 16)), (20, 18), settings)
-    started = sampling().run(model, plain, start=6, callback=lambda *_: None)
-    assert torch.equal(outs[1], started)
-    assert not torch.equal(*outs)
+    started = sampling().run(model, {"samples": plain}, start=6, callback=lambda *_: None)
+    assert torch.equal(outs[1]["samples"], started)
+    assert not torch.equal(outs[0]["samples"], started)
+
+
+def test_what_belongs_to_a_latent_is_kept() -> None:
+    """`batch_index`, the number of a picture in an earlier batch, chooses its noise; `noise_mask` keeps a part of the reference."""
+    model, settings = SPECIMENS["FLUX"].model(dtype=torch.float32), Settings(restart=0.4, lfm=False, sg=False)
+    seen: list[Any] = []
+
+    def noises(latent: dict[str, Any]) -> Tensor:
+        out = run_stage(model, VAE(), latent, (20, 18), settings, sampling(), callback=lambda *step: seen.append(step))
+        assert out.keys() == latent.keys()
+        return out["samples"]
+
+    one, two = latents((16, 16)), latents((16, 16)).expand(2, -1, -1, -1)
+    batch = noises({"samples": two})
+    assert torch.allclose(noises({"samples": one, "batch_index": [1]})[0], batch[1], atol=1e-5)
+    assert not torch.allclose(noises({"samples": one})[0], batch[1], atol=1e-3)
+    reference = make_reference(VAE(), one, (20, 18), settings)
+    assert (noises({"samples": one, "noise_mask": torch.zeros(1, 160, 144)}) - reference).abs().max() < 1e-5
 
 
 def test_a_vae_that_does_not_fit_is_an_error() -> None:
