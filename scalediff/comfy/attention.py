@@ -243,9 +243,8 @@ class WindowedAttention:
         if key not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            plan = AttentionPlan(
-                layout, window=self.window, text_rope=self.rotation, text_queries=self._text_queries, offset=offset
-            )  # fmt: skip
+            options: dict[str, Any] = {"text_rope": self.rotation, "text_queries": self._text_queries, "offset": offset}
+            plan = AttentionPlan(layout, window=self.window, **options)
             self._plans[key] = plan.to(x.device, x.dtype)
         return self._plans[key]
 
@@ -255,9 +254,8 @@ class WindowedAttention:
         if not calls.taken and not calls.taken_in_graph:
             self._fail(self._why_nothing(calls, options))
         if calls.left or calls.left_in_graph:
-            self._warn(
-                "; ".join(calls.left) or "a mask or a number of tokens inside a compiled graph", "some attention calls ran in full: "
-            )
+            why = "; ".join(calls.left) or "a mask or a number of tokens inside a compiled graph"
+            self._warn(why, "some attention calls ran in full: ")
         in_graph = calls.taken_in_graph or calls.left_in_graph
         if not in_graph and 0 < calls.count < self.blocks:
             missing = f"{self.blocks - calls.count} of {self.blocks} attention blocks did not use the attention override"
@@ -315,9 +313,12 @@ def _offset(jitter: Jitter, seed: int, options: Mapping[str, Any]) -> tuple[floa
     """
     if jitter == "none":
         return 0.0, 0.0
-    sigma, sigmas = options["sigmas"].flatten()[0], options["sample_sigmas"]
+    missing = [name for name in ("sigmas", "sample_sigmas") if options.get(name) is None]
+    if missing:
+        raise ValueError(f"{jitter=} needs the noise levels that ComfyUI's samplers pass to the model: {', '.join(missing)} missing")
+    sigma = options["sigmas"].flatten()[0]
     if jitter == "random":
         fractions = random.Random(f"{seed} {float(sigma)}")
         return fractions.random(), fractions.random()
-    done = int((sigmas.to(sigma) > sigma).sum())
+    done = int((options["sample_sigmas"].to(sigma) > sigma).sum())
     return (0.5, 0.5) if done % 2 else (0.0, 0.0)

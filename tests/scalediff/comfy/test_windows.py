@@ -151,3 +151,6 @@ def test_jitter_depends_on_the_noise_level_alone() -> None:
     assert torch.equal(at(0.6, jitter="random", seed=3), moved)
     assert not torch.equal(at(0.3, jitter="random", seed=3), moved)
     assert not torch.equal(at(0.6, jitter="random", seed=4), moved)
+    message = "jitter='random' needs the noise levels that ComfyUI's samplers pass to the model: sigmas, sample_sigmas missing"
+    with pytest.raises(ValueError, match=message):
+        forward(patched(model, WINDOW, jitter="random"), *spec.inputs(GRID))
