@@ -125,7 +125,7 @@ class WindowedAttention:
         chained: Callable[..., Any] | None = None,
     ) -> None:
         self.network, self.window, self.chained = network, window, chained
-        self.name, self.blocks, self.patch = type(net).__name__, network.blocks(net), network.patch(net)
+        self.name, self.blocks = type(net).__name__, network.blocks(net)
         self.rotation: TextRotation | None = network.rotation(net) if text_rope else None
         self.last: PassCalls | None = None  # of the last pass above the native size
         self.problem = ""  # why the last pass above the native size ran full attention; empty if it did not

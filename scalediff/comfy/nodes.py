@@ -5,6 +5,7 @@ ComfyUI shows an exception's message at the node that raised it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -143,6 +144,8 @@ class UpscaleStage:
             ValueError: There is no VAE; the latents are smaller than native; the scale gives no whole number of tokens.
         """
         _check_vae(vae)
+        if attention_of(model) is None:
+            logging.warning("ScaleDiff: Upscale Stage: the model is not patched, so this stage runs full attention")
         size = _scaled(model, latent["samples"], scale)
         settings = _settings(model, steps, cfg, preset, restart, lfm_cutoff, sg_cutoff, lfm=lfm, sg=sg, kind=filter)
         sampling = Sampling(steps, cfg, sampler_name, scheduler, positive, negative, seed)

@@ -206,7 +206,25 @@ def test_a_mask_that_windows_cannot_keep_is_said() -> None:
     assert "calls with full attention: 4, this attention mask is not supported" in attention_of(lenient).report()  # type: ignore[union-attr]
 
 
-def test_other_numbers_of_tokens_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_call_with_full_attention_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A replacement that passes `transformer_options` on, with a mask of its own."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        mask = torch.rand(q.shape[1], k.shape[1], dtype=q.dtype)
+        return optimized_attention(q, k, v, options["n_heads"], mask=mask, transformer_options=options)
+
+    windowed = patched(SPECIMENS["SDXL"].model(), WINDOW)
+    windowed.set_model_attn1_replace(masked, "input", 0)
+    for _ in range(2):
+        run(windowed, "SDXL")
+    (record,) = caplog.records
+    assert record.message.startswith(
+        "ScaleDiff: UNetModel: some attention calls ran in full: this attention mask is not supported, got (1, 1"
+    )
+    assert "4 of 5 attention blocks in windows" in attention_of(windowed).report()  # type: ignore[union-attr]
+
+
+def test_other_numbers_of_tokens_are_named() -> None:
     """A node that appends tokens to the text inside the network."""
     model = SPECIMENS["FLUX"].model()
     net = model.model.diffusion_model

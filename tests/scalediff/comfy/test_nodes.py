@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import runpy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +122,25 @@ def test_the_base_picture_of_a_cascade_has_full_attention() -> None:
     assert [key[0].grid for key in attention._plans] == [(19, 7)]
     assert result["samples"].shape == (1, 4, 38, 14)
     assert ProgressBar.updates[0][2] == ("JPEG", (1, 4, 26, 10), 512)
+
+
+def test_a_stage_of_a_model_that_is_not_patched_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    latent = {"samples": torch.randn(1, 4, 128, 128, generator=seeded(0))}
+    model = model_of("SDXL")
+    with pytest.raises(ValueError, match="scale must be larger than 1"):
+        node("ScaleDiffUpscaleStage", model=model, vae=VAE(), latent=latent, scale=1.0)
+    expected = ["ScaleDiff: Upscale Stage: the model is not patched, so this stage runs full attention"]
+    assert [record.message for record in caplog.records] == expected
+
+
+def test_the_line_of_the_documentation_installs_the_nodes(tmp_path: Path) -> None:
+    """Contract (nodes.py): ComfyUI executes `custom_nodes/NAME/__init__.py` by its path and takes two names from it."""
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "comfyui.md").read_text()
+    (line,) = re.findall(r'^echo "(.*)" > .*custom_nodes/scalediff/__init__.py"$', page, flags=re.MULTILINE)
+    (tmp_path / "__init__.py").write_text(line + "\n")
+    installed = runpy.run_path(str(tmp_path / "__init__.py"))
+    assert installed["NODE_CLASS_MAPPINGS"] is NODE_CLASS_MAPPINGS
+    assert installed["NODE_DISPLAY_NAME_MAPPINGS"] is NODE_DISPLAY_NAME_MAPPINGS
 
 
 def test_presets_are_the_models_own() -> None:
