@@ -85,6 +85,11 @@ def network(model: Any) -> Network:
     return known
 
 
+def latents_per_token(model: Any) -> int:
+    """Latents per token along an axis; raises as `network`."""
+    return network(model).patch(diffusion_model(model))
+
+
 def native_window(model: Any) -> Grid | None:
     """The window of a patched model, or the token grid that a model was trained on; None if the model does not tell."""
     attention = attention_of(model)

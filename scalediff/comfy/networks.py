@@ -36,6 +36,7 @@ class Network:
         patch: Function from a network to the number of latents per token along an axis.
         config: Function from a network to what diffusers' config of the same model has, as far as `family` reads it.
         native: Function from ComfyUI's config of the network to the token grid that the model was trained on; None if it does not tell.
+        shift: As in `TextRotation`, where ComfyUI counts positions in another way than diffusers; None where it does not.
     """
 
     name: str
@@ -47,13 +48,12 @@ class Network:
     patch: Callable[[Any], int] = field(default=lambda net: int(net.patch_size))
     config: Callable[[Any], Mapping[str, Any]] = field(default=lambda net: {})
     native: Callable[[Mapping[str, Any]], Grid | None] = field(default=lambda config: (64, 64))
+    shift: Callable[[Grid, Grid], tuple[int, int]] | None = None
 
     def rotation(self, net: Any) -> TextRotation | None:
         """The rotary positions by which text is rotated for each window; None if text is not rotated."""
         rotation = FAMILIES[self.family].rotation(self._twin(net))
-        if rotation is not None and self.family == "QwenImageTransformer2DModel":
-            return replace(rotation, shift=_qwen_shift)
-        return rotation
+        return rotation if rotation is None or self.shift is None else replace(rotation, shift=self.shift)
 
     def preset(self, net: Any) -> Settings:
         """The default preset of the model; that of FLUX.1 for models whose family has none."""
@@ -213,6 +213,7 @@ NETWORKS = (
         "QwenImageTransformer2DModel", "comfy.ldm.qwen_image.model", "Qwen-Image", "QwenImageTransformer2DModel", _qwen,
         blocks=lambda net: len(net.transformer_blocks),
         config=lambda net: {"axes_dims_rope": net.pe_embedder.axes_dim},
+        shift=_qwen_shift,
     ),
     Network(
         "HunyuanVideo", "comfy.ldm.hunyuan_video.model", "HunyuanImage 2.1", "HunyuanImageTransformer2DModel", _hunyuan,

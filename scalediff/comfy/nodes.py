@@ -11,8 +11,7 @@ from typing import Any, get_args
 
 import torch
 
-from scalediff.comfy.models import attention_of, native_window, network, patched, preset, unpatched
-from scalediff.comfy.models import diffusion_model as network_module
+from scalediff.comfy.models import attention_of, latents_per_token, native_window, patched, preset, unpatched
 from scalediff.comfy.stage import Progress, Sampling, as_picture, run_stage, stage_steps
 from scalediff.families.grid import Grid
 from scalediff.settings import Jitter, Settings, plan_sizes
@@ -149,7 +148,7 @@ class UpscaleStage:
         size = _scaled(model, latent["samples"], scale)
         settings = _settings(model, steps, cfg, preset, restart, lfm_cutoff, sg_cutoff, lfm=lfm, sg=sg, kind=filter)
         sampling = Sampling(steps, cfg, sampler_name, scheduler, positive, negative, seed)
-        count = stage_steps(sampling.sigmas(model), float(settings.restart))  # type: ignore[arg-type]
+        count = stage_steps(sampling.sigmas(model), settings)
         callback = Progress(model, count).run(count)
         return (run_stage(model, vae, latent, size, settings, sampling, callback=callback),)
 
@@ -209,14 +208,13 @@ class CascadeSampler:
         options: Inputs = {"text_queries": text_queries, "text_rope": text_rope, "jitter": jitter, "seed": jitter_seed}
         windowed = patched(model, (window_height, window_width), **options)
         settings = _settings(model, steps, cfg, preset, restart, lfm_cutoff, sg_cutoff, lfm=lfm, sg=sg, kind=filter)
-        ratio, patch = vae.spacial_compression_decode(), network(model).patch(network_module(model))
-        native = native_window(windowed)
+        native, ratio = native_window(windowed), vae.spacial_compression_decode()
         assert native is not None  # of a patched model it is the window
-        pixels = ratio * patch
+        pixels = ratio * latents_per_token(model)
         sizes = plan_sizes((height, width), native=(native[0] * pixels, native[1] * pixels), multiple=pixels)
         sampling = Sampling(steps, cfg, sampler_name, scheduler, positive, negative, seed)
         schedule = sampling.sigmas(model)
-        count = stage_steps(schedule, float(settings.restart))  # type: ignore[arg-type]
+        count = stage_steps(schedule, settings)
         progress = Progress(model, len(schedule) - 1 + count * (len(sizes) - 1))
         latent = {"samples": _empty(model, batch_size, (sizes[0][0] // ratio, sizes[0][1] // ratio))}
         latent = {"samples": sampling.run(unpatched(model), latent, start=0, callback=progress.run(len(schedule) - 1))}
@@ -284,7 +282,7 @@ def _settings(
 
 def _scaled(model: Any, latents: torch.Tensor, scale: float) -> Grid:
     """The size of a stage in latents, `(Y, X)`."""
-    patch, (y, x) = network(model).patch(network_module(model)), as_picture(latents).shape[-2:]
+    patch, (y, x) = latents_per_token(model), as_picture(latents).shape[-2:]
     native = native_window(model)
     if native is not None and y * x < _SMALLEST * native[0] * native[1] * patch**2:
         raise ValueError(

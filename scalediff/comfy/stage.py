@@ -98,12 +98,12 @@ class Progress:
         return callback
 
 
-def stage_steps(sigmas: Tensor, restart: float) -> int:
-    """Number of steps that a stage runs, the last ones of the schedule; at least one.
+def stage_steps(sigmas: Tensor, settings: Settings) -> int:
+    """Number of steps that a stage runs by its `restart`, the last ones of the schedule; at least one.
 
     ComfyUI's `denoise` is something else: it lays out a longer schedule and runs its last steps, at other noise levels.
     """
-    return max(1, round((len(sigmas) - 1) * restart))
+    return max(1, round((len(sigmas) - 1) * _number(settings.restart)))
 
 
 def run_stage(
@@ -131,7 +131,7 @@ def run_stage(
     """
     reference = make_reference(vae, latent["samples"], size, settings)
     sigmas = sampling.sigmas(model)
-    start = len(sigmas) - 1 - stage_steps(sigmas, _number(settings.restart))
+    start = len(sigmas) - 1 - stage_steps(sigmas, settings)
     if settings.sg:
         model = guided(model, reference, settings, restart=float(sigmas[start]))
     return {**latent, "samples": sampling.run(model, {**latent, "samples": reference}, start=start, callback=callback)}
@@ -142,7 +142,7 @@ def make_reference(vae: Any, latents: Tensor, size: Grid, settings: Settings) ->
     picture: Tensor = vae.decode(latents)
     picture = picture.flatten(0, -4).movedim(-1, 1)  # a video autoencoder returns [B, 1, height, width, 3]
     ratio = vae.spacial_compression_decode()
-    enlarged = upsampled(picture, (size[0] * ratio, size[1] * ratio)).clamp(0, 1)
+    enlarged = upsampled(picture, (size[0] * ratio, size[1] * ratio))
     z_ru: Tensor = vae.encode(enlarged.movedim(1, -1)[..., :3])
     if tuple(z_ru.shape[-2:]) != size:
         raise ValueError(f"the VAE does not fit the model: it must have {ratio} pixels per latent, got {tuple(z_ru.shape[-2:])} for {size}")

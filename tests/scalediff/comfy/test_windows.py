@@ -126,6 +126,11 @@ def test_networks_are_recognised_by_name_and_module() -> None:
     assert {network.name for network in NETWORKS} == {network_of(spec.build()).name for spec in SPECIMENS.values()}  # type: ignore[union-attr]
     namesake = type("Flux", (torch.nn.Module,), {"__module__": "black_forest.model"})
     assert network_of(namesake()) is None
+    compiled = SPECIMENS["FLUX"].model()  # an earlier compile node of ComfyUI puts the compiled network into the model
+    compiled.object_patches["diffusion_model"] = torch.compile(compiled.model.diffusion_model, backend="eager")
+    attention = attention_of(patched(compiled, WINDOW))
+    assert attention is not None
+    assert attention.name == "Flux"
 
 
 @pytest.mark.parametrize(("name", "restart", "cutoff"), [("SDXL", 0.4, 0.125), ("FLUX", 0.6, 0.25), ("HunyuanImage 2.1", 0.6, 0.25)])
