@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "scalediff").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 MODEL_LIBRARIES = {"diffusers", "transformers", "accelerate", "safetensors", "PIL"}
 # From the ground up.
-WINGS = ("arguments", "settings", "demo", "families", "patching", "cost", "cascade", "methods", "patch", "draw", "command")
+WINGS = ("arguments", "settings", "demo", "families", "patching", "cost", "cascade", "methods", "patch", "draw", "comfy", "command")
+COMFYUI = {"comfy", "latent_preview"}  # its top-level modules
 
 
 def module_of(path: Path) -> str:
@@ -74,6 +75,8 @@ def test_dependencies_point_one_way(path: Path) -> None:
     if layer == "scalediff":
         assert used.isdisjoint({"bench", "tests", "triton"})
         assert imports(path, eager_only=True).isdisjoint(MODEL_LIBRARIES) or path.name in ("train.py", "architecture.py")
+        assert imports(path, eager_only=True).isdisjoint(COMFYUI)
+        assert used.isdisjoint(COMFYUI) or path.parent.name == "comfy"
     if path.name == "geometry.py":
         assert "torch" not in used
     if path.name == "reference.py":
@@ -82,7 +85,7 @@ def test_dependencies_point_one_way(path: Path) -> None:
 
 
 def test_wings_import_downwards() -> None:
-    """A file of one wing imports its own wing and those below it; only the package's `__init__` collects the public names."""
+    """A file of one wing imports its own wing and those below it; the nodes, which build on the public names, import the package."""
     inside = [name for name in MODULES if name.startswith("scalediff.")]
     assert {name.split(".")[1] for name in inside} == set(WINGS), "a new folder has a place in WINGS"
     height = {name: WINGS.index(name.split(".")[1]) for name in inside}
@@ -90,9 +93,14 @@ def test_wings_import_downwards() -> None:
         f"{name} imports {other}"
         for name in height
         for other in sorted(files_imported(MODULES[name]))
-        if other == "scalediff" or height.get(other, -1) > height[name]
+        if (other == "scalediff" and not name.startswith("scalediff.comfy.")) or height.get(other, -1) > height[name]
     ]
     assert not upwards
+
+
+def test_the_nodes_use_attention_by_its_public_names() -> None:
+    used = {name: files_imported(MODULES[name]) for name in MODULES if name.startswith("scalediff.comfy.")}
+    assert [(name, other) for name, others in used.items() for other in others if other.startswith("scalediff.patching")] == []
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
@@ -123,6 +131,7 @@ def test_imports_are_light() -> None:
     absent = {
         "import scalediff_kernels": MODEL_LIBRARIES | {"scalediff", "triton"},
         "import scalediff": MODEL_LIBRARIES | {"triton"},
+        "from scalediff.comfy import NODE_CLASS_MAPPINGS": MODEL_LIBRARIES | {"triton"} | COMFYUI,
         "from scalediff.command.cli import main": MODEL_LIBRARIES | {"triton"},
     }
     lines = [f"{statement}; print(*(set(sys.modules) - before))" for statement in absent]
