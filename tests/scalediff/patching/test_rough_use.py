@@ -142,6 +142,14 @@ def test_what_is_no_grid(grid: Any) -> None:
         model(*inputs())
 
 
+class Image(nn.Module):
+    """The image alone."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        tokens = latents.flatten(2).mT[:, None]
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
 class TwoLevels(nn.Module):
     """Image to image at two levels, and image to text at the coarser one."""
 
@@ -167,6 +175,14 @@ def test_text_of_as_many_tokens_as_a_coarse_level_is_not_taken_for_the_image() -
             handle.remove()
             assert torch.equal(out, model(latents, context))
         assert f"{taken} self-attention calls in windows" in handle.report.last_pass
+
+
+def test_a_layout_without_text_has_no_note_about_text() -> None:
+    model = Image()
+    handle = scalediff.patch_model(model, layout=lambda arguments: Layout(GRID, (Sequence(GRID),)), window=WINDOW)
+    assert len(handle.check(inputs()[0]).notes) == 1  # the lengths of the calls
+    model(inputs()[0])
+    assert handle.report.notes == ()
 
 
 # Families.
