@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from scalediff.arguments import wrong_type
+from scalediff.arguments import check_callable, wrong_type
 from scalediff.families.base import Family
 from scalediff.families.flux import FLUX
 from scalediff.families.hidream import HIDREAM
@@ -31,13 +31,15 @@ def register_family(family: Family) -> None:
         family: The description of the family; `docs/guide/extend.md` has a complete example.
 
     Raises:
-        TypeError: `family` is not a `Family`.
+        TypeError: `family` is not a `Family`, or `layout`, `native_grid`, `level` or `rotation` is not a function.
         ValueError: The family does not name a class and a module.
     """
     if not isinstance(family, Family):
         raise wrong_type("family", "a Family", family)
     if not family.denoiser or not family.module:
         raise ValueError(f"a family must name a class and its module, got denoiser={family.denoiser!r}, module={family.module!r}")
+    for name in ("layout", "native_grid", "level", "rotation"):
+        check_callable(name, getattr(family, name))
     _registered[family.denoiser, family.module] = family
 
 
@@ -52,5 +54,7 @@ def family_of(denoiser: nn.Module) -> Family | None:
 
 
 def namesake_of(denoiser: nn.Module) -> Family | None:
-    """A built-in family with the name of a denoiser's class, which is defined in another module; None if there is none."""
-    return FAMILIES.get(type(denoiser).__name__) if family_of(denoiser) is None else None
+    """A family with the name of a denoiser's class, which is defined in another module; None if there is none."""
+    name = type(denoiser).__name__
+    candidates = (*(family for (of, _), family in _registered.items() if of == name), FAMILIES.get(name))
+    return next(iter(candidates), None) if family_of(denoiser) is None else None

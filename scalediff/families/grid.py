@@ -9,6 +9,7 @@ Legend: B batch, Y x X token grid, S tokens of a sequence.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
@@ -52,13 +53,34 @@ def checked_grid(grid: Grid) -> Grid:
 
     Raises:
         ValueError: It is not two positive integers.
-        TypeError: Its elements are not integers.
+        TypeError: It is no sequence, or its elements are not integers.
     """
-    y, x = grid if len(grid) == 2 else (0, 0)
-    y, x = operator.index(y), operator.index(x)
-    if y < 1 or x < 1:
-        raise ValueError(f"grid must be two positive integers (Y, X) in tokens, got grid={grid!r}")
-    return y, x
+    contract = "grid must be two positive integers (Y, X) in tokens"
+    try:
+        sides = tuple(operator.index(side) for side in grid)
+    except TypeError as error:
+        raise TypeError(f"{contract}, got grid={grid!r}") from error
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"{contract}, got grid={grid!r}")
+    return sides[0], sides[1]
+
+
+def _count(name: str, value: int) -> int:
+    """A number of tokens or levels as a plain integer, which is not negative."""
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {name}={value!r}") from error
+    if count < 0:
+        raise ValueError(f"{name} must not be negative, got {name}={value!r}")
+    return count
+
+
+def _counts(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """Numbers of tokens as a tuple of plain integers, none of which is negative."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a tuple of integers, got {name}={values!r}")
+    return tuple(_count(name, value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,7 @@ class Sequence:
 
     Raises:
         ValueError: A number is out of range, or a choice is not one of those listed.
+        TypeError: A number is not an integer.
     """
 
     grid: Grid
@@ -92,12 +115,12 @@ class Sequence:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", checked_grid(self.grid))
         for name in ("level", "text"):
-            if operator.index(getattr(self, name)) < 0:
-                raise ValueError(f"{name} must not be negative, got {name}={getattr(self, name)}")
+            object.__setattr__(self, name, _count(name, getattr(self, name)))
         for name, allowed in (("side", get_args(Side)), ("queries", ("all", "image"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {name}={getattr(self, name)!r}")
-        if any(not 0 <= count <= self.text for count in self.real):
+        object.__setattr__(self, "real", _counts("real", self.real))
+        if any(count > self.text for count in self.real):
             raise ValueError(f"real must be numbers of text tokens from 0 to text={self.text}, got real={self.real}")
 
     @property
@@ -149,8 +172,9 @@ class Layout:
         weights: `[B, S]`, m, if the model adds m_i m_j to the score of query i and key j. Not compared by `==`.
 
     Raises:
-        ValueError: The grid is not two positive integers.
-        TypeError: `sequences` has something else than a `Sequence`.
+        ValueError: The grid is not two positive integers, there is no sequence, the grid of a sequence is not that of its level, or a
+            length is negative.
+        TypeError: `sequences` has something else than a `Sequence`, or a length is not an integer.
     """
 
     grid: Grid
@@ -161,8 +185,19 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", checked_grid(self.grid))
-        if not all(isinstance(sequence, Sequence) for sequence in self.sequences):
+        if not isinstance(self.sequences, tuple | list) or not all(isinstance(sequence, Sequence) for sequence in self.sequences):
             raise TypeError(f"sequences must be a tuple of Sequence, got sequences={self.sequences!r}")
+        if not self.sequences:
+            raise ValueError("sequences must have at least one Sequence, got sequences=()")
+        for sequence in self.sequences:
+            rows_and_columns = zip(self.grid, sequence.grid, strict=True)
+            if not all((n >> sequence.level) - 1 <= own <= (n >> sequence.level) + 2 for n, own in rows_and_columns):
+                raise ValueError(
+                    f"a sequence at level={sequence.level} must have the layout's grid {self.grid}, halved {sequence.level} times, "
+                    f"got grid={sequence.grid}"
+                )
+        object.__setattr__(self, "sequences", tuple(self.sequences))
+        object.__setattr__(self, "others", _counts("others", self.others))
 
 
 class UnknownLayout(Exception):

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from scalediff.families.base import Arguments, Family, Reader
-from scalediff.families.grid import Grid, Layout, Sequence, Side, UnknownLayout, level_grid
+from scalediff.families.grid import Grid, Layout, Sequence, Side, UnknownLayout, checked_grid, level_grid
 from scalediff.families.rotation import TextRotation
 
 GridSource = Grid | Callable[[Arguments], Grid]
@@ -88,7 +88,7 @@ def describe_family(model: nn.Module, parameters: tuple[str, ...], described: De
 
     def tokens_of(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Grid:
         if grid is not None:
-            return grid(arguments) if callable(grid) else grid
+            return checked_grid(grid(arguments) if callable(grid) else grid)
         if known is not None and described.patch_size is None:
             return known.layout(denoiser, arguments, read).grid
         return _grid_from_argument(arguments, size or 1)
@@ -132,12 +132,15 @@ def _levels_layout(tokens: Grid, levels: int, text: TextSource | None, arguments
     """The layout of image tokens alone at every level, and of image and text in one softmax; text may be among the keys only."""
     grids = [(level_grid(tokens, level), level) for level in range(levels)]
     alone = tuple(Sequence(grid, level) for grid, level in grids)
+    # Text with as many tokens as a level would be taken for the image. At the finest level, the argument may be the image itself.
+    lengths = {x.shape[1] for x in arguments.values() if isinstance(x, Tensor) and x.ndim == 3}
+    others = tuple(sequence.area for sequence in alone[1:] if sequence.area in lengths)
     if text is None:
-        return Layout(tokens, alone)
+        return Layout(tokens, alone, others)
     side, of = text
     count = of if isinstance(of, int) else int(arguments[of].shape[-2])
     joint = (Sequence(grid, level, side, count, queries=queries) for grid, level in grids for queries in ("all", "image"))
-    return Layout(tokens, (*joint, *alone), (count,))
+    return Layout(tokens, (*joint, *alone), (count, *others))
 
 
 def _grid_from_argument(arguments: Arguments, size: int) -> Grid:

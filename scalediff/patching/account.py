@@ -78,7 +78,7 @@ class Account:
         dry = Account(denoiser, self._family, self._native, prefix=self._prefix, strict=False)
         dry._last, dry._known = finished, finished.calls
         found = tuple(f"{self._name} also uses {cause}" for cause in other_attention(denoiser, torch_function()))
-        notes = (*self.notes(), *found, describe_calls({self._prefix + name: calls for name, calls in finished.calls.items()}, most=8))
+        notes = (*dry.notes(), *found, describe_calls({self._prefix + name: calls for name, calls in finished.calls.items()}, most=8))
         call = "a dry run: these calls would be computed in windows above the native area, and none was"
         return Report(self._family.denoiser, tuple(dry.rows()), call, known=self._family.listed, notes=notes)
 
@@ -164,6 +164,8 @@ class Account:
         """What to know beyond the rows."""
         denoiser = self._denoiser()
         if self._family.listed or self._family.text == "-" or denoiser is None or self._family.rotation(denoiser) is not None:
+            return []
+        if self._last is not None and not any(call.sequence.text for call in self._last.plan.calls):  # layout= has no text
             return []
         remedy = "if its positions are rotary, pass text_rope=TextRotation(axes, theta)"
         return [f"the text of {self._name} is not rotated for each window: {remedy}"]

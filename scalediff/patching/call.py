@@ -35,22 +35,36 @@ class Call:
         self.offset = offset_of(native, sequence.level, offset)
         self.impl, self.text_queries = impl, text_queries if sequence.queries == "all" else None
         self.real, self.padded = sequence.real, any(count < sequence.text for count in sequence.real)
-        self.text_rope: tuple[Tensor, Tensor] | None = None
-        if rotation is not None and sequence.text != 0:
-            self.text_rope = rotation.tables(self.grid, native, self.window, self.patch, self.offset)
+        self.rotation = rotation if sequence.text != 0 else None
+        self._exact: tuple[Tensor, Tensor] | None = None
+        if self.rotation is not None:
+            with torch.inference_mode(False):  # tables made in inference mode could not be used with gradients later
+                self._exact = self.rotation.tables(self.grid, native, self.window, self.patch, self.offset)
+        self.text_rope = self._exact  # on the device and in the dtype of the last call
         spans = sequence.spans(len(sequence.real) or 1)
         self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, sequence.lengths, spans)
         self._encoded = self._sizes.encode()
 
     def move_text_rope(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The rotary tables `(cos, sin)` on a device, in at least fp32. They stay there, except inside a compiled graph."""
-        if self.text_rope is None:
+        if self.text_rope is None or self._exact is None:
             return None
         kind = torch.promote_types(dtype, torch.float32)
-        cos, sin = (table.to(device, kind) for table in self.text_rope)
-        if not torch.compiler.is_compiling():
-            self.text_rope = cos, sin
-        return cos, sin
+        if (self.text_rope[0].device, self.text_rope[0].dtype) == (device, kind):
+            return self.text_rope
+        cos, sin = self._exact
+        if torch.compiler.is_compiling():
+            return cos.to(device, kind), sin.to(device, kind)
+        with torch.inference_mode(False):
+            moved = cos.to(device, kind), sin.to(device, kind)
+        if type(moved[0]) is Tensor:  # no fake one
+            self.text_rope = moved
+        return moved
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the rotary tables belong to an export or another trace, so that no later pass can use them."""
+        return self._exact is not None and type(self._exact[0]) is not Tensor
 
     @property
     def sizes(self) -> _CallSizes:

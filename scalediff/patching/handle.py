@@ -85,8 +85,8 @@ class Handle:
     def check(self, *args: Any, **inputs: Any) -> Report:
         """Run the denoiser once without changing anything, and report what its attention calls are: a dry run, at any size.
 
-        Every call runs full attention. The result is thrown away; the generators, the buffers of the model and the counts of
-        `report` stay as they are. Hooks of the model and compiled parts run, the latter uncompiled.
+        Every call runs full attention. The result is thrown away; the random generators, the values of the model's buffers and the
+        counts of `report` stay as they are, also after an exception. Hooks of the model and compiled parts run, the latter uncompiled.
 
         Args:
             args, inputs: Arguments of the denoiser's forward pass, such as those of a picture of native size.

@@ -11,7 +11,7 @@ from torch import nn
 
 from scalediff.families import family_of, namesake_of
 from scalediff.families.base import Family
-from scalediff.families.grid import Grid
+from scalediff.families.grid import Grid, checked_grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import Described, GridSource, LayoutSource, TextSource, describe_family
 from scalediff.patching.entry import is_running
@@ -104,7 +104,7 @@ def _resolve_family(net: nn.Module, described: Described) -> Family:
     if namesake is not None:
         hint = (
             f". Its class has the name of {namesake.denoiser} in {namesake.module}, but is defined in {type(net).__module__}: "
-            f"register_family makes scalediff recognise it"
+            f"register_family with module={type(net).__module__!r} makes scalediff recognise it"
         )
     return describe_family(net, _parameters(net), described, known, hint)
 
@@ -117,17 +117,17 @@ def _native_grid(net: nn.Module, family: Family, window: Grid | None, denoiser_w
     """The native token grid: the caller's `window`, or else that of the pipeline's denoiser, or else the family's."""
     trained = family.native_grid(net)
     if window is not None:
-        if len(window) != 2 or not all(isinstance(n, int) and n > 0 for n in window):
+        if len(window) != 2 or min(window) < 1:
             raise ValueError(f"window must be two positive integers (Y, X) in tokens, got {window=}")
         if trained is not None and (window[0] > trained[0] or window[1] > trained[1]):
             native_tokens = f"{trained[0]} x {trained[1]} tokens that {type(net).__name__} was trained on"
             problem = f"{window=} exceeds the {native_tokens}: expect repeated subjects"
             warnings.warn(f"scalediff: {problem}", stacklevel=4)
-        return window
+        return int(window[0]), int(window[1])
     native = denoiser_window or trained
-    if native is None:
-        raise ValueError(f"the native size of {type(net).__name__} is not known: pass window=(Y, X) in tokens")
-    return native
+    if native is not None:
+        return checked_grid(native)
+    raise ValueError(f"the native size of {type(net).__name__} is not known: pass window=(Y, X) in tokens")
 
 
 def _check_not_patched_elsewhere(net: nn.Module, model: Any) -> None:
@@ -151,12 +151,17 @@ def _check_not_running(targets: list[Target], strict: bool) -> None:
             warnings.warn(f"scalediff: {problem}", stacklevel=4)
 
 
+_NO_MODULES = (
+    "the model has no attention modules with a processor, as diffusers' have; a Family(listed=False) finds them when they call attention"
+)
+
+
 def _check_coverage(handle: Handle, strict: bool) -> None:
     """Raise an error, or warn, if no self-attention or only a part of it can be patched."""
     report = handle.report
     missed = [row for row in report.rows if row.role in ("self", "joint") and row.status == "untouched"]
     if report.known and not report.patched:
-        reasons = sorted({row.why for row in missed}) or ["the model has no attention modules"]
+        reasons = sorted({row.why for row in missed}) or [_NO_MODULES]
         problem = f"patch_model found no self-attention to patch in {report.model}: {'; '.join(reasons)}"
     elif missed:
         names = ", ".join(row.module for row in missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")

@@ -91,10 +91,10 @@ class AttentionPlan:
         given = {"layout": layout, "window": window, "text_rope": text_rope, "text_queries": text_queries, "offset": offset}
         check_arguments(_CHECKS, given)
         check_impl(impl)
-        self.layout, self.window, self.grid = layout, (window[0], window[1]), layout.grid
+        self.layout, self.window, self.grid = layout, (int(window[0]), int(window[1])), layout.grid
         self.why = ""  # why the last call was not computed in windows; empty if it was
         options = {"rotation": text_rope, "text_queries": text_queries, "impl": impl}
-        self.calls = tuple(Call(sequence, native=window, offset=offset, **options) for sequence in layout.sequences)  # type: ignore[arg-type]
+        self.calls = tuple(Call(sequence, native=self.window, offset=offset, **options) for sequence in layout.sequences)  # type: ignore[arg-type]
         self.grids = " or ".join(dict.fromkeys(f"{y} x {x}" for y, x in (call.grid for call in self.calls)))
 
     def __call__(
@@ -257,6 +257,8 @@ def _find_problem(call: Call, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: flo
     grouped = enable_gqa or k.shape[2] == 1
     if k.shape != v.shape or (k.shape[2] != q.shape[2] and not grouped) or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
         return "q, k and v must have the same shape except for their lengths" + got(q, k, v)
+    if call.rotation is not None and call.rotation.channels != q.shape[3]:
+        return f"text_rope rotates heads of {call.rotation.channels} channels: pass dim= if the others are not rotated" + got(q)
     if call.real and len(call.real) != q.shape[0]:
         return f"the text lengths are for a batch of {len(call.real)} samples" + got(q)
     if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import weakref
@@ -161,9 +162,11 @@ class Target:
         key = (layout, fraction, like.device, like.dtype)
         plan = self._plans.get(key)
         if plan is None:
+            plan = self._make_plan(layout, fraction).to(like.device, like.dtype)
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = self._make_plan(layout, fraction).to(like.device, like.dtype)
+            if not any(call.is_traced for call in plan.calls):
+                self._plans[key] = plan
         return plan, layout.weights, False
 
     def _make_plan(self, layout: Layout, offset: tuple[float, float]) -> AttentionPlan:
@@ -199,17 +202,13 @@ class Target:
         try:
             layout = self.family.layout(module, arguments, self._read)
         except (UnknownLayout, AttributeError, IndexError, KeyError, TypeError) as why:
-            raise ValueError(f"these arguments of {type(module).__name__} do not give its token layout: {why}") from why
-        devices = [x.device for x in module.parameters() if x.device.type != "cpu"][:1]
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            raise ValueError(f"these arguments of {type(module).__name__} do not give its token layout: {why!r}") from why
+        with torch.no_grad(), _restored(module), torch.compiler.set_stance("force_eager"):
             opened = open_pass(self, self._make_plan(layout, (0.0, 0.0)), layout.weights, frame=sys._getframe(0), observes=True)
             try:
                 module(*args, **kwargs)
             finally:
                 close_pass(opened)
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
         return self.account.dry_run(opened)
 
     @property
@@ -240,6 +239,26 @@ def _has_compiled_parts(module: nn.Module) -> bool:
     """Whether the module or a part of it is compiled. A pass that only observes would be compiled for itself."""
     parts = module.modules()
     return in_compiled_function() or any(getattr(p, "_compiled_call_impl", None) is not None or hasattr(p, "_orig_mod") for p in parts)
+
+
+@contextlib.contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Restore the random generators, and the values of a module's buffers, at the end of a block.
+
+    A buffer that still has its values is not written: that would invalidate a graph of gradients which needs it. Buffers that the block
+    adds or replaces are caches, and are kept.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # Offloaded parameters are on no device, and the devices on which the module will run are not known.
+    on_cpu = accelerator is None or all(parameter.device.type == "cpu" for parameter in module.parameters())
+    with torch.random.fork_rng([] if on_cpu else range(torch.accelerator.device_count())):
+        try:
+            yield
+        finally:
+            for buffer, values in buffers:
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
 
 
 def is_context_parallel(module: nn.Module) -> bool:

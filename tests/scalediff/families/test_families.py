@@ -158,6 +158,6 @@ def test_every_family_has_a_specimen() -> None:
     ],
 )
 def test_linear_and_video_models_are_refused_in_a_sentence(kind: str, error: type[Exception], message: str) -> None:
-    cls = type(kind, (nn.Module,), {})  # recognised by name: nothing of diffusers is needed
+    cls = type(kind, (nn.Module,), {"__module__": "diffusers.models"})  # recognised by name and module: nothing of diffusers is needed
     with pytest.raises(error, match=message):
         scalediff.patch_model(cls())

@@ -16,6 +16,7 @@ from tests.scalediff.families.test_families import allowed
 
 GRID, WINDOW, TEXT, HEADS, DIM = (10, 6), (4, 4), 5, 4, 16
 AREA = GRID[0] * GRID[1]
+IMAGE = Layout(GRID, (Sequence(GRID),))
 SDPA = F.scaled_dot_product_attention
 
 
@@ -138,6 +139,31 @@ def test_keys_and_values_that_do_not_fit() -> None:
     assert plan.why.startswith("q, k and v must be [B, S, H, D], got (60, 4, 16)")
 
 
+@pytest.mark.parametrize("dim", [8, 32])
+def test_rotary_positions_of_other_heads(dim: int) -> None:
+    plan = plan_of(text_rope=TextRotation((4, 6, 6), 10000.0))
+    q = torch.randn(2, TEXT + AREA, HEADS, dim, generator=seeded(0))
+    assert plan(q, q, q) is None
+    assert plan.why.startswith("text_rope rotates heads of 16 channels: pass dim= if the others are not rotated, got")
+    if dim > 16:
+        assert plan_of(text_rope=TextRotation((4, 6, 6), 10000.0, dim=dim))(q, q, q) is not None
+
+
+def test_rotary_tables_keep_their_precision_and_have_gradients() -> None:
+    """A first call in fp32, or in inference mode, leaves nothing behind that a later call in fp64, or with gradients, cannot use."""
+    rotation = TextRotation(axes=(4, 6, 6), theta=10000.0)
+    q = drawn(TEXT + AREA)
+    with torch.inference_mode():
+        plan = plan_of(text_rope=rotation)
+        plan(q.float(), q.float(), q.float())
+    with_gradients = q.float().requires_grad_()
+    out = plan(with_gradients, with_gradients, with_gradients)
+    assert out is not None
+    out.sum().backward()
+    assert with_gradients.grad is not None
+    assert torch.equal(plan(q, q, q), plan_of(text_rope=rotation)(q, q, q))  # type: ignore[arg-type]
+
+
 def test_nothing_is_computed_at_native_size() -> None:
     plan = AttentionPlan(Layout((8, 2), (Sequence((8, 2)),)), window=WINDOW)
     assert plan.is_native
@@ -149,17 +175,38 @@ def test_nothing_is_computed_at_native_size() -> None:
     ("make", "error", "message"),
     [
         (lambda: AttentionPlan((4, 4), window=WINDOW), TypeError, "layout must be a Layout, got layout=(4, 4)"),
-        (lambda: AttentionPlan(Layout(GRID, ()), window=(4, 0)), ValueError, "window must be two positive integers (Y, X) in tokens"),
-        (
-            lambda: AttentionPlan(Layout(GRID, ()), window=4),
-            TypeError,
-            "window must be two positive integers (Y, X) in tokens, got window=4",
-        ),
+        (lambda: AttentionPlan(IMAGE, window=(4, 0)), ValueError, "window must be two positive integers (Y, X) in tokens"),
+        (lambda: AttentionPlan(IMAGE, window=4), TypeError, "window must be two positive integers (Y, X) in tokens, got window=4"),
         (lambda: plan_of(offset=(0.5, 1.0)), ValueError, "offset must be two fractions of a patch (Y, X) in [0, 1), got offset=(0.5, 1.0)"),
         (lambda: plan_of(text_rope=True), TypeError, "text_rope must be a TextRotation, got text_rope=True"),
         (lambda: Layout((4, 0), ()), ValueError, "grid must be two positive integers (Y, X) in tokens, got grid=(4, 0)"),
         (lambda: Layout((4, 4, 4), ()), ValueError, "grid must be two positive integers (Y, X) in tokens, got grid=(4, 4, 4)"),
         (lambda: Layout(GRID, ((4, 4),)), TypeError, "sequences must be a tuple of Sequence, got sequences=((4, 4),)"),
+        (lambda: Layout(GRID, Sequence(GRID)), TypeError, "sequences must be a tuple of Sequence, got sequences=Sequence(grid=(10, 6)"),
+        (lambda: Layout(GRID, ()), ValueError, "sequences must have at least one Sequence, got sequences=()"),
+        (lambda: Layout(GRID, (Sequence(GRID),), others=7), TypeError, "others must be a tuple of integers, got others=7"),
+        (lambda: Layout(GRID, (Sequence(GRID),), others=(-7,)), ValueError, "others must not be negative, got others=-7"),
+        (
+            lambda: Layout(GRID, (Sequence(GRID), Sequence((5, 3)))),
+            ValueError,
+            "a sequence at level=0 must have the layout's grid (10, 6), halved 0 times, got grid=(5, 3)",
+        ),
+        (lambda: Sequence(4), TypeError, "grid must be two positive integers (Y, X) in tokens, got grid=4"),
+        (lambda: Sequence((4.0, 4)), TypeError, "grid must be two positive integers (Y, X) in tokens, got grid=(4.0, 4)"),
+        (lambda: Sequence(GRID, text=4.0), TypeError, "text must be an integer, got text=4.0"),
+        (lambda: Sequence(GRID, text=4, real=(2.0,)), TypeError, "real must be an integer, got real=2.0"),
+        (lambda: TextRotation(16, 1e4), TypeError, "axes must be a tuple of integers, got axes=16"),
+        (lambda: TextRotation((5, 5, 6), 1e4), ValueError, "axes must be even numbers of channels, got axes=(5, 5, 6)"),
+        (
+            lambda: TextRotation((8, 8), 1e4),
+            ValueError,
+            "y and x must be the indices of two of the 2 axes, those of rows and columns, got y=1, x=2",
+        ),
+        (lambda: TextRotation((8, 8), 1e4, y=0, x="1"), TypeError, "x must be an integer, got x='1'"),
+        (lambda: TextRotation((4, 6, 6), "1e4"), TypeError, "theta must be a number, got theta='1e4'"),
+        (lambda: TextRotation((4, 6, 6), 0), ValueError, "theta must be positive, got theta=0"),
+        (lambda: TextRotation((4, 6, 6), 1e4, dim=8), ValueError, "dim must be even and at least the sum of axes, 16, got dim=8"),
+        (lambda: TextRotation((4, 6, 6), 1e4, shift=1), TypeError, "shift must be a function, got shift=1"),
         (lambda: Sequence(GRID, text=-1), ValueError, "text must not be negative, got text=-1"),
         (lambda: Sequence(GRID, level=-1), ValueError, "level must not be negative, got level=-1"),
         (lambda: Sequence(GRID, side="left"), ValueError, "side must be one of prefix, suffix, got side='left'"),
@@ -172,8 +219,14 @@ def test_wrong_descriptions(make: Any, error: type[Exception], message: str) -> 
         make()
 
 
+def test_lists_make_a_layout() -> None:
+    layout = Layout(list(GRID), [Sequence(list(GRID), text=4, real=[3, 4])], others=[7])  # type: ignore[arg-type]
+    assert hash(layout) == hash(Layout(GRID, (Sequence(GRID, text=4, real=(3, 4)),), others=(7,)))
+    assert hash(TextRotation([4, 6, 6], 1e4)) == hash(TextRotation((4, 6, 6), 1e4))  # type: ignore[arg-type]
+
+
 def test_integers_of_other_kinds_make_a_grid() -> None:
-    assert Layout((torch.tensor(10), torch.tensor(6)), ()).grid == GRID  # type: ignore[arg-type]
+    assert Layout((torch.tensor(10), torch.tensor(6)), IMAGE.sequences).grid == GRID  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         Layout((10.0, 6.0), ())  # type: ignore[arg-type]
 

@@ -232,7 +232,7 @@ def test_a_dry_run_names_what_would_stop_it() -> None:
         assert "scaled_dot_product_attention was called with 16 queries and 16 keys by blocks.0.attn and 1 more" in report.notes
     with (
         scalediff.patch_model(dit, grid=lambda arguments: arguments["size"]) as handle,
-        pytest.raises(ValueError, match="these arguments of DiT do not give its token layout: 'size'"),
+        pytest.raises(ValueError, match="these arguments of DiT do not give its token layout: KeyError"),
     ):
         handle.check(latents((4, 4)), *conditions("DiT"))
     handle = scalediff.patch_model(made(DiT))
@@ -332,9 +332,9 @@ def test_what_the_caller_says_comes_before_a_known_family(unet: nn.Module) -> No
 
 def test_arguments_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="layout= describes all tokens of a pass: leave out grid=, levels="):
-        scalediff.patch_model(made(DiT), layout=lambda arguments: Layout(GRID, ()), grid=GRID, levels=2)
+        scalediff.patch_model(made(DiT), layout=lambda arguments: plan_for(GRID).layout, grid=GRID, levels=2)
     with pytest.raises(TypeError, match="layout must be a function, got layout=Layout"):
-        scalediff.patch_model(made(DiT), layout=Layout(GRID, ()))  # type: ignore[arg-type]
+        scalediff.patch_model(made(DiT), layout=plan_for(GRID).layout)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="levels must be at least 1, got levels=0"):
         scalediff.patch_model(made(DiT), levels=0)
     model = made(DiT)

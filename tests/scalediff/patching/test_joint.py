@@ -330,10 +330,14 @@ def test_text_of_an_unlisted_model_is_rotated_by_the_rotation_it_is_given() -> N
     assert (unturned - expected).abs().max() > 1e-5 * expected.abs().max()
 
 
-def test_a_rotation_is_for_the_text_of_unlisted_models() -> None:
+def test_the_rotation_of_the_caller_comes_before_that_of_a_known_family_and_needs_text() -> None:
     _, inner = specimen("FLUX.1")
     rotation = TextRotation(axes=AXES, theta=10000.0)
-    with pytest.raises(ValueError, match=r"is a known family, whose token grid comes from img_ids, got text_rope=TextRotation"):
-        scalediff.patch_model(inner, text_rope=rotation)
+    outputs = []
+    for text_rope in (True, rotation, replace(rotation, theta=10.0)):
+        with scalediff.patch_model(inner, window=WINDOW, text_rope=text_rope):
+            outputs.append(run("FLUX.1", inner, (9, 6)))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
     with pytest.raises(ValueError, match=r"rotates text: pass text= too, got text=None and text_rope=TextRotation"):
         scalediff.patch_model(Unlisted(inner), grid=(9, 6), window=WINDOW, text_rope=rotation)
