@@ -46,8 +46,9 @@ def register_family(family: Family) -> None:
 def family_of(denoiser: nn.Module) -> Family | None:
     """The family of a denoiser, found by name and module of its class so that no model library is imported; None if there is none."""
     for cls in type(denoiser).__mro__:
-        candidates = [family for (name, _), family in _registered.items() if name == cls.__name__]
-        for family in (*candidates, FAMILIES.get(cls.__name__)):
+        registered = [family for (name, _), family in _registered.items() if name == cls.__name__]
+        registered.sort(key=lambda family: len(family.module), reverse=True)  # the innermost module first
+        for family in (*registered, FAMILIES.get(cls.__name__)):
             if family is not None and f"{cls.__module__}.".startswith(f"{family.module}."):
                 return family
     return None

@@ -25,7 +25,7 @@ class Reader:
         self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Any]] = {}
 
     def __call__(self, tensor: Tensor, function: Callable[..., T], *arguments: int) -> T:
-        """`function(tensor, *arguments)`, cached as long as the tensor exists and is not modified."""
+        """`function(tensor, *arguments)`, cached by tensor and function as long as the tensor exists and is not modified."""
         if tensor.is_inference():  # it has no version counter, so a modification would go unnoticed
             return function(tensor, *arguments)
         key = (id(tensor), tensor._version, function, *arguments)

@@ -121,10 +121,14 @@ class Account:
         self.layout_is_checked = self.layout_is_checked or count > 0
         self._last_intercepted, self._most_intercepted = count, max(count, self._most_intercepted)
 
-    def unknown_layout(self, why: str) -> None:
-        """Warn that a pass runs full attention because its layout is unknown; for an unlisted model under `strict`, raise an error."""
-        if self._strict and not self.layout_is_checked and self._last_intercepted < 0:
-            self._last_intercepted = 0
+    def unknown_layout(self, why: str, *, is_error: bool = False) -> None:
+        """Warn that a pass runs full attention because its layout is unknown.
+
+        For an unlisted model under `strict`, raise an error in the first pass, or in any if `is_error`: the caller's description failed.
+        """
+        first = not self.layout_is_checked and self._last_intercepted < 0
+        if self._strict and not self._family.listed and (first or is_error):
+            self._last_intercepted = max(0, self._last_intercepted)
             raise ValueError(f"nothing was patched: {self._name} runs full attention: {why}")
         self.warn_once(self._name, why)
 
@@ -263,7 +267,12 @@ class Account:
         if why:
             return Row(name, site.role, source, text, None, None, "untouched", why, taken, left)
         window, patch = window_of(self._native, site.level), patch_of(self._native, site.level)
-        return Row(name, site.role, source, text, window, patch, "patched", "", taken, left)
+        return Row(name, site.role, source, text, window, patch, "patched", self._why_in_part(site.name), taken, left)
+
+    def _why_in_part(self, name: str) -> str:
+        """Why some calls of a module ran full attention in the last pass, beside those in windows; empty if none did."""
+        calls = self._last.calls.get(name) if self._last is not None else None
+        return f"in part, {calls.why}" if calls is not None and calls.taken and calls.left and calls.why else ""
 
     def _why_untouched(self, site: AttentionSite, taken: int | None, left: int | None) -> str:
         module = self._module(site)
@@ -287,7 +296,8 @@ class Account:
         if taken == 0:
             why = (calls.why or _other_lengths(calls)) if left else f"{_NO_CALL} in the last pass"
             return Row(full, role, self._family.grid_source, text, None, None, "untouched", why, taken, left)
-        return Row(full, role, self._family.grid_source, text, calls.call.window, calls.call.patch, "patched", "", taken, left)
+        why = self._why_in_part(name)
+        return Row(full, role, self._family.grid_source, text, calls.call.window, calls.call.patch, "patched", why, taken, left)
 
 
 def _other_lengths(calls: ModuleCalls) -> str:

@@ -50,6 +50,7 @@ class Pass:
         self.owner, self.plan, self.weights, self.outer, self.observes = owner, plan, weights, outer, observes
         self.with_gradients = torch.is_grad_enabled()
         self.depth = depth_of(frame) if self.with_gradients else 0
+        self.contains_passes = False  # of other owners, which count their own calls
         self.intercepted = 0  # calls
         self.skipped: dict[str, str] = {}  # callers whose calls ran full attention, and why
         self.calls: dict[str, ModuleCalls] = {}  # by the name of the module
@@ -97,6 +98,8 @@ def open_pass(owner: Owner, plan: AttentionPlan, weights: Tensor | None, *, fram
 def close_pass(finished: Pass) -> None:
     """End a pass; calls belong to the outer pass again, if there is one."""
     _passes.current = finished.outer
+    if finished.outer is not None:
+        finished.outer.contains_passes = True
     _replacement.release()
 
 
@@ -218,7 +221,7 @@ def _intercept(
         q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa,
         heads_first=heads_first, weights=current_pass.weights,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         _record_in_graph(current_pass, match, why)
     else:
         axis = -2 if heads_first or q.ndim != 4 else 1

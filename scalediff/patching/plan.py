@@ -132,6 +132,9 @@ class AttentionPlan:
         self._set_why("")
         return match.attend(scale)
 
+    def __repr__(self) -> str:
+        return f"AttentionPlan({self.layout!r}, window={self.window})"
+
     @property
     def is_native(self) -> bool:
         """Whether the token grid is not larger in area than the window, so that every call runs full attention."""

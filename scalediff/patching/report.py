@@ -22,7 +22,7 @@ class Row:
         window: Key/value window in tokens `(Y, X)`; None if the module is not patched.
         patch: Query patch in tokens `(Y, X)`; None if the module is not patched.
         status: `"patched"` or `"untouched"`.
-        why: Why the module is not patched; empty if it is.
+        why: Why the module is not patched, or why some of its calls ran full attention; empty if all are computed in windows.
         taken: Number of attention calls that the last pass above the native area computed in windows; None before such a pass, and if a
             compiled graph made the calls.
         left: Number of attention calls that it left to full attention; None as above.

@@ -141,7 +141,7 @@ class Target:
                 self.account.unknown_layout(str(why))
             return None
         except (AttributeError, IndexError, KeyError, TypeError) as why:  # arguments that the family does not expect
-            self.account.unknown_layout(f"its arguments do not give the token layout: {why!r}")
+            self.account.unknown_layout(f"its arguments do not give the token layout: {why!r}", is_error=True)
             return None
         if not isinstance(layout, Layout):
             raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")

@@ -155,3 +155,22 @@ def test_a_module_that_is_never_seen_is_said_once() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(x)
+
+
+class Twice(nn.Module):
+    """Two calls in one module, of which one is causal."""
+
+    patch_size = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.flatten(2).mT[:, None]
+        out = F.scaled_dot_product_attention(q, q, q) + F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return out[:, 0].mT.unflatten(-1, x.shape[-2:])
+
+
+def test_a_module_that_is_windowed_in_part_has_the_reason_in_its_row() -> None:
+    model = Twice()
+    with scalediff.patch_model(model, window=(4, 4)) as handle, pytest.warns(UserWarning, match="causal attention is not supported"):
+        model(torch.randn(1, WIDTH, 9, 6, generator=seeded()))
+    (row,) = handle.report.rows
+    assert (row.status, row.taken, row.left, row.why) == ("patched", 1, 1, "in part, causal attention is not supported")
