@@ -15,6 +15,7 @@ from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
 from scalediff.patching.call import Call
+from scalediff.patching.context_parallel import check_equal_parts, gathered_layout, needs_equal_parts
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import AttentionPlan, Options
 from scalediff.patching.report import Report, Row
@@ -114,7 +115,9 @@ class Target:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
         """Open a pass for a forward above the native area; None if the forward needs no interception."""
         outer = current()
-        if not self.active or self.attention == "full" or (outer is not None and outer.owner is self):
+        if not self.active or (outer is not None and outer.owner is self):
+            return None
+        if self.attention == "full" and not needs_equal_parts(module, self.family):
             return None
         planned = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
         if planned is None:
@@ -144,12 +147,15 @@ class Target:
             return None
         if not isinstance(layout, Layout):
             raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")
+        if needs_equal_parts(module, self.family):
+            check_equal_parts(module, layout)
+        if self.attention == "full":
+            return None
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
             if self.account.layout_is_checked or _has_compiled_parts(module):
                 return None
             return AttentionPlan(layout, window=self.native), None, True
-        if is_context_parallel(module):
-            raise NotImplementedError(CONTEXT_PARALLEL)
+        layout = gathered_layout(module, self.family, layout)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
             raise NotImplementedError(CHECKPOINTING)
         if torch.is_grad_enabled() and self.offsets.jitter != "none" and in_checkpoint():
@@ -199,6 +205,7 @@ class Target:
             layout = self.family.layout(module, arguments, self._read)
         except (UnknownLayout, AttributeError, IndexError, KeyError, TypeError) as why:
             raise ValueError(f"these arguments of {type(module).__name__} do not give its token layout: {why}") from why
+        layout = gathered_layout(module, self.family, layout)
         devices = [x.device for x in module.parameters() if x.device.type != "cpu"][:1]
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
@@ -229,21 +236,10 @@ def any_active() -> bool:
     return len(_active) > 0
 
 
-CONTEXT_PARALLEL = (
-    "patch_model does not support context parallelism yet: it splits text and image over the ranks and joins them interleaved, "
-    "so that windows cannot be formed"
-)
-
-
 def _has_compiled_parts(module: nn.Module) -> bool:
     """Whether the module or a part of it is compiled. A pass that only observes would be compiled for itself."""
     parts = module.modules()
     return in_compiled_function() or any(getattr(p, "_compiled_call_impl", None) is not None or hasattr(p, "_orig_mod") for p in parts)
-
-
-def is_context_parallel(module: nn.Module) -> bool:
-    """Whether diffusers' context parallelism is enabled for this module."""
-    return getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
