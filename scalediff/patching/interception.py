@@ -189,9 +189,8 @@ def _backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Replacement for one backend of diffusers' dispatcher, `[B, S, H, D]` in and out. The dispatcher passes keyword arguments only."""
 
     def backend(**arguments: Any) -> Tensor:
-        if arguments.get("_parallel_config") is not None:
-            return function(**arguments)  # these are the tokens of one device: `_parallel_attention` sees those of all
-        if not _passes.bypass and _passes.current is not None:
+        parallel = arguments.get("_parallel_config") is not None  # these are the tokens of one device: `_forward_op` sees those of all
+        if not _passes.bypass and _passes.current is not None and not parallel:
             out = _intercept(
                 arguments["query"], arguments["key"], arguments["value"], _four_axes(arguments.get("attn_mask")),
                 arguments.get("dropout_p", 0.0), arguments.get("is_causal", False), arguments.get("scale"),
@@ -238,18 +237,14 @@ def _forward_op(function: Callable[..., Any]) -> Callable[..., Any]:
         scale: float | None, enable_gqa: bool, return_lse: bool, **options: Any,
     ) -> Any:  # fmt: skip
         current_pass = _passes.current
-        if current_pass is not None and not _passes.bypass and not return_lse:
+        if current_pass is not None and not return_lse:  # `bypass` is set: this is inside a backend
             match = _match(current_pass, query, key, value, _four_axes(attn_mask), dropout_p, is_causal, enable_gqa, heads_first=False)
             if match is not None:
-                if current_pass.with_gradients:
+                if current_pass.with_gradients and options.get("_save_ctx", True):
                     ctx.save_for_backward(match.q, match.k, match.v)
                     ctx.windows = match.call, match.weights, scale
                 return match.attend(scale)
-        before, _passes.bypass = _passes.bypass, True
-        try:
-            return function(ctx, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **options)
-        finally:
-            _passes.bypass = before
+        return function(ctx, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **options)
 
     return forward_op
 

@@ -24,6 +24,7 @@ from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
 from scalediff import Layout, Sequence
 from scalediff.cascade.pipeline import native_size
+from scalediff.patching import interception
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
 
@@ -205,6 +206,41 @@ def custom_plan() -> Tensor:
         return output(model, inputs("Chroma", GRID))
 
 
+def two_pictures() -> dict[str, Any]:
+    """A layout that the family does not know, though each process could take its own tokens for a picture above the native size."""
+    model, arguments = build("FLUX.1"), inputs("FLUX.1", GRID)
+    arguments["img_ids"] = torch.cat([inputs("FLUX.1", (4, 6))["img_ids"]] * 2)
+    in_parallel(model)
+    expected = output(model, arguments)
+    with warnings.catch_warnings(record=True) as said, scalediff.patch_model(model, window=WINDOW):
+        warnings.simplefilter("always")
+        out = output(model, arguments)
+    return {"out": out, "expected": expected, "said": [str(one.message) for one in said]}
+
+
+def unseen() -> str:
+    """What a pass says if diffusers computes attention over several devices by another function."""
+    model = build("FLUX.1")
+    in_parallel(model)
+    before, interception._PARALLEL = interception._PARALLEL, "another_function"
+    try:
+        with scalediff.patch_model(model, window=WINDOW):
+            output(model, inputs("FLUX.1", GRID))
+    except ValueError as error:
+        return str(error)
+    finally:
+        interception._PARALLEL = before
+    return ""
+
+
+def checked() -> list[str]:
+    """A dry run."""
+    model = build("FLUX.1")
+    in_parallel(model)
+    with scalediff.patch_model(model, window=WINDOW) as handle:
+        return [row.status for row in handle.check(**inputs("FLUX.1", NATIVE), return_dict=False).rows]
+
+
 def compiled() -> list[Tensor]:
     """The whole model as one graph a size."""
     model = build("FLUX.1")
@@ -255,5 +291,5 @@ PATCHED: dict[str, Callable[[], dict[str, Any]]] = {
 }
 CASES: dict[str, Callable[[], Any]] = PATCHED | {
     case.__name__: case
-    for case in (masked, anything, gradients, another_backend, custom_plan, compiled, drawn, hangs, fails)
+    for case in (masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, hangs, fails)
 }  # fmt: skip

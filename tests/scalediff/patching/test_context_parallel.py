@@ -23,7 +23,7 @@ from tests.scalediff.patching.ranks import GRID, NATIVE, PATCHED, UNEVEN, build,
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
-TWO = (*PATCHED, "masked", "anything", "gradients", "another_backend", "custom_plan", "drawn")
+TWO = (*PATCHED, "masked", "anything", "gradients", "another_backend", "custom_plan", "two_pictures", "unseen", "checked", "drawn")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,22 @@ def test_the_whole_cascade_draws_the_same_picture(two: list[dict[str, Any]]) -> 
     assert torch.equal(one["latents"], other["latents"])
     assert one["refused"] == other["refused"]
     assert one["refused"].startswith("ulysses_degree=2 splits image and text into equal parts, got 15 image and 6 text tokens")
+
+
+def test_an_unknown_layout_runs_full_attention_and_says_so(two: list[dict[str, Any]]) -> None:
+    for found in (one["two_pictures"] for one in two):
+        assert torch.equal(found["out"], found["expected"])
+        assert "img_ids must be the ids of one picture" in found["said"][0]
+
+
+def test_calls_that_are_not_seen_are_an_error(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert "made no call of scaled_dot_product_attention" in found["unseen"]
+        assert "(3 of 3 self-attention modules of FluxTransformer2DModel)" in found["unseen"]
+
+
+def test_a_dry_run_of_a_parallel_model(two: list[dict[str, Any]]) -> None:
+    assert two[0]["checked"] == ["patched"] * 3
 
 
 # Longer runs
