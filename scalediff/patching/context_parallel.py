@@ -59,10 +59,10 @@ def gathered_layout(module: nn.Module, family: Family, layout: Layout) -> Layout
     config = _configuration(module)
     if config is None:
         return layout
-    shards = {sequence.shards for sequence in layout.sequences}
-    check_context_parallel(module, family, has_layout=shards != {1})
-    degree = config.ulysses_degree
-    if shards == {1}:
+    degree, shards = config.ulysses_degree, {sequence.shards for sequence in layout.sequences}
+    has_shards = max(shards, default=1) > 1
+    check_context_parallel(module, family, has_layout=has_shards)
+    if not has_shards:
         layout = replace(layout, sequences=tuple(replace(sequence, shards=degree) for sequence in layout.sequences))
     elif shards != {degree}:
         raise ValueError(f"every sequence of the layout must have shards={degree}, the ulysses_degree of the model, got {sorted(shards)}")
