@@ -87,7 +87,8 @@ def patch_model(
         model: A diffusers pipeline, its denoiser (docs/guide/models.md lists the known ones), or any module whose attention
             reaches `F.scaled_dot_product_attention`. A pipeline's ControlNets are patched too. If the cascade supports the
             family, a text-to-image call of the pipeline runs the cascade whenever `height` x `width` exceeds the native size; the
-            family's preset fills in the arguments that the call leaves out.
+            family's preset fills in the arguments that the call leaves out. Context parallelism of diffusers may be enabled before or
+            later, with Ulysses attention, on the models named in docs/guide/models.md.
         grid: Token grid `(Y, X)`, or a function that returns it from the named arguments of a forward pass. Like the next four
             arguments, it is needed for a module that belongs to no known family, and comes before what a known family says.
         patch_size: Latents or pixels per token, as an alternative to `grid`; applied to the first `[B, C, H, W]` argument. Read from
@@ -107,7 +108,7 @@ def patch_model(
         jitter: How the patch grid moves: `"none"`; `"alternate"`, by half a patch at every second step; `"random"`, by a random
             fraction of a patch at every step. Forward passes with the same input tensor count as one step;
             `Handle.restart_jitter` starts the sequence again.
-        seed: Seed of the random offsets. They come from a separate generator.
+        seed: Seed of the random offsets, which must be the same on all ranks of a parallel model. They come from a separate generator.
         strict: Raise an error if a self-attention module cannot be patched or, in a later pass, ran without calling attention;
             or if no attention call of an unlisted model has the lengths of its layout in its first pass, at any size. Warn
             instead when False.
@@ -128,9 +129,10 @@ def patch_model(
         TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph; an argument is of the
             wrong type.
         RuntimeError: The call comes from a callback of a run of the same model.
-        NotImplementedError: The model is a video model, or uses diffusers' context parallelism; `impl="triton"` without the
-            triton package. `impl="triton"` on a model that is not on a GPU, and gradient checkpointing, raise this error at the
-            first call above the native area.
+        NotImplementedError: The model is a video model; it uses ring attention, or diffusers' context parallelism on a model whose
+            order of tokens is not known; `impl="triton"` without the triton package. `impl="triton"` on a model that is not on a
+            GPU, gradient checkpointing, and such parallelism if it is enabled after patching, raise this error at the first call
+            above the native area.
 
     ScaleDiff, arXiv:2510.25818.
     """

@@ -96,6 +96,8 @@ class Family:
         listed: Whether the attention modules are known in advance, as modules with a processor. For other models they are found when
             they call attention.
         module: Module that defines the class, or a package that contains it. A class of the same name elsewhere is another family.
+        context_parallel: Whether text and image are separate up to their joint attention and diffusers' context parallelism splits both,
+            so that Ulysses attention gathers them as a `Sequence` with shards.
     """
 
     denoiser: str
@@ -112,6 +114,7 @@ class Family:
     refusal_error: type[Exception] = NotImplementedError
     listed: bool = True
     module: str = "diffusers"
+    context_parallel: bool = False
 
     def sites(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
         """The attention modules of a denoiser; empty if the family is not listed."""

@@ -115,11 +115,12 @@ def _presets(denoiser: Any) -> Mapping[str, Preset]:
 
 
 _SAME = (
-    "FluxControlNetModel", "Flux2Transformer2DModel", "BriaTransformer2DModel", "BriaFiboTransformer2DModel",
+    "FluxControlNetModel", "BriaTransformer2DModel", "BriaFiboTransformer2DModel",
     "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
 )  # fmt: skip
 FLUX = (
-    replace(_FLUX, cascade=Cascade(_presets, packed=True)),
+    replace(_FLUX, cascade=Cascade(_presets, packed=True), context_parallel=True),
+    replace(_FLUX, denoiser="Flux2Transformer2DModel", context_parallel=True),
     *(replace(_FLUX, denoiser=name) for name in _SAME),
     replace(_FLUX, denoiser="ChromaTransformer2DModel", layout=_chroma_layout),
     replace(

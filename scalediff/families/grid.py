@@ -98,9 +98,13 @@ class Sequence:
             Empty if no sample has padding.
         ragged: Whether the image directly follows each sample's text, so that padding is at the end of the sequence.
         queries: `"all"`, or `"image"` if text is only among the keys.
+        shards: Number of parts into which text and image were each split, as `torch.tensor_split` does, before the parts were put in one
+            sequence: for N parts `[text 0, image 0, text 1, image 1, ... text N-1, image N-1]`, or `[image 0, text 0, ...]` with
+            `side="suffix"`. All other attributes describe text and image in one piece. Ulysses attention, where every device holds one
+            part, gathers tokens in this order.
 
     Raises:
-        ValueError: A number is out of range, or a choice is not one of those listed.
+        ValueError: A number is out of range, a choice is not one of those listed, or a `ragged` sequence has several shards.
         TypeError: A number is not an integer.
     """
 
@@ -111,6 +115,7 @@ class Sequence:
     real: tuple[int, ...] = ()
     ragged: bool = False
     queries: Literal["all", "image"] = "all"
+    shards: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", checked_grid(self.grid))
@@ -122,6 +127,10 @@ class Sequence:
         object.__setattr__(self, "real", _counts("real", self.real))
         if any(count > self.text for count in self.real):
             raise ValueError(f"real must be numbers of text tokens from 0 to text={self.text}, got real={self.real}")
+        if operator.index(self.shards) < 1:
+            raise ValueError(f"shards must be at least 1, got shards={self.shards}")
+        if self.ragged and self.shards > 1:
+            raise ValueError(f"a ragged sequence has its padding at the end and must have one shard, got shards={self.shards}")
 
     @property
     def area(self) -> int:
@@ -169,7 +178,8 @@ class Layout:
         others: Lengths of all other sequences: text that attends to itself, or that the image attends to. Calls are recognised by
             their lengths, so a call with one of these lengths runs full attention.
         masked: Whether `real` and `weights` already describe the attention masks of the pass; the masks are then ignored.
-        weights: `[B, S]`, m, if the model adds m_i m_j to the score of query i and key j. Not compared by `==`.
+        weights: `[B, S]`, m, if the model adds m_i m_j to the score of query i and key j; text and image in one piece, also where a
+            sequence has shards. Not compared by `==`.
 
     Raises:
         ValueError: The grid is not two positive integers, there is no sequence, the grid of a sequence is not that of its level, or a
@@ -218,6 +228,12 @@ def level_grid(latent: Grid, level: int) -> Grid:
     for _ in range(level):
         y, x = (y + 1) // 2, (x + 1) // 2
     return y, x
+
+
+def split_sizes(tokens: int, shards: int) -> tuple[int, ...]:
+    """Number of tokens in each part that `torch.tensor_split` makes: equal, or the first parts have one more."""
+    least, longer = divmod(tokens, shards)
+    return tuple(least + (part < longer) for part in range(shards))
 
 
 def window_of(native: Grid, level: int) -> Grid:

@@ -73,7 +73,7 @@ _QWEN = Family(
     cascade=_CASCADE,
 )
 QWEN = (
-    _QWEN,
+    replace(_QWEN, context_parallel=True),
     replace(_QWEN, denoiser="QwenImageControlNetModel", cascade=None),
     replace(
         _QWEN,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,8 +46,11 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    _parallel_config: Any = None,
 ) -> Tensor:
     """Attention from and to `[B, S, H, D]`, the signature of a diffusers backend."""
+    if _parallel_config is not None:
+        raise NotImplementedError('the attention backend "scalediff" does not support context parallelism: choose "native"')
     if not torch.compiler.is_compiling() and not any_active():
         raise RuntimeError(
             'the attention backend "scalediff" needs a patched model, which provides the token grid: '

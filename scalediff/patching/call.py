@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.families.grid import Grid, Sequence, Span, offset_of, patch_of, window_of
+from scalediff.families.grid import Grid, Sequence, Span, offset_of, patch_of, split_sizes, window_of
 from scalediff.families.rotation import TextRotation
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
@@ -42,7 +42,7 @@ class Call:
                 self._exact = self.rotation.tables(self.grid, native, self.window, self.patch, self.offset)
         self.text_rope = self._exact  # on the device and in the dtype of the last call
         spans = sequence.spans(len(sequence.real) or 1)
-        self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, sequence.lengths, spans)
+        self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, sequence.lengths, sequence.shards, spans)
         self._encoded = self._sizes.encode()
 
     def move_text_rope(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -77,6 +77,29 @@ class Call:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Attention of queries `[B, S, H, D]` to keys and values `[B, S, G, D]`; the output is zero at padding."""
+        parts = self._parts()
+        if parts is None:
+            return self._attend(q, k, v, scale)
+        k, v = _join(k, *parts), _join(v, *parts)
+        if self.text_queries is None:  # the queries are image tokens alone
+            return self._attend(q, k, v, scale)
+        return _interleave(self._attend(_join(q, *parts), k, v, scale), *parts)
+
+    def as_it_arrives(self, x: Tensor) -> Tensor:
+        """Reorder `[B, S, ...]` from text and image in one piece to the order of a call's tokens, which differs if there are shards."""
+        parts = self._parts()
+        return x if parts is None else _interleave(x, *parts)
+
+    def _parts(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Lengths of the shards of what comes first, text or image, and of the other; None if text and image are in one piece."""
+        sizes = self.sizes
+        if sizes.shards == 1 or sizes.lengths[1] == sizes.area:
+            return None
+        text, image = (split_sizes(n, sizes.shards) for n in (sizes.lengths[1] - sizes.area, sizes.area))
+        return (text, image) if self.sequence.side == "prefix" else (image, text)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """As `attend`, of text and image in one piece."""
         sizes = self.sizes
         if sizes.lengths[1] == sizes.area:
             return self._image(sizes, q, k, v, scale)
@@ -129,6 +152,7 @@ class _CallSizes(NamedTuple):
     patch: Grid
     offset: Grid
     lengths: tuple[int, int]
+    shards: int
     spans: tuple[Span, ...]
 
     @property
@@ -136,16 +160,28 @@ class _CallSizes(NamedTuple):
         return self.grid[0] * self.grid[1]
 
     def encode(self) -> str:
-        """Encode as a string: five pairs, then the spans."""
-        return " ".join(str(n) for pair in (*self[:5], *self.spans) for n in pair)
+        """Encode as a string: five pairs, the number of shards, then the spans."""
+        return " ".join(str(n) for numbers in (*self[:5], (self.shards,), *self.spans) for n in numbers)
 
     @classmethod
     def decode(cls, text: str) -> _CallSizes:
         """The inverse of `encode`."""
         n = [int(number) for number in text.split()]
         pairs = [(n[i], n[i + 1]) for i in range(0, 10, 2)]
-        spans = tuple(Span(n[i], n[i + 1], n[i + 2], n[i + 3], n[i + 4]) for i in range(10, len(n), 5))
-        return cls(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], spans)
+        spans = tuple(Span(n[i], n[i + 1], n[i + 2], n[i + 3], n[i + 4]) for i in range(11, len(n), 5))
+        return cls(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], n[10], spans)
+
+
+def _join(x: Tensor, first: tuple[int, ...], second: tuple[int, ...]) -> Tensor:
+    """Reorder tokens `[f0 s0 f1 s1 ...]` of `[B, S, ...]`, parts of these lengths, to `[f0 f1 ... s0 s1 ...]`."""
+    parts = x.split([length for pair in zip(first, second, strict=True) for length in pair], dim=1)
+    return torch.cat([*parts[0::2], *parts[1::2]], dim=1)
+
+
+def _interleave(x: Tensor, first: tuple[int, ...], second: tuple[int, ...]) -> Tensor:
+    """The inverse of `_join`."""
+    parts = x.split([*first, *second], dim=1)
+    return torch.cat([part for pair in zip(parts[: len(first)], parts[len(first) :], strict=True) for part in pair], dim=1)
 
 
 def _pad_channels(rope: tuple[Tensor, Tensor] | None, dim: int) -> tuple[Tensor, Tensor] | None:

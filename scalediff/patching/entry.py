@@ -6,15 +6,15 @@ A pass opens at the outermost of these methods; the inner ones do nothing.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from types import FrameType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from scalediff.patching.interception import current
+from scalediff.patching.stack import in_forward
 from scalediff.patching.subclass import ATTRIBUTE
 from scalediff.patching.target import Target
 
@@ -135,9 +135,4 @@ def is_running(net: nn.Module) -> bool:
     inner = current()
     if inner is not None and inner.owner is net.__dict__.get(ATTRIBUTE):
         return False
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in ("forward", "_call_impl") and frame.f_locals.get("self") is net:
-            return True
-        frame = frame.f_back
-    return False
+    return in_forward(net)

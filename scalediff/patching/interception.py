@@ -112,6 +112,7 @@ class _Replacement:
         self.torch_function: Any = F.scaled_dot_product_attention
         self.original = self.torch_function
         self._backends: dict[Any, Any] = {}
+        self._parallel: Any = None  # the dispatcher's attention over several devices
 
     def acquire(self) -> None:
         with self._lock:
@@ -120,9 +121,12 @@ class _Replacement:
                 self.original = F.scaled_dot_product_attention
                 F.scaled_dot_product_attention = scaled_dot_product_attention
             if self._users == 0:
-                registry = _registry()
+                registry, dispatcher = _registry(), _dispatcher()
                 self._backends = dict(registry)
                 registry.update({name: _backend(function) for name, function in registry.items()})
+                self._parallel = getattr(dispatcher, _PARALLEL, None)
+                if self._parallel is not None:
+                    setattr(dispatcher, _PARALLEL, _parallel_attention(self._parallel))
             self._users += 1
 
     def release(self) -> None:
@@ -131,8 +135,10 @@ class _Replacement:
             if self._users == 0:
                 if F.scaled_dot_product_attention is scaled_dot_product_attention:
                     F.scaled_dot_product_attention = self.original
-                registry = _registry()
+                registry, dispatcher = _registry(), _dispatcher()
                 registry.update({n: f for n, f in self._backends.items() if registry.get(n) is _backend(f)})
+                if self._parallel is not None and getattr(dispatcher, _PARALLEL, None) is _parallel_attention(self._parallel):
+                    setattr(dispatcher, _PARALLEL, self._parallel)
 
 
 _replacement = _Replacement()
@@ -144,10 +150,14 @@ def torch_function() -> Callable[..., Any]:
     return function
 
 
+def _dispatcher() -> Any:
+    """The module of diffusers' attention dispatcher; None if it has not been imported."""
+    return sys.modules.get("diffusers.models.attention_dispatch")
+
+
 def _registry() -> dict[Any, Any]:
     """The dictionary of diffusers' attention backends; empty if its dispatcher has not been imported."""
-    module = sys.modules.get("diffusers.models.attention_dispatch")
-    registry = getattr(getattr(module, "_AttentionBackendRegistry", None), "_backends", None)
+    registry = getattr(getattr(_dispatcher(), "_AttentionBackendRegistry", None), "_backends", None)
     return registry if isinstance(registry, dict) else {}
 
 
@@ -182,13 +192,12 @@ def _backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Replacement for one backend of diffusers' dispatcher, `[B, S, H, D]` in and out. The dispatcher passes keyword arguments only."""
 
     def backend(**arguments: Any) -> Tensor:
-        if not _passes.bypass and _passes.current is not None and arguments.get("_parallel_config") is None:
-            mask = arguments.get("attn_mask")
-            if mask is not None and mask.ndim == 2:  # the dispatcher also accepts [B, S], a mask of the keys
-                mask = mask[:, None, None, :]
+        parallel = arguments.get("_parallel_config") is not None  # these are the tokens of one device: `_forward_op` sees those of all
+        if not _passes.bypass and _passes.current is not None and not parallel:
             out = _intercept(
-                arguments["query"], arguments["key"], arguments["value"], mask, arguments.get("dropout_p", 0.0),
-                arguments.get("is_causal", False), arguments.get("scale"), arguments.get("enable_gqa", False), heads_first=False,
+                arguments["query"], arguments["key"], arguments["value"], _four_axes(arguments.get("attn_mask")),
+                arguments.get("dropout_p", 0.0), arguments.get("is_causal", False), arguments.get("scale"),
+                arguments.get("enable_gqa", False), heads_first=False,
             )  # fmt: skip
             if out is not None:
                 return out
@@ -199,6 +208,63 @@ def _backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             _passes.bypass = before
 
     return backend
+
+
+def _four_axes(mask: Tensor | None) -> Tensor | None:
+    """A mask for the dispatcher, which may also be a mask of the keys `[B, S]`, as `[B, 1, 1, S]`."""
+    return mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
+
+
+_PARALLEL = "_templated_context_parallel_attention"  # the function through which all backends compute attention over several devices
+
+
+@functools.cache
+def _parallel_attention(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement for the dispatcher's attention over several devices.
+
+    It exchanges tokens for heads, calls `forward_op` for all tokens and a part of the heads, and exchanges them back; `backward_op` gives
+    the gradients in between. These two are replaced. Each backend has its own, which need not call another function that is replaced.
+    """
+
+    def attention(*tensors: Any, forward_op: Callable[..., Any], backward_op: Callable[..., Any], **options: Any) -> Any:
+        return function(*tensors, forward_op=_forward_op(forward_op), backward_op=_backward_op(backward_op), **options)
+
+    return attention
+
+
+def _forward_op(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement for a `forward_op`, `[B, S, H, D]` in and out."""
+
+    def forward_op(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+        scale: float | None, enable_gqa: bool, return_lse: bool, **options: Any,
+    ) -> Any:  # fmt: skip
+        current_pass = _passes.current
+        if current_pass is not None and not return_lse:  # `bypass` is set: this is inside a backend
+            match = _match(current_pass, query, key, value, _four_axes(attn_mask), dropout_p, is_causal, enable_gqa, heads_first=False)
+            if match is not None:
+                if current_pass.with_gradients and options.get("_save_ctx", True):
+                    ctx.save_for_backward(match.q, match.k, match.v)
+                    ctx.windows = match.call, match.weights, scale
+                return match.attend(scale)
+        return function(ctx, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **options)
+
+    return forward_op
+
+
+def _backward_op(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement for a `backward_op`: the gradients of a call that was computed in windows, by computing it again."""
+
+    def backward_op(ctx: Any, grad_out: Tensor, *more: Any, **options: Any) -> Any:
+        windows = getattr(ctx, "windows", None)
+        if windows is None:
+            return function(ctx, grad_out, *more, **options)
+        call, weights, scale = windows
+        q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        with torch.enable_grad():
+            return torch.autograd.grad(Match(call, q, k, v, weights).attend(scale), (q, k, v), grad_out)
+
+    return backward_op
 
 
 def _intercept(
@@ -217,6 +283,26 @@ def _intercept(
     current_pass = _passes.current
     if current_pass is None:
         return None
+    match = _match(current_pass, q, k, v, mask, dropout_p, is_causal, enable_gqa, heads_first=heads_first)
+    if match is None:
+        return None
+    out = match.attend(scale)
+    return out.transpose(1, 2) if heads_first else out
+
+
+def _match(
+    current_pass: Pass,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+    *,
+    heads_first: bool,
+) -> Match | None:
+    """Match a call with the plan of a pass, and record it; None if it runs full attention."""
     match, why = current_pass.plan.match(
         q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa,
         heads_first=heads_first, weights=current_pass.weights,
@@ -226,10 +312,7 @@ def _intercept(
     else:
         axis = -2 if heads_first or q.ndim != 4 else 1
         _notify(current_pass, match, why, (q.shape[axis], k.shape[axis]))
-    if match is None or current_pass.observes:
-        return None
-    out = match.attend(scale)
-    return out.transpose(1, 2) if heads_first else out
+    return None if current_pass.observes else match
 
 
 def _record_in_graph(current_pass: Pass, match: Match | None, why: str) -> None:

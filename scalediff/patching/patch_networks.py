@@ -14,13 +14,14 @@ from scalediff.families.base import Family
 from scalediff.families.grid import Grid, checked_grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import Described, GridSource, LayoutSource, TextSource, describe_family
+from scalediff.patching.context_parallel import check_context_parallel
 from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
 from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, uncompiled
 from scalediff.patching.plan import Options
 from scalediff.patching.report import Row
 from scalediff.patching.subclass import ATTRIBUTE
-from scalediff.patching.target import CONTEXT_PARALLEL, Target, is_context_parallel
+from scalediff.patching.target import Target
 from scalediff.settings import Jitter
 from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
 
@@ -96,10 +97,12 @@ def _resolve_family(net: nn.Module, described: Described) -> Family:
         if not described:
             raise known.refusal_error(f"{type(net).__name__} is not patched: {known.refusal}")
         known = None  # the user knows better
-    if is_context_parallel(net):
-        raise NotImplementedError(CONTEXT_PARALLEL)
-    if known is not None and not described:
-        return known
+    family = known if known is not None and not described else _describe_family(net, described, known)
+    check_context_parallel(net, family, has_layout=described.layout is not None)
+    return family
+
+
+def _describe_family(net: nn.Module, described: Described, known: Family | None) -> Family:
     namesake, hint = namesake_of(net), ""
     if namesake is not None:
         hint = (

@@ -194,7 +194,7 @@ class AttentionPlan:
             problem = f"text of {call.real} tokens is padded, but the call has no mask"
         if problem:
             return None, problem
-        factors = None if weights is None else (weights, weights)
+        factors = None if weights is None else (call.as_it_arrives(weights),) * 2
         if mask is not None and not self.layout.masked and not is_constant(mask):  # masked: the layout already accounts for the mask
             bias = key_mask_bias(mask, k)
             if bias is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch.utils.checkpoint
+from torch import nn
 
 CHECKPOINTING = (
     "gradient checkpointing is not supported: it computes blocks again after the forward pass, when attention is no longer "
@@ -30,6 +31,13 @@ def in_checkpoint(below: int = 0) -> bool:
     """Whether torch.utils.checkpoint is running in a frame above the depth `below`."""
     stack = list(frames(sys._getframe(1)))
     return any(frame.f_code.co_filename == torch.utils.checkpoint.__file__ for frame in stack[: max(0, len(stack) - below)])
+
+
+def in_forward(module: nn.Module) -> bool:
+    """Whether a forward of the module, or a hook of diffusers around it, is running."""
+    methods = ("forward", "_call_impl", "new_forward")
+    running = (frame.f_locals for frame in frames(sys._getframe(1)) if frame.f_code.co_name in methods)
+    return any(names.get("self") is module or names.get("module") is module for names in running)
 
 
 def in_compiled_function() -> bool:

@@ -16,6 +16,7 @@ from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
 from scalediff.patching.call import Call
+from scalediff.patching.context_parallel import check_equal_parts, gathered_layout, needs_equal_parts
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import AttentionPlan, Options
 from scalediff.patching.report import Report, Row
@@ -115,7 +116,9 @@ class Target:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
         """Open a pass for a forward above the native area; None if the forward needs no interception."""
         outer = current()
-        if not self.active or self.attention == "full" or (outer is not None and outer.owner is self):
+        if not self.active or (outer is not None and outer.owner is self):
+            return None
+        if self.attention == "full" and not needs_equal_parts(module, self.family):
             return None
         planned = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
         if planned is None:
@@ -145,12 +148,15 @@ class Target:
             return None
         if not isinstance(layout, Layout):
             raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")
+        if needs_equal_parts(module, self.family):
+            check_equal_parts(module, layout)
+        if self.attention == "full":
+            return None
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
             if self.account.layout_is_checked or _has_compiled_parts(module):
                 return None
             return AttentionPlan(layout, window=self.native), None, True
-        if is_context_parallel(module):
-            raise NotImplementedError(CONTEXT_PARALLEL)
+        layout = gathered_layout(module, self.family, layout)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
             raise NotImplementedError(CHECKPOINTING)
         if torch.is_grad_enabled() and self.offsets.jitter != "none" and in_checkpoint():
@@ -203,6 +209,7 @@ class Target:
             layout = self.family.layout(module, arguments, self._read)
         except (UnknownLayout, AttributeError, IndexError, KeyError, TypeError) as why:
             raise ValueError(f"these arguments of {type(module).__name__} do not give its token layout: {why!r}") from why
+        layout = gathered_layout(module, self.family, layout)
         with torch.no_grad(), _restored(module), torch.compiler.set_stance("force_eager"):
             opened = open_pass(self, self._make_plan(layout, (0.0, 0.0)), layout.weights, frame=sys._getframe(0), observes=True)
             try:
@@ -229,12 +236,6 @@ def any_active() -> bool:
     return len(_active) > 0
 
 
-CONTEXT_PARALLEL = (
-    "patch_model does not support context parallelism yet: it splits text and image over the ranks and joins them interleaved, "
-    "so that windows cannot be formed"
-)
-
-
 def _has_compiled_parts(module: nn.Module) -> bool:
     """Whether the module or a part of it is compiled. A pass that only observes would be compiled for itself."""
     parts = module.modules()
@@ -259,11 +260,6 @@ def _restored(module: nn.Module) -> Iterator[None]:
             for buffer, values in buffers:
                 if not torch.equal(buffer, values):
                     buffer.copy_(values)
-
-
-def is_context_parallel(module: nn.Module) -> bool:
-    """Whether diffusers' context parallelism is enabled for this module."""
-    return getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -50,6 +50,13 @@ def test_in_a_compiled_graph() -> None:
     torch._dynamo.reset()
 
 
+def test_context_parallelism_needs_another_name() -> None:
+    scalediff.register_backend()
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(NotImplementedError, match='"scalediff" does not support context parallelism: choose "native"'):
+        dispatch.dispatch_attention_fn(x, x, x, backend="scalediff", parallel_config=object())
+
+
 def test_the_name_alone_is_an_error() -> None:
     scalediff.register_backend()
     model: Any = ZOO["FLUX.1"].build()

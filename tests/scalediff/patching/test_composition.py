@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -269,23 +268,7 @@ def test_an_exception_in_the_middle_of_a_pass_leaves_nothing_behind(where: str) 
     assert torch.equal(ZOO["FLUX.1"].run(model, GRID), plain)
 
 
-# What is refused, and what shares a name
-
-
-def test_context_parallelism_is_refused_before_and_after_patching() -> None:
-    model, (plain, _) = ZOO["FLUX.1"].build(), plain_and_patched("FLUX.1")
-    parallel = types.SimpleNamespace(context_parallel_config=object())
-    model._parallel_config = parallel
-    with pytest.raises(NotImplementedError, match="context parallelism"):
-        patch(model)
-    model._parallel_config = None
-    with patch(model):
-        model._parallel_config = parallel
-        with pytest.raises(NotImplementedError, match="context parallelism"):
-            ZOO["FLUX.1"].run(model, GRID)
-        assert F.scaled_dot_product_attention is SDPA
-        model._parallel_config = None
-    assert torch.equal(ZOO["FLUX.1"].run(model, GRID), plain)
+# What shares a name
 
 
 def test_a_package_named_kernels_is_not_hidden(tmp_path: Path) -> None:

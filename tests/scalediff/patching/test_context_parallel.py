@@ -1,0 +1,209 @@
+"""Patched models under diffusers' context parallelism: two processes compute what one computes, in the same windows."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import scalediff
+from bench.models.zoo import WINDOW, ZOO
+from scalediff import Layout, Sequence
+from scalediff.families import FAMILIES
+
+diffusers = pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
+
+from tests.scalediff.patching import ranks  # noqa: E402
+from tests.scalediff.patching.ranks import GRID, NATIVE, PATCHED, UNEVEN, build, inputs, output  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
+
+TWO = (*PATCHED, "masked", "anything", "gradients", "another_backend", "custom_plan", "two_pictures", "unseen", "checked", "drawn")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes computed."""
+    return ranks.run(2, TWO, tmp_path_factory.mktemp("two"))
+
+
+def one_process(kind: str, rule: str = "window", *, heads: int = 2, grid: tuple[int, int] = GRID, **changes: Any) -> Tensor:
+    model = build(kind, heads=heads)
+    with scalediff.patch_model(model, window=WINDOW, text_queries=rule):
+        return output(model, inputs(kind, grid, text=2 * heads if heads > 2 else 6) | changes)
+
+
+def assert_same(out: Tensor, expected: Tensor) -> None:
+    """Within rounding: models are in fp64, pipelines in fp32. Parts of a matrix product may be summed in another order."""
+    relative = 1e-10 if expected.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(out, expected, rtol=relative, atol=relative * expected.abs().max().item())
+
+
+def check_patched(found: dict[str, Any], name: str, heads: int = 2) -> None:
+    """Above the native size every call is in windows, once, and at it nothing changes."""
+    kind, rule, _ = name.split(", ")
+    assert_same(found["above"], one_process(kind, rule, heads=heads))
+    assert found["calls"]
+    assert set(found["calls"]) == {("patched", 1, 0)}
+    assert torch.equal(found["native"], found["unpatched native"])
+    assert (found["unpatched"] - found["above"]).abs().max() > 1e-3 * found["above"].abs().max()
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_two_processes_give_what_one_gives(name: str, two: list[dict[str, Any]]) -> None:
+    check_patched(two[0][name], name)
+    for key in ("above", "native"):
+        assert torch.equal(two[0][name][key], two[1][name][key])
+
+
+def test_families_with_a_plan_are_those_that_are_supported() -> None:
+    planned = {name for name in (family.denoiser for family in FAMILIES.values() if not family.refusal) if plan_of(name)}
+    assert (
+        planned
+        == {family.denoiser for family in FAMILIES.values() if family.context_parallel}
+        == {ZOO[kind].kind for kind in ranks.PLANNED}
+    )
+
+
+def plan_of(name: str) -> Any:
+    return getattr(getattr(diffusers, name, None), "_cp_plan", None)
+
+
+def test_masks_of_the_text_are_gathered(two: list[dict[str, Any]]) -> None:
+    expected = one_process("Qwen-Image", encoder_hidden_states_mask=ranks.HOLES)
+    assert_same(two[0]["masked"], expected)
+    assert not torch.equal(expected, one_process("Qwen-Image"))
+
+
+def test_parts_may_differ_in_length(two: list[dict[str, Any]]) -> None:
+    model = build("FLUX.1")
+    with scalediff.patch_model(model, window=WINDOW):
+        assert_same(two[0]["anything"], output(model, inputs("FLUX.1", UNEVEN, text=5)))
+
+
+def test_gradients_are_those_of_one_process(two: list[dict[str, Any]]) -> None:
+    expected = ranks.gradients_of(build("FLUX.1"), inputs("FLUX.1", GRID))
+    assert two[0]["gradients"].keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_same(two[0]["gradients"][name], gradient)
+
+
+def test_a_backend_that_never_calls_sdpa_is_replaced(two: list[dict[str, Any]]) -> None:
+    found = two[0]["another_backend"]
+    assert_same(found["above"], one_process("FLUX.1"))
+    assert found["in windows"] == []
+    assert found["all"] == [NATIVE[0] * NATIVE[1] + 6] * 3
+    assert found["restored"]
+
+
+def test_a_layout_says_how_tokens_of_another_model_arrive(two: list[dict[str, Any]]) -> None:
+    model = build("Chroma")
+    with scalediff.patch_model(model, window=WINDOW, text_rope=False):
+        assert_same(two[0]["custom_plan"], output(model, inputs("Chroma", GRID)))
+
+
+def test_the_whole_cascade_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
+    one, other = (found["drawn"] for found in two)
+    assert_same(one["latents"], ranks.draw(*ranks.built("FLUX")))
+    assert torch.equal(one["latents"], other["latents"])
+    assert one["refused"] == other["refused"]
+    assert one["refused"].startswith("ulysses_degree=2 splits image and text into equal parts, got 15 image and 6 text tokens")
+
+
+def test_an_unknown_layout_runs_full_attention_and_says_so(two: list[dict[str, Any]]) -> None:
+    for found in (one["two_pictures"] for one in two):
+        assert torch.equal(found["out"], found["expected"])
+        assert "img_ids must be the ids of one picture" in found["said"][0]
+
+
+def test_calls_that_are_not_seen_are_an_error(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert "made no call of scaled_dot_product_attention" in found["unseen"]
+        assert "(3 of 3 self-attention modules of FluxTransformer2DModel)" in found["unseen"]
+
+
+def test_a_dry_run_of_a_parallel_model(two: list[dict[str, Any]]) -> None:
+    assert two[0]["checked"] == ["patched"] * 3
+
+
+# Longer runs
+
+
+@pytest.mark.slow
+def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
+    found = ranks.run(4, PATCHED, tmp_path)
+    for name in PATCHED:
+        check_patched(found[3][name], name, heads=4)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_what_it_gives_uncompiled(tmp_path: Path) -> None:
+    for out, grid in zip(ranks.run(2, ["compiled"], tmp_path)[0]["compiled"], (GRID, (6, 8)), strict=True):
+        assert_same(out, one_process("FLUX.1", grid=grid))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "error"), [("hangs", TimeoutError), ("fails", torch.multiprocessing.ProcessRaisedException)])
+def test_a_process_that_hangs_or_fails_ends_the_test(case: str, error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(error, match="did not finish" if case == "hangs" else "this process fails"):
+        ranks.run(2, [case], tmp_path, seconds=20)
+
+
+# What is refused: no processes are needed to say so
+
+
+def configured(model: Any, **options: Any) -> Any:
+    config = {"ring_degree": 1, "ulysses_degree": 1, "ulysses_anything": False} | options
+    model._parallel_config = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(**config))
+    return model
+
+
+RING = r"does not support ring attention, .*got ring_degree=2"
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_ring_attention_is_refused_before_and_after_patching(ulysses: int) -> None:
+    sdpa, options = F.scaled_dot_product_attention, {"ring_degree": 2, "ulysses_degree": ulysses}
+    with pytest.raises(NotImplementedError, match=RING):
+        scalediff.patch_model(configured(build("FLUX.1"), **options), window=WINDOW)
+    model = build("FLUX.1")
+    with scalediff.patch_model(model, window=WINDOW) as handle:
+        expected = output(model, inputs("FLUX.1", GRID))
+        configured(model, **options)
+        with pytest.raises(NotImplementedError, match=RING):
+            output(model, inputs("FLUX.1", GRID))
+        with pytest.raises(NotImplementedError, match=RING):
+            handle.check(**inputs("FLUX.1", GRID))
+        assert F.scaled_dot_product_attention is sdpa
+        model._parallel_config = None
+        assert torch.equal(output(model, inputs("FLUX.1", GRID)), expected)
+
+
+def test_models_whose_order_of_tokens_is_not_known_are_refused() -> None:
+    message = r"of FluxTransformer2DModel, .*QwenImageTransformer2DModel; .*Sequence\(..., shards=2\), got ChromaTransformer2DModel"
+    with pytest.raises(NotImplementedError, match=message):
+        scalediff.patch_model(configured(build("Chroma"), ulysses_degree=2), window=WINDOW)
+    one_piece, other_number = (lambda arguments, n=n: Layout(GRID, (Sequence(GRID, text=6, shards=n),), masked=True) for n in (1, 3))
+    for layout, error, of in (
+        (None, NotImplementedError, message),
+        (one_piece, NotImplementedError, message),
+        (other_number, ValueError, r"must have shards=2, the ulysses_degree of the model, got \[3\]"),
+    ):
+        model: nn.Module = build("Chroma")
+        with scalediff.patch_model(model, layout=layout, window=WINDOW):
+            configured(model, ulysses_degree=2)
+            with pytest.raises(error, match=of):
+                output(model, inputs("Chroma", GRID))
+
+
+@pytest.mark.parametrize(("grid", "text"), [(UNEVEN, 6), (GRID, 5), ((3, 3), 6)])
+def test_lengths_that_do_not_divide_are_named(grid: tuple[int, int], text: int) -> None:
+    model = configured(build("FLUX.1"), ulysses_degree=2)
+    message = f"ulysses_degree=2 splits .* equal parts, got {grid[0] * grid[1]} image and {text} text tokens"
+    with scalediff.patch_model(model, window=WINDOW), pytest.raises(ValueError, match=message):
+        output(model, inputs("FLUX.1", grid, text=text))
