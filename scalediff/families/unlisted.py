@@ -79,7 +79,7 @@ def describe_family(model: nn.Module, parameters: tuple[str, ...], described: De
     grid, text, rotation = described.grid, described.text, described.rotation
     if rotation is not None and text is None and described.layout is None and known is None:
         raise ValueError(f"text_rope=TextRotation(...) rotates text: pass text= too, got text=None and text_rope={rotation!r}")
-    size = described.patch_size if described.patch_size is not None else _patch_size(model)
+    size = described.patch_size if described.patch_size is not None or known is not None else _patch_size(model)
     if grid is None and size is None and described.layout is None and known is None:
         raise ValueError(
             f"{type(model).__name__} belongs to no known family: pass its token grid as grid=(Y, X) or as a function "
