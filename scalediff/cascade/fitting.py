@@ -40,10 +40,9 @@ class Fit:
     size: tuple[int, int] | None = None
 
     def describe(self) -> str:
-        """One sentence without a full stop."""
+        """The need beside what is available, as a clause for messages."""
         needs = f"this run needs about {format_gib(self.peak)}"
-        found = "" if self.available is None else f"; {format_gib(self.available)} are available"
-        return needs + found + (f"; {self.advice}" if self.advice else "")
+        return needs if self.available is None else f"{needs}; {format_gib(self.available)} are available"
 
 
 def fit_of(

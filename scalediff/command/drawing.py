@@ -181,9 +181,10 @@ def _print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[
     except NotImplementedError as why:
         _print_status(f"memory: no estimate: {one_line(why)}")
         return
+    described = f"{fit.describe()}; {fit.advice}" if fit.advice else fit.describe()
     if fit.advice and not options.force:
-        raise UsageError(f"{fit.describe()}; {describe_fit(fit.size)}; --force runs it all the same")
-    _print_status(f"memory: {fit.describe()}")
+        raise UsageError(f"{described}; {describe_fit(fit.size)}; --force runs it all the same")
+    _print_status(f"memory: {described}")
     if fit.available is not None and pipe._execution_device.type == "cpu" and MEMORY_HEADROOM * fit.peak <= fit.available:
         keep_freed_memory()
 
