@@ -50,7 +50,7 @@ def describe_run(
         "device": device_name(pipe),
         "settings": asdict(settings),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("scalediff", "torch", "diffusers", "transformers")},
+        | {name: package_version(name) for name in ("scalediff", "torch", "diffusers", "transformers")},
     }
 
 
@@ -66,7 +66,8 @@ def device_name(pipe: Any) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The version of an installed package, which its own metadata holds."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from scalediff.cascade.describing import package_version
 from scalediff.command import commands, drawing
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
 from scalediff.cost.flops import MODELS
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scalediff", description="Generate and upscale pictures far above a diffusion model's native size."
     )
+    versions = ", ".join(f"{name} {package_version(name)}" for name in ("scalediff", "torch", "triton", "diffusers"))
+    parser.add_argument("--version", action="version", version=versions, help="print the versions of scalediff and what it runs on")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = subparsers.add_parser(
