@@ -4,14 +4,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from scalediff.cascade.memory import Estimate, estimate, format_gib, images_per_call, total_bytes
+from scalediff.cascade.memory import (
+    Estimate,
+    available_bytes,
+    estimate,
+    format_gib,
+    images_per_call,
+    is_offloaded,
+    needs_tiling,
+    total_bytes,
+)
 from scalediff.cascade.pipeline import native_size, size_multiple
 
 _PICTURES = 4  # any way of decoding holds a picture about this many times, so the search begins where these fit
 _TRIES = 8
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The memory that a run needs, by estimate, beside the memory that there is.
+
+    Attributes:
+        peak: Bytes that the run needs.
+        available: Bytes that are available; None if not known.
+        advice: What would reduce the need; empty if the run fits.
+        size: (height, width) in pixels of about the same aspect ratio that would fit; None if the run fits or no size is known.
+    """
+
+    peak: int
+    available: int | None
+    advice: str = ""
+    size: tuple[int, int] | None = None
+
+    def describe(self) -> str:
+        """The need beside what is available, as a clause for messages."""
+        needs = f"this run needs about {format_gib(self.peak)}"
+        return needs if self.available is None else f"{needs}; {format_gib(self.available)} are available"
+
+
+def fit_of(
+    pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], *, vae_tiling: bool | None = None, split_guidance: bool = False
+) -> Fit:
+    """Estimate whether a run fits into memory.
+
+    Args:
+        pipe: The pipeline.
+        arguments: Arguments of the pipeline's call.
+        size: (height, width) of the largest stage in pixels.
+        vae_tiling, split_guidance: As in `generate`.
+
+    Raises:
+        ValueError: The pictures alone are larger than the device's memory.
+        NotImplementedError: The memory cannot be estimated.
+    """
+    check_possible(pipe, arguments, size)
+    needs = estimate(pipe, arguments, size)
+
+    def used_at(size: tuple[int, int]) -> dict[str, bool]:
+        tiled = needs_tiling(pipe, size, 1) if vae_tiling is None else vae_tiling
+        return {"tiled": tiled, "split": split_guidance, "offloaded": is_offloaded(pipe)}
+
+    used = used_at(size)
+    peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
+    if available is None or peak <= available:
+        return Fit(peak, available)
+    return Fit(peak, available, needs.advice(available, **used), fitting_size(pipe, arguments, size, available, used_at))
 
 
 def check_possible(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:

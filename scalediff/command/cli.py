@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from scalediff.cascade.describing import package_version
 from scalediff.command import commands, drawing
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
 from scalediff.cost.flops import MODELS
@@ -56,10 +57,18 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port must be an integer in [0, 65535], got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scalediff", description="Generate and upscale pictures far above a diffusion model's native size."
     )
+    versions = ", ".join(f"{name} {package_version(name)}" for name in ("scalediff", "torch", "triton", "diffusers"))
+    parser.add_argument("--version", action="version", version=versions, help="print the versions of scalediff and what it runs on")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = subparsers.add_parser(
@@ -97,17 +106,43 @@ def _parser() -> argparse.ArgumentParser:
         "models", help="list the supported models", description="List the supported denoisers, what works with each, and the presets."
     )
 
+    web = subparsers.add_parser(
+        "web", help="open a page in the browser", description="Serve a page on which pictures are drawn, compared, enlarged and kept."
+    )
+    _add_model_options(web)
+    web.add_argument("--low-memory", action="store_true", help="CPU offload of components not in use")
+    web.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("scalediff-pictures"),
+        help="folder of the pictures (default: scalediff-pictures)",
+    )
+    web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one of this machine (default: 127.0.0.1)")
+    web.add_argument("--port", type=_port, default=7860, metavar="N", help="port to listen on; 0 is any free one (default: 7860)")
+
     info = subparsers.add_parser("info", help="print the metadata of a picture", description="Print a picture's metadata as JSON.")
     info.add_argument("file", type=Path, metavar="FILE", help="a picture written by scalediff")
     return parser
 
 
-def _add_run_options(command: argparse.ArgumentParser) -> None:
-    """Add the options that `generate` and `upscale` have in common."""
-    command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid in the picture")
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that say which model is loaded, and how."""
     command.add_argument(
         "--model", default="demo", help="demo (the embedded model, default), a pipeline folder, or a Hugging Face model id"
     )
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    command.add_argument(
+        "--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="data type of the weights (default: auto)"
+    )
+    command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="scheduler (default: the model's)")
+    command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="timestep spacing of the scheduler")
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that `generate` and `upscale` have in common."""
+    command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid in the picture")
+    _add_model_options(command)
     command.add_argument(
         "--seed", type=_seeds, default=[0], metavar="N|N-M|N,M", help="random seeds; each one gives a picture (default: 0)"
     )
@@ -118,12 +153,6 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--workdir", type=Path, metavar="FOLDER", help="save every stage here; after an interruption, the same command resumes the run"
     )
     command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="size of every stage (default: each stage doubles the size)")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    command.add_argument(
-        "--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="data type of the weights (default: auto)"
-    )
-    command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="scheduler (default: the model's)")
-    command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="timestep spacing of the scheduler")
     command.add_argument("--preview", type=_positive, metavar="N", help="write a preview file at every N-th step")
     command.add_argument(
         "--quiet", action="store_true", help="hide the progress bar, or the line for each stage where stderr is no terminal"
@@ -180,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "upscale": drawing.upscale_pictures,
             "plan": commands.show_plan,
             "models": commands.show_models,
+            "web": commands.serve_page,
             "info": commands.show_info,
         }
         run[options.command](options)

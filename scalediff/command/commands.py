@@ -1,14 +1,17 @@
-"""The commands `scalediff plan`, `scalediff models` and `scalediff info`."""
+"""The commands `scalediff plan`, `scalediff models`, `scalediff info` and `scalediff web`."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import signal
+import sys
 from argparse import Namespace
 from dataclasses import asdict
 
 from scalediff.cascade.memory import estimate_model, format_gib
 from scalediff.cascade.metadata import read_metadata
-from scalediff.command.loading import UsageError
+from scalediff.command.loading import UsageError, load_model
 from scalediff.cost.flops import MODELS, built, count
 from scalediff.families import FAMILIES
 
@@ -70,3 +73,26 @@ def _show_presets() -> None:
 def show_info(options: Namespace) -> None:
     """Print the metadata of a picture as JSON."""
     print(json.dumps(read_metadata(options.file), indent=2, ensure_ascii=False))
+
+
+def serve_page(options: Namespace) -> None:
+    """Load a model and serve the page until Ctrl-C."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UsageError('the page needs Gradio: pip install "scalediff[web]"')
+    from scalediff.web.server import listen, serve
+
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out must be a folder, got the file {options.out}")
+    with listen(options.host, options.port) as listener:  # before the model, which can take minutes
+        pipe = load_model(
+            options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler, spacing=options.timestep_spacing,
+            low_memory=options.low_memory,
+        )  # fmt: skip
+        name = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"http://{name}:{listener.getsockname()[1]}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        # The server passes the signal on when it has ended; as an exception it lets the folder of the uploads be removed.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            serve(pipe, model=options.model, folder=options.out, host=options.host, listener=listener)
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import sys
 import time
@@ -11,15 +10,14 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scalediff.cascade.checks import check_run
-from scalediff.cascade.fitting import check_possible, describe_fit, fitting_size
-from scalediff.cascade.memory import available_bytes, estimate, format_gib, is_offloaded, needs_tiling
+from scalediff.cascade.describing import describe_run, describe_stage, device_name
+from scalediff.cascade.fitting import describe_fit, fit_of
 from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import cascade_of, named_preset, native_size, stage_sizes
 from scalediff.cascade.progress import Step, show_pipeline_bar
@@ -58,7 +56,7 @@ def generate_pictures(options: Namespace) -> None:
     check_run(pipe, {}, sizes, settings, restarts=len(sizes) - 1)
     _print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
-        _print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {_device_name(pipe)}")
+        _print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
         run_metadata = {"sizes": [f"{h}x{w}" for h, w in sizes]}
         with _stage_saver(pipe, options, job, run_metadata) as (save, written):
             run_arguments = _run_arguments(pipe, options, job, settings, several=len(jobs) > 1)
@@ -87,7 +85,7 @@ def upscale_pictures(options: Namespace) -> None:
     stage_sizes(pipe, height, width)
     _print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
-        _print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {_device_name(pipe)}")
+        _print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
         with _stage_saver(pipe, options, job, run_metadata) as (save, _):
             run_arguments = _run_arguments(pipe, options, job, settings, several=len(jobs) > 1)
             result = upscale(pipe, image, job.prompt, height=height, width=width, sizes=options.sizes, **run_arguments, on_stage=save)
@@ -178,36 +176,17 @@ def _print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[
     arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
-    check_possible(pipe, arguments, size)
     try:
-        needs = estimate(pipe, arguments, size)
+        fit = fit_of(pipe, arguments, size, vae_tiling=_vae_tiling(options), split_guidance=options.low_memory or options.split_guidance)
     except NotImplementedError as why:
         _print_status(f"memory: no estimate: {one_line(why)}")
         return
-
-    def used_at(size: tuple[int, int]) -> dict[str, bool]:
-        tiling = _vae_tiling(options)
-        return {
-            "tiled": needs_tiling(pipe, size, 1) if tiling is None else tiling,
-            "split": options.low_memory or options.split_guidance,
-            "offloaded": is_offloaded(pipe),
-        }
-
-    used = used_at(size)
-    peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
-    if available is None:
-        _print_status(f"memory: this run needs about {format_gib(peak)}")
-    elif peak > available:
-        advice = needs.advice(available, **used)
-        problem = f"this run needs about {format_gib(peak)}; {format_gib(available)} are available; {advice}"
-        if not options.force:
-            fits = describe_fit(fitting_size(pipe, arguments, size, available, used_at))
-            raise UsageError(f"{problem}; {fits}; --force runs it all the same")
-        _print_status(f"memory: {problem}")
-    else:
-        _print_status(f"memory: this run needs about {format_gib(peak)}; {format_gib(available)} are available")
-        if pipe._execution_device.type == "cpu" and MEMORY_HEADROOM * peak <= available:
-            keep_freed_memory()
+    described = f"{fit.describe()}; {fit.advice}" if fit.advice else fit.describe()
+    if fit.advice and not options.force:
+        raise UsageError(f"{described}; {describe_fit(fit.size)}; --force runs it all the same")
+    _print_status(f"memory: {described}")
+    if fit.available is not None and pipe._execution_device.type == "cpu" and MEMORY_HEADROOM * fit.peak <= fit.available:
+        keep_freed_memory()
 
 
 def _vae_tiling(options: Namespace) -> bool | None:
@@ -228,9 +207,7 @@ def _stage_saver(
     def save(stage: Stage) -> None:
         last = stage.index == stage.of
         path = job.out if last else job.out.with_name(f"{job.out.stem}.stage{stage.index}-{stage.height}x{stage.width}.png")
-        save_png(
-            stage.images[0], path, metadata={**_metadata(pipe, options, job, stage.settings), **run_metadata, **_stage_metadata(stage)}
-        )
+        save_png(stage.images[0], path, metadata={**_metadata(pipe, options, job, stage.settings), **run_metadata, **describe_stage(stage)})
         written.append(path)
 
     try:
@@ -247,7 +224,7 @@ def _print_result(result: Result, job: Job, options: Namespace) -> float:
     _print_status(f"{job.out}: {last.height} x {last.width} in {seconds:.1f} s, peak memory {_peak_memory(last.latents.device)}")
     if options.json:
         summary = {"file": str(job.out), "prompt": job.prompt, "seed": job.seed, "seconds": round(seconds, 3)}
-        stages = [_stage_metadata(stage) for stage in result.stages]
+        stages = [describe_stage(stage) for stage in result.stages]
         print(json.dumps({**summary, "settings": asdict(result.settings), "stages": stages}, ensure_ascii=False), flush=True)
     return seconds
 
@@ -286,35 +263,19 @@ def _method_label(settings: Settings) -> str:
 
 
 def _metadata(pipe: Any, options: Namespace, job: Job, settings: Settings) -> dict[str, Any]:
-    """The metadata of a picture: with the same machine, versions and threads, it can be reproduced from them."""
-    return {
-        "prompt": job.prompt,
-        "negative_prompt": options.negative_prompt,
-        "seed": job.seed,
-        "model": options.model,
-        "preset": options.preset,
-        "scheduler": type(pipe.scheduler).__name__,
-        "timestep_spacing": pipe.scheduler.config.get("timestep_spacing"),
-        "vae": {"tiling": _vae_tiling(options), "attention": options.vae_attention},
-        "split_guidance": options.low_memory or options.split_guidance,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": _device_name(pipe),
-        "settings": asdict(settings),
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("scalediff", "torch", "diffusers", "transformers")},
-    }
-
-
-def _stage_metadata(stage: Stage) -> dict[str, Any]:
-    place = f"{stage.index}/{stage.of}"
-    return {"stage": place, "height": stage.height, "width": stage.width, "steps": stage.steps, "seconds": round(stage.seconds, 3)}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    """The metadata of a picture from the options of the command."""
+    return describe_run(
+        pipe,
+        settings,
+        prompt=job.prompt,
+        negative_prompt=options.negative_prompt,
+        seed=job.seed,
+        model=options.model,
+        preset=options.preset,
+        vae_tiling=_vae_tiling(options),
+        vae_attention=options.vae_attention,
+        split_guidance=options.low_memory or options.split_guidance,
+    )
 
 
 def _peak_memory(device: torch.device) -> str:
@@ -327,11 +288,6 @@ def _peak_memory(device: torch.device) -> str:
         return "unknown on this system"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
-
-
-def _device_name(pipe: Any) -> str:
-    device = pipe._execution_device
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _slug(prompt: str) -> str:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from scalediff_kernels._launch import device_name, on
+from scalediff_kernels._ops import add_op_namespace_prefix
 from scalediff_kernels.lowpass.geometry import coarse_length
 from scalediff_kernels.lowpass.matmul import Axes, accumulator, coarse_matmul, expand_matmul
 from scalediff_kernels.lowpass.operators import LowPass
 
 
-@torch.library.custom_op("scalediff::low_pass_coarse", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("low_pass_coarse"), mutates_args=())
 def low_pass_coarse(
     inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None, cutoff: float, kind: str, triton: bool
 ) -> Tensor:
@@ -44,7 +45,7 @@ def _(inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None,
     return x.new_empty(x.shape[0], x.shape[1], *coarse, dtype=accumulator(x))
 
 
-@torch.library.custom_op("scalediff::low_pass_expand", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("low_pass_expand"), mutates_args=())
 def low_pass_expand(
     like: Tensor, coarse: Tensor, gain: float, addends: Sequence[Tensor], weights: Sequence[float], cutoff: float, kind: str, triton: bool
 ) -> Tensor:
@@ -62,7 +63,7 @@ def _(
     return torch.empty_like(like)
 
 
-@torch.library.custom_op("scalediff::low_pass_expand_", mutates_args=("out",))
+@torch.library.custom_op(add_op_namespace_prefix("low_pass_expand_"), mutates_args=("out",))
 def low_pass_expand_(
     out: Tensor,
     weight: float,

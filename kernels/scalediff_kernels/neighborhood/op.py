@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from scalediff_kernels._launch import DTYPES, device_name, device_refusal, on
+from scalediff_kernels._ops import NAMESPACE, add_op_namespace_prefix, ops
 
 
-@torch.library.custom_op("scalediff::image_attention", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("image_attention"), mutates_args=())
 def image_attention(
     q: Tensor,
     k: Tensor,
@@ -34,7 +35,7 @@ def image_attention(
     return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
 
 
-@torch.library.custom_op("scalediff::image_attention_lse", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("image_attention_lse"), mutates_args=())
 def image_attention_lse(
     q: Tensor,
     k: Tensor,
@@ -53,7 +54,7 @@ def image_attention_lse(
     return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale), lse=lse), lse
 
 
-@torch.library.custom_op("scalediff::text_attention", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("text_attention"), mutates_args=())
 def text_attention(
     text_q: Tensor,
     k: Tensor,
@@ -123,10 +124,10 @@ def _autocast_rule(operator: Callable[..., Any], key: torch._C.DispatchKey) -> C
     return rule
 
 
-_library = torch.library.Library("scalediff", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _name in ("image_attention", "image_attention_lse", "text_attention"):
     for _key in (torch._C.DispatchKey.AutocastCUDA, torch._C.DispatchKey.AutocastCPU):
-        _library.impl(_name, _autocast_rule(getattr(torch.ops.scalediff, _name), _key), _key.name)
+        _library.impl(_name, _autocast_rule(getattr(ops, _name), _key), _key.name)
 
 
 def _launched(

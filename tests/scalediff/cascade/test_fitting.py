@@ -9,7 +9,7 @@ import pytest
 
 import scalediff
 from scalediff.cascade import fitting
-from scalediff.cascade.fitting import describe_fit, fitting_size
+from scalediff.cascade.fitting import describe_fit, fit_of, fitting_size
 from scalediff.cascade.memory import MARGIN, estimate
 from tests.conftest import seeded
 
@@ -78,3 +78,19 @@ def test_too_narrow_for_the_filter(demo: Any) -> None:
     assert scalediff.generate(demo, "a moon", height=least, width=256, **run).images[0].size == (256, least)
     with pytest.raises(ValueError, match=r"cutoff must leave at least one coarse pixel, got cutoff=0.01"):
         scalediff.generate(demo, "a moon", height=128, width=128, lfm_cutoff=0.01)
+
+
+def test_a_run_is_compared_with_the_memory_that_is_available(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and split guidance count as they are used; a run that fits has no advice."""
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: MARGIN + 60 * MIB)
+    small, large = fit_of(demo, ARGUMENTS, (64, 64)), fit_of(demo, ARGUMENTS, (1024, 512))
+    assert (small.advice, small.size) == ("", None)
+    assert re.fullmatch(r"this run needs about 1\.\d GiB; 1\.1 GiB are available", small.describe())
+    assert large.advice
+    assert large.size is not None
+    assert fit_of(demo, ARGUMENTS, large.size).advice == ""
+    needs = estimate(demo, ARGUMENTS, (1024, 512))
+    assert large.peak == needs.peak()
+    assert fit_of(demo, ARGUMENTS, (1024, 512), vae_tiling=True, split_guidance=True).peak == needs.peak(tiled=True, split=True)
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: None)
+    assert re.fullmatch(r"this run needs about \d\.\d GiB", fit_of(demo, ARGUMENTS, (1024, 512)).describe())

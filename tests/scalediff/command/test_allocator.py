@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from scalediff.cascade import fitting
 from scalediff.command import allocator, drawing
 from scalediff.command.cli import main
 
@@ -55,7 +56,7 @@ def test_the_command_keeps_it_where_there_is_room(
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(drawing, "keep_freed_memory", lambda: asked.append(1))
-    monkeypatch.setattr(drawing, "available_bytes", lambda device: room * 2**30)
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: room * 2**30)
     assert (
         main(
             [

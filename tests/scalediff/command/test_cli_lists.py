@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from scalediff.cascade import fitting
 from scalediff.cascade.metadata import read_metadata
 from scalediff.command import drawing, loading
 from scalediff.command.cli import main
@@ -121,7 +122,7 @@ def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest
 
 
 def test_memory_is_told_before_anything_is_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "available_bytes", lambda device: 2**20)
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: 2**20)
     monkeypatch.setattr(drawing, "generate", lambda *args, **kwargs: pytest.fail("drawn") if not said() else stop())
 
     def said() -> str:
@@ -158,7 +159,7 @@ def test_progress_in_a_pipe_is_a_line_for_each_stage(capsys: pytest.CaptureFixtu
 def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the numbers and a size that would fit, which does."""
     room = 2**30 + 60 * 2**20
-    monkeypatch.setattr(drawing, "available_bytes", lambda device: room)
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: room)
     monkeypatch.setattr(drawing, "generate", lambda *args, **kwargs: pytest.fail("drawn"))
     big = ["--steps", "4", "--restart", "0.5", "--quiet", "--device", "cpu", "--no-vae-tiling"]
     assert main(["generate", "a moon", "--size", "1024x512", *big]) == 2

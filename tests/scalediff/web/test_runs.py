@@ -1,0 +1,140 @@
+"""A job in its thread: progress, pictures with metadata, comparison, cancelling, errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+import scalediff
+from scalediff.cascade import fitting
+from scalediff.patching.networks import handle_of
+from scalediff.web import runs
+from scalediff.web.gallery import Gallery
+from scalediff.web.jobs import job_of
+from scalediff.web.runs import Cancelled, Progress, Run, format_seconds
+from tests.conftest import seeded
+from tests.scalediff.web.conftest import values
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def run_of(pipe: Any, gallery: Gallery, *, picture: Any = None, compare: bool = False, **changes: Any) -> Run:
+    return Run(pipe, job_of(pipe, values(pipe, **changes), picture=picture, compare=compare), gallery, "demo")
+
+
+def test_the_picture_is_that_of_generate_and_has_its_metadata(demo: Any, gallery: Gallery) -> None:
+    told = list(run_of(demo, gallery, seed=4, sg=False).progress())
+    name = told[-1].name
+    assert name == "a-full-moon-4.png"
+    result = scalediff.generate(demo, "a full moon", height=72, width=72, generator=seeded(4), steps=2, restart=0.5, sg=False)
+    with Image.open(gallery.path(name)) as drawn:
+        assert drawn.tobytes() == result.images[0].tobytes()
+    metadata = gallery.metadata(name)
+    assert (metadata["seed"], metadata["settings"]["sg"], metadata["method"], metadata["kind"]) == (4, False, "scalediff", "ScaleDiff")
+    assert [stage["stage"] for stage in metadata["stages"]] == ["1/2", "2/2"]
+    assert told[0].text == "Estimating the memory"
+    assert any(event.text.startswith("ScaleDiff: stage 2 of 2, step 1 of 1") for event in told)
+    assert all(0 <= event.share <= 1 for event in told)
+
+
+def test_a_comparison_draws_all_three_with_the_same_seed(demo: Any, gallery: Gallery) -> None:
+    names = [event.name for event in run_of(demo, gallery, compare=True).progress() if event.name]
+    assert names == ["a-full-moon-0.png"] * 3
+    companions = gallery.companions("a-full-moon-0.png")
+    assert list(companions) == ["full", "direct"]
+    assert gallery.metadata(companions["full"])["settings"]["attention"] == "full"
+    direct = demo("a full moon", height=72, width=72, num_inference_steps=2, guidance_scale=1.5, generator=seeded()).images[0]
+    with Image.open(gallery.path(companions["direct"])) as drawn:
+        assert drawn.tobytes() == direct.tobytes()
+
+
+@pytest.mark.parametrize(("method", "label"), [("multidiffusion", "MultiDiffusion"), ("demofusion", "DemoFusion")])
+def test_other_methods_draw_with_progress(demo: Any, gallery: Gallery, method: str, label: str) -> None:
+    told = list(run_of(demo, gallery, method=method, height=128, width=64).progress())
+    assert told[-1].text == f"{label} is finished"
+    assert any(event.text.startswith(f"{label}: step ") for event in told)
+    assert gallery.metadata("a-full-moon-0.png")["method"] == method
+
+
+def test_a_picture_is_enlarged(demo: Any, gallery: Gallery) -> None:
+    small = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    name = list(run_of(demo, gallery, picture=small, height=128, width=128).progress())[-1].name
+    assert name is not None
+    assert gallery.metadata(name)["picture_size"] == "64x64"
+    expected = scalediff.upscale(demo, small, "a full moon", height=128, width=128, generator=seeded(), steps=2, restart=0.5)
+    with Image.open(gallery.path(name)) as drawn:
+        assert drawn.tobytes() == expected.images[0].tobytes()
+
+
+@pytest.mark.parametrize("method", ["scalediff", "multidiffusion"])
+def test_a_cancelled_run_ends_at_its_next_step_and_gives_the_pipeline_back(demo: Any, gallery: Gallery, method: str) -> None:
+    run, scheduler = run_of(demo, gallery, steps=200, method=method, height=64, width=128), demo.scheduler
+    progress = run.progress()
+    while "step" not in next(progress).text:
+        pass
+    run.cancel()
+    with pytest.raises(Cancelled):
+        list(progress)
+    assert run.ended.is_set()
+    assert demo.scheduler is scheduler
+    assert handle_of(demo) is None
+    assert list(gallery.folder.iterdir()) == []
+    assert list(run_of(demo, gallery).progress())[-1].name == "a-full-moon-0.png", "the pipeline is free"
+
+
+def test_a_run_whose_reader_goes_away_ends(demo: Any, gallery: Gallery) -> None:
+    run = run_of(demo, gallery, steps=200)
+    progress = run.progress()
+    next(progress)
+    progress.close()
+    assert run.ended.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name == "scalediff-run"]
+
+
+def test_a_run_that_does_not_fit_names_a_size_that_does(demo: Any, gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: 2**30 + 40 * 2**20)
+    message = r"this run needs about \d\.\d GiB; 1\.0 GiB are available; \d+ x \d+ would fit; a switch under Memory runs it all the same"
+    with pytest.raises(ValueError, match=message):
+        list(run_of(demo, gallery, height=512, width=512).progress())
+    assert not gallery.folder.exists()
+    assert list(run_of(demo, gallery, force=True).progress())[-1].name
+
+
+def test_a_memory_that_cannot_be_estimated_is_said(demo: Any, gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **named: Any) -> None:
+        raise NotImplementedError("the memory of X cannot be estimated\nmore")
+
+    monkeypatch.setattr(runs, "fit_of", refuse)
+    texts = [event.text for event in run_of(demo, gallery).progress()]
+    assert "No estimate of the memory: the memory of X cannot be estimated" in texts
+
+
+def test_previews_take_a_small_share_of_the_time(demo: Any, gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(demo, gallery, preview=True, steps=6)
+    previews = [event.preview for event in run.progress() if event.preview is not None]
+    assert previews
+    assert all(preview.size == (64, 64) for preview in previews)
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    run._pace.took(0.5)
+    assert run._pace.next == 100 + 0.5 * 9
+    assert not [event for event in run_of(demo, gallery, preview=False).progress() if event.preview is not None]
+
+
+def test_progress_that_nobody_reads_in_time_is_passed_over(demo: Any, gallery: Gallery) -> None:
+    """But no preview and no finished picture is lost."""
+    run, image = run_of(demo, gallery), Image.new("RGB", (1, 1))
+    for event in (Progress("a"), Progress("b", 0.1, image), Progress("c", 0.2), Progress("d", 1.0, name="d.png"), Progress("e")):
+        run._events.put(event)
+    assert run._newest() == Progress("d", 1.0, name="d.png")
+    assert run._newest() == Progress("e")
+    for event in (Progress("b", 0.1, image), Progress("c", 0.2)):
+        run._events.put(event)
+    assert run._newest() == Progress("c", 0.2, image)
+
+
+def test_seconds_are_written_for_people() -> None:
+    assert [format_seconds(s) for s in (0.4, 1.2, 99, 200)] == ["less than 1 s", "about 1 s", "about 99 s", "about 3 min"]
