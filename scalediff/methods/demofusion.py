@@ -118,12 +118,14 @@ def demofusion(
     dilated samples. Because guidance and the step are linear in the outputs, this equals the mix of the steps.
 
     The blur has 2 s - 1 taps and zero padding. Mean and standard deviation are taken per sample over all channels. SDXL's size
-    conditioning has the size of the phase's picture; the crop of a view is its corner on the canvas with margin, and the crop of dilated
-    samples is that of the pipeline's call. The pipeline's autoencoder decodes, with diffusers' tiling if the picture would not fit; the
-    authors' tiled decoder is not implemented.
+    conditioning has the final size in every phase, the first included, as the authors' code has; the crop of a view is its corner on the
+    canvas with margin, and the crop of dilated samples is that of the pipeline's call. The pipeline's autoencoder decodes, with diffusers'
+    tiling if the picture would not fit; the authors' tiled decoder is not implemented.
 
     Differences from the authors' code: it works with any U-Net, not only SDXL. The size need not be a whole multiple of the native one:
-    the base has the target's aspect ratio, and the last phase is cut to the target. Steps and guidance come from the preset.
+    the base has the target's aspect ratio, and the last phase is cut to the target. Steps and guidance come from the preset. With an Euler
+    scheduler their code scales the views after the first batch by the next step's sigma, because the first batch's step has already
+    advanced the scheduler; here all views are scaled by the step's own.
 
     Args:
         pipe: A text-to-image pipeline with a U-Net and a DDIM or Euler scheduler. Its state is restored afterwards.
@@ -147,7 +149,7 @@ def demofusion(
     arguments = running.complete_arguments(pipe, arguments, settings)
     if len(sizes) > 1:
         _check(pipe, arguments)
-    steps, stages = arguments["num_inference_steps"], list[Stage]()
+    steps, stages, told = arguments["num_inference_steps"], list[Stage](), running.size_conditioning(pipe, arguments, size)
     jitter: torch.Generator | None = None
     latents = base = torch.empty(0)
     with running.with_full_attention(pipe):
@@ -156,8 +158,8 @@ def demofusion(
             since = time.perf_counter()
             running.show_progress(pipe, progress, index=phase, of=len(sizes), size=pixels)
             if phase == 1:
-                latents = base = running.generate_latents(pipe, arguments, pixels)
-                # Only now, so that the first phase equals the result of the pipeline.
+                latents = base = running.generate_latents(pipe, {**arguments, **told}, pixels)
+                # Only now, so that the first phase starts from the noise of the pipeline.
                 jitter = _jitter_generator(arguments["generator"]) if options.jitter else None
             else:
                 canvas = Canvas.of(pipe, pixels, phase, options, jitter)
@@ -165,7 +167,7 @@ def demofusion(
                 pipe.scheduler.set_timesteps(steps)
                 start = {"latents": pipe.scheduler.trajectory(pipe.scheduler.timesteps[0])}
                 with running.replace_denoiser(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=_NAME):
-                    latents = standardised(running.generate_latents(pipe, {**arguments, **start}, pixels), base)
+                    latents = standardised(running.generate_latents(pipe, {**arguments, **told, **start}, pixels), base)
             stages.append(running.finished(pipe, arguments, latents, pixels, settings, index=phase, of=len(sizes), since=since))
             if on_stage is not None:
                 on_stage(stages[-1])

@@ -14,7 +14,7 @@ from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, t
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.latents import decode, to_pil_images, unpack
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
-from scalediff.cascade.pipeline import call_pipeline, cascade_of
+from scalediff.cascade.pipeline import call_pipeline, cascade_of, takes_size_conditioning
 from scalediff.cascade.progress import show_pipeline_bar
 from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
@@ -112,6 +112,15 @@ def generate_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Ten
     latents: Tensor = call_pipeline(pipe, {**arguments, **changes})[0]
     packed = cascade_of(pipe).packed
     return unpack(latents, latent_size(pipe, size)) if packed else latents
+
+
+def size_conditioning(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> dict[str, Grid]:
+    """The arguments that make SDXL's size conditioning (height, width) = `size` in a call of any size, unless the caller gave them.
+
+    Empty for pipelines without size conditioning.
+    """
+    names = ("original_size", "target_size") if takes_size_conditioning(pipe) else ()
+    return {name: size for name in names if arguments.get(name) is None}
 
 
 def latent_size(pipe: Any, size: Grid) -> Grid:
