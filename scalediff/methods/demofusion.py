@@ -181,9 +181,7 @@ def _check(pipe: Any, arguments: Mapping[str, Any]) -> None:
     if running.inputs_of(pipe, _NAME).latents != "sample":
         raise NotImplementedError(f"{_NAME} needs a U-Net, got {type(denoiser_of(pipe)).__name__}")
     running.check_linear(pipe, arguments, SCHEDULERS, _NAME)
-    for name in ("timesteps", "sigmas", "denoising_end"):
-        if arguments.get(name) is not None:
-            raise ValueError(f"phases set their own schedule, got {name}={arguments[name]}")
+    running.check_own_schedule(arguments)
 
 
 def _jitter_generator(generator: Generators) -> torch.Generator:
