@@ -14,6 +14,7 @@ import torch
 from scalediff.command import commands, drawing
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
 from scalediff.cost.flops import MODELS
+from scalediff.methods import method_names
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -71,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--compare", action="store_true", help="also generate by direct inference and with full attention, and save all side by side"
     )
+    generate.add_argument(
+        "--method", choices=method_names(), default="scalediff", help="a published method to compare ScaleDiff with (default: scalediff)"
+    )
+    generate.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of --method; docs/guide/methods.md lists them",
+    )
     _add_run_options(generate)
 
     upscale = subparsers.add_parser(
@@ -118,6 +129,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--workdir", type=Path, metavar="FOLDER", help="save every stage here; after an interruption, the same command resumes the run"
     )
     command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="size of every stage (default: each stage doubles the size)")
+    command.add_argument(
+        "--upsampler",
+        type=Path,
+        metavar="FILE",
+        help="super-resolution network (.safetensors, .pth) that enlarges the stages' pictures",
+    )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     command.add_argument(
         "--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="data type of the weights (default: auto)"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scalediff.cascade.metadata import read_metadata
-from scalediff.command import drawing, loading
+from scalediff.command import drawing, loading, method_options
 from scalediff.command.cli import main
 
 Image = pytest.importorskip("PIL.Image")
@@ -102,7 +102,7 @@ def test_every_switch_has_an_option() -> None:
     told = settings_of("a-moon-0.png")
     assert {name: told[name] for name in chosen} == chosen
     assert told["lfm"] is False
-    assert set(drawing._SETTING_OPTIONS) == set(told), "an option for each"
+    assert set(method_options.SETTING_OPTIONS) == set(told), "an option for each"
 
 
 def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
