@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from scalediff.cascade.results import Stage
 from scalediff.cascade.upsampling import Upsampler
 from scalediff.methods.demofusion import DemoFusion, demofusion
+from scalediff.methods.diffusehigh import DiffuseHigh, diffusehigh
 from scalediff.methods.direct import Direct, direct
 from scalediff.methods.multidiffusion import MultiDiffusion, multidiffusion
 from scalediff.methods.super_resolution import SuperResolution, super_resolution
@@ -44,6 +45,7 @@ class Method(NamedTuple):
 METHODS: Mapping[str, Method] = MappingProxyType({
     "direct": Method(Direct, direct),
     "super-resolution": Method(SuperResolution, super_resolution),
+    "diffusehigh": Method(DiffuseHigh, diffusehigh),
     "multidiffusion": Method(MultiDiffusion, multidiffusion),
     "demofusion": Method(DemoFusion, demofusion),
 })  # fmt: skip

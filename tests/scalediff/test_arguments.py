@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import scalediff
-from scalediff.methods import DemoFusion, MultiDiffusion, SuperResolution, method_names
+from scalediff.methods import DemoFusion, DiffuseHigh, MultiDiffusion, SuperResolution, method_names
 from scalediff.settings import Preset, Settings
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import picture
@@ -101,6 +101,10 @@ OBJECTS: list[tuple[Any, str, Any, type[Exception], str]] = [
     (MultiDiffusion, "stride", 2.0, TypeError, "stride must be an integer, got stride=2.0"),
     (MultiDiffusion, "view_batch", 0, ValueError, "view_batch must be at least 1, got view_batch=0"),
     (SuperResolution, "upsampler", 3, TypeError, "upsampler must be a function, got upsampler=3"),
+    (DiffuseHigh, "restart", "0.3", TypeError, "restart must be a number, got restart='0.3'"),
+    (DiffuseHigh, "guided", None, TypeError, "guided must be a number, got guided=None"),
+    (DiffuseHigh, "guidance_scale", "10", TypeError, "guidance_scale must be a number, got guidance_scale='10'"),
+    (DiffuseHigh, "upsampler", 3, TypeError, "upsampler must be a function, got upsampler=3"),
     (DemoFusion, "view_batch", "4", TypeError, "view_batch must be an integer, got view_batch='4'"),
     (DemoFusion, "cosine_scale", 3, TypeError, "cosine_scale must be three non-negative exponents, got cosine_scale=3"),
     (DemoFusion, "blur_std", "1", TypeError, "blur_std must be a number, got blur_std='1'"),
