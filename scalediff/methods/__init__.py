@@ -12,6 +12,7 @@ from scalediff.cascade.upsampling import Upsampler
 from scalediff.methods.demofusion import DemoFusion, demofusion
 from scalediff.methods.diffusehigh import DiffuseHigh, diffusehigh
 from scalediff.methods.direct import Direct, direct
+from scalediff.methods.hiflow import HiFlow, hiflow
 from scalediff.methods.multidiffusion import MultiDiffusion, multidiffusion
 from scalediff.methods.super_resolution import SuperResolution, super_resolution
 
@@ -19,6 +20,7 @@ __all__ = [
     "METHODS",
     "DemoFusion",
     "Direct",
+    "HiFlow",
     "Method",
     "MethodOptions",
     "MultiDiffusion",
@@ -46,6 +48,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({
     "direct": Method(Direct, direct),
     "super-resolution": Method(SuperResolution, super_resolution),
     "diffusehigh": Method(DiffuseHigh, diffusehigh),
+    "hiflow": Method(HiFlow, hiflow),
     "multidiffusion": Method(MultiDiffusion, multidiffusion),
     "demofusion": Method(DemoFusion, demofusion),
 })  # fmt: skip

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from scalediff.arguments import check_callable, check_number, optional
-from scalediff.cascade.generators import Generators
 from scalediff.cascade.latents import decode, encode
 from scalediff.cascade.pipeline import cascade_of, size_multiple, stage_sizes, takes_size_conditioning
 from scalediff.cascade.results import Stage
@@ -29,7 +28,7 @@ from scalediff.cascade.stage import encode_finite
 from scalediff.cascade.upsampling import Upsampler, upsampled_picture
 from scalediff.families.grid import Grid
 from scalediff.methods import running
-from scalediff.methods.frequencies import approximation, sharpened, with_approximation
+from scalediff.methods.frequencies import approximation, drawn_stds, sharpened, with_approximation
 from scalediff.methods.restarts import Restarts, tail_steps
 from scalediff.settings import Settings
 
@@ -138,18 +137,12 @@ def diffusehigh(
                 break
             with run.stage() as pixels:
                 picture = upsampled_picture(run.decoded.clamp(-1, 1), pixels, options.upsampler).float()
-                picture = sharpened(picture, std=_blur_stds(arguments["generator"]), amount=options.sharpness)
+                picture = sharpened(picture, std=drawn_stds(arguments["generator"]), amount=options.sharpness)
                 change = _keep_approximation(pipe, approximation(picture), guided=calls * round(last_steps * options.guided))
                 reference = encode_finite(pipe, picture).to(run.latents.dtype)
                 scale = _guidance_scale(pipe, arguments, options)
                 run.restart(reference, last_steps=last_steps, change=change, guidance_scale=scale, changes=told)
     return run.stages
-
-
-def _blur_stds(generator: Generators) -> list[float]:
-    """The standard deviation of the blur in pixels, one for each generator, uniform in (0.1, 2)."""
-    generators = generator if isinstance(generator, list) else [generator]
-    return [0.1 + 1.9 * float(torch.rand((), generator=one, device=one.device)) for one in generators]
 
 
 def _keep_approximation(pipe: Any, band: Tensor, *, guided: int) -> Change:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scalediff.cascade.generators import Generators
+
 # The scaling filter of Daubechies' wavelet with four vanishing moments, in the order of synthesis; analysis has it reversed.
 _DB4 = (
     0.2303778133088965, 0.7148465705529157, 0.6308807679298589, -0.027983769416859854, -0.18703481171909309, 0.030841381835560764,
@@ -34,6 +36,12 @@ def sharpened(x: Tensor, *, std: Sequence[float], amount: float = 1.0) -> Tensor
     rows = weights[0] * padded[:, :, :y] + weights[1] * padded[:, :, 1 : y + 1] + weights[2] * padded[:, :, 2:]
     blurred = weights[0] * rows[..., :width] + weights[1] * rows[..., 1 : width + 1] + weights[2] * rows[..., 2:]
     return x + amount * (x - blurred)
+
+
+def drawn_stds(generator: Generators) -> list[float]:
+    """The standard deviation of the blur of `sharpened` in pixels, uniform in (0.1, 2): one for each generator of a run."""
+    generators = generator if isinstance(generator, list) else [generator]
+    return [0.1 + 1.9 * float(torch.rand((), generator=one, device=one.device)) for one in generators]
 
 
 def approximation(x: Tensor) -> Tensor:
