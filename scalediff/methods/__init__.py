@@ -14,16 +14,19 @@ from scalediff.methods.diffusehigh import DiffuseHigh, diffusehigh
 from scalediff.methods.direct import Direct, direct
 from scalediff.methods.hiflow import HiFlow, hiflow
 from scalediff.methods.multidiffusion import MultiDiffusion, multidiffusion
+from scalediff.methods.scalecrafter import ScaleCrafter, scalecrafter
 from scalediff.methods.super_resolution import SuperResolution, super_resolution
 
 __all__ = [
     "METHODS",
     "DemoFusion",
+    "DiffuseHigh",
     "Direct",
     "HiFlow",
     "Method",
     "MethodOptions",
     "MultiDiffusion",
+    "ScaleCrafter",
     "SuperResolution",
     "method_names",
     "resolve_method",
@@ -49,6 +52,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({
     "super-resolution": Method(SuperResolution, super_resolution),
     "diffusehigh": Method(DiffuseHigh, diffusehigh),
     "hiflow": Method(HiFlow, hiflow),
+    "scalecrafter": Method(ScaleCrafter, scalecrafter),
     "multidiffusion": Method(MultiDiffusion, multidiffusion),
     "demofusion": Method(DemoFusion, demofusion),
 })  # fmt: skip
