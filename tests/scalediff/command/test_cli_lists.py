@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scalediff.cascade.metadata import read_metadata
-from scalediff.command import drawing, loading, method_options
+from scalediff.command import drawing, loading, method_options, runs
 from scalediff.command.cli import main
 
 Image = pytest.importorskip("PIL.Image")
@@ -107,21 +107,21 @@ def test_every_switch_has_an_option() -> None:
 
 def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
-    keep = drawing.save_png
+    keep = runs.save_png
 
     def look(image: Any, path: Path, *, metadata: Any) -> None:
         if ".preview" in path.name:
             shown.append((image.size, metadata["stage"], metadata["step"]))
         keep(image, path, metadata=metadata)
 
-    monkeypatch.setattr(drawing, "save_png", look)
+    monkeypatch.setattr(runs, "save_png", look)
     assert main(["generate", "a moon", "--preview", "2", *FAST, "--steps", "4"]) == 0
     assert shown == [((64, 64), "1/2", "2/4"), ((64, 64), "1/2", "4/4"), ((64, 64), "2/2", "2/2")]
     assert last_pictures(tmp_path) == ["a-moon-0.png"]
 
 
 def test_memory_is_told_before_anything_is_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "available_bytes", lambda device: 2**20)
+    monkeypatch.setattr(runs, "available_bytes", lambda device: 2**20)
     monkeypatch.setattr(drawing, "generate", lambda *args, **kwargs: pytest.fail("drawn") if not said() else stop())
 
     def said() -> str:
@@ -158,7 +158,7 @@ def test_progress_in_a_pipe_is_a_line_for_each_stage(capsys: pytest.CaptureFixtu
 def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the numbers and a size that would fit, which does."""
     room = 2**30 + 60 * 2**20
-    monkeypatch.setattr(drawing, "available_bytes", lambda device: room)
+    monkeypatch.setattr(runs, "available_bytes", lambda device: room)
     monkeypatch.setattr(drawing, "generate", lambda *args, **kwargs: pytest.fail("drawn"))
     big = ["--steps", "4", "--restart", "0.5", "--quiet", "--device", "cpu", "--no-vae-tiling"]
     assert main(["generate", "a moon", "--size", "1024x512", *big]) == 2
