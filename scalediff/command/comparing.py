@@ -108,6 +108,8 @@ def draw_panel(pipe: Any, name: str, method: MethodOptions | None, job: Job, siz
         given = {one: given[one] for one in SHARED} | {"method": method}
         if not hasattr(method, "upsampler"):
             given["upsampler"] = None
+    if given["progress"]:
+        print_status(f"{'ScaleDiff' if name == 'scalediff' else _title(name)}, {size[0]} x {size[1]}")
     with recorded_work(pipe) as work:
         result = generate(pipe, job.prompt, height=size[0], width=size[1], **given)
     return compared(name, result, work, {"method": name} if method is None else method_facts(name, method))

@@ -150,9 +150,9 @@ def test_progress_in_a_pipe_is_a_line_for_each_stage(capsys: pytest.CaptureFixtu
     assert main(["generate", "a moon", "--compare", *FAST[:-1]]) == 0
     lines = capsys.readouterr().err
     assert "\r" not in lines
-    stages = [line for line in lines.splitlines() if line.startswith(("stage ", "direct "))]
+    stages = [line for line in lines.splitlines() if line.startswith(("stage ", "direct,"))]
     run = ["stage 1/2  64 x 64", "stage 2/2  96 x 96"]
-    assert stages == [*run, "direct  96 x 96", *run]
+    assert stages == [*run, "direct, 96 x 96", "stage 1/1  96 x 96", *run]
 
 
 def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
