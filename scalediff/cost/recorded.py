@@ -45,17 +45,22 @@ class RecordedWork:
     _coded: dict[tuple[str, tuple[int, ...], bool], int] = field(default_factory=dict)
 
     def tflops(self) -> float:
-        """TFLOPs of all recorded calls.
+        """TFLOPs of all recorded calls; raises as `count`."""
+        return self.count()[1]
+
+    def count(self) -> tuple[float, float]:
+        """TFLOPs of the denoiser's self-attention, and of all recorded calls.
 
         Raises:
             NotImplementedError: The denoiser's code does not run on the meta device.
         """
         denoiser, vae = _without_weights(denoiser_of(self.pipe)), _without_weights(self.pipe.vae)
-        total = 0.0
+        attention = total = 0.0
         try:
             for calls in self._forwards.values():
                 batch = _batch(calls.arguments)
                 one = forward_work(denoiser, _first_sample(dict(calls.arguments), batch), attention=calls.attention)
+                attention += calls.count * batch * one.attention
                 total += calls.count * batch * sum(one)
             for (name, shape, tiled), count in self._coded.items():
                 if tiled:
@@ -64,7 +69,7 @@ class RecordedWork:
                 total += count * sum(_count_flops(functools.partial(getattr(vae, name), given)).values())
         except (RuntimeError, NotImplementedError) as error:
             raise NotImplementedError(f"the FLOPs of {type(self.pipe).__name__} cannot be counted: {error}") from error
-        return total
+        return attention, total
 
     def _record_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         names = list(inspect.signature(original_class(type(module)).forward).parameters)[1:]  # type: ignore[attr-defined]
