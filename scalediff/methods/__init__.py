@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from scalediff.cascade.results import Stage
 from scalediff.cascade.upsampling import Upsampler
+from scalediff.methods.accdiffusion import AccDiffusion, accdiffusion
 from scalediff.methods.demofusion import DemoFusion, demofusion
 from scalediff.methods.diffusehigh import DiffuseHigh, diffusehigh
 from scalediff.methods.direct import Direct, direct
@@ -19,6 +20,7 @@ from scalediff.methods.super_resolution import SuperResolution, super_resolution
 
 __all__ = [
     "METHODS",
+    "AccDiffusion",
     "DemoFusion",
     "DiffuseHigh",
     "Direct",
@@ -55,6 +57,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({
     "scalecrafter": Method(ScaleCrafter, scalecrafter),
     "multidiffusion": Method(MultiDiffusion, multidiffusion),
     "demofusion": Method(DemoFusion, demofusion),
+    "accdiffusion": Method(AccDiffusion, accdiffusion),
 })  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The filters of pictures and latents that methods share: sharpening, the wavelet db4, and a Butterworth filter by FFT.
+"""The filters of pictures and latents that methods share: sharpening, blur, the wavelet db4, and a Butterworth filter by FFT.
 
 Legend: B batch, C channels, Y x X picture or latents.
 """
@@ -85,4 +85,22 @@ def butterworth(x: Tensor, *, cutoff: float, order: int = 4) -> Tensor:
     y, x_ = (2 * torch.fft.fftfreq(n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
     squared = (y[:, None] ** 2 + x_[None, :] ** 2) / cutoff**2
     found: Tensor = torch.fft.ifft2(torch.fft.fft2(x) / (1 + squared**order)).real
+    return found
+
+
+def blur(x: Tensor, *, taps: int, std: float) -> Tensor:
+    """Gaussian blur of `[B, C, Y, X]` with an odd number of taps per axis and zero padding."""
+    distance = torch.arange(taps, dtype=torch.float64) - taps // 2
+    kernel = torch.softmax(-(distance**2) / (2 * std**2), dim=0).to(x)
+    channels, half = x.shape[1], taps // 2
+    along_y, along_x = kernel.view(1, 1, -1, 1), kernel.view(1, 1, 1, -1)
+    x = F.conv2d(x, along_y.expand(channels, -1, -1, -1), padding=(half, 0), groups=channels)
+    return F.conv2d(x, along_x.expand(channels, -1, -1, -1), padding=(0, half), groups=channels)
+
+
+def standardised(x: Tensor, like: Tensor) -> Tensor:
+    """Shift and scale `[B, C, Y, X]` to the mean and standard deviation per sample of `like`, which may have another grid."""
+    mean, std = (getattr(x, name)(dim=(1, 2, 3), keepdim=True) for name in ("mean", "std"))
+    target_mean, target_std = (getattr(like, name)(dim=(1, 2, 3), keepdim=True) for name in ("mean", "std"))
+    found: Tensor = (x - mean) / std * target_std + target_mean
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import scalediff
-from scalediff.methods import DemoFusion, DiffuseHigh, HiFlow, MultiDiffusion, ScaleCrafter, SuperResolution, method_names
+from scalediff.methods import AccDiffusion, DemoFusion, DiffuseHigh, HiFlow, MultiDiffusion, ScaleCrafter, SuperResolution, method_names
 from scalediff.settings import Preset, Settings
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import picture
@@ -111,6 +111,8 @@ OBJECTS: list[tuple[Any, str, Any, type[Exception], str]] = [
     (HiFlow, "rope_scale", "10", TypeError, "rope_scale must be a number, got rope_scale='10'"),
     (ScaleCrafter, "dilated", "0.6", TypeError, "dilated must be a number, got dilated='0.6'"),
     (ScaleCrafter, "progressive", 1, TypeError, "progressive must be True or False, got progressive=1"),
+    (AccDiffusion, "threshold", "0.3", TypeError, "threshold must be a number, got threshold='0.3'"),
+    (AccDiffusion, "local_guidance_scale", "7", TypeError, "local_guidance_scale must be a number, got local_guidance_scale='7'"),
     (DemoFusion, "view_batch", "4", TypeError, "view_batch must be an integer, got view_batch='4'"),
     (DemoFusion, "cosine_scale", 3, TypeError, "cosine_scale must be three non-negative exponents, got cosine_scale=3"),
     (DemoFusion, "blur_std", "1", TypeError, "blur_std must be a number, got blur_std='1'"),
