@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from scalediff.cascade.metadata import read_metadata
 from scalediff.command import comparing, loading
 from scalediff.command.cli import main
 from scalediff.command.pictures import side_by_side
+from scalediff.methods import DiffuseHigh, Direct, MultiDiffusion
 
 Image = pytest.importorskip("PIL.Image")
 FAST = ["--steps", "1", "--size", "72", "--quiet"]
@@ -23,25 +25,25 @@ def _loaded_once(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pictures_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every method, each with its own options; the sheet's metadata and the JSON tell the same."""
-    methods = "super-resolution,multidiffusion,full-attention,scalediff"
-    run = ["compare", "a moon", "--methods", methods, "--option", "multidiffusion.stride=8", "--no-sg", "--json"]
+    """The sheet's metadata and the JSON tell the same."""
+    methods = "super-resolution,full-attention,scalediff"
+    run = ["compare", "a moon", "--methods", methods, "--no-sg", "--json"]
     assert main([*run, "--out", str(tmp_path / "x.png"), *FAST]) == 0
-    names = ["x.full-attention.png", "x.multidiffusion.png", "x.png", "x.scalediff.png", "x.super-resolution.png"]
+    names = ["x.full-attention.png", "x.png", "x.scalediff.png", "x.super-resolution.png"]
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     said = capsys.readouterr()
     told = json.loads(said.out)
     sheet = read_metadata(tmp_path / "x.png")
-    assert [panel["title"] for panel in sheet["panels"]] == ["super resolution", "MultiDiffusion", "full attention", "ScaleDiff without SG"]
+    assert [panel["title"] for panel in sheet["panels"]] == ["super resolution", "full attention", "ScaleDiff without SG"]
     assert [panel["method"] for panel in sheet["panels"]] == methods.split(",") == [panel["method"] for panel in told["panels"]]
-    assert sheet["panels"][1]["options"] == {"stride": 8, "view_batch": 1} == read_metadata(tmp_path / "x.multidiffusion.png")["options"]
+    assert sheet["panels"][0]["options"] == {"upsampler": None} == read_metadata(tmp_path / "x.super-resolution.png")["options"]
     tflops = [panel["tflops"] for panel in sheet["panels"]]
-    assert 0 < tflops[0] < tflops[3] <= tflops[2], "enlarging is cheapest, windows cost less than full attention"
+    assert 0 < tflops[0] < tflops[2] < tflops[1], "enlarging is cheapest, windows cost less than full attention"
     assert tflops == [panel["tflops"] for panel in told["panels"]]
     assert f"{tmp_path / 'x.png'}: super resolution " in said.err
-    assert " TFLOPs | MultiDiffusion " in said.err
+    assert " TFLOPs | full attention " in said.err
     with Image.open(tmp_path / "x.png") as image:
-        assert image.width == 4 * 72 + 3 * 4
+        assert image.width == 3 * 72 + 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,13 @@ def test_what_it_does_not_take(arguments: list[str], message: str, capsys: pytes
     assert main(["compare", "a moon", "--out", str(tmp_path / "x.png"), *arguments, *FAST]) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_every_method_has_its_own_options() -> None:
+    pairs = ["multidiffusion.stride=8", "diffusehigh.guided=0", "multidiffusion.view-batch=2"]
+    found = comparing._methods(Namespace(methods=["direct", "scalediff", "multidiffusion", "diffusehigh"], option=pairs))
+    expected = {"direct": Direct(), "scalediff": None, "multidiffusion": MultiDiffusion(stride=8, view_batch=2)}
+    assert found == {**expected, "diffusehigh": DiffuseHigh(guided=0)}
 
 
 def test_unknown_methods_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def counted(pipe: Any, size: int, **more: Any) -> tuple[float, float]:
     return work.tflops() * 1e12, float(counter.get_total_flops())
 
 
-@pytest.mark.parametrize(("method", "batch"), [("direct", 2), ("diffusehigh", 1)])
+@pytest.mark.parametrize(("method", "batch"), [("direct", 2), pytest.param("diffusehigh", 1, marks=pytest.mark.slow)])
 def test_u_nets(demo: Any, method: str, batch: int) -> None:
     """All that the record lacks is DiffuseHigh's wavelet transform."""
     text = torch.randn(batch, 24, 64, generator=seeded())

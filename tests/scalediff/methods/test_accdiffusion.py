@@ -63,7 +63,7 @@ def opened(mask: Tensor, times: int) -> Tensor:
 
 @torch.no_grad()
 def by_hand(pipe: Any, size: int, threshold: float, local_scale: float) -> tuple[list[Tensor], list[list[str]]]:
-    """Phases of one and two times 16 latents in fp64, and the prompts of the views; a view is 16, a coarse token 2 latents."""
+    """Phases of 16 and of `size` latents in fp64, and the prompts of the views; a view is 16, a coarse token 2 latents."""
     rng, window = seeded(), 16
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(STEPS)
@@ -151,9 +151,9 @@ def by_hand(pipe: Any, size: int, threshold: float, local_scale: float) -> tuple
 )
 def test_the_embedded_model_is_the_published_loop(demo: Any, options: AccDiffusion) -> None:
     before = state_of(demo.unet)
-    stages = run(demo, (128, 128), {"prompt": PROMPT}, options)
+    stages = run(demo, (96, 96), {"prompt": PROMPT}, options)
     assert state_of(demo.unet) == before
-    expected, (texts,) = by_hand(demo, 32, options.threshold, options.local_guidance_scale or GUIDANCE)
+    expected, (texts,) = by_hand(demo, 24, options.threshold, options.local_guidance_scale or GUIDANCE)
     assert len(set(texts)) > 1, "views have prompts of their own"
     for stage, latents in zip(stages, expected, strict=True):
         torch.testing.assert_close(stage.latents.double(), latents, rtol=1e-3, atol=2e-3)
