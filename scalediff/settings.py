@@ -47,7 +47,8 @@ class Settings:
         anchor: Target of structure guidance: `"picture"`, the reference that the stage starts from, or `"trajectory"`, the base stage's
             prediction of the clean picture at the same noise level.
         size_conditioning: The picture size in Stable Diffusion XL's size conditioning in high-resolution stages: `"target"`, the size of
-            the stage, which is the pipeline's default, or `"native"`, the size that the model was mostly trained on.
+            the stage, which is the pipeline's default, or `"native"`, the size that the model was mostly trained on. Which of them the
+            authors' stages have is not known.
 
     Raises:
         ValueError: A value is outside its range.
