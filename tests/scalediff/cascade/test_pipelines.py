@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_a_patched_pipeline_runs_the_cascade(name: str) -> None:
         assert first.shape == (1, 3, *target)
         assert torch.equal(first, second)
         assert first.isfinite().all()
-        stages, kept = len(stage_sizes(pipe, *target)), round(5 * preset(pipe).restart)
+        stages, kept = len(stage_sizes(pipe, *target)), replace(preset(pipe), steps=5).stage_steps
         passes = len(calls) // 2
         assert passes in (5 + (stages - 1) * kept, 2 * (5 + (stages - 1) * kept))  # guidance may be a pass of its own
         handle.attention = "full"
@@ -155,9 +156,9 @@ def test_a_patched_pipeline_runs_the_cascade(name: str) -> None:
 
 @torch.no_grad()
 def flux_by_hand(pipe: Any, arguments: dict[str, Any], picture: Tensor | None = None) -> Tensor:
-    """FLUX from 8 to 16 latents by 5 Euler steps, the last 2 run again: no scheduler, no pipeline, no cascade of ours. A picture
+    """FLUX from 8 to 16 latents by 5 Euler steps, the last 3 run again: no scheduler, no pipeline, no cascade of ours. A picture
     of 16 x 16 pixels may stand for the first 5."""
-    rng, steps, kept, cutoff = seeded(), 5, 2, 0.25
+    rng, steps, kept, cutoff = seeded(), 5, 3, 0.25
     mu = 0.5 + (16 - 4) * (1.15 - 0.5) / (64 - 4)  # of the 16 tokens of the base, at every size
     even = np.linspace(1, 1 / steps, steps)
     sigmas = [*(np.exp(mu) / (np.exp(mu) + (1 / even - 1))).tolist(), 0.0]
