@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalediff.arguments import checked
 from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs
+from scalediff.cascade.fingerprint import fingerprint_run
 from scalediff.cascade.fitting import check_possible
-from scalediff.cascade.generators import Generators, fresh_generator, states_of
+from scalediff.cascade.generators import Generators, fresh_generator
 from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import Sizes, cascade_of, named_preset, stage_sizes
 from scalediff.cascade.progress import Step
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.run import run
-from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
-from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
-from scalediff.patching.networks import denoiser_of, handle_of
+from scalediff.cascade.upsampling import Upsampler, resolve_upsampler
+from scalediff.cascade.workdir import Workdir
+from scalediff.methods import METHODS, MethodOptions, resolve_method
 from scalediff.settings import Attention, PerStage, Preset, Settings
 
 _MAX_DISTORTION = 0.02  # change of the log aspect ratio that is allowed, because sizes are rounded to multiples of the model's
@@ -69,7 +69,8 @@ def generate(
     vae_tiling: bool | None = None,
     vae_attention: Attention = "full",
     split_guidance: bool = False,
-    method: str | MultiDiffusion | DemoFusion = "scalediff",
+    upsampler: str | PathLike[str] | Upsampler | None = None,
+    method: str | MethodOptions = "scalediff",
     workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -99,9 +100,11 @@ def generate(
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder too.
         split_guidance: Run the two passes of classifier-free guidance one after the other instead of as one doubled batch, which halves
             the memory of the denoiser's activations.
-        method: `"scalediff"`, or a method to compare with: `"multidiffusion"`, `"demofusion"`, or an options object of one
-            (`scalediff.methods`). These accept prompt, size, steps, guidance scale and generator; any option of ScaleDiff alone raises an
-            error.
+        upsampler: How a stage's picture is enlarged for the next, in place of bicubic interpolation: the path of a single-image
+            super-resolution network (`.safetensors` or `.pth`, any architecture that spandrel loads), or a function from pictures
+            `[B, 3, y, x]` in [0, 1] to larger ones, as in `scalediff.cascade.upsampling`.
+        method: `"scalediff"`, another published method by its name in `scalediff.methods.METHODS`, or an options object of one. These
+            accept prompt, size, steps, guidance scale and generator, some also `upsampler`; any option of ScaleDiff alone raises an error.
         workdir: Folder in which every finished stage is saved. If a run was interrupted, the same call with a generator in the same state
             resumes after the last finished stage and gives the same result bit for bit.
         on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
@@ -116,7 +119,8 @@ def generate(
         ValueError: A size or setting is out of range, the picture alone is larger than the device's memory, the pipeline belongs to no
             known family, or the workdir belongs to another run.
         TypeError: The pipeline is not a text-to-image pipeline, or an argument is of the wrong type.
-        NotImplementedError: The pipeline's scheduler is not supported.
+        NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model.
+        ImportError: The upsampler is a path, and spandrel is not installed.
         RuntimeError: The call comes from a callback of a run of the same pipeline.
         torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
 
@@ -125,6 +129,7 @@ def generate(
     given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
     check_inputs(pipe, prompt, negative_prompt, generator, call)
     if method != "scalediff":
+        options = resolve_method(method, resolve_upsampler(upsampler))
         others = {"sizes": sizes, "vae_tiling": vae_tiling, "workdir": workdir, "on_step": on_step}
         named = [*(set(given) - {"steps", "guidance_scale"}), *(name for name, value in others.items() if value is not None)]
         named += ["vae_attention"] * (vae_attention != "full") + ["split_guidance"] * split_guidance
@@ -133,8 +138,8 @@ def generate(
         chosen = _resolve_preset(pipe, preset)
         settings = replace(chosen.settings, **given)
         arguments = _complete_arguments(pipe, _call_arguments(prompt, negative_prompt, generator, call, chosen), settings)
-        return _run_other_method(pipe, method, arguments, (height, width), settings, on_stage, progress)
-    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
+        return _run_other_method(pipe, options, arguments, (height, width), settings, on_stage, progress)
+    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
     return _run_cascade(pipe, arguments, stage_sizes(pipe, height, width, sizes), replace(chosen.settings, **given), run_options, workdir)
@@ -165,6 +170,7 @@ def upscale(
     vae_tiling: bool | None = None,
     vae_attention: Attention = "full",
     split_guidance: bool = False,
+    upsampler: str | PathLike[str] | Upsampler | None = None,
     workdir: str | Path | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -180,7 +186,7 @@ def upscale(
         sizes: (height, width) of every stage in pixels; the first must be larger than the picture. When None, each stage doubles the size.
         restart: Share of the steps that every stage runs. The larger it is, the more the picture changes.
         negative_prompt, call, generator, preset, steps, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`.
-        vae_tiling, vae_attention, split_guidance, workdir, on_stage, on_step, progress: As in `generate`.
+        vae_tiling, vae_attention, split_guidance, upsampler, workdir, on_stage, on_step, progress: As in `generate`.
 
     Returns:
         A Result, as `generate`.
@@ -216,42 +222,10 @@ def upscale(
     if sizes is not None:
         above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]))
     picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
-    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
+    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
     return _run_cascade(pipe, arguments, above, replace(chosen.settings, **given), run_options, workdir, picture, planned[0])
-
-
-def _fingerprint_run(
-    pipe: Any,
-    arguments: Mapping[str, Any],
-    sizes: list[tuple[int, int]],
-    settings: Settings,
-    run_options: RunOptions,
-    picture: Tensor | None,
-) -> dict[str, Any]:
-    """Everything that determines the result of a run bit for bit, on one machine; a workdir is resumed only if all of it matches."""
-    generator = arguments["generator"]
-    denoiser: Any = denoiser_of(pipe)
-    handle = handle_of(pipe)
-    named = {"generator", "prompt", "negative_prompt", "num_inference_steps"}
-    return {
-        "prompt": arguments.get("prompt"),
-        "negative_prompt": arguments.get("negative_prompt"),
-        "sizes": [f"{height}x{width}" for height, width in sizes],
-        "settings": asdict(settings),
-        "seed": digest(states_of(generator)),
-        "call": digest({name: value for name, value in arguments.items() if name not in named}),
-        "picture": None if picture is None else digest(picture),
-        "model": f"{type(denoiser).__name__} {digest(dict(denoiser.config))}",
-        "weights": fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)]),
-        "patched": None if handle is None else [list(handle.window), handle.jitter, digest(asdict(handle.options))],
-        "versions": [torch.__version__, version("diffusers")],
-        "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "vae": [run_options.vae_tiling, run_options.vae_attention],
-        "split_guidance": run_options.split_guidance,
-    }
 
 
 def _explicit_settings(
@@ -299,19 +273,15 @@ def _complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Setti
 
 def _run_other_method(
     pipe: Any,
-    method: str | MultiDiffusion | DemoFusion,
+    options: MethodOptions,
     arguments: Mapping[str, Any],
     size: tuple[int, int],
     settings: Settings,
     on_stage: Callable[[Stage], None] | None,
     progress: bool,
 ) -> Result:
-    """Run MultiDiffusion or DemoFusion through the same pipeline call."""
-    by_name = {name: one.options() for name, one in METHODS.items()}
-    options = by_name.get(method) if isinstance(method, str) else method
-    run_method = next((one.run for one in METHODS.values() if type(options) is one.options), None)
-    if run_method is None:
-        raise ValueError(f"method must be one of scalediff, {', '.join(METHODS)}, or an options object of one, got {method!r}")
+    """Run another published method through the same pipeline call."""
+    run_method = next(one.run for one in METHODS.values() if type(options) is one.options)
     check_possible(pipe, arguments, size)
     stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
     return Result(stages[-1].images, stages, settings)
@@ -331,7 +301,7 @@ def _run_cascade(
         raise ValueError("workdir needs a generator, so that the same call can resume the run, got generator=None")
     arguments = _complete_arguments(pipe, arguments, settings)
     stages: list[Stage] = []
-    folder = None if workdir is None else Workdir(Path(workdir), _fingerprint_run(pipe, arguments, sizes, settings, run_options, picture))
+    folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, picture))
 
     def collect(stage: Stage) -> None:
         stages.append(stage)

@@ -31,7 +31,7 @@ class Settings:
 
     Attributes:
         steps: Steps of the whole noise schedule. The base stage runs all of them.
-        restart: Share of the steps that a high-resolution stage runs, in (0, 1]. It runs the last ones.
+        restart: Share of the steps that a high-resolution stage runs, in (0, 1]. It runs the last ones, rounded up to whole steps.
         guidance_scale: Scale of classifier-free guidance.
         guidance_until: Share of a high-resolution stage's steps that use classifier-free guidance, in [0, 1]. The remaining steps run
             only the conditional pass.
@@ -47,7 +47,8 @@ class Settings:
         anchor: Target of structure guidance: `"picture"`, the reference that the stage starts from, or `"trajectory"`, the base stage's
             prediction of the clean picture at the same noise level.
         size_conditioning: The picture size in Stable Diffusion XL's size conditioning in high-resolution stages: `"target"`, the size of
-            the stage, which is the pipeline's default, or `"native"`, the size that the model was mostly trained on.
+            the stage, which is the pipeline's default, or `"native"`, the size that the model was mostly trained on. Which of them the
+            authors' stages have is not known.
 
     Raises:
         ValueError: A value is outside its range.
@@ -98,9 +99,12 @@ class Settings:
 
     @property
     def stage_steps(self) -> int:
-        """Steps of a high-resolution stage, at least one. `restart` must be a single number; `of_stage` selects one from a tuple."""
+        """Steps of a high-resolution stage, at least one. `restart` must be a single number; `of_stage` selects one from a tuple.
+
+        The authors' rule, which drops the whole steps in `steps * (1 - restart)`, in floating point as their code computes it.
+        """
         assert isinstance(self.restart, float | int)
-        return max(1, round(self.steps * self.restart))
+        return max(1, self.steps - int(self.steps * (1 - self.restart)))
 
     def of_stage(self, number: int, count: int) -> Settings:
         """The settings of one high-resolution stage, with a single number in place of each tuple.

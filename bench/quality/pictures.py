@@ -19,8 +19,9 @@ import scalediff
 from bench.flops.work import Work, plan, without_weights
 from bench.harness.timing import percentiles
 from bench.quality.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
-from bench.quality.tables import CASCADES, LABELS, METHODS, SPREAD, SWITCHES, UNDRAWN
+from bench.quality.tables import CASCADES, LABELS, METHODS, RECORDED, SPREAD, SWITCHES, UNDRAWN
 from scalediff.cascade.pipeline import native_size, preset, stage_sizes
+from scalediff.cost.recorded import RecordedWork, recorded_work
 from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
 from scalediff.families.grid import patch_of
 from scalediff.methods.demofusion import phase_sizes
@@ -42,10 +43,11 @@ class Task(NamedTuple):
 
 @dataclass
 class Drawn:
-    """What a row has so far: pictures `[3, size, size]` in 256 levels, and for every batch the seconds of one picture."""
+    """What a row has so far: pictures `[3, size, size]` in 256 levels, for every batch the seconds of one picture, its recorded work."""
 
     images: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    gflops: tuple[float, float] = (0.0, 0.0)
 
 
 def draw(task: Task, row: str, first: int, drawn: Drawn) -> None:
@@ -55,12 +57,23 @@ def draw(task: Task, row: str, first: int, drawn: Drawn) -> None:
     if row in CASCADES or row in METHODS:
         chosen: dict[str, Any] = {"method": row} if row in METHODS else {"preset": replace(preset(task.pipe), **CASCADES[row])}
         generators = _generators(task.seed + first, len(prompts))
-        images = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **chosen).images
+        with recorded_work(task.pipe) as recorded:
+            images = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **chosen).images
+        if row in RECORDED and not drawn.images:
+            since += _count(drawn, recorded, len(prompts))
         drawn.images += map(_to_tensor, images)
     else:
         drawn.images += _direct(task.pipe, prompts, seed=task.seed + first, size=task.size)
     drawn.seconds.append((time.perf_counter() - since) / len(prompts))
     print(f"{row}: {len(drawn.images)}/{task.n} pictures, {drawn.seconds[-1]:.2f} s each", file=sys.stderr, flush=True)
+
+
+def _count(drawn: Drawn, recorded: RecordedWork, pictures: int) -> float:
+    """Keep the work of one picture of a recorded batch; returns the seconds that counting took."""
+    since = time.perf_counter()
+    attention, total = recorded.count()
+    drawn.gflops = 1e3 * attention / pictures, 1e3 * total / pictures
+    return time.perf_counter() - since
 
 
 def _direct(pipe: Any, prompts: Sequence[str], *, seed: int, size: int) -> list[Tensor]:
@@ -95,7 +108,7 @@ def measure(task: Task, row: str, drawn: Drawn, reference: Tensor) -> tuple[Colu
     else:
         images = torch.stack(drawn.images)
         columns = _spread(drawn.seconds) if row not in SWITCHES else {}
-        columns["gflops"], columns["all_gflops"] = work(task.pipe, task.size, row)
+        columns["gflops"], columns["all_gflops"] = drawn.gflops if row in RECORDED else work(task.pipe, task.size, row)
     swd = laplacian_swd(images, reference, generator=torch.Generator().manual_seed(0))
     seam, *controls = seam_score(images, period=border(task.pipe)).values()
     columns |= _discs(images, task.pipe) | {"swd": statistics.mean(swd.values()), "swd_fine": swd[max(swd)]}

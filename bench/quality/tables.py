@@ -35,7 +35,8 @@ SWEEP: dict[str, tuple[str, dict[str, Any]]] = {
     for cutoff in (0.125, 0.25, 0.5)
 }  # fmt: skip
 CASCADES = {name: settings for name, (_, settings) in (ABLATION | SWEEP | SWITCHES).items()}
-METHODS = {"multidiffusion": "MultiDiffusion", "demofusion": "DemoFusion"}
+RECORDED = {"super-resolution": "base picture, bicubic", "diffusehigh": "DiffuseHigh", "scalecrafter": "ScaleCrafter"}  # work as recorded
+METHODS = {"multidiffusion": "MultiDiffusion", "demofusion": "DemoFusion", **RECORDED}
 UNDRAWN = {"autoencoded": "true renders, autoencoded", "true": "true renders"}  # by no model
 NATIVE = {"native": "native size", "native-true": "true renders, native size"}
 WORDS = {"words": "prompts of an hour and a place"}

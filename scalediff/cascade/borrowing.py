@@ -137,11 +137,7 @@ def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> 
     def run_in_halves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = sample_of(args, kwargs).shape[0]
         first, second = slice(0, batch // 2), slice(batch // 2, None)
-
-        def run(half: slice) -> Any:
-            cut = functools.partial(_take_samples, batch=batch, samples=half)
-            return forward(*_map_tensors(args, cut), **_map_tensors(kwargs, cut))
-
+        run = functools.partial(run_samples, forward, args, kwargs)
         if batch % 2 or not pipe.do_classifier_free_guidance:
             return forward(*args, **kwargs)
         if unguided_from is not None and pipe.scheduler.calls_done >= unguided_from:
@@ -151,6 +147,12 @@ def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> 
 
     with intercept_denoiser(pipe, run_in_halves):
         yield
+
+
+def run_samples(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: slice) -> Any:
+    """Run the denoiser on a part of the batch of its arguments."""
+    cut = functools.partial(_take_samples, batch=sample_of(args, kwargs).shape[0], samples=samples)
+    return forward(*_map_tensors(args, cut), **_map_tensors(kwargs, cut))
 
 
 def sample_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -27,6 +27,7 @@ from scalediff.cascade.generators import Generators
 from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, native_size, size_multiple, takes_size_conditioning
 from scalediff.cascade.schedule import check_scheduler
+from scalediff.cascade.upsampling import check_upsampler
 from scalediff.patching.networks import denoiser_of, original_call
 from scalediff.settings import Attention, Preset, Settings
 from scalediff_kernels.lowpass.geometry import Kind, coarse_length
@@ -70,6 +71,7 @@ DRAWING_CHECKS: Mapping[str, Check] = {
     "vae_tiling": optional(check_boolean),
     "vae_attention": choice(get_args(Attention)),
     "split_guidance": check_boolean,
+    "upsampler": optional(check_upsampler),
     "workdir": optional(instance((str, PathLike), "a path")),
     "on_stage": optional(check_callable),
     "on_step": optional(check_callable),

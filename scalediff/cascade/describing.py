@@ -25,6 +25,7 @@ def describe_run(
     vae_tiling: bool | None,
     vae_attention: Attention,
     split_guidance: bool,
+    upsampler: str | None = None,
 ) -> dict[str, Any]:
     """The metadata of a run: with the same machine, versions and threads, its picture can be reproduced from them.
 
@@ -35,6 +36,7 @@ def describe_run(
         model: The name that the pipeline was loaded by.
         preset: The name of the preset.
         vae_tiling, vae_attention, split_guidance: As in `generate`.
+        upsampler: The name of the network that enlarged the stages' pictures; None for bicubic interpolation.
     """
     return {
         "prompt": prompt,
@@ -46,6 +48,7 @@ def describe_run(
         "timestep_spacing": pipe.scheduler.config.get("timestep_spacing"),
         "vae": {"tiling": vae_tiling, "attention": vae_attention},
         "split_guidance": split_guidance,
+        "upsampler": upsampler,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": device_name(pipe),
         "settings": asdict(settings),

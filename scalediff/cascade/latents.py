@@ -29,7 +29,10 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def encode(pipe: Any, image: Tensor) -> Tensor:
-    """Encode pictures `[B, 3, height, width]` in [-1, 1] to latents `[B, C, Y, X]`, the mode of the posterior."""
+    """Encode pictures `[B, 3, height, width]` in [-1, 1] to latents `[B, C, Y, X]`, the mode (mean) of the posterior.
+
+    The authors of ScaleDiff draw a sample of it.
+    """
     with _upcast_vae(pipe.vae) as vae:
         frames = _is_video_vae(vae)
         latents: Tensor = vae.encode((image[:, :, None] if frames else image).to(vae.dtype)).latent_dist.mode()

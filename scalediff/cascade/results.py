@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scalediff.arguments import check_arguments, check_boolean, check_callable, choice, optional
 from scalediff.cascade.progress import Step
+from scalediff.cascade.upsampling import Upsampler
 from scalediff.cascade.workdir import Workdir
 from scalediff.settings import Attention, Settings
 
@@ -52,6 +53,7 @@ class RunOptions:
         vae_tiling: Run the autoencoder in tiles; None means only if it would not fit into the device's memory.
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder.
         split_guidance: Run the two passes of classifier-free guidance one after the other.
+        upsampler: Function that enlarges the picture of a stage for the next; bicubic when None.
 
     Raises:
         TypeError: A value is of the wrong type.
@@ -65,6 +67,7 @@ class RunOptions:
     vae_tiling: bool | None = None
     vae_attention: Attention = "full"
     split_guidance: bool = False
+    upsampler: Upsampler | None = None
 
     def __post_init__(self) -> None:
         check_arguments(_OPTION_CHECKS, vars(self))
@@ -77,4 +80,5 @@ _OPTION_CHECKS = {
     "vae_tiling": optional(check_boolean),
     "vae_attention": choice(get_args(Attention)),
     "split_guidance": check_boolean,
+    "upsampler": optional(check_callable),
 }

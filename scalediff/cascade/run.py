@@ -167,6 +167,7 @@ class _Run:
                 trajectory=self.trajectory,
                 base_schedule_arguments=self.base_schedule_arguments,
                 watch=self._watch(index),
+                upsampler=self.options.upsampler,
             )
             if scalar(settings.guidance_until) < 1:
                 unguided = math.ceil(scalar(settings.guidance_until) * len(pipe.scheduler.levels))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scalediff.cascade.latents import upsampled
@@ -25,6 +26,8 @@ from scalediff_kernels.steps.geometry import Prediction, x0_weights
 
 # Called after a model call with its number, from 0, and a function that computes the predicted clean sample.
 Watch = Callable[[int, Callable[[], Tensor]], None]
+# Replaces the predicted clean sample of a model call: number of the call, from 0, noise level, sample, prediction -> prediction.
+Change = Callable[[int, NoiseLevel, Tensor, Tensor], Tensor]
 
 # How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), a = 1 ("noise added"), or a + s = 1 ("flow").
 _PRESERVING = {
@@ -80,6 +83,7 @@ def guided_scheduler(
     guidance: Guidance,
     base_schedule_arguments: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
+    change: Change | None = None,
 ) -> Any:
     """A copy of a diffusers scheduler that runs the last steps of a schedule with structure guidance.
 
@@ -94,6 +98,8 @@ def guided_scheduler(
             schedule of the base stage, even if the pipeline shifts the schedule by picture size. When None, the arguments of the
             pipeline are used with `steps` steps.
         watch: Called after every model call.
+        change: Replaces the predicted clean sample of every model call, by another method than structure guidance. It is called in fp32,
+            and with packed latents if the scheduler's are.
 
     Raises:
         NotImplementedError: The scheduler or its prediction type is not supported.
@@ -121,6 +127,8 @@ def guided_scheduler(
             gamma = level.noise if flow else (1 - level.alpha_bar) / (1 - restart.alpha_bar)
             guide = constant or guidance.step(done, len(self.levels), _prediction(self))
             model_output = _guided(guide, sample, model_output, level, gamma, grid)
+        if change is not None:
+            model_output = _changed(change, self, done, sample, model_output)
         if watch is not None:
             watch(done, functools.partial(_denoised, self, level, sample, model_output))
         return cls.step(self, model_output, timestep, sample, *args, **kwargs)
@@ -158,6 +166,15 @@ def _guided(guide: GuidedStep, sample: Tensor, output: Tensor, level: NoiseLevel
         return guide(sample, output, level=level, gamma=gamma)
     guided = guide(packed_view(sample, grid=grid), packed_view(output, grid=grid), level=level, gamma=gamma)
     return guided.permute(0, 2, 4, 1, 3, 5).reshape(output.shape)  # tokens again: [B, y, x, C, 2, 2]
+
+
+def _changed(change: Change, scheduler: Any, call: int, sample: Tensor, output: Tensor) -> Tensor:
+    """The model output whose prediction of the clean sample is that of `change`."""
+    level = scheduler.levels[call]
+    dtype = torch.promote_types(torch.promote_types(sample.dtype, output.dtype), torch.float32)
+    of_x, of_output = x0_weights(level, _prediction(scheduler))
+    x, exact = sample.to(dtype), output.to(dtype)
+    return ((change(call, level, x, of_x * x + of_output * exact) - of_x * x) / of_output).to(output.dtype)
 
 
 def _parameters(cls: type) -> Sequence[str]:

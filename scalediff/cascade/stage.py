@@ -13,6 +13,7 @@ from torch import Tensor
 from scalediff.cascade.latents import encode, packed, upsampled
 from scalediff.cascade.pipeline import cascade_of, native_size
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler
+from scalediff.cascade.upsampling import Upsampler, upsampled_picture
 from scalediff.settings import PerStage, Settings
 from scalediff_kernels import mix_frequencies
 
@@ -23,15 +24,27 @@ def scalar(value: PerStage) -> float:
     return value
 
 
-def make_reference(pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings) -> Tensor:
+def make_reference(
+    pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings, upsampler: Upsampler | None = None
+) -> Tensor:
     """The clean reference of a stage `[B, C, Y, X]`: upsampled in RGB, with the low frequencies of the upsampled latents."""
-    z_ru = encode(pipe, upsampled(decoded, size)).to(latents.dtype)
-    if not z_ru.isfinite().all():
-        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
+    z_ru = encode_finite(pipe, upsampled_picture(decoded, size, upsampler)).to(latents.dtype)
     if not settings.lfm:
         return z_ru
     z_lu = upsampled(latents, z_ru.shape[-2:])
     return mix_frequencies(z_ru, z_lu, cutoff=scalar(settings.lfm_cutoff), kind=settings.filter)
+
+
+def encode_finite(pipe: Any, picture: Tensor) -> Tensor:
+    """Encode pictures as `encode`.
+
+    Raises:
+        ValueError: The autoencoder overflows.
+    """
+    latents = encode(pipe, picture)
+    if not latents.isfinite().all():
+        raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
+    return latents
 
 
 def add_noise(scheduler: Any, reference: Tensor, generator: Any) -> Tensor:
@@ -54,6 +67,7 @@ def prepare_stage(
     trajectory: Sequence[Tensor],
     base_schedule_arguments: Mapping[str, Any],
     watch: Watch,
+    upsampler: Upsampler | None = None,
 ) -> dict[str, Any]:
     """Prepare a stage above the native size: replace the pipeline's scheduler by a guided one, and add noise to the reference.
 
@@ -67,11 +81,12 @@ def prepare_stage(
         trajectory: Predictions of the clean latents in the base stage; used if `settings.anchor` is `"trajectory"`.
         base_schedule_arguments: Arguments of `set_timesteps` in the base stage.
         watch: Called after every model call of the stage.
+        upsampler: Function that enlarges the picture; bicubic when None.
 
     Returns:
         The arguments of the pipeline's call that differ from `arguments`.
     """
-    reference = make_reference(pipe, latents, decoded, size, settings)
+    reference = make_reference(pipe, latents, decoded, size, settings, upsampler)
     steps, start = settings.stage_steps, settings.sg_cutoff_start
     calls = pipe.scheduler.order * (steps - 1) + 1
     guidance = Guidance(

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from scalediff.cascade.describing import package_version
-from scalediff.command import commands, drawing
+from scalediff.command import commands, comparing, drawing
+from scalediff.command.comparing import COMPARABLE
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
 from scalediff.cost.flops import MODELS
+from scalediff.methods import method_names
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -27,6 +29,13 @@ def _size(text: str) -> tuple[int, int]:
 
 def _sizes(text: str) -> list[tuple[int, int]]:
     return [_size(one) for one in text.split(",")]
+
+
+def _methods(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in COMPARABLE]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(COMPARABLE)}, got {', '.join(unknown)}")
+    return names
 
 
 def _seeds(text: str) -> list[int]:
@@ -80,7 +89,35 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--compare", action="store_true", help="also generate by direct inference and with full attention, and save all side by side"
     )
+    generate.add_argument(
+        "--method", choices=method_names(), default="scalediff", help="a published method to compare ScaleDiff with (default: scalediff)"
+    )
+    generate.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of --method; docs/guide/methods.md lists them",
+    )
     _add_run_options(generate)
+
+    compare = subparsers.add_parser(
+        "compare",
+        help="draw by several methods",
+        description="Draw every prompt and seed by several methods, and a sheet of all with their seconds and TFLOPs. The options of "
+        "ScaleDiff apply to scalediff and full-attention; steps and guidance scale to all.",
+    )
+    compare.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several sheets")
+    compare.add_argument("--prompts", type=Path, metavar="FILE", help="text file with further prompts, one per line")
+    compare.add_argument("--size", type=_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
+    compare.add_argument(
+        "--methods", type=_methods, default=["direct", "scalediff"], metavar="NAME,...",
+        help=f"of {', '.join(COMPARABLE)} (default: direct,scalediff)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="an option of a method; docs/guide/methods.md lists them"
+    )
+    _add_run_options(compare)
 
     upscale = subparsers.add_parser(
         "upscale", help="upscale a picture", description="Upscale a picture and add detail. Every finished stage is saved."
@@ -153,6 +190,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--workdir", type=Path, metavar="FOLDER", help="save every stage here; after an interruption, the same command resumes the run"
     )
     command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="size of every stage (default: each stage doubles the size)")
+    command.add_argument(
+        "--upsampler",
+        type=Path,
+        metavar="FILE",
+        help="super-resolution network (.safetensors, .pth) that enlarges the stages' pictures",
+    )
     command.add_argument("--preview", type=_positive, metavar="N", help="write a preview file at every N-th step")
     command.add_argument(
         "--quiet", action="store_true", help="hide the progress bar, or the line for each stage where stderr is no terminal"
@@ -206,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = {
             "generate": drawing.generate_pictures,
+            "compare": comparing.compare_methods,
             "upscale": drawing.upscale_pictures,
             "plan": commands.show_plan,
             "models": commands.show_models,

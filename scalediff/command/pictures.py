@@ -44,17 +44,28 @@ def open_picture(path: Path) -> Any:
         raise ValueError(f"the file must be a picture that Pillow reads, got {path}: {error}") from error
 
 
+_COLUMNS = 4
+
+
 def side_by_side(images: Sequence[Any], labels: Sequence[str]) -> Any:
-    """Put PIL pictures of the same size side by side, each with a label below it."""
+    """Put PIL pictures of the same size side by side, four in a row, each with a label of one or more lines below it."""
     from PIL import Image, ImageDraw, ImageFont
 
     width, height = images[0].size
-    text = max(11, height // 18)
-    gap = max(4, height // 64)
-    sheet = Image.new("RGB", (len(images) * (width + gap) - gap, height + 2 * text), "white")
+    lines = [label.split("\n") for label in labels]
+    size = max(11, height // 18)
+    longest = max(ImageFont.load_default(size).getlength(line) for label in lines for line in label)
+    size = size if longest <= width else max(8, int(size * width / longest))  # not below what can be read
+    font, line_height, gap = ImageFont.load_default(size), 1.25 * size, max(4, height // 64)
+    band = round(line_height * (max(map(len, lines)) + 0.75))
+    columns = min(len(images), _COLUMNS)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + band)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left = i * (width + gap)
-        sheet.paste(image, (left, 0))
-        draw.text((left + width // 2, height + text), label, fill="black", anchor="mm", font=ImageFont.load_default(text))
+    for i, image in enumerate(images):
+        left, top = i % columns * (width + gap), i // columns * (height + band)
+        sheet.paste(image, (left, top))
+        for number, line in enumerate(lines[i]):
+            place = left + width // 2, top + height + line_height * (number + 0.9)
+            draw.text(place, line, fill="black", anchor="mm", font=font)
     return sheet

@@ -15,7 +15,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from scalediff.cascade.pipeline import native_size, stage_sizes
 from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods import running
+from scalediff.methods.frequencies import blur, standardised
 from scalediff.methods.views import Denoise, average, check_options, corners, stride_of
 from scalediff.patching.networks import denoiser_of
 from scalediff.settings import Settings
@@ -118,12 +119,14 @@ def demofusion(
     dilated samples. Because guidance and the step are linear in the outputs, this equals the mix of the steps.
 
     The blur has 2 s - 1 taps and zero padding. Mean and standard deviation are taken per sample over all channels. SDXL's size
-    conditioning has the size of the phase's picture; the crop of a view is its corner on the canvas with margin, and the crop of dilated
-    samples is that of the pipeline's call. The pipeline's autoencoder decodes, with diffusers' tiling if the picture would not fit; the
-    authors' tiled decoder is not implemented.
+    conditioning has the final size in every phase, the first included, as the authors' code has; the crop of a view is its corner on the
+    canvas with margin, and the crop of dilated samples is that of the pipeline's call. The pipeline's autoencoder decodes, with diffusers'
+    tiling if the picture would not fit; the authors' tiled decoder is not implemented.
 
     Differences from the authors' code: it works with any U-Net, not only SDXL. The size need not be a whole multiple of the native one:
-    the base has the target's aspect ratio, and the last phase is cut to the target. Steps and guidance come from the preset.
+    the base has the target's aspect ratio, and the last phase is cut to the target. Steps and guidance come from the preset. With an Euler
+    scheduler their code scales the views after the first batch by the next step's sigma, because the first batch's step has already
+    advanced the scheduler; here all views are scaled by the step's own.
 
     Args:
         pipe: A text-to-image pipeline with a U-Net and a DDIM or Euler scheduler. Its state is restored afterwards.
@@ -143,11 +146,31 @@ def demofusion(
             has a custom schedule.
         NotImplementedError: The denoiser is not a U-Net, the scheduler is another one, adds noise or clips, or guidance is rescaled.
     """
+    return run_phases(pipe, arguments, size, settings, options, Canvas.of, name=_NAME, on_stage=on_stage, progress=progress)
+
+
+# Makes the canvas of a phase after the first: pipeline, size in pixels, number of the phase, options, generator of the jitter.
+CanvasOf = Callable[[Any, Grid, int, DemoFusion, torch.Generator | None], "Canvas"]
+
+
+def run_phases(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    size: Grid,
+    settings: Settings,
+    options: DemoFusion,
+    canvas_of: CanvasOf,
+    *,
+    name: str,
+    on_stage: Callable[[Stage], None] | None,
+    progress: bool | None,
+) -> list[Stage]:
+    """The phases of DemoFusion, or of a method called `name` that has another `Canvas`; otherwise as `demofusion`."""
     sizes = phase_sizes(pipe, *size)
     arguments = running.complete_arguments(pipe, arguments, settings)
     if len(sizes) > 1:
-        _check(pipe, arguments)
-    steps, stages = arguments["num_inference_steps"], list[Stage]()
+        _check(pipe, arguments, name)
+    steps, stages, told = arguments["num_inference_steps"], list[Stage](), running.size_conditioning(pipe, arguments, size)
     jitter: torch.Generator | None = None
     latents = base = torch.empty(0)
     with running.with_full_attention(pipe):
@@ -156,16 +179,16 @@ def demofusion(
             since = time.perf_counter()
             running.show_progress(pipe, progress, index=phase, of=len(sizes), size=pixels)
             if phase == 1:
-                latents = base = running.generate_latents(pipe, arguments, pixels)
-                # Only now, so that the first phase equals the result of the pipeline.
+                latents = base = running.generate_latents(pipe, {**arguments, **told}, pixels)
+                # Only now, so that the first phase starts from the noise of the pipeline.
                 jitter = _jitter_generator(arguments["generator"]) if options.jitter else None
             else:
-                canvas = Canvas.of(pipe, pixels, phase, options, jitter)
+                canvas = canvas_of(pipe, pixels, phase, options, jitter)
                 pipe.scheduler = _scheduler_with_skip(scheduler, _enlarged(latents, canvas.size), arguments, options)
                 pipe.scheduler.set_timesteps(steps)
                 start = {"latents": pipe.scheduler.trajectory(pipe.scheduler.timesteps[0])}
-                with running.replace_denoiser(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=_NAME):
-                    latents = standardised(running.generate_latents(pipe, {**arguments, **start}, pixels), base)
+                with running.replace_denoiser(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=name):
+                    latents = standardised(running.generate_latents(pipe, {**arguments, **told, **start}, pixels), base)
             stages.append(running.finished(pipe, arguments, latents, pixels, settings, index=phase, of=len(sizes), since=since))
             if on_stage is not None:
                 on_stage(stages[-1])
@@ -174,14 +197,12 @@ def demofusion(
     return stages
 
 
-def _check(pipe: Any, arguments: Mapping[str, Any]) -> None:
+def _check(pipe: Any, arguments: Mapping[str, Any], name: str) -> None:
     """Raise the errors of later phases before anything is computed."""
-    if running.inputs_of(pipe, _NAME).latents != "sample":
-        raise NotImplementedError(f"{_NAME} needs a U-Net, got {type(denoiser_of(pipe)).__name__}")
-    running.check_linear(pipe, arguments, SCHEDULERS, _NAME)
-    for name in ("timesteps", "sigmas", "denoising_end"):
-        if arguments.get(name) is not None:
-            raise ValueError(f"phases set their own schedule, got {name}={arguments[name]}")
+    if running.inputs_of(pipe, name).latents != "sample":
+        raise NotImplementedError(f"{name} needs a U-Net, got {type(denoiser_of(pipe)).__name__}")
+    running.check_linear(pipe, arguments, SCHEDULERS, name)
+    running.check_own_schedule(arguments)
 
 
 def _jitter_generator(generator: Generators) -> torch.Generator:
@@ -192,14 +213,6 @@ def _jitter_generator(generator: Generators) -> torch.Generator:
 
 def _enlarged(latents: Tensor, size: Grid) -> Tensor:
     return F.interpolate(latents, size=size, mode="bicubic", align_corners=False)
-
-
-def standardised(x: Tensor, like: Tensor) -> Tensor:
-    """Shift and scale `[B, C, Y, X]` to the mean and standard deviation per sample of `like`, which may have another grid."""
-    mean, std = (getattr(x, name)(dim=(1, 2, 3), keepdim=True) for name in ("mean", "std"))
-    target_mean, target_std = (getattr(like, name)(dim=(1, 2, 3), keepdim=True) for name in ("mean", "std"))
-    found: Tensor = (x - mean) / std * target_std + target_mean
-    return found
 
 
 def _scheduler_with_skip(scheduler: Any, reference: Tensor, arguments: Mapping[str, Any], options: DemoFusion) -> Any:
@@ -286,9 +299,13 @@ class Canvas:
         padded = F.pad(denoise.latents, (x, x, y, y))
         where = self.jittered()
         views = [padded[..., i : i + self.window[0], j : j + self.window[1]] for i, j in where]
-        outputs = denoise(views, crops=[(i * self.pixels, j * self.pixels) for i, j in where])
+        outputs = self.denoise_views(denoise, views, crops=[(i * self.pixels, j * self.pixels) for i, j in where])
         mean = average(outputs, where, (rows + 2 * y, columns + 2 * x))
         return mean[..., y : y + rows, x : x + columns]
+
+    def denoise_views(self, denoise: Denoise, views: Sequence[Tensor], *, crops: Sequence[Grid]) -> Iterable[Tensor]:
+        """The outputs for the views, in order."""
+        return denoise(views, crops=crops)
 
     def jittered(self) -> list[Grid]:
         """Corners of the views on the padded picture.
@@ -312,18 +329,12 @@ class Canvas:
         padded = F.pad(denoise.latents, (-columns % s, 0, -rows % s, 0))
         blurred = standardised(blur(padded, taps=2 * s - 1, std=std), padded)
         where = [(i, j) for i in range(s) for j in range(s)]
-        outputs = denoise([blurred[..., i::s, j::s] for i, j in where])
+        outputs = self.denoise_samples(denoise, [blurred[..., i::s, j::s] for i, j in where])
         whole = torch.empty_like(padded)
         for (i, j), output in zip(where, outputs, strict=True):
             whole[..., i::s, j::s] = output
         return whole[..., -rows:, -columns:]
 
-
-def blur(x: Tensor, *, taps: int, std: float) -> Tensor:
-    """Gaussian blur of `[B, C, Y, X]` with an odd number of taps per axis and zero padding."""
-    distance = torch.arange(taps, dtype=torch.float64) - taps // 2
-    kernel = torch.softmax(-(distance**2) / (2 * std**2), dim=0).to(x)
-    channels, half = x.shape[1], taps // 2
-    along_y, along_x = kernel.view(1, 1, -1, 1), kernel.view(1, 1, 1, -1)
-    x = F.conv2d(x, along_y.expand(channels, -1, -1, -1), padding=(half, 0), groups=channels)
-    return F.conv2d(x, along_x.expand(channels, -1, -1, -1), padding=(0, half), groups=channels)
+    def denoise_samples(self, denoise: Denoise, samples: Sequence[Tensor]) -> Iterable[Tensor]:
+        """The outputs for the dilated samples, in order."""
+        return denoise(samples)

@@ -14,7 +14,7 @@ from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, t
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.latents import decode, to_pil_images, unpack
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
-from scalediff.cascade.pipeline import call_pipeline, cascade_of
+from scalediff.cascade.pipeline import call_pipeline, cascade_of, takes_size_conditioning
 from scalediff.cascade.progress import show_pipeline_bar
 from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
@@ -55,6 +55,17 @@ def check_linear(pipe: Any, arguments: Mapping[str, Any], schedulers: Collection
         value = arguments.get(option, parameters[option].default if option in parameters else None)
         if value:
             raise NotImplementedError(f"{why}: call the pipeline with {option}={type(value)()}, got {option}={value}")
+
+
+def check_own_schedule(arguments: Mapping[str, Any]) -> None:
+    """Check that the call has no custom schedule, for methods that start in the middle of one.
+
+    Raises:
+        ValueError: It has one.
+    """
+    for name in ("timesteps", "sigmas", "denoising_end"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"phases set their own schedule, got {name}={arguments[name]}")
 
 
 def complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -114,6 +125,15 @@ def generate_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Ten
     return unpack(latents, latent_size(pipe, size)) if packed else latents
 
 
+def size_conditioning(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> dict[str, Grid]:
+    """The arguments that make SDXL's size conditioning (height, width) = `size` in a call of any size, unless the caller gave them.
+
+    Empty for pipelines without size conditioning.
+    """
+    names = ("original_size", "target_size") if takes_size_conditioning(pipe) else ()
+    return {name: size for name in names if arguments.get(name) is None}
+
+
 def latent_size(pipe: Any, size: Grid) -> Grid:
     """The latent grid `(Y, X)` of a picture of (height, width) pixels."""
     return size[0] // pipe.vae_scale_factor, size[1] // pipe.vae_scale_factor
@@ -126,19 +146,37 @@ def show_progress(pipe: Any, progress: bool | None, *, index: int, of: int, size
 
 
 def finished(
-    pipe: Any, arguments: Mapping[str, Any], latents: Tensor, size: Grid, settings: Settings, *, index: int, of: int, since: float
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    latents: Tensor,
+    size: Grid,
+    settings: Settings,
+    *,
+    index: int,
+    of: int,
+    since: float,
+    decoded: Tensor | None = None,
 ) -> Stage:
-    """Decode the latents of a stage, in tiles if needed, and make its `Stage`. `since` is the time at which the stage started.
+    """Make the `Stage` of latents, decoded here unless `decoded` has their pictures. `since` is the time at which the stage started.
 
     Raises:
         torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
     """
     steps = arguments["num_inference_steps"]
-    tiles = needs_tiling(pipe, size, images_per_call(arguments)) or None
-    used = {"tiled": bool(tiles or getattr(pipe.vae, "use_tiling", False)), "split": False}
-    with tiled(pipe.vae, on=tiles), out_of_memory(pipe, pipe.scheduler, arguments, size, f"stage {index} of {of}", **used):
-        images = to_pil_images(pipe, decode(pipe, latents))
+    if decoded is None:
+        with in_tiles_if_needed(pipe, arguments, size, f"stage {index} of {of}"):
+            decoded = decode(pipe, latents)
+    images = to_pil_images(pipe, decoded)
     seconds = time.perf_counter() - since
     return Stage(
         index=index, of=of, height=size[0], width=size[1], images=images, latents=latents, steps=steps, seconds=seconds, settings=settings
     )
+
+
+@contextmanager
+def in_tiles_if_needed(pipe: Any, arguments: Mapping[str, Any], size: Grid, stage: str) -> Iterator[None]:
+    """Turn the autoencoder's tiling on if a picture of (height, width) pixels would not fit, and explain out-of-memory errors."""
+    tiles = needs_tiling(pipe, size, images_per_call(arguments)) or None
+    used = {"tiled": bool(tiles or getattr(pipe.vae, "use_tiling", False)), "split": False}
+    with tiled(pipe.vae, on=tiles), out_of_memory(pipe, pipe.scheduler, arguments, size, stage, **used):
+        yield

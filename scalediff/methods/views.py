@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,6 +123,14 @@ INPUTS: Mapping[str, Inputs] = {
     ),
 }  # fmt: skip
 
+
+class Text(NamedTuple):
+    """The text of a view: tokens `[B, T, width]`, and for SDXL their pooled embedding `[B, width]`; guidance doubles B."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+
 _SPATIAL_ARGUMENTS = {"ip_adapter_masks", "gligen"}  # attention arguments that refer to positions in the picture
 
 
@@ -162,14 +170,18 @@ class Denoise:
         self.latents = unpack(given, size) if inputs.packed else given
         self.timestep: Any = named["timestep"]
 
-    def __call__(self, views: Sequence[Tensor], *, crops: Sequence[Grid] | None = None) -> Iterator[Tensor]:
+    def __call__(
+        self, views: Sequence[Tensor], *, crops: Sequence[Grid] | None = None, texts: Sequence[Text] | None = None
+    ) -> Iterator[Tensor]:
         """Run the denoiser on views `[B, C, y, x]` and yield its outputs of the same shape, in order.
 
-        `crops` are the crop coordinates in pixels for SDXL's size conditioning; those of the pipeline's call when None.
+        `crops` are the crop coordinates in pixels for SDXL's size conditioning, and `texts` the text of each view for a U-Net; those of the
+        pipeline's call when None.
         """
         for first in range(0, len(views), self._view_batch):
-            some = views[first : first + self._view_batch]
-            self._last_output = self._forward(**self._arguments(some, crops[first : first + self._view_batch] if crops else None))
+            here = slice(first, first + self._view_batch)
+            some = views[here]
+            self._last_output = self._forward(**self._arguments(some, crops[here] if crops else None, texts[here] if texts else None))
             output = unpack(self._last_output[0], _grid(some[0])) if self._inputs.packed else self._last_output[0]
             yield from output.chunk(len(some))
 
@@ -178,7 +190,7 @@ class Denoise:
         packed = pack(output) if self._inputs.packed else output
         return (packed,) if isinstance(self._last_output, tuple) else type(self._last_output)(sample=packed)
 
-    def _arguments(self, views: Sequence[Tensor], crops: Sequence[Grid] | None) -> dict[str, Any]:
+    def _arguments(self, views: Sequence[Tensor], crops: Sequence[Grid] | None, texts: Sequence[Text] | None) -> dict[str, Any]:
         """The arguments of one forward pass; the views are concatenated along the batch."""
         inputs, batch, grid = self._inputs, len(views[0]), _grid(views[0])
         found = dict(self._named)
@@ -195,6 +207,11 @@ class Denoise:
         attention = found.get("cross_attention_kwargs") or {}
         if attention.get("base_sequence_length") is not None:  # Lumina-Next rescales attention above this number of tokens
             found["cross_attention_kwargs"] = {**attention, "base_sequence_length": grid[0] * grid[1] // self._patch**2}
+        if texts is not None:
+            found["encoder_hidden_states"] = torch.cat([text.tokens for text in texts])
+            if texts[0].pooled is not None:
+                pooled = torch.cat([text.pooled for text in texts if text.pooled is not None])
+                found["added_cond_kwargs"] = {**found["added_cond_kwargs"], "text_embeds": pooled}
         added = found.get("added_cond_kwargs") or {}
         if crops is not None and "time_ids" in added:
             found["added_cond_kwargs"] = {**added, "time_ids": _cropped(added["time_ids"], crops, batch)}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import scalediff
-from scalediff.methods import DemoFusion, MultiDiffusion
+from scalediff.methods import AccDiffusion, DemoFusion, DiffuseHigh, HiFlow, MultiDiffusion, ScaleCrafter, SuperResolution, method_names
 from scalediff.settings import Preset, Settings
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import picture
@@ -51,6 +51,8 @@ DRAWING: list[tuple[str, Any, type[Exception], str]] = [
     ("sizes", [], ValueError, "the last stage in sizes must be the target"),
     ("vae_tiling", "yes", TypeError, "vae_tiling must be True or False, got vae_tiling='yes'"),
     ("vae_attention", "half", ValueError, "vae_attention must be one of npa, full, got vae_attention='half'"),
+    ("upsampler", 3, TypeError, "upsampler must be the path of a network's weights, or a function from pictures to larger ones, got"),
+    ("upsampler", "none.pth", ValueError, "upsampler must be an existing file, got none.pth"),
     ("split_guidance", None, TypeError, "split_guidance must be True or False, got split_guidance=None"),
     ("workdir", 3, TypeError, "workdir must be a path, got workdir=3"),
     ("on_stage", 3, TypeError, "on_stage must be a function, got on_stage=3"),
@@ -61,7 +63,7 @@ GENERATE: list[tuple[str, Any, type[Exception], str]] = [
     *DRAWING,
     ("pipe", 3, TypeError, "expected an nn.Module or a diffusers pipeline with a unet or transformer, got int"),
     ("pipe", nn.Linear(2, 2), TypeError, "the cascade needs a text-to-image pipeline, got Linear"),
-    ("method", "slow", ValueError, "method must be one of scalediff, multidiffusion, demofusion, or an options object of one, got 'slow'"),
+    ("method", "slow", ValueError, f"method must be one of {', '.join(method_names())}, or an options object of one, got 'slow'"),
     ("method", 3, ValueError, "method must be one of scalediff"),
 ]
 UPSCALE: list[tuple[str, Any, type[Exception], str]] = [
@@ -98,6 +100,19 @@ OBJECTS: list[tuple[Any, str, Any, type[Exception], str]] = [
     (Preset, "call", [], TypeError, "call must be a mapping from names to values, got call=[]"),
     (MultiDiffusion, "stride", 2.0, TypeError, "stride must be an integer, got stride=2.0"),
     (MultiDiffusion, "view_batch", 0, ValueError, "view_batch must be at least 1, got view_batch=0"),
+    (SuperResolution, "upsampler", 3, TypeError, "upsampler must be a function, got upsampler=3"),
+    (DiffuseHigh, "restart", "0.3", TypeError, "restart must be a number, got restart='0.3'"),
+    (DiffuseHigh, "guided", None, TypeError, "guided must be a number, got guided=None"),
+    (DiffuseHigh, "guidance_scale", "10", TypeError, "guidance_scale must be a number, got guidance_scale='10'"),
+    (DiffuseHigh, "upsampler", 3, TypeError, "upsampler must be a function, got upsampler=3"),
+    (HiFlow, "alpha", ("1",), TypeError, "alpha must be a number, got alpha='1'"),
+    (HiFlow, "proportional", 1, TypeError, "proportional must be True or False, got proportional=1"),
+    (HiFlow, "dynamic_shifting", None, TypeError, "dynamic_shifting must be True or False, got dynamic_shifting=None"),
+    (HiFlow, "rope_scale", "10", TypeError, "rope_scale must be a number, got rope_scale='10'"),
+    (ScaleCrafter, "dilated", "0.6", TypeError, "dilated must be a number, got dilated='0.6'"),
+    (ScaleCrafter, "progressive", 1, TypeError, "progressive must be True or False, got progressive=1"),
+    (AccDiffusion, "threshold", "0.3", TypeError, "threshold must be a number, got threshold='0.3'"),
+    (AccDiffusion, "local_guidance_scale", "7", TypeError, "local_guidance_scale must be a number, got local_guidance_scale='7'"),
     (DemoFusion, "view_batch", "4", TypeError, "view_batch must be an integer, got view_batch='4'"),
     (DemoFusion, "cosine_scale", 3, TypeError, "cosine_scale must be three non-negative exponents, got cosine_scale=3"),
     (DemoFusion, "blur_std", "1", TypeError, "blur_std must be a number, got blur_std='1'"),

@@ -105,6 +105,16 @@ def test_stage_steps_follow_the_paper() -> None:
     assert Settings(steps=1, restart=0.1).stage_steps == 1
 
 
+@pytest.mark.parametrize(("steps", "restart", "expected"), [(28, 0.6, 17), (4, 0.6, 3), (50, 0.33, 17), (9, 0.25, 3), (20, 1.0, 20)])
+def test_a_part_of_a_step_is_a_whole_one(steps: int, restart: float, expected: int) -> None:
+    """The authors keep what is left of the schedule after `int(steps * (1 - restart))` dropped steps."""
+    assert Settings(steps=steps, restart=restart).stage_steps == expected
+
+
+def test_a_restart_near_nothing_is_one_step() -> None:
+    assert Settings(steps=10, restart=1e-18).stage_steps == 1
+
+
 def test_the_ends_of_the_ranges_are_settings() -> None:
     assert Settings(guidance_until=0.0, restart=1.0, sg_cutoff_start=1.0, jitter=None).guidance_until == 0
     assert Settings(guidance_until=(0, 1)).guidance_until == (0, 1)

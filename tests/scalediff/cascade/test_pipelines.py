@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_a_patched_pipeline_runs_the_cascade(name: str) -> None:
         assert first.shape == (1, 3, *target)
         assert torch.equal(first, second)
         assert first.isfinite().all()
-        stages, kept = len(stage_sizes(pipe, *target)), round(5 * preset(pipe).restart)
+        stages, kept = len(stage_sizes(pipe, *target)), replace(preset(pipe), steps=5).stage_steps
         passes = len(calls) // 2
         assert passes in (5 + (stages - 1) * kept, 2 * (5 + (stages - 1) * kept))  # guidance may be a pass of its own
         handle.attention = "full"
@@ -155,9 +156,9 @@ def test_a_patched_pipeline_runs_the_cascade(name: str) -> None:
 
 @torch.no_grad()
 def flux_by_hand(pipe: Any, arguments: dict[str, Any], picture: Tensor | None = None) -> Tensor:
-    """FLUX from 8 to 16 latents by 5 Euler steps, the last 2 run again: no scheduler, no pipeline, no cascade of ours. A picture
+    """FLUX from 8 to 16 latents by 5 Euler steps, the last 3 run again: no scheduler, no pipeline, no cascade of ours. A picture
     of 16 x 16 pixels may stand for the first 5."""
-    rng, steps, kept, cutoff = seeded(), 5, 2, 0.25
+    rng, steps, kept, cutoff = seeded(), 5, 3, 0.25
     mu = 0.5 + (16 - 4) * (1.15 - 0.5) / (64 - 4)  # of the 16 tokens of the base, at every size
     even = np.linspace(1, 1 / steps, steps)
     sigmas = [*(np.exp(mu) / (np.exp(mu) + (1 / even - 1))).tolist(), 0.0]
@@ -205,14 +206,14 @@ def test_upscale_is_the_hand_written_loop_from_a_picture() -> None:
     pipe, arguments = built("FLUX")
     image = picture()
     tensor = torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
-    how = {"call": arguments, "steps": 5, "restart": 0.4, "guidance_scale": 0.0}
+    how = {"call": arguments, "steps": 5, "restart": 0.5, "guidance_scale": 0.0}
     with scalediff.patch_model(pipe, window=WINDOW):
         scheduler = pipe.scheduler
         result = scalediff.upscale(pipe, image, None, height=32, width=32, generator=seeded(), **how)
         assert pipe.scheduler is scheduler
     with scalediff.patch_model(pipe.transformer, window=WINDOW):
         expected = flux_by_hand(pipe, arguments, tensor)
-    assert [(stage.height, stage.width, stage.steps) for stage in result.stages] == [(32, 32, 2)]
+    assert [(stage.height, stage.width, stage.steps) for stage in result.stages] == [(32, 32, 3)]
     torch.testing.assert_close(result.stages[-1].latents, expected, rtol=1e-4, atol=1e-4)
 
 

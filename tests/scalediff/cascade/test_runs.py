@@ -14,7 +14,7 @@ from bench.models.zoo import WINDOW
 from scalediff.cascade.pipeline import native_size
 from scalediff.cascade.workdir import digest
 from scalediff.command.cli import main
-from scalediff.command.drawing import _jobs
+from scalediff.command.jobs import plan_jobs
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
 
@@ -87,7 +87,7 @@ def test_part_of_a_step_is_refused(demo: Any) -> None:
 def test_no_picture_is_written_over_another(tmp_path: Path) -> None:
     from argparse import Namespace
 
-    jobs = _jobs(Namespace(seed=[2, 10, 1], out=tmp_path), ["moon 2", "moon", "moon"])
+    jobs = plan_jobs(Namespace(seed=[2, 10, 1], out=tmp_path), ["moon 2", "moon", "moon"])
     assert len({job.out for job in jobs}) == 9
     assert [job.out.name for job in jobs[3:6]] == ["moon-2.png", "moon-10.png", "moon-1.png"]
     assert [job.out.name for job in jobs[6:]] == ["moon-2-again-1.png", "moon-10-again-1.png", "moon-1-again-1.png"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scalediff.cascade import fitting
-from scalediff.command import allocator, drawing
+from scalediff.command import allocator, runs
 from scalediff.command.cli import main
 
 # The share of pages that are mapped anew while 64 MB are allocated, written and freed again and again, in a new process.
@@ -55,7 +55,7 @@ def test_the_command_keeps_it_where_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int, kept: int
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(drawing, "keep_freed_memory", lambda: asked.append(1))
+    monkeypatch.setattr(runs, "keep_freed_memory", lambda: asked.append(1))
     monkeypatch.setattr(fitting, "available_bytes", lambda device: room * 2**30)
     assert (
         main(

@@ -75,7 +75,7 @@ def test_compare_writes_three_pictures_with_times(tmp_path: Path) -> None:
         assert sheet.height > 96
     told = read_metadata(tmp_path / "x.compare.png")
     assert told["kind"] == "comparison"
-    assert [panel.rsplit(" ", 2)[0] for panel in told["panels"]] == ["direct", "full attention", "ScaleDiff without SG"]
+    assert [panel["title"] for panel in told["panels"]] == ["direct", "full attention", "ScaleDiff without SG"]
 
 
 def test_the_default_name_says_prompt_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from scalediff.cascade import fitting
 from scalediff.cascade.metadata import read_metadata
-from scalediff.command import drawing, loading
+from scalediff.command import drawing, loading, method_options, runs
 from scalediff.command.cli import main
 
 Image = pytest.importorskip("PIL.Image")
@@ -103,19 +103,19 @@ def test_every_switch_has_an_option() -> None:
     told = settings_of("a-moon-0.png")
     assert {name: told[name] for name in chosen} == chosen
     assert told["lfm"] is False
-    assert set(drawing._SETTING_OPTIONS) == set(told), "an option for each"
+    assert set(method_options.SETTING_OPTIONS) == set(told), "an option for each"
 
 
 def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
-    keep = drawing.save_png
+    keep = runs.save_png
 
     def look(image: Any, path: Path, *, metadata: Any) -> None:
         if ".preview" in path.name:
             shown.append((image.size, metadata["stage"], metadata["step"]))
         keep(image, path, metadata=metadata)
 
-    monkeypatch.setattr(drawing, "save_png", look)
+    monkeypatch.setattr(runs, "save_png", look)
     assert main(["generate", "a moon", "--preview", "2", *FAST, "--steps", "4"]) == 0
     assert shown == [((64, 64), "1/2", "2/4"), ((64, 64), "1/2", "4/4"), ((64, 64), "2/2", "2/2")]
     assert last_pictures(tmp_path) == ["a-moon-0.png"]
@@ -151,9 +151,9 @@ def test_progress_in_a_pipe_is_a_line_for_each_stage(capsys: pytest.CaptureFixtu
     assert main(["generate", "a moon", "--compare", *FAST[:-1]]) == 0
     lines = capsys.readouterr().err
     assert "\r" not in lines
-    stages = [line for line in lines.splitlines() if line.startswith(("stage ", "direct "))]
+    stages = [line for line in lines.splitlines() if line.startswith(("stage ", "direct,"))]
     run = ["stage 1/2  64 x 64", "stage 2/2  96 x 96"]
-    assert stages == [*run, "direct  96 x 96", *run]
+    assert stages == [*run, "direct, 96 x 96", "stage 1/1  96 x 96", *run]
 
 
 def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def test_the_embedded_model_is_the_published_loop(demo: Any, size: tuple[int, in
 def test_sdxl_is_the_published_loop_and_told_where_its_views_are_cropped(
     name: str, size: tuple[int, int], phases: int, options: DemoFusion
 ) -> None:
-    """Euler scales what the denoiser is given; views have the corners of their crops in pixels."""
+    """Euler scales what the denoiser is given; views have the corners of their crops in pixels, and every phase the final size."""
     pipe, arguments = built("SDXL")
     clips = {"clip_sample": False} if name == "DDIMScheduler" else {}
     pipe.scheduler = getattr(diffusers, name)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **clips)
@@ -151,14 +151,13 @@ def test_sdxl_is_the_published_loop_and_told_where_its_views_are_cropped(
         torch.cat([arguments[f"negative_{part}"], arguments[part]]).double() for part in ("prompt_embeds", "pooled_prompt_embeds")
     )
     stages = run(pipe, size, arguments, options)
-    pixels = [(stage.height, stage.width) for stage in stages]
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(STEPS)
 
     def phase(s: int) -> Model:
         def model(x: Tensor, t: Tensor, corner: tuple[int, int]) -> Tensor:
             x = copy.deepcopy(scheduler).scale_model_input(x, t)
-            times = torch.tensor([[*pixels[s - 1], 2 * corner[0], 2 * corner[1], *pixels[s - 1]]] * 2)
+            times = torch.tensor([[*size, 2 * corner[0], 2 * corner[1], *size]] * 2)
             added = {"text_embeds": pooled, "time_ids": times.double()}
             empty, named = unet(torch.cat([x, x]), t, text, added_cond_kwargs=added).sample.chunk(2)
             guided: Tensor = empty + GUIDANCE * (named - empty)

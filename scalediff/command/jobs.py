@@ -1,0 +1,48 @@
+"""The pictures that a command line asks for: one for every prompt and seed."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from scalediff.command.loading import UsageError
+from scalediff.command.pictures import check_writable
+from scalediff.command.reporting import Job, print_status
+
+
+def prompts_of(options: Namespace) -> list[str]:
+    """The prompts of the command line, then those of the file, one per line."""
+    prompts = list(options.prompt)
+    if options.prompts is not None:
+        try:
+            prompts += [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--prompts must be a text file with one prompt per line, got {options.prompts}: {error}") from error
+    if not prompts:
+        raise UsageError("a prompt is required, as an argument or in a file with --prompts")
+    return prompts
+
+
+def plan_jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> list[Job]:
+    """One job per prompt and seed. All files are checked to be writable; several pictures go to a folder, under different names."""
+    if not all(prompt.strip() for prompt in prompts):
+        print_status("a prompt is empty: its picture follows no text")
+    wanted = [(prompt, seed) for prompt in prompts for seed in options.seed]
+    out: Path | None = options.out
+    if out is not None and len(wanted) > 1 and not out.is_dir():
+        raise UsageError(f"--out must be an existing folder for {len(wanted)} pictures, got {out}")
+    folder = out if out is not None and out.is_dir() else Path()
+    jobs: dict[Path, Job] = {}
+    for prompt, seed in wanted:
+        stem = f"{name or _slug(prompt)}-{seed}"
+        names = (f"{stem}.png", *(f"{stem}-again-{i}.png" for i in range(1, len(wanted))))
+        file = out if out is not None and not out.is_dir() else next(folder / one for one in names if folder / one not in jobs)
+        check_writable(file)
+        jobs[file] = Job(prompt, seed, file)
+    return list(jobs.values())
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"

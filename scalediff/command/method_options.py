@@ -1,0 +1,82 @@
+"""The options `--method` and `--option` of the command: which method, and the options of that method."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from scalediff.cascade.upsampling import identify_upsampler
+from scalediff.command.loading import UsageError
+from scalediff.methods import METHODS, MethodOptions
+
+# Fields of Settings; each is a command-line option of the same name.
+SETTING_OPTIONS = (
+    "steps", "restart", "guidance_scale", "guidance_until", "attention", "jitter", "lfm", "sg", "lfm_cutoff", "sg_cutoff",
+    "sg_cutoff_start", "filter", "anchor", "size_conditioning",
+)  # fmt: skip
+# Further options of ScaleDiff alone, with the value that means they were not given.
+_RUN_OPTIONS = {"sizes": None, "workdir": None, "preview": None, "vae_tiling": None, "vae_attention": "full", "split_guidance": False,
+                "low_memory": False}  # fmt: skip
+_SETTINGS_OF_ALL = {"steps", "guidance_scale"}
+# Methods whose denoiser sees a part of the picture at a time.
+IN_PARTS = frozenset({"multidiffusion", "demofusion", "accdiffusion", "super-resolution"})
+_WORDS = {"none": None, "true": True, "on": True, "false": False, "off": False}
+
+
+def chosen_method(options: Namespace) -> str | MethodOptions:
+    """The method of --method, with the options of --option; `"scalediff"`, or an options object.
+
+    Raises:
+        UsageError: The method lacks an option of the command line.
+        ValueError, TypeError: A value is not one of the option's.
+    """
+    if options.method == "scalediff":
+        if options.option:
+            raise UsageError(f"--option is for methods other than scalediff, which has options by name, got {options.option[0]}")
+        return "scalediff"
+    given = [name for name in SETTING_OPTIONS if name not in _SETTINGS_OF_ALL and getattr(options, name) is not None]
+    given += [name for name, absent in _RUN_OPTIONS.items() if getattr(options, name) != absent]
+    if given:
+        raise UsageError(f"--method {options.method} does not support {', '.join('--' + name.replace('_', '-') for name in given)}")
+    return method_object(options.method, options.option)
+
+
+def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
+    """The options object of a method from texts `NAME=VALUE`; raises as `chosen_method`."""
+    known = [one.name for one in fields(METHODS[name].options) if one.name != "upsampler"]
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        option, is_pair, text = pair.partition("=")
+        option = option.replace("-", "_")
+        if not is_pair:
+            raise UsageError(f"--option must be NAME=VALUE, got {pair!r}")
+        if option not in known:
+            has = f"has the options {', '.join(known)}" if known else "has no options"
+            raise UsageError(f"--method {name} {has}, got --option {pair}")
+        values[option] = _parse(text)
+    options: MethodOptions = METHODS[name].options(**values)
+    return options
+
+
+def method_facts(name: str, method: MethodOptions) -> dict[str, Any]:
+    """The method and its options for the metadata of a picture."""
+    values = {one.name: getattr(method, one.name) for one in fields(method)}
+    if "upsampler" in values:
+        values["upsampler"] = identify_upsampler(method.upsampler)
+    return {"method": name, "options": values}
+
+
+def _parse(text: str) -> Any:
+    """A number, a word for none, true or false, a tuple of these from a comma-separated list, or else the text itself."""
+    if "," in text:
+        return tuple(_parse(part) for part in text.split(","))
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,108 @@
+"""What the commands that draw have in common: the pipeline, the settings, the arguments of a run, and the memory that it needs."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalediff.cascade.fitting import check_possible, describe_fit, fit_of
+from scalediff.cascade.metadata import save_png
+from scalediff.cascade.pipeline import cascade_of, named_preset, native_size
+from scalediff.cascade.progress import Step
+from scalediff.cascade.upsampling import Upsampler
+from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
+from scalediff.command.loading import UsageError, load_model, one_line
+from scalediff.command.method_options import IN_PARTS, SETTING_OPTIONS
+from scalediff.command.reporting import Job, print_status, vae_tiling
+from scalediff.settings import Settings
+
+# Arguments of `generate` that every method has; an upsampler is refused by those that enlarge no picture.
+SHARED = ("preset", "negative_prompt", "generator", "progress", "upsampler")
+
+
+def target_size(pipe: Any, options: Namespace) -> tuple[int, int]:
+    """(height, width) of --size; four times the native size without it."""
+    native = native_size(pipe)
+    return options.size or (4 * native[0], 4 * native[1])
+
+
+def load_pipeline(options: Namespace) -> Any:
+    """The pipeline of --model, with the scheduler, device and dtype of the command line."""
+    return load_model(
+        options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler, spacing=options.timestep_spacing,
+        low_memory=options.low_memory,
+    )  # fmt: skip
+
+
+def resolve_settings(pipe: Any, options: Namespace) -> Settings:
+    """The settings of the preset, overridden by those of the command line."""
+    named = {name: getattr(options, name) for name in SETTING_OPTIONS if getattr(options, name) is not None}
+    return replace(named_preset(pipe, options.preset).settings, **named)
+
+
+def run_arguments(
+    pipe: Any, options: Namespace, job: Job, settings: Settings, upsampler: Upsampler | None, *, several: bool
+) -> dict[str, Any]:
+    """The arguments that `generate` and `upscale` have in common."""
+    preset = named_preset(pipe, options.preset)
+    return {
+        "preset": replace(preset, settings=settings),
+        "negative_prompt": options.negative_prompt,
+        "generator": torch.Generator().manual_seed(job.seed),
+        "progress": not options.quiet,
+        "upsampler": upsampler,
+        "sizes": options.sizes,
+        "workdir": options.workdir / job.out.stem if options.workdir is not None and several else options.workdir,
+        "vae_tiling": vae_tiling(options),
+        "vae_attention": options.vae_attention,
+        "split_guidance": options.low_memory or options.split_guidance,
+        "on_step": _preview_callback(options.preview, job) if options.preview else None,
+    }
+
+
+def _preview_callback(every: int, job: Job) -> Callable[[Step], None]:
+    def show(step: Step) -> None:
+        if step.step % every == 0:
+            position = {"stage": f"{step.stage}/{step.stages}", "step": f"{step.step}/{step.steps}"}
+            save_png(step.preview()[0], preview_path(job), metadata={"prompt": job.prompt, "seed": job.seed, **position})
+
+    return show
+
+
+def preview_path(job: Job) -> Path:
+    """The file of a job's previews."""
+    return job.out.with_name(f"{job.out.stem}.preview.png")
+
+
+def print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
+    """Print the memory that the run needs, and refuse a run that does not fit; on a CPU with plenty, keep freed memory.
+
+    Methods whose denoiser never sees the whole picture need less, which is not estimated.
+
+    Raises:
+        UsageError: Too little memory is available, and --force is not given.
+        ValueError: The picture alone is larger than the device's memory.
+    """
+    arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    if options.negative_prompt is not None:
+        arguments["negative_prompt"] = options.negative_prompt
+    if getattr(options, "method", "") in IN_PARTS:
+        check_possible(pipe, arguments, size)
+        print_status(f"memory: no estimate for {options.method}, whose denoiser does not see the whole picture at once")
+        return
+    try:
+        fit = fit_of(pipe, arguments, size, vae_tiling=vae_tiling(options), split_guidance=options.low_memory or options.split_guidance)
+    except NotImplementedError as why:
+        print_status(f"memory: no estimate: {one_line(why)}")
+        return
+    described = f"{fit.describe()}; {fit.advice}" if fit.advice else fit.describe()
+    if fit.advice and not options.force:
+        raise UsageError(f"{described}; {describe_fit(fit.size)}; --force runs it all the same")
+    print_status(f"memory: {described}")
+    if fit.available is not None and pipe._execution_device.type == "cpu" and MEMORY_HEADROOM * fit.peak <= fit.available:
+        keep_freed_memory()
