@@ -18,7 +18,7 @@ from bench.evaluate.networks import CLIP_MODEL, load_clip, load_inception
 from bench.evaluate.page import FIELDS, page, records
 from bench.evaluate.prompts import read_prompts
 from bench.evaluate.protocols import PROTOCOLS, described, protocol_named
-from bench.evaluate.scoring import NETWORK_STATISTICS, Options, score
+from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Options, score
 from bench.harness.command import keep_freed_memory, positive
 from bench.harness.facts import facts
 from bench.harness.rows import RowFile, write_text
@@ -63,10 +63,10 @@ def score_folders(options: argparse.Namespace, typed: str) -> None:
     if protocol is None and (options.crops is not None or options.crop_size is not None):
         raise ValueError("--crops and --crop-size change a protocol: pass --protocol, got none")
     wanted = options.statistics if options.statistics is not None else NETWORK_STATISTICS if protocol else ()
-    if protocol is not None:
-        protocol.crops_of(len(folders[0]))
     device = parse_device(options.device)
-    inception = load_inception(options.inception, device) if {"fid", "kid", "is"} & set(wanted) else None
+    if protocol is not None and any(name.endswith("_patch") for name in wanted):
+        protocol.crops_of(len(folders[0]))  # its error comes before networks are loaded
+    inception = load_inception(options.inception, device) if set(INCEPTION_STATISTICS) & set(wanted) else None
     clip = load_clip(options.clip, device) if "clip" in wanted else None
     what = Options(wanted, protocol, options.border, options.bootstrap, options.splits, options.kid_subset, options.force)
     csv = options.csv or folders[0].path.parent / "scores.csv"
@@ -78,7 +78,7 @@ def score_folders(options: argparse.Namespace, typed: str) -> None:
     notes = []
     if protocol and reference and protocol.references not in (None, len(reference)):
         notes.append(f"The protocol has {protocol.references} reference pictures, here are {len(reference)}.")
-    if options.force and "fid" in wanted:
+    if options.force and {"fid", "fid_patch"} & set(wanted):
         notes.append("FID was forced: where it is of fewer pictures than features, it is too large, by more the fewer pictures there are.")
     notes += [f"Network: {network.name}." for network in (inception, clip) if network is not None]
     compared = ""

@@ -16,7 +16,7 @@ from bench.evaluate.networks import FeatureNetwork, TextNetwork
 from bench.evaluate.protocols import Protocol
 from bench.quality.metrics import count_discs, high_frequency_ratio, laplacian_pyramid, patches_at, radial_power, seam_score
 
-PATCHES = 16  # of each level of each picture
+PATCHES = 128  # of each level of each picture
 SMALLEST = 16  # pixels per side that spectra and pyramids need
 DEMO = "demo"  # the model whose pictures have discs to count
 
@@ -49,13 +49,15 @@ class Task:
     Attributes:
         compared: (height, width) at which spectra and patches are compared with the reference; None without a reference.
         border: Pixels between borders of query patches; None if seams are not measured.
-        protocol: Says which crops; None for whole pictures alone.
+        protocol: Says which crops.
+        crops: Whether crops are measured.
         inception, clip: The networks, where their statistics are wanted.
     """
 
     compared: tuple[int, int] | None = None
     border: int | None = None
     protocol: Protocol | None = None
+    crops: bool = False
     inception: FeatureNetwork | None = None
     clip: TextNetwork | None = None
 
@@ -73,7 +75,7 @@ def measure(folder: Folder, task: Task) -> Measured:
         picture = read_picture(file, size=size)
         _measure_alone(found, picture, task, discs=folder.run.get("model") == DEMO)
         _measure_compared(found, picture, number, task)
-        _measure_features(found, picture, file.name, number, task, with_crops=task.protocol is not None, count=len(folder))
+        _measure_features(found, picture, file.name, number, task, with_crops=task.crops, count=len(folder))
         if task.clip is not None:
             cosine = float(task.clip(picture[None], [folder.prompts[number]])[0])
             found.numbers.setdefault("clip", []).append(100 * max(cosine, 0.0))
@@ -82,7 +84,7 @@ def measure(folder: Folder, task: Task) -> Measured:
 
 def measure_reference(folder: Folder, task: Task) -> Measured:
     """Measure reference pictures, which may be of any sizes; raises as `measure`."""
-    found, with_crops = Measured(), task.protocol is not None and task.protocol.crops_reference
+    found, with_crops = Measured(), task.crops and task.protocol is not None and task.protocol.crops_reference
     for number, file in enumerate(folder.files):
         picture = read_picture(file)
         _measure_compared(found, picture, number, task)

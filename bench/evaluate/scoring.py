@@ -16,7 +16,8 @@ from bench.evaluate.measuring import SMALLEST, Measured, Task, measure, measure_
 from bench.evaluate.networks import FeatureNetwork, TextNetwork
 from bench.evaluate.protocols import Protocol
 
-NETWORK_STATISTICS = ("fid", "kid", "is", "clip")
+INCEPTION_STATISTICS = ("fid", "kid", "is", "fid_patch", "kid_patch", "is_patch")
+NETWORK_STATISTICS = (*INCEPTION_STATISTICS, "clip")
 _DIRECTIONS = 128
 Statistic = Callable[[Tensor], float]  # of picture numbers
 
@@ -27,7 +28,7 @@ class Options:
 
     Attributes:
         wanted: Of `NETWORK_STATISTICS`.
-        protocol: Says which crops; None for whole pictures alone.
+        protocol: Says which crops; the statistics of crops need it.
         border: Pixels between borders of query patches; None for the border in the run of each folder, if it has one.
         draws: Of the bootstrap.
         splits: Of the Inception score.
@@ -79,7 +80,8 @@ def score(
         if options.border is not None:
             raise ValueError(f"seams need a border of at least 16 and sides of 2.5 borders, got {border=} and {size[0]} x {size[1]}")
         border = None
-    task = Task(compared, border, options.protocol, inception, clip)
+    crops = any(name.endswith("_patch") for name in options.wanted)
+    task = Task(compared, border, options.protocol, crops, inception, clip)
     of_reference = None if reference is None else measure_reference(reference, task)
     draws = distances.resamples(len(folders[0]), options.draws)
     found: dict[str, dict[str, Score]] = {}
@@ -97,24 +99,25 @@ def score(
 
 
 def _check_wanted(folders: Sequence[Folder], reference: Folder | None, options: Options, inception: FeatureNetwork | None) -> None:
-    if reference is None and (lacking := [name for name in options.wanted if name in ("fid", "kid")]):
+    protocol, n, m = options.protocol, len(folders[0]), 0 if reference is None else len(reference)
+    if protocol is None and (cropped := [name for name in options.wanted if name.endswith("_patch")]):
+        raise ValueError(f"{', '.join(cropped)} need a protocol, which says the crops: pass --protocol, got none")
+    if reference is None and (lacking := [name for name in options.wanted if name.startswith(("fid", "kid"))]):
         raise ValueError(f"{', '.join(lacking)} need a reference: pass --reference FOLDER, got none")
     if "clip" in options.wanted and not folders[0].prompts:
         raise ValueError(f"the CLIP score needs the prompts of a manifest, got {folders[0].path} without one")
-    n, m = len(folders[0]), 0 if reference is None else len(reference)
-    if "is" in options.wanted and n < options.splits:
-        raise ValueError(f"the Inception score needs at least one picture for each of {options.splits} splits, got {n}: pass --splits")
-    if "fid" not in options.wanted or options.force or inception is None:
-        return
-    rows = {"whole pictures": (n, m)}
-    if (protocol := options.protocol) is not None:
-        rows["crops"] = n * protocol.crops_of(n), m * protocol.crops_of(m) if protocol.crops_reference else m
-    for what, counts in rows.items():
-        if min(counts) < inception.features:
+    crops = of_reference = 1
+    if protocol is not None and any(name.endswith("_patch") for name in options.wanted):
+        crops = protocol.crops_of(n)
+        of_reference = protocol.crops_of(m) if m and protocol.crops_reference else 1
+    for suffix, what, rows in (("", "whole pictures", (n, m)), ("_patch", "crops", (n * crops, m * of_reference))):
+        if f"is{suffix}" in options.wanted and rows[0] < options.splits:
+            raise ValueError(f"IS needs at least one picture or crop for each of {options.splits} splits, got {rows[0]}: pass --splits")
+        if f"fid{suffix}" in options.wanted and inception is not None and min(rows) < inception.features and not options.force:
             raise ValueError(
-                f"FID of {inception.features} features needs as many {what} on each side, got {counts[0]} and {counts[1]}: its covariance "
-                "would be singular and FID too large, by more the fewer pictures there are. Leave it out (--statistics kid,is,clip), or "
-                "compute it all the same with --force"
+                f"FID of {inception.features} features needs as many {what} on each side, got {rows[0]} and {rows[1]}: its covariance "
+                f"would be singular and FID too large, by more the fewer there are. Leave fid{suffix} out of --statistics, or compute it "
+                "all the same with --force"
             )
 
 
@@ -128,14 +131,14 @@ def _statistics(measured: Measured, reference: Measured | None, options: Options
         found |= _sliced(measured.patches, reference.patches)
     for suffix, ours, theirs in _feature_sets(measured, reference):
         features, logits = (torch.stack(parts) for parts in zip(*ours, strict=True))
-        if "is" in options.wanted:
+        if f"is{suffix}" in options.wanted:
             found[f"is{suffix}"] = _inception_score(logits, options.splits)
         if theirs is None:
             continue
         others = torch.stack([one for one, _ in theirs])
-        if "fid" in options.wanted:
+        if f"fid{suffix}" in options.wanted:
             found[f"fid{suffix}"] = _frechet(features, others)
-        if "kid" in options.wanted:
+        if f"kid{suffix}" in options.wanted:
             found[f"kid{suffix}"] = _kernel(features, others)
     return found
 
@@ -154,10 +157,10 @@ def _feature_sets(measured: Measured, reference: Measured | None) -> list[tuple[
 
 
 def _of_subsets(measured: Measured, reference: Measured | None, options: Options) -> dict[str, Score]:
-    if options.kid_subset is None or "kid" not in options.wanted or reference is None:
-        return {}
-    found = {}
+    found: dict[str, Score] = {}
     for suffix, ours, theirs in _feature_sets(measured, reference):
+        if options.kid_subset is None or f"kid{suffix}" not in options.wanted:
+            continue
         a, b = (torch.stack([features for features, _ in side or []]) for side in (ours, theirs))
         mean, std = distances.kernel_distance_of_subsets(
             a, b, size=options.kid_subset, subsets=100, generator=torch.Generator().manual_seed(0)
@@ -178,7 +181,7 @@ def _spectrum(ours: Tensor, theirs: Tensor) -> Statistic:
 
 
 def _sliced(ours: Mapping[int, list[Tensor]], theirs: Mapping[int, list[Tensor]]) -> dict[str, Statistic]:
-    """As `bench.quality.metrics.laplacian_swd`, with fewer patches and directions: the mean over the levels, and the finest level."""
+    """As `bench.quality.metrics.laplacian_swd`, with fewer directions: the mean over the levels, and the finest level."""
     generator = torch.Generator().manual_seed(0)
     levels = [_sliced_level(torch.stack(ours[level]), torch.stack(theirs[level]), generator) for level in sorted(ours, reverse=True)]
     return {"swd": lambda chosen: sum(level(chosen) for level in levels) / len(levels), "swd_fine": levels[0]}
@@ -188,14 +191,17 @@ def _sliced_level(ours: Tensor, theirs: Tensor, generator: torch.Generator) -> S
     """Of `[N, P, 3, 7, 7]` patches: 1000 times the mean distance of the sorted projections, standardised over the reference."""
     std, mean = torch.std_mean(theirs, dim=(0, 1, 3, 4), keepdim=True)
     directions = F.normalize(torch.randn(_DIRECTIONS, theirs[0, 0].numel(), generator=generator)).to(theirs)
-    a, b = (((x - mean) / std.clamp(min=1e-8)).flatten(2) @ directions.T for x in (ours, theirs))  # [N, P, directions]
-    b = b.flatten(0, 1).T.contiguous().sort().values
+    a, b = (((x - mean) / std.clamp(min=1e-8)).flatten(2).flatten(0, 1) @ directions.T for x in (ours, theirs))
+    b = b.T.contiguous().sort().values
+    a, order = a.T.contiguous().sort()
+    owner = order // ours.shape[1]  # the picture that a value is of
+    count = min(a.shape[1], b.shape[1])
+    at_a, at_b = (((torch.arange(count) + 0.5) / count * x.shape[1]).long() for x in (a, b))  # the same quantiles of both
 
     def distance(chosen: Tensor) -> float:
-        sorted_a = a[chosen].flatten(0, 1).T.contiguous().sort().values
-        count = min(sorted_a.shape[1], b.shape[1])
-        at_a, at_b = (((torch.arange(count) + 0.5) / count * x.shape[1]).long() for x in (sorted_a, b))  # the same quantiles of both
-        return 1e3 * float((sorted_a[:, at_a] - b[:, at_b]).abs().mean())
+        times = chosen.bincount(minlength=len(ours))[owner]
+        drawn = a.flatten().repeat_interleave(times.flatten()).view(a.shape)  # sorted, as a is
+        return 1e3 * float((drawn[:, at_a] - b[:, at_b]).abs().mean())
 
     return distance
 
