@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     typed = shlex.join(["python", "-m", "bench.evaluate", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         options.run(options, typed)
-    except (ValueError, TypeError, NotImplementedError, UsageError) as error:
+    except (OSError, ValueError, TypeError, NotImplementedError, UsageError) as error:
         if os.environ.get("SCALEDIFF_DEBUG"):
             raise
         parser.error(str(error))
@@ -68,7 +68,7 @@ def score_folders(options: argparse.Namespace, typed: str) -> None:
         protocol.crops_of(len(folders[0]))  # its error comes before networks are loaded
     inception = load_inception(options.inception, device) if set(INCEPTION_STATISTICS) & set(wanted) else None
     clip = load_clip(options.clip, device) if "clip" in wanted else None
-    what = Options(wanted, protocol, options.border, options.bootstrap, options.splits, options.kid_subset, options.force)
+    what = Options(wanted, protocol, options.border, options.bootstrap, options.splits, options.kid_subset, options.force, device)
     csv = options.csv or folders[0].path.parent / "scores.csv"
     file = RowFile(csv, FIELDS, facts())
     scores = score(folders, reference, what, inception=inception, clip=clip)
@@ -121,6 +121,12 @@ def _seeds(text: str) -> list[int]:
     return list(dict.fromkeys(int(seed) for seed in text.split(",")))
 
 
+def _draws(text: str) -> int:
+    if not text.isdecimal() or text == "1":
+        raise ValueError(f"the draws must be 0 or at least 2, got {text}")
+    return int(text)
+
+
 def _statistics(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name for name in text.split(",") if name))
     if unknown := [name for name in names if name not in NETWORK_STATISTICS]:
@@ -160,13 +166,15 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--crops", type=positive(int), help="crops of each picture instead of the protocol's")
     scoring.add_argument("--crop-size", type=positive(int), help="pixels per side of a crop instead of the protocol's")
     scoring.add_argument("--border", type=positive(int), help="pixels between borders of query patches (default: that of the run)")
-    scoring.add_argument("--bootstrap", type=int, default=100, help="draws of the bootstrap, 0 for none (default: %(default)s)")
+    scoring.add_argument(
+        "--bootstrap", type=_checked(_draws), default=100, help="draws of the bootstrap, 0 for none (default: %(default)s)"
+    )
     scoring.add_argument("--splits", type=positive(int), default=10, help="of the Inception score (default: %(default)s)")
     scoring.add_argument("--kid-subset", type=positive(int), help="also KID as the mean over 100 subsets of so many rows")
     scoring.add_argument("--force", action="store_true", help="compute FID of fewer pictures than features")
     scoring.add_argument("--inception", type=Path, help="weights of InceptionV3 (default: torch hub's copy)")
     scoring.add_argument("--clip", help=f"folder or id of a CLIP model (default: {CLIP_MODEL} in the Hugging Face cache)")
-    scoring.add_argument("--device", default="auto", help="of the networks")
+    scoring.add_argument("--device", default="auto", help="of the networks, and of the computations with features in fp64")
     scoring.add_argument("--csv", type=Path, help="results; the page is beside it (default: scores.csv beside the first folder)")
     commands.add_parser("protocols", help="print the protocols").set_defaults(run=show_protocols)
     return parser

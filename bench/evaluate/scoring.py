@@ -34,6 +34,7 @@ class Options:
         splits: Of the Inception score.
         kid_subset: Rows of a subset; None for no subsets.
         force: Compute FID of fewer pictures than features.
+        device: Of the computations with features, in fp64.
     """
 
     wanted: Sequence[str] = ()
@@ -43,6 +44,7 @@ class Options:
     splits: int = 10
     kid_subset: int | None = None
     force: bool = False
+    device: torch.device = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ def _check_wanted(folders: Sequence[Folder], reference: Folder | None, options: 
     for suffix, what, rows in (("", "whole pictures", (n, m)), ("_patch", "crops", (n * crops, m * of_reference))):
         if f"is{suffix}" in options.wanted and rows[0] < options.splits:
             raise ValueError(f"IS needs at least one picture or crop for each of {options.splits} splits, got {rows[0]}: pass --splits")
+        size, most = options.kid_subset, min(rows)
+        if f"kid{suffix}" in options.wanted and size is not None and not 2 <= size <= most:
+            raise ValueError(f"a KID subset must have 2 to {most} {what}, those of the smaller side, got --kid-subset {size}")
         if f"fid{suffix}" in options.wanted and inception is not None and min(rows) < inception.features and not options.force:
             raise ValueError(
                 f"FID of {inception.features} features needs as many {what} on each side, got {rows[0]} and {rows[1]}: its covariance "
@@ -130,12 +135,12 @@ def _statistics(measured: Measured, reference: Measured | None, options: Options
         found["spectrum"] = _spectrum(torch.stack(measured.radial), torch.stack(reference.radial))
         found |= _sliced(measured.patches, reference.patches)
     for suffix, ours, theirs in _feature_sets(measured, reference):
-        features, logits = (torch.stack(parts) for parts in zip(*ours, strict=True))
+        features, logits = (torch.stack(parts).to(options.device) for parts in zip(*ours, strict=True))
         if f"is{suffix}" in options.wanted:
             found[f"is{suffix}"] = _inception_score(logits, options.splits)
         if theirs is None:
             continue
-        others = torch.stack([one for one, _ in theirs])
+        others = torch.stack([one for one, _ in theirs]).to(options.device)
         if f"fid{suffix}" in options.wanted:
             found[f"fid{suffix}"] = _frechet(features, others)
         if f"kid{suffix}" in options.wanted:
@@ -161,7 +166,7 @@ def _of_subsets(measured: Measured, reference: Measured | None, options: Options
     for suffix, ours, theirs in _feature_sets(measured, reference):
         if options.kid_subset is None or f"kid{suffix}" not in options.wanted:
             continue
-        a, b = (torch.stack([features for features, _ in side or []]) for side in (ours, theirs))
+        a, b = (torch.stack([features for features, _ in side or []]).to(options.device) for side in (ours, theirs))
         mean, std = distances.kernel_distance_of_subsets(
             a, b, size=options.kid_subset, subsets=100, generator=torch.Generator().manual_seed(0)
         )

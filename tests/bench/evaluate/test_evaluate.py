@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from bench.evaluate import __main__ as command
-from bench.evaluate.__main__ import main
+from bench.evaluate.__main__ import _parser, main
 from bench.evaluate.protocols import PROTOCOLS
+from bench.harness.facts import ROOT
 from tests.bench.evaluate.pictures import RedMeansRed, generated_folder, plain_folder, small_inception
 
 PROMPTS = [f"a red fox {i}" for i in range(6)]
@@ -90,6 +92,8 @@ def test_what_is_wrong_is_one_sentence(folders: Path, capsys: pytest.CaptureFixt
     said = {
         "the protocol must be one of scalediff, accdiffusion, .*, got 'mine'": ("score", sharp, "--protocol", "mine"),
         "--crops and --crop-size change a protocol: pass --protocol, got none": ("score", sharp, "--crops", 3),
+        "the draws must be 0 or at least 2, got -3": ("score", sharp, "--bootstrap=-3"),
+        "Is a directory": ("score", sharp, "--csv", true),
         "the statistics must be of fid, .*clip, got lpips": ("score", sharp, "--statistics", "fid,lpips"),
         "number and size of this protocol's crops are not established": ("score", sharp, "--reference", true, "--protocol", "hiflow"),
         "pictures must be in an existing folder, got .*none": ("score", folders / "none"),
@@ -108,6 +112,14 @@ def test_the_protocols_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["protocols"])
     printed = capsys.readouterr().out
     assert all(f"Protocol `{name}`: " in printed for name in PROTOCOLS)
+
+
+def test_the_commands_of_the_guide_are_valid() -> None:
+    page = (ROOT / "docs" / "guide" / "evaluate.md").read_text().replace("\\\n", " ")
+    typed = re.findall(r"^ *(?:python|torchrun --nproc-per-node \d+) -m bench\.evaluate (.*)$", page, flags=re.MULTILINE)
+    assert len(typed) >= 7
+    for arguments in typed:
+        _parser().parse_args(shlex.split(arguments))
 
 
 @pytest.mark.slow

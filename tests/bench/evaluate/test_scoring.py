@@ -203,6 +203,8 @@ def test_scores_that_lack_something(folders: Path) -> None:
         score([plain], None, Options(("clip",)), clip=RedMeansRed())
     with pytest.raises(ValueError, match="fid_patch need a protocol, which says the crops: pass --protocol, got none"):
         score([sharp], plain, Options(("fid_patch",)), inception=small_inception())
+    with pytest.raises(ValueError, match="2 to 12 whole pictures, those of the smaller side, got --kid-subset 13"):
+        score([sharp], plain, Options(("kid",), kid_subset=13), inception=small_inception())
     with pytest.raises(ValueError, match="one picture or crop for each of 13 splits, got 12: pass --splits"):
         score([sharp], None, Options(("is",), splits=13), inception=small_inception())
     with pytest.raises(ValueError, match=r"a border of at least 16 and sides of 2.5 borders, got border=32 and 48 x 48"):
