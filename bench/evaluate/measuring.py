@@ -83,11 +83,14 @@ def measure(folder: Folder, task: Task) -> Measured:
 
 
 def measure_reference(folder: Folder, task: Task) -> Measured:
-    """Measure reference pictures, which may be of any sizes; raises as `measure`."""
+    """Measure reference pictures, which may be of any sizes; their HF ratio at the size of the comparison. Raises as `measure`."""
     found, with_crops = Measured(), task.crops and task.protocol is not None and task.protocol.crops_reference
     for number, file in enumerate(folder.files):
         picture = read_picture(file)
         _measure_compared(found, picture, number, task)
+        if task.compared is not None:
+            image = fitted(picture, task.compared)[None].float() / 255
+            found.numbers.setdefault("hf_ratio", []).append(high_frequency_ratio(image))
         _measure_features(found, picture, file.name, number, task, with_crops=with_crops, count=len(folder))
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bench.evaluate.distances import Interval
 from bench.evaluate.protocols import Protocol, described
-from bench.evaluate.scoring import Score
+from bench.evaluate.scoring import REFERENCE, Score
 from bench.harness.facts import FACTS
 from bench.harness.rows import Row
 
@@ -38,7 +38,7 @@ def records(scores: Scores, *, protocol: str, pictures: int, references: int, co
                 "folder": folder, "statistic": statistic, "value": _cell(one.value.value), "low": _cell(one.value.low),
                 "high": _cell(one.value.high), "baseline": baseline if gap else "", "difference": _cell(gap.value) if gap else "",
                 "difference_low": _cell(gap.low) if gap else "", "difference_high": _cell(gap.high) if gap else "",
-                "pictures": str(pictures), "references": str(references), "protocol": protocol, "note": one.note, "command": command,
+                "pictures": str(references if folder == REFERENCE else pictures), "references": str(references), "protocol": protocol, "note": one.note, "command": command,
             }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def page(scores: Scores, protocols: Mapping[str, Protocol], *, pictures: int, re
         "",
     ]
     lines += _table(["folder", *headings], [[f, *(_shown(c[n].value) if n in c else "" for n in names)] for f, c in scores.items()])
-    gaps = {f: [_shown(c[n].difference) if n in c else "" for n in names] for f, c in scores.items() if f != baseline}
+    gaps = {f: [_shown(c[n].difference) if n in c else "" for n in names] for f, c in scores.items() if f not in (baseline, REFERENCE)}
     if gaps:
         lines += ["", f"Differences from {baseline}, paired by prompt and seed:", ""]
         lines += _table(["folder", *(STATISTICS[name][0] for name in names)], [[f, *cells] for f, cells in gaps.items()])

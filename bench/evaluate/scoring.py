@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from bench.evaluate.protocols import Protocol
 
 INCEPTION_STATISTICS = ("fid", "kid", "is", "fid_patch", "kid_patch", "is_patch")
 NETWORK_STATISTICS = (*INCEPTION_STATISTICS, "clip")
+REFERENCE = "(reference)"
+CPU = torch.device("cpu")
 _DIRECTIONS = 128
 Statistic = Callable[[Tensor], float]  # of picture numbers
 
@@ -44,7 +48,7 @@ class Options:
     splits: int = 10
     kid_subset: int | None = None
     force: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def score(
     inception: FeatureNetwork | None = None,
     clip: TextNetwork | None = None,
 ) -> dict[str, dict[str, Score]]:
-    """Scores by folder and statistic.
+    """Scores by folder and statistic; those of the reference itself, where its pictures are as large, under `REFERENCE`.
 
     Raises:
         ValueError: The folders cannot be compared, a picture is unreadable or too small, a statistic lacks its reference or prompts, or FID
@@ -97,6 +101,8 @@ def score(
             gap = None if folder is folders[0] else distances.interval(value - first_value, replicates - first_replicates)
             scores[name] = Score(distances.interval(value, replicates), gap)
         found[folder.name] = scores | _of_subsets(measured, of_reference, options)
+    if of_reference is not None and compared == size:  # what the HF ratio should be
+        found[REFERENCE] = {"hf_ratio": Score(Interval(fmean(of_reference.numbers["hf_ratio"]), math.nan, math.nan), None)}
     return found
 
 
@@ -171,7 +177,7 @@ def _of_subsets(measured: Measured, reference: Measured | None, options: Options
             a, b, size=options.kid_subset, subsets=100, generator=torch.Generator().manual_seed(0)
         )
         note = f"100 subsets of {options.kid_subset}, standard deviation {std:.6g}"
-        found[f"kid{suffix}_subsets"] = Score(Interval(mean, float("nan"), float("nan")), None, note)
+        found[f"kid{suffix}_subsets"] = Score(Interval(mean, math.nan, math.nan), None, note)
     return found
 
 

@@ -44,7 +44,9 @@ def test_without_a_network_rows_and_page_are_written(folders: Path, capsys: pyte
     main(["score", *(str(folders / name) for name in ("sharp", "smooth")), "--reference", str(folders / "true"), "--bootstrap", "20"])
     rows = rows_of(folders / "scores.csv")
     names = ["seconds", "hf_ratio", "discs", "seam", "seam_control", "spectrum", "swd", "swd_fine"]
-    assert sorted(rows) == sorted(f"{folder}/{name}" for folder in ("sharp", "smooth") for name in names)
+    assert set(rows) == {"(reference)/hf_ratio", *(f"{folder}/{name}" for folder in ("sharp", "smooth") for name in names)}
+    assert float(rows["(reference)/hf_ratio"]["value"]) == pytest.approx(float(rows["sharp/hf_ratio"]["value"]), rel=0.2)
+    assert rows["(reference)/hf_ratio"]["pictures"] == "8"
     row = rows["smooth/spectrum"]
     assert float(row["low"]) < float(row["value"]) < float(row["high"])
     assert float(row["difference"]) == pytest.approx(float(row["value"]) - float(rows["sharp/spectrum"]["value"]), rel=1e-3)
