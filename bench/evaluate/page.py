@@ -38,7 +38,8 @@ def records(scores: Scores, *, protocol: str, pictures: int, references: int, co
                 "folder": folder, "statistic": statistic, "value": _cell(one.value.value), "low": _cell(one.value.low),
                 "high": _cell(one.value.high), "baseline": baseline if gap else "", "difference": _cell(gap.value) if gap else "",
                 "difference_low": _cell(gap.low) if gap else "", "difference_high": _cell(gap.high) if gap else "",
-                "pictures": str(references if folder == REFERENCE else pictures), "references": str(references), "protocol": protocol, "note": one.note, "command": command,
+                "pictures": str(references if folder == REFERENCE else pictures), "references": str(references),
+                "protocol": protocol, "note": one.note, "command": command,
             }  # fmt: skip
 
 
