@@ -170,3 +170,15 @@ def test_without_a_bootstrap_there_is_no_interval() -> None:
     assert found.value == 2
     assert math.isnan(found.low)
     assert math.isnan(found.high)
+
+
+def test_all_three_are_those_of_torch_fidelity() -> None:
+    fid, kid, isc = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "isc"))
+    a, b = features(90), features(70, seed=1, shift=0.4)
+    theirs = fid.fid_statistics_to_metric(*(fid.fid_features_to_statistics(x.flatten(0, 1)) for x in (a, b)), verbose=False)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
+    whole = {"kid_subsets": 1, "kid_subset_size": 70, "verbose": False}
+    theirs = kid.kid_features_to_metric(a[:70, 0], b[:, 0], **whole)
+    assert kernel_distance(kernel_sums(a[:70], b)) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    theirs = isc.isc_features_to_metric(a[:, 0], splits=10, shuffle=False)
+    assert inception_score(a, splits=10) == pytest.approx(theirs["inception_score_mean"], rel=1e-9)

@@ -27,9 +27,9 @@ PROMPTS = ["a sun over hills", "a moon over hills", "a sun"]
 TASK = Task("demo", "scalediff", (96, 64), "default", {"steps": 2})
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return scalediff.load_demo()
+@pytest.fixture
+def pipe(demo: Any) -> Any:
+    return demo
 
 
 @pytest.fixture

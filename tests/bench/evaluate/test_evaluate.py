@@ -110,6 +110,18 @@ def test_what_is_wrong_is_one_sentence(folders: Path, capsys: pytest.CaptureFixt
         assert re.search(message, refused(capsys, *arguments)), message
 
 
+def test_a_model_that_is_not_on_this_machine_without_internet(
+    folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (folders / "prompts.txt").write_text("an owl\n")
+    arguments = ("generate", "--prompts", folders / "prompts.txt", "--size", 128, "--out", folders / "out", "--model", "nobody/nothing")
+    assert "must be demo, a pipeline folder or the id of an accessible model, got 'nobody/nothing'" in refused(capsys, *arguments)
+    assert not (folders / "out").exists()
+
+
 def test_the_protocols_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["protocols"])
     printed = capsys.readouterr().out

@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scores(folders: Path) -> dict[str, dict[str, Score]]:
-    options = Options(NETWORK_STATISTICS, SMALL, draws=40, splits=2, kid_subset=6)
+    options = Options(NETWORK_STATISTICS, SMALL, draws=20, splits=2, kid_subset=6)
     chosen = [open_folder(folders / name) for name in ("sharp", "smooth")]
     return score(chosen, open_folder(folders / "true"), options, inception=small_inception(), clip=RedMeansRed())
 
