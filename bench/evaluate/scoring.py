@@ -80,12 +80,7 @@ def score(
     if compared is not None and min(compared) < SMALLEST:
         raise ValueError(f"pictures and reference must have sides of at least {SMALLEST}, got {compared[0]} x {compared[1]} in common")
     _check_wanted(folders, reference, options, inception)
-    borders = [folder.run.get("patch_border") for folder in folders]
-    border = options.border or (borders[0] if len(set(borders)) == 1 else None)
-    if border is not None and (border < 16 or min(size) < 2 * round(1.25 * border)):
-        if options.border is not None:
-            raise ValueError(f"seams need a border of at least 16 and sides of 2.5 borders, got {border=} and {size[0]} x {size[1]}")
-        border = None
+    border = _border(folders, size, options)
     crops = any(name.endswith("_patch") for name in options.wanted)
     task = Task(compared, border, options.protocol, crops, inception, clip)
     of_reference = None if reference is None else measure_reference(reference, task)
@@ -104,6 +99,17 @@ def score(
     if of_reference is not None and compared == size:  # what the HF ratio should be
         found[REFERENCE] = {"hf_ratio": Score(Interval(fmean(of_reference.numbers["hf_ratio"]), math.nan, math.nan), None)}
     return found
+
+
+def _border(folders: Sequence[Folder], size: tuple[int, int], options: Options) -> int | None:
+    """The border of the options, or of the runs where all have the same and the pictures are large enough for its seams."""
+    of_runs = {folder.run.get("patch_border") for folder in folders}
+    border = options.border or (of_runs.pop() if len(of_runs) == 1 else None)
+    if border is None or (border >= 16 and min(size) >= 2 * round(1.25 * border)):
+        return border
+    if options.border is not None:
+        raise ValueError(f"seams need a border of at least 16 and sides of 2.5 borders, got {border=} and {size[0]} x {size[1]}")
+    return None
 
 
 def _check_wanted(folders: Sequence[Folder], reference: Folder | None, options: Options, inception: FeatureNetwork | None) -> None:
