@@ -12,8 +12,9 @@ _WHOLE_REFERENCE = (
     "subjects, score better than true detail"
 )
 _UNCROPPED = "whole-image columns: 299 pixels per side remain, so fine detail does not count"
-_RESIZE = "the resize to 299 pixels (library, antialias) is not established; here it is Pillow's bicubic with antialias"
-_CLIP = "the CLIP network of the published scores is not established"
+_RESIZE = "the resize to 299 pixels (library, antialias): here it is Pillow's bicubic with antialias"
+_MOST = "most papers of this kind have 1,000 prompts of LAION-5B and as many of its photos"
+_CLIP = "the CLIP network"
 
 
 @dataclass(frozen=True)
@@ -63,38 +64,38 @@ PROTOCOLS = {
     "scalediff": Protocol(
         "ScaleDiff, arXiv:2510.25818, Table 1: FID, KID, IS, FIDp, KIDp, ISp, CLIP", 10, BASE, False, 1000,
         "1,000 pairs of LAION-5B: their captions are the prompts, their photos the reference", _CROPPED_ONE_SIDE,
-        ("the crops follow AccDiffusion's protocol; the paper's own number is not established", "which 1,000 pairs is not established",
-         "KID's subset size is not established", _RESIZE, _CLIP),
+        ("the number of crops: here it is AccDiffusion's, whose protocol the paper follows", "which 1,000 pairs",
+         "KID's subset size", _RESIZE, _CLIP),
     ),
     "accdiffusion": Protocol(
         "AccDiffusion, ECCV 2024 (v2: arXiv:2412.02099): FID, KID, IS; of crops FIDc, KIDc, ISc", 10, BASE, False, 10_000,
         "LAION-5B; 10,000 reference photos", _CROPPED_ONE_SIDE,
-        ("the prompts' number and the photos are not established here", _RESIZE, _CLIP),
+        ("the number of prompts, and which photos", _RESIZE),
     ),
     "rectifiedhr": Protocol(
         "RectifiedHR, arXiv:2503.02537: FID, KID, IS; of crops FIDc, KIDc, ISc; CLIP", 10, BASE, False, None,
-        "LAION-5B", _CROPPED_ONE_SIDE, ("the number of references is not established here", _RESIZE, _CLIP),
+        _MOST, _CROPPED_ONE_SIDE, ("prompts and references", _RESIZE, _CLIP),
     ),
     "freescale": Protocol(
         "FreeScale, ICCV 2025: FID, KID, IS; of crops FIDc, KIDc", 10, BASE, False, None,
-        "LAION-5B", _CROPPED_ONE_SIDE, ("the number of references is not established here", _RESIZE),
+        _MOST, _CROPPED_ONE_SIDE, ("prompts and references", _RESIZE),
     ),
     "fam": Protocol(
         "FAM Diffusion, CVPR 2025: FIDc and KIDc of 10 random crops", 10, BASE, False, None,
-        "real pictures", _CROPPED_ONE_SIDE, ("whether the reference is cropped is not established here", _RESIZE),
+        "real pictures", _CROPPED_ONE_SIDE, ("whether the reference is cropped: here it is not", _RESIZE),
     ),
     "lsrna": Protocol(
         "LSRNA, arXiv:2503.18446: FID and pFID", None, BASE, True, None,
         'captions of OpenImages by BLIP-2; real pictures, ">3K"', (_SINGULAR, _UNCROPPED),
-        ('whether ">3K" is the number or the side of the real pictures is not established here', _RESIZE), total=50_000,
+        ('whether ">3K" is the number or the side of the real pictures', _RESIZE), total=50_000,
     ),
     "hiflow": Protocol(
         "HiFlow, NeurIPS 2025: FID, IS; of local patches FIDp, ISp; CLIP", None, None, False, None,
-        "not established here", _CROPPED_ONE_SIDE, ("number and size of the patches are not established", _RESIZE, _CLIP),
+        "unknown", _CROPPED_ONE_SIDE, ("number and size of the patches", _RESIZE, _CLIP),
     ),
     "pixelrush": Protocol(
         "PixelRush, arXiv:2602.12769: FID and IS of crops without resize", None, 299, False, None,
-        "not established here", _CROPPED_ONE_SIDE, ("the number of crops is not established", _RESIZE), resized=False,
+        "unknown", _CROPPED_ONE_SIDE, ("the number of crops", _RESIZE), resized=False,
     ),
 }  # fmt: skip
 
