@@ -74,9 +74,9 @@ def laplacian_swd(a: Tensor, b: Tensor, *, generator: torch.Generator) -> dict[i
     if a.shape != b.shape or min(a.shape[2:]) < 16:
         raise ValueError(f"a and b must be of one shape with sides of at least 16, got {tuple(a.shape)=}, {tuple(b.shape)=}")
     distances = {}
-    for level_a, level_b in zip(_laplacian(a), _laplacian(b), strict=True):
+    for level_a, level_b in zip(laplacian_pyramid(a), laplacian_pyramid(b), strict=True):
         y, x = (torch.randint(0, n - 6, (len(level_a), 128), generator=generator) for n in level_a.shape[2:])
-        patches_a, patches_b = _patches(level_a, y, x), _patches(level_b, y, x)
+        patches_a, patches_b = patches_at(level_a, y, x), patches_at(level_b, y, x)
         std, mean = torch.std_mean(patches_b, dim=(0, 2, 3), keepdim=True)
         std = std.clamp(min=1e-8)
         flat_a, flat_b = (((p - mean) / std).flatten(1) for p in (patches_a, patches_b))
@@ -95,13 +95,19 @@ def spectrum_distance(a: Tensor, b: Tensor) -> float:
     _check(a=a, b=b)
     if a.shape[2:] != b.shape[2:]:
         raise ValueError(f"a and b must be of one size, got {tuple(a.shape)=}, {tuple(b.shape)=}")
-    side = min(a.shape[2:])
-    rings = (_frequency(a.shape[2], a.shape[3]) * side).round().long().to(a.device)  # integer radius, in cycles per shorter side
+    radial_a, radial_b = (radial_power(x).mean(0).clamp(min=1e-30).log10() for x in (a, b))
+    return (radial_a - radial_b).abs().mean().item()
+
+
+def radial_power(images: Tensor) -> Tensor:
+    """`[N, R]` fp64 mean power of each picture on the rings from 0.02 to 0.5 cycles per pixel, as in `spectrum_distance`."""
+    _check(images=images)
+    side = min(images.shape[2:])
+    frequency = _frequency(images.shape[2], images.shape[3]).to(images.device)
+    rings = (frequency * side).round().long().flatten()  # integer radius, in cycles per shorter side
     kept = slice(math.ceil(_BAND[0] * side), math.floor(_BAND[1] * side) + 1)
-    spectra = [_power(x).mean(0).flatten() for x in (a, b)]
-    counts = torch.bincount(rings.flatten()).double()
-    radial_a, radial_b = ((torch.bincount(rings.flatten(), p) / counts).clamp(min=1e-30).log10() for p in spectra)
-    return (radial_a - radial_b)[kept].abs().mean().item()
+    sums = torch.zeros(len(images), int(rings.max()) + 1, dtype=torch.float64, device=images.device)
+    return (sums.index_add_(1, rings, _power(images).flatten(1)) / rings.bincount())[:, kept]
 
 
 def high_frequency_ratio(images: Tensor) -> float:
@@ -175,7 +181,7 @@ def _blur(images: Tensor, taps: tuple[float, ...]) -> Tensor:
     return F.conv2d(F.conv2d(padded, kernel[:, :, None], groups=channels), kernel[:, :, :, None], groups=channels)
 
 
-def _laplacian(images: Tensor) -> list[Tensor]:
+def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     """Band-pass levels from the finest on, and the low-pass residual, whose shorter side is the last one not below 16."""
     levels = []
     while min(images.shape[2:]) >= 32:
@@ -187,7 +193,7 @@ def _laplacian(images: Tensor) -> list[Tensor]:
     return [*levels, images]
 
 
-def _patches(level: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def patches_at(level: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """`[N * P, 3, 7, 7]` from the `[N, P]` top rows and left columns of patches inside the level."""
     reach, picture = torch.arange(7), torch.arange(level.shape[0])[:, None, None, None]
     return level.permute(0, 2, 3, 1)[picture, y[:, :, None, None] + reach[:, None], x[:, :, None, None] + reach].flatten(0, 1).movedim(3, 1)

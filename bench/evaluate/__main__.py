@@ -1,0 +1,184 @@
+"""Draw a list of prompts by several methods, and score folders of pictures as the papers do: `python -m bench.evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.evaluate.drawing import METHOD_NAMES, Task, draw_items, items_of, parse_methods, parse_shard
+from bench.evaluate.folders import common_size, open_folder, size_of
+from bench.evaluate.networks import CLIP_MODEL, load_clip, load_inception
+from bench.evaluate.page import FIELDS, page, records
+from bench.evaluate.prompts import read_prompts
+from bench.evaluate.protocols import PROTOCOLS, described, protocol_named
+from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Options, score
+from bench.harness.command import keep_freed_memory, positive
+from bench.harness.facts import facts
+from bench.harness.rows import RowFile, write_text
+from scalediff.command.loading import UsageError, load_model, parse_device
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    typed = shlex.join(["python", "-m", "bench.evaluate", *(sys.argv[1:] if arguments is None else arguments)])
+    try:
+        options.run(options, typed)
+    except (OSError, ValueError, TypeError, NotImplementedError, UsageError) as error:
+        if os.environ.get("SCALEDIFF_DEBUG"):
+            raise
+        parser.error(str(error))
+
+
+def generate(options: argparse.Namespace, _: str) -> None:
+    """Draw the items of this process, method by method, into OUT/METHOD."""
+    methods, shard = options.methods, options.shard or parse_shard(None)
+    items = items_of(read_prompts(options.prompts, column=options.column), options.seeds)
+    device = options.device
+    if device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    keep_freed_memory()
+    pipe = load_model(options.model, device=device, dtype=options.dtype, low_memory=options.low_memory)
+    pipe.set_progress_bar_config(disable=True)
+    named = {"steps": options.steps, "guidance_scale": options.guidance_scale, "negative_prompt": options.negative_prompt}
+    given = {name: value for name, value in named.items() if value is not None}
+    for method in methods:
+        task = Task(options.model, method, options.size, options.preset, given)
+        drawn = draw_items(pipe, task, items, options.out / method, shard=shard)
+        print(f"{method}: {drawn} pictures drawn, {len(items[shard[0] :: shard[1]]) - drawn} were there", flush=True)
+
+
+def score_folders(options: argparse.Namespace, typed: str) -> None:
+    """Score folders, print the page, and write it beside the CSV."""
+    folders = [open_folder(path) for path in options.folders]
+    reference = None if options.reference is None else open_folder(options.reference)
+    protocol = protocol_named(options.protocol, crops=options.crops, crop=options.crop_size) if options.protocol else None
+    if protocol is None and (options.crops is not None or options.crop_size is not None):
+        raise ValueError("--crops and --crop-size change a protocol: pass --protocol, got none")
+    wanted = options.statistics if options.statistics is not None else NETWORK_STATISTICS if protocol else ()
+    device = parse_device(options.device)
+    if protocol is not None and any(name.endswith("_patch") for name in wanted):
+        protocol.crops_of(len(folders[0]))  # its error comes before networks are loaded
+    inception = load_inception(options.inception, device) if set(INCEPTION_STATISTICS) & set(wanted) else None
+    clip = load_clip(options.clip, device) if "clip" in wanted else None
+    what = Options(wanted, protocol, options.border, options.bootstrap, options.splits, options.kid_subset, options.force, device)
+    csv = options.csv or folders[0].path.parent / "scores.csv"
+    file = RowFile(csv, FIELDS, facts())
+    scores = score(folders, reference, what, inception=inception, clip=clip)
+    counts = {"pictures": len(folders[0]), "references": len(reference) if reference else 0}
+    for record in records(scores, protocol=options.protocol or "", command=typed, **counts):
+        file.add(record)
+    notes = []
+    if protocol and reference and protocol.references not in (None, len(reference)):
+        notes.append(f"The protocol has {protocol.references} reference pictures, here are {len(reference)}.")
+    if options.force and {"fid", "fid_patch"} & set(wanted):
+        notes.append("FID was forced: where it is of fewer pictures than features, it is too large, by more the fewer pictures there are.")
+    notes += [f"Network: {network.name}." for network in (inception, clip) if network is not None]
+    compared = ""
+    if reference is not None:
+        y, x = common_size(size_of(folders[0].files[0]), reference)
+        compared = f"; spectra and SWD at {y} x {x}"
+    protocols = {options.protocol: protocol} if protocol else {}
+    text = page(scores, protocols, compared=compared, notes=notes, **counts)
+    write_text(csv.with_suffix(".md"), text)
+    print(text)
+
+
+def show_protocols(_: argparse.Namespace, __: str) -> None:
+    """Print every protocol."""
+    print("\n\n".join("\n".join(described(name, protocol)) for name, protocol in PROTOCOLS.items()))
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of an option whose ValueError is the message."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _size(text: str) -> tuple[int, int]:
+    numbers = text.lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ValueError(f"the size must be a number of pixels or HEIGHTxWIDTH, got {text}")
+    return int(numbers[0]), int(numbers[-1])
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(seed.isdecimal() for seed in text.split(",")):
+        raise ValueError(f"the seeds must be whole numbers separated by commas, got {text}")
+    return list(dict.fromkeys(int(seed) for seed in text.split(",")))
+
+
+def _draws(text: str) -> int:
+    if not text.isdecimal() or text == "1":
+        raise ValueError(f"the draws must be 0 or at least 2, got {text}")
+    return int(text)
+
+
+def _statistics(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name for name in text.split(",") if name))
+    if unknown := [name for name in names if name not in NETWORK_STATISTICS]:
+        raise ValueError(f"the statistics must be of {', '.join(NETWORK_STATISTICS)}, got {', '.join(unknown)}")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.evaluate", description=__doc__.split(":")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    drawing = commands.add_parser("generate", help="draw a list of prompts; the same command continues an interrupted run")
+    drawing.set_defaults(run=generate)
+    drawing.add_argument("--prompts", type=Path, required=True, help="a text file with one prompt a line, a .csv or a .jsonl")
+    drawing.add_argument("--column", default="prompt", help="the column of a .csv or .jsonl (default: %(default)s)")
+    drawing.add_argument("--methods", type=_checked(parse_methods), default=["scalediff"], help=f"of {','.join(METHOD_NAMES)}")
+    drawing.add_argument("--seeds", type=_checked(_seeds), default=[0], help="repetitions of the list, such as 0,1 (default: 0)")
+    drawing.add_argument("--size", type=_checked(_size), required=True, help="pixels per side, or HEIGHTxWIDTH")
+    drawing.add_argument("--model", default="demo", help="demo, a pipeline folder, or a Hugging Face id (default: %(default)s)")
+    drawing.add_argument("--preset", default="default", help="a preset of the model (default: %(default)s)")
+    drawing.add_argument("--steps", type=positive(int), help="denoising steps instead of the preset's")
+    drawing.add_argument("--guidance-scale", type=float, help="guidance scale instead of the preset's")
+    drawing.add_argument("--negative-prompt", help="negative prompt instead of the preset's")
+    drawing.add_argument("--out", type=Path, required=True, help="folder; every method gets a folder in it")
+    drawing.add_argument("--shard", type=_checked(parse_shard), help="i/n: the part of this process (default: RANK and WORLD_SIZE)")
+    drawing.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one, under torchrun its own)")
+    drawing.add_argument("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
+    drawing.add_argument("--low-memory", action="store_true", help="keep a component on the GPU only while it is in use")
+
+    scoring = commands.add_parser("score", help="score folders; the first is the baseline of the paired differences")
+    scoring.set_defaults(run=score_folders)
+    scoring.add_argument("folders", type=Path, nargs="+", help="folders of pictures")
+    scoring.add_argument("--reference", type=Path, help="real pictures, or pictures at the native size")
+    scoring.add_argument("--protocol", help=f"of {', '.join(PROTOCOLS)}; needs networks (default: statistics without networks)")
+    scoring.add_argument(
+        "--statistics", type=_checked(_statistics), help=f"of {','.join(NETWORK_STATISTICS)} (default: all, with a protocol)"
+    )
+    scoring.add_argument("--crops", type=positive(int), help="crops of each picture instead of the protocol's")
+    scoring.add_argument("--crop-size", type=positive(int), help="pixels per side of a crop instead of the protocol's")
+    scoring.add_argument("--border", type=positive(int), help="pixels between borders of query patches (default: that of the run)")
+    scoring.add_argument(
+        "--bootstrap", type=_checked(_draws), default=100, help="draws of the bootstrap, 0 for none (default: %(default)s)"
+    )
+    scoring.add_argument("--splits", type=positive(int), default=10, help="of the Inception score (default: %(default)s)")
+    scoring.add_argument("--kid-subset", type=positive(int), help="also KID as the mean over 100 subsets of so many rows")
+    scoring.add_argument("--force", action="store_true", help="compute FID of fewer pictures than features")
+    scoring.add_argument("--inception", type=Path, help="weights of InceptionV3 (default: torch hub's copy)")
+    scoring.add_argument("--clip", help=f"folder or id of a CLIP model (default: {CLIP_MODEL} in the Hugging Face cache)")
+    scoring.add_argument("--device", default="auto", help="of the networks, and of the computations with features in fp64")
+    scoring.add_argument("--csv", type=Path, help="results; the page is beside it (default: scores.csv beside the first folder)")
+    commands.add_parser("protocols", help="print the protocols").set_defaults(run=show_protocols)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

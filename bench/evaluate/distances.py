@@ -1,0 +1,173 @@
+"""FID, KID and Inception score from features, and bootstrap intervals over pictures. All in fp64.
+
+Features are `[N, C, D]`: C crops of each of N pictures, C = 1 for whole pictures. A bootstrap draws pictures, with all their crops.
+
+Legend: N pictures of one set, M of the reference, C crops, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ROWS = 256  # of a kernel matrix at a time
+
+
+class Moments(NamedTuple):
+    """Mean `[D]` and root `[R, D]` of a covariance: `root.T @ root`."""
+
+    mean: Tensor
+    root: Tensor
+
+
+def moments(features: Tensor) -> Moments:
+    """Mean and root of the unbiased covariance of `[..., D]`; ValueError for fewer than two rows."""
+    rows = features.reshape(-1, features.shape[-1]).double()
+    if len(rows) < 2:
+        raise ValueError(f"a covariance needs at least 2 rows of features, got {len(rows)}")
+    mean = rows.mean(0)
+    root = (rows - mean) / (len(rows) - 1) ** 0.5
+    if len(root) > root.shape[1]:
+        root = torch.linalg.qr(root, mode="r").R  # the same product, in no more rows than features
+    return Moments(mean, root)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """`|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`, the FID of Inception's features.
+
+    With S = R^T R, the trace of the square root is the sum of the singular values of `R_a R_b^T`: no square root of a matrix that may be
+    singular. Below D + 1 pictures the value exists all the same, and is far too large.
+
+    Heusel et al., arXiv:1706.08500, equation 6.
+    """
+    overlap = torch.linalg.svdvals(a.root @ b.root.T).sum()
+    spread = a.root.square().sum() + b.root.square().sum() - 2 * overlap
+    return float((a.mean - b.mean).square().sum() + spread)
+
+
+class KernelSums(NamedTuple):
+    """The sums of the polynomial kernel that a weighted KID needs.
+
+    Attributes:
+        between: `[N, N]` sums over the crops of two pictures; on the diagonal over pairs of different crops.
+        cross: `[N]` mean over the crops of the reference, summed over the crops of a picture.
+        reference: Mean over all pairs of different crops of the reference.
+        crops: C.
+    """
+
+    between: Tensor
+    cross: Tensor
+    reference: float
+    crops: int
+
+
+def kernel_sums(a: Tensor, b: Tensor) -> KernelSums:
+    """Sums for the features `[N, C, D]` of a set and `[M, B, D]` of its reference; ValueError if a side has fewer than two rows."""
+    rows_a, rows_b = a.flatten(0, 1).double(), b.flatten(0, 1).double()
+    if min(len(rows_a), len(rows_b)) < 2:
+        raise ValueError(f"KID needs at least 2 rows of features on each side, got {len(rows_a)} and {len(rows_b)}")
+    n, crops = a.shape[:2]
+    by_row = torch.cat([_kernel(part, rows_a).unflatten(1, (n, crops)).sum(2) for part in rows_a.split(_ROWS)])
+    between = by_row.unflatten(0, (n, crops)).sum(1)
+    between -= torch.diag(_self_kernel(rows_a).view(n, crops).sum(1))
+    cross = torch.cat([_kernel(part, rows_b).mean(1) for part in rows_a.split(_ROWS)]).view(n, crops).sum(1)
+    total = sum(float(_kernel(part, rows_b).sum()) for part in rows_b.split(_ROWS)) - float(_self_kernel(rows_b).sum())
+    return KernelSums(between, cross, total / (len(rows_b) * (len(rows_b) - 1)), crops)
+
+
+def kernel_distance(sums: KernelSums, weights: Tensor | None = None) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3`, the KID of Inception's features.
+
+    Args:
+        sums: From `kernel_sums`.
+        weights: `[N]` how often each picture counts, 1 when None. Two copies of one crop are no pair.
+
+    Binkowski et al., arXiv:1801.01401, section 4.
+    """
+    w = torch.ones_like(sums.cross) if weights is None else weights.to(sums.cross)
+    pairs = w[:, None] * w
+    pairs.diagonal().copy_(w)
+    counts = torch.full_like(sums.between, float(sums.crops**2))
+    counts.diagonal().fill_(sums.crops * (sums.crops - 1))
+    own = (pairs * sums.between).sum() / (pairs * counts).sum()
+    return float(own + sums.reference - 2 * (w * sums.cross).sum() / (w.sum() * sums.crops))
+
+
+def kernel_distance_of_subsets(a: Tensor, b: Tensor, *, size: int, subsets: int, generator: torch.Generator) -> tuple[float, float]:
+    """Mean and standard deviation of KID over random subsets of `size` rows of each side, drawn without replacement.
+
+    The mean estimates what `kernel_distance` of all rows estimates, with more noise; it is for comparison with published numbers.
+
+    Raises:
+        ValueError: `size` is below 2, or larger than a side.
+    """
+    rows_a, rows_b = a.flatten(0, 1), b.flatten(0, 1)
+    if not 2 <= size <= min(len(rows_a), len(rows_b)):
+        raise ValueError(f"a KID subset must have 2 to {min(len(rows_a), len(rows_b))} rows, those of the smaller side, got {size=}")
+    values = []
+    for _ in range(subsets):
+        chosen_a, chosen_b = (rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (rows_a, rows_b))
+        values.append(kernel_distance(kernel_sums(chosen_a[:, None], chosen_b[:, None])))
+    found = torch.tensor(values, dtype=torch.float64)
+    return float(found.mean()), float(found.std(correction=0))
+
+
+def inception_score(logits: Tensor, *, splits: int) -> float:
+    """`exp(mean KL(p(y | x), p(y)))` of `[N, K]` or `[N, C, K]` logits: the mean over `splits` consecutive parts.
+
+    Raises:
+        ValueError: There are fewer rows than splits.
+
+    Salimans et al., arXiv:1606.03498, section 4.
+    """
+    rows = logits.reshape(-1, logits.shape[-1]).double()
+    if len(rows) < splits:
+        raise ValueError(f"the Inception score needs at least one picture for each of {splits} splits, got {len(rows)}")
+    scores = []
+    for part in torch.tensor_split(rows.log_softmax(1), splits):
+        marginal = part.logsumexp(0) - torch.tensor(float(len(part)), dtype=part.dtype, device=part.device).log()
+        divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0.0)  # 0 log 0 is 0
+        scores.append(divergence.sum(1).mean().exp())
+    return float(torch.stack(scores).mean())
+
+
+class Interval(NamedTuple):
+    """A value, and a 95 % bootstrap interval of it; NaN without a bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+
+def resamples(pictures: int, count: int, *, seed: int = 0) -> list[Tensor]:
+    """`count` draws of `pictures` picture numbers with replacement. The same call gives the same draws: they pair sets."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(pictures, (pictures,), generator=generator) for _ in range(count)]
+
+
+def replicated(statistic: Callable[[Tensor], float], draws: Sequence[Tensor], pictures: int) -> tuple[float, Tensor]:
+    """A statistic of picture numbers: its value for all of them, and `[R]` values for the draws."""
+    return statistic(torch.arange(pictures)), torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
+
+
+def interval(value: float, replicates: Tensor) -> Interval:
+    """The 95 % interval: the value plus the deviations of the replicates from their own mean.
+
+    A set drawn with replacement has fewer different pictures, which raises FID and the sliced Wasserstein distance; the replicates' mean
+    is taken out, so that the interval stands around the value.
+    """
+    if len(replicates) < 2:
+        return Interval(value, float("nan"), float("nan"))
+    low, high = (replicates - replicates.mean()).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(value, value + low, value + high)
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def _self_kernel(rows: Tensor) -> Tensor:
+    return (rows.square().sum(1) / rows.shape[1] + 1) ** 3

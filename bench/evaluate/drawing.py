@@ -1,0 +1,163 @@
+"""Draw a list of prompts by one method into a folder: every item once, over any number of processes, and again after an interruption.
+
+A picture is one item: a prompt and a seed. Its PNG file holds its own record, so that one rename finishes both, and what is there after a
+`kill -9` is complete. The manifest repeats the records of all files, one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import scalediff
+from bench.quality.pictures import border
+from scalediff.cascade.metadata import read_metadata, save_png, temporary
+from scalediff.cascade.pipeline import named_preset
+from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
+from scalediff.methods import METHODS
+
+METHOD_NAMES = ("scalediff", *METHODS)
+MANIFEST, RUN = "manifest.jsonl", "run.json"
+_SEEDS_APART = 1_000_000  # between the first seeds of two repetitions of a list
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture: the place of its prompt in the list, the prompt, and the seed of its generator."""
+
+    index: int
+    prompt: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.index:06d}-{self.seed}.png"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all items of a folder share.
+
+    Attributes:
+        model: Its name, as the caller gave it.
+        size: (height, width) in pixels.
+        preset: The name of a preset of the model's family.
+        given: Further arguments of `scalediff.generate`.
+    """
+
+    model: str
+    method: str
+    size: tuple[int, int]
+    preset: str
+    given: Mapping[str, Any]
+
+
+def parse_methods(text: str) -> list[str]:
+    """Names of methods, separated by commas.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in METHOD_NAMES]:
+        raise ValueError(f"the methods must be of {', '.join(METHOD_NAMES)}, got {', '.join(map(repr, unknown))}")
+    return names
+
+
+def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(i, n) of a text "i/n" with i from 0 to n - 1; when None, RANK and WORLD_SIZE, which torchrun sets, or (0, 1).
+
+    Raises:
+        ValueError: The text is of another form, or i is out of range.
+    """
+    named, what = text, "--shard"
+    if text is None:
+        named, what = f"{environment.get('RANK', '0')}/{environment.get('WORLD_SIZE', '1')}", "RANK and WORLD_SIZE"
+    found = re.fullmatch(r"(\d+)/(\d+)", str(named))
+    if not found or not int(found[1]) < int(found[2]):
+        raise ValueError(f"{what} must be i/n with i from 0 to n - 1, got {named}")
+    return int(found[1]), int(found[2])
+
+
+def items_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
+    """All items of a list: for every seed S the prompts in order, where prompt number i is drawn with the seed S * 1000000 + i."""
+    return [Item(i, prompt, seed * _SEEDS_APART + i) for seed in seeds for i, prompt in enumerate(prompts)]
+
+
+def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, shard: tuple[int, int] = (0, 1)) -> int:
+    """Draw the items of a shard that are not in the folder yet, and write the manifest; returns how many were drawn.
+
+    Raises:
+        ValueError: The folder belongs to another run: other prompts, seeds, size, settings or model.
+    """
+    shared = fingerprint(pipe, task, items)
+    Workdir(folder, shared)
+    drawn, mine = 0, items[shard[0] :: shard[1]]
+    for position, item in enumerate(mine, 1):
+        path = folder / item.file
+        if path.exists():
+            continue
+        since = time.perf_counter()
+        result = scalediff.generate(
+            pipe, item.prompt, height=task.size[0], width=task.size[1], preset=task.preset, method=task.method,
+            generator=torch.Generator().manual_seed(item.seed), **task.given,
+        )  # fmt: skip
+        seconds = time.perf_counter() - since
+        save_png(result.images[0], path, metadata=_record(item, task, shared, asdict(result.settings), seconds))
+        drawn += 1
+        print(f"{task.method}: {position} of {len(mine)}, {seconds:.2f} s", flush=True)
+    write_manifest(folder, items, shard=shard)
+    return drawn
+
+
+def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
+    """Everything that determines the pictures of a folder, on one machine."""
+    weights = fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)])
+    preset = named_preset(pipe, task.preset)
+    return {
+        "pictures": len(items),
+        "prompts": digest([item.prompt for item in items]),
+        "seeds": digest([item.seed for item in items]),
+        "model": task.model,
+        "weights": weights,
+        "method": task.method,
+        "options": repr(METHODS[task.method].options()) if task.method in METHODS else "",
+        "size": list(task.size),
+        "preset": [task.preset, repr(preset)],
+        "given": dict(task.given),
+        "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "versions": [torch.__version__, version("diffusers")],
+        "patch_border": border(pipe),
+    }
+
+
+def _record(item: Item, task: Task, shared: Mapping[str, Any], settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    own = {"file": item.file, "prompt": item.prompt, "index": item.index, "seed": item.seed, "method": task.method}
+    known = {name: shared[name] for name in ("model", "weights", "options", "scheduler", "dtype")}
+    return {**own, "size": list(task.size), "settings": dict(settings), "seconds": round(seconds, 3), **known}
+
+
+def write_manifest(folder: Path, items: Sequence[Item], *, shard: tuple[int, int]) -> None:
+    """Write the records of all items that are in the folder, in order.
+
+    Several processes may do so at once. Each writes again until the manifest holds what the folder holds, so whichever is the last to
+    write has seen every picture that was finished before.
+    """
+    written: list[str] = []
+    while (there := [item.file for item in items if (folder / item.file).exists()]) != written:
+        lines = [json.dumps(read_metadata(folder / file), ensure_ascii=False) + "\n" for file in there]
+        part = temporary(folder / f"{MANIFEST}.{shard[0]}-{shard[1]}")
+        part.write_text("".join(lines), encoding="utf-8")
+        os.replace(part, folder / MANIFEST)
+        written = there

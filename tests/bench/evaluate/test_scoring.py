@@ -1,0 +1,217 @@
+"""Scores of folders: each statistic is that of NumPy or of `bench.quality.metrics`, pairs are pairs, and what does not match is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench.evaluate.folders import common_size, fitted, open_folder, read_picture, resized
+from bench.evaluate.measuring import random_crops
+from bench.evaluate.networks import Inception
+from bench.evaluate.protocols import PROTOCOLS, Protocol, described, protocol_named
+from bench.evaluate.scoring import NETWORK_STATISTICS, Options, Score, score
+from bench.quality.metrics import high_frequency_ratio, laplacian_swd, seam_score, spectrum_distance
+from tests.bench.evaluate.pictures import RedMeansRed, generated_folder, picture, plain_folder, small_inception
+from tests.bench.evaluate.test_distances import fid_by_numpy, kid_by_numpy
+
+PROMPTS = [f"a {'red' if i % 2 else 'blue'} fox {i}" for i in range(12)]
+SMALL = protocol_named("scalediff", crops=3, crop=32)
+
+
+def images_of(path: Path) -> Tensor:
+    return torch.stack([read_picture(file) for file in sorted(path.glob("*.png"), key=lambda file: int(file.stem))]).float() / 255
+
+
+def features_of(pictures: Sequence[Tensor]) -> np.ndarray:
+    network = small_inception()
+    features: np.ndarray = torch.stack([network(resized(one, (32, 32))[None])[0][0] for one in pictures]).double().numpy()
+    return features
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("folders")
+    generated_folder(root / "sharp", PROMPTS)
+    generated_folder(root / "smooth", PROMPTS, blur=True)
+    plain_folder(root / "true", range(50, 70))
+    return root
+
+
+@pytest.fixture(scope="module")
+def scores(folders: Path) -> dict[str, dict[str, Score]]:
+    options = Options(NETWORK_STATISTICS, SMALL, draws=20, splits=2, kid_subset=6)
+    chosen = [open_folder(folders / name) for name in ("sharp", "smooth")]
+    return score(chosen, open_folder(folders / "true"), options, inception=small_inception(), clip=RedMeansRed())
+
+
+def test_fid_and_kid_are_those_of_numpy(folders: Path, scores: dict[str, dict[str, Score]]) -> None:
+    true = features_of([read_picture(file) for file in sorted((folders / "true").iterdir())])
+    for name in ("sharp", "smooth"):
+        pictures = [read_picture(folders / name / f"{i}.png") for i in range(12)]
+        crops = [crop for i, one in enumerate(pictures) for crop in random_crops(one, "", SMALL, count=12, seed=i)]
+        assert len(crops) == 36
+        for suffix, ours in (("", features_of(pictures)), ("_patch", features_of(crops))):
+            found = scores[name]
+            assert found[f"fid{suffix}"].value.value == pytest.approx(fid_by_numpy(ours, true), rel=1e-4)
+            assert found[f"kid{suffix}"].value.value == pytest.approx(kid_by_numpy(ours, true), rel=1e-6)
+            assert found[f"kid{suffix}_subsets"].note.startswith("100 subsets of 6, standard deviation ")
+
+
+def test_without_a_network_the_statistics_are_those_of_bench_quality(folders: Path, scores: dict[str, dict[str, Score]]) -> None:
+    true = images_of(folders / "true")
+    for name in ("sharp", "smooth"):
+        images, found = images_of(folders / name), scores[name]
+        assert found["hf_ratio"].value.value == pytest.approx(high_frequency_ratio(images), rel=1e-5)
+        assert found["spectrum"].value.value == pytest.approx(spectrum_distance(images, true), rel=1e-5)
+        seam, *controls = seam_score(images, period=16).values()
+        assert found["seam"].value.value == pytest.approx(float(seam), rel=1e-4)
+        assert found["seam_control"].value.value == pytest.approx(max(map(float, controls)), rel=1e-4)
+        assert found["seconds"].value.value == 6.5
+        swd = laplacian_swd(images, true[:12], generator=torch.Generator().manual_seed(0))
+        assert found["swd_fine"].value.value == pytest.approx(swd[48], rel=0.25)
+
+
+def test_the_reference_is_nearer_to_the_sharp_pictures(scores: dict[str, dict[str, Score]]) -> None:
+    for name in ("spectrum", "swd", "swd_fine"):
+        difference = scores["smooth"][name].difference
+        assert difference is not None
+        assert 0 < difference.low < difference.value < difference.high
+
+
+def test_differences_are_of_pairs(scores: dict[str, dict[str, Score]]) -> None:
+    """Both folders have the same shapes, so that a picture's own level falls out of the difference."""
+    sharp, smooth = scores["sharp"]["clip"], scores["smooth"]["clip"]
+    assert sharp.difference is None
+    assert smooth.difference is not None
+    assert smooth.difference.value == pytest.approx(smooth.value.value - sharp.value.value)
+    assert smooth.difference.high - smooth.difference.low < 0.3 * (smooth.value.high - smooth.value.low)
+
+
+def test_the_clip_score_is_a_hundred_cosines_and_never_below_zero(folders: Path, scores: dict[str, dict[str, Score]]) -> None:
+    red = images_of(folders / "sharp")[:, 0].double().mean((1, 2))
+    expected = 100 * sum(red[i] for i in range(12) if "red" in PROMPTS[i]) / 12
+    assert scores["sharp"]["clip"].value.value == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_folder_scored_against_itself(folders: Path) -> None:
+    folder = open_folder(folders / "sharp")
+    found = score([folder], folder, Options(("fid", "kid"), draws=0), inception=small_inception())["sharp"]
+    for name in ("fid", "spectrum", "swd"):
+        assert found[name].value.value == pytest.approx(0, abs=1e-6)
+        assert math.isnan(found[name].value.low)
+    ours = features_of([read_picture(file) for file in folder.files])
+    assert found["kid"].value.value == pytest.approx(kid_by_numpy(ours, ours), rel=1e-6)
+
+
+def test_a_reference_that_is_cropped_too(folders: Path) -> None:
+    both = protocol_named("lsrna", crops=2, crop=32)
+    found = score(
+        [open_folder(folders / "sharp")], open_folder(folders / "true"), Options(("fid_patch",), both, draws=0), inception=small_inception()
+    )
+    sides = []
+    for pattern in (sorted((folders / "sharp").glob("*.png"), key=lambda file: int(file.stem)), sorted((folders / "true").iterdir())):
+        pictures = [read_picture(file) for file in pattern]
+        sides.append(features_of([crop for i, one in enumerate(pictures) for crop in random_crops(one, "", both, count=9, seed=i)]))
+    assert found["sharp"]["fid_patch"].value.value == pytest.approx(fid_by_numpy(*sides), rel=1e-4)
+
+
+def test_without_a_reference_only_what_needs_none(folders: Path) -> None:
+    found = score([open_folder(folders / "sharp")], None, Options(("is",), draws=3, splits=2), inception=small_inception())
+    assert set(found["sharp"]) == {"seconds", "hf_ratio", "discs", "seam", "seam_control", "is"}
+    with pytest.raises(ValueError, match="fid, kid need a reference: pass --reference FOLDER, got none"):
+        score([open_folder(folders / "sharp")], None, Options(("fid", "kid")), inception=small_inception())
+
+
+def test_smaller_and_oblong_references_are_compared_at_their_size(tmp_path: Path) -> None:
+    plain_folder(tmp_path / "ours", range(3), (64, 48))
+    plain_folder(tmp_path / "true", range(2), (40, 36))
+    ours, true = open_folder(tmp_path / "ours"), open_folder(tmp_path / "true")
+    assert common_size((64, 48), true) == (40, 30)
+    found = score([ours], true, Options(draws=0))["ours"]
+    pictures = (torch.stack([fitted(read_picture(f), (40, 30)) for f in folder.files]).float() / 255 for folder in (ours, true))
+    assert found["spectrum"].value.value == pytest.approx(spectrum_distance(*pictures), rel=1e-5)
+
+
+def test_a_picture_is_cut_to_shape_before_it_is_reduced() -> None:
+    left, right = torch.zeros(3, 20, 10, dtype=torch.uint8), torch.full((3, 20, 10), 255, dtype=torch.uint8)
+    seen = fitted(torch.cat([left, left, right, right], 2), (10, 10))
+    assert seen.shape == (3, 10, 10)
+    assert seen[:, :, :4].max() == 0
+    assert seen[:, :, 6:].min() == 255
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocol_says_its_biases_and_what_is_unknown(name: str) -> None:
+    text = "\n".join(described(name, PROTOCOLS[name]))
+    assert "- biased: " in text
+    assert "- not established: " in text
+    assert (not PROTOCOLS[name].crops_reference) == ("against whole photos" in text)
+
+
+def test_crops_in_all_are_spread_over_the_pictures() -> None:
+    assert PROTOCOLS["lsrna"].crops_of(1000) == 50
+    assert PROTOCOLS["lsrna"].crops_of(3001) == 17
+    assert PROTOCOLS["accdiffusion"].crops_of(3) == 10
+
+
+@pytest.mark.parametrize("name", ["hiflow", "pixelrush"])
+def test_crops_that_are_not_established_are_not_guessed(name: str) -> None:
+    with pytest.raises(ValueError, match=r"are not established .* pass --crops and --crop-size"):
+        PROTOCOLS[name].crops_of(10)
+    assert protocol_named(name, crops=4, crop=299).crops_of(10) == 4
+
+
+def test_crops_lie_anywhere_and_a_seed_repeats_them() -> None:
+    one = read_picture_of(picture(0))
+    crops = random_crops(one, "", protocol_named("fam", crops=60, crop=40), count=1, seed=3)
+    again = random_crops(one, "", protocol_named("fam", crops=60, crop=40), count=1, seed=3)
+    places = {(y, x) for crop in crops for y in range(9) for x in range(9) if torch.equal(one[:, y : y + 40, x : x + 40], crop)}
+    assert {y for y, _ in places} == {x for _, x in places} == set(range(9))
+    assert all(map(torch.equal, crops, again))
+
+
+def read_picture_of(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def test_crops_larger_than_a_picture_are_refused(folders: Path) -> None:
+    large: Protocol = protocol_named("scalediff", crops=2, crop=64)
+    with pytest.raises(ValueError, match=r"as large as a crop, 64 x 64, got 48 x 48 in 0\.png"):
+        score([open_folder(folders / "sharp")], None, Options(("is_patch",), large, splits=2), inception=small_inception())
+
+
+def test_fid_of_fewer_pictures_than_features_needs_force(folders: Path) -> None:
+    many = Inception(small_inception().network, torch.device("cpu"), features=2048, side=32)
+    ours, true = [open_folder(folders / "sharp")], open_folder(folders / "true")
+    with pytest.raises(ValueError, match=r"FID of 2048 features needs as many whole pictures on each side, got 12 and 20: .* --force"):
+        score(ours, true, Options(("fid",)), inception=many)
+    assert score(ours, true, Options(("fid",), draws=0, force=True), inception=many)["sharp"]["fid"].value.value > 0
+    with pytest.raises(ValueError, match=r"as many crops on each side, got 36 and 20: .* Leave fid_patch out"):
+        score(ours, true, Options(("fid_patch",), SMALL), inception=many)
+
+
+def test_scores_that_lack_something(folders: Path) -> None:
+    plain, sharp = open_folder(folders / "true"), open_folder(folders / "sharp")
+    with pytest.raises(ValueError, match=r"the CLIP score needs the prompts of a manifest, got .*true without one"):
+        score([plain], None, Options(("clip",)), clip=RedMeansRed())
+    with pytest.raises(ValueError, match="fid_patch need a protocol, which says the crops: pass --protocol, got none"):
+        score([sharp], plain, Options(("fid_patch",)), inception=small_inception())
+    with pytest.raises(ValueError, match="2 to 12 whole pictures, those of the smaller side, got --kid-subset 13"):
+        score([sharp], plain, Options(("kid",), kid_subset=13), inception=small_inception())
+    with pytest.raises(ValueError, match="one picture or crop for each of 13 splits, got 12: pass --splits"):
+        score([sharp], None, Options(("is",), splits=13), inception=small_inception())
+    with pytest.raises(ValueError, match=r"a border of at least 16 and sides of 2.5 borders, got border=32 and 48 x 48"):
+        score([sharp], None, Options(border=32))
+
+
+def test_pictures_too_small_to_compare(tmp_path: Path) -> None:
+    plain_folder(tmp_path / "small", range(2), (12, 48))
+    with pytest.raises(ValueError, match="sides of at least 16, got 12 x 48 in common"):
+        score([open_folder(tmp_path / "small")], open_folder(tmp_path / "small"), Options())
