@@ -18,10 +18,11 @@ from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import Generators, fresh_generator, states_of
 from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pipeline import Sizes, cascade_of, named_preset, stage_sizes
+from scalediff.cascade.pipeline import Sizes, cascade_of, guidance_argument, named_preset, pixels_per_latent, stage_sizes
 from scalediff.cascade.progress import Step
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.run import run
+from scalediff.cascade.schedule import schedule_length
 from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
 from scalediff.methods import METHODS, DemoFusion, MultiDiffusion
 from scalediff.patching.networks import denoiser_of, handle_of
@@ -131,13 +132,16 @@ def generate(
         if named:
             raise ValueError(f"method={method!r} does not support {', '.join(sorted(named))}")
         chosen = _resolve_preset(pipe, preset)
-        settings = replace(chosen.settings, **given)
-        arguments = _complete_arguments(pipe, _call_arguments(prompt, negative_prompt, generator, call, chosen), settings)
+        arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
+        settings = _settings_of(chosen, given, arguments)
+        arguments = _complete_arguments(pipe, arguments, settings)
         return _run_other_method(pipe, method, arguments, (height, width), settings, on_stage, progress)
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-    return _run_cascade(pipe, arguments, stage_sizes(pipe, height, width, sizes), replace(chosen.settings, **given), run_options, workdir)
+    return _run_cascade(
+        pipe, arguments, stage_sizes(pipe, height, width, sizes), _settings_of(chosen, given, arguments), run_options, workdir
+    )
 
 
 @checked(DRAWING_CHECKS)
@@ -211,7 +215,7 @@ def upscale(
     above = [size for size in planned if size[0] * size[1] > own_height * own_width]
     if not above:
         raise ValueError(f"the target must be larger than the picture, {own_height} x {own_width}, got {height=}, {width=}")
-    multiple = pipe.vae_scale_factor * cascade_of(pipe).patch
+    multiple = pixels_per_latent(pipe) * cascade_of(pipe).patch
     near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
     if sizes is not None:
         above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]))
@@ -219,7 +223,7 @@ def upscale(
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-    return _run_cascade(pipe, arguments, above, replace(chosen.settings, **given), run_options, workdir, picture, planned[0])
+    return _run_cascade(pipe, arguments, above, _settings_of(chosen, given, arguments), run_options, workdir, picture, planned[0])
 
 
 def _fingerprint_run(
@@ -288,10 +292,16 @@ def _call_arguments(
     return {**{name: value for name, value in preset.call.items() if name != overridden}, **given, "generator": generator}
 
 
+def _settings_of(preset: Preset, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Settings:
+    """The settings of a run; a custom schedule among the arguments of the call says the number of steps, unless the caller does."""
+    custom = schedule_length(arguments)
+    return replace(preset.settings, **({} if custom is None else {"steps": custom}) | given)
+
+
 def _complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Add steps, guidance, the family's negative prompt and a generator to the arguments that lack them."""
     cascade = cascade_of(pipe)
-    own: dict[str, Any] = {cascade.guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    own: dict[str, Any] = {**guidance_argument(pipe, settings.guidance_scale), "num_inference_steps": settings.steps}
     if cascade.negative is not None and not any(name.startswith("negative_prompt") for name in arguments):
         own["negative_prompt"] = cascade.negative
     return {**own, **arguments, "generator": arguments["generator"] or fresh_generator()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from scalediff.cascade.pipeline import cascade_of, native_size
+from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent
 from scalediff.patching.handle import Handle
 from scalediff.patching.networks import handle_of, networks_of
 from scalediff.patching.patch_networks import patch_networks
@@ -67,9 +67,7 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
 @contextmanager
 def _windowed_vae(pipe: Any) -> Iterator[None]:
     """Use neighborhood patch attention in the mid blocks of the autoencoder, with the native latent size as the window."""
-    height, width = native_size(pipe)
-    factor = pipe.vae_scale_factor
-    window = height // factor, width // factor
+    factor, window = pixels_per_latent(pipe), latent_size(pipe, native_size(pipe))
     parts = [(part, patch) for part, patch in ((pipe.vae.encoder, factor), (pipe.vae.decoder, 1)) if _attends(part)]
     if not parts:
         raise NotImplementedError(f"vae_attention='npa' needs an image autoencoder with attention, got {type(pipe.vae).__name__}")

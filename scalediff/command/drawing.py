@@ -21,7 +21,7 @@ from scalediff.cascade.checks import check_run
 from scalediff.cascade.fitting import check_possible, describe_fit, fitting_size
 from scalediff.cascade.memory import available_bytes, estimate, format_gib, is_offloaded, needs_tiling
 from scalediff.cascade.metadata import save_png
-from scalediff.cascade.pipeline import cascade_of, named_preset, native_size, stage_sizes
+from scalediff.cascade.pipeline import guidance_argument, named_preset, native_size, stage_sizes
 from scalediff.cascade.progress import Step, show_pipeline_bar
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import check_scheduler
@@ -175,7 +175,7 @@ def _print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[
         UsageError: Too little memory is available, and --force is not given.
         ValueError: The picture alone is larger than the device's memory.
     """
-    arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    arguments = {"prompt": job.prompt, **guidance_argument(pipe, settings.guidance_scale), "num_inference_steps": settings.steps}
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
     check_possible(pipe, arguments, size)
@@ -266,7 +266,7 @@ def _comparison_panels(
         width=final.width,
         num_inference_steps=settings.steps,
         generator=torch.Generator().manual_seed(job.seed),
-        **{cascade_of(pipe).guidance: settings.guidance_scale},
+        **guidance_argument(pipe, settings.guidance_scale),
     ).images[0]
     direct_seconds = time.perf_counter() - since
     again = {"generator": torch.Generator().manual_seed(job.seed), "attention": "full", "workdir": None, "on_step": None}

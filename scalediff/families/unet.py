@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from scalediff.families.base import Arguments, Cascade, Family, Reader
+from scalediff.families.base import BESIDE, Arguments, Cascade, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, level_grid
 from scalediff.settings import Preset, Settings
 
@@ -82,7 +82,13 @@ _UNET = Family(
     layout=_layout,
     roles=((r"\.attn2$", "cross"),),
     level=_level,
-    cascade=Cascade(_presets, patch=1, size_multiple=8, conditional="last"),
+    cascade=Cascade(
+        _presets,
+        patch=1,
+        size_multiple=8,
+        conditional="last",
+        tested="the embedded model; small models with random weights",
+    ),
 )
 
 
@@ -90,6 +96,6 @@ def _no_grid(denoiser: nn.Module) -> None:
     return None
 
 
-_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_no_grid, cascade=None)  # its U-Net's size
-_UNCONDITIONAL = replace(_UNET, denoiser="UNet2DModel", text="none", cascade=None)
+_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_no_grid, cascade=None, no_cascade=BESIDE)  # its U-Net's size
+_UNCONDITIONAL = replace(_UNET, denoiser="UNet2DModel", text="none", cascade=None, no_cascade="it draws without a prompt")
 UNETS = (_UNET, _UNCONDITIONAL, _CONTROL, replace(_CONTROL, denoiser="ControlNetUnionModel", layout=_union_layout))

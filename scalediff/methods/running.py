@@ -14,7 +14,7 @@ from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, t
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.latents import decode, to_pil_images, unpack
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
-from scalediff.cascade.pipeline import call_pipeline, cascade_of
+from scalediff.cascade.pipeline import call_stage, cascade_of, guidance_argument
 from scalediff.cascade.progress import show_pipeline_bar
 from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
@@ -59,8 +59,7 @@ def check_linear(pipe: Any, arguments: Mapping[str, Any], schedulers: Collection
 
 def complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Add steps, guidance and a generator to the arguments of the pipeline's call that lack them."""
-    guidance = cascade_of(pipe).guidance
-    found = {guidance: settings.guidance_scale, "num_inference_steps": settings.steps, **arguments}
+    found = {**guidance_argument(pipe, settings.guidance_scale), "num_inference_steps": settings.steps, **arguments}
     return found | {"generator": found.get("generator") or fresh_generator()}
 
 
@@ -108,8 +107,7 @@ def replace_denoiser(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: G
 
 def generate_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
     """Latents `[B, C, Y, X]` from a call of the pipeline, for a picture of (height, width) pixels."""
-    changes = {"height": size[0], "width": size[1], "output_type": "latent", "return_dict": False}
-    latents: Tensor = call_pipeline(pipe, {**arguments, **changes})[0]
+    latents: Tensor = call_stage(pipe, size, {**arguments, "output_type": "latent", "return_dict": False})[0]
     packed = cascade_of(pipe).packed
     return unpack(latents, latent_size(pipe, size)) if packed else latents
 
