@@ -295,7 +295,8 @@ def _call_arguments(
 def _settings_of(preset: Preset, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Settings:
     """The settings of a run; a custom schedule among the arguments of the call says the number of steps, unless the caller does."""
     custom = schedule_length(arguments)
-    return replace(preset.settings, **({} if custom is None else {"steps": custom}) | given)
+    steps = {} if custom is None else {"steps": custom}
+    return replace(preset.settings, **{**steps, **given})
 
 
 def _complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

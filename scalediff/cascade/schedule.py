@@ -245,7 +245,7 @@ def _set_last_timesteps(
     """
     count = schedule_length(named) or named.get("num_inference_steps")
     if count != max(last_steps, 1):
-        raise ValueError(f"this stage runs {last_steps} of {steps} steps, got a schedule of its own with {count=}")
+        raise ValueError(f"this stage runs {last_steps} of {steps} steps, got {count=}")
     if base_schedule_arguments is None:
         base_schedule_arguments = named if count == steps else {**named, "num_inference_steps": steps}
     set_timesteps(**{**base_schedule_arguments, "device": named.get("device")})

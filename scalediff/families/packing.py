@@ -20,12 +20,15 @@ _AXES = {"grid": "b c (y i) (x j)", "patches": "b (c i j) y x", "tokens": "b (y 
 
 def arrange(latents: Tensor, form: Form, patch: int = 2) -> Tensor:
     """Latents `[B, C, Y, X]` in another form."""
-    return rearrange(latents, f"{_AXES['grid']} -> {_AXES[form]}", i=patch, j=patch)
+    arranged: Tensor = rearrange(latents, f"{_AXES['grid']} -> {_AXES[form]}", i=patch, j=patch)
+    return arranged
 
 
 def restore(arranged: Tensor, form: Form, grid: tuple[int, int], patch: int = 2) -> Tensor:
     """The inverse of `arrange`, for a latent grid `(Y, X)`."""
-    return rearrange(arranged, f"{_AXES[form]} -> {_AXES['grid']}", y=grid[0] // patch, x=grid[1] // patch, i=patch, j=patch)
+    sizes = {"y": grid[0] // patch, "x": grid[1] // patch, "i": patch, "j": patch}
+    latents: Tensor = rearrange(arranged, f"{_AXES[form]} -> {_AXES['grid']}", **sizes)
+    return latents
 
 
 def as_picture(arranged: Tensor, form: Form, grid: tuple[int, int], patch: int = 2) -> Tensor:
@@ -41,5 +44,5 @@ def from_picture(picture: Tensor, form: Form) -> Tensor:
     """The inverse of `as_picture`."""
     if form == "grid":
         return picture
-    axes = "b c y i x j"
-    return rearrange(picture, f"{axes} -> {_AXES[form]}")
+    arranged: Tensor = rearrange(picture, f"b c y i x j -> {_AXES[form]}")
+    return arranged

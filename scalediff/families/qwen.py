@@ -79,8 +79,7 @@ QWEN = (
         _QWEN,
         denoiser="NucleusMoEImageTransformer2DModel",
         text="joint, after the image, keys only",
-        native_grid=lambda denoiser: None,
         layout=_nucleus_layout,
-        cascade=None,
+        cascade=Cascade(lambda denoiser: _PRESETS, form="tokens"),
     ),
 )

@@ -23,6 +23,9 @@ _NEGATIVE = {"negative_prompt": "blurry, ugly, duplicate, poorly drawn, deformed
 # paper's, and the restart (the last two steps) is our choice.
 _FEW = Preset(replace(_PAPER, steps=4, restart=0.5, guidance_scale=0.0), "4 steps, then 2 and 2; not measured yet", spacing="trailing")
 _XL = {"default": Preset(_PAPER, _PUBLISHED), "paper": Preset(_PAPER, _PUBLISHED, call=_NEGATIVE), "turbo": _FEW, "lightning": _FEW}
+_KOLORS = {
+    "default": Preset(replace(_PAPER, guidance_scale=5.0), "the pipeline's own steps and guidance, restart and cutoffs of the paper's SDXL")
+}
 _OTHERS = {"default": Preset(_PAPER, f"{_PUBLISHED}; the paper has none for this model")}
 # The embedded model, with a latent grid of 16 x 16 tokens.
 _SMALL = {
@@ -69,6 +72,8 @@ def _deepest(unet: nn.Module) -> int:
 
 
 def _presets(unet: nn.Module) -> Mapping[str, Preset]:
+    if unet.config.encoder_hid_dim_type == "text_proj":  # type: ignore[union-attr]
+        return _KOLORS
     if min(_native_grid(unet)) < 32:
         return _SMALL
     return _XL if unet.config.addition_embed_type == "text_time" else _OTHERS  # type: ignore[union-attr]

@@ -199,6 +199,25 @@ def ernie() -> Built:
     return diffusers.ErnieImagePipeline(transformer=transformer, **parts), {}
 
 
+def nucleus() -> Built:
+    """Its class takes the text's states before the last seven layers."""
+    words, (bare, _) = small.qwen_tokenizer(), BARE["Qwen-Image"]()
+
+    class Processor:
+        """What the pipeline asks of the processor of a model that also sees: the chat template and the tokenizer."""
+
+        apply_chat_template = staticmethod(lambda messages, **how: f"<|im_start|>{messages[-1]['content'][0]['text']}")
+
+        def __call__(self, text: list[str], **how: Any) -> Any:
+            return words(text, **how)
+
+    encoder = language_model("Qwen3", words, num_hidden_layers=8)
+    parts = {"vae": bare.vae, "scheduler": shifted_flow(), "text_encoder": encoder, "processor": None}
+    pipe = diffusers.NucleusMoEImagePipeline(transformer=denoiser("NucleusMoE-Image"), **parts)
+    pipe.processor = Processor()
+    return pipe, {}
+
+
 def krea2() -> Built:
     words, (bare, _) = small.qwen_tokenizer(), BARE["Qwen-Image"]()
     parts = {"vae": bare.vae, "scheduler": shifted_flow(), "tokenizer": words, "text_encoder": small.qwen_vl(words)}
@@ -248,7 +267,7 @@ FURTHER: dict[str, Callable[[], Built]] = {
     "FLUX.1 Kontext": kontext, "Chroma": chroma, "HunyuanImage 2.1": hunyuan_image, "PixArt-Sigma": pixart,
     "PixArt-Alpha": lambda: pixart("PixArtAlphaPipeline"), "AuraFlow": auraflow, "CogView4": cogview4, "HiDream-I1": hidream,
     "Kolors": kolors, "Bria 3": bria, "Bria FIBO": fibo, "LongCat-Image": longcat, "Ovis-Image": ovis, "PRX": prx,
-    "HunyuanDiT": hunyuan_dit, "ERNIE-Image": ernie, "Krea 2": krea2,
+    "HunyuanDiT": hunyuan_dit, "ERNIE-Image": ernie, "Krea 2": krea2, "NucleusMoE-Image": nucleus,
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_every_stage_has_the_schedule_of_the_base() -> None:
     guided.set_timesteps(sigmas=np.linspace(1, 1 / KEPT, KEPT), device="cpu", mu=3.0)
     assert torch.equal(guided.timesteps, base.timesteps[-KEPT:])
     assert torch.equal(guided.sigmas, base.sigmas[-KEPT - 1 :])
-    with pytest.raises(ValueError, match="this stage runs 6 of 12 steps, got a schedule of its own with count=4"):
+    with pytest.raises(ValueError, match="this stage runs 6 of 12 steps, got count=4"):
         guided.set_timesteps(sigmas=[1.0, 0.9, 0.8, 0.5], mu=1.0)
 
 

@@ -62,7 +62,7 @@ def test_presets_are_the_pipelines_defaults(name: str) -> None:
     pipe, _ = ready(name)
     defaults = inspect.signature(original_call(pipe)).parameters
     chosen, cascade = named_preset(pipe, "default"), cascade_of(pipe)
-    if name in ("FLUX.1 Kontext", "Kolors", "FLUX.2 Klein KV"):  # their denoisers are those of other pipelines, whose presets they have
+    if name in ("FLUX.1 Kontext", "FLUX.2 Klein KV"):  # their denoisers are those of other pipelines, whose presets they have
         return
     assert chosen.settings.steps == defaults["num_inference_steps"].default
     assert chosen.settings.guidance_scale == defaults[cascade.guidance].default
