@@ -133,9 +133,7 @@ def generate(
             raise ValueError(f"method={method!r} does not support {', '.join(sorted(named))}")
         chosen = _resolve_preset(pipe, preset)
         arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-        settings = _settings_of(chosen, given, arguments)
-        arguments = _complete_arguments(pipe, arguments, settings)
-        return _run_other_method(pipe, method, arguments, (height, width), settings, on_stage, progress)
+        return _run_other_method(pipe, method, arguments, (height, width), _settings_of(chosen, given, arguments), on_stage, progress)
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance)
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
@@ -294,9 +292,7 @@ def _call_arguments(
 
 def _settings_of(preset: Preset, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Settings:
     """The settings of a run; a custom schedule among the arguments of the call says the number of steps, unless the caller does."""
-    custom = schedule_length(arguments)
-    steps = {} if custom is None else {"steps": custom}
-    return replace(preset.settings, **{**steps, **given})
+    return replace(preset.settings, **{"steps": schedule_length(arguments) or preset.settings.steps, **given})
 
 
 def _complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -323,6 +319,7 @@ def _run_other_method(
     run_method = next((one.run for one in METHODS.values() if type(options) is one.options), None)
     if run_method is None:
         raise ValueError(f"method must be one of scalediff, {', '.join(METHODS)}, or an options object of one, got {method!r}")
+    arguments = _complete_arguments(pipe, arguments, settings)
     check_possible(pipe, arguments, size)
     stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
     return Result(stages[-1].images, stages, settings)

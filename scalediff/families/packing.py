@@ -37,7 +37,8 @@ def as_picture(arranged: Tensor, form: Form, grid: tuple[int, int], patch: int =
         return arranged
     if form == "tokens":
         return packed_view(arranged, grid=(grid[0] // patch, grid[1] // patch), patch=patch)
-    return arranged.unflatten(1, (-1, patch, patch)).permute(0, 1, 4, 2, 5, 3)
+    view: Tensor = arranged.unflatten(1, (-1, patch, patch)).permute(0, 1, 4, 2, 5, 3)
+    return view
 
 
 def from_picture(picture: Tensor, form: Form) -> Tensor:
