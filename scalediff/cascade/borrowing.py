@@ -116,7 +116,7 @@ def _intercepting_subclass(cls: type) -> type:
 
 
 @contextmanager
-def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> Iterator[None]:
+def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool, guidance_scale: float = 1.0) -> Iterator[None]:
     """Run the two halves of a batch that classifier-free guidance has doubled one after the other, or only the conditional half.
 
     Has no effect on models whose guidance does not double the batch.
@@ -126,8 +126,10 @@ def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> 
         unguided_from: Number of the first model call that runs only the conditional half. Its output is used for both halves, so for
             any guidance scale s, `u + s (c - u)` equals c.
         split: Run the two halves one after the other, in half the memory.
+        guidance_scale: Scale of the run; above 1 it is guided, if the pipeline does not say whether it is.
     """
-    conditional = cascade_of(pipe).conditional
+    cascade = cascade_of(pipe)
+    conditional = cascade.conditional
     if not conditional or (unguided_from is None and not split):
         yield
         return
@@ -138,9 +140,11 @@ def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> 
 
         def run(half: slice) -> Any:
             cut = functools.partial(_take_samples, batch=batch, samples=half)
-            return forward(*_map_tensors(args, cut), **_map_tensors(kwargs, cut))
+            named = {name: value if name.endswith("_ids") else _map_tensors(value, cut) for name, value in kwargs.items()}
+            named |= {name: kwargs[name][:, half] for name in cascade.batch_second if name in kwargs}
+            return forward(*_map_tensors(args, cut), **named)
 
-        if batch % 2 or not pipe.do_classifier_free_guidance:
+        if batch % 2 or not getattr(pipe, "do_classifier_free_guidance", guidance_scale > 1):
             return forward(*args, **kwargs)
         if unguided_from is not None and pipe.scheduler.calls_done >= unguided_from:
             output = run(second if conditional == "last" else first)

@@ -182,7 +182,8 @@ class _Run:
         if self.options.progress is not None:
             pipe.set_progress_bar_config(disable=True)
         self.progress.begin(index)
-        with guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance):
+        scale = float(self.arguments.get(cascade_of(pipe).guidance) or 1.0)
+        with guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance, guidance_scale=scale):
             result = call_stage(pipe, size, {**self.arguments, **changes, **output})
         if not restarts and len(self.sizes) > 1:
             self.base_schedule_arguments = pipe.scheduler.schedule_arguments

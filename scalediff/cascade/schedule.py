@@ -126,7 +126,10 @@ def guided_scheduler(
             model_output = _guided(guide, guidance, sample, model_output, level, gamma)
         if watch is not None:
             watch(done, functools.partial(_denoised, self, level, sample, model_output))
-        return cls.step(self, model_output, timestep, sample, *args, **kwargs)
+        result = cls.step(self, model_output, timestep, sample, *args, **kwargs)
+        if isinstance(result, tuple) and len(self.levels) == 1:  # PixArt-Alpha takes x0, the second, of a single step, which ends there
+            return result[0], result[0]
+        return result
 
     guided = copy.deepcopy(scheduler)
     guided.__dict__.pop("init_noise_sigma", None)

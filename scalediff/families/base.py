@@ -58,6 +58,7 @@ class Cascade:
         negative: Default negative prompt, for pipelines that apply guidance only if there is one.
         conditional: Which half of the batch that classifier-free guidance doubles is the conditional one, `"first"` or `"last"`; empty
             if guidance does not double the batch.
+        batch_second: Names of the denoiser's arguments whose second axis is the batch.
         trained_size: Name of the pipeline's attribute for the size in pixels above which it rescales positions and attention. Windows
             have the trained size, so the cascade turns both off.
         call: Function from the height and width of a stage in pixels to arguments that the stage's call must have, of those that the
@@ -78,6 +79,7 @@ class Cascade:
     guidance: str = "guidance_scale"
     negative: str | None = None
     conditional: Literal["first", "last", ""] = ""
+    batch_second: tuple[str, ...] = ()
     trained_size: str = ""
     call: Callable[[int, int], Mapping[str, Any]] = field(default=lambda height, width: {})
     attributes: Callable[[Any, int, int], Mapping[str, Any]] = field(default=lambda pipe, height, width: {})

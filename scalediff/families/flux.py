@@ -142,8 +142,12 @@ def _written_prompt(height: int, width: int) -> Mapping[str, Any]:
     return {"enable_prompt_rewrite": False}  # a language model would write another prompt for every stage
 
 
+def _own_prompt(height: int, width: int) -> Mapping[str, Any]:
+    return {"caption_upsample_temperature": None}  # likewise, with numbers from the global generator
+
+
 _CASCADES = {
-    "Flux2Transformer2DModel": Cascade(_flux2_presets, form="tokens", input_form="patches"),
+    "Flux2Transformer2DModel": Cascade(_flux2_presets, form="tokens", input_form="patches", call=_own_prompt),
     "BriaTransformer2DModel": _packed(steps=30, guidance_scale=5.0, factor_of_token=True, conditional="last"),
     "BriaFiboTransformer2DModel": _packed(steps=30, guidance_scale=5.0, patch=1, conditional="last", call=_unpatched),
     "LongCatImageTransformer2DModel": _packed(steps=50, guidance_scale=4.5, call=_written_prompt),

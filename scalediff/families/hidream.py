@@ -55,6 +55,8 @@ HIDREAM = (
         layout=_layout,
         role="joint",
         rotation=_rotation,
-        cascade=Cascade(lambda denoiser: _PRESETS, conditional="last", attributes=_attributes),
+        cascade=Cascade(
+            lambda denoiser: _PRESETS, conditional="last", batch_second=("encoder_hidden_states_llama3",), attributes=_attributes
+        ),
     ),
 )

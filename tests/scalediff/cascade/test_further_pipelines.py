@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,25 @@ from torch.nn import functional as F
 
 import scalediff
 from scalediff.cascade.latents import decode, encode, packed, unpacked
-from scalediff.cascade.pipeline import cascade_of, named_preset, native_size, stage_sizes
+from scalediff.cascade.pipeline import cascade_of, named_preset, native_size, stage_sizes, takes
 from scalediff.patching.networks import denoiser_of, original_call
 from tests.conftest import seeded
 from tests.scalediff.cascade.further_pipelines import FURTHER, ready
-from tests.scalediff.cascade.prompted_pipelines import draw, target_of
+from tests.scalediff.cascade.prompted_pipelines import draw, picture_of, target_of
 from tests.scalediff.cascade.test_prompts import BOAT, MOONS, global_randomness, guided, place
 
 diffusers = pytest.importorskip("diffusers")
+Image = pytest.importorskip("PIL.Image")
 
+GUIDED = ("PixArt-Sigma", "AuraFlow", "PRX", "ERNIE-Image", "HiDream-I1", "Bria 3", "Bria FIBO", "HunyuanDiT")
 FAST = {"FLUX.2", "FLUX.2 Klein", "FLUX.1 Kontext", "Chroma", "PixArt-Sigma", "AuraFlow", "CogView4", "PRX", "ERNIE-Image"}
-every_pipeline = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in FURTHER])
+
+
+def pipelines(names: Iterable[str]) -> Any:
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in names])
+
+
+every_pipeline, every_guided_pipeline = pipelines(FURTHER), pipelines(GUIDED)
 
 
 @every_pipeline
@@ -276,3 +286,36 @@ def test_attributes_that_a_stage_sets_are_restored() -> None:
     assert (pipe.default_sample_size, pipe.transformer.max_seq) == (128, 16)
     assert [max_seq for _, max_seq in sizes] == [16] * 4 + [48] * 2
     assert sizes[-1][0] == pytest.approx((16 * 12) ** 0.5)
+
+
+@every_guided_pipeline
+def test_guidance_runs_in_halves(name: str) -> None:
+    """One after the other they are the doubled batch; the conditional one alone is a guidance scale of 1."""
+    pipe, call = ready(name)
+    call = call | {"callback_on_step_end" if takes(pipe, "callback_on_step_end") else "callback": lambda *found: found[-1]}
+    batches: list[int] = []
+    denoiser_of(pipe).register_forward_pre_hook(
+        lambda _, args, named: batches.append(len(args[0] if args else named["hidden_states"])), with_kwargs=True
+    )
+    whole = draw(pipe, BOAT, call=call).stages[-1].latents
+    assert set(batches) == {2}
+    halves = draw(pipe, BOAT, call=call, split_guidance=True).stages[-1].latents
+    torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-4)
+    batches.clear()
+    settings = replace(named_preset(pipe, "default").settings, guidance_until=0.5)
+    draw(pipe, BOAT, call=call, preset=settings)
+    assert batches == [2, 2, 2, 2, 2, 1][: len(batches)]
+
+
+@every_pipeline
+def test_a_picture_is_enlarged(name: str) -> None:
+    pipe, call = ready(name)
+    height, width = target_of(pipe)
+    image, how = picture_of((height // 2, width // 2)), {"height": height, "width": width, "steps": 4, "call": call}
+    near, far = (scalediff.upscale(pipe, image, BOAT, restart=restart, generator=seeded(), **how) for restart in (0.25, 1.0))
+    larger = image.resize((width, height), Image.Resampling.BICUBIC)
+    with torch.no_grad():
+        encoded = encode(pipe, pipe.image_processor.preprocess(larger, height=height, width=width))
+    distance = [(one.stages[-1].latents - encoded).square().mean() for one in (near, far)]
+    assert near.images[0].size == (width, height)
+    assert distance[0] < distance[1]
