@@ -161,9 +161,22 @@ def ovis() -> Built:
     return diffusers.OvisImagePipeline(transformer=denoiser("Ovis-Image"), **parts), {"max_sequence_length": 64}
 
 
-def prx() -> Built:
+def deep_compression_autoencoder() -> Any:
+    """It has no posterior: it encodes to latents."""
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock",) * 2, "block_out_channels": (8, 8), "qkv_multiscales": ((), ()), "layers_per_block": (1, 1),
+        }.items()
+    }  # fmt: skip
+    return small.random_weights(lambda: diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=2, **sides))
+
+
+def prx(vae: Any = None) -> Built:
     words = small.t5_tokenizer()
-    parts = {"vae": autoencoder(shift_factor=0.1), "scheduler": flow(shift=3.0), "tokenizer": words, "text_encoder": small.t5(words)}
+    vae = vae or autoencoder(shift_factor=0.1)
+    parts = {"vae": vae, "scheduler": flow(shift=3.0), "tokenizer": words, "text_encoder": small.t5(words)}
     pipe = diffusers.PRXPipeline(transformer=denoiser("PRX"), **parts)
     pipe.text_preprocessor = Uncleaned()
     return pipe, {"tokenizer_max_length": 24}
@@ -225,6 +238,10 @@ def krea2() -> Built:
     return pipe, {"max_sequence_length": 64}
 
 
+def z_image_omni() -> Built:
+    return diffusers.ZImageOmniPipeline(**small.z_image().components, siglip=None, siglip_processor=None), {}
+
+
 class Letters:
     """What Kolors' pipeline asks of its tokenizer, which needs the package sentencepiece: ids, a mask and positions, padded on the left."""
 
@@ -267,7 +284,8 @@ FURTHER: dict[str, Callable[[], Built]] = {
     "FLUX.1 Kontext": kontext, "Chroma": chroma, "HunyuanImage 2.1": hunyuan_image, "PixArt-Sigma": pixart,
     "PixArt-Alpha": lambda: pixart("PixArtAlphaPipeline"), "AuraFlow": auraflow, "CogView4": cogview4, "HiDream-I1": hidream,
     "Kolors": kolors, "Bria 3": bria, "Bria FIBO": fibo, "LongCat-Image": longcat, "Ovis-Image": ovis, "PRX": prx,
-    "HunyuanDiT": hunyuan_dit, "ERNIE-Image": ernie, "Krea 2": krea2, "NucleusMoE-Image": nucleus,
+    "PRX with DC-AE": lambda: prx(deep_compression_autoencoder()), "HunyuanDiT": hunyuan_dit, "ERNIE-Image": ernie, "Krea 2": krea2,
+    "NucleusMoE-Image": nucleus, "Z-Image Omni": z_image_omni,
 }  # fmt: skip
 
 
