@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import scalediff
 from scalediff.cascade.latents import decode, encode, packed, unpacked
 from scalediff.cascade.pipeline import cascade_of, named_preset, native_size, stage_sizes, takes
+from scalediff.families import FAMILIES
 from scalediff.patching.networks import denoiser_of, original_call
 from tests.conftest import seeded
 from tests.scalediff.cascade.further_pipelines import FURTHER, ready
@@ -271,6 +272,9 @@ def test_sizes_and_arguments_that_a_model_cannot_have_are_refused() -> None:
     pipe, call = ready("PixArt-Sigma")
     with pytest.raises(ValueError, match="calls PixArtSigmaPipeline with use_resolution_binning=False, got use_resolution_binning=True"):
         scalediff.generate(pipe, BOAT, height=32, width=32, call=call | {"use_resolution_binning": True})
+    pipe, call = ready("FLUX.2 Klein")
+    with pytest.raises(ValueError, match=r"latents must have the size of the base stage, 8 x 8, got .*1, 16, 8, 8"):
+        pipe(prompt=BOAT, height=32, width=32, latents=torch.zeros(1, 16, 8, 8), **call)
     pipe, call = ready("PRX")
     scalediff.unpatch_model(pipe)
     with pytest.raises(ValueError, match=r"PRXTransformer2DModel does not tell its native size: patch_model\(pipe, window="):
@@ -320,3 +324,8 @@ def test_a_picture_is_enlarged(name: str) -> None:
     distance = [(one.stages[-1].latents - encoded).square().mean() for one in (near, far)]
     assert near.images[0].size == (width, height)
     assert distance[0] < distance[1]
+
+
+def test_every_family_has_the_cascade_or_a_reason_why_not() -> None:
+    for family in FAMILIES.values():
+        assert [family.cascade is not None, bool(family.no_cascade), bool(family.refusal)].count(True) == 1, family.denoiser
