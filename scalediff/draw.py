@@ -18,10 +18,11 @@ from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import Generators, fresh_generator
 from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pipeline import Sizes, cascade_of, named_preset, stage_sizes
+from scalediff.cascade.pipeline import Sizes, cascade_of, guidance_argument, named_preset, pixels_per_latent, stage_sizes
 from scalediff.cascade.progress import Step
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.run import run
+from scalediff.cascade.schedule import schedule_length
 from scalediff.cascade.upsampling import Upsampler, resolve_upsampler
 from scalediff.cascade.workdir import Workdir
 from scalediff.methods import METHODS, MethodOptions, resolve_method
@@ -136,13 +137,14 @@ def generate(
         if named:
             raise ValueError(f"method={method!r} does not support {', '.join(sorted(named))}")
         chosen = _resolve_preset(pipe, preset)
-        settings = replace(chosen.settings, **given)
-        arguments = _complete_arguments(pipe, _call_arguments(prompt, negative_prompt, generator, call, chosen), settings)
-        return _run_other_method(pipe, options, arguments, (height, width), settings, on_stage, progress)
+        arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
+        return _run_other_method(pipe, options, arguments, (height, width), _settings_of(chosen, given, arguments), on_stage, progress)
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-    return _run_cascade(pipe, arguments, stage_sizes(pipe, height, width, sizes), replace(chosen.settings, **given), run_options, workdir)
+    return _run_cascade(
+        pipe, arguments, stage_sizes(pipe, height, width, sizes), _settings_of(chosen, given, arguments), run_options, workdir
+    )
 
 
 @checked(DRAWING_CHECKS)
@@ -217,7 +219,7 @@ def upscale(
     above = [size for size in planned if size[0] * size[1] > own_height * own_width]
     if not above:
         raise ValueError(f"the target must be larger than the picture, {own_height} x {own_width}, got {height=}, {width=}")
-    multiple = pipe.vae_scale_factor * cascade_of(pipe).patch
+    multiple = pixels_per_latent(pipe) * cascade_of(pipe).patch
     near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
     if sizes is not None:
         above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]))
@@ -225,7 +227,7 @@ def upscale(
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-    return _run_cascade(pipe, arguments, above, replace(chosen.settings, **given), run_options, workdir, picture, planned[0])
+    return _run_cascade(pipe, arguments, above, _settings_of(chosen, given, arguments), run_options, workdir, picture, planned[0])
 
 
 def _explicit_settings(
@@ -262,10 +264,15 @@ def _call_arguments(
     return {**{name: value for name, value in preset.call.items() if name != overridden}, **given, "generator": generator}
 
 
+def _settings_of(preset: Preset, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Settings:
+    """The settings of a run; a custom schedule among the arguments of the call says the number of steps, unless the caller does."""
+    return replace(preset.settings, **{"steps": schedule_length(arguments) or preset.settings.steps, **given})
+
+
 def _complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Add steps, guidance, the family's negative prompt and a generator to the arguments that lack them."""
     cascade = cascade_of(pipe)
-    own: dict[str, Any] = {cascade.guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    own: dict[str, Any] = {**guidance_argument(pipe, settings.guidance_scale), "num_inference_steps": settings.steps}
     if cascade.negative is not None and not any(name.startswith("negative_prompt") for name in arguments):
         own["negative_prompt"] = cascade.negative
     return {**own, **arguments, "generator": arguments["generator"] or fresh_generator()}
@@ -282,6 +289,7 @@ def _run_other_method(
 ) -> Result:
     """Run another published method through the same pipeline call."""
     run_method = next(one.run for one in METHODS.values() if type(options) is one.options)
+    arguments = _complete_arguments(pipe, arguments, settings)
     check_possible(pipe, arguments, size)
     stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
     return Result(stages[-1].images, stages, settings)

@@ -27,9 +27,10 @@ from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.holding import held
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pipeline import cascade_of, native_size, preset, stage_sizes
+from scalediff.cascade.pipeline import cascade_of, edits_picture, guidance_argument, native_size, preset, stage_sizes
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
+from scalediff.cascade.schedule import schedule_length
 from scalediff.families import family_of
 from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
@@ -185,6 +186,8 @@ def _cascade_methods(cls: type) -> dict[str, Callable[..., Any]]:
 def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     """Run the original call up to the native size and the cascade above it; arguments and return value are those of the pipeline."""
     check_arguments(_CALL_CHECKS, arguments)
+    if edits_picture(pipe, arguments):
+        return original_call(pipe)(pipe, **arguments)
     native = native_size(pipe)
     height, width = arguments.get("height") or native[0], arguments.get("width") or native[1]
     if (height <= native[0] and width <= native[1]) or height * width <= native[0] * native[1]:
@@ -193,10 +196,11 @@ def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     settings, handle = preset(pipe), handle_of(pipe)
     settings = replace(
         settings,
-        steps=arguments.setdefault("num_inference_steps", settings.steps),
-        guidance_scale=arguments.setdefault(cascade_of(pipe).guidance, settings.guidance_scale),
+        steps=arguments.setdefault("num_inference_steps", schedule_length(arguments) or settings.steps),
+        guidance_scale=arguments.get(cascade_of(pipe).guidance, settings.guidance_scale),
         attention=handle.attention if handle is not None else settings.attention,
     )
+    arguments |= guidance_argument(pipe, settings.guidance_scale)
     arguments["generator"] = arguments.get("generator") or fresh_generator()
     given = {name for name, value in arguments.items() if value is not None}
     if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in given):

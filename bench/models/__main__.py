@@ -46,7 +46,8 @@ def row(name: str, specimen: Specimen) -> dict[str, str]:
     return {
         "model": name, "class": f"`{specimen.kind}`", "modules patched": f"{len(patched)} of {len(handle.report.rows)}",
         "grid from": f"`{family.grid_source}`", "text": family.text, "text rotated": "yes" if rotates else "-",
-        "window": _native(family, model), "tested by": f"`test_families[{name}]`" + (", `test_joint`" if rotates else ""),
+        "window": _native(family, model), "cascade": "yes" if family.cascade else f"no: {family.no_cascade}",
+        "tested by": f"`test_families[{name}]`" + (", `test_joint`" if rotates else ""),
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from scalediff.cascade.pipeline import cascade_of, native_size
+from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent
 from scalediff.patching.handle import Handle
 from scalediff.patching.networks import handle_of, networks_of
 from scalediff.patching.patch_networks import patch_networks
@@ -67,9 +67,7 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
 @contextmanager
 def _windowed_vae(pipe: Any) -> Iterator[None]:
     """Use neighborhood patch attention in the mid blocks of the autoencoder, with the native latent size as the window."""
-    height, width = native_size(pipe)
-    factor = pipe.vae_scale_factor
-    window = height // factor, width // factor
+    factor, window = pixels_per_latent(pipe), latent_size(pipe, native_size(pipe))
     parts = [(part, patch) for part, patch in ((pipe.vae.encoder, factor), (pipe.vae.decoder, 1)) if _attends(part)]
     if not parts:
         raise NotImplementedError(f"vae_attention='npa' needs an image autoencoder with attention, got {type(pipe.vae).__name__}")
@@ -118,7 +116,7 @@ def _intercepting_subclass(cls: type) -> type:
 
 
 @contextmanager
-def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> Iterator[None]:
+def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool, guidance_scale: float = 1.0) -> Iterator[None]:
     """Run the two halves of a batch that classifier-free guidance has doubled one after the other, or only the conditional half.
 
     Has no effect on models whose guidance does not double the batch.
@@ -128,8 +126,10 @@ def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> 
         unguided_from: Number of the first model call that runs only the conditional half. Its output is used for both halves, so for
             any guidance scale s, `u + s (c - u)` equals c.
         split: Run the two halves one after the other, in half the memory.
+        guidance_scale: Scale of the run; above 1 it is guided, if the pipeline does not say whether it is.
     """
-    conditional = cascade_of(pipe).conditional
+    cascade = cascade_of(pipe)
+    conditional = cascade.conditional
     if not conditional or (unguided_from is None and not split):
         yield
         return
@@ -137,8 +137,8 @@ def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> 
     def run_in_halves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = sample_of(args, kwargs).shape[0]
         first, second = slice(0, batch // 2), slice(batch // 2, None)
-        run = functools.partial(run_samples, forward, args, kwargs)
-        if batch % 2 or not pipe.do_classifier_free_guidance:
+        run = functools.partial(run_samples, forward, args, kwargs, batch_second=cascade.batch_second)
+        if batch % 2 or not getattr(pipe, "do_classifier_free_guidance", guidance_scale > 1):
             return forward(*args, **kwargs)
         if unguided_from is not None and pipe.scheduler.calls_done >= unguided_from:
             output = run(second if conditional == "last" else first)
@@ -149,10 +149,19 @@ def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool) -> 
         yield
 
 
-def run_samples(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: slice) -> Any:
-    """Run the denoiser on a part of the batch of its arguments."""
+def run_samples(
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    samples: slice,
+    *,
+    batch_second: Sequence[str] = (),
+) -> Any:
+    """Run the denoiser on a part of the batch of its arguments. `batch_second` names arguments whose second axis is the batch."""
     cut = functools.partial(_take_samples, batch=sample_of(args, kwargs).shape[0], samples=samples)
-    return forward(*_map_tensors(args, cut), **_map_tensors(kwargs, cut))
+    named = {name: value if name.endswith("_ids") else _map_tensors(value, cut) for name, value in kwargs.items()}
+    named |= {name: kwargs[name][:, samples] for name in batch_second if name in kwargs}
+    return forward(*_map_tensors(args, cut), **named)
 
 
 def sample_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -25,8 +25,19 @@ from scalediff.arguments import (
 )  # fmt: skip
 from scalediff.cascade.generators import Generators
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pipeline import Sizes, cascade_of, check_call, native_size, size_multiple, takes_size_conditioning
-from scalediff.cascade.schedule import check_scheduler
+from scalediff.cascade.pipeline import (
+    Sizes,
+    cascade_of,
+    check_call,
+    edits_picture,
+    latent_size,
+    native_size,
+    pixels_per_latent,
+    size_multiple,
+    stage_arguments,
+    takes_size_conditioning,
+)  # fmt: skip
+from scalediff.cascade.schedule import check_scheduler, schedule_length
 from scalediff.cascade.upsampling import check_upsampler
 from scalediff.patching.networks import denoiser_of, original_call
 from scalediff.settings import Attention, Preset, Settings
@@ -95,6 +106,8 @@ def check_inputs(
     """
     check_call(pipe)
     given = {name: value for name, value in (call or {}).items() if value is not None}
+    if edits_picture(pipe, given):
+        raise ValueError(f"the cascade draws from text alone: call must not hold a picture for {type(pipe).__name__}, got image")
     embeds_negative = any(name.startswith("negative_prompt_embeds") for name in given)
     reserved = _RESERVED & set(call or {})
     if embeds_negative and "negative_prompt" not in given:  # some pipelines have a default that must be None beside embeddings
@@ -132,12 +145,14 @@ def _takes(pipe: Any, name: str) -> bool:
 
 def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: Settings, *, restarts: int) -> None:
     """Raise the errors of the last `restarts` stages, those that restart from noise, before anything is computed."""
-    factor, cascade = pipe.vae_scale_factor, cascade_of(pipe)
+    _check_stage_arguments(pipe, arguments, sizes[-1])
     if restarts:
         check_scheduler(pipe.scheduler)
-        for name in ("timesteps", "sigmas", "denoising_end"):
-            if arguments.get(name) is not None:
-                raise ValueError(f"stages above the native size set their own schedule, got {name}={arguments[name]}")
+        if arguments.get("denoising_end") is not None:
+            raise ValueError(f"stages above the native size run to the end, got denoising_end={arguments['denoising_end']}")
+        custom = schedule_length(arguments)
+        if custom not in (None, settings.steps):
+            raise ValueError(f"steps must be the length of the custom timesteps or sigmas, {custom}, got steps={settings.steps}")
         control = arguments.get("control_image")
         if any(isinstance(one, Tensor) for one in (control if isinstance(control, list) else [control])):
             raise ValueError("control_image must be a PIL picture, because it is resized for each stage, got a tensor")
@@ -147,14 +162,38 @@ def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: S
         for cutoff in (stage.lfm_cutoff, stage.sg_cutoff, stage.sg_cutoff_start):
             if isinstance(cutoff, float | int):
                 _check_coarse_grid(pipe, (height, width), cutoff, stage.filter)
-    latents, base = arguments.get("latents"), (sizes[0][0] // factor, sizes[0][1] // factor)
-    if latents is not None and (latents.shape[1] != base[0] * base[1] // 4 if cascade.packed else tuple(latents.shape[-2:]) != base):
+    latents, base = arguments.get("latents"), latent_size(pipe, sizes[0])
+    if latents is not None and not _has_size(pipe, latents, base):
         raise ValueError(f"latents must have the size of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
+
+
+def _has_size(pipe: Any, latents: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether latents, in the form that the pipeline takes, have a latent grid `(Y, X)`."""
+    cascade = cascade_of(pipe)
+    form, tokens = cascade.input_form or cascade.form, (grid[0] // cascade.patch, grid[1] // cascade.patch)
+    if form == "tokens":
+        return latents.shape[1] == tokens[0] * tokens[1]
+    return tuple(latents.shape[-2:]) == (tokens if form == "patches" else grid)
+
+
+def _check_stage_arguments(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:
+    """Check that the caller does not ask for another size, and that the model has positions for this one, in pixels."""
+    for name, value in stage_arguments(pipe, size).items():
+        given = arguments.get(name)
+        if name not in ("height", "width") and given is not None and given != value:
+            raise ValueError(f"the cascade calls {type(pipe).__name__} with {name}={value}, got {name}={given}")
+    cascade, denoiser = cascade_of(pipe), denoiser_of(pipe)
+    largest, pixels = cascade.largest_grid(denoiser), cascade.patch * pixels_per_latent(pipe)
+    if largest is not None and (size[0] > largest[0] * pixels or size[1] > largest[1] * pixels):
+        raise ValueError(
+            f"{type(denoiser).__name__} has positions for at most {largest[0]} x {largest[1]} tokens, {largest[0] * pixels} x "
+            f"{largest[1] * pixels} pixels, got {size[0]} x {size[1]}"
+        )
 
 
 def _check_coarse_grid(pipe: Any, size: tuple[int, int], cutoff: float, kind: Kind) -> None:
     """Check that the filter's coarse grid has at least one pixel. The size is named if it is to blame, and the cutoff otherwise."""
-    factor = pipe.vae_scale_factor
+    factor = pixels_per_latent(pipe)
     length, native = min(size) // factor, min(native_size(pipe)) // factor
     if kind == "resize" and length < native and length * cutoff < 1 <= native * cutoff:
         least = math.ceil(math.ceil(1 / cutoff) * factor / size_multiple(pipe)) * size_multiple(pipe)

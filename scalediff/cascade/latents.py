@@ -5,24 +5,25 @@ Legend: B batch, C channels, Y x X latent grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.cascade.pipeline import cascade_of
+from scalediff.cascade.pipeline import cascade_of, latent_size
+from scalediff.families.packing import arrange, restore
 
 
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Decode latents `[B, C, Y, X]` to pictures `[B, 3, height, width]` in [-1, 1]."""
-    mean, std = _latent_statistics(pipe.vae, latents)
+    mean, std = _latent_statistics(pipe, latents)
     latents = latents * std / _scale(pipe.vae) + mean
     with _upcast_vae(pipe.vae) as vae:
-        if _is_video_vae(vae):
+        if is_video_vae(vae):
             return vae.decode(latents[:, :, None].to(vae.dtype)).sample[:, :, 0]  # type: ignore[no-any-return]
         image: Tensor = vae.decode(latents.to(vae.dtype)).sample
     return image
@@ -34,16 +35,27 @@ def encode(pipe: Any, image: Tensor) -> Tensor:
     The authors of ScaleDiff draw a sample of it.
     """
     with _upcast_vae(pipe.vae) as vae:
-        frames = _is_video_vae(vae)
-        latents: Tensor = vae.encode((image[:, :, None] if frames else image).to(vae.dtype)).latent_dist.mode()
-    latents = latents[:, :, 0] if frames else latents
-    mean, std = _latent_statistics(pipe.vae, latents)
+        frames = is_video_vae(vae)
+        latents = encoded_mode(vae, (image[:, :, None] if frames else image).to(vae.dtype))
+    return _normalised(pipe, latents[:, :, 0] if frames else latents)
+
+
+def encoded_mode(vae: Any, picture: Tensor) -> Tensor:
+    """The mode of the posterior of an autoencoder, or what it encodes without one."""
+    encoded = vae.encode(picture)
+    latents: Tensor = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    return latents
+
+
+def _normalised(pipe: Any, latents: Tensor) -> Tensor:
+    """The autoencoder's latents `[B, C, Y, X]` as the denoiser takes them."""
+    mean, std = _latent_statistics(pipe, latents)
     return latents.sub(mean).mul(_scale(pipe.vae)).div(std)
 
 
-def _is_video_vae(vae: Any) -> bool:
-    """Whether this is a video autoencoder, which takes a picture as a single frame (Qwen-Image)."""
-    return type(vae).__name__ == "AutoencoderKLQwenImage"
+def is_video_vae(vae: Any) -> bool:
+    """Whether this is a video autoencoder, which takes a picture as a single frame (Qwen-Image, Wan)."""
+    return "temperal_downsample" in vae.config
 
 
 def _scale(vae: Any) -> float:
@@ -52,23 +64,26 @@ def _scale(vae: Any) -> float:
 
 def pack(latents: Tensor) -> Tensor:
     """Pack latents `[B, C, Y, X]` to tokens `[B, Y X / 4, 4 C]`, as FLUX does: 2 x 2 latents of every channel in each token."""
-    return rearrange(latents, "b c (y i) (x j) -> b (y x) (c i j)", i=2, j=2)
+    return arrange(latents, "tokens")
 
 
 def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """The inverse of `pack`, for a latent grid `(Y, X)`."""
-    return rearrange(tokens, "b (y x) (c i j) -> b c (y i) (x j)", y=size[0] // 2, x=size[1] // 2, i=2, j=2)
+    return restore(tokens, "tokens", size)
 
 
 def packed(pipe: Any, latents: Tensor) -> Tensor:
     """Latents `[B, C, Y, X]` in the form that the pipeline takes."""
-    return pack(latents) if cascade_of(pipe).packed else latents
+    cascade = cascade_of(pipe)
+    return arrange(latents, cascade.input_form or cascade.form, cascade.patch)
 
 
 def unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Latents `[B, C, Y, X]` from the form that the pipeline returns; `size` is (height, width) in pixels."""
-    factor = pipe.vae_scale_factor
-    return unpack(latents, (size[0] // factor, size[1] // factor)) if cascade_of(pipe).packed else latents
+    """Latents `[B, C, Y, X]` from the form that the pipeline returns, or that its steps have; `size` is (height, width) in pixels."""
+    cascade = cascade_of(pipe)
+    if cascade.form == "tokens" and latents.ndim == 4:  # FLUX.2 Klein returns the latents of the autoencoder, not those of its steps
+        return _normalised(pipe, latents)
+    return restore(latents, cascade.form, latent_size(pipe, size), cascade.patch)
 
 
 def upsampled(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -89,14 +104,28 @@ def _upcast_vae(vae: Any) -> Iterator[Any]:
             vae.to(torch.float16)
 
 
-def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents `[1, C or 1, 1, 1]`, from the autoencoder's config."""
-    config = vae.config
+def _latent_statistics(pipe: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents, `[1, C or 1, 1, 1]`, or like `like` `[B, C, Y, X]`, by which they are normalised.
+
+    FLUX.2's autoencoder has a batch norm over 2 x 2 latents as channels: each of the four has its own mean and variance.
+    """
+    config, norm = pipe.vae.config, getattr(pipe.vae, "bn", None)
+    if norm is not None:
+        eps = cascade_of(pipe).batch_norm_eps
+        variance = norm.running_var + (config.batch_norm_eps if eps is None else eps)
+        return _tiled(norm.running_mean, like), _tiled(variance.sqrt(), like)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         mean, std = [config.get("shift_factor") or 0.0], [1.0]
     mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     return mean, std
+
+
+def _tiled(values: Tensor, like: Tensor) -> Tensor:
+    """One value for each of 2 x 2 latents as channels, `[4 C]`, repeated over `like` `[B, C, Y, X]`."""
+    height, width = like.shape[-2:]
+    token = restore(values.to(like)[None, :, None, None], "patches", (2, 2))
+    return token.repeat(1, 1, math.ceil(height / 2), math.ceil(width / 2))[..., :height, :width]
 
 
 def to_pil_images(pipe: Any, decoded: Tensor) -> list[Any]:

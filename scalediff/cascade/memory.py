@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of
-from scalediff.cascade.pipeline import call_pipeline, cascade_of
+from scalediff.cascade.latents import encoded_mode, is_video_vae
+from scalediff.cascade.pipeline import call_stage, cascade_of
 from scalediff.cost.flops import FACTOR, MODELS, built, passes_of_a_step, stages
 from scalediff.cost.tally import peak_bytes
 from scalediff.patching.networks import denoiser_of, networks_of
@@ -169,10 +170,10 @@ _VAE_BYTES: dict[Any, int] = {}  # cache
 def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
     with _wrap_meta_errors(vae):
         twin = _cast(_meta_copy(vae), dtype)
-        frame = (1,) if type(vae).__name__ == "AutoencoderKLQwenImage" else ()
+        frame = (1,) if is_video_vae(vae) else ()
         picture = torch.empty(batch, 3, *frame, *size, device="meta", dtype=dtype)
         latents: list[Tensor] = []
-        encoding = peak_bytes(lambda: latents.append(twin.encode(picture).latent_dist.mode()))
+        encoding = peak_bytes(lambda: latents.append(encoded_mode(twin, picture)))
         decoding = peak_bytes(lambda: twin.decode(latents[0]).sample)
     return max(encoding, decoding)
 
@@ -282,12 +283,12 @@ def _first_denoiser_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[in
         raise _DenoiserCalled(args, kwargs)
 
     own = {name: value for name, value in arguments.items() if name not in ("latents", "callback_on_step_end")}
-    changes = {"height": size[0], "width": size[1], "generator": torch.Generator(), "output_type": "latent", "return_dict": False}
+    changes = {"generator": torch.Generator(), "output_type": "latent", "return_dict": False}
     try:
         with torch.no_grad(), restored_pipeline(pipe), intercept_denoiser(pipe, stop):
             pipe.scheduler = copy.deepcopy(pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
-            call_pipeline(pipe, {**own, **changes})
+            call_stage(pipe, size, {**own, **changes})
     except _DenoiserCalled as call:
         args, kwargs = call.args
         return args, kwargs, images_per_call(arguments)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -25,7 +27,8 @@ def family_with_cascade(denoiser: nn.Module) -> tuple[Family, Cascade]:
     family = family_of(denoiser)
     if family is None or family.cascade is None:
         known = ", ".join(sorted(name for name, one in FAMILIES.items() if one.cascade is not None))
-        raise ValueError(f"the cascade supports pipelines with one of {known}, got {type(denoiser).__name__}")
+        why = f": {family.no_cascade}" if family is not None and family.no_cascade else ""
+        raise ValueError(f"the cascade supports pipelines with one of {known}, got {type(denoiser).__name__}{why}")
     return family, family.cascade
 
 
@@ -57,17 +60,36 @@ def preset(pipe: Any, name: str = "default") -> Settings:
 
 
 def native_size(pipe: Any) -> tuple[int, int]:
-    """The model's native (height, width) in pixels; for a patched pipeline, the size of its window."""
+    """The model's native (height, width) in pixels; for a patched pipeline, the size of its window.
+
+    Raises:
+        ValueError: As `family_with_cascade`, or the pipeline is not patched and its denoiser does not tell its native size.
+    """
     denoiser, handle = denoiser_of(pipe), handle_of(pipe)
     family, cascade = family_with_cascade(denoiser)
-    y, x = handle.window if handle is not None else family.native_grid(denoiser) or (0, 0)
-    return y * cascade.patch * pipe.vae_scale_factor, x * cascade.patch * pipe.vae_scale_factor
+    window = handle.window if handle is not None else family.native_grid(denoiser)
+    if window is None:
+        raise ValueError(f"{type(denoiser).__name__} does not tell its native size: patch_model(pipe, window=(Y, X)) first, in tokens")
+    pixels = cascade.patch * pixels_per_latent(pipe)
+    return window[0] * pixels, window[1] * pixels
+
+
+def pixels_per_latent(pipe: Any) -> int:
+    """Pixels per latent along an axis."""
+    cascade = cascade_of(pipe)
+    return int(pipe.vae_scale_factor) // (cascade.patch if cascade.factor_of_token else 1)
+
+
+def latent_size(pipe: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """The latent grid `(Y, X)` of a picture of (height, width) pixels."""
+    pixels = pixels_per_latent(pipe)
+    return size[0] // pixels, size[1] // pixels
 
 
 def size_multiple(pipe: Any) -> int:
     """Number of pixels that picture sides must be multiples of."""
     cascade = cascade_of(pipe)
-    return max(cascade.size_multiple, cascade.patch * int(pipe.vae_scale_factor))
+    return max(cascade.size_multiple, cascade.patch * pixels_per_latent(pipe))
 
 
 def stage_sizes(
@@ -97,23 +119,61 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Any:
     return original_call(pipe)(pipe, **copied)
 
 
+def call_stage(pipe: Any, size: tuple[int, int], arguments: Mapping[str, Any]) -> Any:
+    """Run the unpatched call of a pipeline for a stage of (height, width) pixels."""
+    with _attributes_set(pipe, cascade_of(pipe).attributes(pipe, *size)):
+        return call_pipeline(pipe, {**arguments, **stage_arguments(pipe, size)})
+
+
+@contextmanager
+def _attributes_set(pipe: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Set attributes of a pipeline, or of its parts by a dotted name, and restore them on exit."""
+    parts = {name: attrgetter(owner)(pipe) if (owner := name.rpartition(".")[0]) else pipe for name in attributes}
+    before = {name: getattr(part, name.rpartition(".")[2]) for name, part in parts.items()}
+    try:
+        for name, value in attributes.items():
+            setattr(parts[name], name.rpartition(".")[2], value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(parts[name], name.rpartition(".")[2], value)
+
+
 def check_call(pipe: Any) -> None:
     """Check that a pipeline can run the cascade.
 
     Raises:
-        TypeError: It is not a text-to-image pipeline, or it can also edit pictures.
+        TypeError: It is not a text-to-image pipeline.
         ValueError: As `family_with_cascade`.
     """
-    denoiser = denoiser_of(pipe)
     if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
         raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
-    family_with_cascade(denoiser)
-    if may_edit_picture(type(pipe)):
-        raise TypeError(
-            f"the cascade needs a pipeline that draws from text alone, got {type(pipe).__name__}, which can also edit a picture"
-        )
+    family_with_cascade(denoiser_of(pipe))
+
+
+def edits_picture(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether these arguments of the pipeline's call hold a picture to edit or to refer to, which the cascade does not support."""
+    return may_edit_picture(type(pipe)) and arguments.get("image") is not None
+
+
+def takes(pipe: Any, *names: str) -> bool:
+    """Whether the pipeline's call has arguments of all these names."""
+    return set(names) <= set(signature(original_call(pipe)).parameters)
 
 
 def takes_size_conditioning(pipe: Any) -> bool:
     """Whether the pipeline conditions the model on a picture size, as SDXL's does."""
-    return {"original_size", "target_size"} <= set(signature(original_call(pipe)).parameters)
+    return takes(pipe, "original_size", "target_size")
+
+
+def guidance_argument(pipe: Any, scale: float) -> dict[str, float]:
+    """The guidance scale as an argument of the pipeline's call; empty if the call has none, as of distilled models."""
+    name = cascade_of(pipe).guidance
+    return {name: scale} if takes(pipe, name) else {}
+
+
+def stage_arguments(pipe: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """The arguments of the pipeline's call for a stage of (height, width) pixels, by which it draws this size and no other."""
+    height, width = size
+    fixed = {name: value for name, value in cascade_of(pipe).call(height, width).items() if takes(pipe, name)}
+    return {"height": height, "width": width, **fixed}

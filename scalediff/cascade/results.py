@@ -23,7 +23,7 @@ class Stage:
         index, of: Number of the stage, from 1, and number of stages.
         height, width: Size in pixels.
         images: PIL pictures, one per prompt.
-        latents: `[B, C, Y, X]`, scaled as the pipeline returns them.
+        latents: `[B, C, Y, X]`, scaled as the denoiser takes them.
         steps: Number of denoising steps run.
         seconds: Wall-clock time, including decoding.
         settings: Settings of the run.

@@ -28,7 +28,7 @@ from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
 from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
-from scalediff.cascade.pipeline import Sizes, call_pipeline, cascade_of, native_size
+from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size
 from scalediff.cascade.progress import Progress
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, recording_scheduler
@@ -37,6 +37,7 @@ from scalediff.cascade.workdir import SavedStage
 from scalediff.patching.handle import Handle
 from scalediff.settings import Settings
 
+_SCHEDULE = ("timesteps", "sigmas")  # a custom schedule is that of the base stage; stages above run its last steps
 _LATENT = {"output_type": "latent", "return_dict": False}
 
 
@@ -152,12 +153,12 @@ class _Run:
 
     def _call_pipeline(self, index: int, size: tuple[int, int], output: Mapping[str, Any]) -> Any:
         """Call the pipeline for a stage and return its output."""
-        changes: dict[str, Any] = {"height": size[0], "width": size[1]}
         settings, restarts, pipe = self._settings(index), index > self.first, self.pipe
+        changes: dict[str, Any] = {}
         unguided = None
         if restarts:
             pipe.scheduler = self.scheduler  # the stage before left its guided one
-            changes |= prepare_stage(
+            changes = self._without_schedule() | prepare_stage(
                 pipe,
                 self.arguments,
                 size,
@@ -182,11 +183,15 @@ class _Run:
         if self.options.progress is not None:
             pipe.set_progress_bar_config(disable=True)
         self.progress.begin(index)
-        with guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance):
-            result = call_pipeline(pipe, {**self.arguments, **changes, **output})
+        scale = float(self.arguments.get(cascade_of(pipe).guidance) or 1.0)
+        with guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance, guidance_scale=scale):
+            result = call_stage(pipe, size, {**self.arguments, **changes, **output})
         if not restarts and len(self.sizes) > 1:
             self.base_schedule_arguments = pipe.scheduler.schedule_arguments
         return result
+
+    def _without_schedule(self) -> dict[str, None]:
+        return {name: None for name in _SCHEDULE if name in self.arguments}
 
     def _watch(self, index: int) -> Watch:
         """The callback for the model calls of a stage: it records the trajectory and the progress."""
@@ -242,8 +247,7 @@ class _Run:
         self.pipe.scheduler = recording_scheduler(self.scheduler, runs=False)
         if self.options.progress is not None:
             self.pipe.set_progress_bar_config(disable=True)
-        changes = {"height": self.base[0], "width": self.base[1], "generator": fresh_generator()}
-        call_pipeline(self.pipe, {**self.arguments, **changes, **_LATENT})
+        call_stage(self.pipe, self.base, {**self.arguments, "generator": fresh_generator(), **_LATENT})
         arguments: Mapping[str, Any] = self.pipe.scheduler.schedule_arguments
         self.pipe.scheduler = self.scheduler
         return arguments
@@ -251,5 +255,5 @@ class _Run:
     def _output_of_latents(self, size: tuple[int, int]) -> Any:
         """The pipeline's output for the current latents, from a pipeline call that runs no step."""
         self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, last_steps=0, guidance=Guidance(None, 1.0))
-        changes = {"height": size[0], "width": size[1], "latents": packed(self.pipe, self.latents), "num_inference_steps": 1}
-        return call_pipeline(self.pipe, {**self.arguments, **changes})
+        changes = {"latents": packed(self.pipe, self.latents), "num_inference_steps": 1, **self._without_schedule()}
+        return call_stage(self.pipe, size, {**self.arguments, **changes})

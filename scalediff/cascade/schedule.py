@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from scalediff.cascade.latents import upsampled
-from scalediff_kernels import GuidedStep, NoiseLevel, packed_view
+from scalediff.families.packing import Form, as_picture, from_picture
+from scalediff_kernels import GuidedStep, NoiseLevel
 from scalediff_kernels.lowpass.geometry import Kind
 from scalediff_kernels.steps.geometry import Prediction, x0_weights
 
@@ -36,6 +37,7 @@ _PRESERVING = {
 }  # fmt: skip
 _ADDED = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"}
 _FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
+_FLOW_SIGMAS = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}  # flows too, by their option use_flow_sigmas
 _PREDICTIONS = {"epsilon", "v_prediction", "sample"}
 
 
@@ -49,7 +51,8 @@ class Guidance:
         start: Kept fraction at the first step; the same as `cutoff` when None.
         kind: The low-pass filter.
         trajectory: Latents `[B, C, y, x]` of any size for each model call of the stage, which replace the reference.
-        packed: Whether the scheduler receives packed latents `[B, Y X / 4, 4 C]`.
+        form: Form of the latents that the scheduler receives.
+        patch: Latents per token along an axis.
     """
 
     reference: Tensor | None
@@ -57,7 +60,8 @@ class Guidance:
     start: float | None = None
     kind: Kind = "resize"
     trajectory: Sequence[Tensor] | None = None
-    packed: bool = False
+    form: Form = "grid"
+    patch: int = 2
 
     @property
     def changes(self) -> bool:
@@ -108,8 +112,7 @@ def guided_scheduler(
     """
     check_scheduler(scheduler)
     cls, reference = type(scheduler), guidance.reference
-    flow = cls.__name__ in _FLOW
-    grid = (reference.shape[2] // 2, reference.shape[3] // 2) if guidance.packed and reference is not None else None
+    flow = _is_flow(scheduler)
     constant = guidance.step(0, 1, _prediction(scheduler)) if reference is not None and not guidance.changes else None
 
     @functools.wraps(cls.set_timesteps)
@@ -126,18 +129,26 @@ def guided_scheduler(
         if reference is not None:
             gamma = level.noise if flow else (1 - level.alpha_bar) / (1 - restart.alpha_bar)
             guide = constant or guidance.step(done, len(self.levels), _prediction(self))
-            model_output = _guided(guide, sample, model_output, level, gamma, grid)
+            model_output = _guided(guide, guidance, sample, model_output, level, gamma)
         if change is not None:
             model_output = _changed(change, self, done, sample, model_output)
         if watch is not None:
             watch(done, functools.partial(_denoised, self, level, sample, model_output))
-        return cls.step(self, model_output, timestep, sample, *args, **kwargs)
+        result = cls.step(self, model_output, timestep, sample, *args, **kwargs)
+        if isinstance(result, tuple) and len(self.levels) == 1:  # PixArt-Alpha takes x0, the second, of a single step, which ends there
+            return result[0], result[0]
+        return result
 
-    members = {"set_timesteps": set_timesteps, "step": step, "init_noise_sigma": 1.0, "__module__": cls.__module__}
     guided = copy.deepcopy(scheduler)
     guided.__dict__.pop("init_noise_sigma", None)
-    guided.__class__ = type(cls.__name__, (cls,), members)
+    guided.__class__ = _subclass(cls, {"set_timesteps": set_timesteps, "step": step, "init_noise_sigma": 1.0})
     return guided
+
+
+def _subclass(cls: type, members: Mapping[str, Any]) -> type:
+    """A subclass of a scheduler's class with its name. Bria's pipeline asks a subclass for the scaling that a flow does not have."""
+    unscaled = {} if hasattr(cls, "scale_model_input") else {"scale_model_input": lambda self, sample, timestep=None: sample}
+    return type(cls.__name__, (cls,), {**members, **unscaled, "__module__": cls.__module__})
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -156,16 +167,25 @@ def check_scheduler(scheduler: Any) -> None:
                 raise NotImplementedError(f"structure guidance supports {name} without {option}, got {option}={config[option]}")
         return
     prediction = config.get("prediction_type")
+    if name in _FLOW_SIGMAS and _is_flow(scheduler):
+        return
     known_predictions = _PREDICTIONS - ({"sample"} if name in _ADDED else set())
     if prediction not in known_predictions or config.get("use_flow_sigmas", False):
         raise NotImplementedError(f"structure guidance supports {', '.join(sorted(known_predictions))} with {name}, got {prediction=}")
 
 
-def _guided(guide: GuidedStep, sample: Tensor, output: Tensor, level: NoiseLevel, gamma: float, grid: tuple[int, int] | None) -> Tensor:
-    if grid is None:
-        return guide(sample, output, level=level, gamma=gamma)
-    guided = guide(packed_view(sample, grid=grid), packed_view(output, grid=grid), level=level, gamma=gamma)
-    return guided.permute(0, 2, 4, 1, 3, 5).reshape(output.shape)  # tokens again: [B, y, x, C, 2, 2]
+def _guided(guide: GuidedStep, guidance: Guidance, sample: Tensor, output: Tensor, level: NoiseLevel, gamma: float) -> Tensor:
+    """The guided model output, in the form of the steps."""
+    assert guidance.reference is not None
+    form, patch, (height, width) = guidance.form, guidance.patch, guidance.reference.shape[-2:]
+    x, model_output = (as_picture(one, form, (height, width), patch) for one in (sample, output))
+    return from_picture(guide(x, model_output, level=level, gamma=gamma), form)
+
+
+def schedule_length(arguments: Mapping[str, Any]) -> int | None:
+    """Number of steps of a custom schedule, by the arguments `timesteps` or `sigmas`; None if there is none."""
+    custom = [values for name in ("timesteps", "sigmas") if (values := arguments.get(name)) is not None]
+    return len(custom[0]) if custom else None
 
 
 def _changed(change: Change, scheduler: Any, call: int, sample: Tensor, output: Tensor) -> Tensor:
@@ -208,13 +228,18 @@ def recording_scheduler(scheduler: Any, *, watch: Watch | None = None, runs: boo
         return cls.step(self, model_output, timestep, sample, *args, **kwargs)
 
     recording = copy.deepcopy(scheduler)
-    recording.__class__ = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "step": step, "__module__": cls.__module__})
+    recording.__class__ = _subclass(cls, {"set_timesteps": set_timesteps, "step": step})
     return recording
 
 
+def _is_flow(scheduler: Any) -> bool:
+    name, config = type(scheduler).__name__, scheduler.config
+    with_option = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+    return name in _FLOW or (name in _FLOW_SIGMAS and with_option)
+
+
 def _prediction(scheduler: Any) -> Prediction:
-    flow = type(scheduler).__name__ in _FLOW
-    return "flow_prediction" if flow else scheduler.config.prediction_type
+    return "flow_prediction" if _is_flow(scheduler) else scheduler.config.prediction_type
 
 
 def _denoised(scheduler: Any, level: NoiseLevel, sample: Tensor, output: Tensor) -> Tensor:
@@ -238,11 +263,9 @@ def _set_last_timesteps(
 
     A scheduler of order 2 (Heun) has two model calls per step except the last: at sigma_0, then at sigma_1, sigma_1, sigma_2, ...
     """
-    count = len(named["sigmas"]) if named.get("sigmas") is not None else named.get("num_inference_steps")
-    if count != max(last_steps, 1) or named.get("timesteps") is not None:
-        raise ValueError(
-            f"this stage runs {last_steps} of {steps} steps; custom timesteps are not supported above the native size, got {count=}"
-        )
+    count = schedule_length(named) or named.get("num_inference_steps")
+    if count != max(last_steps, 1):
+        raise ValueError(f"this stage runs {last_steps} of {steps} steps, got {count=}")
     if base_schedule_arguments is None:
         base_schedule_arguments = named if count == steps else {**named, "num_inference_steps": steps}
     set_timesteps(**{**base_schedule_arguments, "device": named.get("device")})
@@ -267,7 +290,7 @@ def _level(scheduler: Any, index: int) -> NoiseLevel:
     name = type(scheduler).__name__
     if getattr(scheduler, "sigmas", None) is not None:
         sigma = float(scheduler.sigmas[index])
-        if name in _FLOW:
+        if _is_flow(scheduler):
             return NoiseLevel.of_flow(sigma)
         if name in _ADDED:
             return NoiseLevel.of_sigma(sigma)

@@ -95,7 +95,8 @@ def prepare_stage(
         start=None if start is None else scalar(start),
         kind=settings.filter,
         trajectory=trajectory[-calls:] if settings.anchor == "trajectory" else None,
-        packed=cascade_of(pipe).packed,
+        form=cascade_of(pipe).form,
+        patch=cascade_of(pipe).patch,
     )
     pipe.scheduler = guided_scheduler(
         pipe.scheduler,

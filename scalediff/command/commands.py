@@ -45,11 +45,12 @@ def show_plan(options: Namespace) -> None:
 
 
 def show_models(options: Namespace) -> None:
-    """Print the supported denoisers, those that cannot be patched, and the presets."""
+    """Print the supported denoisers and what works with each, those that cannot be patched, and the presets."""
     known = [family for family in FAMILIES.values() if not family.refusal]
     width = max(len(family.denoiser) for family in known)
     for family in known:
-        print(f"{family.denoiser:<{width}}  {'cascade and attention' if family.cascade else 'attention'}; text: {family.text}")
+        cascade = f"yes, tested with {family.cascade.tested}" if family.cascade else f"no: {family.no_cascade}"
+        print(f"{family.denoiser:<{width}}  attention: yes (text: {family.text}); cascade: {cascade}")
     print(f"not supported (patch_model gives the reason): {', '.join(name for name, family in FAMILIES.items() if family.refusal)}")
     print("any other module: patch_model(module, grid=, text=, window=); see docs/guide/models.md")
     _show_presets()

@@ -12,7 +12,7 @@ import torch
 
 from scalediff.cascade.fitting import check_possible, describe_fit, fit_of
 from scalediff.cascade.metadata import save_png
-from scalediff.cascade.pipeline import cascade_of, named_preset, native_size
+from scalediff.cascade.pipeline import guidance_argument, named_preset, native_size
 from scalediff.cascade.progress import Step
 from scalediff.cascade.upsampling import Upsampler
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
@@ -88,7 +88,7 @@ def print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[i
         UsageError: Too little memory is available, and --force is not given.
         ValueError: The picture alone is larger than the device's memory.
     """
-    arguments = {"prompt": job.prompt, cascade_of(pipe).guidance: settings.guidance_scale, "num_inference_steps": settings.steps}
+    arguments = {"prompt": job.prompt, **guidance_argument(pipe, settings.guidance_scale), "num_inference_steps": settings.steps}
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
     if getattr(options, "method", "") in IN_PARTS:

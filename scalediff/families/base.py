@@ -11,11 +11,13 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from scalediff.families.grid import AttentionSite, Grid, Layout, Role, UnknownLayout
+from scalediff.families.packing import Form
 from scalediff.families.rotation import TextRotation
 from scalediff.settings import Preset
 
 Arguments = Mapping[str, Any]
 T = TypeVar("T")
+BESIDE = "it runs beside a denoiser, whose family has the cascade"  # `no_cascade` of ControlNets
 
 
 class Reader:
@@ -48,23 +50,46 @@ class Cascade:
         presets: Function from a denoiser to its presets by name. `"default"` always exists, `"paper"` if the paper has one.
         patch: Latents per token along an axis.
         size_multiple: Picture sides must be multiples of this number of pixels, and of the pixels per token.
-        packed: Whether the pipeline takes and returns packed latents `[B, Y X / 4, 4 C]`.
-        guidance: Name of the pipeline's argument for the guidance scale.
+        form: Form of the latents in the pipeline's steps, and of those that it returns.
+        input_form: Form of the pipeline's argument `latents`; that of the steps when None.
+        factor_of_token: Whether the pipeline's `vae_scale_factor` is the number of pixels per token instead of per latent.
+        batch_norm_eps: What the pipeline adds to the variance of the autoencoder's batch norm; that of the autoencoder's config when None.
+        guidance: Name of the pipeline's argument for the guidance scale, if its call has one.
         negative: Default negative prompt, for pipelines that apply guidance only if there is one.
         conditional: Which half of the batch that classifier-free guidance doubles is the conditional one, `"first"` or `"last"`; empty
             if guidance does not double the batch.
+        batch_second: Names of the denoiser's arguments whose second axis is the batch.
         trained_size: Name of the pipeline's attribute for the size in pixels above which it rescales positions and attention. Windows
             have the trained size, so the cascade turns both off.
+        call: Function from the height and width of a stage in pixels to arguments that the stage's call must have, of those that the
+            pipeline knows: what else would make it draw another size, or another prompt in every stage.
+        attributes: Function from a pipeline and the height and width of a stage to attributes of the pipeline, or of its parts by a dotted
+            name, that the stage sets. They are restored after the run.
+        largest_grid: Function from a denoiser to the largest token grid `(Y, X)` that it has positions for; None if there is no limit.
+        tested: The models that the cascade was tested with, as text for the user.
     """
 
     presets: Callable[[nn.Module], Mapping[str, Preset]]
     patch: int = 2
     size_multiple: int = 1
-    packed: bool = False
+    form: Form = "grid"
+    input_form: Form | None = None
+    factor_of_token: bool = False
+    batch_norm_eps: float | None = None
     guidance: str = "guidance_scale"
     negative: str | None = None
     conditional: Literal["first", "last", ""] = ""
+    batch_second: tuple[str, ...] = ()
     trained_size: str = ""
+    call: Callable[[int, int], Mapping[str, Any]] = field(default=lambda height, width: {})
+    attributes: Callable[[Any, int, int], Mapping[str, Any]] = field(default=lambda pipe, height, width: {})
+    largest_grid: Callable[[nn.Module], Grid | None] = field(default=lambda denoiser: None)
+    tested: str = "small models with random weights"
+
+    @property
+    def packed(self) -> bool:
+        """Whether the steps' latents are tokens."""
+        return self.form == "tokens"
 
 
 def _no_layout(denoiser: nn.Module, arguments: Arguments, read: Reader) -> Layout:
@@ -91,6 +116,7 @@ class Family:
         level: Function from a denoiser and a module name to the number of times that the module's grid has been halved.
         rotation: Function from a denoiser to its rotary positions, if text is rotated for each window.
         cascade: What the cascade needs; None if only `patch_model` supports the family.
+        no_cascade: Why the cascade does not support the family; empty if it does, or if denoisers of this class cannot be patched.
         refusal: Reason why denoisers of this class cannot be patched; empty if they can.
         refusal_error: Exception class raised with that reason.
         listed: Whether the attention modules are known in advance, as modules with a processor. For other models they are found when
@@ -110,6 +136,7 @@ class Family:
     level: Callable[[nn.Module, str], int] = field(default=lambda denoiser, name: 0)
     rotation: Callable[[nn.Module], TextRotation | None] = _no_rotation
     cascade: Cascade | None = None
+    no_cascade: str = ""
     refusal: str = ""
     refusal_error: type[Exception] = NotImplementedError
     listed: bool = True

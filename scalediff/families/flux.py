@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalediff.families.base import Arguments, Cascade, Family, Reader
+from scalediff.families.base import BESIDE, Arguments, Cascade, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
 from scalediff.families.rotation import TextRotation
 from scalediff.families.transformers import all_ones, lengths
-from scalediff.settings import Preset, Settings
+from scalediff.settings import Preset, Settings, derived_presets
 
 
 def _extent(ids: Tensor, text: int = 0) -> Grid:
@@ -117,28 +117,67 @@ def _presets(denoiser: Any) -> Mapping[str, Preset]:
     return _DEV if denoiser.config.guidance_embeds else _SCHNELL
 
 
-_SAME = (
-    "FluxControlNetModel", "BriaTransformer2DModel", "BriaFiboTransformer2DModel",
-    "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
-)  # fmt: skip
+# Models that the paper does not cover: the pipeline's default steps and guidance.
+_FLUX2_DEV = derived_presets(steps=50, guidance_scale=4.0)
+_DISTILLED = replace(_FLUX2_DEV["default"].settings, steps=4, restart=0.5, guidance_scale=1.0)
+_KLEIN = {**_FLUX2_DEV, "distilled": Preset(_DISTILLED, "4 steps, then 2 and 2, for distilled checkpoints; not measured yet")}
+
+
+def _flux2_presets(denoiser: Any) -> Mapping[str, Preset]:
+    return _FLUX2_DEV if denoiser.config.guidance_embeds else _KLEIN
+
+
+def _packed(*, steps: int, guidance_scale: float, **more: Any) -> Cascade:
+    """A cascade of a model with FLUX.1's packed latents, and the presets derived from the pipeline's defaults."""
+    presets = derived_presets(steps=steps, guidance_scale=guidance_scale)
+    return Cascade(lambda denoiser: presets, form="tokens", **more)
+
+
+def _with_area(height: int, width: int) -> Mapping[str, Any]:
+    return {"max_area": height * width}  # FLUX.1 Kontext scales every size to this area, which is the native one by default
+
+
+def _unpatched(height: int, width: int) -> Mapping[str, Any]:
+    return {"do_patching": False}  # one latent in a token, as the model was trained
+
+
+def _written_prompt(height: int, width: int) -> Mapping[str, Any]:
+    return {"enable_prompt_rewrite": False}  # a language model would write another prompt for every stage
+
+
+def _own_prompt(height: int, width: int) -> Mapping[str, Any]:
+    return {"caption_upsample_temperature": None}  # likewise, with numbers from the global generator
+
+
+_CASCADES = {
+    "Flux2Transformer2DModel": Cascade(_flux2_presets, form="tokens", input_form="patches", call=_own_prompt),
+    "BriaTransformer2DModel": _packed(steps=30, guidance_scale=5.0, factor_of_token=True, conditional="last"),
+    "BriaFiboTransformer2DModel": _packed(steps=30, guidance_scale=5.0, patch=1, conditional="last", call=_unpatched),
+    "LongCatImageTransformer2DModel": _packed(steps=50, guidance_scale=4.5, call=_written_prompt),
+    "OvisImageTransformer2DModel": _packed(steps=50, guidance_scale=5.0),
+}
 FLUX = (
-    replace(_FLUX, cascade=Cascade(_presets, packed=True), context_parallel=True),
-    replace(_FLUX, denoiser="Flux2Transformer2DModel", context_parallel=True),
-    *(replace(_FLUX, denoiser=name) for name in _SAME),
-    replace(_FLUX, denoiser="ChromaTransformer2DModel", layout=_chroma_layout),
+    replace(_FLUX, cascade=Cascade(_presets, form="tokens", call=_with_area), context_parallel=True),
+    replace(_FLUX, denoiser="FluxControlNetModel", no_cascade=BESIDE),
+    *(
+        replace(_FLUX, denoiser=name, cascade=cascade, context_parallel=name == "Flux2Transformer2DModel")
+        for name, cascade in _CASCADES.items()
+    ),
+    replace(_FLUX, denoiser="ChromaTransformer2DModel", layout=_chroma_layout, cascade=_packed(steps=35, guidance_scale=5.0)),
     replace(
         _FLUX,
         denoiser="Flux3Transformer2DModel",
         native_grid=lambda denoiser: None,
         layout=_flux3_layout,
         roles=((r"^txt_mode_blocks\.", "text"), (r"^mode_blocks\.image_cond\.", "text"), (r"^mode_blocks\.", "self")),
+        no_cascade="diffusers has modular blocks for it and no pipeline to call",
     ),
     replace(
         _FLUX,
         denoiser="Krea2Transformer2DModel",
         grid_source="position_ids",
-        native_grid=lambda denoiser: None,
         layout=_krea_layout,
         roles=((r"^text_fusion\.", "text"),),
+        cascade=_packed(steps=28, guidance_scale=4.5),
     ),
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
-from scalediff.families.base import Arguments, Family, Reader
+from scalediff.families.base import Arguments, Cascade, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
 from scalediff.families.rotation import TextRotation
+from scalediff.settings import derived_presets
 
 
 def _layout(denoiser: Any, arguments: Arguments, read: Reader) -> Layout:
@@ -33,6 +35,17 @@ def _rotation(denoiser: Any) -> TextRotation:
     return TextRotation(tuple(denoiser.config.axes_dims_rope), 10000.0, dim=denoiser.config.attention_head_dim)
 
 
+def _attributes(pipe: Any, height: int, width: int) -> dict[str, Any]:
+    """The pipeline scales every size to the area of its default one, and the denoiser pads a picture that is not square to `max_seq`."""
+    pixels = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    side = math.sqrt(height * width) * (1 + 1e-9)  # the pipeline rounds down
+    tokens = height * width // pixels**2
+    return {"default_sample_size": side / pipe.vae_scale_factor, "transformer.max_seq": max(pipe.transformer.max_seq, tokens)}
+
+
+_PRESETS = derived_presets(steps=50, guidance_scale=5.0)
+
+
 HIDREAM = (
     Family(
         denoiser="HiDreamImageTransformer2DModel",
@@ -42,5 +55,8 @@ HIDREAM = (
         layout=_layout,
         role="joint",
         rotation=_rotation,
+        cascade=Cascade(
+            lambda denoiser: _PRESETS, conditional="last", batch_second=("encoder_hidden_states_llama3",), attributes=_attributes
+        ),
     ),
 )

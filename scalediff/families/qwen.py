@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from scalediff.families.base import Arguments, Cascade, Family, Reader
+from scalediff.families.base import BESIDE, Arguments, Cascade, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
 from scalediff.families.rotation import TextRotation
 from scalediff.families.transformers import lengths
@@ -60,7 +60,7 @@ def _rotation(denoiser: Any) -> TextRotation:
 
 # Not in the paper: restart and cutoffs of FLUX, steps and guidance of the model card.
 _PRESETS = derived_presets(steps=50, guidance_scale=4.0)
-_CASCADE = Cascade(lambda denoiser: _PRESETS, packed=True, guidance="true_cfg_scale", negative=" ")
+_CASCADE = Cascade(lambda denoiser: _PRESETS, form="tokens", guidance="true_cfg_scale", negative=" ")
 
 _QWEN = Family(
     denoiser="QwenImageTransformer2DModel",
@@ -74,13 +74,12 @@ _QWEN = Family(
 )
 QWEN = (
     replace(_QWEN, context_parallel=True),
-    replace(_QWEN, denoiser="QwenImageControlNetModel", cascade=None),
+    replace(_QWEN, denoiser="QwenImageControlNetModel", cascade=None, no_cascade=BESIDE),
     replace(
         _QWEN,
         denoiser="NucleusMoEImageTransformer2DModel",
         text="joint, after the image, keys only",
-        native_grid=lambda denoiser: None,
         layout=_nucleus_layout,
-        cascade=None,
+        cascade=Cascade(lambda denoiser: _PRESETS, form="tokens"),
     ),
 )

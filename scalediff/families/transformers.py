@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalediff.families.base import Arguments, Cascade, Family, Reader
+from scalediff.families.base import BESIDE, Arguments, Cascade, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, Side, UnknownLayout
 from scalediff.families.rotation import TextRotation
 from scalediff.settings import derived_presets
@@ -158,30 +159,65 @@ def _prx_rotation(denoiser: Any) -> TextRotation:
     return TextRotation(tuple(denoiser.pe_embedder.axes_dim), float(denoiser.pe_embedder.theta), y=0, x=1)
 
 
-_SD3 = derived_presets(steps=28, guidance_scale=7.0)
-_LUMINA = derived_presets(steps=30, guidance_scale=4.0)
+def _without_bins(height: int, width: int) -> Mapping[str, Any]:
+    return {"use_resolution_binning": False}  # the pipeline would draw the nearest of a list of sizes
+
+
+def _without_enhancer(height: int, width: int) -> Mapping[str, Any]:
+    return {"use_pe": False}  # a language model would write another prompt for every stage
+
+
+def _square_table(denoiser: Any) -> Grid:
+    side = math.isqrt(denoiser.config.pos_embed_max_size)
+    return side, side
+
+
+def _table(denoiser: Any) -> Grid | None:
+    side = denoiser.config.pos_embed_max_size
+    return None if side is None else (side, side)
+
+
+def _cascade(*, steps: int, guidance_scale: float, **more: Any) -> Cascade:
+    """A cascade with the presets derived from the pipeline's default steps and guidance."""
+    presets = derived_presets(steps=steps, guidance_scale=guidance_scale)
+    return Cascade(lambda denoiser: presets, **more)
+
+
+_PRIOR = "an autoregressive model draws its tokens for one picture size: a larger stage would be of another picture"
+_VIDEO_SCHEDULER = "its pipeline takes only CogVideoX's schedulers, which are not supported"
 
 TRANSFORMERS = (
-    Family("DiTTransformer2DModel", _SHAPE, "none: classes", _native, _class_labels),
-    Family("GlmImageTransformer2DModel", _SHAPE, "joint, before the image", _no_grid, _glm, role="joint"),
-    Family("PRXTransformer2DModel", _SHAPE, "joint, before the image, keys only", _no_grid, _prx, role="joint", rotation=_prx_rotation),
-    Family("ErnieImageTransformer2DModel", _SHAPE, "joint, after the image", _no_grid, _ernie, role="joint"),
+    Family("DiTTransformer2DModel", _SHAPE, "none: classes", _native, _class_labels, no_cascade="it draws classes, not prompts"),
+    Family("GlmImageTransformer2DModel", _SHAPE, "joint, before the image", _no_grid, _glm, role="joint", no_cascade=_PRIOR),
+    Family("PRXTransformer2DModel", _SHAPE, "joint, before the image, keys only", _no_grid, _prx, role="joint", rotation=_prx_rotation,
+           cascade=_cascade(steps=28, guidance_scale=4.0, conditional="last", call=_without_bins)),
+    Family("ErnieImageTransformer2DModel", _SHAPE, "joint, after the image", _native_64, _ernie, role="joint",
+           cascade=_cascade(steps=50, guidance_scale=4.0, form="patches", factor_of_token=True, batch_norm_eps=1e-5, conditional="last",
+                            call=_without_enhancer)),
     Family("HunyuanImageTransformer2DModel", _SHAPE, "joint, after the image", _native_64, _hunyuan_image, role="joint",
-           roles=((r"^context_embedder", "text"),), rotation=_hunyuan_image_rotation),
+           roles=((r"^context_embedder", "text"),), rotation=_hunyuan_image_rotation,
+           cascade=_cascade(steps=50, guidance_scale=3.25, patch=1, guidance="distilled_guidance_scale")),
     Family("SD3Transformer2DModel", _SHAPE, "joint, after the image; image only in dual layers", _native, _joint("suffix"), role="joint",
-           roles=((r"\.attn2$", "self"),), cascade=Cascade(lambda denoiser: _SD3, conditional="last")),
+           roles=((r"\.attn2$", "self"),),
+           cascade=_cascade(steps=28, guidance_scale=7.0, conditional="last", largest_grid=_table)),
     Family("SD3ControlNetModel", _SHAPE, "joint, after the image; image only in dual layers", _native, _joint("suffix"), role="joint",
-           roles=((r"\.attn2$", "self"),)),
+           roles=((r"\.attn2$", "self"),), no_cascade=BESIDE),
     Family("AuraFlowTransformer2DModel", _SHAPE, "joint, registers and text before the image", _native_64,
-           _joint("prefix", registers=lambda denoiser: int(denoiser.register_tokens.shape[1])), role="joint"),
-    Family("CogView3PlusTransformer2DModel", _SHAPE, "joint, before the image", _native, _joint("prefix"), role="joint"),
-    Family("CogView4Transformer2DModel", _SHAPE, "joint, before the image", _native, _cogview4, role="joint"),
+           _joint("prefix", registers=lambda denoiser: int(denoiser.register_tokens.shape[1])), role="joint",
+           cascade=_cascade(steps=50, guidance_scale=3.5, size_multiple=8, conditional="last", largest_grid=_square_table)),
+    Family("CogView3PlusTransformer2DModel", _SHAPE, "joint, before the image", _native, _joint("prefix"), role="joint",
+           no_cascade=_VIDEO_SCHEDULER),
+    Family("CogView4Transformer2DModel", _SHAPE, "joint, before the image", _native, _cogview4, role="joint",
+           cascade=_cascade(steps=50, guidance_scale=5.0, size_multiple=16)),
     Family("Lumina2Transformer2DModel", _SHAPE, "joint, before the image, each prompt at its own length", _native, _lumina2, role="joint",
            roles=((r"^noise_refiner\.", "self"), (r"^context_refiner\.", "text")), rotation=_lumina2_rotation,
-           cascade=Cascade(lambda denoiser: _LUMINA)),
+           cascade=_cascade(steps=30, guidance_scale=4.0)),
     Family("LuminaNextDiT2DModel", _SHAPE, "cross-attention", _native, _lumina_next, roles=((r"\.attn2$", "cross"),),
-           cascade=Cascade(lambda denoiser: _LUMINA, conditional="first", trained_size="default_image_size")),
-    Family("PixArtTransformer2DModel", _SHAPE, "cross-attention", _native, _cross, roles=((r"\.attn2$", "cross"),)),
-    Family("HunyuanDiT2DModel", _SHAPE, "cross-attention", _native, _hunyuan, roles=((r"\.attn2$", "cross"),)),
-    Family("HunyuanDiT2DControlNetModel", _SHAPE, "cross-attention", _native, _hunyuan, roles=((r"\.attn2$", "cross"),)),
+           cascade=_cascade(steps=30, guidance_scale=4.0, conditional="first", trained_size="default_image_size")),
+    Family("PixArtTransformer2DModel", _SHAPE, "cross-attention", _native, _cross, roles=((r"\.attn2$", "cross"),),
+           cascade=_cascade(steps=20, guidance_scale=4.5, size_multiple=8, conditional="last", call=_without_bins)),
+    Family("HunyuanDiT2DModel", _SHAPE, "cross-attention", _native, _hunyuan, roles=((r"\.attn2$", "cross"),),
+           cascade=_cascade(steps=50, guidance_scale=5.0, size_multiple=16, conditional="last", call=_without_bins)),
+    Family("HunyuanDiT2DControlNetModel", _SHAPE, "cross-attention", _native, _hunyuan, roles=((r"\.attn2$", "cross"),),
+           no_cascade=BESIDE),
 )  # fmt: skip

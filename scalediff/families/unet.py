@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from scalediff.families.base import Arguments, Cascade, Family, Reader
+from scalediff.families.base import BESIDE, Arguments, Cascade, Family, Reader
 from scalediff.families.grid import Grid, Layout, Sequence, level_grid
 from scalediff.settings import Preset, Settings
 
@@ -23,6 +23,9 @@ _NEGATIVE = {"negative_prompt": "blurry, ugly, duplicate, poorly drawn, deformed
 # paper's, and the restart (the last two steps) is our choice.
 _FEW = Preset(replace(_PAPER, steps=4, restart=0.5, guidance_scale=0.0), "4 steps, then 2 and 2; not measured yet", spacing="trailing")
 _XL = {"default": Preset(_PAPER, _PUBLISHED), "paper": Preset(_PAPER, _PUBLISHED, call=_NEGATIVE), "turbo": _FEW, "lightning": _FEW}
+_KOLORS = {
+    "default": Preset(replace(_PAPER, guidance_scale=5.0), "the pipeline's own steps and guidance, restart and cutoffs of the paper's SDXL")
+}
 _OTHERS = {"default": Preset(_PAPER, f"{_PUBLISHED}; the paper has none for this model")}
 # The embedded model, with a latent grid of 16 x 16 tokens.
 _SMALL = {
@@ -69,6 +72,8 @@ def _deepest(unet: nn.Module) -> int:
 
 
 def _presets(unet: nn.Module) -> Mapping[str, Preset]:
+    if unet.config.encoder_hid_dim_type == "text_proj":  # type: ignore[union-attr]
+        return _KOLORS
     if min(_native_grid(unet)) < 32:
         return _SMALL
     return _XL if unet.config.addition_embed_type == "text_time" else _OTHERS  # type: ignore[union-attr]
@@ -82,7 +87,13 @@ _UNET = Family(
     layout=_layout,
     roles=((r"\.attn2$", "cross"),),
     level=_level,
-    cascade=Cascade(_presets, patch=1, size_multiple=8, conditional="last"),
+    cascade=Cascade(
+        _presets,
+        patch=1,
+        size_multiple=8,
+        conditional="last",
+        tested="the embedded model; small models with random weights",
+    ),
 )
 
 
@@ -90,6 +101,6 @@ def _no_grid(denoiser: nn.Module) -> None:
     return None
 
 
-_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_no_grid, cascade=None)  # its U-Net's size
-_UNCONDITIONAL = replace(_UNET, denoiser="UNet2DModel", text="none", cascade=None)
+_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_no_grid, cascade=None, no_cascade=BESIDE)  # its U-Net's size
+_UNCONDITIONAL = replace(_UNET, denoiser="UNet2DModel", text="none", cascade=None, no_cascade="it draws without a prompt")
 UNETS = (_UNET, _UNCONDITIONAL, _CONTROL, replace(_CONTROL, denoiser="ControlNetUnionModel", layout=_union_layout))

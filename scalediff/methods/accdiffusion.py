@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scalediff.arguments import check_number, optional
-from scalediff.cascade.pipeline import cascade_of, takes_size_conditioning
+from scalediff.cascade.pipeline import cascade_of, latent_size, pixels_per_latent, takes_size_conditioning
 from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods import running
@@ -103,10 +103,10 @@ def accdiffusion(
     _check(pipe, arguments)
     unet: Any = denoiser_of(pipe)
     k = 2 ** (len(unet.down_blocks) - 1)
-    base, *above = (running.latent_size(pipe, pixels) for pixels in phase_sizes(pipe, *size))
+    base, *above = (latent_size(pipe, pixels) for pixels in phase_sizes(pipe, *size))
     for grid in (base, *above):
         if grid[0] % k or grid[1] % k:
-            factor = k * pipe.vae_scale_factor
+            factor = k * pixels_per_latent(pipe)
             raise ValueError(f"phases must be multiples of {factor} pixels, one token of the coarsest level, got {grid=} in latents")
     with recorded_maps(unet, (base[0] // k, base[1] // k)) as maps:
 

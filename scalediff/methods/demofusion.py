@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from scalediff.arguments import check_boolean, check_number, wrong_type
 from scalediff.cascade.generators import Generators
-from scalediff.cascade.pipeline import native_size, stage_sizes
+from scalediff.cascade.pipeline import latent_size, native_size, pixels_per_latent, stage_sizes
 from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
 from scalediff.methods import running
@@ -278,10 +278,10 @@ class Canvas:
 
     @classmethod
     def of(cls, pipe: Any, pixels: Grid, phase: int, options: DemoFusion, jitter: torch.Generator | None) -> Canvas:
-        size, native = running.latent_size(pipe, pixels), running.latent_size(pipe, native_size(pipe))
+        size, native = latent_size(pipe, pixels), latent_size(pipe, native_size(pipe))
         window = min(size[0], native[0]), min(size[1], native[1])
         stride = stride_of(window, options.stride, patch=1)
-        return cls(size, window, stride, phase, pipe.vae_scale_factor, pipe.scheduler.config.num_train_timesteps, options, jitter)
+        return cls(size, window, stride, phase, pixels_per_latent(pipe), pipe.scheduler.config.num_train_timesteps, options, jitter)
 
     def denoise(self, denoise: Denoise) -> Tensor:
         """The denoiser's output for the whole picture: (1 - c2) local + c2 dilated."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scalediff.arguments import check_boolean, check_callable, check_number, optional
 from scalediff.cascade.latents import unpacked, upsampled
-from scalediff.cascade.pipeline import cascade_of, native_size, stage_sizes
+from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent, stage_sizes
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import Change
 from scalediff.cascade.stage import encode_finite
@@ -187,10 +187,10 @@ def _extrapolated(pipe: Any, pixels: Grid, options: HiFlow) -> Any:
     """The context that changes FLUX.1's positions and attention for a stage."""
     if not is_flux(pipe):
         return nullcontext()
-    factor = cascade_of(pipe).patch * pipe.vae_scale_factor
+    factor = cascade_of(pipe).patch * pixels_per_latent(pipe)
     height, width = native_size(pipe)
     return Extrapolation(
-        running.latent_size(pipe, pixels),
+        latent_size(pipe, pixels),
         rope_scale=_ROPE_SCALE if options.rope_scale is None else options.rope_scale,
         native_tokens=None if options.proportional is False else height * width // factor**2,
         shift_patches=options.shift_patches is not False,

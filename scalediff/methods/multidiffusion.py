@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scalediff.cascade.generators import fresh_generator
-from scalediff.cascade.pipeline import cascade_of, native_size, stage_sizes
+from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent, stage_sizes
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import Guidance, guided_scheduler, recording_scheduler
 from scalediff.families.grid import Grid
@@ -99,7 +99,7 @@ def multidiffusion(
     stage_sizes(pipe, *size)  # for its checks
     cascade = cascade_of(pipe)
     arguments = running.complete_arguments(pipe, arguments, settings)
-    whole, native = running.latent_size(pipe, size), running.latent_size(pipe, native_size(pipe))
+    whole, native = latent_size(pipe, size), latent_size(pipe, native_size(pipe))
     window = min(whole[0], native[0]), min(whole[1], native[1])
     where = corners(whole, window=window, stride=stride_of(window, options.stride, patch=cascade.patch))
     since = time.perf_counter()
@@ -129,7 +129,7 @@ def multidiffusion(
 
 def _shifted_for(pipe: Any, arguments: Mapping[str, Any], window: Grid) -> Any:
     """A copy of the pipeline's scheduler with the schedule of a picture of window size, from a pipeline call that runs no step."""
-    scheduler, steps, factor = pipe.scheduler, arguments["num_inference_steps"], pipe.vae_scale_factor
+    scheduler, steps, factor = pipe.scheduler, arguments["num_inference_steps"], pixels_per_latent(pipe)
     pipe.scheduler = recording = recording_scheduler(scheduler, runs=False)
     changes = {"height": window[0] * factor, "width": window[1] * factor, "latents": None, "generator": fresh_generator()}
     original_call(pipe)(pipe, **{**arguments, **changes, "output_type": "latent"})

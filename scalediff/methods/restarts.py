@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from scalediff.cascade.latents import decode, packed, unpacked
-from scalediff.cascade.pipeline import cascade_of
+from scalediff.cascade.pipeline import cascade_of, guidance_argument
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import Change, Guidance, Watch, check_scheduler, guided_scheduler, recording_scheduler
 from scalediff.cascade.stage import add_noise
 from scalediff.families.grid import Grid
+from scalediff.families.packing import arrange
 from scalediff.methods import running
 from scalediff.settings import Settings
 
@@ -101,10 +102,11 @@ class Restarts:
             guidance_scale: Scale of the guidance; the run's when None.
             changes: Further arguments of the pipeline's call that differ.
         """
-        pipe, size = self._pipe, self._sizes[len(self.stages)]
+        pipe, size, cascade = self._pipe, self._sizes[len(self.stages)], cascade_of(self._pipe)
 
         def change_unpacked(call: int, level: Any, x: Tensor, denoised: Tensor) -> Tensor:
-            return packed(pipe, change(call, level, unpacked(pipe, x, size), unpacked(pipe, denoised, size)))
+            changed = change(call, level, unpacked(pipe, x, size), unpacked(pipe, denoised, size))
+            return arrange(changed, cascade.form, cascade.patch)
 
         guidance = Guidance(None, 1.0)
         pipe.scheduler = guided_scheduler(
@@ -119,7 +121,7 @@ class Restarts:
         noised = add_noise(pipe.scheduler, reference, self._arguments["generator"])
         own: dict[str, Any] = {"latents": packed(pipe, noised), "num_inference_steps": last_steps}
         if guidance_scale is not None:
-            own[cascade_of(pipe).guidance] = guidance_scale
+            own |= guidance_argument(pipe, guidance_scale)
         self._draw({**self._arguments, **own, **(changes or {})})
 
     def _draw(self, arguments: Mapping[str, Any]) -> None:

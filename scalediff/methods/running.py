@@ -12,9 +12,9 @@ from torch import Tensor
 
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, tiled
 from scalediff.cascade.generators import fresh_generator
-from scalediff.cascade.latents import decode, to_pil_images, unpack
+from scalediff.cascade.latents import decode, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
-from scalediff.cascade.pipeline import call_pipeline, cascade_of, takes_size_conditioning
+from scalediff.cascade.pipeline import call_stage, cascade_of, guidance_argument, takes_size_conditioning
 from scalediff.cascade.progress import show_pipeline_bar
 from scalediff.cascade.results import Stage
 from scalediff.families.grid import Grid
@@ -70,8 +70,7 @@ def check_own_schedule(arguments: Mapping[str, Any]) -> None:
 
 def complete_arguments(pipe: Any, arguments: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Add steps, guidance and a generator to the arguments of the pipeline's call that lack them."""
-    guidance = cascade_of(pipe).guidance
-    found = {guidance: settings.guidance_scale, "num_inference_steps": settings.steps, **arguments}
+    found = {**guidance_argument(pipe, settings.guidance_scale), "num_inference_steps": settings.steps, **arguments}
     return found | {"generator": found.get("generator") or fresh_generator()}
 
 
@@ -119,10 +118,8 @@ def replace_denoiser(pipe: Any, compute: Callable[[Denoise], Tensor], *, size: G
 
 def generate_latents(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> Tensor:
     """Latents `[B, C, Y, X]` from a call of the pipeline, for a picture of (height, width) pixels."""
-    changes = {"height": size[0], "width": size[1], "output_type": "latent", "return_dict": False}
-    latents: Tensor = call_pipeline(pipe, {**arguments, **changes})[0]
-    packed = cascade_of(pipe).packed
-    return unpack(latents, latent_size(pipe, size)) if packed else latents
+    latents: Tensor = call_stage(pipe, size, {**arguments, "output_type": "latent", "return_dict": False})[0]
+    return unpacked(pipe, latents, size)
 
 
 def size_conditioning(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> dict[str, Grid]:
@@ -132,11 +129,6 @@ def size_conditioning(pipe: Any, arguments: Mapping[str, Any], size: Grid) -> di
     """
     names = ("original_size", "target_size") if takes_size_conditioning(pipe) else ()
     return {name: size for name in names if arguments.get(name) is None}
-
-
-def latent_size(pipe: Any, size: Grid) -> Grid:
-    """The latent grid `(Y, X)` of a picture of (height, width) pixels."""
-    return size[0] // pipe.vae_scale_factor, size[1] // pipe.vae_scale_factor
 
 
 def show_progress(pipe: Any, progress: bool | None, *, index: int, of: int, size: Grid) -> None:

@@ -86,7 +86,7 @@ def unpatch_networks(model: Any) -> None:
 
 def supports_cascade(pipeline_class: type, family: Family) -> bool:
     """Whether the cascade supports a pipeline class with a denoiser of this family."""
-    return family.cascade is not None and is_text_to_image(pipeline_class) and not may_edit_picture(pipeline_class)
+    return family.cascade is not None and is_text_to_image(pipeline_class)
 
 
 def _resolve_family(net: nn.Module, described: Described) -> Family:
@@ -182,8 +182,8 @@ def describe_pipeline_call(pipeline_class: type, family: Family) -> str:
         return "only the attention changes; the sampling loop is your own code"
     if not is_text_to_image(pipeline_class):
         return f"{pipeline_class.__name__} is not a text-to-image pipeline: its call is unchanged"
-    if family.cascade is not None and may_edit_picture(pipeline_class):
-        return f"the cascade does not support {pipeline_class.__name__}, which can also edit a picture: its call is unchanged"
     if not supports_cascade(pipeline_class, family):
-        return f"the cascade does not support {family.denoiser} yet: the call of {pipeline_class.__name__} is unchanged"
-    return f"{pipeline_class.__name__} runs the cascade above the native size"
+        why = family.no_cascade or "the family has no cascade"
+        return f"the cascade does not support {family.denoiser} ({why}): the call of {pipeline_class.__name__} is unchanged"
+    unless = ", unless it is given a picture to edit" if may_edit_picture(pipeline_class) else ""
+    return f"{pipeline_class.__name__} runs the cascade above the native size{unless}"

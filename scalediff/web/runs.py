@@ -14,7 +14,7 @@ import torch
 from scalediff.cascade.describing import describe_run, describe_stage
 from scalediff.cascade.fitting import describe_fit, fit_of
 from scalediff.cascade.holding import held
-from scalediff.cascade.pipeline import call_pipeline, cascade_of, named_preset
+from scalediff.cascade.pipeline import call_pipeline, guidance_argument, named_preset
 from scalediff.cascade.progress import Step
 from scalediff.draw import Result, generate, upscale
 from scalediff.methods.running import with_full_attention
@@ -155,7 +155,7 @@ class Run:
     def _arguments(self) -> dict[str, Any]:
         """The arguments of the pipeline's call that do not depend on the method, without the generator."""
         job = self.job
-        own = {"prompt": job.prompt, cascade_of(self.pipe).guidance: job.settings.guidance_scale, "num_inference_steps": job.settings.steps}
+        own = {"prompt": job.prompt, **guidance_argument(self.pipe, job.settings.guidance_scale), "num_inference_steps": job.settings.steps}
         return own if job.negative_prompt is None else {**own, "negative_prompt": job.negative_prompt}
 
     def _run_method(self, job: Job, label: str) -> Result:

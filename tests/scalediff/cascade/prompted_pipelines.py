@@ -6,6 +6,7 @@ Tokenizers and encoders are of the classes that the pipelines ship with; an enco
 from __future__ import annotations
 
 import functools
+import math
 import string
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import nn
 import scalediff
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
-from scalediff.cascade.pipeline import native_size, preset, stage_sizes
+from scalediff.cascade.pipeline import latent_size, native_size, preset, size_multiple, stage_sizes
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import PIPELINES as BARE
 
@@ -230,8 +231,8 @@ def ready(name: str) -> Any:
 
 def target_of(pipe: Any) -> tuple[int, int]:
     """A size that is reached in two stages; that of U-Nets leaves their cutoff of an eighth a pixel."""
-    height, width = native_size(pipe)
-    return 2 * height, 2 * width if hasattr(pipe, "unet") else 3 * width // 2
+    (height, width), multiple = native_size(pipe), size_multiple(pipe)
+    return 2 * height, 2 * width if hasattr(pipe, "unet") else math.ceil(3 * width / 2 / multiple) * multiple
 
 
 def draw(pipe: Any, prompt: str | list[str], **more: Any) -> scalediff.Result:
@@ -242,8 +243,7 @@ def draw(pipe: Any, prompt: str | list[str], **more: Any) -> scalediff.Result:
     assert (len(result.stages), result.stages[0].of) == (2, 2)
     assert [stage.steps for stage in result.stages] == [4, replace(preset(pipe), steps=4).stage_steps]
     for stage, (rows, columns) in zip(result.stages, stage_sizes(pipe, height, width), strict=True):
-        factor = pipe.vae_scale_factor
-        assert stage.latents.shape[-2:] == (rows // factor, columns // factor)
+        assert stage.latents.shape[-2:] == latent_size(pipe, (rows, columns))
         assert stage.latents.isfinite().all()
         for image in stage.images:
             assert image.size == (columns, rows)

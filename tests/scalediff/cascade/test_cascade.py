@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
+from scalediff.cascade.checks import check_run
 from scalediff.cascade.pipeline import native_size, preset, stage_sizes
 from scalediff.cascade.results import Stage
 from scalediff.draw import generate
@@ -322,8 +323,11 @@ def test_bad_input_is_named(demo: Any) -> None:
         scalediff.patch_model(demo),
     ):
         demo(PROMPT, height=128, width=128, latents=torch.zeros(1, 4, 32, 32))
-    with pytest.raises(ValueError, match=r"set their own schedule, got timesteps=\[500, 1\]"), scalediff.patch_model(demo):
-        demo(PROMPT, height=128, width=128, timesteps=[500, 1])
+    custom = {"timesteps": [500, 1]}
+    with pytest.raises(ValueError, match=r"steps must be the length of the custom timesteps or sigmas, 2, got steps=3"):
+        generate(demo, PROMPT, height=128, width=128, steps=3, call=custom)
+    with pytest.raises(ValueError, match=r"run to the end, got denoising_end=0.5"), scalediff.patch_model(demo):
+        check_run(demo, {"denoising_end": 0.5}, [(64, 64), (128, 128)], preset(demo), restarts=1)
     with pytest.raises(TypeError, match=r"needs a text-to-image pipeline, got UNet2DConditionModel"):
         generate(demo.unet, PROMPT, height=128, width=128)
     with pytest.raises(TypeError, match=r"nn.Module or a diffusers pipeline with a unet or transformer, got str"):

@@ -68,8 +68,8 @@ def unpack(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("name", "solver"), [("FlowMatchEulerDiscreteScheduler", euler), ("FlowMatchHeunDiscreteScheduler", heun)])
 def test_a_guided_tail_is_the_solver_on_guided_estimates(name: str, solver: Any, packed: bool) -> None:
-    base = getattr(diffusers, name)(shift=3.0)
-    scheduler = guided_scheduler(base, steps=STEPS, last_steps=KEPT, guidance=Guidance(REFERENCE, CUTOFF, packed=packed))
+    guidance = Guidance(REFERENCE, CUTOFF, form="tokens" if packed else "grid")
+    scheduler = guided_scheduler(getattr(diffusers, name)(shift=3.0), steps=STEPS, last_steps=KEPT, guidance=guidance)
     scheduler.set_timesteps(KEPT)
     sigmas = [float(s) for s in scheduler.sigmas]
     x = pack(START) if packed else START
@@ -93,8 +93,35 @@ def test_every_stage_has_the_schedule_of_the_base() -> None:
     guided.set_timesteps(sigmas=np.linspace(1, 1 / KEPT, KEPT), device="cpu", mu=3.0)
     assert torch.equal(guided.timesteps, base.timesteps[-KEPT:])
     assert torch.equal(guided.sigmas, base.sigmas[-KEPT - 1 :])
-    with pytest.raises(ValueError, match="this stage runs 6 of 12 steps; custom timesteps are not supported"):
+    with pytest.raises(ValueError, match="this stage runs 6 of 12 steps, got count=4"):
         guided.set_timesteps(sigmas=[1.0, 0.9, 0.8, 0.5], mu=1.0)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_other_solvers_know_flows(name: str) -> None:
+    """Of first order, and without a corrector, both are Euler's."""
+    how: dict[str, Any] = {"solver_order": 1, "use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    if name.startswith("UniPC"):
+        how["disable_corrector"] = list(range(STEPS))
+    scheduler = getattr(diffusers, name)(**how)
+    guided = guided_scheduler(scheduler, steps=STEPS, last_steps=KEPT, guidance=Guidance(REFERENCE, CUTOFF))
+    guided.set_timesteps(KEPT)
+    sigmas, x = [float(s) for s in guided.sigmas], START
+    assert (len(sigmas), sigmas[-1]) == (KEPT + 1, 0.0)
+    for sigma, t in zip(sigmas, guided.timesteps, strict=False):
+        x = guided.step(velocity(x, sigma), t, x, return_dict=False)[0]
+    torch.testing.assert_close(x, euler(sigmas, START), rtol=1e-5, atol=1e-5)  # diffusers' sigmas are fp32
+
+
+def test_the_tail_of_a_custom_schedule_is_run() -> None:
+    """As the caller gave it to the base stage."""
+    custom = [1.0, 0.9, 0.5, 0.25]
+    base = recording_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0))
+    base.set_timesteps(sigmas=custom)
+    how: dict[str, Any] = {"guidance": Guidance(None, CUTOFF), "base_schedule_arguments": base.schedule_arguments}
+    guided = guided_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0), steps=4, last_steps=2, **how)
+    guided.set_timesteps(2)
+    assert [round(float(sigma), 6) for sigma in guided.sigmas] == [0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("option", ["stochastic_sampling", "invert_sigmas"])

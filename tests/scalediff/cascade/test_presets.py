@@ -142,9 +142,10 @@ def test_few_steps_are_for_trailing_timesteps(name: str) -> None:
 
 def test_a_model_that_the_cascade_does_not_know_has_none() -> None:
     with pytest.raises(
-        ValueError, match=r"the cascade supports pipelines with one of .*Flux.*UNet2DConditionModel.*, got PixArtTransformer2DModel"
+        ValueError,
+        match=r"the cascade supports pipelines with one of .*Flux.*UNet2DConditionModel.*, got DiTTransformer2DModel: it draws classes",
     ):
-        family_with_cascade(ZOO["PixArt"].build())
+        family_with_cascade(ZOO["DiT"].build())
 
 
 def test_a_preset_is_a_beginning(demo: Any) -> None:

@@ -142,7 +142,7 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         NotImplementedError, match=r"structure guidance supports epsilon, sample, v_prediction with DPM.*got prediction='flow_prediction'"
     ):
         guided_scheduler(
-            make("DPMSolverMultistepScheduler", "flow_prediction", use_flow_sigmas=True), steps=10, last_steps=4, guidance=guidance
+            make("DPMSolverSinglestepScheduler", "flow_prediction", use_flow_sigmas=True), steps=10, last_steps=4, guidance=guidance
         )
     with pytest.raises(NotImplementedError, match=r"supports epsilon, v_prediction with EulerDiscreteScheduler, got prediction='sample'"):
         guided_scheduler(make("EulerDiscreteScheduler", "sample"), steps=10, last_steps=4, guidance=guidance)

@@ -87,8 +87,11 @@ def test_the_default_name_says_prompt_and_seed(tmp_path: Path, monkeypatch: pyte
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["UNet2DConditionModel", "cascade", "and", "attention;", "text:", "cross-attention"]
-    assert any(line.startswith("AuraFlowTransformer2DModel ") and "attention; text: joint" in line for line in lines)
+    first = "attention: yes (text: cross-attention); cascade: yes, tested with the embedded model; small models with random weights"
+    assert lines[0].split(maxsplit=1) == ["UNet2DConditionModel", first]
+    assert any(line.startswith("AuraFlowTransformer2DModel ") and "cascade: yes, tested with small" in line for line in lines)
+    assert any(line.startswith("GlmImageTransformer2DModel ") and "cascade: no: an autoregressive model" in line for line in lines)
+    assert not any(line.endswith("cascade: no: ") for line in lines)
     assert any(line.startswith("not supported") and "WanTransformer3DModel" in line for line in lines)
     assert [line.split(":")[0] for line in lines if line.startswith("preset")] == [
         *(f"preset {name} of sdxl" for name in ("default", "paper", "turbo", "lightning")),

@@ -16,7 +16,7 @@ import scalediff
 from bench.models.inputs import ids
 from bench.models.zoo import WINDOW
 from scalediff.cascade.latents import pack, unpack
-from scalediff.cascade.pipeline import native_size, preset
+from scalediff.cascade.pipeline import latent_size, native_size, preset
 from scalediff.cascade.results import Stage
 from scalediff.methods import METHODS, MultiDiffusion, multidiffusion, running
 from scalediff.methods.multidiffusion import SCHEDULERS
@@ -225,7 +225,7 @@ def test_a_view_as_large_as_the_picture_costs_no_bit(name: str) -> None:
         native = native_size(pipe)
         how = {"num_inference_steps": 4, "guidance_scale": 3.0, **arguments}
         own = running.generate_latents(pipe, {**how, "generator": seeded()}, native)
-        grid = running.latent_size(pipe, native)
+        grid = latent_size(pipe, native)
 
         def compute(denoise: Any) -> Tensor:
             return average(denoise([denoise.latents]), [(0, 0)], grid)

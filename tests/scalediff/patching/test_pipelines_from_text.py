@@ -47,28 +47,31 @@ def pipeline(name: str, model: str, **parts: Any) -> Any:
     return getattr(diffusers, name)(transformer=ZOO[model].build(), **(dict.fromkeys(missing) | parts))
 
 
-WITHOUT_CASCADE = [
-    ("ChromaPipeline", "Chroma", "the cascade does not support ChromaTransformer2DModel yet: the call of ChromaPipeline is unchanged"),
-    ("PixArtSigmaPipeline", "PixArt", "the cascade does not support PixArtTransformer2DModel yet"),
-    ("Flux2KleinPipeline", "FLUX.2", "the cascade does not support Flux2Transformer2DModel yet"),
-    ("FluxKontextPipeline", "FLUX.1", "the cascade does not support FluxKontextPipeline, which can also edit a picture"),
-]
-NONE = {"text_encoder_2": None, "tokenizer_2": None}
-
-
-@pytest.mark.parametrize(("name", "model", "message"), WITHOUT_CASCADE)
-def test_patching_warns_where_there_is_no_cascade(name: str, model: str, message: str) -> None:
-    pipe = pipeline(name, model, **(NONE if name == "FluxKontextPipeline" else {}))
+def test_patching_warns_where_there_is_no_cascade() -> None:
+    pipe = pipeline("GlmImagePipeline", "GLM-Image", processor=None, vision_language_encoder=None)
     with pytest.warns(UserWarning, match="above the native size it is direct inference with windowed attention") as caught:
-        handle = scalediff.patch_model(pipe)
+        handle = scalediff.patch_model(pipe, window=(4, 4))
     (warning,) = caught
-    assert str(warning.message).startswith(f"scalediff: {message}")
+    assert str(warning.message).startswith(
+        "scalediff: the cascade does not support GlmImageTransformer2DModel (an autoregressive model draws its tokens for one picture size"
+    )
     assert warning.filename == __file__
     assert handle.report.call in str(warning.message)
     scalediff.unpatch_model(pipe)
-    why = "got FluxKontextPipeline, which can also edit a picture" if "edit" in message else "the cascade supports pipelines with one of"
-    with pytest.raises(TypeError if "edit" in message else ValueError, match=why):
+    with pytest.raises(ValueError, match=r"the cascade supports .*, got GlmImageTransformer2DModel: an autoregressive"):
         scalediff.generate(pipe, "a moon", height=2048, width=2048, generator=seeded())
+
+
+@pytest.mark.parametrize("name", ["Flux2KleinPipeline", "FluxKontextPipeline"])
+def test_a_pipeline_that_can_also_edit_says_so(name: str) -> None:
+    more = {"text_encoder_2": None, "tokenizer_2": None} if name == "FluxKontextPipeline" else {}
+    pipe = pipeline(name, "FLUX.1" if more else "FLUX.2", **more)
+    with scalediff.patch_model(pipe) as handle:
+        assert handle.report.call == f"{name} runs the cascade above the native size, unless it is given a picture to edit"
+        with pytest.raises(ValueError, match=f"call must not hold a picture for {name}, got image"):
+            scalediff.generate(pipe, "a moon", height=2048, width=2048, call={"image": object()})
+        with pytest.raises(ValueError, match=r"Input is in incorrect format|Provide either"):  # the pipeline's own check
+            pipe(image=object(), height=2048, width=2048)
 
 
 def test_no_warning_for_a_cascade_for_editing_or_for_the_network_alone(demo: Any) -> None:
