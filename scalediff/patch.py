@@ -31,12 +31,11 @@ from scalediff.cascade.pipeline import cascade_of, edits_picture, guidance_argum
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
 from scalediff.cascade.schedule import schedule_length
-from scalediff.families import family_of
 from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import GridSource, LayoutSource, TextSource
 from scalediff.patching.handle import Handle
-from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, original_call
+from scalediff.patching.networks import denoiser_of, family_in_use, handle_of, is_text_to_image, original_call
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
@@ -145,9 +144,11 @@ def patch_model(
     with held(model):
         handle = patch_networks(model, **arguments)
         if not isinstance(model, nn.Module):
-            family = family_of(denoiser_of(model))
+            family = family_in_use(denoiser_of(model))
             if family is not None and supports_cascade(type(model), family):
                 patch_class(model, handle, _cascade_methods)
+                if family.cascade is not None and family.cascade.assumed:
+                    warnings.warn(f"scalediff: {family.cascade.assumed}", stacklevel=2)
             elif is_text_to_image(type(model)):
                 problem = f"{handle.report.call}; above the native size it is direct inference with windowed attention"
                 warnings.warn(f"scalediff: {problem}", stacklevel=2)

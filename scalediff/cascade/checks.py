@@ -24,6 +24,7 @@ from scalediff.arguments import (
     wrong_type,
 )  # fmt: skip
 from scalediff.cascade.generators import Generators
+from scalediff.cascade.latents import has_size
 from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import (
     Sizes,
@@ -163,17 +164,9 @@ def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: S
             if isinstance(cutoff, float | int):
                 _check_coarse_grid(pipe, (height, width), cutoff, stage.filter)
     latents, base = arguments.get("latents"), latent_size(pipe, sizes[0])
-    if latents is not None and not _has_size(pipe, latents, base):
+    form = cascade_of(pipe).input_form or cascade_of(pipe).form
+    if latents is not None and not has_size(pipe, latents, base, form):
         raise ValueError(f"latents must have the size of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
-
-
-def _has_size(pipe: Any, latents: Tensor, grid: tuple[int, int]) -> bool:
-    """Whether latents, in the form that the pipeline takes, have a latent grid `(Y, X)`."""
-    cascade = cascade_of(pipe)
-    form, tokens = cascade.input_form or cascade.form, (grid[0] // cascade.patch, grid[1] // cascade.patch)
-    if form == "tokens":
-        return latents.shape[1] == tokens[0] * tokens[1]
-    return tuple(latents.shape[-2:]) == (tokens if form == "patches" else grid)
 
 
 def _check_stage_arguments(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:

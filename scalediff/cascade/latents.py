@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scalediff.cascade.pipeline import cascade_of, latent_size
-from scalediff.families.packing import arrange, restore
+from scalediff.families.packing import Form, arrange, restore
 
 
 def decode(pipe: Any, latents: Tensor) -> Tensor:
@@ -83,7 +83,19 @@ def unpacked(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     cascade = cascade_of(pipe)
     if cascade.form == "tokens" and latents.ndim == 4:  # FLUX.2 Klein returns the latents of the autoencoder, not those of its steps
         return _normalised(pipe, latents)
+    if not has_size(pipe, latents, latent_size(pipe, size), cascade.form):
+        grid = "{} x {}".format(*latent_size(pipe, size))
+        raise ValueError(f"{type(pipe).__name__} must return latents of {grid} as {cascade.form}, got {tuple(latents.shape)=}")
     return restore(latents, cascade.form, latent_size(pipe, size), cascade.patch)
+
+
+def has_size(pipe: Any, latents: Tensor, grid: tuple[int, int], form: Form) -> bool:
+    """Whether latents of a form have a latent grid `(Y, X)`."""
+    patch = cascade_of(pipe).patch
+    tokens = grid[0] // patch, grid[1] // patch
+    if form == "tokens":
+        return latents.ndim == 3 and latents.shape[1] == tokens[0] * tokens[1]
+    return latents.ndim == 4 and tuple(latents.shape[-2:]) == (tokens if form == "patches" else grid)
 
 
 def upsampled(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from scalediff.families import FAMILIES, family_of
+from scalediff.families import FAMILIES
 from scalediff.families.base import Cascade, Family
-from scalediff.patching.networks import denoiser_of, handle_of, is_text_to_image, may_edit_picture, original_call
+from scalediff.patching.networks import denoiser_of, family_in_use, handle_of, is_text_to_image, may_edit_picture, original_call
 from scalediff.settings import Preset, Settings, check_sizes, plan_sizes
 
 Sizes = Sequence[tuple[int, int]]
@@ -24,7 +24,7 @@ def family_with_cascade(denoiser: nn.Module) -> tuple[Family, Cascade]:
     Raises:
         ValueError: The family is not known, or the cascade does not support it.
     """
-    family = family_of(denoiser)
+    family = family_in_use(denoiser)
     if family is None or family.cascade is None:
         known = ", ".join(sorted(name for name, one in FAMILIES.items() if one.cascade is not None))
         why = f": {family.no_cascade}" if family is not None and family.no_cascade else ""

@@ -67,6 +67,7 @@ class Cascade:
             name, that the stage sets. They are restored after the run.
         largest_grid: Function from a denoiser to the largest token grid `(Y, X)` that it has positions for; None if there is no limit.
         tested: The models that the cascade was tested with, as text for the user.
+        assumed: What is assumed about a pipeline of no known family, as text for the user; empty for known families.
     """
 
     presets: Callable[[nn.Module], Mapping[str, Preset]]
@@ -85,6 +86,7 @@ class Cascade:
     attributes: Callable[[Any, int, int], Mapping[str, Any]] = field(default=lambda pipe, height, width: {})
     largest_grid: Callable[[nn.Module], Grid | None] = field(default=lambda denoiser: None)
     tested: str = "small models with random weights"
+    assumed: str = ""
 
     @property
     def packed(self) -> bool:

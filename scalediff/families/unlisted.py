@@ -79,7 +79,7 @@ def describe_family(model: nn.Module, parameters: tuple[str, ...], described: De
     grid, text, rotation = described.grid, described.text, described.rotation
     if rotation is not None and text is None and described.layout is None and known is None:
         raise ValueError(f"text_rope=TextRotation(...) rotates text: pass text= too, got text=None and text_rope={rotation!r}")
-    size = described.patch_size if described.patch_size is not None or known is not None else _patch_size(model)
+    size = described.patch_size if described.patch_size is not None or known is not None else patch_size_of(model)
     if grid is None and size is None and described.layout is None and known is None:
         raise ValueError(
             f"{type(model).__name__} belongs to no known family: pass its token grid as grid=(Y, X) or as a function "
@@ -155,7 +155,7 @@ def _parts(model: Any) -> list[Any]:
     return [model, *(part for part in parts if part is not None)]
 
 
-def _patch_size(model: nn.Module) -> int | None:
+def patch_size_of(model: nn.Module) -> int | None:
     """The attribute `patch_size` of the model or its parts, a common name in `timm` and research code; None if it is not one number."""
     for part in _parts(model):
         size = getattr(part, "patch_size", None)

@@ -8,6 +8,8 @@ from typing import Any, cast, get_args
 
 from torch import nn
 
+from scalediff.families import family_of
+from scalediff.families.base import Family
 from scalediff.patching.handle import Handle
 from scalediff.patching.subclass import ATTRIBUTE, original_class
 from scalediff.patching.target import Target
@@ -57,6 +59,12 @@ def handle_of(model: Any) -> Handle | None:
     """The handle of a patched pipeline or denoiser; None if it is not patched."""
     target: Target | None = denoiser_of(model).__dict__.get(ATTRIBUTE)
     return cast(Handle, target.handle) if target is not None else None
+
+
+def family_in_use(denoiser: nn.Module) -> Family | None:
+    """The family of a denoiser: that with which it was patched, or else the known one."""
+    target: Target | None = denoiser.__dict__.get(ATTRIBUTE)
+    return target.family if target is not None else family_of(denoiser)
 
 
 def is_text_to_image(pipeline_class: type) -> bool:

@@ -14,6 +14,7 @@ from scalediff.families.base import Family
 from scalediff.families.grid import Grid, checked_grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import Described, GridSource, LayoutSource, TextSource, describe_family
+from scalediff.patching.assumed import with_assumed_cascade
 from scalediff.patching.context_parallel import check_context_parallel
 from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
@@ -63,6 +64,8 @@ def patch_networks(
                 raise ValueError(part) from why
             skipped.append(Row(prefix.removesuffix("."), "self", "-", "-", None, None, "untouched", str(why)))
             continue
+        if not targets:
+            family = with_assumed_cascade(model, net, family, patch_size)
         native = _native_grid(net, family, window, targets[0].native if targets else None)
         common = {"options": options, "jitter": jitter, "seed": seed, "strict": strict}
         targets.append(Target(net, family, native, prefix=prefix, parameters=_parameters(net), **common))  # type: ignore[arg-type]
