@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +32,11 @@ GUIDED = ("PixArt-Sigma", "AuraFlow", "PRX", "ERNIE-Image", "HiDream-I1", "Bria 
 FAST = {"FLUX.2", "FLUX.2 Klein", "FLUX.1 Kontext", "Chroma", "PixArt-Sigma", "AuraFlow", "CogView4", "PRX", "ERNIE-Image"}
 
 
-def pipelines(names: Iterable[str]) -> Any:
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in names])
+def pipelines(names: Iterable[str], fast: Container[str] = FAST) -> Any:
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in names])
 
 
-every_pipeline, every_guided_pipeline = pipelines(FURTHER), pipelines(GUIDED)
+every_pipeline = pipelines(FURTHER)
 
 
 @every_pipeline
@@ -292,7 +292,7 @@ def test_attributes_that_a_stage_sets_are_restored() -> None:
     assert sizes[-1][0] == pytest.approx((16 * 12) ** 0.5)
 
 
-@every_guided_pipeline
+@pipelines(GUIDED, {"PixArt-Sigma"})
 def test_guidance_runs_in_halves(name: str) -> None:
     """One after the other they are the doubled batch; the conditional one alone is a guidance scale of 1."""
     pipe, call = ready(name)
@@ -311,7 +311,7 @@ def test_guidance_runs_in_halves(name: str) -> None:
     assert batches == [2, 2, 2, 2, 2, 1][: len(batches)]
 
 
-@every_pipeline
+@pipelines(FURTHER, {"FLUX.2 Klein", "ERNIE-Image"})
 def test_a_picture_is_enlarged(name: str) -> None:
     pipe, call = ready(name)
     height, width = target_of(pipe)
