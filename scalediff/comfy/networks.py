@@ -195,7 +195,8 @@ NETWORKS = (
         "UNetModel", "comfy.ldm.modules.diffusionmodules.openaimodel", "Stable Diffusion 1.x, 2.x and XL", "UNet2DConditionModel", _unet,
         blocks=lambda net: sum(name.endswith(".attn1") for name, _ in net.named_modules()),
         patch=lambda net: 1,
-        config=lambda net: {"sample_size": 128, "addition_embed_type": "text_time"},  # all presets have the same restart and cutoffs
+        # all presets have the same restart and cutoffs
+        config=lambda net: {"sample_size": 128, "addition_embed_type": "text_time", "encoder_hid_dim_type": None},
         native=_unet_native,
     ),
     Network("Flux", "comfy.ldm.flux.model", "FLUX", "FluxTransformer2DModel", _flux, blocks=_streams, config=_params),

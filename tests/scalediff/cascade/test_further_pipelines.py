@@ -193,7 +193,7 @@ def velocity_by_hand(pipe: Any, name: str, call: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def by_hand(pipe: Any, name: str, call: dict[str, Any], sizes: list[tuple[int, int]], sigmas: list[float]) -> list[Tensor]:
-    """Both stages' latents: 4 Euler steps, of which the second stage runs 2."""
+    """Both stages' latents: 4 Euler steps, of which the second stage runs 3."""
     rng, velocity = seeded(), velocity_by_hand(pipe, name, call)
     handle = scalediff.patch_model(denoiser_of(pipe), window=(4, 4))
 
@@ -215,7 +215,7 @@ def by_hand(pipe: Any, name: str, call: dict[str, Any], sizes: list[tuple[int, i
     handle.attention = "full"
     base = denoise(noise((channels, sizes[0][0] // factor, sizes[0][1] // factor)), sigmas, None)
     handle.attention = "npa"
-    reference, tail = reference_by_hand(pipe, name, base, sizes[1]), sigmas[2:]
+    reference, tail = reference_by_hand(pipe, name, base, sizes[1]), sigmas[1:]
     return [base, denoise((1 - tail[0]) * reference + tail[0] * noise(reference), tail, reference)]
 
 
@@ -224,7 +224,7 @@ def test_a_prompt_is_drawn_as_by_hand(name: str) -> None:
     pipe, call = ready(name)
     sizes = stage_sizes(pipe, *target_of(pipe))
     stages = draw(pipe, BOAT, call=call).stages
-    assert stages[-1].steps == 2
+    assert stages[-1].steps == 3
     sigmas = schedule_by_hand(name, sizes[0])
     exact, _ = FURTHER[name]()
     exact.to(torch.float64)
@@ -253,15 +253,15 @@ def test_a_custom_schedule_is_that_of_all_stages() -> None:
     height, width = target_of(pipe)
     custom, seen = [1.0, 0.9, 0.5, 0.25], list[float]()
     pipe.transformer.register_forward_pre_hook(lambda _, args, named: seen.append(float(named["timestep"][0])), with_kwargs=True)
-    how: dict[str, Any] = {"height": height, "width": width, "call": call | {"sigmas": custom}, "guidance_scale": 1.0, "restart": 0.5}
+    how: dict[str, Any] = {"height": height, "width": width, "call": call | {"sigmas": custom}, "guidance_scale": 1.0, "restart": 0.6}
     result = scalediff.generate(pipe, BOAT, generator=seeded(), **how)
     assert result.settings.steps == 4
-    assert [stage.steps for stage in result.stages] == [4, 2]
-    assert seen[2:4] == seen[4:]
+    assert [stage.steps for stage in result.stages] == [4, 3]
+    assert seen[1:4] == seen[4:]
     assert len(set(seen)) == 4
     seen.clear()
     latents = pipe(BOAT, height=height, width=width, sigmas=custom, guidance_scale=1.0, generator=seeded(), output_type="latent", **call)
-    assert len(seen) == 4 + 2  # 0.6 of the steps
+    assert len(seen) == 4 + 3  # 0.6 of the steps, rounded up
     assert torch.equal(unpacked(pipe, latents[0], (height, width)), result.stages[-1].latents)
 
 
@@ -288,7 +288,7 @@ def test_attributes_that_a_stage_sets_are_restored() -> None:
     pipe.transformer.register_forward_pre_hook(lambda *_: sizes.append((pipe.default_sample_size, pipe.transformer.max_seq)))
     draw(pipe, BOAT, call=call)
     assert (pipe.default_sample_size, pipe.transformer.max_seq) == (128, 16)
-    assert [max_seq for _, max_seq in sizes] == [16] * 4 + [48] * 2
+    assert [max_seq for _, max_seq in sizes] == [16] * 4 + [48] * 3
     assert sizes[-1][0] == pytest.approx((16 * 12) ** 0.5)
 
 
@@ -308,7 +308,7 @@ def test_guidance_runs_in_halves(name: str) -> None:
     batches.clear()
     settings = replace(named_preset(pipe, "default").settings, guidance_until=0.5)
     draw(pipe, BOAT, call=call, preset=settings)
-    assert batches == [2, 2, 2, 2, 2, 1][: len(batches)]
+    assert batches == [2, 2, 2, 2, 2, 2, 1][: len(batches)]
 
 
 @pipelines(FURTHER, {"FLUX.2 Klein", "ERNIE-Image"})

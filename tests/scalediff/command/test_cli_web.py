@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import signal
@@ -55,8 +56,9 @@ def test_a_file_is_no_folder_for_pictures(capsys: pytest.CaptureFixture[str], tm
 def test_a_pipeline_without_an_autoencoder_is_refused(
     demo: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_model", lambda *args, **named: demo)
-    monkeypatch.setattr(demo, "vae", None)
+    without = copy.copy(demo)  # the demo itself would keep an entry without autoencoder in its config
+    without.vae = None
+    monkeypatch.setattr(commands, "load_model", lambda *args, **named: without)
     assert "the pipeline must have an autoencoder" in error_of(capsys, "--port", "0")
 
 
