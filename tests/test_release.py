@@ -174,6 +174,7 @@ def without(*absent: str, more: str = "") -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_without_triton_the_packages_import_and_compute() -> None:
     """As on Windows and macOS, which have no such wheel; the operations, and an error that says what is missing."""
     told = without("triton", "resource", "fcntl").splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from scalediff_kernels.testing import poisoned_memory
@@ -36,6 +37,7 @@ for inside in {statements}:
 """
 
 
+@pytest.mark.slow
 def test_torch_is_as_before() -> None:
     """A process whose first device context, or first compiled function, is within: afterwards, devices are kept."""
     statements = ["torch.zeros(1)", "torch.compile(lambda x: x + 1, backend='eager')(torch.zeros(1))"]

@@ -127,6 +127,7 @@ def test_the_gate_finds_one_wrong_patch_one_wrong_text_and_one_value_nobody_wrot
             right.check(Outputs(image, None))
 
 
+@pytest.mark.slow
 def test_the_gate_stands_where_python_drops_asserts() -> None:
     code = (
         "import torch\n"

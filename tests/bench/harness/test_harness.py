@@ -271,6 +271,7 @@ def test_the_attention_benchmark_loads_neither_triton_nor_model_libraries() -> N
     assert {"triton", "diffusers", "transformers", "natten", "scalediff"}.isdisjoint(loaded)
 
 
+@pytest.mark.slow
 def test_measuring_needs_no_pandas() -> None:
     """Every command is imported without it, and one that only writes tables says what to install."""
     names = ("quality", "compile", "flops", "models", "predictions", "gpu", "attention", "lowpass", "cascade", "hook")

@@ -163,6 +163,7 @@ def test_ours_in_an_error_is_told_by_the_exit_status(small: Path, monkeypatch: p
     assert {r["row"]: r["note"] for r in rows}[OURS[1]] == "NotImplementedError: no such filter"
 
 
+@pytest.mark.slow
 def test_the_gate_is_kept_without_assertions() -> None:
     """python -O takes every `assert` out."""
     code = """

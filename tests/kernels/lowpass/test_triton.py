@@ -189,7 +189,7 @@ def one_graph_cases() -> Iterator[Any]:
     The kernel and the matrix products are one operator in a graph; `test_opcheck` compiles the functional form operator by operator.
     """
     for dynamic, kind, impl in itertools.product((False, True), ("resize", "gaussian"), ("matmul", "triton", "reference")):
-        quick = kind == "resize" or impl != "matmul"
+        quick = kind == "resize"
         yield pytest.param(dynamic, kind, impl, "eager", marks=() if quick else pytest.mark.slow)
         yield pytest.param(dynamic, kind, impl, "aot_eager", marks=pytest.mark.slow)
 

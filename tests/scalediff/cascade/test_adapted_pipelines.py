@@ -160,7 +160,7 @@ def lora_of(pipe: Any, folder: Path) -> None:
     type(other).save_lora_weights(folder, **{f"{part}_lora_layers": weights})
 
 
-@pytest.mark.parametrize("name", ["SDXL", "FLUX"])
+@pytest.mark.parametrize("name", [pytest.param("SDXL", marks=pytest.mark.slow), "FLUX"])
 def test_a_lora_is_loaded_scaled_and_unloaded(name: str, tmp_path: Path) -> None:
     """Every stage hears it; afterwards a run has the bits of one before."""
     pipe, plain = ready(name), drawn(name, BOAT)

@@ -112,6 +112,7 @@ def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert 6e9 < peaks[-1] < peaks[0] < 12e9, "5 GB of U-Net and more"
 
 
+@pytest.mark.slow
 def test_the_memory_of_true_models_is_what_the_project_aims_at() -> None:
     """SDXL at 4096 within 12 GB and at 8192 within 24 GB, FLUX at 4096 within 40 GB; weights by their published numbers."""
     weights = {}

@@ -261,7 +261,7 @@ def test_prompts_in_a_batch_are_drawn_as_alone(demo: Any) -> None:
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "in place"])
+@pytest.mark.parametrize("how", [pytest.param("torch.compile", marks=pytest.mark.slow), "in place"])
 def test_compiled_models_see_views(how: str) -> None:
     """A wrapper around the denoiser, and a denoiser that is compiled itself."""
     pipe, arguments = built("SD3")

@@ -271,6 +271,7 @@ def test_an_exception_in_the_middle_of_a_pass_leaves_nothing_behind(where: str) 
 # What shares a name
 
 
+@pytest.mark.slow
 def test_a_package_named_kernels_is_not_hidden(tmp_path: Path) -> None:
     package = tmp_path / "kernels" / "__init__.py"
     package.parent.mkdir()
