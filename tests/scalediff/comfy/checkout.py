@@ -1,6 +1,6 @@
-"""Specimens of ComfyUI's own networks, small and with random weights, from the checkout in COMFYUI_PATH.
+"""A checkout of ComfyUI, whose path is in COMFYUI_PATH, in place of the stand-in: its own networks, small and with random weights.
 
-They stand beside those of the stand-in, with the marker `comfy`, and the same tests run on them. Written from ComfyUI's interfaces.
+Written from ComfyUI's interfaces, with the members of `host.StandIn`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.scalediff.comfy.specimens import TEXT, Specimen, levels, prefix
 
@@ -26,17 +29,78 @@ def load() -> None:
     importlib.import_module("comfy.sd")
 
 
+class Checkout:
+    """ComfyUI itself.
+
+    Attributes:
+        updates: As in `StandIn`.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        load()
+        options, utils = importlib.import_module("comfy.cli_args"), importlib.import_module("comfy.utils")
+        self.updates: list[tuple[int, int, Any]] = []
+        monkeypatch.setattr(options.args, "preview_method", options.LatentPreviewMethod.Latent2RGB)
+        monkeypatch.setattr(utils, "PROGRESS_BAR_ENABLED", False)
+        monkeypatch.setattr(utils, "PROGRESS_BAR_HOOK", self._update)
+
+    def _update(self, value: int, total: int, preview: Any, node_id: Any = None) -> None:
+        """Contract (comfy/utils.py): progress bars call it; older versions without `node_id`."""
+        self.updates.append((value, total, preview))
+
+    def specimen(self, name: str) -> Specimen:
+        """As in `StandIn`; the test is skipped if there is no such network."""
+        if name not in CHECKOUT:
+            pytest.skip(f"no small {name} network is built from a checkout: it has {' and '.join(CHECKOUT)}")
+        return CHECKOUT[name]
+
+    def vae(self, *, frames: bool = False) -> Any:
+        """As in `StandIn`: ComfyUI's `VAE` around its smallest autoencoder."""
+        if frames:
+            pytest.skip("no small autoencoder for videos is built from a checkout")
+        net = importlib.import_module("comfy.taesd.taesd").TAESD(latent_channels=4)
+        randomize(net, seed=7)
+        vae = importlib.import_module("comfy.sd").VAE(sd=net.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
+        vae.calls = []
+        vae.decode, vae.encode = (_recorded(vae.calls, name, getattr(vae, name)) for name in ("decode", "encode"))
+        return vae
+
+    def cast_weights(self, layer: nn.Linear) -> None:
+        """As in `StandIn`. Contract (comfy/ops.py): every layer can, and does if this attribute is true."""
+        layer.comfy_cast_weights = True  # type: ignore[assignment]
+
+    def needs_stand_in(self, why: str) -> None:
+        """Skip the test."""
+        pytest.skip(why)
+
+
+def _recorded(calls: list[str], name: str, method: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        calls.append(name)
+        return method(x)
+
+    return call
+
+
+def randomize(net: nn.Module, *, seed: int) -> None:
+    """Fill a network's weights, which ComfyUI leaves uninitialised."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim > 0:  # an autoencoder's scale and shift are set
+            spread = max(1, parameter[0].numel()) ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+
+
 class CheckoutSpecimen(Specimen):
     """A specimen whose network and `ModelPatcher` are ComfyUI's; `build` is called after `load`."""
 
     def model(self, *, dtype: torch.dtype | None = None, seed: int = 0) -> Any:
+        """The model with random weights, always in fp32."""
+        assert dtype in (None, torch.float32)
         base, patcher, formats = (importlib.import_module(f"comfy.{name}") for name in ("model_base", "model_patcher", "latent_formats"))
         net = self.build().float().eval()
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in net.parameters():  # ComfyUI leaves them uninitialised
-            parameter.requires_grad_(False)
-            spread = max(1, parameter[0].numel()) ** -0.5 if parameter.ndim > 1 else 0.1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+        randomize(net, seed=seed)
         config = SimpleNamespace(
             unet_config={"disable_unet_model_creation": True, **self.unet_config}, latent_format=formats.SDXL(), manual_cast_dtype=None,
             custom_operations=None, optimizations={}, sampling_settings={}, memory_usage_factor=1.0,
@@ -65,8 +129,9 @@ def _flux() -> Any:
     )  # fmt: skip
 
 
+_BLOCKS = (("input", 1), ("input", 3), ("input", 5), ("middle", 0), *(("output", number) for number in range(6)))
 _SINGLE = {"dtype": torch.float32}
 CHECKOUT: dict[str, Specimen] = {
-    "SDXL of the checkout": CheckoutSpecimen(_unet, 1, levels, 10, unet_config={"context_dim": 2048}, **_SINGLE),
-    "FLUX of the checkout": replace(CheckoutSpecimen(_flux, 2, prefix(), 2, **_SINGLE), extra={"y": torch.zeros(2, 8)}),
+    "SDXL": CheckoutSpecimen(_unet, 1, levels, 10, _BLOCKS, (3, 3, 4), 64, unet_config={"context_dim": 2048}, **_SINGLE),
+    "FLUX": replace(CheckoutSpecimen(_flux, 2, prefix(), 2, **_SINGLE), extra={"y": torch.zeros(2, 8)}),
 }
