@@ -5,11 +5,11 @@ Written from ComfyUI's interfaces, with the members of `host.StandIn`.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.scalediff.comfy.specimens import TEXT, Specimen, levels, prefix
+from tests.scalediff.comfy.specimens import TEXT, TOKENS, Specimen, levels, prefix
 
 
 def load() -> None:
@@ -51,7 +51,7 @@ class Checkout:
     def specimen(self, name: str) -> Specimen:
         """As in `StandIn`; the test is skipped if there is no such network."""
         if name not in CHECKOUT:
-            pytest.skip(f"no small {name} network is built from a checkout: it has {' and '.join(CHECKOUT)}")
+            pytest.skip(f"no small {name} network is built from a checkout: only {', '.join(CHECKOUT)}")
         return CHECKOUT[name]
 
     def vae(self, *, frames: bool = False) -> Any:
@@ -110,28 +110,50 @@ class CheckoutSpecimen(Specimen):
         return patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
-def _unet() -> Any:
-    module = importlib.import_module("comfy.ldm.modules.diffusionmodules.openaimodel")
-    return module.UNetModel(
-        image_size=32, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=[1, 1, 1], channel_mult=(1, 2, 2),
-        transformer_depth=[1, 1, 1], transformer_depth_middle=1, transformer_depth_output=[1] * 6, context_dim=TEXT, num_head_channels=16,
-        use_spatial_transformer=True, use_linear_in_transformer=True, legacy=False, dtype=torch.float32, device="cpu",
-        operations=importlib.import_module("comfy.ops").disable_weight_init,
-    )  # fmt: skip
+def _network(module: str, name: str, **options: Any) -> Callable[[], Any]:
+    """Function that makes one of ComfyUI's networks, on the CPU in fp32."""
+
+    def build() -> Any:
+        operations = importlib.import_module("comfy.ops").disable_weight_init
+        cls = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)
+        return cls(**copy.deepcopy(options), dtype=torch.float32, device="cpu", operations=operations)
+
+    return build
 
 
-def _flux() -> Any:
-    module = importlib.import_module("comfy.ldm.flux.model")
-    return module.Flux(
-        in_channels=4, out_channels=4, vec_in_dim=8, context_in_dim=TEXT, hidden_size=48, mlp_ratio=2.0, num_heads=2, depth=1,
-        depth_single_blocks=1, axes_dim=[8, 8, 8], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False, dtype=torch.float32,
-        device="cpu", operations=importlib.import_module("comfy.ops").disable_weight_init,
-    )  # fmt: skip
-
-
+_UNET = _network(
+    "modules.diffusionmodules.openaimodel", "UNetModel", image_size=32, in_channels=4, model_channels=32, out_channels=4,
+    num_res_blocks=[1, 1, 1], channel_mult=(1, 2, 2), transformer_depth=[1, 1, 1], transformer_depth_middle=1,
+    transformer_depth_output=[1] * 6, context_dim=TEXT, num_head_channels=16, use_spatial_transformer=True,
+    use_linear_in_transformer=True, legacy=False,
+)  # fmt: skip
 _BLOCKS = (("input", 1), ("input", 3), ("input", 5), ("middle", 0), *(("output", number) for number in range(6)))
-_SINGLE = {"dtype": torch.float32}
+_STREAMS: dict[str, Any] = {
+    "context_in_dim": TEXT, "hidden_size": 48, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
+    "axes_dim": [8, 8, 8], "theta": 10000, "patch_size": 2, "qkv_bias": True,
+}  # fmt: skip
+_FLUX = _network("flux.model", "Flux", in_channels=4, out_channels=4, vec_in_dim=8, guidance_embed=True, **_STREAMS)
+_CHROMA = _network(  # channels are those of a token; the hidden widths are those of the network that makes all modulations
+    "chroma.model", "Chroma", in_channels=16, out_channels=16, in_dim=64, out_dim=48, hidden_dim=32, n_layers=1, **_STREAMS
+)  # fmt: skip
+_LUMINA: dict[str, Any] = {
+    "patch_size": 2, "in_channels": 4, "dim": 48, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "qk_norm": True,
+    "cap_feat_dim": TEXT, "axes_dims": [8, 8, 8], "axes_lens": [64, 64, 64],
+}  # fmt: skip
+_Z_IMAGE = {"rope_theta": 256.0, "z_image_modulation": True, "pad_tokens_multiple": 32}
+_QWEN = _network(
+    "qwen_image.model", "QwenImageTransformer2DModel", patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=24,
+    num_attention_heads=2, joint_attention_dim=TEXT, axes_dims_rope=(8, 8, 8),
+)  # fmt: skip
+_SINGLE: dict[str, Any] = {"dtype": torch.float32}
+_TEXT = {"num_tokens": TOKENS}
 CHECKOUT: dict[str, Specimen] = {
-    "SDXL": CheckoutSpecimen(_unet, 1, levels, 10, _BLOCKS, (3, 3, 4), 64, unet_config={"context_dim": 2048}, **_SINGLE),
-    "FLUX": replace(CheckoutSpecimen(_flux, 2, prefix(), 2, **_SINGLE), extra={"y": torch.zeros(2, 8)}),
-}
+    "SDXL": CheckoutSpecimen(_UNET, 1, levels, 10, _BLOCKS, (3, 3, 4), 64, unet_config={"context_dim": 2048}, **_SINGLE),
+    "FLUX": CheckoutSpecimen(_FLUX, 2, prefix(), 2, extra={"y": torch.zeros(2, 8)}, **_SINGLE),
+    "Chroma": CheckoutSpecimen(_CHROMA, 2, prefix(), 2, extra={"guidance": torch.zeros(2)}, **_SINGLE),
+    "Lumina 2": CheckoutSpecimen(_network("lumina.model", "NextDiT", **_LUMINA), 2, prefix(alone=True), 3, extra=_TEXT, **_SINGLE),
+    "Z-Image": CheckoutSpecimen(
+        _network("lumina.model", "NextDiT", **_LUMINA, **_Z_IMAGE), 2, prefix(alone=True, multiple=32), 3, extra=_TEXT, **_SINGLE
+    ),
+    "Qwen-Image": CheckoutSpecimen(_QWEN, 2, prefix(), 2, frames=True, **_SINGLE),
+}  # fmt: skip
