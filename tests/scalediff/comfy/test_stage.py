@@ -53,7 +53,7 @@ def test_the_reference_mixes_both_ways_of_upsampling(host: StandIn, lfm: bool, f
     z_ru = host.vae().encode(bicubic(pixels, (14 * 8, 11 * 8)).movedim(1, -1))
     expected = z_ru + low_pass(bicubic(z, (14, 11)) - z_ru, cutoff=0.25) if lfm else z_ru
     assert reference.shape == ((1, 4, 1, 14, 11) if frames else (1, 4, 14, 11))
-    assert (reference.reshape(expected.shape) - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert (reference.reshape(expected.shape) - expected).abs().max() < 2e-6 * expected.abs().max()
     assert vae.calls == ["decode", "encode"]
 
 
