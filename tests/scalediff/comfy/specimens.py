@@ -22,7 +22,7 @@ from tests.scalediff.comfy.more_networks import (
     QwenImageTransformer2DModel,
     UNetModel,
 )  # fmt: skip
-from tests.scalediff.comfy.networks import TEXT, Chroma, Flux, HunyuanVideo
+from tests.scalediff.comfy.networks import TEXT, WIDTH, Chroma, Flux, HunyuanVideo
 from tests.scalediff.comfy.stand_in import CONST, EPS, BaseModel, LatentFormat, ModelPatcher, options_of
 from tests.scalediff.families.test_families import allowed
 
@@ -38,6 +38,9 @@ class Specimen:
         patch: Latents per token.
         first: Function from a token grid to the first image token of every kind of self-attention call, by its number of tokens.
         calls: Number of these calls in a pass.
+        blocks: Names of a U-Net's attention blocks, as `set_model_attn1_replace` takes them.
+        per_level: Number of them at every level of a U-Net, from the finest.
+        middle: Channels of a U-Net's middle block.
         extra: Further arguments of a pass.
         frames: Whether latents have an axis for frames.
         unet_config: ComfyUI's config of the network, as far as it is read.
@@ -49,6 +52,9 @@ class Specimen:
     patch: int
     first: Callable[[tuple[int, int]], dict[int, int]]
     calls: int
+    blocks: tuple[tuple[str, int], ...] = ()
+    per_level: tuple[int, ...] = ()
+    middle: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
     frames: bool = False
     unet_config: dict[str, Any] = field(default_factory=dict)
@@ -92,15 +98,18 @@ def levels(grid: tuple[int, int]) -> dict[int, int]:
 
 BYT5 = torch.randn(2, 3, TEXT, generator=seeded(2), dtype=torch.float64)
 SPECIMENS = {
-    "SDXL": Specimen(UNetModel, 1, levels, 5, unet_config={"context_dim": 2048}, sampling=EPS),
+    "SDXL": Specimen(
+        UNetModel, 1, levels, 5, tuple(("input", number) for number in range(5)), (2, 2, 1), WIDTH, unet_config={"context_dim": 2048},
+        sampling=EPS,
+    ),
     "FLUX": Specimen(Flux, 2, prefix(), 4),
     "Chroma": Specimen(Chroma, 2, prefix(), 4),
     "SD3": Specimen(OpenAISignatureMMDITWrapper, 2, prefix(alone=True), 3),
-    "Lumina 2": Specimen(NextDiT, 2, prefix(alone=True), 3, {"num_tokens": TOKENS}),
-    "Z-Image": Specimen(lambda: NextDiT(32), 2, prefix(alone=True, multiple=32), 3, {"num_tokens": TOKENS}),
+    "Lumina 2": Specimen(NextDiT, 2, prefix(alone=True), 3, extra={"num_tokens": TOKENS}),
+    "Z-Image": Specimen(lambda: NextDiT(32), 2, prefix(alone=True, multiple=32), 3, extra={"num_tokens": TOKENS}),
     "Qwen-Image": Specimen(QwenImageTransformer2DModel, 2, prefix(), 2, frames=True),
-    "HunyuanImage 2.1": Specimen(HunyuanVideo, 1, lambda grid: {math.prod(grid) + TOKENS + 3: 0}, 2, {"txt_byt5": BYT5}),
-}
+    "HunyuanImage 2.1": Specimen(HunyuanVideo, 1, lambda grid: {math.prod(grid) + TOKENS + 3: 0}, 2, extra={"txt_byt5": BYT5}),
+}  # fmt: skip
 
 
 def forward(model: ModelPatcher, x: Tensor, context: Tensor, *, options: dict[str, Any] | None = None, **extra: Any) -> Tensor:

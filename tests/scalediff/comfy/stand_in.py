@@ -12,12 +12,10 @@ import copy
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -123,6 +121,9 @@ class ModelPatcher:
     def get_model_object(self, name: str) -> Any:
         return self.object_patches.get(name, functools.reduce(getattr, name.split("."), self.model))
 
+    def add_object_patch(self, name: str, value: Any) -> None:
+        self.object_patches[name] = value
+
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable[..., Any]) -> None:
         self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
 
@@ -199,13 +200,22 @@ class BaseModel(nn.Module):
     def process_latent_out(self, latent: Tensor) -> Tensor:
         return self.latent_format.process_out(latent)
 
-    def apply_model(self, x: Tensor, sigma: Tensor, context: Tensor, options: dict[str, Any], extra: dict[str, Any]) -> Tensor:
-        return wrapped(self._apply_model, self, WrappersMP.APPLY_MODEL, options).execute(x, sigma, context, options, extra)
+    def apply_model(
+        self, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
+        transformer_options: Any = {}, **kwargs: Any,  # noqa: B006  # as ComfyUI's
+    ) -> Tensor:  # fmt: skip
+        executor = wrapped(self._apply_model, self, WrappersMP.APPLY_MODEL, transformer_options)
+        out: Tensor = executor.execute(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        return out
 
-    def _apply_model(self, x: Tensor, sigma: Tensor, context: Tensor, options: dict[str, Any], extra: dict[str, Any]) -> Tensor:
-        scaled = self.model_sampling.calculate_input(sigma, x)
-        output = self.diffusion_model(scaled, sigma, context=context, transformer_options=dict(options), **extra)
-        return x - output * sigma.view(-1, *[1] * (x.ndim - 1))
+    def _apply_model(
+        self, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, control: Any, transformer_options: Any, **kwargs: Any
+    ) -> Tensor:  # fmt: skip
+        scaled = self.model_sampling.calculate_input(t, x)
+        output = self.diffusion_model(
+            scaled, t, context=c_crossattn, control=control, transformer_options=dict(transformer_options), **kwargs
+        )
+        return x - output * t.view(-1, *[1] * (x.ndim - 1))
 
 
 def options_of(model: ModelPatcher) -> dict[str, Any]:
@@ -266,7 +276,7 @@ def sample(
             for cond in (positive, negative):
                 options = options_of(model) | {"sigmas": batch, "sample_sigmas": sigmas}
                 context = cond[0][0].expand(len(x), -1, -1).to(x)
-                guesses.append(model.model.apply_model(x, batch, context, options, cond[0][1]))
+                guesses.append(model.model.apply_model(x, batch, c_crossattn=context, transformer_options=options))
             denoised = guesses[1] + cfg * (guesses[0] - guesses[1])
             for function in model.model_options.get("sampler_post_cfg_function", []):
                 denoised = function({"denoised": denoised, "sigma": batch, "input": x, "model": model.model})
@@ -300,45 +310,6 @@ class VAE:
         small = F.avg_pool2d(pixels.movedim(-1, 1), self.ratio)
         latents = torch.einsum("br...,cr->bc...", (small - 0.5) / 0.1, self.mix)
         return latents[:, :, None] if self.frames else latents
-
-
-class ProgressBar:
-    """Contract (comfy/utils.py): a node's progress, with a preview."""
-
-    updates: list[tuple[int, int, Any]] = []  # noqa: RUF012  # of all bars; a test empties it
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-    def update_absolute(self, value: int, total: int, preview: Any) -> None:
-        assert total == self.total
-        self.updates.append((value, total, preview))
-
-
-class Previewer:
-    """Contract (latent_preview.py): makes a small picture of the estimate."""
-
-    def decode_latent_to_preview_image(self, kind: str, denoised: Tensor) -> tuple[str, tuple[int, ...], int]:
-        return kind, tuple(denoised.shape), 512
-
-
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the stand-in where `import comfy` finds it, until the end of the test."""
-    parts: dict[str, dict[str, Any]] = {
-        "comfy": {},
-        "comfy.patcher_extension": {"WrappersMP": WrappersMP, "WrapperExecutor": WrapperExecutor},
-        "comfy.samplers": {"KSampler": KSampler},
-        "comfy.sample": {"sample": sample, "prepare_noise": prepare_noise},
-        "comfy.utils": {"ProgressBar": ProgressBar, "PROGRESS_BAR_ENABLED": False},
-        "latent_preview": {"get_previewer": lambda device, latent_format: Previewer()},
-    }
-    for name, members in parts.items():
-        module = ModuleType(name)
-        module.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-        if "." in name:
-            setattr(sys.modules["comfy"], name.split(".")[1], module)
-    monkeypatch.setattr(ProgressBar, "updates", [])
 
 
 def timestep_features(timesteps: Tensor, width: int) -> Tensor:

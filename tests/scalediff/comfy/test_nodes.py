@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from scalediff.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from scalediff.comfy.models import attention_of
 from tests.conftest import seeded
-from tests.scalediff.comfy.specimens import SPECIMENS
-from tests.scalediff.comfy.stand_in import VAE, BaseModel, KSampler, LatentFormat, ModelPatcher, ProgressBar, prepare_noise, sample
+from tests.scalediff.comfy.host import StandIn
 
 
 def cond(seed: int) -> Any:
@@ -40,31 +39,40 @@ def node(name: str, **inputs: Any) -> Any:
     """Run a node with the given inputs, and what its widgets first show for the others."""
     cls = NODE_CLASS_MAPPINGS[name]
     required = cls.INPUT_TYPES()["required"]
-    given = {**defaults(name), **{"positive": cond(1), "negative": cond(2)}, **inputs}
+    sampling = {"sampler_name": "euler", "scheduler": "simple", "positive": cond(1), "negative": cond(2)}
+    given = {**defaults(name), **sampling, **inputs}
     return getattr(cls(), cls.FUNCTION)(**{key: given[key] for key in required})
 
 
-def model_of(name: str) -> ModelPatcher:
-    return SPECIMENS[name].model(dtype=torch.float32)
+def model_of(host: StandIn, name: str) -> Any:
+    return host.specimen(name).model(dtype=torch.float32)
 
 
 def sample_node(
-    model: ModelPatcher, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
+    model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
     latent_image: dict[str, Any], denoise: float,
 ) -> tuple[dict[str, Any]]:  # fmt: skip
     """ComfyUI's own KSampler node: noise from the seed, the whole schedule."""
+    import comfy.sample
+
     empty = latent_image["samples"]
-    samples = sample(
-        model, prepare_noise(empty, seed), steps, cfg, sampler_name, scheduler, positive, negative, empty, denoise=denoise, start_step=0,
+    noise = comfy.sample.prepare_noise(empty, seed)
+    samples = comfy.sample.sample(
+        model, noise, steps, cfg, sampler_name, scheduler, positive, negative, empty, denoise=denoise, start_step=0,
         force_full_denoise=True, noise_mask=None, disable_pbar=True, callback=lambda *_: None, seed=seed,
     )  # fmt: skip
     return ({"samples": samples},)
 
 
-def base_picture(model: ModelPatcher, size: tuple[int, int], *, frames: bool = False) -> Tensor:
+def base_picture(model: Any, size: tuple[int, int], *, frames: bool = False) -> Tensor:
     empty = {"samples": torch.zeros(1, 4, *((1,) if frames else ()), *size)}
     (latent,) = sample_node(model, 5, 6, 3.0, "euler", "simple", cond(1), cond(2), empty, 1.0)
     return latent["samples"]  # type: ignore[no-any-return]
+
+
+def progress(host: StandIn) -> list[tuple[int, int, str, int]]:
+    """Value and total of every update of a progress bar, and the format and height of its preview, a pixel for a latent."""
+    return [(value, total, preview[0], preview[1].height) for value, total, preview in host.updates]
 
 
 WINDOWS = {"window_height": 8, "window_width": 8}
@@ -72,10 +80,11 @@ STAGE: dict[str, Any] = {"steps": 6, "cfg": 3.0, "preset": "custom", "restart": 
 
 
 @pytest.mark.parametrize("name", ["SDXL", "Qwen-Image"])
-def test_a_graph_of_stages_is_the_cascade(name: str) -> None:
+def test_a_graph_of_stages_is_the_cascade(host: StandIn, name: str) -> None:
     """Patch -> KSampler -> Upscale -> Upscale; the Cascade Sampler draws the same bits from the same seeds."""
-    model, patch, frames = model_of(name), SPECIMENS[name].patch, SPECIMENS[name].frames
-    side, vae = 8 * patch, VAE(frames=frames)
+    spec = host.specimen(name)
+    model, frames = model_of(host, name), spec.frames
+    side, vae = 8 * spec.patch, host.vae(frames=frames)
     model.model.latent_format.latent_dimensions = 2 + frames
     before = base_picture(model, (side, side), frames=frames)
     (windowed,) = node("ScaleDiffPatchModel", model=model, **WINDOWS)
@@ -85,52 +94,43 @@ def test_a_graph_of_stages_is_the_cascade(name: str) -> None:
     for number in (1, 2):
         (latent,) = node("ScaleDiffUpscaleStage", model=windowed, vae=vae, latent=latent, seed=5 + number, **STAGE)
     assert latent["samples"].shape[-2:] == (4 * side, 4 * side)
-    assert ProgressBar.updates == [(n, 3, ("JPEG", ANY, 512)) for n in (1, 2, 3)] * 2
+    assert progress(host) == [(n, 3, "JPEG", height) for height in (2 * side, 4 * side) for n in (1, 2, 3)]
     attention = attention_of(windowed)
     assert attention is not None
     assert attention.last is not None
     assert attention.last.plan.grid == (32, 32)
     assert sum(attention.last.taken.values()) == attention.blocks
 
-    ProgressBar.updates.clear()
+    host.updates.clear()
     size = {"width": 4 * side * 8, "height": 4 * side * 8}
     result, drawn = node("ScaleDiffCascadeSampler", model=model, vae=vae, seed=5, **size, **STAGE, **WINDOWS)
     assert torch.equal(result["samples"], latent["samples"])
-    assert ProgressBar.updates == [(n, 12, ("JPEG", ANY, 512)) for n in range(1, 13)]
+    heights = [side] * 6 + [2 * side] * 3 + [4 * side] * 3
+    assert progress(host) == [(n, 12, "JPEG", height) for n, height in enumerate(heights, 1)]
     assert attention_of(drawn) is not None
     assert attention_of(model) is None
     assert torch.equal(base_picture(model, (side, side), frames=frames), before)
 
 
-class _Any:
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-ANY = _Any()
-
-
-def test_the_base_picture_of_a_cascade_has_full_attention() -> None:
+def test_the_base_picture_of_a_cascade_has_full_attention(host: StandIn) -> None:
     """Also where rounding makes it a little larger than native: 13 x 5 tokens for a window of 8 x 8."""
-    model, vae = model_of("FLUX"), VAE()
+    model, vae = model_of(host, "FLUX"), host.vae()
     size: dict[str, Any] = {"width": 7 * 16, "height": 19 * 16}
     result, windowed = node("ScaleDiffCascadeSampler", model=model, vae=vae, seed=5, **size, **STAGE, **WINDOWS)
     attention = attention_of(windowed)
     assert attention is not None
     assert [key[0].grid for key in attention._plans] == [(19, 7)]
     assert result["samples"].shape == (1, 4, 38, 14)
-    assert ProgressBar.updates[0][2] == ("JPEG", (1, 4, 26, 10), 512)
+    assert progress(host)[0][2:] == ("JPEG", 26)
 
 
-def test_a_stage_of_a_model_that_is_not_patched_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stage_of_a_model_that_is_not_patched_is_said(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     latent = {"samples": torch.randn(1, 4, 128, 128, generator=seeded(0))}
-    model = model_of("SDXL")
+    model = model_of(host, "SDXL")
     with pytest.raises(ValueError, match="scale must be larger than 1"):
-        node("ScaleDiffUpscaleStage", model=model, vae=VAE(), latent=latent, scale=1.0)
+        node("ScaleDiffUpscaleStage", model=model, vae=host.vae(), latent=latent, scale=1.0)
     expected = ["ScaleDiff: Upscale Stage: the model is not patched, so this stage runs full attention"]
-    assert [record.message for record in caplog.records] == expected
+    assert [record.message for record in caplog.records if record.message.startswith("ScaleDiff")] == expected
 
 
 def test_the_line_of_the_documentation_installs_the_nodes(tmp_path: Path) -> None:
@@ -143,18 +143,18 @@ def test_the_line_of_the_documentation_installs_the_nodes(tmp_path: Path) -> Non
     assert installed["NODE_DISPLAY_NAME_MAPPINGS"] is NODE_DISPLAY_NAME_MAPPINGS
 
 
-def test_presets_are_the_models_own() -> None:
+def test_presets_are_the_models_own(host: StandIn) -> None:
     """The default preset runs 0.6 of FLUX's schedule, whatever the widget for custom settings says."""
-    model, vae = model_of("FLUX"), VAE()
+    model, vae = model_of(host, "FLUX"), host.vae()
     (windowed,) = node("ScaleDiffPatchModel", model=model, **WINDOWS)
     latent = {"samples": torch.randn(1, 4, 16, 16, generator=seeded(0)), "batch_index": [3]}
     (out,) = node("ScaleDiffUpscaleStage", model=windowed, vae=vae, latent=latent, **{**STAGE, "preset": "model", "steps": 10})
-    assert len(ProgressBar.updates) == 6
+    assert len(host.updates) == 6
     assert out["batch_index"] == [3]
 
 
-def test_the_report_says_what_happened() -> None:
-    model, vae = model_of("SDXL"), VAE()
+def test_the_report_says_what_happened(host: StandIn) -> None:
+    model, vae, levels = model_of(host, "SDXL"), host.vae(), host.specimen("SDXL").per_level
     (windowed,) = node("ScaleDiffPatchModel", model=model)
     latent = {"samples": torch.zeros(1)}
     text = node("ScaleDiffReport", model=windowed, latent=latent)
@@ -168,21 +168,17 @@ def test_the_report_says_what_happened() -> None:
     assert shown["result"][1].splitlines() == [
         "UNetModel: windows of 8 x 8 tokens",
         "last pass: 12 x 12 tokens",
-        "5 of 5 attention blocks in windows",
-        "  calls of 144 tokens: 2",
-        "  calls of 36 tokens: 2",
-        "  calls of 9 tokens: 1",
-        "  other calls of 144 queries and 7 keys: 2",
-        "  other calls of 36 queries and 7 keys: 2",
-        "  other calls of 9 queries and 7 keys: 1",
+        f"{sum(levels)} of {sum(levels)} attention blocks in windows",
+        *(f"  calls of {tokens} tokens: {count}" for tokens, count in zip((144, 36, 9), levels, strict=True)),
+        *(f"  other calls of {tokens} queries and 7 keys: {count}" for tokens, count in zip((144, 36, 9), levels, strict=True)),
     ]
     assert math.isnan(NODE_CLASS_MAPPINGS["ScaleDiffReport"].IS_CHANGED(windowed, larger))
-    (flux,) = node("ScaleDiffPatchModel", model=model_of("FLUX"))
+    (flux,) = node("ScaleDiffPatchModel", model=model_of(host, "FLUX"))
     assert "windows of 64 x 64 tokens, text rotated for each window" in node("ScaleDiffReport", model=flux, latent=larger)["result"][1]
 
 
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
-def test_inputs_are_the_arguments_of_the_function(name: str) -> None:
+def test_inputs_are_the_arguments_of_the_function(host: StandIn, name: str) -> None:
     cls = NODE_CLASS_MAPPINGS[name]
     required = cls.INPUT_TYPES()["required"]
     assert list(inspect.signature(getattr(cls(), cls.FUNCTION)).parameters) == list(required)
@@ -196,29 +192,29 @@ def test_inputs_are_the_arguments_of_the_function(name: str) -> None:
     assert NODE_DISPLAY_NAME_MAPPINGS[name].startswith("ScaleDiff: ")
 
 
-def test_every_node_has_a_name() -> None:
+def test_every_node_has_a_name(host: StandIn) -> None:
+    import comfy.samplers
+
     assert list(NODE_CLASS_MAPPINGS) == list(NODE_DISPLAY_NAME_MAPPINGS)
-    assert set(KSampler.SAMPLERS) == set(NODE_CLASS_MAPPINGS["ScaleDiffUpscaleStage"].INPUT_TYPES()["required"]["sampler_name"][0])
+    assert set(comfy.samplers.KSampler.SAMPLERS) == set(
+        NODE_CLASS_MAPPINGS["ScaleDiffUpscaleStage"].INPUT_TYPES()["required"]["sampler_name"][0]
+    )
 
 
 class Unknown(nn.Module):
     """A network of another node."""
 
 
-def unknown() -> ModelPatcher:
-    return ModelPatcher(BaseModel(Unknown(), None, LatentFormat(), {}))
-
-
-def test_errors_are_sentences() -> None:
-    flux, vae = model_of("FLUX"), VAE()
+def test_errors_are_sentences(host: StandIn) -> None:
+    flux, vae, unknown = model_of(host, "FLUX"), host.vae(), replace(host.specimen("SDXL"), build=Unknown).model()
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
     (windowed,) = node("ScaleDiffPatchModel", model=flux, **WINDOWS)
     with pytest.raises(NotImplementedError, match=r"does not know where the tokens of this model are: it knows Stable Diffusion 1.*, got "):
-        node("ScaleDiffPatchModel", model=unknown())
+        node("ScaleDiffPatchModel", model=unknown)
     with pytest.raises(NotImplementedError, match=r"got tests\.scalediff\.comfy\.test_nodes\.Unknown"):
-        node("ScaleDiffUpscaleStage", model=unknown(), vae=vae, latent=latent)
+        node("ScaleDiffUpscaleStage", model=unknown, vae=vae, latent=latent)
     with pytest.raises(NotImplementedError, match=r"got tests\.scalediff\.comfy\.test_nodes\.Unknown"):
-        node("ScaleDiffCascadeSampler", model=unknown(), vae=vae)
+        node("ScaleDiffCascadeSampler", model=unknown, vae=vae)
     for name in ("ScaleDiffUpscaleStage", "ScaleDiffCascadeSampler"):
         with pytest.raises(ValueError, match="ScaleDiff needs a VAE to enlarge the picture: this checkpoint has none, add a Load VAE node"):
             node(name, model=windowed, vae=None, latent=latent)
@@ -238,7 +234,7 @@ def test_errors_are_sentences() -> None:
         node("ScaleDiffReport", model=flux, latent=latent)
     with pytest.raises(ValueError, match=r"window_height and window_width must both be positive, or both 0 .*, got \(8, 0\)"):
         node("ScaleDiffPatchModel", model=flux, window_height=8)
-    sd2 = replace(SPECIMENS["SDXL"], unet_config={"context_dim": 1024}).model()
+    sd2 = replace(host.specimen("SDXL"), unet_config={"context_dim": 1024}).model()
     with pytest.raises(ValueError, match=r"this model does not tell its native size: set window_height and window_width, such as 64 or 96"):
         node("ScaleDiffPatchModel", model=sd2)
     assert node("ScaleDiffPatchModel", model=sd2, window_height=64, window_width=64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 import pytest
@@ -12,24 +11,23 @@ from torch import Tensor
 
 from scalediff.comfy.models import attention_of, patched, unpatched
 from scalediff.comfy.networks import NETWORKS, network_of
-from tests.scalediff.comfy.checkout import CHECKOUT
-from tests.scalediff.comfy.specimens import GRID, SPECIMENS, WINDOW, by_hand, forward
+from tests.scalediff.comfy.host import StandIn
+from tests.scalediff.comfy.specimens import GRID, SPECIMENS, WINDOW, Specimen, by_hand, forward
 from tests.scalediff.comfy.stand_in import copy_nested
 
-ALL = {**SPECIMENS, **CHECKOUT} if "COMFYUI_PATH" in os.environ else SPECIMENS
-every_network = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.comfy if name in CHECKOUT else ()) for name in ALL])
+every_network = pytest.mark.parametrize("name", SPECIMENS)
 
 
-def run(model: Any, name: str, grid: tuple[int, int] = GRID) -> Tensor:
-    spec = ALL[name]
+def run(model: Any, spec: Specimen, grid: tuple[int, int] = GRID) -> Tensor:
     return forward(model, *spec.inputs(grid), **spec.extra)
 
 
 @every_network
-def test_windows_are_those_of_the_definition(name: str) -> None:
-    spec, model = ALL[name], ALL[name].model()
+def test_windows_are_those_of_the_definition(host: StandIn, name: str) -> None:
+    spec = host.specimen(name)
+    model = spec.model()
     windowed = patched(model, WINDOW, text_queries="global", text_rope=False)
-    out, expected, plain = run(windowed, name), by_hand(model, spec, GRID), run(model, name)
+    out, expected, plain = run(windowed, spec), by_hand(model, spec, GRID), run(model, spec)
     assert (out - expected).abs().max() < spec.tolerance * expected.abs().max()
     assert (plain - expected).abs().max() > 1e-4 * expected.abs().max()
     attention = attention_of(windowed)
@@ -40,38 +38,41 @@ def test_windows_are_those_of_the_definition(name: str) -> None:
 
 
 @every_network
-def test_up_to_the_native_size_the_bits_are_the_same_and_the_model_stays_as_it_was(name: str) -> None:
-    model = ALL[name].model()
-    before = copy.deepcopy(model.model_options), run(model, name), run(model, name, WINDOW)
+def test_up_to_the_native_size_the_bits_are_the_same_and_the_model_stays_as_it_was(host: StandIn, name: str) -> None:
+    spec = host.specimen(name)
+    model = spec.model()
+    options, wrappers = copy.deepcopy((model.model_options, model.wrappers))
+    plain, native = run(model, spec), run(model, spec, WINDOW)
     windowed = patched(model, WINDOW)
-    assert torch.equal(run(windowed, name, WINDOW), before[2])
-    assert torch.equal(run(windowed, name, (4, 12)), run(model, name, (4, 12)))
-    assert not torch.equal(run(windowed, name), before[1])
-    assert model.model_options == before[0]
-    assert model.wrappers == {}
-    assert torch.equal(run(model, name), before[1])
-    assert torch.equal(run(unpatched(windowed), name), before[1])
+    assert torch.equal(run(windowed, spec, WINDOW), native)
+    assert torch.equal(run(windowed, spec, (4, 12)), run(model, spec, (4, 12)))
+    assert not torch.equal(run(windowed, spec), plain)
+    assert (model.model_options, model.wrappers) == (options, wrappers)
+    assert torch.equal(run(model, spec), plain)
+    assert torch.equal(run(unpatched(windowed), spec), plain)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy_nested], ids=["0.3.64", "later"])
-def test_a_clone_keeps_the_windows(copied: Any) -> None:
-    model = SPECIMENS["FLUX"].model()
-    model.copy_options = copied
+def test_a_clone_keeps_the_windows(host: StandIn, copied: Any) -> None:
+    spec = host.specimen("FLUX")
+    model = spec.model()
+    model.copy_options = copied  # a checkout copies in its own way, both times
     windowed = patched(model, WINDOW)
     clone = windowed.clone()
     assert attention_of(clone) is attention_of(windowed) is not None
-    assert torch.equal(run(clone, "FLUX"), run(windowed, "FLUX"))
+    assert torch.equal(run(clone, spec), run(windowed, spec))
     again = patched(clone, (4, 4))  # a second node replaces the first
     assert attention_of(again) is not attention_of(clone)
     assert attention_of(again).chained is None
-    assert torch.equal(run(again, "FLUX"), run(patched(model, (4, 4)), "FLUX"))
+    assert torch.equal(run(again, spec), run(patched(model, (4, 4)), spec))
 
 
 @every_network
-def test_text_queries_are_averaged_over_windows_by_default(name: str) -> None:
-    model = ALL[name].model()
-    outs = [run(patched(model, WINDOW, text_queries=rule, text_rope=False), name) for rule in ("window", "global")]
-    assert torch.equal(*outs) == name.startswith("SDXL")  # where text is in calls of its own
+def test_text_queries_are_averaged_over_windows_by_default(host: StandIn, name: str) -> None:
+    spec = host.specimen(name)
+    model = spec.model()
+    outs = [run(patched(model, WINDOW, text_queries=rule, text_rope=False), spec) for rule in ("window", "global")]
+    assert torch.equal(*outs) == (name == "SDXL")  # where text is in calls of its own
 
 
 ROTARY = [name for name in SPECIMENS if name not in ("SDXL", "SD3")]
@@ -79,9 +80,10 @@ ROTARY = [name for name in SPECIMENS if name not in ("SDXL", "SD3")]
 
 @pytest.mark.parametrize("grid", [(18, 11), (9, 16)])
 @pytest.mark.parametrize("name", ROTARY)
-def test_text_is_as_far_from_every_window_as_from_a_native_picture(name: str, grid: tuple[int, int]) -> None:
+def test_text_is_as_far_from_every_window_as_from_a_native_picture(host: StandIn, name: str, grid: tuple[int, int]) -> None:
     """By the network's own position ids: the angle is the window's distance to text less that of the native picture."""
-    net: Any = SPECIMENS[name].model().model.diffusion_model
+    host.needs_stand_in("ComfyUI's networks make their position ids inside the forward pass and do not return them")
+    net: Any = host.specimen(name).model().model.diffusion_model
     network = network_of(net)
     assert network is not None
     rotation = network.rotation(net)
@@ -103,50 +105,60 @@ def test_text_is_as_far_from_every_window_as_from_a_native_picture(name: str, gr
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_text_is_rotated_by_default(name: str) -> None:
-    model = SPECIMENS[name].model()
-    rotated, plain = (run(patched(model, WINDOW, text_rope=rope), name) for rope in (True, False))
+def test_text_is_rotated_by_default(host: StandIn, name: str) -> None:
+    spec = host.specimen(name)
+    model = spec.model()
+    rotated, plain = (run(patched(model, WINDOW, text_rope=rope), spec) for rope in (True, False))
     assert (rotated - plain).abs().max() > 1e-6 * plain.abs().max()
 
 
-def test_a_mask_of_padded_text_is_kept() -> None:
+def test_a_mask_of_padded_text_is_kept(host: StandIn) -> None:
     """ComfyUI makes a score bias of it, `[1, 1, S]`."""
-    spec, model = SPECIMENS["HunyuanImage 2.1"], SPECIMENS["HunyuanImage 2.1"].model()
+    spec = host.specimen("HunyuanImage 2.1")
+    model = spec.model()
     mask = torch.tensor([[1.0, 1, 1, 1, 0, 0, 0]], dtype=torch.float64)
     windowed = patched(model, WINDOW, text_queries="global", text_rope=False)
     out = forward(windowed, *spec.inputs(GRID), **spec.extra, attention_mask=mask)
     expected = by_hand(model, spec, GRID, attention_mask=mask)
     assert (out - expected).abs().max() < 1e-9 * expected.abs().max()
-    assert (out - run(windowed, "HunyuanImage 2.1")).abs().max() > 1e-4 * expected.abs().max()
+    assert (out - run(windowed, spec)).abs().max() > 1e-4 * expected.abs().max()
+
+
+@every_network
+def test_networks_are_recognised(host: StandIn, name: str) -> None:
+    assert network_of(host.specimen(name).build()) is not None
 
 
 def test_networks_are_recognised_by_name_and_module() -> None:
-    for spec in SPECIMENS.values():
-        assert network_of(spec.build()) is not None
     assert {network.name for network in NETWORKS} == {network_of(spec.build()).name for spec in SPECIMENS.values()}  # type: ignore[union-attr]
     namesake = type("Flux", (torch.nn.Module,), {"__module__": "black_forest.model"})
     assert network_of(namesake()) is None
-    compiled = SPECIMENS["FLUX"].model()  # an earlier compile node of ComfyUI puts the compiled network into the model
-    compiled.object_patches["diffusion_model"] = torch.compile(compiled.model.diffusion_model, backend="eager")
-    attention = attention_of(patched(compiled, WINDOW))
+
+
+def test_a_compiled_network_is_recognised(host: StandIn) -> None:
+    """An earlier compile node of ComfyUI puts the compiled network into the model."""
+    model = host.specimen("FLUX").model()
+    model.add_object_patch("diffusion_model", torch.compile(model.model.diffusion_model, backend="eager"))
+    attention = attention_of(patched(model, WINDOW))
     assert attention is not None
     assert attention.name == "Flux"
 
 
 @pytest.mark.parametrize(("name", "restart", "cutoff"), [("SDXL", 0.4, 0.125), ("FLUX", 0.6, 0.25), ("HunyuanImage 2.1", 0.6, 0.25)])
-def test_presets_are_those_of_the_family(name: str, restart: float, cutoff: float) -> None:
-    net = SPECIMENS[name].build()
+def test_presets_are_those_of_the_family(host: StandIn, name: str, restart: float, cutoff: float) -> None:
+    net = host.specimen(name).build()
     preset = network_of(net).preset(net)  # type: ignore[union-attr]
     assert (preset.restart, preset.lfm_cutoff, preset.sg_cutoff) == (restart, cutoff, cutoff)
 
 
-def test_jitter_depends_on_the_noise_level_alone() -> None:
-    spec, model = SPECIMENS["FLUX"], SPECIMENS["FLUX"].model()
+def test_jitter_depends_on_the_noise_level_alone(host: StandIn) -> None:
+    spec = host.specimen("FLUX")
+    model = spec.model()
     sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0])
 
     def at(level: float, **options: Any) -> Tensor:
         given = {"sigmas": torch.tensor([level, level]), "sample_sigmas": sigmas}
-        return forward(patched(model, WINDOW, **options), *spec.inputs(GRID), options=given)
+        return forward(patched(model, WINDOW, **options), *spec.inputs(GRID), options=given, **spec.extra)
 
     still = at(1.0)
     assert torch.equal(at(1.0, jitter="alternate"), still)
@@ -158,4 +170,4 @@ def test_jitter_depends_on_the_noise_level_alone() -> None:
     assert not torch.equal(at(0.6, jitter="random", seed=4), moved)
     message = "jitter='random' needs the noise levels that ComfyUI's samplers pass to the model: sigmas, sample_sigmas missing"
     with pytest.raises(ValueError, match=message):
-        forward(patched(model, WINDOW, jitter="random"), *spec.inputs(GRID))
+        run(patched(model, WINDOW, jitter="random"), spec)

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from scalediff.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from tests.scalediff.comfy.specimens import SPECIMENS
-from tests.scalediff.comfy.stand_in import VAE, KSampler
+from tests.scalediff.comfy.host import StandIn
 from tests.scalediff.comfy.test_nodes import cond, sample_node
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +47,7 @@ def test_every_workflow_has_a_picture_on_the_page() -> None:
 
 
 @every_workflow
-def test_our_nodes_have_all_their_inputs(name: str) -> None:
+def test_our_nodes_have_all_their_inputs(host: StandIn, name: str) -> None:
     mine = [node for node in graph_of(name).values() if node["class_type"].startswith("ScaleDiff")]
     assert mine
     for node in mine:
@@ -88,9 +87,8 @@ def run(graph: Graph, nodes: dict[str, Callable[..., Any]]) -> dict[str, Any]:
 
 
 @every_workflow
-def test_a_workflow_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workflow_runs(host: StandIn, name: str) -> None:
     """At a sixteenth of its size, with few steps."""
-    monkeypatch.setattr(KSampler, "SCHEDULERS", ("simple",))
     graph, saved = graph_of(name), list[torch.Tensor]()
     for node in graph.values():
         inputs = node["inputs"]
@@ -98,11 +96,11 @@ def test_a_workflow_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         small |= {"sampler_name": "euler", "scheduler": "simple"}
         inputs |= {key: value for key, value in small.items() if key in inputs}
         inputs |= {key: inputs[key] // 16 for key in ("width", "height") if key in inputs}
-    sdxl, flux = (SPECIMENS[of].model(dtype=torch.float32) for of in ("SDXL", "FLUX"))
+    sdxl, flux = (host.specimen(of).model(dtype=torch.float32) for of in ("SDXL", "FLUX"))
     if name == "flux":
         for node in graph.values():  # 8 tokens of FLUX are 128 pixels
             node["inputs"] |= {key: 512 for key in ("width", "height") if key in node["inputs"]}
-    vae = VAE()
+    vae = host.vae()
     nodes: dict[str, Callable[..., Any]] = {
         "CheckpointLoaderSimple": lambda ckpt_name: (sdxl, "clip", vae),
         "UNETLoader": lambda unet_name, weight_dtype: (flux,),
