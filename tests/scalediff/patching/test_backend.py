@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import scalediff
 from bench.models.zoo import WINDOW, ZOO
+from scalediff.patching import target
 
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch", reason="it is a backend of diffusers")
 
@@ -57,7 +59,8 @@ def test_context_parallelism_needs_another_name() -> None:
         dispatch.dispatch_attention_fn(x, x, x, backend="scalediff", parallel_config=object())
 
 
-def test_the_name_alone_is_an_error() -> None:
+def test_the_name_alone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "_active", weakref.WeakSet())  # patched models of other tests may not be collected yet
     scalediff.register_backend()
     model: Any = ZOO["FLUX.1"].build()
     model.set_attention_backend("scalediff")
