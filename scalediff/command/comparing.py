@@ -23,7 +23,7 @@ from scalediff.command.reporting import Job, picture_metadata, print_status
 from scalediff.command.runs import SHARED, load_pipeline, print_memory_estimate, resolve_settings, run_arguments, target_size
 from scalediff.cost.recorded import RecordedWork, recorded_work
 from scalediff.draw import Result, generate
-from scalediff.methods import METHODS, MethodOptions
+from scalediff.methods import METHODS, MethodOptions, method_title
 from scalediff.settings import Settings
 
 FULL = "full-attention"  # ScaleDiff with the model's own attention
@@ -109,7 +109,7 @@ def draw_panel(pipe: Any, name: str, method: MethodOptions | None, job: Job, siz
         if not hasattr(method, "upsampler"):
             given["upsampler"] = None
     if given["progress"]:
-        print_status(f"{'ScaleDiff' if name == 'scalediff' else _title(name)}, {size[0]} x {size[1]}")
+        print_status(f"{_title(name)}, {size[0]} x {size[1]}")
     with recorded_work(pipe) as work:
         result = generate(pipe, job.prompt, height=size[0], width=size[1], **given)
     return compared(name, result, work, {"method": name} if method is None else method_facts(name, method))
@@ -153,8 +153,7 @@ def _measured(panel: Panel) -> dict[str, Any]:
 
 
 def _title(name: str) -> str:
-    """`DiffuseHigh` for diffusehigh; what no paper has named stays as it is."""
-    return name.replace("-", " ") if name in ("direct", "super-resolution", FULL) else METHODS[name].options.__name__
+    return (FULL if name == FULL else method_title(name)).replace("-", " ")
 
 
 def _scalediff_title(settings: Settings) -> str:

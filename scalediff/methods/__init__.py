@@ -31,6 +31,7 @@ __all__ = [
     "ScaleCrafter",
     "SuperResolution",
     "method_names",
+    "method_title",
     "resolve_method",
 ]
 
@@ -64,6 +65,13 @@ METHODS: Mapping[str, Method] = MappingProxyType({
 def method_names() -> tuple[str, ...]:
     """The names of all methods that `generate` accepts, ScaleDiff first."""
     return "scalediff", *METHODS
+
+
+def method_title(name: str) -> str:
+    """What labels call a method: by the name of its paper, `DiffuseHigh` for diffusehigh; what no paper has named stays as it is."""
+    if name == "scalediff":
+        return "ScaleDiff"
+    return name if name in ("direct", "super-resolution") else METHODS[name].options.__name__
 
 
 def resolve_method(method: str | MethodOptions, upsampler: Upsampler | None = None) -> MethodOptions:

@@ -9,10 +9,9 @@ import gradio as gr
 
 from scalediff.cascade.pipeline import cascade_of, size_multiple
 from scalediff.patching.networks import denoiser_of
-from scalediff.web.jobs import CHOICES, default_values
+from scalediff.web.jobs import CHOICES, default_values, method_label
 
 EXAMPLE = "a full moon over snowy mountains at night"
-_LABELS = {"scalediff": "ScaleDiff", "multidiffusion": "MultiDiffusion", "demofusion": "DemoFusion"}
 
 
 def add_prompt(pipe: Any, *, example: bool) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def add_prompt(pipe: Any, *, example: bool) -> dict[str, Any]:
 def add_method(pipe: Any) -> dict[str, Any]:
     """Which method draws, and the parts of ScaleDiff."""
     values = default_values(pipe)
-    methods = [(_LABELS[name], name) for name in CHOICES["method"]]
+    methods = [(method_label(name), name) for name in CHOICES["method"]]
     method = gr.Radio(methods, value=values["method"], label="Method")
     attention = gr.Radio(
         [("neighborhood patches", "npa"), ("full", "full")], value=values["attention"], label="Attention above the native size"

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from scalediff.cascade.pipeline import named_preset, native_size, size_multiple, stage_sizes
-from scalediff.methods import METHODS
+from scalediff.methods import method_names, method_title
 from scalediff.settings import Anchor, Attention, Jitter, PerStage, Settings, SizeConditioning
 from scalediff_kernels.lowpass.geometry import Kind
 
 TILING = {"if needed": None, "on": True, "off": False}
-METHOD_CHOICES = ("scalediff", *METHODS)
+METHOD_CHOICES = method_names()
 AS_PATCHED = "as patched"  # a jitter of None
 CHOICES = {
     "method": METHOD_CHOICES,
@@ -35,6 +35,12 @@ FIELDS = (
     "prompt", "negative_prompt", "seed", "height", "width", "method", "preset", *SETTINGS, "sizes", "vae_tiling", "vae_attention",
     "split_guidance", "force", "preview",
 )  # fmt: skip
+
+
+def method_label(name: str) -> str:
+    """What the page calls a method."""
+    title = method_title(name)
+    return f"{title[0].upper()}{title[1:]}"
 
 
 @dataclass(frozen=True)

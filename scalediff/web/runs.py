@@ -19,10 +19,9 @@ from scalediff.cascade.progress import Step
 from scalediff.draw import Result, generate, upscale
 from scalediff.methods.running import with_full_attention
 from scalediff.web.gallery import COMPANIONS, Gallery
-from scalediff.web.jobs import Job
+from scalediff.web.jobs import Job, method_label
 
 PREVIEW_SHARE = 0.1  # of the time of a run that its previews may take
-_LABELS = {"scalediff": "ScaleDiff", "multidiffusion": "MultiDiffusion", "demofusion": "DemoFusion"}
 
 
 class Cancelled(Exception):
@@ -122,7 +121,7 @@ class Run:
         self._check_memory()
         name = self.gallery.new_name(self.job.prompt, self.job.seed)
         try:
-            label = _LABELS[self.job.method]
+            label = method_label(self.job.method)
             result = self._run_method(self.job, label)
             seconds = sum(stage.seconds for stage in result.stages)
             self._save(result, name, label, seconds)
