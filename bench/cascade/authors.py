@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from bench.attention.sdpa import Cut
 from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
-from scalediff.patching import plan
+from scalediff.patching import call
 
 _sdpa = F.scaled_dot_product_attention  # taken at import: in the pass of a patched model the attribute leads to the patch
 
@@ -38,7 +38,7 @@ class Authors:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside, patched models compute their windows by it."""
-        with mock.patch.multiple(plan, neighborhood_patch_attention=self.image, joint_neighborhood_patch_attention=self.joint):
+        with mock.patch.multiple(call, neighborhood_patch_attention=self.image, joint_neighborhood_patch_attention=self.joint):
             yield
 
     def image(

@@ -31,7 +31,7 @@ from bench.attention import gate
 from bench.attention.shapes import Shape, Task
 from bench.cascade.authors import Authors
 from bench.cascade.methods import METHODS, Drawn, Method
-from scalediff.patching import plan
+from scalediff.patching import call
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels.neighborhood.api import TextQueries
 from scalediff_kernels.testing import poisoned_memory
@@ -102,7 +102,7 @@ class Gate:
 
         image, joint = (partial(plain, function) for function in (neighborhood_patch_attention, joint_neighborhood_patch_attention))
         backends = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
-        windows = mock.patch.multiple(plan, neighborhood_patch_attention=image, joint_neighborhood_patch_attention=joint)
+        windows = mock.patch.multiple(call, neighborhood_patch_attention=image, joint_neighborhood_patch_attention=joint)
         with windows, backends if self._drawn.device == "cuda" else nullcontext():
             return self._drawn.stage(replace(METHODS["npa"], text_queries=rule), steps=STEPS)
 

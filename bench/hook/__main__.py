@@ -24,7 +24,7 @@ from bench.harness.rows import Row
 from bench.harness.timing import percentiles
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
-from scalediff.patching import plan
+from scalediff.patching import call
 
 SDPA = F.scaled_dot_product_attention
 LIMIT = 30.0  # microseconds per attention call
@@ -57,7 +57,7 @@ def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pai
         entered = target.begin(model, (), spec.inputs(draw, grid, 1))
         assert entered is not None
         try:
-            with mock.patch.multiple(plan, **image, **joint):
+            with mock.patch.multiple(call, **image, **joint):
                 yield f"{name}: a call that is taken", lambda: F.scaled_dot_product_attention(q, k, v), lambda: None
             yield (
                 f"{name}: a call that is refused",

@@ -10,12 +10,12 @@ from bench.cascade import authors as cascade_authors
 from bench.cascade.rows import FIELDS, Bench, Row, Unit
 from scalediff.cascade import schedule
 from scalediff.cascade import stage as library_cascade
-from scalediff.patching import plan
+from scalediff.patching import call
 from scalediff_kernels.neighborhood import windowed_sdpa
 
 REPLACED = {
-    (F, "scaled_dot_product_attention"), (plan, "neighborhood_patch_attention"), (plan, "joint_neighborhood_patch_attention"),
-    (plan.Call, "attend"), (library_cascade, "mix_frequencies"), (schedule, "_guided"), (windowed_sdpa, "_sdpa"),
+    (F, "scaled_dot_product_attention"), (call, "neighborhood_patch_attention"), (call, "joint_neighborhood_patch_attention"),
+    (call.Call, "attend"), (library_cascade, "mix_frequencies"), (schedule, "_guided"), (windowed_sdpa, "_sdpa"),
     (cascade_authors, "_sdpa"),
 }  # fmt: skip
 TINY = {"sdxl-small": 16, "flux-small": 32, "demo": 128}

@@ -19,7 +19,7 @@ from bench.cascade.methods import METHODS
 from bench.cascade.rows import FIELDS, Unit
 from bench.harness.facts import ROOT, package_version
 from bench.harness.rows import read_rows, write_rows
-from scalediff.patching import plan
+from scalediff.patching import call
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_comparison(ran: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failure_of_ours_is_the_exit_status(ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "joint_neighborhood_patch_attention", lambda q, k, v, tq, tk, tv, **how: (q, tq))
+    monkeypatch.setattr(call, "joint_neighborhood_patch_attention", lambda q, k, v, tq, tk, tv, **how: (q, tq))
     code, out, _ = ran("--model", "flux-small", "--size", "32", "--method", "npa")
     assert code == "rows of scalediff failed: flux-small/32/npa/eager/gate-stage, flux-small/32/npa/eager/run"
     assert "flux-small/32/npa/eager/gate-stage: FAILED, error" in out

@@ -15,7 +15,7 @@ from bench.cascade import gate as cascade_gate
 from bench.cascade.gate import Gate, Verdict
 from bench.cascade.methods import METHODS, Drawn
 from bench.cascade.rows import Bench
-from scalediff.patching import plan
+from scalediff.patching import call
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from tests.bench.whole_pictures import TINY, rows_of, unit
 
@@ -40,7 +40,7 @@ def test_a_wrong_attention_of_ours_does_not_pass(benches: dict[str, Bench], monk
     def narrow(q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], **how: Any) -> Tensor:
         return neighborhood_patch_attention(q, k, v, window=(window[0] // 2, window[1]), **how)
 
-    monkeypatch.setattr(plan, "neighborhood_patch_attention", narrow)
+    monkeypatch.setattr(call, "neighborhood_patch_attention", narrow)
     rows = rows_of(benches["sdxl-small"], unit("sdxl-small", "npa"))
     assert [(name, row["status"]) for name, row in rows.items()] == [
         ("gate-definition", "ok"), ("gate-size", "ok"), ("gate-stage", "FAILED"), ("run", "FAILED"),
