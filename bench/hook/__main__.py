@@ -71,7 +71,10 @@ def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pai
 
 def forwards() -> Iterator[Pair]:
     """A whole forward pass of a U-Net without work, at its native size and above: what remains is the pass."""
-    still = {"forward": lambda self, sample, timestep, encoder_hidden_states: sample, "config": ZOO["SD1.5"].build().config}
+    unet = ZOO["SD1.5"].build()
+    still = {
+        "forward": lambda self, sample, timestep, encoder_hidden_states: sample, "config": unet.config, "__module__": type(unet).__module__,
+    }  # fmt: skip
     bare = type("UNet2DConditionModel", (nn.Module,), still)()
     patched, draw = copy.deepcopy(bare), Draw()
     text = draw(1, 6, 32)
