@@ -86,8 +86,8 @@ def compare_methods(options: Namespace) -> None:
         save_sheet(pipe, options, job, panels, job.out, settings)
         if options.json:
             files = [{"method": one.method, "file": f"{job.out.stem}.{one.method}.png", **_measured(one)} for one in panels]
-            told = {"file": str(job.out), "prompt": job.prompt, "seed": job.seed, "panels": files}
-            print(json.dumps(told, ensure_ascii=False), flush=True)
+            summary = {"file": str(job.out), "prompt": job.prompt, "seed": job.seed, "panels": files}
+            print(json.dumps(summary, ensure_ascii=False), flush=True)
 
 
 def draw_panel(pipe: Any, name: str, method: MethodOptions | None, job: Job, size: tuple[int, int], arguments: Mapping[str, Any]) -> Panel:
@@ -129,8 +129,8 @@ def save_sheet(pipe: Any, options: Namespace, job: Job, panels: Sequence[Panel],
     """Save the pictures side by side with their labels, and print the file and the labels."""
     labels = [panel.label for panel in panels]
     sheet = side_by_side([panel.result.images[0] for panel in panels], labels)
-    told = [{"title": panel.title, **panel.facts, **_measured(panel)} for panel in panels]
-    save_png(sheet, path, metadata=picture_metadata(pipe, options, job, settings) | {"kind": "comparison", "panels": told})
+    shown = [{"title": panel.title, **panel.facts, **_measured(panel)} for panel in panels]
+    save_png(sheet, path, metadata=picture_metadata(pipe, options, job, settings) | {"kind": "comparison", "panels": shown})
     print_status(f"{path}: {' | '.join(label.replace(chr(10), ' ') for label in labels)}")
 
 

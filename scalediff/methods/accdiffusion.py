@@ -161,7 +161,7 @@ class PromptedCanvas(Canvas):
         enlarged = F.pad(F.interpolate(masks[None], size=size, mode="nearest")[0], (x, x, y, y))
         covered = [enlarged[:, i : i + window[0], j : j + window[1]].mean((1, 2)) for i, j in where]
         options: Any = plain.options
-        prompts = [_kept(pipe, arguments["prompt"], (share >= options.threshold).tolist()) for share in covered]
+        prompts = [_remaining_prompt(pipe, arguments["prompt"], (share >= options.threshold).tolist()) for share in covered]
         known = {prompt: _encode(pipe, arguments, prompt) for prompt in dict.fromkeys(prompts)}
         scale, local = arguments[cascade_of(pipe).guidance], options.local_guidance_scale
         local = local if local is not None else _LOCAL_GUIDANCE if takes_size_conditioning(pipe) else scale
@@ -199,11 +199,12 @@ class PromptedCanvas(Canvas):
             yield from torch.empty_like(outputs).scatter_(0, order, outputs)
 
 
-def _kept(pipe: Any, prompt: str, stays: Sequence[bool]) -> str:
-    """The tokens of the prompt that stay, decoded one by one and joined by spaces."""
+def _remaining_prompt(pipe: Any, prompt: str, remains: Sequence[bool]) -> str:
+    """The tokens of the prompt that remain, decoded one by one and joined by spaces."""
     tokenizer = pipe.tokenizer
     ids = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
-    words = [tokenizer.decode([token]) for token, stay in zip(ids, stays, strict=True) if stay and token not in tokenizer.all_special_ids]
+    special = tokenizer.all_special_ids
+    words = [tokenizer.decode([token]) for token, stays in zip(ids, remains, strict=True) if stays and token not in special]
     return " ".join(words)
 
 

@@ -170,7 +170,7 @@ def run_phases(
     arguments = running.complete_arguments(pipe, arguments, settings)
     if len(sizes) > 1:
         _check(pipe, arguments, name)
-    steps, stages, told = arguments["num_inference_steps"], list[Stage](), running.size_conditioning(pipe, arguments, size)
+    steps, stages, conditioning = arguments["num_inference_steps"], list[Stage](), running.size_conditioning(pipe, arguments, size)
     jitter: torch.Generator | None = None
     latents = base = torch.empty(0)
     with running.with_full_attention(pipe):
@@ -179,7 +179,7 @@ def run_phases(
             since = time.perf_counter()
             running.show_progress(pipe, progress, index=phase, of=len(sizes), size=pixels)
             if phase == 1:
-                latents = base = running.generate_latents(pipe, {**arguments, **told}, pixels)
+                latents = base = running.generate_latents(pipe, {**arguments, **conditioning}, pixels)
                 # Only now, so that the first phase starts from the noise of the pipeline.
                 jitter = _jitter_generator(arguments["generator"]) if options.jitter else None
             else:
@@ -188,7 +188,7 @@ def run_phases(
                 pipe.scheduler.set_timesteps(steps)
                 start = {"latents": pipe.scheduler.trajectory(pipe.scheduler.timesteps[0])}
                 with running.replace_denoiser(pipe, canvas.denoise, size=canvas.size, view_batch=options.view_batch, method=name):
-                    latents = standardised(running.generate_latents(pipe, {**arguments, **told, **start}, pixels), base)
+                    latents = standardised(running.generate_latents(pipe, {**arguments, **conditioning, **start}, pixels), base)
             stages.append(running.finished(pipe, arguments, latents, pixels, settings, index=phase, of=len(sizes), since=since))
             if on_stage is not None:
                 on_stage(stages[-1])

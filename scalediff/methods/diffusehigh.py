@@ -127,10 +127,10 @@ def diffusehigh(
     """
     sizes = plan(pipe, *size)
     arguments = running.complete_arguments(pipe, arguments, settings)
-    told = running.size_conditioning(pipe, arguments, sizes[0])
+    conditioning = running.size_conditioning(pipe, arguments, sizes[0])
     with running.with_full_attention(pipe):
         run = Restarts(pipe, arguments, sizes, settings, on_stage=on_stage, progress=progress)
-        run.draw_base(changes=told)
+        run.draw_base(changes=conditioning)
         last_steps, calls = tail_steps(run.steps, options.restart), int(pipe.scheduler.order)
         for _ in sizes[1:]:
             if run.interrupted:
@@ -141,7 +141,7 @@ def diffusehigh(
                 change = _keep_approximation(pipe, approximation(picture), guided=calls * round(last_steps * options.guided))
                 reference = encode_finite(pipe, picture).to(run.latents.dtype)
                 scale = _guidance_scale(pipe, arguments, options)
-                run.restart(reference, last_steps=last_steps, change=change, guidance_scale=scale, changes=told)
+                run.restart(reference, last_steps=last_steps, change=change, guidance_scale=scale, changes=conditioning)
     return run.stages
 
 

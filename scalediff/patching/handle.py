@@ -16,10 +16,9 @@ from torch import nn
 
 from scalediff.families.grid import Grid
 from scalediff.patching.entry import denoiser_methods
-from scalediff.patching.plan import Options
 from scalediff.patching.report import Report, Row
 from scalediff.patching.subclass import ATTRIBUTE, patch_class, restore_class
-from scalediff.patching.target import Target
+from scalediff.patching.target import Options, Target
 from scalediff.settings import Attention, Jitter
 
 

@@ -19,10 +19,9 @@ from scalediff.patching.context_parallel import check_context_parallel
 from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
 from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, uncompiled
-from scalediff.patching.plan import Options
 from scalediff.patching.report import Row
 from scalediff.patching.subclass import ATTRIBUTE
-from scalediff.patching.target import Target
+from scalediff.patching.target import Options, Target
 from scalediff.settings import Jitter
 from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
 

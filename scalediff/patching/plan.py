@@ -5,7 +5,6 @@ Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 import torch
@@ -17,15 +16,6 @@ from scalediff.families.rotation import TextRotation
 from scalediff.patching.call import Call
 from scalediff.patching.masks import is_constant, key_mask_bias, with_score_bias
 from scalediff_kernels.neighborhood.api import Impl, TextQueries, check_impl
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of `patch_model` that attention calls need."""
-
-    impl: Impl = "auto"
-    text_queries: TextQueries = "window"
-    text_rope: bool = True
 
 
 class Match(NamedTuple):

@@ -7,6 +7,7 @@ import random
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +19,22 @@ from scalediff.patching.account import Account
 from scalediff.patching.call import Call
 from scalediff.patching.context_parallel import check_equal_parts, gathered_layout, needs_equal_parts
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
-from scalediff.patching.plan import AttentionPlan, Options
+from scalediff.patching.plan import AttentionPlan
 from scalediff.patching.report import Report, Row
 from scalediff.patching.stack import CHECKPOINTING, in_checkpoint, in_compiled_function
 from scalediff.settings import Attention, Jitter
+from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 _MAX_PLANS = 64  # cached per denoiser: picture sizes in use, times the offsets of the jitter
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `patch_model` that attention calls need."""
+
+    impl: Impl = "auto"
+    text_queries: TextQueries = "window"
+    text_rope: bool = True
 
 
 class Patch(Protocol):

@@ -239,8 +239,8 @@ class Run:
                 since = time.perf_counter()  # the first step of a stage has no time to compare with
             steps = getattr(pipe, "num_timesteps", index + 1)
             left = (time.perf_counter() - since) / max(index, 1) * (steps - index - 1)
-            told = f", {format_seconds(left)} left in this stage" if index else ""
-            self._put(Progress(f"{label}: step {index + 1} of {steps}{told}", (index + 1) / steps))
+            remaining = f", {format_seconds(left)} left in this stage" if index else ""
+            self._put(Progress(f"{label}: step {index + 1} of {steps}{remaining}", (index + 1) / steps))
             return kwargs
 
         return show

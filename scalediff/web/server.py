@@ -114,20 +114,20 @@ def _add_routes(app: Any, gallery: Gallery) -> None:
     from fastapi import HTTPException
     from fastapi.responses import FileResponse, Response
 
-    def found(make: Callable[[], Any]) -> Any:
+    def or_not_found(make: Callable[[], Any]) -> Any:
         try:
             return make()
         except (ValueError, FileNotFoundError) as error:
             raise HTTPException(404, "not found") from error
 
     def picture(name: str) -> Any:
-        return FileResponse(found(lambda: gallery.path(name)), media_type="image/png", filename=name)
+        return FileResponse(or_not_found(lambda: gallery.path(name)), media_type="image/png", filename=name)
 
     def thumbnail(name: str) -> Any:
-        return Response(found(lambda: gallery.thumbnail(name)), media_type="image/jpeg", headers=_FOREVER)
+        return Response(or_not_found(lambda: gallery.thumbnail(name)), media_type="image/jpeg", headers=_FOREVER)
 
     def one_tile(name: str, level: int, x: int, y: int) -> Any:
-        return Response(found(lambda: tile(gallery.path(name), level, x, y)), media_type="image/png", headers=_FOREVER)
+        return Response(or_not_found(lambda: tile(gallery.path(name), level, x, y)), media_type="image/png", headers=_FOREVER)
 
     def asset(name: str) -> Any:
         if name not in _ASSETS:
