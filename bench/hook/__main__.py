@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -43,12 +44,29 @@ def differences(ours: Callable[[], Any], bare: Callable[[], Any]) -> dict[str, s
     return {f"{name}_us": f"{value:.2f}" for name, value in percentiles(gaps)._asdict().items()}
 
 
+class Processor:
+    """Stands where a model's attention processor does on the stack."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, attn: nn.Module, *tensors: Any, **options: Any) -> Any:
+        return self.function(*tensors, **options)
+
+
+def in_module(self: nn.Module, processor: Processor, *tensors: Any, **options: Any) -> Any:
+    """Call a function as the forward of the attention module `self` would."""
+    return processor(self, *tensors, **options)
+
+
 def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pair]:
     """A call that is taken, cut and joined without computing a window, against nothing; other calls against torch's own."""
     spec, draw = ZOO[name], Draw()
     model = spec.build()
     q, k, v = (draw(1, 2, grid[0] * grid[1] + spec.text, 16) for _ in range(3))
     other = draw(1, 2, text, 16)
+    module = next(part for part in model.modules() if hasattr(part, "set_processor") and hasattr(part, "processor"))
+    hooked, bare = Processor(lambda *tensors, **options: F.scaled_dot_product_attention(*tensors, **options)), Processor(SDPA)
     image: Any = {"neighborhood_patch_attention": lambda q, *_, **__: q}
     joint: Any = {"joint_neighborhood_patch_attention": lambda q, k, v, text_q, *_, **__: (q, text_q)}
     with scalediff.patch_model(model, window=WINDOW):
@@ -58,13 +76,15 @@ def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pai
         assert entered is not None
         try:
             with mock.patch.multiple(call, **image, **joint):
-                yield f"{name}: a call that is taken", lambda: F.scaled_dot_product_attention(q, k, v), lambda: None
-            yield (
-                f"{name}: a call that is refused",
-                lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-                lambda: SDPA(q, k, v, is_causal=True),
-            )
-            yield f"{name}: a call that is not", lambda: F.scaled_dot_product_attention(q, other, other), lambda: SDPA(q, other, other)
+                nothing = Processor(lambda q, *_: q)
+                yield (
+                    f"{name}: a call that is taken",
+                    lambda: in_module(module, hooked, q, k, v),
+                    lambda: in_module(module, nothing, q, k, v),
+                )
+            for what, tensors, causal in (("refused", (q, k, v), True), ("not", (q, other, other), False)):
+                ours, plain = (partial(in_module, module, one, *tensors, is_causal=causal) for one in (hooked, bare))
+                yield f"{name}: a call that is {what}", ours, plain
         finally:
             target.end(model, entered, finished=False)
 

@@ -243,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments; those of the process when None.
 
     Returns:
-        The exit code: 0 on success, 1 if out of memory, 2 on invalid input, 130 on Ctrl-C.
+        The exit code: 0 on success, 1 if out of memory, 2 on invalid input, 130 on Ctrl-C, 141 if the reader of
+        its output has gone.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -257,6 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "info": commands.show_info,
         }
         run[options.command](options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        return 141
     except torch.OutOfMemoryError as error:
         print(f"scalediff: error: {one_line(error)}", file=sys.stderr)
         return 1

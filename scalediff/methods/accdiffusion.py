@@ -4,6 +4,8 @@
     in every later phase:  token j stays in the prompt of a view if mask_j covers at least c of its area
     at every step:         dilated samples are permuted among each other at every channel and place before the denoiser, and back after it
 
+With a ControlNet it is AccDiffusion v2, arXiv:2412.02099, whose views also see the edges of the previous phase's picture.
+
 Legend: B batch, C channels, Y x X latent grid; s number of the phase, k latents per token of the coarsest level along an axis.
 """
 
@@ -24,6 +26,7 @@ from scalediff.families.grid import Grid
 from scalediff.methods import running
 from scalediff.methods.attention_maps import recorded_maps, token_masks
 from scalediff.methods.demofusion import Canvas, DemoFusion, phase_sizes, run_phases
+from scalediff.methods.edges import EdgeControl, resolve_controlnet
 from scalediff.methods.views import Denoise, Text
 from scalediff.patching.networks import denoiser_of
 from scalediff.settings import Settings
@@ -34,13 +37,17 @@ _LOCAL_GUIDANCE = 7.5  # for SDXL
 
 @dataclass(frozen=True)
 class AccDiffusion(DemoFusion):
-    """Options of AccDiffusion: those of DemoFusion, with its defaults, and two more.
+    """Options of AccDiffusion: those of DemoFusion, with its defaults, and more.
 
     Attributes:
         threshold: Share c of a view that a token's mask must cover, for the token to stay in the view's prompt. The authors choose it by
             prompt and seed; 0.3 is their default.
         local_guidance_scale: Scale of classifier-free guidance on the views. None means 7.5 for SDXL, as published, and the run's own scale
             for other models.
+        controlnet: ControlNet for Canny edges, or the folder of one, which makes it AccDiffusion v2. The paper's is
+            `diffusers/controlnet-canny-sdxl-1.0`. Without one it is the first version.
+        controlnet_scale: Factor on the ControlNet's residuals; 0.6 in the authors' instructions, 0.3 in their script without options.
+        edge_spread: Thresholds of the edges as shares of the picture's median: `1 - edge_spread` and `1 + edge_spread`.
 
     Raises:
         ValueError: A value is out of range.
@@ -49,6 +56,9 @@ class AccDiffusion(DemoFusion):
 
     threshold: float = 0.3
     local_guidance_scale: float | None = None
+    controlnet: Any = None
+    controlnet_scale: float = 0.6
+    edge_spread: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +66,10 @@ class AccDiffusion(DemoFusion):
         optional(check_number)("local_guidance_scale", self.local_guidance_scale)
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in [0, 1], got threshold={self.threshold}")
+        check_number("controlnet_scale", self.controlnet_scale)
+        check_number("edge_spread", self.edge_spread)
+        if not 0 <= self.edge_spread <= 1:
+            raise ValueError(f"edge_spread must lie in [0, 1], got edge_spread={self.edge_spread}")
 
 
 @torch.no_grad()
@@ -76,8 +90,9 @@ def accdiffusion(
     moved once for each phase. The kept tokens of a view are decoded one by one and joined by spaces; a view may keep none. The negative
     prompt is the same everywhere. Window interaction permutes among the dilated samples of one batch, s x s of them at most `view_batch`.
 
-    The second version, arXiv:2412.02099, also gives the views the edges of the previous phase's picture through a ControlNet; this is not
-    implemented. All views cover the picture, as in DemoFusion here, so no latent has to be taken from elsewhere.
+    With `options.controlnet` the views of the phases after the first also get the edges of the previous phase's picture, at all steps, as
+    in the second version; the dilated samples do not. All views cover the picture, as in DemoFusion here, so no latent has to be taken from
+    elsewhere.
 
     Args:
         pipe: A text-to-image pipeline with a U-Net, a DDIM or Euler scheduler, and a tokenizer. Its state is restored afterwards.
@@ -93,7 +108,9 @@ def accdiffusion(
         One stage for every phase.
 
     Raises:
-        ValueError: As `demofusion`; also if a phase or the stride is no multiple of a coarse token.
+        ValueError: As `demofusion`; also if a phase or the stride is no multiple of a coarse token, or the ControlNet is for another U-Net.
+        TypeError: `options.controlnet` is neither a ControlNet nor a folder.
+        ImportError: There is a ControlNet, and OpenCV is not installed.
         NotImplementedError: As `demofusion`; also without classifier-free guidance, for several pictures at once, for prompts given as
             embeddings, and for U-Nets without cross-attention at their coarsest level.
     """
@@ -108,14 +125,23 @@ def accdiffusion(
         if grid[0] % k or grid[1] % k:
             factor = k * pixels_per_latent(pipe)
             raise ValueError(f"phases must be multiples of {factor} pixels, one token of the coarsest level, got {grid=} in latents")
+    controlnet = None if options.controlnet is None else resolve_controlnet(pipe, options.controlnet)
+    last: list[Stage] = []  # the phase before
+
+    def finished(stage: Stage) -> None:
+        last[:] = [stage]
+        if on_stage is not None:
+            on_stage(stage)
+
     with recorded_maps(unet, (base[0] // k, base[1] // k)) as maps:
 
         def canvas_of(pipe: Any, pixels: Grid, phase: int, options: Any, jitter: torch.Generator | None) -> Canvas:
             maps.stop()
             plain = Canvas.of(pipe, pixels, phase, options, jitter)
-            return PromptedCanvas.on(plain, pipe, arguments, token_masks(maps.mean()), coarse=k)
+            canvas = PromptedCanvas.on(plain, pipe, arguments, token_masks(maps.mean()), coarse=k)
+            return canvas if controlnet is None else canvas.with_edges(controlnet, last[0].images[0])
 
-        return run_phases(pipe, arguments, size, settings, options, canvas_of, name=_NAME, on_stage=on_stage, progress=progress)
+        return run_phases(pipe, arguments, size, settings, options, canvas_of, name=_NAME, on_stage=finished, progress=progress)
 
 
 def _check(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -141,6 +167,7 @@ class PromptedCanvas(Canvas):
         texts: The text of each view.
         ratio: Guidance scale of the views over that of the pipeline's call.
         shuffle: Generator of the permutations.
+        control: The ControlNet of the views.
     """
 
     corners: tuple[Grid, ...]
@@ -148,6 +175,7 @@ class PromptedCanvas(Canvas):
     texts: tuple[Text, ...]
     ratio: float
     shuffle: torch.Generator
+    control: EdgeControl | None = None
 
     @classmethod
     def on(cls, plain: Canvas, pipe: Any, arguments: Mapping[str, Any], masks: Tensor, *, coarse: int) -> PromptedCanvas:
@@ -176,6 +204,22 @@ class PromptedCanvas(Canvas):
             shuffle=torch.Generator().manual_seed(seed),
         )
 
+    def with_edges(self, controlnet: Any, picture: Any) -> PromptedCanvas:
+        """The canvas whose views get the edges of a PIL picture through a ControlNet."""
+        options: Any = self.options
+        control = EdgeControl.of(
+            controlnet,
+            picture,
+            scale=options.controlnet_scale,
+            spread=options.edge_spread,
+            size=self.size,
+            margin=self.padding,
+            corners=self.corners,
+            window=self.window,
+            pixels=self.pixels,
+        )
+        return replace(self, control=control)
+
     @property
     def margin(self) -> Grid:
         return self.padding
@@ -185,7 +229,7 @@ class PromptedCanvas(Canvas):
 
     def denoise_views(self, denoise: Denoise, views: Sequence[Tensor], *, crops: Sequence[Grid]) -> Iterable[Tensor]:
         """The pipeline adds its scale times the difference of the halves to the first one; views have a scale of their own."""
-        for output in denoise(views, crops=crops, texts=self.texts):
+        for output in denoise(views, crops=crops, texts=self.texts, control=self.control):
             unconditional, conditional = output.chunk(2)
             yield torch.cat([unconditional, unconditional + self.ratio * (conditional - unconditional)])
 

@@ -131,6 +131,9 @@ class Text(NamedTuple):
     pooled: Tensor | None = None
 
 
+# From the denoiser's arguments of a pass and the slice of the views in it to further arguments.
+Control = Callable[[Mapping[str, Any], slice], dict[str, Any]]
+
 _SPATIAL_ARGUMENTS = {"ip_adapter_masks", "gligen"}  # attention arguments that refer to positions in the picture
 
 
@@ -171,17 +174,23 @@ class Denoise:
         self.timestep: Any = named["timestep"]
 
     def __call__(
-        self, views: Sequence[Tensor], *, crops: Sequence[Grid] | None = None, texts: Sequence[Text] | None = None
+        self,
+        views: Sequence[Tensor],
+        *,
+        crops: Sequence[Grid] | None = None,
+        texts: Sequence[Text] | None = None,
+        control: Control | None = None,
     ) -> Iterator[Tensor]:
         """Run the denoiser on views `[B, C, y, x]` and yield its outputs of the same shape, in order.
 
         `crops` are the crop coordinates in pixels for SDXL's size conditioning, and `texts` the text of each view for a U-Net; those of the
-        pipeline's call when None.
+        pipeline's call when None. `control` adds arguments to each pass.
         """
         for first in range(0, len(views), self._view_batch):
             here = slice(first, first + self._view_batch)
             some = views[here]
-            self._last_output = self._forward(**self._arguments(some, crops[here] if crops else None, texts[here] if texts else None))
+            arguments = self._arguments(some, crops[here] if crops else None, texts[here] if texts else None)
+            self._last_output = self._forward(**arguments, **(control(arguments, here) if control else {}))
             output = unpack(self._last_output[0], _grid(some[0])) if self._inputs.packed else self._last_output[0]
             yield from output.chunk(len(some))
 

@@ -44,6 +44,8 @@ class Callers:
         """The innermost attention module of a listed family whose method is running, or the innermost module of any other model."""
         found: tuple[str, nn.Module | None] = "", None
         frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__package__") == __package__:  # the interception's own
+            frame = frame.f_back
         while frame is not None:
             code = frame.f_code
             if code.co_argcount and code.co_varnames[0] == "self":  # the locals of a frame are a copy: ask for few

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,16 @@ def test_the_command_is_installed() -> None:
     done = subprocess.run([sys.executable, "-m", "scalediff.command.cli", "--help"], capture_output=True, text=True, check=True)
     assert "generate" in done.stdout
     assert "info" in done.stdout
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """As in `scalediff models | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["models"]) == 141
+    assert capfd.readouterr().err == ""
 
 
 def test_load_demo_and_from_pretrained_are_the_same() -> None:

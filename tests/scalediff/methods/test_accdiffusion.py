@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from scalediff.cascade.results import Stage
 from scalediff.methods import AccDiffusion
 from scalediff.methods.accdiffusion import accdiffusion
 from scalediff.methods.attention_maps import recorded_maps, token_masks
+from scalediff.methods.edges import find_edges, resolve_controlnet
 from tests.conftest import seeded, state_of
 from tests.scalediff.cascade.test_pipelines import built
 
@@ -61,9 +64,30 @@ def opened(mask: Tensor, times: int) -> Tensor:
     return mask
 
 
+def striped_edges(picture: Any, spread: float) -> Any:
+    """Stands in for OpenCV's edges: where the picture is brighter than its median, in every fourth row."""
+    bright: Any = (picture.max(2) > (1 + spread) * np.median(picture)) * np.uint8(255)
+    bright[np.arange(len(bright)) % 4 != 0] = 0
+    return bright
+
+
+def control_of(pipe: Any) -> Any:
+    """A ControlNet for the embedded model whose residuals are not zero, as those of a new one are."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(3)
+    controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16, 32)).eval()
+    for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block, controlnet.controlnet_cond_embedding.conv_out):
+        nn.init.normal_(block.weight, std=0.05)
+    return controlnet
+
+
 @torch.no_grad()
-def by_hand(pipe: Any, size: int, threshold: float, local_scale: float) -> tuple[list[Tensor], list[list[str]]]:
-    """Phases of 16 and of `size` latents in fp64, and the prompts of the views; a view is 16, a coarse token 2 latents."""
+def by_hand(pipe: Any, size: int, threshold: float, local_scale: float, controlnet: Any = None) -> tuple[list[Tensor], list[list[str]]]:
+    """Phases of 16 and of `size` latents in fp64, and the prompts of the views; a view is 16, a coarse token 2 latents.
+
+    A ControlNet sees the view's part of `striped_edges` of the first phase's picture, with the scale 0.8.
+    """
     rng, window = seeded(), 16
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(STEPS)
@@ -76,8 +100,15 @@ def by_hand(pipe: Any, size: int, threshold: float, local_scale: float) -> tuple
         found: Tensor = pipe.text_encoder(ids)[0].double()
         return found
 
-    def model(x: Tensor, t: Tensor, text: str, w: float) -> Tensor:
-        empty, named = unet(torch.cat([x, x]), t, torch.cat([encoded(""), encoded(text)])).sample.chunk(2)
+    def model(x: Tensor, t: Tensor, text: str, w: float, edges: Tensor | None = None) -> Tensor:
+        pair, texts, residuals = torch.cat([x, x]), torch.cat([encoded(""), encoded(text)]), {}
+        if edges is not None:
+            down, middle = controlnet(pair, t, texts, torch.cat([edges, edges]), return_dict=False)
+            residuals = {
+                "down_block_additional_residuals": [0.8 * one for one in down],
+                "mid_block_additional_residual": 0.8 * middle,
+            }
+        empty, named = unet(pair, t, texts, **residuals).sample.chunk(2)
         return empty + w * (named - empty)  # type: ignore[no-any-return]
 
     def step(out: Tensor, t: Tensor, x: Tensor) -> Tensor:
@@ -113,6 +144,15 @@ def by_hand(pipe: Any, size: int, threshold: float, local_scale: float) -> tuple
         for y, x in corners
     ]
 
+    edges = None
+    if controlnet is not None:
+        controlnet = copy.deepcopy(controlnet).double()
+        decoded = pipe.vae.decode(z.float() / pipe.vae.config.scaling_factor).sample[0].permute(1, 2, 0)
+        picture = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        found = torch.from_numpy(striped_edges(picture, 0.3)).double() / 255
+        edges = F.interpolate(found.expand(1, 3, -1, -1), size=(4 * size, 4 * size), mode="bicubic").clamp(0, 1)
+        edges = F.pad(edges, (8 * r,) * 4)
+
     above = F.interpolate(z, size=(size, size), mode="bicubic")
     noise = torch.randn(1, 4, size, size, generator=rng).double()
     x = copy.deepcopy(scheduler).add_noise(above, noise, scheduler.timesteps[:1])
@@ -123,7 +163,8 @@ def by_hand(pipe: Any, size: int, threshold: float, local_scale: float) -> tuple
         value, count = torch.zeros_like(wide), torch.zeros_like(wide)
         for (i, j), text in zip(corners, texts, strict=True):
             here = (..., slice(2 * i, 2 * i + window), slice(2 * j, 2 * j + window))
-            value[here] += step(model(wide[here], t, text, local_scale), t, wide[here])
+            seen = None if edges is None else edges[..., 8 * i : 8 * i + 64, 8 * j : 8 * j + 64]
+            value[here] += step(model(wide[here], t, text, local_scale, seen), t, wide[here])
             count[here] += 1
         local = (value / count)[..., 2 * r : 2 * r + size, 2 * r : 2 * r + size]
         std = 0.99 * f + 0.01
@@ -157,6 +198,64 @@ def test_the_embedded_model_is_the_published_loop(demo: Any, options: AccDiffusi
     assert len(set(texts)) > 1, "views have prompts of their own"
     for stage, latents in zip(stages, expected, strict=True):
         torch.testing.assert_close(stage.latents.double(), latents, rtol=1e-3, atol=2e-3)
+
+
+def test_the_second_version_gives_the_views_edges(demo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr("scalediff.methods.edges.find_edges", striped_edges)
+    controlnet = control_of(demo)
+    options = AccDiffusion(threshold=0.5, local_guidance_scale=5.0, controlnet=controlnet, controlnet_scale=0.8)
+    before = state_of(controlnet)
+    stages = run(demo, (96, 96), {"prompt": PROMPT}, options)
+    assert state_of(controlnet) == before
+    expected, _ = by_hand(demo, 24, 0.5, 5.0, controlnet)
+    for stage, latents in zip(stages, expected, strict=True):
+        torch.testing.assert_close(stage.latents.double(), latents, rtol=1e-3, atol=2e-3)
+    controlnet.save_pretrained(tmp_path)
+    latents, text, edges = torch.randn(1, 4, 16, 16), torch.randn(1, 24, 64), torch.ones(1, 3, 64, 64)
+    with torch.no_grad():
+        residuals = controlnet(latents, 0, text, edges, return_dict=False)[1]
+    assert residuals.std() > 0.1, "what the views are given changes the picture"
+    loaded, own = resolve_controlnet(demo, tmp_path).state_dict(), controlnet.state_dict()
+    assert all(torch.equal(loaded[name], own[name]) for name in own)
+
+
+def test_edges_have_thresholds_about_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 60, with a Sobel gradient of 240 and a median of 130: above 1.3 x 130, below the cut threshold of 255 at 2 x 130."""
+    picture = np.full((32, 32, 3), 100, np.uint8)
+    picture[:, 16:] = 160
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cv2", None)
+        with pytest.raises(ImportError, match=r'the edges for a ControlNet need OpenCV: pip install "scalediff\[controlnet\]"'):
+            find_edges(picture, 0.3)
+    pytest.importorskip("cv2")
+    edges = find_edges(picture, 0.3)
+    assert edges.dtype == np.uint8
+    assert set(edges.nonzero()[1].tolist()) <= {15, 16}
+    assert edges.any()
+    assert not find_edges(picture, 1.0).any()
+
+
+def test_a_controlnet_for_another_model_is_refused(demo: Any) -> None:
+    from diffusers import ControlNetModel
+
+    for controlnet, error, message in (
+        (nn.Linear(1, 1), TypeError, "controlnet must be a ControlNetModel of diffusers or the folder of one, got Linear"),
+        (
+            ControlNetModel.from_unet(demo.unet),
+            ValueError,
+            "controlnet must be made for 4 pixels per latent, as the autoencoder has, got 8",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            run(demo, (96, 96), {"prompt": PROMPT}, AccDiffusion(controlnet=controlnet))
+    wide = control_of(demo)
+    wide.register_to_config(cross_attention_dim=2048)
+    with pytest.raises(
+        ValueError, match=r"controlnet must be made for this U-Net, whose text has 64 channels, got cross_attention_dim=2048"
+    ):
+        run(demo, (96, 96), {"prompt": PROMPT}, AccDiffusion(controlnet=wide))
+    with pytest.raises(ValueError, match=r"edge_spread must lie in \[0, 1\], got edge_spread=1.5"):
+        AccDiffusion(edge_spread=1.5)
 
 
 def test_masks_are_opened_and_maps_are_recorded_at_the_coarsest_level(demo: Any) -> None:
