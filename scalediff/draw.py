@@ -247,7 +247,7 @@ def _explicit_settings(
     """The settings that the caller passed."""
     given = {
         "steps": steps, "restart": restart, "guidance_scale": guidance_scale, "attention": attention, "lfm": lfm, "sg": sg,
-        "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff,
+        "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff, "wrap": wrap,
     }  # fmt: skip
     return {name: value for name, value in given.items() if value is not None}
 

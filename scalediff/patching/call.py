@@ -131,9 +131,10 @@ class Call:
             image_q, image_k, image_v, text_q, text_k, text_v,
             **sizes.geometry, scale=scale, text_rope=text_rope, text_queries=self.text_queries, impl=self.impl,
         )  # fmt: skip
-        image_out = image_out.flatten(1, 2)
         if text_out is None:
-            return image_out
+            only: Tensor = image_out.flatten(1, 2)
+            return only
+        image_out = image_out.flatten(1, 2)
         parts, between = [image_out, text_out], 0
         if self.sequence.side == "prefix":
             parts, between = [text_out, image_out], span.image - span.text_stop
