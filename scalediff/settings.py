@@ -27,6 +27,7 @@ Jitter = Literal["none", "alternate", "random"]
 Anchor = Literal["picture", "trajectory"]
 SizeConditioning = Literal["target", "native"]
 PerStage = float | tuple[float, ...]
+TILES: Mapping[str, tuple[bool, bool]] = {"x": (False, True), "y": (True, False), "xy": (True, True)}  # names of `Settings.wrap`
 
 _PER_STAGE = ("restart", "lfm_cutoff", "sg_cutoff", "sg_cutoff_start", "guidance_until")
 _CHOICES = {"attention": Attention, "filter": Kind, "anchor": Anchor, "size_conditioning": SizeConditioning, "jitter": Jitter}

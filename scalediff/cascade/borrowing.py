@@ -48,14 +48,11 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
     handle, wrap = handle_of(pipe), wrap_of(pipe, settings)
     with ExitStack() as undo:
         undo.enter_context(restored_pipeline(pipe))
-        if handle is not None and handle.wrap != wrap:
-            undo.enter_context(_wrap_set(handle, wrap))
-        if any(wrap):  # also parts that the handle does not have, or that were replaced since
-            undo.enter_context(wrapped(padding_parts(pipe), wrap))
         if handle is None and settings.attention == "npa":
             nets = networks_of(pipe)  # ControlNets that the caller patched separately are left alone
             whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
-            handle = undo.enter_context(patch_networks(whole, jitter=settings.jitter or "none", wrap=wrap))
+            handle = undo.enter_context(patch_networks(whole, jitter=settings.jitter or "none"))
+        _wrap(pipe, handle, wrap, undo)
         if vae_attention == "npa":
             undo.enter_context(_windowed_vae(pipe, wrap))
         attention = handle.attention if handle is not None else None
@@ -69,15 +66,14 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
                 handle.attention, handle.jitter = attention, jitter
 
 
-@contextmanager
-def _wrap_set(handle: Handle, wrap: tuple[bool, bool]) -> Iterator[None]:
-    """Let the windows of a patched pipeline continue on the other side along these axes, or of none."""
-    before = handle.wrap
-    try:
-        handle.wrap = wrap
-        yield
-    finally:
-        handle.wrap = before
+def _wrap(pipe: Any, handle: Handle | None, wrap: tuple[bool, bool], undo: ExitStack) -> None:
+    """Let windows and convolutions continue on the other side along these axes, or along none, until `undo` closes."""
+    before = handle.wrap if handle is not None else (False, False)
+    if handle is not None and before != wrap:
+        undo.callback(handle.wrap_attention, before)
+        handle.wrap_attention(wrap)
+    if any(wrap) or any(before):  # the pipeline's own parts: the handle's may be others, as an autoencoder that was replaced since
+        undo.enter_context(wrapped(padding_parts(pipe), wrap))
 
 
 @contextmanager
@@ -89,7 +85,9 @@ def _windowed_vae(pipe: Any, wrap: tuple[bool, bool]) -> Iterator[None]:
         raise NotImplementedError(f"vae_attention='npa' needs an image autoencoder with attention, got {type(pipe.vae).__name__}")
     with ExitStack() as undo:
         for part, patch in parts:
-            undo.enter_context(patch_networks(part, patch_size=patch, window=window, wrap=wrap))
+            handle = undo.enter_context(patch_networks(part, patch_size=patch, window=window))
+            undo.callback(handle.wrap_attention, handle.wrap)
+            handle.wrap_attention(wrap)
         yield
 
 

@@ -67,7 +67,8 @@ def run(
     Returns:
         The return value of the pipeline's last call, or None with `on_stage`.
     """
-    settings = replace(settings, wrap=wrap_of(pipe, settings))
+    if any(wrap := wrap_of(pipe, settings)):
+        settings = replace(settings, wrap=wrap)
     check_run(pipe, arguments, sizes, settings, restarts=len(sizes) - (picture is None))
     check_possible(pipe, arguments, sizes[-1])
     with borrowed(pipe, settings, options.vae_attention) as handle:

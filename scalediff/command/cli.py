@@ -15,9 +15,9 @@ from scalediff.cascade.describing import package_version
 from scalediff.command import commands, comparing, drawing
 from scalediff.command.comparing import COMPARABLE
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
-from scalediff.command.method_options import AXES
 from scalediff.cost.flops import MODELS
 from scalediff.methods import method_names
+from scalediff.settings import TILES
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -233,7 +233,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     method.add_argument("--anchor", choices=("picture", "trajectory"), help="target of structure guidance")
     method.add_argument(
         "--tile",
-        choices=tuple(AXES),
+        choices=tuple(TILES),
         dest="wrap",
         help="draw a picture that continues on the other side: x, a panorama; xy, a texture; with a U-Net",
     )

@@ -16,7 +16,6 @@ SETTING_OPTIONS = (
     "steps", "restart", "guidance_scale", "guidance_until", "attention", "jitter", "lfm", "sg", "lfm_cutoff", "sg_cutoff",
     "sg_cutoff_start", "filter", "anchor", "size_conditioning", "wrap",
 )  # fmt: skip
-AXES = {"x": (False, True), "y": (True, False), "xy": (True, True)}  # of --tile, whose setting is `wrap`
 _OPTIONS = {"wrap": "tile"}  # options that have another name than their setting
 # Further options of ScaleDiff alone, with the value that means they were not given.
 _RUN_OPTIONS = {"sizes": None, "workdir": None, "preview": None, "vae_tiling": None, "vae_attention": "full", "split_guidance": False,

@@ -17,9 +17,9 @@ from scalediff.cascade.progress import Step
 from scalediff.cascade.upsampling import Upsampler
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
 from scalediff.command.loading import UsageError, load_model, one_line
-from scalediff.command.method_options import AXES, IN_PARTS, SETTING_OPTIONS
+from scalediff.command.method_options import IN_PARTS, SETTING_OPTIONS
 from scalediff.command.reporting import Job, print_status, vae_tiling
-from scalediff.settings import Settings
+from scalediff.settings import TILES, Settings
 
 # Arguments of `generate` that every method has; an upsampler is refused by those that enlarge no picture.
 SHARED = ("preset", "negative_prompt", "generator", "progress", "upsampler")
@@ -43,7 +43,7 @@ def resolve_settings(pipe: Any, options: Namespace) -> Settings:
     """The settings of the preset, overridden by those of the command line."""
     named = {name: getattr(options, name) for name in SETTING_OPTIONS if getattr(options, name) is not None}
     if "wrap" in named:
-        named["wrap"] = AXES[named["wrap"]]
+        named["wrap"] = TILES[named["wrap"]]
     return replace(named_preset(pipe, options.preset).settings, **named)
 
 

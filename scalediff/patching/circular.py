@@ -2,7 +2,7 @@
 
 Beside windows, a network that draws a seamless picture needs convolutions whose padding is the other side of the picture instead of zeros.
 As a patched denoiser, each of them gets a subclass of its class; copies and pickles have the original one. Weights, hooks and functions do
-not change, and undoing it restores the class.
+not change, and undoing it restores the class. For a run it holds in its thread alone, since pipelines may share an autoencoder.
 
 Legend: B batch, C channels, Y x X pixels or latents.
 """
@@ -10,8 +10,10 @@ Legend: B batch, C channels, Y x X pixels or latents.
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +32,19 @@ _RESAMPLERS = {"FirDownsample2D", "FirUpsample2D", "KDownsample2D", "KUpsample2D
 
 @dataclass(frozen=True)
 class _Seam:
-    """The mark in the `__dict__` of a module that wraps; there is one for each pair of axes."""
+    """The mark in the `__dict__` of a module that wraps: the axes, and the thread in which it does; None means all threads."""
 
     wrap: Wrap
+    thread: int | None = None
+
+    @property
+    def applies(self) -> bool:
+        """Whether the module wraps in this thread. A compiled graph belongs to the thread that runs it."""
+        return self.thread is None or torch.compiler.is_compiling() or self.thread == threading.get_ident()
 
 
-_seam = functools.cache(_Seam)
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()  # of networks in `wrapped`
+_LOCKS_LOCK = threading.Lock()
 
 
 def check_convolutions(parts: Iterable[nn.Module], wrap: Wrap) -> None:
@@ -56,34 +65,47 @@ def set_wrap(parts: Iterable[nn.Module], wrap: Wrap) -> None:
     """Let the padding of all convolutions in some networks continue on the other side along the axes of `wrap`, or of none again."""
     for part in parts:
         for module in _padding_modules(part):
-            _set_seam(module, None if wrap == NO_WRAP else _seam(wrap))
+            _set_seam(module, None if wrap == NO_WRAP else _Seam(wrap))
 
 
 @contextmanager
 def wrapped(parts: Sequence[nn.Module], wrap: Wrap) -> Iterator[None]:
-    """As `set_wrap` in a `with` block; every module is afterwards as it was before.
+    """As `set_wrap` in a `with` block and for this thread alone; every module is afterwards as it was before.
+
+    Another thread that wraps one of the networks waits.
 
     Raises:
         NotImplementedError: As `check_convolutions`.
     """
     check_convolutions(parts, wrap)
-    before = [(module, module.__dict__.get(ATTRIBUTE)) for part in parts for module in _padding_modules(part)]
-    try:
-        set_wrap(parts, wrap)
+    with ExitStack() as undo:
+        for part in sorted(parts, key=id):  # in one order in all threads, so that none waits for another that waits for it
+            undo.enter_context(_lock_of(part))
+        for module in [module for part in parts for module in _padding_modules(part)]:
+            before = module.__dict__.get(ATTRIBUTE)
+            if before != _Seam(wrap):  # else it wraps in all threads already
+                undo.callback(_set_seam, module, before)
+                _set_seam(module, None if wrap == NO_WRAP else _Seam(wrap, threading.get_ident()))
         yield
-    finally:
-        for module, seam in before:
-            _set_seam(module, seam)
+
+
+def _lock_of(part: nn.Module) -> threading.RLock:
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(part, threading.RLock())
 
 
 def _set_seam(module: nn.Module, seam: _Seam | None) -> None:
-    now = module.__dict__.get(ATTRIBUTE)
-    if now is seam:
-        return
+    now, kind = module.__dict__.get(ATTRIBUTE), _kind(module)
     if isinstance(now, _Seam):
         restore_class(module, now)
     if seam is not None:
-        patch_class(module, seam, _methods(_kind(module), seam))
+        patch_class(module, seam, _methods(kind, seam.wrap))
+
+
+def _wraps(module: Any) -> bool:
+    """Whether a module of a subclass made here wraps; a copy does not."""
+    seam = module.__dict__.get(ATTRIBUTE)
+    return seam is not None and seam.applies
 
 
 def _padding_modules(part: nn.Module) -> list[nn.Module]:
@@ -118,17 +140,17 @@ def _obstacle(module: nn.Module) -> str:
 
 
 @functools.cache  # torch.compile can then reuse a graph in the next run
-def _methods(kind: str, seam: _Seam) -> Callable[[type], dict[str, Callable[..., Any]]]:
+def _methods(kind: str, wrap: Wrap) -> Callable[[type], dict[str, Callable[..., Any]]]:
     """The function that makes the methods of a module's class, for `patch_class`."""
     make = {"convolution": _convolution, "downsampling": _downsampling, "tiles": _tiles}[kind]
-    return functools.cache(lambda cls: make(cls, seam))
+    return lambda cls: make(cls, wrap)
 
 
-def _convolution(cls: Any, seam: _Seam) -> dict[str, Callable[..., Any]]:
-    wrap_y, wrap_x = seam.wrap
+def _convolution(cls: Any, wrap: Wrap) -> dict[str, Callable[..., Any]]:
+    wrap_y, wrap_x = wrap
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if ATTRIBUTE not in self.__dict__:  # a copy
+        if not _wraps(self):
             return cls._conv_forward(self, input, weight, bias)  # type: ignore[no-any-return]
         y, x = self.padding
         around = F.pad(input, (x * wrap_x, x * wrap_x, y * wrap_y, y * wrap_y), mode="circular")
@@ -137,12 +159,12 @@ def _convolution(cls: Any, seam: _Seam) -> dict[str, Callable[..., Any]]:
     return {"_conv_forward": _conv_forward}
 
 
-def _downsampling(cls: Any, seam: _Seam) -> dict[str, Callable[..., Any]]:
+def _downsampling(cls: Any, wrap: Wrap) -> dict[str, Callable[..., Any]]:
     """Of diffusers' module that appends a row and a column of zeros: two of the other side before them, and one result less."""
-    wrap_y, wrap_x = seam.wrap
+    wrap_y, wrap_x = wrap
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if ATTRIBUTE not in self.__dict__:
+        if not _wraps(self):
             return cls.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         around = F.pad(hidden_states, (0, 2 * wrap_x, 0, 2 * wrap_y), mode="circular")
         out: Tensor = cls.forward(self, around, *args, **kwargs)
@@ -151,7 +173,7 @@ def _downsampling(cls: Any, seam: _Seam) -> dict[str, Callable[..., Any]]:
     return {"forward": forward}
 
 
-def _tiles(cls: Any, seam: _Seam) -> dict[str, Callable[..., Any]]:
+def _tiles(cls: Any, wrap: Wrap) -> dict[str, Callable[..., Any]]:
     """Of an autoencoder that runs in tiles: it goes on beyond the border for as much as tiles overlap, and the two are blended."""
 
     def continued(name: str) -> Callable[..., Any]:
@@ -159,12 +181,12 @@ def _tiles(cls: Any, seam: _Seam) -> dict[str, Callable[..., Any]]:
 
         @functools.wraps(original)
         def run(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if ATTRIBUTE not in self.__dict__:
+            if not _wraps(self):
                 return original(self, x, *args, **kwargs)
             of_pixels, of_latents = self.tile_sample_min_size, self.tile_latent_min_size
             overlap = max(1, int(of_latents * self.tile_overlap_factor)) * (of_pixels // of_latents if "encode" in name else 1)
             sizes = tuple(x.shape[-2:])
-            margins = tuple(min(overlap, n) if on else 0 for n, on in zip(sizes, seam.wrap, strict=True))
+            margins = tuple(min(overlap, n) if on else 0 for n, on in zip(sizes, wrap, strict=True))
             longer = x.repeat(1, 1, *(2 if margin else 1 for margin in margins))
             longer = longer[..., : sizes[0] + margins[0], : sizes[1] + margins[1]]
             return _of_output(original(self, longer, *args, **kwargs), functools.partial(_closed, sizes=sizes, margins=margins))

@@ -88,9 +88,17 @@ class Handle:
             raise ValueError(f"wrap can be set while the model is patched, which it is not any more, got wrap={value!r}")
         wrap = value[0], value[1]
         check_convolutions(self.parts, wrap)
+        self.wrap_attention(wrap)
+        set_wrap(self.parts, wrap)
+
+    def wrap_attention(self, wrap: Wrap) -> None:
+        """Set `wrap` for the attention alone, for a run that wraps convolutions in its thread.
+
+        Raises:
+            NotImplementedError: A model has positions, which end at the border.
+        """
         for target in self._targets:
             target.set_wrap(wrap)
-        set_wrap(self.parts, wrap)
 
     @property
     def parts(self) -> list[nn.Module]:

@@ -59,7 +59,7 @@ def shifted_noise(patched: pytest.MonkeyPatch, share: tuple[float, float]) -> No
     ("size", "more", "share"),
     [
         (PANORAMA, {"wrap": X}, (0, 0.5)),  # by one patch of the base stage, which is 2 patches of the next one and 4 of the last
-        (TEXTURE, {"wrap": BOTH, "preset": Settings(filter="gaussian", jitter="alternate")}, (0.5, 0.5)),
+        (TEXTURE, {"wrap": BOTH, "preset": Settings(filter="gaussian", jitter="alternate"), "vae_attention": "npa"}, (0.5, 0.5)),
     ],
 )
 def test_shifted_noise_gives_the_shifted_picture(sdxl: Any, monkeypatch: pytest.MonkeyPatch, size: Any, more: Any, share: Any) -> None:
@@ -90,7 +90,7 @@ def test_a_run_restores_the_pipeline(sdxl: Any) -> None:
         seen.append(all(type(module).__dict__.get("_conv_forward") for module in (pipe.unet.conv_in, pipe.vae.encoder.conv_in)))
 
     arguments = {**TEXTURE, "call": embeddings, **FAST}
-    scalediff.generate(pipe, None, **arguments, wrap=X, on_stage=on_stage, generator=seeded(), vae_attention="npa")
+    scalediff.generate(pipe, None, **arguments, wrap=X, on_stage=on_stage, generator=seeded())
     assert seen == [True, True]
     assert [state_of(part) for part in padding_parts(pipe)] == states
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -131,6 +132,42 @@ def test_contexts_nest(unet: nn.Module) -> None:
         assert torch.equal(conv(), outer)
     assert not torch.equal(both, outer)
     assert torch.equal(conv(), zeros)
+
+
+def test_a_run_wraps_in_its_thread_alone(unet: nn.Module) -> None:
+    """Pipelines may share an autoencoder: another thread sees zeros at the border, and waits if it wraps too."""
+    conv, x = unet.conv_in, latents(4, 4)
+    order: list[str] = []
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = conv(x)
+        return out
+
+    def wrapping() -> Tensor:
+        with wrapped([conv], Y):
+            order.append("second")
+            return plain()
+
+    zeros = plain()
+    with ThreadPoolExecutor(1) as pool:
+        with wrapped([conv], X):
+            assert torch.equal(pool.submit(plain).result(), zeros)
+            second = pool.submit(wrapping)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.05)
+            order.append("first")
+            mine = plain()
+        theirs = second.result(timeout=10)
+        set_wrap([conv], X)
+        assert torch.equal(pool.submit(plain).result(), mine), "a patched model wraps in all threads"
+        with wrapped([conv], X):
+            assert torch.equal(pool.submit(plain).result(), mine)
+        set_wrap([conv], (False, False))
+    assert order == ["first", "second"]
+    assert not torch.equal(mine, theirs)
+    assert not torch.equal(mine, zeros)
+    assert type(conv) is nn.Conv2d
 
 
 def test_copies_and_pickles_do_not_wrap(unet: nn.Module) -> None:
