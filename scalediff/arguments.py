@@ -75,6 +75,12 @@ def check_grid(name: str, value: Any) -> None:
         raise wrong_type(name, "two positive integers (Y, X) in tokens", value)
 
 
+def check_wrap(name: str, value: Any) -> None:
+    """Check for a pair of booleans, one for each axis."""
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(one, bool) for one in value):
+        raise wrong_type(name, "a pair of booleans (Y, X)", value)
+
+
 def choice(allowed: Sequence[str]) -> Check:
     """A check for one of these strings."""
 

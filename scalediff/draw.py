@@ -18,7 +18,7 @@ from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import Generators, fresh_generator
 from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pipeline import Sizes, cascade_of, guidance_argument, named_preset, pixels_per_latent, stage_sizes
+from scalediff.cascade.pipeline import Sizes, cascade_of, guidance_argument, named_preset, pixels_per_latent, stage_sizes, wrap_of
 from scalediff.cascade.progress import Step
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.run import run
@@ -66,6 +66,7 @@ def generate(
     sg: bool | None = None,
     lfm_cutoff: PerStage | None = None,
     sg_cutoff: PerStage | None = None,
+    wrap: tuple[bool, bool] | None = None,
     sizes: Sizes | None = None,
     vae_tiling: bool | None = None,
     vae_attention: Attention = "full",
@@ -95,6 +96,9 @@ def generate(
         preset: `"default"`; `"paper"`, the values published for this model; another preset of the family (`scalediff models` lists
             them); or a `Settings` or `Preset` object.
         steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: Override the preset, as in `Settings`.
+        wrap: Whether the picture continues on the other side, per axis `(Y, X)`: `(False, True)` for a panorama of 360 degrees, `(True,
+            True)` for a texture. Nothing in the picture then tells where it begins. For U-Nets; sides that wrap must be whole tokens at
+            every level of the U-Net. When None, that of the patched pipeline.
         sizes: (height, width) of every stage in pixels, base first and target last. When None, each stage doubles the size.
         vae_tiling: Encode and decode in tiles with blended seams. When None, the pipeline's setting holds, and tiling is turned on if the
             autoencoder would not fit into the device's memory beside the weights.
@@ -127,7 +131,7 @@ def generate(
 
     ScaleDiff, arXiv:2510.25818.
     """
-    given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
+    given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff, wrap)
     check_inputs(pipe, prompt, negative_prompt, generator, call)
     if method != "scalediff":
         options = resolve_method(method, resolve_upsampler(upsampler))
@@ -142,9 +146,9 @@ def generate(
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-    return _run_cascade(
-        pipe, arguments, stage_sizes(pipe, height, width, sizes), _settings_of(chosen, given, arguments), run_options, workdir
-    )
+    settings = _settings_of(chosen, given, arguments)
+    planned = stage_sizes(pipe, height, width, sizes, wrap=wrap_of(pipe, settings))
+    return _run_cascade(pipe, arguments, planned, settings, run_options, workdir)
 
 
 @checked(DRAWING_CHECKS)
@@ -168,6 +172,7 @@ def upscale(
     sg: bool | None = None,
     lfm_cutoff: PerStage | None = None,
     sg_cutoff: PerStage | None = None,
+    wrap: tuple[bool, bool] | None = None,
     sizes: Sizes | None = None,
     vae_tiling: bool | None = None,
     vae_attention: Attention = "full",
@@ -188,6 +193,7 @@ def upscale(
         sizes: (height, width) of every stage in pixels; the first must be larger than the picture. When None, each stage doubles the size.
         restart: Share of the steps that every stage runs. The larger it is, the more the picture changes.
         negative_prompt, call, generator, preset, steps, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`.
+        wrap: As in `generate`. The picture should already continue on the other side.
         vae_tiling, vae_attention, split_guidance, upsampler, workdir, on_stage, on_step, progress: As in `generate`.
 
     Returns:
@@ -201,7 +207,7 @@ def upscale(
 
     ScaleDiff, arXiv:2510.25818.
     """
-    given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff)
+    given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff, wrap)
     check_inputs(pipe, prompt, negative_prompt, generator, call)
     images = image if isinstance(image, list) else [image]
     if not images:
@@ -215,29 +221,33 @@ def upscale(
     own_width, own_height = images[0].size
     if abs(math.log(height * own_width / (width * own_height))) > _MAX_DISTORTION:
         raise ValueError(f"the target must have the aspect ratio of the picture, {own_height} x {own_width}, got {height=}, {width=}")
-    planned = stage_sizes(pipe, height, width)
+    chosen = _resolve_preset(pipe, preset)
+    arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
+    settings = _settings_of(chosen, given, arguments)
+    around = wrap_of(pipe, settings)
+    planned = stage_sizes(pipe, height, width, wrap=around)
     above = [size for size in planned if size[0] * size[1] > own_height * own_width]
     if not above:
         raise ValueError(f"the target must be larger than the picture, {own_height} x {own_width}, got {height=}, {width=}")
     multiple = pixels_per_latent(pipe) * cascade_of(pipe).patch
     near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
+    if any(on and own != side for on, own, side in zip(around, (own_height, own_width), near.values(), strict=True)):
+        raise ValueError(f"a side that wraps must be a multiple of {multiple} pixels, got a picture of {own_height} x {own_width}")
     if sizes is not None:
-        above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]))
+        above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]), wrap=around)
     picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
-    chosen = _resolve_preset(pipe, preset)
-    arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-    return _run_cascade(pipe, arguments, above, _settings_of(chosen, given, arguments), run_options, workdir, picture, planned[0])
+    return _run_cascade(pipe, arguments, above, settings, run_options, workdir, picture, planned[0])
 
 
 def _explicit_settings(
     steps: int | None, restart: PerStage | None, guidance_scale: float | None, attention: Attention | None, lfm: bool | None,
-    sg: bool | None, lfm_cutoff: PerStage | None, sg_cutoff: PerStage | None,
+    sg: bool | None, lfm_cutoff: PerStage | None, sg_cutoff: PerStage | None, wrap: tuple[bool, bool] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The settings that the caller passed."""
     given = {
         "steps": steps, "restart": restart, "guidance_scale": guidance_scale, "attention": attention, "lfm": lfm, "sg": sg,
-        "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff,
+        "lfm_cutoff": lfm_cutoff, "sg_cutoff": sg_cutoff, "wrap": wrap,
     }  # fmt: skip
     return {name: value for name, value in given.items() if value is not None}
 

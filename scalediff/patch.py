@@ -19,6 +19,7 @@ from scalediff.arguments import (
     check_grid,
     check_integer,
     check_positive,
+    check_wrap,
     choice,
     instance,
     optional,
@@ -58,6 +59,7 @@ _CHECKS: dict[str, Check] = {
     "text_rope": instance((bool, TextRotation), "True, False or a TextRotation"),
     "jitter": choice(get_args(Jitter)),
     "seed": check_integer,
+    "wrap": check_wrap,
     "strict": check_boolean,
     "impl": choice(get_args(Impl)),
 }
@@ -78,6 +80,7 @@ def patch_model(
     text_rope: bool | TextRotation = True,
     jitter: Jitter = "none",
     seed: int = 0,
+    wrap: tuple[bool, bool] = (False, False),
     strict: bool = True,
     impl: Impl = "auto",
 ) -> Handle:
@@ -109,6 +112,10 @@ def patch_model(
             fraction of a patch at every step. Forward passes with the same input tensor count as one step;
             `Handle.restart_jitter` starts the sequence again.
         seed: Seed of the random offsets, which must be the same on all ranks of a parallel model. They come from a separate generator.
+        wrap: Whether the picture continues on the other side, per axis `(Y, X)`: `(False, True)` for a panorama of 360 degrees, `(True,
+            True)` for a texture. For U-Nets and other models without positions. Windows and patches then cross the border, and so do the
+            convolutions of the model, at every size; of a pipeline also those of ControlNets, autoencoder and adapter. Load adapters such
+            as LoRA before. Along an axis that wraps, the grid should have whole tokens at every level of the model.
         strict: Raise an error if a self-attention module cannot be patched or, in a later pass, ran without calling attention;
             or if no attention call of an unlisted model has the lengths of its layout in its first pass, at any size. Warn
             instead when False.
@@ -130,7 +137,8 @@ def patch_model(
             wrong type.
         RuntimeError: The call comes from a callback of a run of the same model.
         NotImplementedError: The model is a video model; it uses ring attention, or diffusers' context parallelism on a model whose
-            order of tokens is not known; `impl="triton"` without the triton package. `impl="triton"` on a model that is not on a
+            order of tokens is not known; `wrap` for a model with positions, or with other convolutions than diffusers' U-Nets and
+            autoencoders have; `impl="triton"` without the triton package. `impl="triton"` on a model that is not on a
             GPU, gradient checkpointing, and such parallelism if it is enabled after patching, raise this error at the first call
             above the native area.
 
@@ -138,9 +146,11 @@ def patch_model(
     """
     arguments: dict[str, Any] = {
         "grid": grid, "patch_size": patch_size, "levels": levels, "layout": layout, "text": text, "window": window,
-        "text_queries": text_queries, "text_rope": text_rope, "jitter": jitter, "seed": seed, "strict": strict, "impl": impl,
+        "text_queries": text_queries, "text_rope": text_rope, "jitter": jitter, "seed": seed, "wrap": wrap, "strict": strict,
+        "impl": impl,
     }  # fmt: skip
     check_arguments(_CHECKS, arguments)
+    arguments["wrap"] = wrap[0], wrap[1]
     with held(model):
         handle = patch_networks(model, **arguments)
         if not isinstance(model, nn.Module):
@@ -206,4 +216,5 @@ def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     given = {name for name, value in arguments.items() if value is not None}
     if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in given):
         arguments["negative_prompt"] = cascade_of(pipe).negative
-    return run(pipe, arguments, stage_sizes(pipe, height, width), settings, RunOptions())
+    wrap = handle.wrap if handle is not None else (False, False)
+    return run(pipe, arguments, stage_sizes(pipe, height, width, wrap=wrap), settings, RunOptions())

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from scalediff.arguments import check_boolean, check_integer, check_mapping, check_number, check_text, choice, instance, wrong_type
+from scalediff.arguments import (
+    check_boolean,
+    check_integer,
+    check_mapping,
+    check_number,
+    check_text,
+    check_wrap,
+    choice,
+    instance,
+    wrong_type,
+)
 from scalediff_kernels.lowpass.geometry import Kind
 
 Attention = Literal["npa", "full"]
@@ -17,6 +27,7 @@ Jitter = Literal["none", "alternate", "random"]
 Anchor = Literal["picture", "trajectory"]
 SizeConditioning = Literal["target", "native"]
 PerStage = float | tuple[float, ...]
+TILES: Mapping[str, tuple[bool, bool]] = {"x": (False, True), "y": (True, False), "xy": (True, True)}  # names of `Settings.wrap`
 
 _PER_STAGE = ("restart", "lfm_cutoff", "sg_cutoff", "sg_cutoff_start", "guidance_until")
 _CHOICES = {"attention": Attention, "filter": Kind, "anchor": Anchor, "size_conditioning": SizeConditioning, "jitter": Jitter}
@@ -49,6 +60,8 @@ class Settings:
         size_conditioning: The picture size in Stable Diffusion XL's size conditioning in high-resolution stages: `"target"`, the size of
             the stage, which is the pipeline's default, or `"native"`, the size that the model was mostly trained on. Which of them the
             authors' stages have is not known.
+        wrap: Whether the picture continues on the other side, per axis `(Y, X)`, as in `patch_model`: attention, convolutions, upsampling
+            and filters cross the border. None means that of an already patched pipeline, and `(False, False)` otherwise.
 
     Raises:
         ValueError: A value is outside its range.
@@ -69,12 +82,16 @@ class Settings:
     guidance_until: PerStage = 1.0
     jitter: Jitter | None = None
     size_conditioning: SizeConditioning = "target"
+    wrap: tuple[bool, bool] | None = None
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps)
         check_number("guidance_scale", self.guidance_scale)
         for name in ("lfm", "sg"):
             check_boolean(name, getattr(self, name))
+        if self.wrap is not None:
+            check_wrap("wrap", self.wrap)
+            object.__setattr__(self, "wrap", tuple(self.wrap))  # JSON gives lists
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got steps={self.steps}")
         if not math.isfinite(self.guidance_scale):

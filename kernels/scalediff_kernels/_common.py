@@ -68,6 +68,38 @@ def load_box(
 
 
 @triton.jit
+def around(token, length, WRAP: tl.constexpr):
+    """Tokens of an axis that continues on the other side, from `[-length, 2 length)` to `[0, length)`; unchanged if it does not."""
+    if WRAP:
+        token = tl.where(token < 0, token + length, token)
+        token = tl.where(token >= length, token - length, token)
+    return token
+
+
+@triton.jit
+def load_box_around(
+    ref, strides, batch, y, x, head, limit_y, limit_x, grid_y, grid_x,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WRAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """As `load_box` by addresses, of a grid whose axes continue on the other side where WRAP. There, a box may begin before token 0."""
+    offs_y = y + tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    offs_x = x + tl.arange(0, ROWS * COLUMNS) % COLUMNS
+    offs_d = tl.arange(0, BLOCK_D)
+    m_n = (offs_y < limit_y) & (offs_x < limit_x) & (WRAP[0] | (offs_y >= 0)) & (WRAP[1] | (offs_x >= 0))
+    place = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
+    offs = around(offs_y, grid_y, WRAP[0]).to(tl.int64) * strides[1] + around(offs_x, grid_x, WRAP[1]).to(tl.int64) * strides[2]
+    ptrs = ref + place * VECTOR + (offs * VECTOR)[:, None] + offs_d[None, :]
+    if MASKED and D == BLOCK_D:
+        return tl.load(ptrs, mask=m_n[:, None], other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=m_n[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def load_text(
     ref, strides, batch, t, head, text,
     N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOXES: tl.constexpr,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent
+from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent, wrap_of
+from scalediff.patching.circular import wrapped
 from scalediff.patching.handle import Handle
-from scalediff.patching.networks import handle_of, networks_of
+from scalediff.patching.networks import handle_of, networks_of, padding_parts
 from scalediff.patching.patch_networks import patch_networks
 from scalediff.patching.subclass import is_patched
 from scalediff.settings import Attention, Settings
@@ -44,15 +45,16 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
     Yields the handle by which the stages switch the attention, or None if nothing is patched. A pipeline that is not patched is patched
     here for the run, so that a model with nothing to patch raises its error before anything is computed.
     """
-    handle = handle_of(pipe)
+    handle, wrap = handle_of(pipe), wrap_of(pipe, settings)
     with ExitStack() as undo:
         undo.enter_context(restored_pipeline(pipe))
         if handle is None and settings.attention == "npa":
             nets = networks_of(pipe)  # ControlNets that the caller patched separately are left alone
             whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
             handle = undo.enter_context(patch_networks(whole, jitter=settings.jitter or "none"))
+        _wrap(pipe, handle, wrap, undo)
         if vae_attention == "npa":
-            undo.enter_context(_windowed_vae(pipe))
+            undo.enter_context(_windowed_vae(pipe, wrap))
         attention = handle.attention if handle is not None else None
         jitter = handle.jitter if handle is not None else None
         try:
@@ -64,8 +66,18 @@ def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -
                 handle.attention, handle.jitter = attention, jitter
 
 
+def _wrap(pipe: Any, handle: Handle | None, wrap: tuple[bool, bool], undo: ExitStack) -> None:
+    """Let windows and convolutions continue on the other side along these axes, or along none, until `undo` closes."""
+    before = handle.wrap if handle is not None else (False, False)
+    if handle is not None and before != wrap:
+        undo.callback(handle.wrap_attention, before)
+        handle.wrap_attention(wrap)
+    if any(wrap) or any(before):  # the pipeline's own parts: the handle's may be others, as an autoencoder that was replaced since
+        undo.enter_context(wrapped(padding_parts(pipe), wrap))
+
+
 @contextmanager
-def _windowed_vae(pipe: Any) -> Iterator[None]:
+def _windowed_vae(pipe: Any, wrap: tuple[bool, bool]) -> Iterator[None]:
     """Use neighborhood patch attention in the mid blocks of the autoencoder, with the native latent size as the window."""
     factor, window = pixels_per_latent(pipe), latent_size(pipe, native_size(pipe))
     parts = [(part, patch) for part, patch in ((pipe.vae.encoder, factor), (pipe.vae.decoder, 1)) if _attends(part)]
@@ -73,7 +85,9 @@ def _windowed_vae(pipe: Any) -> Iterator[None]:
         raise NotImplementedError(f"vae_attention='npa' needs an image autoencoder with attention, got {type(pipe.vae).__name__}")
     with ExitStack() as undo:
         for part, patch in parts:
-            undo.enter_context(patch_networks(part, patch_size=patch, window=window))
+            handle = undo.enter_context(patch_networks(part, patch_size=patch, window=window))
+            undo.callback(handle.wrap_attention, handle.wrap)
+            handle.wrap_attention(wrap)
         yield
 
 

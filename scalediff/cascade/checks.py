@@ -17,6 +17,7 @@ from scalediff.arguments import (
     check_callable,
     check_mapping,
     check_positive,
+    check_wrap,
     choice,
     instance,
     optional,
@@ -37,10 +38,12 @@ from scalediff.cascade.pipeline import (
     size_multiple,
     stage_arguments,
     takes_size_conditioning,
+    wrap_of,
 )  # fmt: skip
 from scalediff.cascade.schedule import check_scheduler, schedule_length
 from scalediff.cascade.upsampling import check_upsampler
-from scalediff.patching.networks import denoiser_of, original_call
+from scalediff.patching.circular import check_convolutions
+from scalediff.patching.networks import denoiser_of, family_in_use, original_call, padding_parts
 from scalediff.settings import Attention, Preset, Settings
 from scalediff_kernels.lowpass.geometry import Kind, coarse_length
 
@@ -88,6 +91,7 @@ DRAWING_CHECKS: Mapping[str, Check] = {
     "on_stage": optional(check_callable),
     "on_step": optional(check_callable),
     "progress": check_boolean,
+    "wrap": optional(check_wrap),
 }
 
 
@@ -147,6 +151,7 @@ def _takes(pipe: Any, name: str) -> bool:
 def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: Settings, *, restarts: int) -> None:
     """Raise the errors of the last `restarts` stages, those that restart from noise, before anything is computed."""
     _check_stage_arguments(pipe, arguments, sizes[-1])
+    _check_wrap(pipe, sizes, wrap_of(pipe, settings))
     if restarts:
         check_scheduler(pipe.scheduler)
         if arguments.get("denoising_end") is not None:
@@ -167,6 +172,20 @@ def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: S
     form = cascade_of(pipe).input_form or cascade_of(pipe).form
     if latents is not None and not has_size(pipe, latents, base, form):
         raise ValueError(f"latents must have the size of the base stage, {base[0]} x {base[1]}, got {tuple(latents.shape)=}")
+
+
+def _check_wrap(pipe: Any, sizes: Sizes, wrap: tuple[bool, bool]) -> None:
+    """Check that the model and the sizes of all stages allow a picture that continues on the other side."""
+    if not any(wrap):
+        return
+    family, name = family_in_use(denoiser_of(pipe)), type(denoiser_of(pipe)).__name__
+    if family is None or not family.wraps:
+        raise NotImplementedError(f"wrap is for models without positions, such as U-Nets: those of {name} end at the border, got {wrap=}")
+    check_convolutions(padding_parts(pipe), wrap)
+    multiple = size_multiple(pipe, wrap=wrap)
+    for size in sizes:
+        if any(on and side % multiple for side, on in zip(size, wrap, strict=True)):
+            raise ValueError(f"a side that wraps must be a multiple of {multiple} pixels in every stage, got {size[0]} x {size[1]}")
 
 
 def _check_stage_arguments(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:

@@ -98,9 +98,26 @@ def has_size(pipe: Any, latents: Tensor, grid: tuple[int, int], form: Form) -> b
     return latents.ndim == 4 and tuple(latents.shape[-2:]) == (tokens if form == "patches" else grid)
 
 
-def upsampled(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bicubic upsampling of latents or pictures `[B, C, y, x]` to a size `(Y, X)`."""
-    return F.interpolate(x, size=tuple(size), mode="bicubic", align_corners=False)
+def upsampled(x: Tensor, size: Sequence[int], *, wrap: tuple[bool, bool] = (False, False), antialias: bool = False) -> Tensor:
+    """Bicubic resizing of latents or pictures `[B, C, y, x]` to a size `(Y, X)`, which crosses the border along axes that wrap."""
+    resized, cut = list(size), []
+    for axis, (before, after, on) in enumerate(zip(x.shape[-2:], size, wrap, strict=True)):
+        if on:  # resized with some of the other side on both sides, as far as the weights reach, in whole pixels before and after
+            whole = before // math.gcd(before, after)
+            margin = -(-(3 + 2 * before // after) // whole) * whole
+            x = around(x, axis, margin)
+            cut.append((axis - 2, margin * after // before, after))
+            resized[axis] = after + 2 * (margin * after // before)
+    out = F.interpolate(x, size=tuple(resized), mode="bicubic", align_corners=False, antialias=antialias)
+    for dim, margin, length in cut:
+        out = out.narrow(dim, margin, length)
+    return out
+
+
+def around(x: Tensor, axis: int, margin: int) -> Tensor:
+    """A picture `[B, C, Y, X]` with `margin` pixels of the other side at both ends of an axis, 0 or 1."""
+    places = torch.arange(-margin, x.shape[axis - 2] + margin, device=x.device) % x.shape[axis - 2]
+    return x.index_select(axis - 2, places)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -86,14 +87,33 @@ def latent_size(pipe: Any, size: tuple[int, int]) -> tuple[int, int]:
     return size[0] // pixels, size[1] // pixels
 
 
-def size_multiple(pipe: Any) -> int:
-    """Number of pixels that picture sides must be multiples of."""
+def size_multiple(pipe: Any, *, wrap: tuple[bool, bool] = (False, False)) -> int:
+    """Number of pixels that picture sides must be multiples of. With `wrap` the sides have whole tokens at every level of a U-Net, or the
+    two ends would not meet."""
     cascade = cascade_of(pipe)
-    return max(cascade.size_multiple, cascade.patch * pixels_per_latent(pipe))
+    multiple = max(cascade.size_multiple, cascade.patch * pixels_per_latent(pipe))
+    if not any(wrap):
+        return multiple
+    levels = len(getattr(denoiser_of(pipe).config, "block_out_channels", ())) or 1
+    return math.lcm(multiple, pixels_per_latent(pipe) << (levels - 1))
+
+
+def wrap_of(pipe: Any, settings: Settings) -> tuple[bool, bool]:
+    """The axes along which a run's picture continues on the other side: of the settings, or else of the patched pipeline."""
+    handle = handle_of(pipe)
+    if settings.wrap is not None:
+        return settings.wrap
+    return handle.wrap if handle is not None else (False, False)
 
 
 def stage_sizes(
-    pipe: Any, height: int, width: int, given: Sizes | None = None, *, picture: tuple[int, int] | None = None
+    pipe: Any,
+    height: int,
+    width: int,
+    given: Sizes | None = None,
+    *,
+    picture: tuple[int, int] | None = None,
+    wrap: tuple[bool, bool] = (False, False),
 ) -> list[tuple[int, int]]:
     """The size of every stage up to a target: planned, or the caller's list after a check.
 
@@ -102,11 +122,12 @@ def stage_sizes(
         height, width: Target in pixels.
         given: The caller's (height, width) of every stage, or None.
         picture: (height, width) of the picture that replaces the base stage, for the check of `given`.
+        wrap: The axes along which the picture continues on the other side.
 
     Raises:
         ValueError: As `plan_sizes` and `check_sizes`.
     """
-    rules: dict[str, Any] = {"native": native_size(pipe), "multiple": size_multiple(pipe)}
+    rules: dict[str, Any] = {"native": native_size(pipe), "multiple": size_multiple(pipe, wrap=wrap)}
     if given is None:
         return plan_sizes((height, width), **rules)
     check_sizes(given, (height, width), picture=picture, **rules)

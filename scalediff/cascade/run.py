@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
 from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
-from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size
+from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size, wrap_of
 from scalediff.cascade.progress import Progress
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, recording_scheduler
@@ -66,6 +67,8 @@ def run(
     Returns:
         The return value of the pipeline's last call, or None with `on_stage`.
     """
+    if any(wrap := wrap_of(pipe, settings)):
+        settings = replace(settings, wrap=wrap)
     check_run(pipe, arguments, sizes, settings, restarts=len(sizes) - (picture is None))
     check_possible(pipe, arguments, sizes[-1])
     with borrowed(pipe, settings, options.vae_attention) as handle:

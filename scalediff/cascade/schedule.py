@@ -53,6 +53,7 @@ class Guidance:
         trajectory: Latents `[B, C, y, x]` of any size for each model call of the stage, which replace the reference.
         form: Form of the latents that the scheduler receives.
         patch: Latents per token along an axis.
+        wrap: Whether the latents continue on the other side, per axis `(Y, X)`.
     """
 
     reference: Tensor | None
@@ -62,6 +63,7 @@ class Guidance:
     trajectory: Sequence[Tensor] | None = None
     form: Form = "grid"
     patch: int = 2
+    wrap: tuple[bool, bool] = (False, False)
 
     @property
     def changes(self) -> bool:
@@ -75,8 +77,8 @@ class Guidance:
         if self.start is not None and calls > 1:
             cutoff = self.start + (self.cutoff - self.start) * call / (calls - 1)
         if self.trajectory is not None:
-            reference = upsampled(self.trajectory[call].to(reference), reference.shape[-2:])
-        return GuidedStep(reference, cutoff=cutoff, prediction=prediction, kind=self.kind)
+            reference = upsampled(self.trajectory[call].to(reference), reference.shape[-2:], wrap=self.wrap)
+        return GuidedStep(reference, cutoff=cutoff, prediction=prediction, kind=self.kind, wrap=self.wrap)
 
 
 def guided_scheduler(

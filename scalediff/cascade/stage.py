@@ -28,11 +28,12 @@ def make_reference(
     pipe: Any, latents: Tensor, decoded: Tensor, size: tuple[int, int], settings: Settings, upsampler: Upsampler | None = None
 ) -> Tensor:
     """The clean reference of a stage `[B, C, Y, X]`: upsampled in RGB, with the low frequencies of the upsampled latents."""
-    z_ru = encode_finite(pipe, upsampled_picture(decoded, size, upsampler)).to(latents.dtype)
+    wrap = settings.wrap or (False, False)
+    z_ru = encode_finite(pipe, upsampled_picture(decoded, size, upsampler, wrap=wrap)).to(latents.dtype)
     if not settings.lfm:
         return z_ru
-    z_lu = upsampled(latents, z_ru.shape[-2:])
-    return mix_frequencies(z_ru, z_lu, cutoff=scalar(settings.lfm_cutoff), kind=settings.filter)
+    z_lu = upsampled(latents, z_ru.shape[-2:], wrap=wrap)
+    return mix_frequencies(z_ru, z_lu, cutoff=scalar(settings.lfm_cutoff), kind=settings.filter, wrap=wrap)
 
 
 def encode_finite(pipe: Any, picture: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ def prepare_stage(
         trajectory=trajectory[-calls:] if settings.anchor == "trajectory" else None,
         form=cascade_of(pipe).form,
         patch=cascade_of(pipe).patch,
+        wrap=settings.wrap or (False, False),
     )
     pipe.scheduler = guided_scheduler(
         pipe.scheduler,

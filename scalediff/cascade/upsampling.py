@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from scalediff.arguments import wrong_type
-from scalediff.cascade.latents import upsampled
+from scalediff.cascade.latents import around, upsampled
 from scalediff.cascade.workdir import digest, fingerprint_weights
 from scalediff.families.grid import Grid
 
@@ -29,8 +28,10 @@ TILE = 256  # pixels per side of a tile, before the network enlarges it
 MARGIN = 32  # pixels around a tile that the network sees too, so that borders of tiles do not show
 
 
-def upsampled_picture(picture: Tensor, size: Grid, upsampler: Upsampler | None = None) -> Tensor:
-    """Enlarge pictures `[B, 3, y, x]` in [-1, 1] to exactly (height, width) = `size`.
+def upsampled_picture(
+    picture: Tensor, size: Grid, upsampler: Upsampler | None = None, *, wrap: tuple[bool, bool] = (False, False)
+) -> Tensor:
+    """Enlarge pictures `[B, 3, y, x]` in [-1, 1] to exactly (height, width) = `size`, across the border along axes that wrap.
 
     Without an upsampler this is bicubic interpolation. An upsampler is applied to the picture clamped to [0, 1], again and again until the
     picture is at least as large as `size`; bicubic interpolation, antialiased where it shrinks, then makes it that size.
@@ -40,17 +41,33 @@ def upsampled_picture(picture: Tensor, size: Grid, upsampler: Upsampler | None =
         TypeError: It does not return a tensor.
     """
     if upsampler is None:
-        return upsampled(picture, size)
+        return upsampled(picture, size, wrap=wrap)
     larger = picture.clamp(-1, 1) / 2 + 0.5
     while larger.shape[-2] < size[0] or larger.shape[-1] < size[1]:
-        larger = _applied(upsampler, larger)
+        larger = _applied(upsampler, larger, wrap)
     larger = (2 * larger - 1).to(picture)
     if tuple(larger.shape[-2:]) == tuple(size):
         return larger
-    return F.interpolate(larger, size=tuple(size), mode="bicubic", align_corners=False, antialias=True)
+    return upsampled(larger, size, wrap=wrap, antialias=True)
 
 
-def _applied(upsampler: Upsampler, picture: Tensor) -> Tensor:
+def _applied(upsampler: Upsampler, picture: Tensor, wrap: tuple[bool, bool]) -> Tensor:
+    """The enlarged picture. Along axes that wrap, the upsampler also sees some of the other side, which is cut off again."""
+    margins = [MARGIN if on else 0 for on in wrap]
+    for axis, margin in enumerate(margins):
+        picture = around(picture, axis, margin) if margin else picture
+    larger = _checked(upsampler, picture)
+    for dim, margin in zip((-2, -1), margins, strict=True):
+        factor, rest = divmod(larger.shape[dim], picture.shape[dim])
+        if margin and rest:
+            raise ValueError(
+                f"upsampler must enlarge by a whole number along an axis that wraps, got {tuple(larger.shape)} of {tuple(picture.shape)}"
+            )
+        larger = larger.narrow(dim, margin * factor, larger.shape[dim] - 2 * margin * factor)
+    return larger
+
+
+def _checked(upsampler: Upsampler, picture: Tensor) -> Tensor:
     found: Any = upsampler(picture)
     if not isinstance(found, Tensor):
         raise TypeError(f"upsampler must return a tensor, got {type(found).__name__}")

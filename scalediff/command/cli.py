@@ -17,6 +17,7 @@ from scalediff.command.comparing import COMPARABLE
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
 from scalediff.cost.flops import MODELS
 from scalediff.methods import method_names
+from scalediff.settings import TILES
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -230,6 +231,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     )
     method.add_argument("--filter", choices=("resize", "gaussian", "butterworth"), help="low-pass filter of --lfm and --sg")
     method.add_argument("--anchor", choices=("picture", "trajectory"), help="target of structure guidance")
+    method.add_argument(
+        "--tile",
+        choices=tuple(TILES),
+        dest="wrap",
+        help="draw a picture that continues on the other side: x, a panorama; xy, a texture; with a U-Net",
+    )
     method.add_argument("--size-conditioning", choices=("target", "native"), help="picture size for the size conditioning of SDXL")
 
 

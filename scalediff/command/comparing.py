@@ -13,7 +13,7 @@ import torch
 
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.metadata import save_png
-from scalediff.cascade.pipeline import stage_sizes
+from scalediff.cascade.pipeline import stage_sizes, wrap_of
 from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, one_line
@@ -69,7 +69,7 @@ def compare_methods(options: Namespace) -> None:
     jobs, methods = plan_jobs(options, prompts_of(options)), _methods(options)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     settings, size = resolve_settings(pipe, options), target_size(pipe, options)
-    sizes = stage_sizes(pipe, *size, options.sizes)
+    sizes = stage_sizes(pipe, *size, options.sizes, wrap=wrap_of(pipe, settings))
     if {"scalediff", FULL} & set(methods):
         check_run(pipe, {}, sizes, settings, restarts=len(sizes) - 1)
     print_memory_estimate(pipe, options, jobs[0], size, settings)

@@ -13,7 +13,7 @@ import torch
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.describing import describe_stage, device_name
 from scalediff.cascade.metadata import save_png
-from scalediff.cascade.pipeline import stage_sizes
+from scalediff.cascade.pipeline import stage_sizes, wrap_of
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import check_scheduler
 from scalediff.cascade.upsampling import resolve_upsampler
@@ -47,7 +47,7 @@ def generate_pictures(options: Namespace) -> None:
     size = target_size(pipe, options)
     sizes = [size]
     if method == "scalediff":
-        sizes = stage_sizes(pipe, *size, options.sizes)
+        sizes = stage_sizes(pipe, *size, options.sizes, wrap=wrap_of(pipe, settings))
         check_run(pipe, {}, sizes, settings, restarts=len(sizes) - 1)
     print_memory_estimate(pipe, options, jobs[0], size, settings)
     for job in jobs:
@@ -80,7 +80,7 @@ def upscale_pictures(options: Namespace) -> None:
     height, width = options.size or (2 * image.height, 2 * image.width)
     facts = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
     check_scheduler(pipe.scheduler)
-    stage_sizes(pipe, height, width)
+    stage_sizes(pipe, height, width, wrap=wrap_of(pipe, settings))
     print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
     for job in jobs:
         print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")

@@ -14,8 +14,9 @@ from scalediff.methods import METHODS, MethodOptions
 # Fields of Settings; each is a command-line option of the same name.
 SETTING_OPTIONS = (
     "steps", "restart", "guidance_scale", "guidance_until", "attention", "jitter", "lfm", "sg", "lfm_cutoff", "sg_cutoff",
-    "sg_cutoff_start", "filter", "anchor", "size_conditioning",
+    "sg_cutoff_start", "filter", "anchor", "size_conditioning", "wrap",
 )  # fmt: skip
+_OPTIONS = {"wrap": "tile"}  # options that have another name than their setting
 # Further options of ScaleDiff alone, with the value that means they were not given.
 _RUN_OPTIONS = {"sizes": None, "workdir": None, "preview": None, "vae_tiling": None, "vae_attention": "full", "split_guidance": False,
                 "low_memory": False}  # fmt: skip
@@ -39,7 +40,9 @@ def chosen_method(options: Namespace) -> str | MethodOptions:
     given = [name for name in SETTING_OPTIONS if name not in _SETTINGS_OF_ALL and getattr(options, name) is not None]
     given += [name for name, absent in _RUN_OPTIONS.items() if getattr(options, name) != absent]
     if given:
-        raise UsageError(f"--method {options.method} does not support {', '.join('--' + name.replace('_', '-') for name in given)}")
+        raise UsageError(
+            f"--method {options.method} does not support {', '.join('--' + _OPTIONS.get(name, name).replace('_', '-') for name in given)}"
+        )
     return method_object(options.method, options.option)
 
 

@@ -19,7 +19,7 @@ from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
 from scalediff.command.loading import UsageError, load_model, one_line
 from scalediff.command.method_options import IN_PARTS, SETTING_OPTIONS
 from scalediff.command.reporting import Job, print_status, vae_tiling
-from scalediff.settings import Settings
+from scalediff.settings import TILES, Settings
 
 # Arguments of `generate` that every method has; an upsampler is refused by those that enlarge no picture.
 SHARED = ("preset", "negative_prompt", "generator", "progress", "upsampler")
@@ -42,6 +42,8 @@ def load_pipeline(options: Namespace) -> Any:
 def resolve_settings(pipe: Any, options: Namespace) -> Settings:
     """The settings of the preset, overridden by those of the command line."""
     named = {name: getattr(options, name) for name in SETTING_OPTIONS if getattr(options, name) is not None}
+    if "wrap" in named:
+        named["wrap"] = TILES[named["wrap"]]
     return replace(named_preset(pipe, options.preset).settings, **named)
 
 

@@ -126,6 +126,7 @@ class Family:
         module: Module that defines the class, or a package that contains it. A class of the same name elsewhere is another family.
         context_parallel: Whether text and image are separate up to their joint attention and diffusers' context parallelism splits both,
             so that Ulysses attention gathers them as a `Sequence` with shards.
+        wraps: Whether windows may continue on the other side of the picture: the model has no positions, which end there.
     """
 
     denoiser: str
@@ -144,6 +145,7 @@ class Family:
     listed: bool = True
     module: str = "diffusers"
     context_parallel: bool = False
+    wraps: bool = False
 
     def sites(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
         """The attention modules of a denoiser; empty if the family is not listed."""

@@ -87,6 +87,7 @@ _UNET = Family(
     layout=_layout,
     roles=((r"\.attn2$", "cross"),),
     level=_level,
+    wraps=True,
     cascade=Cascade(
         _presets,
         patch=1,

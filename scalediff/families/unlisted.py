@@ -119,6 +119,7 @@ def describe_family(model: nn.Module, parameters: tuple[str, ...], described: De
         layout=layout,
         rotation=lambda denoiser: rotation,
         listed=False,
+        wraps=rotation is None,  # what else has positions, the caller knows
     )
 
 

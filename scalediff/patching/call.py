@@ -29,10 +29,11 @@ class Call:
         rotation: TextRotation | None,
         text_queries: TextQueries,
         impl: Impl,
+        wrap: tuple[bool, bool] = (False, False),
     ) -> None:
         self.sequence, self.grid = sequence, sequence.grid
         self.window, self.patch = window_of(native, sequence.level), patch_of(native, sequence.level)
-        self.offset = offset_of(native, sequence.level, offset)
+        self.offset, self.wrap = offset_of(native, sequence.level, offset), wrap
         self.impl, self.text_queries = impl, text_queries if sequence.queries == "all" else None
         self.real, self.padded = sequence.real, any(count < sequence.text for count in sequence.real)
         self.rotation = rotation if sequence.text != 0 else None
@@ -42,7 +43,8 @@ class Call:
                 self._exact = self.rotation.tables(self.grid, native, self.window, self.patch, self.offset)
         self.text_rope = self._exact  # on the device and in the dtype of the last call
         spans = sequence.spans(len(sequence.real) or 1)
-        self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, sequence.lengths, sequence.shards, spans)
+        around = int(wrap[0]), int(wrap[1])
+        self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, around, sequence.lengths, sequence.shards, spans)
         self._encoded = self._sizes.encode()
 
     def move_text_rope(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -110,8 +112,7 @@ class Call:
 
     def _image(self, sizes: _CallSizes, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         q, k, v = (_tokens(x, 0, sizes.area).unflatten(1, sizes.grid) for x in (q, k, v))
-        geometry: dict[str, Any] = {"window": sizes.window, "patch": sizes.patch, "offset": sizes.offset}
-        out: Tensor = neighborhood_patch_attention(q, k, v, **geometry, scale=scale, impl=self.impl)
+        out: Tensor = neighborhood_patch_attention(q, k, v, **sizes.geometry, scale=scale, impl=self.impl)
         return out.flatten(1, 2)
 
     def _joint(self, sizes: _CallSizes, span: Span, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -128,12 +129,12 @@ class Call:
         text_rope = _pad_channels(self.move_text_rope(q.device, q.dtype), q.shape[-1])
         image_out, text_out = joint_neighborhood_patch_attention(
             image_q, image_k, image_v, text_q, text_k, text_v,
-            window=sizes.window, patch=sizes.patch, offset=sizes.offset, scale=scale, text_rope=text_rope,
-            text_queries=self.text_queries, impl=self.impl,
+            **sizes.geometry, scale=scale, text_rope=text_rope, text_queries=self.text_queries, impl=self.impl,
         )  # fmt: skip
-        image_out = image_out.flatten(1, 2)
         if text_out is None:
-            return image_out
+            only: Tensor = image_out.flatten(1, 2)
+            return only
+        image_out = image_out.flatten(1, 2)
         parts, between = [image_out, text_out], 0
         if self.sequence.side == "prefix":
             parts, between = [text_out, image_out], span.image - span.text_stop
@@ -151,6 +152,7 @@ class _CallSizes(NamedTuple):
     window: Grid
     patch: Grid
     offset: Grid
+    around: Grid  # 1 for an axis that wraps
     lengths: tuple[int, int]
     shards: int
     spans: tuple[Span, ...]
@@ -159,17 +161,23 @@ class _CallSizes(NamedTuple):
     def area(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Arguments of the operations."""
+        wrap = self.around[0] == 1, self.around[1] == 1
+        return {"window": self.window, "patch": self.patch, "offset": self.offset, "wrap": wrap}
+
     def encode(self) -> str:
-        """Encode as a string: five pairs, the number of shards, then the spans."""
-        return " ".join(str(n) for numbers in (*self[:5], (self.shards,), *self.spans) for n in numbers)
+        """Encode as a string: six pairs, the number of shards, then the spans."""
+        return " ".join(str(n) for numbers in (*self[:6], (self.shards,), *self.spans) for n in numbers)
 
     @classmethod
     def decode(cls, text: str) -> _CallSizes:
         """The inverse of `encode`."""
         n = [int(number) for number in text.split()]
-        pairs = [(n[i], n[i + 1]) for i in range(0, 10, 2)]
-        spans = tuple(Span(n[i], n[i + 1], n[i + 2], n[i + 3], n[i + 4]) for i in range(11, len(n), 5))
-        return cls(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], n[10], spans)
+        pairs = [(n[i], n[i + 1]) for i in range(0, 12, 2)]
+        spans = tuple(Span(n[i], n[i + 1], n[i + 2], n[i + 3], n[i + 4]) for i in range(13, len(n), 5))
+        return cls(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], pairs[5], n[12], spans)
 
 
 def _join(x: Tensor, first: tuple[int, ...], second: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,9 @@ from typing import Any, get_args
 
 from torch import nn
 
+from scalediff.arguments import check_wrap
 from scalediff.families.grid import Grid
+from scalediff.patching.circular import NO_WRAP, Wrap, check_convolutions, set_wrap
 from scalediff.patching.entry import denoiser_methods
 from scalediff.patching.report import Report, Row
 from scalediff.patching.subclass import ATTRIBUTE, patch_class, restore_class
@@ -25,10 +27,13 @@ from scalediff.settings import Attention, Jitter
 class Handle:
     """A patched model. `.report` lists what was patched; `.remove()`, or leaving a `with` block, undoes the patch."""
 
-    def __init__(self, model: Any, targets: list[Target], *, skipped: Sequence[Row] = (), call: str = "") -> None:
+    def __init__(
+        self, model: Any, targets: list[Target], *, parts: Sequence[nn.Module] = (), skipped: Sequence[Row] = (), call: str = ""
+    ) -> None:
         self._model = weakref.ref(model)  # weak, so that a denoiser neither keeps its pipeline alive nor is copied with it
         self._targets, self._skipped, self._call = targets, tuple(skipped), call
         self._attention: Attention = "npa"
+        self._parts = [weakref.ref(part) for part in parts]
 
     @property
     def report(self) -> Report:
@@ -40,6 +45,9 @@ class Handle:
         known = all(target.family.listed for target in self._targets)
         last = "; ".join(said for target in self._targets if (said := target.account.last_pass()))
         notes = tuple(dict.fromkeys(note for target in self._targets for note in target.account.notes()))
+        if any(self.wrap):
+            axes = " and ".join(name for name, on in zip("YX", self.wrap, strict=True) if on)
+            notes = (f"windows and convolutions continue on the other side along {axes}", *notes)
         return Report(self._targets[0].family.denoiser, rows, self._call, known, last, notes)
 
     @property
@@ -68,6 +76,35 @@ class Handle:
             target.offsets.jitter = value
         self.restart_jitter()
 
+    @property
+    def wrap(self) -> Wrap:
+        """Whether the picture continues on the other side, per axis `(Y, X)`, as in `patch_model`. It can be set until `remove`."""
+        return self._targets[0].options.wrap
+
+    @wrap.setter
+    def wrap(self, value: Wrap) -> None:
+        check_wrap("wrap", value)
+        if not self.active:
+            raise ValueError(f"wrap can be set while the model is patched, which it is not any more, got wrap={value!r}")
+        wrap = value[0], value[1]
+        check_convolutions(self.parts, wrap)
+        self.wrap_attention(wrap)
+        set_wrap(self.parts, wrap)
+
+    def wrap_attention(self, wrap: Wrap) -> None:
+        """Set `wrap` for the attention alone, for a run that wraps convolutions in its thread.
+
+        Raises:
+            NotImplementedError: A model has positions, which end at the border.
+        """
+        for target in self._targets:
+            target.set_wrap(wrap)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The networks whose convolutions continue on the other side with the attention."""
+        return [part for reference in self._parts if (part := reference()) is not None]
+
     def __enter__(self) -> Handle:
         return self
 
@@ -76,6 +113,8 @@ class Handle:
 
     def remove(self) -> None:
         """Undo the patch. Does nothing if it is already undone, or if a later patch has replaced it."""
+        if self.active and any(self.wrap):
+            set_wrap(self.parts, NO_WRAP)
         for target in self._targets:
             target.active = False
             restore_class(target.module(), target)
@@ -134,6 +173,8 @@ def install(handle: Handle, targets: Sequence[Target]) -> None:
         target.handle = handle
         patch_class(module, target, denoiser_methods)
         target.active = True
+    if any(handle.wrap):
+        set_wrap(handle.parts, handle.wrap)
     model = handle.model
     if model is not None and not isinstance(model, nn.Module):
         model.__dict__[ATTRIBUTE] = handle

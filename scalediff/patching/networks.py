@@ -50,6 +50,12 @@ def named_networks(model: Any) -> Iterator[tuple[str, nn.Module]]:
             yield f"controlnet.nets.{i}.", uncompiled(net)
 
 
+def padding_parts(model: Any) -> list[nn.Module]:
+    """The networks of a pipeline whose convolutions see the picture: denoiser, ControlNets, autoencoder, adapter. A module is its own."""
+    others = () if isinstance(model, nn.Module) else (getattr(model, "vae", None), getattr(model, "adapter", None))
+    return [*networks_of(model), *(uncompiled(part) for part in others if isinstance(part, nn.Module))]
+
+
 def uncompiled(model: Any) -> Any:
     """The module inside torch.compile's wrapper. The wrapper calls it, so patching it patches both."""
     return getattr(model, "_orig_mod", model)

@@ -15,10 +15,11 @@ from scalediff.families.grid import Grid, checked_grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import Described, GridSource, LayoutSource, TextSource, describe_family
 from scalediff.patching.assumed import with_assumed_cascade
+from scalediff.patching.circular import NO_WRAP, Wrap, check_convolutions
 from scalediff.patching.context_parallel import check_context_parallel
 from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
-from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, uncompiled
+from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, padding_parts, uncompiled
 from scalediff.patching.report import Row
 from scalediff.patching.subclass import ATTRIBUTE
 from scalediff.patching.target import Options, Target
@@ -39,6 +40,7 @@ def patch_networks(
     text_rope: bool | TextRotation = True,
     jitter: Jitter = "none",
     seed: int = 0,
+    wrap: Wrap = NO_WRAP,
     strict: bool = True,
     impl: Impl = "auto",
 ) -> Handle:
@@ -70,7 +72,11 @@ def patch_networks(
         targets.append(Target(net, family, native, prefix=prefix, parameters=_parameters(net), **common))  # type: ignore[arg-type]
         _check_not_patched_elsewhere(net, model)
     call = describe_pipeline_call(type(model), targets[0].family)
-    handle = Handle(uncompiled(model), targets, skipped=skipped, call=call)
+    parts = padding_parts(model)
+    check_convolutions(parts, wrap)
+    for target in targets:
+        target.set_wrap(wrap)
+    handle = Handle(uncompiled(model), targets, parts=parts, skipped=skipped, call=call)
     _check_coverage(handle, strict)
     _check_not_running(targets, strict)
     unpatch_networks(model)

@@ -10,7 +10,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from scalediff.arguments import check_arguments, check_grid, choice, instance, optional
+from scalediff.arguments import check_arguments, check_grid, check_wrap, choice, instance, optional
 from scalediff.families.grid import Grid, Layout
 from scalediff.families.rotation import TextRotation
 from scalediff.patching.call import Call
@@ -58,12 +58,14 @@ class AttentionPlan:
         text_queries: What text queries attend to: `"window"` or `"global"`, as in
             `scalediff_kernels.joint_neighborhood_patch_attention`.
         offset: Offset of the patch grid `(Y, X)`, each as a fraction of a patch in [0, 1).
+        wrap: Whether the picture continues on the other side, per axis `(Y, X)`, as in
+            `scalediff_kernels.neighborhood_patch_attention`.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
 
     Raises:
         ValueError: An argument is out of range.
         TypeError: An argument is of the wrong type.
-        NotImplementedError: `impl="triton"` without the triton package.
+        NotImplementedError: `impl="triton"` without the triton package; `wrap` beside rotary positions.
 
     ScaleDiff, arXiv:2510.25818, section 3.2.
     """
@@ -76,14 +78,19 @@ class AttentionPlan:
         text_rope: TextRotation | None = None,
         text_queries: TextQueries = "window",
         offset: tuple[float, float] = (0.0, 0.0),
+        wrap: tuple[bool, bool] = (False, False),
         impl: Impl = "auto",
     ) -> None:
-        given = {"layout": layout, "window": window, "text_rope": text_rope, "text_queries": text_queries, "offset": offset}
+        given = {
+            "layout": layout, "window": window, "text_rope": text_rope, "text_queries": text_queries, "offset": offset, "wrap": wrap,
+        }  # fmt: skip
         check_arguments(_CHECKS, given)
         check_impl(impl)
+        if text_rope is not None and any(wrap):
+            raise NotImplementedError(f"wrap is for models without rotary positions, which end at the border, got {wrap=} and {text_rope=}")
         self.layout, self.window, self.grid = layout, (int(window[0]), int(window[1])), layout.grid
         self.why = ""  # why the last call was not computed in windows; empty if it was
-        options = {"rotation": text_rope, "text_queries": text_queries, "impl": impl}
+        options = {"rotation": text_rope, "text_queries": text_queries, "impl": impl, "wrap": (wrap[0], wrap[1])}
         self.calls = tuple(Call(sequence, native=self.window, offset=offset, **options) for sequence in layout.sequences)  # type: ignore[arg-type]
         self.grids = " or ".join(dict.fromkeys(f"{y} x {x}" for y, x in (call.grid for call in self.calls)))
 
@@ -226,6 +233,7 @@ _CHECKS = {
     "text_rope": optional(instance(TextRotation, "a TextRotation")),
     "text_queries": choice(get_args(TextQueries)),
     "offset": _check_offset,
+    "wrap": check_wrap,
 }
 
 

@@ -7,7 +7,7 @@ import random
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
 from scalediff.patching.call import Call
+from scalediff.patching.circular import NO_WRAP, Wrap
 from scalediff.patching.context_parallel import check_equal_parts, gathered_layout, needs_equal_parts
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import AttentionPlan
@@ -35,6 +36,7 @@ class Options:
     impl: Impl = "auto"
     text_queries: TextQueries = "window"
     text_rope: bool = True
+    wrap: Wrap = NO_WRAP
 
 
 class Patch(Protocol):
@@ -176,7 +178,7 @@ class Target:
                 f"second computation would be another one"
             )
         fraction = self.offsets.next(like)
-        key = (layout, fraction, like.device, like.dtype)
+        key = (layout, fraction, self.options.wrap, like.device, like.dtype)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._make_plan(layout, fraction).to(like.device, like.dtype)
@@ -189,7 +191,7 @@ class Target:
     def _make_plan(self, layout: Layout, offset: tuple[float, float]) -> AttentionPlan:
         return AttentionPlan(
             layout, window=self.native, text_rope=self._rotation, text_queries=self.options.text_queries, offset=offset,
-            impl=self.options.impl,
+            wrap=self.options.wrap, impl=self.options.impl,
         )  # fmt: skip
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None:
@@ -228,6 +230,19 @@ class Target:
             finally:
                 close_pass(opened)
         return self.account.dry_run(opened)
+
+    def set_wrap(self, wrap: Wrap) -> None:
+        """Let windows continue on the other side along these axes in later passes.
+
+        Raises:
+            NotImplementedError: The model has positions, which end at the border.
+        """
+        if wrap != NO_WRAP and (not self.family.wraps or self._rotation is not None):
+            raise NotImplementedError(
+                f"wrap is for models without positions, such as U-Nets: those of {self.family.denoiser} end at the border of the picture, "
+                f"got {wrap=}"
+            )
+        self.options = replace(self.options, wrap=wrap)
 
     @property
     def seen(self) -> dict[str, Call]:

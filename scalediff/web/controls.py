@@ -67,13 +67,14 @@ def add_sampling(pipe: Any) -> dict[str, Any]:
         kind = _choice(values, "filter", "Filter")
         anchor = _choice(values, "anchor", "Anchor of the guidance")
         conditioning = _choice(values, "size_conditioning", "Size conditioning")
+        wrap = _choice(values, "wrap", "Seamless along")
     sizes = gr.Textbox(
         values["sizes"], label="Size of every stage", placeholder="64x64, 128x128, 256x256; empty: each stage doubles the size"
     )
     return {
         "negative_prompt": negative, "preset": preset, "steps": steps, "guidance_scale": guidance_scale, "guidance_until": guidance_until,
         "sg_cutoff_start": sg_cutoff_start, "jitter": jitter, "filter": kind, "anchor": anchor, "size_conditioning": conditioning,
-        "sizes": sizes,
+        "wrap": wrap, "sizes": sizes,
     }  # fmt: skip
 
 

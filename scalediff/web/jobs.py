@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from scalediff.cascade.pipeline import named_preset, native_size, size_multiple, stage_sizes
+from scalediff.cascade.pipeline import named_preset, native_size, size_multiple, stage_sizes, wrap_of
 from scalediff.methods import method_names, method_title
-from scalediff.settings import Anchor, Attention, Jitter, PerStage, Settings, SizeConditioning
+from scalediff.settings import TILES, Anchor, Attention, Jitter, PerStage, Settings, SizeConditioning
 from scalediff_kernels.lowpass.geometry import Kind
 
 TILING = {"if needed": None, "on": True, "off": False}
 METHOD_CHOICES = method_names()
-AS_PATCHED = "as patched"  # a jitter of None
+AS_PATCHED = "as patched"  # a jitter or wrap of None
+_WRAPS = {AS_PATCHED: None, "none": (False, False), **TILES}
 CHOICES = {
     "method": METHOD_CHOICES,
     "attention": get_args(Attention),
@@ -22,13 +23,14 @@ CHOICES = {
     "filter": get_args(Kind),
     "anchor": get_args(Anchor),
     "size_conditioning": get_args(SizeConditioning),
+    "wrap": tuple(_WRAPS),
     "vae_tiling": tuple(TILING),
     "vae_attention": get_args(Attention),
 }
 _PER_STAGE = ("restart", "guidance_until", "lfm_cutoff", "sg_cutoff", "sg_cutoff_start")
 SETTINGS = (
     "steps", "guidance_scale", "restart", "guidance_until", "attention", "lfm", "sg", "lfm_cutoff", "sg_cutoff", "sg_cutoff_start",
-    "filter", "anchor", "jitter", "size_conditioning",
+    "filter", "anchor", "jitter", "size_conditioning", "wrap",
 )  # fmt: skip
 # The controls, in the order in which the page passes their values.
 FIELDS = (
@@ -95,9 +97,10 @@ def job_of(pipe: Any, values: Mapping[str, Any], *, picture: Any = None, compare
         raise ValueError("a comparison needs a picture drawn from text by the method scalediff")
     size = _integer("height", values["height"], least=1), _integer("width", values["width"], least=1)
     sizes = parse_sizes(values["sizes"])
-    if picture is None:
-        stage_sizes(pipe, *size, sizes)  # for its checks, before the job waits for its turn
     preset = named_preset(pipe, values["preset"])
+    settings = replace(preset.settings, **_settings(values))
+    if picture is None:
+        stage_sizes(pipe, *size, sizes, wrap=wrap_of(pipe, settings))  # for its checks, before the job waits for its turn
     return Job(
         prompt=prompt,
         negative_prompt=str(values["negative_prompt"] or "").strip() or None,
@@ -106,7 +109,7 @@ def job_of(pipe: Any, values: Mapping[str, Any], *, picture: Any = None, compare
         sizes=sizes,
         method=_chosen("method", values["method"]),
         preset=values["preset"],
-        settings=replace(preset.settings, **_settings(values)),
+        settings=settings,
         vae_tiling=TILING[_chosen("vae_tiling", values["vae_tiling"])],
         vae_attention="npa" if _chosen("vae_attention", values["vae_attention"]) == "npa" else "full",
         split_guidance=bool(values["split_guidance"]),
@@ -134,6 +137,9 @@ def values_of_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the controls in `SETTINGS`, from settings as a mapping."""
     values = {name: settings[name] for name in SETTINGS if name in settings}
     values |= {name: format_numbers(values[name]) for name in _PER_STAGE if name in values}
+    if "wrap" in values:
+        wrap = None if values["wrap"] is None else tuple(values["wrap"])
+        values["wrap"] = next(name for name, axes in _WRAPS.items() if axes == wrap)
     return values | ({"jitter": values["jitter"] or AS_PATCHED} if "jitter" in values else {})
 
 
@@ -221,6 +227,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
         "steps": _integer("steps", values["steps"], least=1),
         "guidance_scale": float(values["guidance_scale"]),
         "jitter": jitter,
+        "wrap": _WRAPS[_chosen("wrap", values["wrap"])],
     }
 
 

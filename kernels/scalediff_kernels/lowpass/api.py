@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from scalediff_kernels._arguments import checked_wrap
 from scalediff_kernels._launch import DTYPES, device_refusal, has_triton
 from scalediff_kernels.lowpass import op
 from scalediff_kernels.lowpass.geometry import Kind, coarse_length
@@ -22,7 +23,7 @@ from scalediff_kernels.lowpass.reference import low_pass_reference
 Impl = Literal["auto", "reference", "matmul", "triton"]
 
 
-def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "auto") -> Tensor:
+def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize", wrap: tuple[bool, bool] = (False, False), impl: Impl = "auto") -> Tensor:
     """Keep the low frequencies of a picture.
 
     Args:
@@ -32,6 +33,7 @@ def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "a
         kind: The filter. `"resize"`, the paper's: antialiased bilinear down to `int(length * cutoff)` pixels, and bilinear up.
             `"gaussian"` and `"butterworth"`: the gain per axis at frequency f is `2^-(f / cutoff)^2` or `1 / (1 + (f / cutoff)^8)`, zero
             where this is below 1e-4, with mirrored borders.
+        wrap: Whether the picture continues on the other side, per axis `(Y, X)`. Its borders are then neither repeated nor mirrored.
         impl: The implementation. `"triton"`: one kernel for the reduction and one for the expansion. `"matmul"`: the same matrices by
             torch, on any device. `"reference"`: `F.interpolate` or the Fourier transform. `"auto"`: Triton for fp16, bf16 and fp32 on a
             GPU, the reference if gradients are required, otherwise matmul.
@@ -41,22 +43,24 @@ def low_pass(x: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "a
 
     Raises:
         ValueError: The cutoff is outside (0, 1] or leaves no coarse pixel, x has another shape, or kind or impl is unknown.
-        TypeError: x has another dtype.
+        TypeError: x has another dtype, or `wrap` is not a pair of booleans.
         NotImplementedError: The named implementation cannot run on this device, with this dtype, or with gradients.
 
     ScaleDiff, arXiv:2510.25818.
     """
     check_picture("x", x)
-    return _apply([x], [1.0], addend=None, gain=1.0, cutoff=cutoff, kind=kind, impl=impl)
+    return _apply([x], [1.0], addend=None, gain=1.0, cutoff=cutoff, kind=kind, wrap=wrap, impl=impl)
 
 
-def mix_frequencies(high: Tensor, low: Tensor, *, cutoff: float, kind: Kind = "resize", impl: Impl = "auto") -> Tensor:
+def mix_frequencies(
+    high: Tensor, low: Tensor, *, cutoff: float, kind: Kind = "resize", wrap: tuple[bool, bool] = (False, False), impl: Impl = "auto"
+) -> Tensor:
     """Latent frequency mixing: high frequencies of one picture with low frequencies of another, `high + LP(low - high)`.
 
     Args:
         high: As x in `low_pass`. In the paper, the latents upsampled in RGB space.
         low: The same shape, dtype and device. In the paper, the latents upsampled directly.
-        cutoff, kind, impl: As in `low_pass`.
+        cutoff, kind, wrap, impl: As in `low_pass`.
 
     Returns:
         A picture like `high`. Sums are in fp32 (fp64 for fp64), rounded once.
@@ -69,10 +73,19 @@ def mix_frequencies(high: Tensor, low: Tensor, *, cutoff: float, kind: Kind = "r
     ScaleDiff, arXiv:2510.25818.
     """
     check_same("high", high, "low", low)
-    return _apply([low, high], [1.0, -1.0], addend=high, gain=1.0, cutoff=cutoff, kind=kind, impl=impl)
+    return _apply([low, high], [1.0, -1.0], addend=high, gain=1.0, cutoff=cutoff, kind=kind, wrap=wrap, impl=impl)
 
 
-def guide_structure(x0: Tensor, reference: Tensor, *, gamma: float, cutoff: float, kind: Kind = "resize", impl: Impl = "auto") -> Tensor:
+def guide_structure(
+    x0: Tensor,
+    reference: Tensor,
+    *,
+    gamma: float,
+    cutoff: float,
+    kind: Kind = "resize",
+    wrap: tuple[bool, bool] = (False, False),
+    impl: Impl = "auto",
+) -> Tensor:
     """Structure guidance: move the low frequencies of a predicted x0 towards a reference, `x0 + gamma (LP(reference) - LP(x0))`.
 
     In a sampling loop, use `GuidedStep`: it changes the model output instead, and computes the coarse grid of the reference once.
@@ -81,7 +94,7 @@ def guide_structure(x0: Tensor, reference: Tensor, *, gamma: float, cutoff: floa
         x0: As x in `low_pass`. The predicted clean latents at this step.
         reference: The same shape, dtype and device.
         gamma: Finite strength. 0 leaves x0 unchanged; 1 replaces its low frequencies, up to the roll-off of the filter.
-        cutoff, kind, impl: As in `low_pass`.
+        cutoff, kind, wrap, impl: As in `low_pass`.
 
     Returns:
         A picture like `x0`. Sums are in fp32 (fp64 for fp64), rounded once.
@@ -95,7 +108,7 @@ def guide_structure(x0: Tensor, reference: Tensor, *, gamma: float, cutoff: floa
     """
     check_same("x0", x0, "reference", reference)
     check_gamma(gamma)
-    return _apply([reference, x0], [1.0, -1.0], addend=x0, gain=gamma, cutoff=cutoff, kind=kind, impl=impl)
+    return _apply([reference, x0], [1.0, -1.0], addend=x0, gain=gamma, cutoff=cutoff, kind=kind, wrap=wrap, impl=impl)
 
 
 def packed_view(tokens: Tensor, *, grid: tuple[int, int], patch: int = 2) -> Tensor:
@@ -164,22 +177,24 @@ def _apply(
     gain: float,
     cutoff: float,
     kind: Kind,
+    wrap: tuple[bool, bool],
     impl: Impl,
 ) -> Tensor:
     """Compute `addend + gain LP(sum weights * inputs)`, with the shape, strides and dtype of the last input."""
     like = inputs[-1]
+    wrap = checked_wrap(wrap)
     for length in op.picture_size(like):
         coarse_length(length, cutoff, kind)
     chosen = choose(impl, inputs)
     if chosen == "reference":
         terms = [w * op.flat(x).to(torch.promote_types(x.dtype, torch.float32)) for x, w in zip(inputs, weights, strict=True)]
-        out = gain * low_pass_reference(sum(terms[1:], terms[0]), cutoff=cutoff, kind=kind)
+        out = gain * low_pass_reference(sum(terms[1:], terms[0]), cutoff=cutoff, kind=kind, wrap=wrap)
         out = out if addend is None else op.flat(addend) + out
         return torch.empty_like(like).copy_(out.reshape(like.shape))
     triton = chosen == "triton"
-    coarse = op.low_pass_coarse(inputs, weights, None, cutoff, kind, triton)
+    coarse = op.low_pass_coarse(inputs, weights, None, cutoff, kind, wrap, triton)
     addends = [] if addend is None else [addend]
-    picture: Tensor = op.low_pass_expand(like, coarse, gain, addends, [1.0] * len(addends), cutoff, kind, triton)
+    picture: Tensor = op.low_pass_expand(like, coarse, gain, addends, [1.0] * len(addends), cutoff, kind, wrap, triton)
     return picture
 
 

@@ -26,18 +26,23 @@ def check_filter(cutoff: float, kind: str) -> None:
         raise ValueError(f"cutoff must lie in (0, 1], got {cutoff=}")
 
 
-def coarse_length(length: int, cutoff: float, kind: Kind = "resize") -> int:
-    """Number of coarse samples of an axis: `int(length * cutoff)` pixels for `"resize"`, otherwise the cosine modes with non-zero gain.
+def coarse_length(length: int, cutoff: float, kind: Kind = "resize", *, wrap: bool = False) -> int:
+    """Number of coarse samples of an axis: `int(length * cutoff)` pixels for `"resize"`, otherwise the modes with non-zero gain.
+
+    Modes are cosines, and on an axis that wraps cosines and sines with whole periods.
 
     Args:
         length: Number of pixels along the axis.
         cutoff: Kept fraction of the Nyquist frequency, in (0, 1].
         kind: As in `low_pass`.
+        wrap: Whether the axis continues on the other side.
 
     Raises:
         ValueError: The cutoff is outside (0, 1] or leaves no coarse pixel, or the kind is unknown.
     """
     check_filter(cutoff, kind)
+    if kind != "resize" and wrap:
+        return min(length, 1 + 2 * math.floor(length / 2 * cutoff * _reach(kind)))
     if kind != "resize":
         return min(length, 1 + math.floor(length * cutoff * _reach(kind)))
     coarse = math.floor(length * cutoff)

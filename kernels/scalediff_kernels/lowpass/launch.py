@@ -44,7 +44,7 @@ def separable_launch(
     pictures = out if side == "up" else inputs[0]
     pack = max(x.shape[3] if x.ndim == 6 else 1 for x in (out, *inputs, *addends))
     scattered = pack > 1 or pictures.stride(-2) % ALIGN != 0
-    dense = any(axis.kind != "resize" for axis in axes)
+    dense = any(axis.kind != "resize" or axis.wrap for axis in axes)
     problem = Problem(rows, columns, pictures.element_size(), batch * channels, channels, is_channels_last(pictures), scattered, dense)
     config = config or launch_config(problem, device)
     bands = [

@@ -22,10 +22,10 @@ from scalediff_kernels.lowpass.operators import LowPass
 
 @torch.library.custom_op(add_op_namespace_prefix("low_pass_coarse"), mutates_args=())
 def low_pass_coarse(
-    inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None, cutoff: float, kind: str, triton: bool
+    inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None, cutoff: float, kind: str, wrap: Sequence[bool], triton: bool
 ) -> Tensor:
     """Compute `offset + D_y (sum weights * inputs) D_x^T`, `[B, C, m_y, m_x]` in fp32, or in fp64 for fp64 inputs."""
-    axes = _axes(picture_size(inputs[0]), cutoff, kind)
+    axes = _axes(picture_size(inputs[0]), cutoff, kind, wrap)
     if not triton:
         with _without_autocast(inputs[0]):
             return coarse_matmul([flat(x) for x in inputs], weights, axes, offset)
@@ -39,26 +39,44 @@ def low_pass_coarse(
 
 
 @low_pass_coarse.register_fake
-def _(inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None, cutoff: float, kind: str, triton: bool) -> Tensor:
+def _(
+    inputs: Sequence[Tensor], weights: Sequence[float], offset: Tensor | None, cutoff: float, kind: str, wrap: Sequence[bool], triton: bool
+) -> Tensor:
     x = inputs[0]
-    coarse = [coarse_length(n, cutoff, kind) for n in picture_size(x)]  # type: ignore[arg-type]
+    coarse = [coarse_length(n, cutoff, kind, wrap=on) for n, on in zip(picture_size(x), wrap, strict=True)]  # type: ignore[arg-type]
     return x.new_empty(x.shape[0], x.shape[1], *coarse, dtype=accumulator(x))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("low_pass_expand"), mutates_args=())
 def low_pass_expand(
-    like: Tensor, coarse: Tensor, gain: float, addends: Sequence[Tensor], weights: Sequence[float], cutoff: float, kind: str, triton: bool
+    like: Tensor,
+    coarse: Tensor,
+    gain: float,
+    addends: Sequence[Tensor],
+    weights: Sequence[float],
+    cutoff: float,
+    kind: str,
+    wrap: Sequence[bool],
+    triton: bool,
 ) -> Tensor:
     """Compute `sum weights * addends + gain U_y coarse U_x^T`, a new picture with the shape, strides and dtype of `like`."""
     out = torch.empty_like(like)
     expand = _launch_expand if triton else _matmul_expand
-    expand(out, coarse, gain, _axes(picture_size(like), cutoff, kind), addends, weights)
+    expand(out, coarse, gain, _axes(picture_size(like), cutoff, kind, wrap), addends, weights)
     return out
 
 
 @low_pass_expand.register_fake
 def _(
-    like: Tensor, coarse: Tensor, gain: float, addends: Sequence[Tensor], weights: Sequence[float], cutoff: float, kind: str, triton: bool
+    like: Tensor,
+    coarse: Tensor,
+    gain: float,
+    addends: Sequence[Tensor],
+    weights: Sequence[float],
+    cutoff: float,
+    kind: str,
+    wrap: Sequence[bool],
+    triton: bool,
 ) -> Tensor:
     return torch.empty_like(like)
 
@@ -73,11 +91,12 @@ def low_pass_expand_(
     weights: Sequence[float],
     cutoff: float,
     kind: str,
+    wrap: Sequence[bool],
     triton: bool,
 ) -> None:
     """In place: `out <- weight * out + sum weights * addends + gain U_y coarse U_x^T`."""
     expand = _launch_expand if triton else _matmul_expand
-    expand(out, coarse, gain, _axes(picture_size(out), cutoff, kind), [out, *addends], [weight, *weights])
+    expand(out, coarse, gain, _axes(picture_size(out), cutoff, kind, wrap), [out, *addends], [weight, *weights])
 
 
 def _launch_expand(out: Tensor, coarse: Tensor, gain: float, axes: Axes, addends: Sequence[Tensor], weights: Sequence[float]) -> None:
@@ -105,8 +124,9 @@ def picture_size(x: Tensor) -> tuple[int, int]:
     return (x.shape[2] * x.shape[3], x.shape[4] * x.shape[5]) if x.ndim == 6 else (x.shape[2], x.shape[3])
 
 
-def _axes(size: tuple[int, int], cutoff: float, kind: str) -> Axes:
-    return LowPass(size[0], cutoff, kind), LowPass(size[1], cutoff, kind)  # type: ignore[arg-type]
+def _axes(size: tuple[int, int], cutoff: float, kind: str, wrap: Sequence[bool]) -> Axes:
+    y, x = (LowPass(n, cutoff, kind, bool(on)) for n, on in zip(size, wrap, strict=True))  # type: ignore[arg-type]
+    return y, x
 
 
 def _without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:

@@ -1,7 +1,9 @@
 """The filters as matrices: along one axis, `A = up @ down`, a reduction to a small grid and an expansion.
 
 `"resize"`: antialiased bilinear down and bilinear up; each row has a few non-zero weights. `"gaussian"` and `"butterworth"`: the cosine
-modes (DCT-II) with non-zero response, weighted by it; exact at every mode, with reflecting borders.
+modes (DCT-II) with non-zero response, weighted by it; exact at every mode, with reflecting borders. On an axis that wraps, weights continue
+on the other side, and the modes are those of the Fourier series: a cyclic shift of the picture shifts the result, for `"resize"` by whole
+coarse pixels.
 
 Matrices are built in fp64. The implementations use a factor as tiles of rows, each with the columns that it reads, cached per device and
 dtype.
@@ -31,21 +33,23 @@ class LowPass:
         length: Number of pixels, n.
         cutoff: Kept fraction of the Nyquist frequency, in (0, 1].
         kind: As in `low_pass`.
+        wrap: Whether the axis continues on the other side.
     """
 
     length: int
     cutoff: float
     kind: Kind = "resize"
+    wrap: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.length, int) or self.length < 1:
             raise ValueError(f"length must be a positive integer, got {self.length=}")
-        coarse_length(self.length, self.cutoff, self.kind)
+        coarse_length(self.length, self.cutoff, self.kind, wrap=self.wrap)
 
     @property
     def coarse(self) -> int:
         """Number of coarse samples, m."""
-        return coarse_length(self.length, self.cutoff, self.kind)
+        return coarse_length(self.length, self.cutoff, self.kind, wrap=self.wrap)
 
     @property
     def down(self) -> Tensor:
@@ -99,19 +103,24 @@ def band(axis: LowPass, side: Side, device: torch.device, dtype: torch.dtype, *,
 def _factor(axis: LowPass, side: Side) -> Tensor:
     """A factor in fp64 on the CPU, whatever inference mode and default device are set."""
     with torch.inference_mode(False), torch.device("cpu"):
-        return _resize(axis, side) if axis.kind == "resize" else _modes(axis, side)
+        if axis.kind == "resize":
+            return _resize(axis, side)
+        return _periodic_modes(axis, side) if axis.wrap else _modes(axis, side)
 
 
 def _resize(axis: LowPass, side: Side) -> Tensor:
     """Triangular weights around the centre of each sample: as wide as the scale for the reduction, two pixels for the expansion."""
     n, m = axis.length, axis.coarse
+    pixels, samples = torch.arange(n, dtype=torch.float64), torch.arange(m, dtype=torch.float64)
     if side == "down":
         scale = n / m
-        distance = (torch.arange(n, dtype=torch.float64) - ((torch.arange(m, dtype=torch.float64) + 0.5) * scale - 0.5)[:, None]).abs()
-        weights = (1 - distance / scale).clamp(min=0)
+        distance = pixels - ((samples + 0.5) * scale - 0.5)[:, None]
     else:
-        centers = ((torch.arange(n, dtype=torch.float64) + 0.5) * (m / n) - 0.5).clamp(0, m - 1)
-        weights = (1 - (torch.arange(m, dtype=torch.float64) - centers[:, None]).abs()).clamp(min=0)
+        scale, centers = 1.0, (pixels + 0.5) * (m / n) - 0.5
+        distance = samples - (centers if axis.wrap else centers.clamp(0, m - 1))[:, None]
+    laps = (-2, -1, 0, 1, 2) if axis.wrap else (0,)  # a triangle is at most two axes wide
+    length = n if side == "down" else m
+    weights = torch.stack([(1 - (distance + lap * length).abs() / scale).clamp(min=0) for lap in laps]).sum(0)
     return weights / weights.sum(1, keepdim=True)
 
 
@@ -125,3 +134,17 @@ def _modes(axis: LowPass, side: Side) -> Tensor:
         return cosines.T.contiguous()
     gains = [response(k / n, axis.cutoff, axis.kind) for k in range(m)]
     return torch.tensor(gains, dtype=torch.float64)[:, None] * cosines
+
+
+def _periodic_modes(axis: LowPass, side: Side) -> Tensor:
+    """Orthonormal modes of the Fourier series: constant, cosine and sine of one period, of two ...; as in `_modes`, with the response."""
+    n, m = axis.length, axis.coarse
+    periods = (torch.arange(m) + 1) // 2  # the last is the cosine alone where it alternates from pixel to pixel
+    phases = 2 * torch.pi / n * periods[:, None].double() * torch.arange(n, dtype=torch.float64)
+    modes = torch.where((torch.arange(m) % 2 == 1)[:, None], phases.cos(), phases.sin())
+    modes[0] = 1
+    modes /= modes.norm(dim=1, keepdim=True)
+    if side == "up":
+        return modes.T.contiguous()
+    gains = [response(2 * k / n, axis.cutoff, axis.kind) for k in periods.tolist()]
+    return torch.tensor(gains, dtype=torch.float64)[:, None] * modes

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
+from scalediff_kernels._arguments import checked_wrap
 from scalediff_kernels._launch import has_triton
 from scalediff_kernels.neighborhood import op
-from scalediff_kernels.neighborhood.geometry import check_axis
+from scalediff_kernels.neighborhood.geometry import check_axis, patch_count
 from scalediff_kernels.neighborhood.lse import window_log_sum_exp
 from scalediff_kernels.neighborhood.reference import joint_neighborhood_patch_attention_reference, neighborhood_patch_attention_reference
 from scalediff_kernels.neighborhood.windowed_sdpa import joint_neighborhood_patch_attention_sdpa, neighborhood_patch_attention_sdpa
@@ -25,14 +26,14 @@ TextQueries = Literal["window", "global"]
 @overload
 def neighborhood_patch_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int] = (0, 0),
-    scale: float | None = None, return_lse: Literal[False] = False, impl: Impl = "auto",
+    wrap: tuple[bool, bool] = (False, False), scale: float | None = None, return_lse: Literal[False] = False, impl: Impl = "auto",
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def neighborhood_patch_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int] = (0, 0),
-    scale: float | None = None, return_lse: Literal[True], impl: Impl = "auto",
+    wrap: tuple[bool, bool] = (False, False), scale: float | None = None, return_lse: Literal[True], impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def neighborhood_patch_attention(
     window: tuple[int, int],
     patch: tuple[int, int],
     offset: tuple[int, int] = (0, 0),
+    wrap: tuple[bool, bool] = (False, False),
     scale: float | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
@@ -58,6 +60,9 @@ def neighborhood_patch_attention(
             whole grid, and the result is that of `F.scaled_dot_product_attention`.
         patch: Query patch in tokens, `(Y, X)`, at most the window. The paper uses half the window.
         offset: Shift of the patch grid towards the origin in tokens, `(Y, X)`, each in `[0, patch)`. Border patches are smaller.
+        wrap: Whether the picture continues on the other side, per axis `(Y, X)`: `(False, True)` for a panorama of 360 degrees. Windows and
+            patches then cross the border instead of being shifted or cut there. Along an axis whose length the patch divides, a cyclic
+            shift of all tensors by a patch shifts the result; otherwise the last patch is smaller and tells where the axis begins.
         scale: Factor on the scores; `D ** -0.5` when None.
         return_lse: Whether to return the log-sum-exp of the scores as well, by which results over different keys can be merged. The
             kernel has it at no cost; `"sdpa"` and `"reference"` compute the scores once more for it.
@@ -72,21 +77,21 @@ def neighborhood_patch_attention(
 
     Raises:
         ValueError: Shapes, dtypes or devices disagree, patch exceeds window, an offset is outside the patch, or the scale is not finite.
-        TypeError: A tensor is not floating point.
+        TypeError: A tensor is not floating point, or `wrap` is not a pair of booleans.
         NotImplementedError: `impl="triton"` does not support these tensors.
 
     ScaleDiff, arXiv:2510.25818, section 3.2; equal to NATTEN's generalized neighborhood attention with
     kernel_size=window, stride=patch (arXiv:2504.16922) at offset 0.
     """
     _check_image(q, k, v)
-    window, patch, offset, scale = _check_numbers(q, window, patch, offset, scale)
+    window, patch, offset, wrap, scale = _check_numbers(q, window, patch, offset, wrap, scale)
     covers = window[0] >= q.shape[1] and window[1] >= q.shape[2]
     chosen = _choose(impl, (q, k, v), covers=covers and not return_lse)  # the kernel has the log-sum-exp, torch's attention has not
     if chosen == "triton":
         run = op.image_attention_lse if return_lse else op.image_attention
-        out: Tensor | tuple[Tensor, Tensor] = run(q, k, v, None, None, None, None, window, patch, offset, scale)
+        out: Tensor | tuple[Tensor, Tensor] = run(q, k, v, None, None, None, None, window, patch, offset, wrap, scale)
         return out
-    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "scale": scale}
+    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "wrap": wrap, "scale": scale}
     attend = neighborhood_patch_attention_reference if chosen == "reference" else neighborhood_patch_attention_sdpa
     result = attend(q, k, v, **how)
     return (result, window_log_sum_exp(*_as_cast(chosen, q, k), **how)) if return_lse else result
@@ -95,16 +100,18 @@ def neighborhood_patch_attention(
 @overload
 def joint_neighborhood_patch_attention(
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, *, window: tuple[int, int], patch: tuple[int, int],
-    offset: tuple[int, int] = (0, 0), scale: float | None = None, text_rope: tuple[Tensor, Tensor] | None = None,
-    text_queries: TextQueries | None = "window", return_lse: Literal[False] = False, impl: Impl = "auto",
+    offset: tuple[int, int] = (0, 0), wrap: tuple[bool, bool] = (False, False), scale: float | None = None,
+    text_rope: tuple[Tensor, Tensor] | None = None, text_queries: TextQueries | None = "window", return_lse: Literal[False] = False,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
 
 
 @overload
 def joint_neighborhood_patch_attention(
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, *, window: tuple[int, int], patch: tuple[int, int],
-    offset: tuple[int, int] = (0, 0), scale: float | None = None, text_rope: tuple[Tensor, Tensor] | None = None,
-    text_queries: TextQueries | None = "window", return_lse: Literal[True], impl: Impl = "auto",
+    offset: tuple[int, int] = (0, 0), wrap: tuple[bool, bool] = (False, False), scale: float | None = None,
+    text_rope: tuple[Tensor, Tensor] | None = None, text_queries: TextQueries | None = "window", return_lse: Literal[True],
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...  # fmt: skip
 
 
@@ -119,6 +126,7 @@ def joint_neighborhood_patch_attention(
     window: tuple[int, int],
     patch: tuple[int, int],
     offset: tuple[int, int] = (0, 0),
+    wrap: tuple[bool, bool] = (False, False),
     scale: float | None = None,
     text_rope: tuple[Tensor, Tensor] | None = None,
     text_queries: TextQueries | None = "window",
@@ -128,7 +136,8 @@ def joint_neighborhood_patch_attention(
     """Neighborhood patch attention with text tokens in the same softmax: image queries attend to text and to their window.
 
     Args:
-        q, k, v, window, patch, offset, scale, return_lse, impl: As in `neighborhood_patch_attention`, with D even if `text_rope` is given.
+        q, k, v, window, patch, offset, wrap, scale, return_lse, impl: As in `neighborhood_patch_attention`, with D even if `text_rope` is
+            given.
         text_q: Text queries `[B, T, H, D]`, with the dtype and device of q.
         text_k, text_v: Text keys and values `[B, T, G, D]`, likewise.
         text_rope: Tables (cos, sin), each `[patches_y, patches_x, D / 2]`, fp32 or fp64, with cos^2 + sin^2 = 1: angles by which text
@@ -151,18 +160,18 @@ def joint_neighborhood_patch_attention(
     """
     _check_image(q, k, v)
     _check_text(q, k, text_q, text_k, text_v)
-    window, patch, offset, scale = _check_numbers(q, window, patch, offset, scale)
+    window, patch, offset, wrap, scale = _check_numbers(q, window, patch, offset, wrap, scale)
     if text_queries not in (*get_args(TextQueries), None):
         raise ValueError(f"text_queries must be 'window', 'global' or None, got {text_queries=}")
     if text_rope is not None:
-        _check_rope(q, text_rope, patch, offset)
+        _check_rope(q, text_rope, patch, offset, wrap)
     chosen = _choose(impl, (q, k, v, text_q, text_k, text_v), covers=False)
-    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "scale": scale, "text_rope": text_rope}
+    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "wrap": wrap, "scale": scale, "text_rope": text_rope}
     if chosen != "triton":
         attend = joint_neighborhood_patch_attention_reference if chosen == "reference" else joint_neighborhood_patch_attention_sdpa
         results = attend(q, k, v, text_q, text_k, text_v, **how, text_queries=text_queries)
         return (*results, window_log_sum_exp(*_as_cast(chosen, q, k, text_k), **how)) if return_lse else results
-    numbers = (*(text_rope or (None, None)), window, patch, offset, scale)
+    numbers = (*(text_rope or (None, None)), window, patch, offset, wrap, scale)
     image = (q, k, v, text_k, text_v, *numbers)
     out, *lse = op.image_attention_lse(*image) if return_lse else (op.image_attention(*image),)
     text = None
@@ -170,7 +179,7 @@ def joint_neighborhood_patch_attention(
         text = op.text_attention(text_q, k, v, text_k, text_v, *numbers)
     elif text_queries == "global":  # one window over the grid
         grid = (q.shape[1], q.shape[2])
-        text = op.text_attention(text_q, k, v, text_k, text_v, None, None, grid, grid, (0, 0), scale)
+        text = op.text_attention(text_q, k, v, text_k, text_v, None, None, grid, grid, (0, 0), (False, False), scale)
     return (out, text, *lse)
 
 
@@ -207,8 +216,8 @@ def _as_cast(chosen: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_numbers(
-    q: Tensor, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float | None
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], float]:
+    q: Tensor, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], wrap: tuple[bool, bool], scale: float | None
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[bool, bool], float]:
     window, patch, offset = _pair("window", window), _pair("patch", patch), _pair("offset", offset)
     for axis in (0, 1):
         check_axis(q.shape[1 + axis], window[axis], patch[axis], offset[axis])
@@ -216,7 +225,7 @@ def _check_numbers(
         scale = q.shape[-1] ** -0.5
     if not -math.inf < scale < math.inf:  # torch.compile traces comparisons, not math.isfinite
         raise ValueError(f"scale must be finite, got {scale=}")
-    return window, patch, offset, float(scale)
+    return window, patch, offset, checked_wrap(wrap), float(scale)
 
 
 def _check_image(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -256,10 +265,10 @@ def _check_kind(subject: str, tensors: dict[str, Tensor]) -> None:
         raise TypeError(f"{subject} must be floating point, got {first.dtype}")
 
 
-def _check_rope(q: Tensor, rope: tuple[Tensor, Tensor], patch: tuple[int, int], offset: tuple[int, int]) -> None:
+def _check_rope(q: Tensor, rope: tuple[Tensor, Tensor], patch: tuple[int, int], offset: tuple[int, int], wrap: tuple[bool, bool]) -> None:
     if not isinstance(rope, tuple | list) or len(rope) != 2 or not all(isinstance(x, Tensor) for x in rope):
         raise TypeError(f"text_rope must be a pair of tensors (cos, sin), got {type(rope)}")
-    patches = [-(-(n + o) // p) for n, o, p in zip(q.shape[1:3], offset, patch, strict=True)]
+    patches = [patch_count(n, p, o, wrap=on) for n, p, o, on in zip(q.shape[1:3], patch, offset, wrap, strict=True)]
     expected = (*patches, q.shape[-1] // 2)
     if q.shape[-1] % 2 or any(tuple(x.shape) != expected for x in rope):
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from scalediff_kernels.neighborhood.config import MIN_BLOCK, Problem, ceil_power_of_two
+from scalediff_kernels.neighborhood.geometry import patch_count
 from scalediff_kernels.neighborhood.strides import suits_descriptor
 
 
@@ -29,6 +30,7 @@ class Call:
     patch: tuple[int, int]
     offset: tuple[int, int]
     scale: float
+    wrap: tuple[bool, bool] = (False, False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -41,7 +43,8 @@ class Call:
 
     @property
     def patches(self) -> tuple[int, int]:
-        rows, columns = (-(-(n + o) // p) for n, o, p in zip(self.grid, self.offset, self.patch, strict=True))
+        axes = zip(self.grid, self.patch, self.offset, self.wrap, strict=True)
+        rows, columns = (patch_count(n, p, o, wrap=on) for n, p, o, on in axes)
         return rows, columns
 
     @property
@@ -67,12 +70,14 @@ class Call:
     @property
     def numbers(self) -> dict[str, int]:
         """Arguments that all kernels have in common."""
+        axes = zip(self.grid, self.offset, self.wrap, strict=True)
+        offset_y, offset_x = (o % n if on else o for n, o, on in axes)  # a patch may be larger than the grid
         return {
             "grid_y": self.grid[0],
             "grid_x": self.grid[1],
             "patches_x": self.patches[1],
-            "offset_y": self.offset[0],
-            "offset_x": self.offset[1],
+            "offset_y": offset_y,
+            "offset_x": offset_x,
             "heads": self.q.shape[-2],
             "text": self.tokens,
         }
@@ -83,4 +88,4 @@ class Call:
         descriptors = all(suits_descriptor(x) for x in (q, *self.keys, *(self.text or ())))
         heads, windows = (q.shape[0] * q.shape[-2], prod(self.patches)) if self.queries == "text" else (1, 1)
         sizes = self.grid, self.cut_window, self.patch, q.shape[-1], q.element_size(), self.tokens
-        return Problem(*sizes, self.queries, descriptors, self.rope is not None, heads, windows)
+        return Problem(*sizes, self.queries, descriptors, self.rope is not None, heads, windows, any(self.wrap))

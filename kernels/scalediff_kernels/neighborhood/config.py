@@ -44,6 +44,7 @@ class Problem:
     rope: bool = False  # whether text is rotated
     heads: int = 1  # of all batches together; read for text queries alone, as is the next
     windows: int = 1
+    wrap: bool = False  # whether windows may continue on the other side, which boxes of tokens do not
 
 
 class LaunchConfig(NamedTuple):
@@ -116,7 +117,7 @@ _PIPELINES = {
 
 def _pipelined(problem: Problem, device: str) -> LaunchConfig | None:
     """The configuration of the warp-specialised kernel; None where it does not support the problem: then tiles or boxes do not fit."""
-    if device != "sm_90" or problem.itemsize != 2 or not problem.descriptors:
+    if device != "sm_90" or problem.itemsize != 2 or not problem.descriptors or problem.wrap:
         return None
     column = _column(problem)
     pipeline = _PIPELINES["rope" if problem.rope else "plain"][column]
@@ -153,7 +154,7 @@ def _pipelined(problem: Problem, device: str) -> LaunchConfig | None:
 def block_config(problem: Problem, device: str, *, descriptors: bool = True) -> LaunchConfig:
     """The configuration of the kernels in plain Triton, with descriptors if these are wanted and support the problem."""
     descriptors = descriptors and problem.descriptors and problem.itemsize == 2  # fp32 products need operands in registers
-    descriptors = descriptors and has_descriptors(device)
+    descriptors = descriptors and has_descriptors(device) and not problem.wrap
     blocks = _blocks(problem, device, descriptors=descriptors)
     inside = fits_inside(key_box(problem.window, blocks.keys), problem.window)
     descriptors = descriptors and inside

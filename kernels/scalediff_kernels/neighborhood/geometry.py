@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 
 class PatchWindow(NamedTuple):
-    """One patch along one axis: queries `[query_start, query_stop)` attend to keys `[key_start, key_stop)`."""
+    """One patch along one axis: queries `[query_start, query_stop)` attend to keys `[key_start, key_stop)`.
+
+    On an axis that wraps, tokens are counted modulo its length: a range may begin before token 0 or end after the last token.
+    """
 
     query_start: int
     query_stop: int
@@ -18,17 +21,22 @@ class PatchWindow(NamedTuple):
     key_stop: int
 
 
-def windows(length: int, window: int, patch: int, offset: int = 0) -> tuple[PatchWindow, ...]:
-    """Split one axis into query patches, each with a key window clamped into the axis.
+def windows(length: int, window: int, patch: int, offset: int = 0, *, wrap: bool = False) -> tuple[PatchWindow, ...]:
+    """Split one axis into query patches, each with a key window clamped into the axis, or continued on the other side.
 
     Patch i covers `[i * patch - offset, (i + 1) * patch - offset)` cut to `[0, length)`, so border patches are smaller and there is no
     padding. Its window is centred on the uncut patch, and shifted at the borders without becoming smaller.
+
+    With `wrap` the ends of the axis are joined. The patches are those of offset 0 on the axis rolled by `offset`: the first starts at token
+    `-offset`, and only the last is cut, where the first begins again. Windows are not shifted. If the patch divides the length, a cyclic
+    shift by a patch maps patches to patches and windows to windows; otherwise the cut patch shows where the axis begins.
 
     Args:
         length: Number of tokens along the axis.
         window: Number of keys of a window; if it is larger than the axis, the whole axis.
         patch: Number of queries of a patch, at most `window`.
         offset: Shift of the patch grid towards the origin in tokens, in `[0, patch)`.
+        wrap: Whether the axis continues on the other side.
 
     Returns:
         The patches and their windows, from the origin on.
@@ -41,11 +49,19 @@ def windows(length: int, window: int, patch: int, offset: int = 0) -> tuple[Patc
     """
     check_axis(length, window, patch, offset)
     kept = min(window, length)
+    first, end = (-offset, length - offset) if wrap else (0, length)
     spans = []
-    for origin in range(-offset, length, patch):
-        start = min(max(origin + patch // 2 - window // 2, 0), length - kept)
-        spans.append(PatchWindow(max(origin, 0), min(origin + patch, length), start, start + kept))
+    for origin in range(-offset, end, patch):
+        start = origin + patch // 2 - window // 2
+        if not wrap or kept == length:
+            start = min(max(start, 0), length - kept)
+        spans.append(PatchWindow(max(origin, first), min(origin + patch, end), start, start + kept))
     return tuple(spans)
+
+
+def patch_count(length: int, patch: int, offset: int, *, wrap: bool) -> int:
+    """Number of patches of `windows`."""
+    return -(-(length + (0 if wrap else offset)) // patch)
 
 
 def check_axis(length: int, window: int, patch: int, offset: int) -> None:
@@ -59,7 +75,7 @@ def check_axis(length: int, window: int, patch: int, offset: int) -> None:
 
 
 def attention_flops(*, grid: tuple[int, int], window: tuple[int, int], heads: int, head_dim: int, batch: int = 1, text: int = 0) -> int:
-    """Useful FLOPs of the image queries, `4 B H D (Y X) (W_y W_x + T)`; padding is not counted.
+    """Useful FLOPs of the image queries, `4 B H D (Y X) (W_y W_x + T)`; padding is not counted. Every window is full, also one that wraps.
 
     Args:
         grid: Token grid `(Y, X)`.
@@ -82,11 +98,12 @@ def text_attention_flops(
     rule: str,
     offset: tuple[int, int] = (0, 0),
     batch: int = 1,
+    wrap: tuple[bool, bool] = (False, False),
 ) -> int:
     """Useful FLOPs of the text queries: `4 B H D T (K + T)`, for K = grid (`"global"`), or K = window, summed over windows (`"window"`).
 
     Args:
-        grid, window, patch, offset: As in `windows`, per axis `(Y, X)`.
+        grid, window, patch, offset, wrap: As in `windows`, per axis `(Y, X)`.
         heads, head_dim, batch: H, D and B.
         text: T, the number of text tokens.
         rule: `"window"` or `"global"`, as in `joint_neighborhood_patch_attention`.
@@ -98,7 +115,7 @@ def text_attention_flops(
         raise ValueError(f"rule must be 'window' or 'global', got {rule=}")
     count, keys = 1, prod(grid)
     if rule == "window":
-        count = prod(len(windows(n, w, p, o)) for n, w, p, o in zip(grid, window, patch, offset, strict=True))
+        count = prod(patch_count(n, p, o, wrap=around) for n, p, o, around in zip(grid, patch, offset, wrap, strict=True))
         keys = prod(min(w, n) for w, n in zip(window, grid, strict=True))
     return 4 * batch * heads * head_dim * text * count * (keys + text)
 
@@ -118,11 +135,12 @@ def window_bytes(
     itemsize: int,
     offset: tuple[int, int] = (0, 0),
     batch: int = 1,
+    wrap: tuple[bool, bool] = (False, False),
 ) -> int:
     """Bytes of K and V summed over all windows, as moved by an implementation that copies every window.
 
     Arguments as in `windows`, per axis `(Y, X)`, and as in `attention_bytes`.
     """
-    axes = [windows(n, w, p, o) for n, w, p, o in zip(grid, window, patch, offset, strict=True)]
+    axes = [windows(n, w, p, o, wrap=around) for n, w, p, o, around in zip(grid, window, patch, offset, wrap, strict=True)]
     keys = prod(sum(span.key_stop - span.key_start for span in axis) for axis in axes)
     return 2 * batch * heads * head_dim * keys * itemsize

@@ -6,8 +6,9 @@ the result and the sums of text queries are allocated.
 
 There is one kernel for image queries, one for text queries, and a small one that averages the sums of the latter. The first two are
 compiled for one of two paths: `"descriptor"` (TMA loads boxes into shared memory, zero-filled outside the grid and above the head dim)
-and `"pointer"` (addresses and masks). Text keys have to be rotated by the angle of the window. Rotating the queries by minus this angle
-gives the same dot products, and is done only once.
+and `"pointer"` (addresses and masks). Where an axis wraps, windows and patches may continue on the other side, which only addresses can
+follow. Text keys have to be rotated by the angle of the window. Rotating the queries by minus this angle gives the same dot products, and
+is done only once.
 
 Legend: B batch, H query heads, G key heads, Y x X token grid, T text tokens, D head dim, M x N query x key block.
 """
@@ -17,13 +18,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scalediff_kernels._common import LN_2, VECTOR, load_box, load_text, rotate, softmax_step
+from scalediff_kernels._common import LN_2, VECTOR, around, load_box, load_box_around, load_text, rotate, softmax_step
+
+
+@triton.jit
+def _load(
+    ref, strides, batch, head, box,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WRAP: tl.constexpr, BOXES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Load a box of tokens `[ROWS * COLUMNS, BLOCK_D]`: first row and column, their limits, and the grid."""
+    y, x, limit_y, limit_x, grid_y, grid_x = box
+    if WRAP[0] or WRAP[1]:
+        return load_box_around(
+            ref, strides, batch, y, x, head, limit_y, limit_x, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, WRAP, MASKED,
+        )  # fmt: skip
+    else:
+        return load_box(ref, strides, batch, y, x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, MASKED)
 
 
 @triton.jit
 def _window_block(
     b_q, state, refs, strides, place, block_y, block_x, scale,
-    BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BOX: tl.constexpr, WINDOW: tl.constexpr, WRAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BOXES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Process one box of keys at token (`block_y`, `block_x`) of the window. MASKED: it may exceed the window's end."""
@@ -32,14 +49,15 @@ def _window_block(
     WINDOW_Y: tl.constexpr = WINDOW[0]
     WINDOW_X: tl.constexpr = WINDOW[1]
     OVERHANG: tl.constexpr = (ROWS > WINDOW_Y) or (COLUMNS > WINDOW_X)
-    batch, head, start_y, start_x = place
+    batch, head, start_y, start_x, grid_y, grid_x = place
     y, x = block_y, block_x
     if MASKED:  # move back inside the window; keys of earlier blocks are masked
         y = tl.maximum(tl.minimum(block_y, WINDOW_Y - ROWS), 0)
         x = tl.maximum(tl.minimum(block_x, WINDOW_X - COLUMNS), 0)
     limit_y, limit_x = start_y + WINDOW_Y, start_x + WINDOW_X
-    b_k = load_box(refs[0], strides[0], batch, start_y + y, start_x + x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, OVERHANG)
-    b_v = load_box(refs[1], strides[1], batch, start_y + y, start_x + x, head, limit_y, limit_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, OVERHANG)
+    box = (start_y + y, start_x + x, limit_y, limit_x, grid_y, grid_x)
+    b_k = _load(refs[0], strides[0], batch, head, box, ROWS, COLUMNS, D, BLOCK_D, WRAP, BOXES, OVERHANG)
+    b_v = _load(refs[1], strides[1], batch, head, box, ROWS, COLUMNS, D, BLOCK_D, WRAP, BOXES, OVERHANG)
     key_y = y + tl.arange(0, ROWS * COLUMNS) // COLUMNS
     key_x = x + tl.arange(0, ROWS * COLUMNS) % COLUMNS
     keep = (key_y >= block_y) & (key_y < WINDOW_Y) & (key_x >= block_x) & (key_x < WINDOW_X)
@@ -49,7 +67,7 @@ def _window_block(
 @triton.jit
 def _attend_window(
     b_q, state, refs, strides, place, scale,
-    BOX: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BOX: tl.constexpr, WINDOW: tl.constexpr, WRAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Process all keys of a window: first the boxes that are inside, without a mask, then the last column and row of boxes."""
@@ -63,7 +81,7 @@ def _attend_window(
     for i in tl.range(0, FULL_Y * FULL_X, num_stages=STAGES):
         top, total, acc = _window_block(
             b_q, (top, total, acc), refs, strides, place, i // FULL_X * BOX[0], i % FULL_X * BOX[1], scale,
-            BOX, WINDOW, D, BLOCK_D, BOXES, PRECISION, False,
+            BOX, WINDOW, WRAP, D, BLOCK_D, BOXES, PRECISION, False,
         )  # fmt: skip
     if FAR_COLUMN + FAR_ROW > 0:
         for i in tl.range(0, FAR_COLUMN + FAR_ROW, num_stages=1):
@@ -71,7 +89,7 @@ def _attend_window(
             block_x = tl.where(i < FAR_COLUMN, BLOCKS_X - 1, i - FAR_COLUMN) * BOX[1]
             top, total, acc = _window_block(
                 b_q, (top, total, acc), refs, strides, place, block_y, block_x, scale,
-                BOX, WINDOW, D, BLOCK_D, BOXES, PRECISION, True,
+                BOX, WINDOW, WRAP, D, BLOCK_D, BOXES, PRECISION, True,
             )  # fmt: skip
     return top, total, acc
 
@@ -99,9 +117,22 @@ def _start(M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _window_start(patch, length, offset, PATCH: tl.constexpr, WINDOW: tl.constexpr):
-    """First key of a patch's window along one axis: centred on the patch, then clamped into the grid."""
-    return tl.maximum(tl.minimum(patch * PATCH - offset + PATCH // 2 - WINDOW // 2, length - WINDOW), 0)
+def _window_start(patch, length, offset, PATCH: tl.constexpr, WINDOW: tl.constexpr, WRAP: tl.constexpr):
+    """First key of a patch's window along one axis: centred on the patch, then clamped into the grid, or taken modulo its length."""
+    start = patch * PATCH - offset + PATCH // 2 - WINDOW // 2
+    if WRAP:
+        return (start % length + length) % length
+    else:
+        return tl.maximum(tl.minimum(start, length - WINDOW), 0)
+
+
+@triton.jit
+def _patch_limits(length, offset, WRAP: tl.constexpr):
+    """First token of the first patch inside the grid, and the end of the last one."""
+    if WRAP:
+        return -offset, length - offset
+    else:
+        return 0, length
 
 
 @triton.jit(do_not_specialize=["grid_y", "grid_x", "patches_y", "patches_x", "offset_y", "offset_x", "heads", "text"])
@@ -118,7 +149,7 @@ def image_kernel(
     q_strides, k_strides, v_strides, out_strides, text_k_strides, text_v_strides,
     grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale,
     QUERY_BOX: tl.constexpr, TILES: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
+    WRAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
     RAGGED_TEXT: tl.constexpr, ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, STORE_BOXES: tl.constexpr,
     LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -141,11 +172,14 @@ def image_kernel(
     batch = pid // heads
     y = patch_y * PATCH[0] - offset_y + tile // TILES[1] * ROWS
     x = patch_x * PATCH[1] - offset_x + tile % TILES[1] * COLUMNS
-    if (y + ROWS <= 0) | (y >= grid_y) | (x + COLUMNS <= 0) | (x >= grid_x):
+    first_y, end_y = _patch_limits(grid_y, offset_y, WRAP[0])
+    first_x, end_x = _patch_limits(grid_x, offset_x, WRAP[1])
+    if (y + ROWS <= first_y) | (y >= end_y) | (x + COLUMNS <= first_x) | (x >= end_x):
         return  # a cut patch at the border has tiles outside the grid
 
     state = _start(M, BLOCK_D)
-    b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, True)
+    box = (y, x, end_y, end_x, grid_y, grid_x)
+    b_q = _load(q_ref, q_strides, batch, head, box, ROWS, COLUMNS, D, BLOCK_D, WRAP, BOXES, True)
     if NEGATE:
         b_q = -b_q
     if HAS_TEXT:
@@ -156,23 +190,24 @@ def image_kernel(
             TEXT_BLOCK, D, BLOCK_D, BOXES, PRECISION, RAGGED_TEXT, STAGES,
         )  # fmt: skip
         if ROPE:  # loaded again, because keeping it would cost registers, and L2 has it
-            b_q = load_box(q_ref, q_strides, batch, y, x, head, grid_y, grid_x, ROWS, COLUMNS, D, BLOCK_D, BOXES, True)
+            b_q = _load(q_ref, q_strides, batch, head, box, ROWS, COLUMNS, D, BLOCK_D, WRAP, BOXES, True)
             if NEGATE:
                 b_q = -b_q
-    start_y = _window_start(patch_y, grid_y, offset_y, PATCH[0], WINDOW[0])
-    start_x = _window_start(patch_x, grid_x, offset_x, PATCH[1], WINDOW[1])
-    place = (batch, head // GROUP, start_y, start_x)
+    start_y = _window_start(patch_y, grid_y, offset_y, PATCH[0], WINDOW[0], WRAP[0])
+    start_x = _window_start(patch_x, grid_x, offset_x, PATCH[1], WINDOW[1], WRAP[1])
+    place = (batch, head // GROUP, start_y, start_x, grid_y, grid_x)
     state = _attend_window(
         b_q, state, (k_ref, v_ref), (k_strides, v_strides), place, scale,
-        KEY_BOX, WINDOW, D, BLOCK_D, BOXES, PRECISION, STAGES,
+        KEY_BOX, WINDOW, WRAP, D, BLOCK_D, BOXES, PRECISION, STAGES,
     )  # fmt: skip
     b_out = (state[2] / state[1][:, None]).to(b_q.dtype)
 
     offs_y = y + tl.arange(0, M) // COLUMNS
     offs_x = x + tl.arange(0, M) % COLUMNS
-    stop_y = tl.minimum((patch_y + 1) * PATCH[0] - offset_y, grid_y)
-    stop_x = tl.minimum((patch_x + 1) * PATCH[1] - offset_x, grid_x)
-    m_m = (offs_y >= 0) & (offs_y < stop_y) & (offs_x >= 0) & (offs_x < stop_x)
+    stop_y = tl.minimum((patch_y + 1) * PATCH[0] - offset_y, end_y)
+    stop_x = tl.minimum((patch_x + 1) * PATCH[1] - offset_x, end_x)
+    m_m = (offs_y >= first_y) & (offs_y < stop_y) & (offs_x >= first_x) & (offs_x < stop_x)
+    offs_y, offs_x = around(offs_y, grid_y, WRAP[0]), around(offs_x, grid_x, WRAP[1])
     if STORE_BOXES:  # no tile exceeds its patch; the store clips it at the grid
         out_ref.store([batch, y, x, head, 0], b_out.reshape(1, ROWS, COLUMNS, 1, BLOCK_D))
     else:
@@ -199,7 +234,7 @@ def text_kernel(
     text_q_strides, k_strides, v_strides, text_k_strides, text_v_strides,
     grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale, part_windows,
     TEXT_ROWS: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
+    WRAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
     ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend from text queries to text and one window at a time; `mean_kernel` averages over the windows. One window over the whole grid
@@ -226,12 +261,12 @@ def text_kernel(
             b_q = -b_q
         if ROPE:
             b_q = rotate(b_q, cos_ptr, sin_ptr, i, False, D, BLOCK_D)
-        start_y = _window_start(i // patches_x, grid_y, offset_y, PATCH[0], WINDOW[0])
-        start_x = _window_start(i % patches_x, grid_x, offset_x, PATCH[1], WINDOW[1])
-        place = (batch, head // GROUP, start_y, start_x)
+        start_y = _window_start(i // patches_x, grid_y, offset_y, PATCH[0], WINDOW[0], WRAP[0])
+        start_x = _window_start(i % patches_x, grid_x, offset_x, PATCH[1], WINDOW[1], WRAP[1])
+        place = (batch, head // GROUP, start_y, start_x, grid_y, grid_x)
         state = _attend_window(
             b_q, _start(TEXT_ROWS, BLOCK_D), (k_ref, v_ref), (k_strides, v_strides), place, scale,
-            KEY_BOX, WINDOW, D, BLOCK_D, BOXES, PRECISION, STAGES,
+            KEY_BOX, WINDOW, WRAP, D, BLOCK_D, BOXES, PRECISION, STAGES,
         )  # fmt: skip
         b_q = load_text(text_q_ref, text_q_strides, batch, t, head, text, TEXT_ROWS, D, BLOCK_D, BOXES)
         if NEGATE:

@@ -34,6 +34,7 @@ def image_launch(
     offset: tuple[int, int],
     scale: float,
     device: str,
+    wrap: tuple[bool, bool] = (False, False),
     lse: Tensor | None = None,
     path: Path | None = None,
     config: LaunchConfig | None = None,
@@ -44,12 +45,13 @@ def image_launch(
     replaces the configuration of the table, for tuning.
     """
     text = None if text_k is None or text_v is None else (text_k, text_v)
-    call = Call("image", q, (k, v), text, rope, window, patch, offset, scale)
+    call = Call("image", q, (k, v), text, rope, window, patch, offset, scale, wrap)
     config = _config(call, device, path, config)
     if config.path == "warp-specialised":
         return hopper_launch.image(out, call, config, lse)
     rows, columns = config.query_box
-    reach = [min(p, n + o) for p, n, o in zip(patch, q.shape[1:3], offset, strict=True)]  # a patch may be larger than the grid
+    axes = zip(patch, q.shape[1:3], offset, wrap, strict=True)
+    reach = [min(p, n if on else n + o) for p, n, o, on in axes]  # a patch may be larger than the grid
     tiles = -(-reach[0] // rows), -(-reach[1] // columns)
     store_boxes = config.path == "descriptor" and patch[0] % rows == 0 and patch[1] % columns == 0
     arguments = _references({"q": (q, (1, rows, columns, 1))}, boxes=config.path == "descriptor")
@@ -80,6 +82,7 @@ def text_launch(
     offset: tuple[int, int],
     scale: float,
     device: str,
+    wrap: tuple[bool, bool] = (False, False),
     path: Path | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
@@ -88,7 +91,7 @@ def text_launch(
     With window = patch = grid this is the global rule. There are two kernels: the first writes fp32 sums over the windows, as large as
     `out` for each part of the windows, and the second computes the mean.
     """
-    call = Call("text", text_q, (k, v), (text_k, text_v), rope, window, patch, offset, scale)
+    call = Call("text", text_q, (k, v), (text_k, text_v), rope, window, patch, offset, scale, wrap)
     config = _config(call, device, path, config)
     if config.path == "warp-specialised":
         return hopper_launch.text(out, call, config)
@@ -128,6 +131,7 @@ def _shared_arguments(call: Call, config: LaunchConfig) -> dict[str, Any]:
         "RAGGED_TEXT": call.tokens % config.text_block != 0,
         "ROPE": call.rope is not None,
         "NEGATE": call.scale < 0,
+        "WRAP": call.wrap,
         "BOXES": config.path == "descriptor",
         "PRECISION": "ieee",
         "STAGES": config.num_stages,

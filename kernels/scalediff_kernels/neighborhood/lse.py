@@ -10,8 +10,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from scalediff_kernels.neighborhood.geometry import windows
+from scalediff_kernels.neighborhood.geometry import PatchWindow
 from scalediff_kernels.neighborhood.reference import rotate_pairs
+from scalediff_kernels.neighborhood.wrapping import rolled_back, unrolled
 
 
 def window_log_sum_exp(
@@ -22,24 +23,24 @@ def window_log_sum_exp(
     window: tuple[int, int],
     patch: tuple[int, int],
     offset: tuple[int, int],
+    wrap: tuple[bool, bool],
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`[B, Y, X, H]`, natural logarithm, in at least fp32; arguments as in `api.joint_neighborhood_patch_attention`, already checked."""
     compute = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False) if torch.amp.is_autocast_available(q.device.type) else nullcontext():
-        return _log_sum_exp(
-            q.to(compute), k.to(compute), None if text_k is None else text_k.to(compute), window, patch, offset, scale, text_rope
-        )
+        (q, k), rows, columns = unrolled(q, (k,), window=window, patch=patch, offset=offset, wrap=wrap)
+        text_k = None if text_k is None else text_k.to(compute)
+        lse = _log_sum_exp(q.to(compute), k.to(compute), text_k, rows, columns, scale, text_rope)
+    return rolled_back(lse, offset=offset, wrap=wrap)
 
 
 def _log_sum_exp(
-    q: Tensor, k: Tensor, text_k: Tensor | None, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float,
+    q: Tensor, k: Tensor, text_k: Tensor | None, rows: tuple[PatchWindow, ...], columns: tuple[PatchWindow, ...], scale: float,
     text_rope: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
     out = torch.empty_like(q[..., 0], memory_format=torch.contiguous_format)
-    rows = windows(q.shape[1], window[0], patch[0], offset[0])
-    columns = windows(q.shape[2], window[1], patch[1], offset[1])
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
         for j, (x0, x1, key_x0, key_x1) in enumerate(columns):
             keys = k[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2)

@@ -29,10 +29,11 @@ def image_attention(
     window: Sequence[int],
     patch: Sequence[int],
     offset: Sequence[int],
+    wrap: Sequence[bool],
     scale: float,
 ) -> Tensor:
     """Attention of the image queries; arguments as in `api.joint_neighborhood_patch_attention`, already checked."""
-    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
+    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("image_attention_lse"), mutates_args=())
@@ -47,11 +48,12 @@ def image_attention_lse(
     window: Sequence[int],
     patch: Sequence[int],
     offset: Sequence[int],
+    wrap: Sequence[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """As `image_attention`, and the log-sum-exp of the scores, `[B, Y, X, H]` in fp32."""
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale), lse=lse), lse
+    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale), lse=lse), lse
 
 
 @torch.library.custom_op(add_op_namespace_prefix("text_attention"), mutates_args=())
@@ -66,10 +68,11 @@ def text_attention(
     window: Sequence[int],
     patch: Sequence[int],
     offset: Sequence[int],
+    wrap: Sequence[bool],
     scale: float,
 ) -> Tensor:
     """Attention of the text queries, averaged over the windows; arguments as in `image_attention`."""
-    return _launched("text_launch", (text_q, k, v, text_k, text_v), cos, sin, (window, patch, offset, scale))
+    return _launched("text_launch", (text_q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale))
 
 
 @image_attention.register_fake
@@ -135,7 +138,7 @@ def _launched(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     cos: Tensor | None,
     sin: Tensor | None,
-    numbers: tuple[Sequence[int], Sequence[int], Sequence[int], float],
+    numbers: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool], float],
     **outputs: Tensor,
 ) -> Tensor:
     """Run `image_launch` or `text_launch`; `outputs` are written as well. Triton is imported at the first call."""
@@ -143,10 +146,11 @@ def _launched(
     from scalediff_kernels.neighborhood.strides import aligned
 
     q = tensors[0]
-    window, patch, offset, scale = numbers
+    window, patch, offset, wrap, scale = numbers
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
-    how: dict[str, Any] = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "scale": scale, **outputs}
+    how: dict[str, Any] = {"window": _two(window), "patch": _two(patch), "offset": _two(offset)}
+    how |= {"wrap": (bool(wrap[0]), bool(wrap[1])), "scale": scale, **outputs}
     with on(q.device):
         ready = (None if x is None else aligned(x) for x in tensors)
         getattr(launch, name)(out, *ready, rope, **how, device=device_name(q.device)).run()

@@ -10,22 +10,29 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from scalediff_kernels.neighborhood.geometry import windows
+from scalediff_kernels.neighborhood.wrapping import rolled_back, unrolled
 
 
 def neighborhood_patch_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    wrap: tuple[bool, bool],
+    scale: float,
 ) -> Tensor:
     """Reference of every faster implementation; arguments as in `api.neighborhood_patch_attention`, already checked."""
+    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, wrap=wrap)
     out = torch.empty_like(q)
-    rows = windows(q.shape[1], window[0], patch[0], offset[0])
-    columns = windows(q.shape[2], window[1], patch[1], offset[1])
     for y0, y1, key_y0, key_y1 in rows:
         for x0, x1, key_x0, key_x1 in columns:
             keys, values = (x[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2) for x in (k, v))
             b_out = attend(q[:, y0:y1, x0:x1].flatten(1, 2), keys, values, scale)
             out[:, y0:y1, x0:x1] = b_out.unflatten(1, (y1 - y0, x1 - x0)).to(q.dtype)
-    return out
+    return rolled_back(out, offset=offset, wrap=wrap)
 
 
 def joint_neighborhood_patch_attention_reference(
@@ -39,6 +46,7 @@ def joint_neighborhood_patch_attention_reference(
     window: tuple[int, int],
     patch: tuple[int, int],
     offset: tuple[int, int],
+    wrap: tuple[bool, bool],
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None,
     text_queries: str | None,
@@ -48,9 +56,9 @@ def joint_neighborhood_patch_attention_reference(
     Text keys and text queries are rotated for each window, as in the definition.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
+    every_k, every_v = k.flatten(1, 2), v.flatten(1, 2)
+    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, wrap=wrap)
     out, text_sum = torch.empty_like(q), torch.zeros_like(text_q, dtype=compute)
-    rows = windows(q.shape[1], window[0], patch[0], offset[0])
-    columns = windows(q.shape[2], window[1], patch[1], offset[1])
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
         for j, (x0, x1, key_x0, key_x1) in enumerate(columns):
             rotated_q, rotated_k = (rotate_pairs(x.to(compute), text_rope, i, j) for x in (text_q, text_k))
@@ -60,8 +68,9 @@ def joint_neighborhood_patch_attention_reference(
             out[:, y0:y1, x0:x1] = b_out.unflatten(1, (y1 - y0, x1 - x0)).to(q.dtype)
             if text_queries == "window":
                 text_sum += attend(rotated_q, keys, values, scale)
+    out = rolled_back(out, offset=offset, wrap=wrap)
     if text_queries == "global":
-        keys, values = torch.cat([text_k, k.flatten(1, 2)], dim=1), torch.cat([text_v, v.flatten(1, 2)], dim=1)
+        keys, values = torch.cat([text_k, every_k], dim=1), torch.cat([text_v, every_v], dim=1)
         return out, attend(text_q, keys, values, scale).to(q.dtype)
     return out, (text_sum / (len(rows) * len(columns))).to(q.dtype) if text_queries == "window" else None
 

@@ -2,7 +2,8 @@
 
 SDPA needs keys with a constant stride, which a window of a grid does not have. So the keys of a row of windows are copied column by column:
 every window is then a contiguous range that overlaps the next one. Each key is copied once per row of windows, not once per window, and a
-row of windows needs only a few calls. With text in the same softmax, every window is copied separately.
+row of windows needs only a few calls. With text in the same softmax, every window is copied separately. Along an axis that wraps, keys are
+repeated as far as the windows reach.
 
 Legend: B batch, H heads, G key heads, Y x X token grid, T text tokens, D head dim.
 """
@@ -16,31 +17,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff_kernels.neighborhood.geometry import PatchWindow, windows
+from scalediff_kernels.neighborhood.geometry import PatchWindow
 from scalediff_kernels.neighborhood.reference import rotate_pairs
+from scalediff_kernels.neighborhood.wrapping import rolled_back, unrolled
 
 # Bound at import, because `scalediff.patch_model` replaces the attribute during a forward pass and its replacement calls this module.
 _sdpa = F.scaled_dot_product_attention
 
 
 def neighborhood_patch_attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    wrap: tuple[bool, bool],
+    scale: float,
 ) -> Tensor:
     """Arguments as in `api.neighborhood_patch_attention`, already checked. A window that covers the grid is one plain SDPA call."""
     if window[0] >= q.shape[1] and window[1] >= q.shape[2]:
         b_q, b_k, b_v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
         return _attend(b_q, b_k, b_v, scale).transpose(1, 2).reshape(q.shape)
-    rows = _distinct(windows(q.shape[1], window[0], patch[0], offset[0]))
-    runs = _evenly_spaced(_distinct(windows(q.shape[2], window[1], patch[1], offset[1])))
+    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, wrap=wrap)
+    runs = _evenly_spaced(_distinct(columns))
     out: Tensor | None = None
-    for y0, y1, key_y0, key_y1 in rows:
+    for y0, y1, key_y0, key_y1 in _distinct(rows):
         band = _by_columns(q[:, y0:y1]), _by_columns(k[:, key_y0:key_y1]), _by_columns(v[:, key_y0:key_y1])
         for run in runs:
             b_out = _attend_run(*band, run, y1 - y0, key_y1 - key_y0, scale)  # [B, H, columns, rows, D]
             out = b_out.new_empty(q.shape) if out is None else out  # in the dtype that autocast chose
             out[:, y0:y1, run[0].query_start : run[-1].query_stop] = b_out.permute(0, 3, 2, 1, 4)
     assert out is not None
-    return out
+    return rolled_back(out, offset=offset, wrap=wrap)
 
 
 def joint_neighborhood_patch_attention_sdpa(
@@ -54,15 +64,16 @@ def joint_neighborhood_patch_attention_sdpa(
     window: tuple[int, int],
     patch: tuple[int, int],
     offset: tuple[int, int],
+    wrap: tuple[bool, bool],
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None,
     text_queries: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as in `api.joint_neighborhood_patch_attention`, already checked. One SDPA call per window."""
+    every_k, every_v = (x.flatten(1, 2).transpose(1, 2) for x in (k, v))
+    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, wrap=wrap)
     q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # [B, H, Y, X, D]
     text_q, text_k, text_v = (x.transpose(1, 2) for x in (text_q, text_k, text_v))  # [B, H, T, D]
-    rows = windows(q.shape[2], window[0], patch[0], offset[0])
-    columns = windows(q.shape[3], window[1], patch[1], offset[1])
     tokens = text_q.shape[2] if text_queries == "window" else 0
     out: Tensor | None = None
     text_sum = torch.zeros_like(text_q, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -78,8 +89,9 @@ def joint_neighborhood_patch_attention_sdpa(
             if tokens:
                 text_sum = text_sum + b_out[:, :, :tokens]
     assert out is not None
+    out = rolled_back(out, offset=offset, wrap=wrap)
     if text_queries == "global":
-        b_k, b_v = torch.cat([text_k, k.flatten(2, 3)], dim=2), torch.cat([text_v, v.flatten(2, 3)], dim=2)
+        b_k, b_v = torch.cat([text_k, every_k], dim=2), torch.cat([text_v, every_v], dim=2)
         return out, _attend(text_q, b_k, b_v, scale).transpose(1, 2)
     return out, (text_sum / (len(rows) * len(columns))).to(out.dtype).transpose(1, 2) if tokens else None
 

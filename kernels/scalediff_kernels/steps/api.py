@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scalediff_kernels._arguments import checked_wrap
 from scalediff_kernels.lowpass import op
 from scalediff_kernels.lowpass.api import Impl, check_gamma, check_picture, choose
 from scalediff_kernels.lowpass.geometry import Kind, coarse_length
@@ -27,7 +28,7 @@ class GuidedStep:
     Args:
         reference: The clean reference of the stage, `[B, C, Y, X]` with any strides or packed (`packed_view`). `[1, C, Y, X]` serves any
             batch.
-        cutoff, kind, impl: As in `low_pass`, except that `impl="reference"` and gradients are not supported.
+        cutoff, kind, wrap, impl: As in `low_pass`, except that `impl="reference"` and gradients are not supported.
         prediction: What the model predicts, for `x = signal * x0 + noise * eps`. `"epsilon"`: eps;
             `"v_prediction"`: `(signal * eps - noise * x0) / sqrt(signal^2 + noise^2)`; `"flow_prediction"`: `eps - x0`; `"sample"`: x0.
 
@@ -39,17 +40,26 @@ class GuidedStep:
     ScaleDiff, arXiv:2510.25818; docs/internals/guidance.md derives the weights.
     """
 
-    def __init__(self, reference: Tensor, *, cutoff: float, prediction: Prediction, kind: Kind = "resize", impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        reference: Tensor,
+        *,
+        cutoff: float,
+        prediction: Prediction,
+        kind: Kind = "resize",
+        wrap: tuple[bool, bool] = (False, False),
+        impl: Impl = "auto",
+    ) -> None:
         check_picture("reference", reference)
         check_prediction(prediction)
         for length in op.picture_size(reference):
             coarse_length(length, cutoff, kind)
         if impl == "reference":
             raise ValueError("impl of GuidedStep must be one of auto, matmul, triton, got impl='reference'")
-        self.cutoff, self.kind, self.prediction, self.impl = cutoff, kind, prediction, impl
+        self.cutoff, self.kind, self.wrap, self.prediction, self.impl = cutoff, kind, checked_wrap(wrap), prediction, impl
         self._shape, self._device = _picture_shape(reference), reference.device
         triton = choose(impl, [reference.detach()]) == "triton"
-        self._coarse: Tensor = op.low_pass_coarse([reference.detach()], [1.0], None, cutoff, kind, triton)
+        self._coarse: Tensor = op.low_pass_coarse([reference.detach()], [1.0], None, cutoff, kind, self.wrap, triton)
 
     def __call__(
         self,
@@ -101,11 +111,11 @@ class GuidedStep:
         terms += [(x, -of_x)] if of_x else []
         pictures, weights = zip(*terms, strict=True)
         coarse = self._coarse.expand(x.shape[0], -1, -1, -1)
-        difference = op.low_pass_coarse(pictures, weights, coarse, self.cutoff, self.kind, triton)  # coarse(reference - x0)
+        difference = op.low_pass_coarse(pictures, weights, coarse, self.cutoff, self.kind, self.wrap, triton)  # coarse(reference - x0)
         if inplace:
-            op.low_pass_expand_(output, shares[0], difference, gain, outputs[1:], shares[1:], self.cutoff, self.kind, triton)
+            op.low_pass_expand_(output, shares[0], difference, gain, outputs[1:], shares[1:], self.cutoff, self.kind, self.wrap, triton)
             return output
-        guided: Tensor = op.low_pass_expand(output, difference, gain, outputs, shares, self.cutoff, self.kind, triton)
+        guided: Tensor = op.low_pass_expand(output, difference, gain, outputs, shares, self.cutoff, self.kind, self.wrap, triton)
         return guided
 
     def _check(self, tensors: dict[str, Tensor], gamma: float, guidance_scale: float | None, *, inplace: bool) -> None:

@@ -13,10 +13,20 @@ from scalediff_kernels.steps.geometry import NoiseLevel, Prediction, output_chan
 
 
 def guided_step_reference(
-    x: Tensor, output: Tensor, reference: Tensor, *, level: NoiseLevel, prediction: Prediction, gamma: float, cutoff: float, kind: Kind
+    x: Tensor,
+    output: Tensor,
+    reference: Tensor,
+    *,
+    level: NoiseLevel,
+    prediction: Prediction,
+    gamma: float,
+    cutoff: float,
+    kind: Kind,
+    wrap: tuple[bool, bool] = (False, False),
 ) -> Tensor:
     """The model output that gives `x0 + gamma (LP(reference) - LP(x0))`: ScaleDiff's structure guidance, arXiv:2510.25818."""
     of_x, of_output = x0_weights(level, prediction)
     x0 = of_x * x + of_output * output
-    guided = x0 + gamma * (low_pass_reference(reference, cutoff=cutoff, kind=kind) - low_pass_reference(x0, cutoff=cutoff, kind=kind))
+    low, low_x0 = (low_pass_reference(one, cutoff=cutoff, kind=kind, wrap=wrap) for one in (reference, x0))
+    guided = x0 + gamma * (low - low_x0)
     return output + output_change(level, prediction) * (guided - x0)

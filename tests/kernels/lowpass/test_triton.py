@@ -177,10 +177,10 @@ def test_offsets_beyond_32_bits() -> None:
 def test_opcheck(triton: bool) -> None:
     a, b = Case((2, 3, 12, 10), 0.25).pictures()
     ops = torch.ops.scalediff
-    coarse = ops.low_pass_coarse([a, b], [1.0, -0.5], None, 0.25, "resize", triton)
-    torch.library.opcheck(ops.low_pass_coarse.default, ([a, b], [1.0, -0.5], coarse, 0.25, "resize", triton))
-    torch.library.opcheck(ops.low_pass_expand.default, (a, coarse, 0.5, [a, b], [1.0, 2.0], 0.25, "resize", triton))
-    torch.library.opcheck(ops.low_pass_expand_.default, (a.clone(), 1.0, coarse, 0.5, [b], [2.0], 0.25, "resize", triton))
+    coarse = ops.low_pass_coarse([a, b], [1.0, -0.5], None, 0.25, "resize", [False, triton], triton)
+    torch.library.opcheck(ops.low_pass_coarse.default, ([a, b], [1.0, -0.5], coarse, 0.25, "resize", [False, triton], triton))
+    torch.library.opcheck(ops.low_pass_expand.default, (a, coarse, 0.5, [a, b], [1.0, 2.0], 0.25, "resize", [False, triton], triton))
+    torch.library.opcheck(ops.low_pass_expand_.default, (a.clone(), 1.0, coarse, 0.5, [b], [2.0], 0.25, "resize", [False, triton], triton))
 
 
 def one_graph_cases() -> Iterator[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels.neighborhood.config import block_config
-from scalediff_kernels.neighborhood.geometry import windows
+from scalediff_kernels.neighborhood.geometry import PatchWindow, windows
 from scalediff_kernels.neighborhood.reference import joint_neighborhood_patch_attention_reference, neighborhood_patch_attention_reference
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
@@ -42,6 +42,7 @@ class Problem:
     scale: float | None = None
     layout: str = "contiguous"
     dtype: torch.dtype = torch.float32
+    wrap: tuple[bool, bool] = (False, False)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -49,12 +50,20 @@ class Problem:
             "window": self.window,
             "patch": self.patch,
             "offset": self.offset,
+            "wrap": self.wrap,
             "scale": self.dim**-0.5 if self.scale is None else self.scale,
         }
 
     @property
     def patches(self) -> Pair:
-        rows, columns = (len(windows(*axis)) for axis in zip(self.grid, self.window, self.patch, self.offset, strict=True))
+        rows, columns = (len(axis) for axis in self.spans)
+        return rows, columns
+
+    @property
+    def spans(self) -> tuple[tuple[PatchWindow, ...], tuple[PatchWindow, ...]]:
+        """Patches and windows of rows and of columns."""
+        axes = zip(self.grid, self.window, self.patch, self.offset, self.wrap, strict=True)
+        rows, columns = (windows(n, w, p, o, wrap=on) for n, w, p, o, on in axes)
         return rows, columns
 
     @property
@@ -184,15 +193,20 @@ def eager(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> t
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
+    def box(y0: int, y1: int, x0: int, x1: int) -> tuple[slice, Tensor, Tensor]:
+        rows, columns = (torch.arange(a, b, device=q.device) % n for a, b, n in zip((y0, x0), (y1, x1), problem.grid, strict=True))
+        return slice(None), rows[:, None], columns
+
     out, texts = torch.empty_like(q), []
-    rows, columns = (windows(*axis) for axis in zip(problem.grid, problem.window, problem.patch, problem.offset, strict=True))
+    rows, columns = problem.spans
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
         for j, (x0, x1, key_x0, key_x1) in enumerate(columns):
-            keys, values = (x[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2) for x in (k, v))
+            keys, values = (x[box(key_y0, key_y1, key_x0, key_x1)].flatten(1, 2) for x in (k, v))
             if text:
                 keys, values = torch.cat([turn(text[1], i, j), keys], 1), torch.cat([text[2], values], 1)
                 texts.append(attend(turn(text[0], i, j), keys, values))
-            out[:, y0:y1, x0:x1] = attend(q[:, y0:y1, x0:x1].flatten(1, 2), keys, values).unflatten(1, (y1 - y0, x1 - x0))
+            place = box(y0, y1, x0, x1)
+            out[place] = attend(q[place].flatten(1, 2), keys, values).unflatten(1, (y1 - y0, x1 - x0))
     if problem.rule == "global":
         return out, attend(text[0], torch.cat([text[1], k.flatten(1, 2)], 1), torch.cat([text[2], v.flatten(1, 2)], 1))
     return out, sum(texts[1:], texts[0]) / len(texts) if problem.rule == "window" else None

@@ -82,6 +82,6 @@ def test_fakes_have_its_shape() -> None:
 
     with FakeTensorMode():
         q, k, v = (torch.empty(2, 8, 8, 3, 16, dtype=torch.float16) for _ in range(3))
-        out, lse = torch.ops.scalediff.image_attention_lse(q, k, v, None, None, None, None, (4, 4), (2, 2), (0, 0), 0.25)
+        out, lse = torch.ops.scalediff.image_attention_lse(q, k, v, None, None, None, None, (4, 4), (2, 2), (0, 0), (False, False), 0.25)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == (q.shape[:-1], torch.float32)

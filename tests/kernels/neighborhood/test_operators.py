@@ -16,10 +16,10 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_opcheck(with_text: bool) -> None:
-    problem = Problem((6, 5), (3, 3), (2, 3), (1, 0), 8, heads=1, groups=1, text=4, rope=True)
+    problem = Problem((6, 5), (3, 3), (2, 3), (1, 0), 8, heads=1, groups=1, text=4, rope=True, wrap=(with_text, False))
     q, k, v, text_q, text_k, text_v = problem.inputs()
     cos, sin = problem.tables() or (None, None)
-    numbers = ([3, 3], [2, 3], [1, 0], 0.3)
+    numbers = ([3, 3], [2, 3], [1, 0], [with_text, False], 0.3)
     arguments = (q, k, v, text_k, text_v, cos, sin, *numbers) if with_text else (q, k, v, None, None, None, None, *numbers)
     torch.library.opcheck(torch.ops.scalediff.image_attention.default, arguments)
     torch.library.opcheck(torch.ops.scalediff.image_attention_lse.default, arguments)

@@ -99,10 +99,13 @@ def test_every_switch_has_an_option() -> None:
     line = []
     for name, value in chosen.items():
         line += ["--" + name.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    assert main(["generate", "a moon", "--steps", "4", "--size", "128", "--sizes", "64,96,128", "--no-lfm", "--quiet", *line]) == 0
+    assert (
+        main(["generate", "a moon", "--steps", "4", "--size", "128", "--sizes", "64,96,128", "--no-lfm", "--quiet", "--tile", "x", *line])
+        == 0
+    )
     told = settings_of("a-moon-0.png")
     assert {name: told[name] for name in chosen} == chosen
-    assert told["lfm"] is False
+    assert (told["lfm"], told["wrap"]) == (False, [False, True])
     assert set(method_options.SETTING_OPTIONS) == set(told), "an option for each"
 
 

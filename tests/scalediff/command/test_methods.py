@@ -57,6 +57,7 @@ def test_stages_of_a_method_are_saved(tmp_path: Path) -> None:
             "--method demofusion does not support --restart, --sg, --low-memory",
         ),
         (["--method", "demofusion", "--sizes", "64,128"], "--method demofusion does not support --sizes"),
+        (["--method", "demofusion", "--tile", "xy"], "--method demofusion does not support --tile"),
         (
             ["--method", "direct", "--compare"],
             "--compare is for --method scalediff; `scalediff compare` draws any methods, got --method direct",

@@ -39,6 +39,7 @@ def test_every_control_reaches_the_job(demo: Any) -> None:
         "restart": "0.5, 0.4",
         "guidance_until": "0.5", "attention": "full", "lfm": False, "sg": False, "lfm_cutoff": "0.25", "sg_cutoff": "0.5",
         "sg_cutoff_start": "1", "filter": "gaussian", "anchor": "trajectory", "jitter": "random", "size_conditioning": "native",
+        "wrap": "xy",
         "sizes": "64x48, 128x96", "vae_tiling": "on", "vae_attention": "npa", "split_guidance": True, "force": True, "preview": True,
     }  # fmt: skip
     job = job_of(demo, values(demo, **changed))
@@ -51,7 +52,7 @@ def test_every_control_reaches_the_job(demo: Any) -> None:
     assert asdict(job.settings) == {
         "steps": 7, "restart": (0.5, 0.4), "guidance_scale": 2.0, "attention": "full", "lfm": False, "sg": False, "lfm_cutoff": 0.25,
         "sg_cutoff": 0.5, "sg_cutoff_start": 1.0, "filter": "gaussian", "anchor": "trajectory", "guidance_until": 0.5, "jitter": "random",
-        "size_conditioning": "native",
+        "size_conditioning": "native", "wrap": (True, True),
     }  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def test_every_control_reaches_the_job(demo: Any) -> None:
         ({"vae_tiling": "perhaps"}, "vae_tiling must be one of if needed, on, off, got 'perhaps'"),
         ({"preset": "turbo"}, "preset must be one of"),
         ({"filter": "median"}, "filter must be one of"),
+        ({"wrap": "z"}, "wrap must be one of as patched, none, x, y, xy, got 'z'"),
     ],
 )
 def test_what_a_job_cannot_be(demo: Any, changes: dict[str, Any], message: str) -> None:
@@ -97,9 +99,10 @@ def test_numbers_and_sizes_are_read_as_they_are_written() -> None:
 
 def test_the_metadata_gives_the_values_back(demo: Any) -> None:
     given = values(
-        demo, seed=5, sg=False, restart="0.5, 0.25", jitter="as patched", vae_tiling="off", negative_prompt="fog", sizes="64x64, 72x72"
-    )
-    settings = asdict(job_of(demo, given).settings) | {"restart": [0.5, 0.25]}  # JSON has no tuples
+        demo, seed=5, sg=False, restart="0.5, 0.25", jitter="as patched", vae_tiling="off", negative_prompt="fog", sizes="64x64, 72x72",
+        wrap="x",
+    )  # fmt: skip
+    settings = asdict(job_of(demo, given).settings) | {"restart": [0.5, 0.25], "wrap": [False, True]}  # JSON has no tuples
     metadata = {
         "prompt": "a full moon", "negative_prompt": "fog", "seed": 5, "height": 72, "width": 72, "method": "scalediff", "preset": "default",
         "settings": settings, "vae": {"tiling": False, "attention": "full"}, "split_guidance": False, "asked_sizes": "64x64, 72x72",
