@@ -25,19 +25,21 @@ class Call:
     keys: tuple[Tensor, Tensor]  # k and v, [B, Y, X, G, D]
     text: tuple[Tensor, Tensor] | None  # text_k and text_v, [B, T, G, D]
     rope: tuple[Tensor, Tensor] | None
+    grid: tuple[int, int]  # of the patches: that of the image queries
+    origin: tuple[int, int]  # its first token on the grid of the keys
     window: tuple[int, int]
     patch: tuple[int, int]
     offset: tuple[int, int]
     scale: float
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def key_grid(self) -> tuple[int, int]:
         return self.keys[0].shape[1], self.keys[0].shape[2]
 
     @property
     def cut_window(self) -> tuple[int, int]:
-        """The window, cut to the grid."""
-        return min(self.window[0], self.grid[0]), min(self.window[1], self.grid[1])
+        """The window, cut to the grid of the keys."""
+        return min(self.window[0], self.key_grid[0]), min(self.window[1], self.key_grid[1])
 
     @property
     def patches(self) -> tuple[int, int]:
@@ -65,14 +67,19 @@ class Call:
         return abs(self.scale) * math.log2(math.e)
 
     @property
-    def numbers(self) -> dict[str, int]:
-        """Arguments that all kernels have in common."""
+    def query_numbers(self) -> dict[str, int]:
+        """Arguments that say which image queries a patch has."""
+        return {"grid_y": self.grid[0], "grid_x": self.grid[1], "offset_y": self.offset[0], "offset_x": self.offset[1]}
+
+    @property
+    def window_numbers(self) -> dict[str, int]:
+        """Arguments that say which keys a patch attends to. `first`: the first token of patch 0 on the grid of the keys."""
         return {
-            "grid_y": self.grid[0],
-            "grid_x": self.grid[1],
+            "keys_y": self.key_grid[0],
+            "keys_x": self.key_grid[1],
+            "first_y": self.origin[0] - self.offset[0],
+            "first_x": self.origin[1] - self.offset[1],
             "patches_x": self.patches[1],
-            "offset_y": self.offset[0],
-            "offset_x": self.offset[1],
             "heads": self.q.shape[-2],
             "text": self.tokens,
         }
@@ -82,5 +89,6 @@ class Call:
         q = self.q
         descriptors = all(suits_descriptor(x) for x in (q, *self.keys, *(self.text or ())))
         heads, windows = (q.shape[0] * q.shape[-2], prod(self.patches)) if self.queries == "text" else (1, 1)
-        sizes = self.grid, self.cut_window, self.patch, q.shape[-1], q.element_size(), self.tokens
+        grid = self.key_grid if self.queries == "text" else self.grid
+        sizes = grid, self.cut_window, self.patch, q.shape[-1], q.element_size(), self.tokens
         return Problem(*sizes, self.queries, descriptors, self.rope is not None, heads, windows)

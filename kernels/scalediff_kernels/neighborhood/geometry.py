@@ -5,6 +5,7 @@ Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim. One multi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -18,37 +19,54 @@ class PatchWindow(NamedTuple):
     key_stop: int
 
 
-def windows(length: int, window: int, patch: int, offset: int = 0) -> tuple[PatchWindow, ...]:
+def windows(length: int, window: int, patch: int, offset: int = 0, *, keys: int | None = None, origin: int = 0) -> tuple[PatchWindow, ...]:
     """Split one axis into query patches, each with a key window clamped into the axis.
 
     Patch i covers `[i * patch - offset, (i + 1) * patch - offset)` cut to `[0, length)`, so border patches are smaller and there is no
     padding. Its window is centred on the uncut patch, and shifted at the borders without becoming smaller.
 
     Args:
-        length: Number of tokens along the axis.
+        length: Number of query tokens along the axis.
         window: Number of keys of a window; if it is larger than the axis, the whole axis.
         patch: Number of queries of a patch, at most `window`.
         offset: Shift of the patch grid towards the origin in tokens, in `[0, patch)`.
+        keys: Number of keys along the axis, if the queries are a part of it; `length` when None.
+        origin: Position of the first query among the keys.
 
     Returns:
-        The patches and their windows, from the origin on.
+        The patches, counted from the first query, and their windows, counted from the first key.
 
     Raises:
-        ValueError: A size is below 1, patch exceeds window, or the offset is outside `[0, patch)`.
+        ValueError: A size is below 1, patch exceeds window, the offset is outside `[0, patch)`, or the queries are not among the keys.
 
     ScaleDiff, arXiv:2510.25818, section 3.2; at offset 0 the windows of NATTEN with kernel_size=window, stride=patch
     (arXiv:2504.16922).
     """
-    check_axis(length, window, patch, offset)
-    kept = min(window, length)
+    keys = length if keys is None else keys
+    check_axis(length, window, patch, offset, keys=keys, origin=origin)
+    kept = min(window, keys)
     spans = []
-    for origin in range(-offset, length, patch):
-        start = min(max(origin + patch // 2 - window // 2, 0), length - kept)
-        spans.append(PatchWindow(max(origin, 0), min(origin + patch, length), start, start + kept))
+    for first in range(-offset, length, patch):
+        start = min(max(origin + first + patch // 2 - window // 2, 0), keys - kept)
+        spans.append(PatchWindow(max(first, 0), min(first + patch, length), start, start + kept))
     return tuple(spans)
 
 
-def check_axis(length: int, window: int, patch: int, offset: int) -> None:
+def grid_windows(
+    queries: Sequence[int],
+    keys: Sequence[int],
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    origin: tuple[int, int] = (0, 0),
+) -> tuple[tuple[PatchWindow, ...], tuple[PatchWindow, ...]]:
+    """`windows` along both axes of the grids `(Y, X)` of the queries and of the keys: rows and columns of patches."""
+    axes = zip(queries, window, patch, offset, keys, origin, strict=True)
+    rows, columns = (windows(*axis[:4], keys=axis[4], origin=axis[5]) for axis in axes)
+    return rows, columns
+
+
+def check_axis(length: int, window: int, patch: int, offset: int, *, keys: int, origin: int) -> None:
     """Check the arguments of `windows`; raises as `windows`."""
     if length < 1 or window < 1 or patch < 1:
         raise ValueError(f"length, window and patch must be at least 1, got {length=}, {window=}, {patch=}")
@@ -56,6 +74,8 @@ def check_axis(length: int, window: int, patch: int, offset: int) -> None:
         raise ValueError(f"patch must not exceed window, got {patch=}, {window=}")
     if not 0 <= offset < patch:
         raise ValueError(f"offset must lie in [0, patch), got {offset=}, {patch=}")
+    if not 0 <= origin <= keys - length:
+        raise ValueError(f"the queries must be among the keys, {length} of {keys} from origin on, got {origin=}")
 
 
 def attention_flops(*, grid: tuple[int, int], window: tuple[int, int], heads: int, head_dim: int, batch: int = 1, text: int = 0) -> int:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from scalediff_kernels.neighborhood.geometry import windows
+from scalediff_kernels.neighborhood.geometry import grid_windows
 from scalediff_kernels.neighborhood.reference import rotate_pairs
 
 
@@ -24,22 +24,22 @@ def window_log_sum_exp(
     offset: tuple[int, int],
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None = None,
+    origin: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """`[B, Y, X, H]`, natural logarithm, in at least fp32; arguments as in `api.joint_neighborhood_patch_attention`, already checked."""
     compute = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False) if torch.amp.is_autocast_available(q.device.type) else nullcontext():
         return _log_sum_exp(
-            q.to(compute), k.to(compute), None if text_k is None else text_k.to(compute), window, patch, offset, scale, text_rope
+            q.to(compute), k.to(compute), None if text_k is None else text_k.to(compute), window, patch, offset, scale, text_rope, origin
         )
 
 
 def _log_sum_exp(
     q: Tensor, k: Tensor, text_k: Tensor | None, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float,
-    text_rope: tuple[Tensor, Tensor] | None,
+    text_rope: tuple[Tensor, Tensor] | None, origin: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     out = torch.empty_like(q[..., 0], memory_format=torch.contiguous_format)
-    rows = windows(q.shape[1], window[0], patch[0], offset[0])
-    columns = windows(q.shape[2], window[1], patch[1], offset[1])
+    rows, columns = grid_windows(q.shape[1:3], k.shape[1:3], window, patch, offset, origin)
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
         for j, (x0, x1, key_x0, key_x1) in enumerate(columns):
             keys = k[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2)

@@ -10,16 +10,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from scalediff_kernels.neighborhood.geometry import windows
+from scalediff_kernels.neighborhood.geometry import grid_windows
 
 
 def neighborhood_patch_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float,
+    origin: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     """Reference of every faster implementation; arguments as in `api.neighborhood_patch_attention`, already checked."""
     out = torch.empty_like(q)
-    rows = windows(q.shape[1], window[0], patch[0], offset[0])
-    columns = windows(q.shape[2], window[1], patch[1], offset[1])
+    rows, columns = grid_windows(q.shape[1:3], k.shape[1:3], window, patch, offset, origin)
     for y0, y1, key_y0, key_y1 in rows:
         for x0, x1, key_x0, key_x1 in columns:
             keys, values = (x[:, key_y0:key_y1, key_x0:key_x1].flatten(1, 2) for x in (k, v))
@@ -42,6 +42,7 @@ def joint_neighborhood_patch_attention_reference(
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None,
     text_queries: str | None,
+    origin: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor | None]:
     """Reference of every faster implementation; arguments as in `api.joint_neighborhood_patch_attention`, already checked.
 
@@ -49,8 +50,7 @@ def joint_neighborhood_patch_attention_reference(
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     out, text_sum = torch.empty_like(q), torch.zeros_like(text_q, dtype=compute)
-    rows = windows(q.shape[1], window[0], patch[0], offset[0])
-    columns = windows(q.shape[2], window[1], patch[1], offset[1])
+    rows, columns = grid_windows(q.shape[1:3], k.shape[1:3], window, patch, offset, origin)
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
         for j, (x0, x1, key_x0, key_x1) in enumerate(columns):
             rotated_q, rotated_k = (rotate_pairs(x.to(compute), text_rope, i, j) for x in (text_q, text_k))

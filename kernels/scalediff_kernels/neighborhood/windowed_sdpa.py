@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff_kernels.neighborhood.geometry import PatchWindow, windows
+from scalediff_kernels.neighborhood.geometry import PatchWindow, grid_windows
 from scalediff_kernels.neighborhood.reference import rotate_pairs
 
 # Bound at import, because `scalediff.patch_model` replaces the attribute during a forward pass and its replacement calls this module.
@@ -24,14 +24,15 @@ _sdpa = F.scaled_dot_product_attention
 
 
 def neighborhood_patch_attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], scale: float,
+    origin: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     """Arguments as in `api.neighborhood_patch_attention`, already checked. A window that covers the grid is one plain SDPA call."""
-    if window[0] >= q.shape[1] and window[1] >= q.shape[2]:
+    if window[0] >= k.shape[1] and window[1] >= k.shape[2]:
         b_q, b_k, b_v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
         return _attend(b_q, b_k, b_v, scale).transpose(1, 2).reshape(q.shape)
-    rows = _distinct(windows(q.shape[1], window[0], patch[0], offset[0]))
-    runs = _evenly_spaced(_distinct(windows(q.shape[2], window[1], patch[1], offset[1])))
+    rows, columns = map(_distinct, grid_windows(q.shape[1:3], k.shape[1:3], window, patch, offset, origin))
+    runs = _evenly_spaced(columns)
     out: Tensor | None = None
     for y0, y1, key_y0, key_y1 in rows:
         band = _by_columns(q[:, y0:y1]), _by_columns(k[:, key_y0:key_y1]), _by_columns(v[:, key_y0:key_y1])
@@ -57,12 +58,12 @@ def joint_neighborhood_patch_attention_sdpa(
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None,
     text_queries: str | None,
+    origin: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as in `api.joint_neighborhood_patch_attention`, already checked. One SDPA call per window."""
     q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # [B, H, Y, X, D]
     text_q, text_k, text_v = (x.transpose(1, 2) for x in (text_q, text_k, text_v))  # [B, H, T, D]
-    rows = windows(q.shape[2], window[0], patch[0], offset[0])
-    columns = windows(q.shape[3], window[1], patch[1], offset[1])
+    rows, columns = grid_windows(q.shape[2:4], k.shape[2:4], window, patch, offset, origin)
     tokens = text_q.shape[2] if text_queries == "window" else 0
     out: Tensor | None = None
     text_sum = torch.zeros_like(text_q, dtype=torch.promote_types(q.dtype, torch.float32))
