@@ -122,7 +122,8 @@ def test_public_names_are_pinned() -> None:
     ]  # fmt: skip
     assert scalediff_kernels.__all__ == [
         "GuidedStep", "LowPass", "NoiseLevel", "guide_structure", "joint_neighborhood_patch_attention", "low_pass", "mix_frequencies",
-        "neighborhood_patch_attention", "packed_view",
+        "neighborhood_patch_attention", "packed_view", "sharded_joint_neighborhood_patch_attention",
+        "sharded_neighborhood_patch_attention",
     ]  # fmt: skip
 
 

@@ -1,13 +1,8 @@
-"""Several processes with gloo on the CPU, and what each of them computes with a model of diffusers under Ulysses attention.
-
-`run` starts the processes from a server that has imported the heavy modules once. A process that fails ends the others.
-"""
+"""What each of several processes computes with a model of diffusers under context parallelism."""
 
 from __future__ import annotations
 
-import datetime
 import functools
-import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch import multiprocessing as processes
 
 import scalediff
 from bench.models.inputs import Draw
@@ -25,6 +19,7 @@ from bench.models.zoo import WINDOW, ZOO
 from scalediff import Layout, Sequence
 from scalediff.cascade.pipeline import native_size
 from scalediff.patching import interception
+from tests import processes
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
 
@@ -39,29 +34,15 @@ _IMPORTED = (
 
 
 def run(world: int, cases: Iterable[str], folder: Path, *, seconds: float = 180) -> list[dict[str, Any]]:
-    """What the cases return in each of `world` processes, by name. Raises the first error of any process, or TimeoutError."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(_IMPORTED))
-    started = processes.start_processes(_work, (world, tuple(cases), folder), world, join=False, start_method="forkserver")
-    deadline = time.monotonic() + seconds
-    try:
-        while not started.join(timeout=1.0):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{world} processes did not finish in {seconds} s")
-    finally:
-        for process in started.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    """What the cases return in each of `world` processes, by name; errors as in `processes.run`."""
+    found: list[dict[str, Any]] = processes.run(functools.partial(_work, tuple(cases)), world, folder, imported=_IMPORTED, seconds=seconds)
+    return found
 
 
-def _work(rank: int, world: int, cases: tuple[str, ...], folder: Path) -> None:
-    torch.set_num_threads(1)
+def _work(cases: tuple[str, ...]) -> dict[str, Any]:
     torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and without an accelerator it is zero
     warnings.filterwarnings("error", message="scalediff")
-    where, limit = f"file://{folder / 'meeting'}", datetime.timedelta(seconds=60)
-    distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=limit)
-    torch.save({case: CASES[case]() for case in cases}, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return {case: CASES[case]() for case in cases}
 
 
 def build(kind: str, *, heads: int = 2) -> nn.Module:
