@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import distributed
+from torch import Tensor, distributed
 
 
 def group_of(group: Any) -> Any:
@@ -30,6 +30,14 @@ def group_of(group: Any) -> Any:
     if not isinstance(found, distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group or a DeviceMesh, got {group!r}")
     return found
+
+
+def all_gather(whole: Tensor, part: Tensor, group: Any) -> None:
+    """Write the parts of all ranks into `whole`, one after the other along its first axis."""
+    gather = (
+        getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    )  # the second is the name before torch 2.13
+    gather(whole, part, group=group)
 
 
 def check_agreement(group: Any, facts: Mapping[str, str]) -> None:

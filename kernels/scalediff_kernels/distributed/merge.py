@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from scalediff_kernels.distributed.groups import all_gather
+
 
 def merge_sums(total: Tensor, count: int, dtype: torch.dtype, group: Any) -> Tensor:
     """The mean over the windows of all ranks, `[B, T, H, D]`, from this rank's sum in at least fp32 and the number of all windows."""
@@ -42,5 +44,5 @@ def _gather(share: Tensor, tokens: int, dtype: torch.dtype, group: Any) -> Tenso
     """`[B, T, H, D]` in one piece, from every rank's share of the tokens."""
     share = share.to(dtype).contiguous()
     whole = share.new_empty(distributed.get_world_size(group) * share.shape[0], *share.shape[1:])
-    distributed.all_gather_into_tensor(whole, share, group=group)
+    all_gather(whole, share, group)
     return whole[:tokens].movedim(0, 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
+from scalediff_kernels.distributed import merge
 from scalediff_kernels.distributed.api import sharded_joint_neighborhood_patch_attention, sharded_neighborhood_patch_attention
 from scalediff_kernels.distributed.geometry import owned_rows
 from scalediff_kernels.distributed.groups import check_agreement
@@ -76,7 +77,7 @@ class Counted:
 
     def __enter__(self) -> None:
         self.rows = self.merged = 0
-        self._before = distributed.batch_isend_irecv, distributed.all_to_all_single, distributed.all_gather_into_tensor
+        self._before = distributed.batch_isend_irecv, distributed.all_to_all_single, merge.all_gather
         point_to_point, shares, gathered = self._before
 
         def counted_messages(operations: Any) -> Any:
@@ -88,15 +89,15 @@ class Counted:
             self.merged += output.nbytes * (ranks - 1) // ranks
             return shares(output, x, group=group)
 
-        def counted_gather(output: Tensor, x: Tensor, group: Any) -> Any:
+        def counted_gather(output: Tensor, x: Tensor, group: Any) -> None:
             self.merged += output.nbytes - x.nbytes
-            return gathered(output, x, group=group)
+            gathered(output, x, group)
 
         distributed.batch_isend_irecv = counted_messages
-        distributed.all_to_all_single, distributed.all_gather_into_tensor = counted_shares, counted_gather
+        distributed.all_to_all_single, merge.all_gather = counted_shares, counted_gather
 
     def __exit__(self, *error: object) -> None:
-        distributed.batch_isend_irecv, distributed.all_to_all_single, distributed.all_gather_into_tensor = self._before
+        distributed.batch_isend_irecv, distributed.all_to_all_single, merge.all_gather = self._before
 
 
 def drawn(seeds: range) -> dict[int, Any]:

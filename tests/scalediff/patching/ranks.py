@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import scalediff
 from bench.models.inputs import Draw
@@ -243,12 +244,85 @@ def drawn() -> dict[str, Any]:
     return {"latents": latents, "refused": refused}
 
 
-def draw(pipe: Any, prompt: dict[str, Any], *, sides: tuple[int, int] = (4, 4)) -> Tensor:
-    with scalediff.patch_model(pipe, window=WINDOW, jitter="random"):
+def draw(pipe: Any, prompt: dict[str, Any], *, sides: tuple[int, int] = (4, 4), mesh: Any = None) -> Tensor:
+    with scalediff.patch_model(pipe, window=WINDOW, jitter="random", mesh=mesh):
         height, width = (n * native for n, native in zip(sides, native_size(pipe), strict=True))
         made = scalediff.generate(pipe, None, height=height, width=width, steps=2, generator=seeded(), call=prompt)
     latents: Tensor = made.stages[-1].latents
     return latents
+
+
+def by_rows(kind: str, rule: str) -> dict[str, Any]:
+    """The model with its pictures split by rows: above and at its native size, and after the patch, without the split."""
+    world = distributed.get_world_size()
+    heads = max(2, world)
+    text = 2 * heads if heads > 2 else 6
+    model = build(kind, heads=heads)
+    before = state_of(model)
+    mesh = init_device_mesh("cpu", (world,))
+    with scalediff.patch_model(model, window=WINDOW, text_queries=rule, jitter="alternate", mesh=mesh) as handle:
+        native = output(model, inputs(kind, NATIVE, text=text))
+        handle.restart_jitter()
+        lengths = lengths_of_linear_layers(model)
+        above, moved = output(model, inputs(kind, GRID, text=text)), output(model, inputs(kind, GRID, text=text))
+        report, tokens = handle.report, sorted(set(lengths))
+    found = {"above": above, "moved": moved, "native": native, "tokens": tokens}
+    found["calls"] = [(row.status, row.taken, row.left) for row in report.rows]
+    return found | {"restored": state_of(model) == before, "alone": output(model, inputs(kind, GRID, text=text))}
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """What the attributes of every module are, without its parts."""
+    parts = model.named_modules()
+    return {name: {key: id(x) for key, x in part.__dict__.items() if key != "_parallel_config"} for name, part in parts} | {
+        "parallel": model._parallel_config
+    }
+
+
+def lengths_of_linear_layers(model: Any) -> list[int]:
+    """Tokens that pass through the first block's projections, filled in by later calls."""
+    lengths: list[int] = []
+    model.transformer_blocks[0].attn.to_q.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+    return lengths
+
+
+def refused_by_rows() -> dict[str, str]:
+    """What is raised where a model or a picture cannot be split, and where ranks differ."""
+    world, said = distributed.get_world_size(), dict[str, str]()
+
+    def attempt(name: str, work: Callable[[], Any]) -> None:
+        try:
+            work()
+            said[name] = ""
+        except (ValueError, NotImplementedError) as error:
+            said[name] = str(error)
+
+    everyone = distributed.group.WORLD
+    attempt("heads", lambda: scalediff.patch_model(build("FLUX.1", heads=3), window=WINDOW, mesh=everyone))
+    attempt("family", lambda: scalediff.patch_model(build("Chroma"), window=WINDOW, mesh=everyone))
+    parallel = build("FLUX.1")
+    in_parallel(parallel)
+    attempt("parallel", lambda: scalediff.patch_model(parallel, window=WINDOW, mesh=everyone))
+    seed = distributed.get_rank()
+    attempt("seed", lambda: scalediff.patch_model(build("FLUX.1"), window=WINDOW, seed=seed, mesh=everyone))
+    model = build("FLUX.1")
+    next(model.parameters()).data.add_(seed)
+    attempt("weights", lambda: scalediff.patch_model(model, window=WINDOW, mesh=everyone))
+    model = build("FLUX.1")
+    with scalediff.patch_model(model, window=WINDOW, mesh=everyone):
+        attempt("rows", lambda: output(model, inputs("FLUX.1", (7, 2 * world * 2))))
+        prompt = inputs("FLUX.1", GRID)
+        prompt["encoder_hidden_states"] += seed
+        attempt("prompt", lambda: output(model, prompt))
+        attempt("size", lambda: output(model, inputs("FLUX.1", (8, 6) if seed == 0 else (6, 8))))
+        attempt("gradients", lambda: model(**inputs("FLUX.1", GRID), return_dict=False))
+    return said
+
+
+def drawn_by_rows() -> Tensor:
+    """A picture of the whole cascade, of three stages."""
+    pipe, prompt = built("FLUX")
+    return draw(pipe, prompt, mesh=distributed.group.WORLD)
 
 
 def hangs() -> None:
@@ -270,7 +344,11 @@ PATCHED: dict[str, Callable[[], dict[str, Any]]] = {
     for rule in ("window", "global")
     for first in (True, False)
 }
-CASES: dict[str, Callable[[], Any]] = PATCHED | {
-    case.__name__: case
-    for case in (masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, hangs, fails)
-}  # fmt: skip
+BY_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
+    f"{kind} by rows, {rule}": functools.partial(by_rows, kind, rule) for kind in PLANNED for rule in ("window", "global")
+}
+OTHERS = (
+    masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, refused_by_rows,
+    drawn_by_rows, hangs, fails,
+)  # fmt: skip
+CASES: dict[str, Callable[[], Any]] = PATCHED | BY_ROWS | {case.__name__: case for case in OTHERS}
