@@ -17,7 +17,22 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "scalediff").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 MODEL_LIBRARIES = {"diffusers", "transformers", "accelerate", "safetensors", "PIL"}
 # From the ground up.
-WINGS = ("arguments", "settings", "demo", "families", "patching", "cost", "cascade", "methods", "patch", "draw", "comfy", "web", "command")
+WINGS = (
+    "arguments",
+    "settings",
+    "demo",
+    "families",
+    "patching",
+    "cost",
+    "cascade",
+    "methods",
+    "patch",
+    "draw",
+    "comfy",
+    "web",
+    "command",
+    "__main__",
+)
 COMFYUI = {"comfy", "latent_preview"}  # its top-level modules
 
 

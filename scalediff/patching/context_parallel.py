@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import distributed, nn
 
 from scalediff.families import FAMILIES
@@ -146,6 +147,8 @@ def check_row_split(module: Any, family: Family, mesh: Any) -> Any:
         raise ValueError(f"this {name} is parallel already: pass mesh= or call enable_parallelism, not both")
     if ranks != world:
         raise NotImplementedError(f"mesh= must have all processes, got {ranks} of {world}")
+    if torch.accelerator.device_count() == 0:
+        raise NotImplementedError("mesh= needs an accelerator, as diffusers' context parallelism does: got none")
     heads = module.config.num_attention_heads
     if heads % ranks:
         raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
 from scalediff import Layout, Sequence
 from scalediff.cascade.pipeline import native_size
+from scalediff.command.ranks import drawing_together
 from scalediff.patching import interception
 from tests import processes
 from tests.conftest import seeded
@@ -308,6 +311,12 @@ def refused_by_rows() -> dict[str, str]:
     model = build("FLUX.1")
     next(model.parameters()).data.add_(seed)
     attempt("weights", lambda: scalediff.patch_model(model, window=WINDOW, mesh=everyone))
+    few = distributed.new_group([0])
+    if seed == 0:
+        attempt("few", lambda: scalediff.patch_model(build("FLUX.1"), window=WINDOW, mesh=few))
+    before, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 0
+    attempt("accelerator", lambda: scalediff.patch_model(build("FLUX.1"), window=WINDOW, mesh=everyone))
+    torch.accelerator.device_count = before
     model = build("FLUX.1")
     with scalediff.patch_model(model, window=WINDOW, mesh=everyone):
         attempt("rows", lambda: output(model, inputs("FLUX.1", (7, 2 * world * 2))))
@@ -319,10 +328,14 @@ def refused_by_rows() -> dict[str, str]:
     return said
 
 
-def drawn_by_rows() -> Tensor:
-    """A picture of the whole cascade, of three stages."""
+def drawn_by_rows() -> dict[str, Any]:
+    """A picture of the whole cascade, of three stages; and what the command's --split-picture does with the pipeline."""
     pipe, prompt = built("FLUX")
-    return draw(pipe, prompt, mesh=distributed.group.WORLD)
+    latents = draw(pipe, prompt, mesh=distributed.group.WORLD)
+    os.environ |= {"RANK": str(distributed.get_rank()), "WORLD_SIZE": str(distributed.get_world_size())}
+    with drawing_together(Namespace(split_picture=True), pipe) as saves:
+        split = pipe.transformer._parallel_config is not None
+    return {"latents": latents, "saves": saves, "split": split, "after": pipe.transformer._parallel_config}
 
 
 def hangs() -> None:

@@ -160,8 +160,10 @@ def test_bands_of_rows_give_what_one_process_gives(name: str, two: list[dict[str
 
 
 def test_the_whole_cascade_by_rows_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
-    assert_same(two[0]["drawn_by_rows"], ranks.draw(*ranks.built("FLUX")))
-    assert torch.equal(two[0]["drawn_by_rows"], two[1]["drawn_by_rows"])
+    one, other = (found["drawn_by_rows"] for found in two)
+    assert_same(one["latents"], ranks.draw(*ranks.built("FLUX")))
+    assert torch.equal(one["latents"], other["latents"])
+    assert [(found["split"], found["saves"], found["after"]) for found in (one, other)] == [(True, True, None), (True, False, None)]
 
 
 def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]]) -> None:
@@ -170,7 +172,12 @@ def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]])
         assert said["family"].endswith("other models mix tokens outside of attention, got ChromaTransformer2DModel")
         assert said["parallel"] == "this FluxTransformer2DModel is parallel already: pass mesh= or call enable_parallelism, not both"
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 7 rows of tokens: choose a height")
+        assert said["accelerator"] == "mesh= needs an accelerator, as diffusers' context parallelism does: got none"
         assert said["gradients"] == "attention over ranks does not support gradients: use torch.no_grad()"
+
+
+def test_a_part_of_the_processes_is_refused(two: list[dict[str, Any]]) -> None:
+    assert two[0]["refused_by_rows"]["few"] == "mesh= must have all processes, got 1 of 2"
 
 
 def test_ranks_that_differ_are_named(two: list[dict[str, Any]]) -> None:
