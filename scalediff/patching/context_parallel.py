@@ -108,10 +108,11 @@ class RowSplit:
         mesh: A process group of all processes, or a `DeviceMesh` of one dimension over them.
 
     Raises:
-        ValueError: The model is parallel already, the mesh does not have all processes, or they do not divide the heads.
+        ValueError: The model is parallel already.
         TypeError: `mesh` is neither a group nor a mesh.
         RuntimeError: There is no process group.
-        NotImplementedError: The family is not one of those that can be split.
+        NotImplementedError: The family is not one of those that can be split, the mesh does not have all processes, or there is no
+            accelerator.
     """
 
     def __init__(self, module: Any, family: Family, mesh: Any) -> None:
@@ -121,7 +122,9 @@ class RowSplit:
         self._plan = module._cp_plan
         self._before = [(part, {key for key in _HOOKS if key in part.__dict__}) for part in module.modules()]
         self._processors = [part.processor for part in module.modules() if hasattr(getattr(part, "processor", None), "_parallel_config")]
-        module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=distributed.get_world_size(self.group)))
+        ranks = distributed.get_world_size(self.group)
+        uneven = module.config.num_attention_heads % ranks != 0  # heads are padded, up to the native area alone
+        module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven))
 
     def undo(self, module: Any) -> None:
         """Remove the split."""
@@ -149,9 +152,4 @@ def check_row_split(module: Any, family: Family, mesh: Any) -> Any:
         raise NotImplementedError(f"mesh= must have all processes, got {ranks} of {world}")
     if torch.accelerator.device_count() == 0:
         raise NotImplementedError("mesh= needs an accelerator, as diffusers' context parallelism does: got none")
-    heads = module.config.num_attention_heads
-    if heads % ranks:
-        raise ValueError(
-            f"{ranks} ranks cannot share the {heads} heads of {name}, as they do up to the native size: choose a divisor of {heads}"
-        )
     return group

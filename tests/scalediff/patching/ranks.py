@@ -274,6 +274,13 @@ def by_rows(kind: str, rule: str) -> dict[str, Any]:
     return found | {"restored": state_of(model) == before, "alone": output(model, inputs(kind, GRID, text=text))}
 
 
+def odd_heads() -> dict[str, Tensor]:
+    """A number of heads that the processes do not divide."""
+    model = build("FLUX.1", heads=3)
+    with scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
+        return {name: output(model, inputs("FLUX.1", grid, text=6)) for name, grid in (("native", NATIVE), ("above", GRID))}
+
+
 def state_of(model: Any) -> dict[str, Any]:
     """What the attributes of every module are, without its parts."""
     parts = model.named_modules()
@@ -301,7 +308,6 @@ def refused_by_rows() -> dict[str, str]:
             said[name] = str(error)
 
     everyone = distributed.group.WORLD
-    attempt("heads", lambda: scalediff.patch_model(build("FLUX.1", heads=3), window=WINDOW, mesh=everyone))
     attempt("family", lambda: scalediff.patch_model(build("Chroma"), window=WINDOW, mesh=everyone))
     parallel = build("FLUX.1")
     in_parallel(parallel)
@@ -362,6 +368,6 @@ BY_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 OTHERS = (
     masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, refused_by_rows,
-    drawn_by_rows, hangs, fails,
+    drawn_by_rows, odd_heads, hangs, fails,
 )  # fmt: skip
 CASES: dict[str, Callable[[], Any]] = PATCHED | BY_ROWS | {case.__name__: case for case in OTHERS}
