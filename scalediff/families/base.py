@@ -126,6 +126,8 @@ class Family:
         module: Module that defines the class, or a package that contains it. A class of the same name elsewhere is another family.
         context_parallel: Whether text and image are separate up to their joint attention and diffusers' context parallelism splits both,
             so that Ulysses attention gathers them as a `Sequence` with shards.
+        bands: Whether rows of the latents, the first argument of its forward, are mixed by self-attention, convolutions and group norms
+            alone.
     """
 
     denoiser: str
@@ -144,6 +146,7 @@ class Family:
     listed: bool = True
     module: str = "diffusers"
     context_parallel: bool = False
+    bands: bool = False
 
     def sites(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
         """The attention modules of a denoiser; empty if the family is not listed."""

@@ -144,7 +144,7 @@ def check_row_split(module: Any, family: Family, mesh: Any) -> Any:
     group, name = group_of(mesh), type(module).__name__
     ranks, world = distributed.get_world_size(group), distributed.get_world_size()
     if not family.context_parallel:
-        known = ", ".join(other.denoiser for other in FAMILIES.values() if other.context_parallel)
+        known = ", ".join(other.denoiser for other in FAMILIES.values() if other.context_parallel or other.bands)
         raise NotImplementedError(f"mesh= splits {known}: other models mix tokens outside of attention, got {name}")
     if _configuration(module) is not None and not getattr(module.__dict__.get(ATTRIBUTE), "is_split", False):
         raise ValueError(f"this {name} is parallel already: pass mesh= or call enable_parallelism, not both")

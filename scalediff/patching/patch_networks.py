@@ -71,7 +71,8 @@ def patch_networks(
         if mesh is not None:
             if targets:
                 raise NotImplementedError(f"mesh= splits a pipeline without ControlNets, got {type(net).__name__}")
-            check_row_split(net, family, mesh)
+            if not family.bands:
+                check_row_split(net, family, mesh)
         targets.append(Target(net, family, native, prefix=prefix, parameters=_parameters(net), **common))  # type: ignore[arg-type]
         _check_not_patched_elsewhere(net, model)
     call = describe_pipeline_call(type(model), targets[0].family)

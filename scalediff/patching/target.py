@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
+from scalediff.patching.bands import Bands
 from scalediff.patching.call import Call
 from scalediff.patching.context_parallel import RowSplit, check_equal_parts, gathered_layout, needs_equal_parts
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
@@ -111,7 +112,7 @@ class Target:
         self.handle: Patch = None  # type: ignore[assignment]  # until the handle installs it
         self.family, self.native, self.options, self._parameters = family, native, options, parameters
         self.attention: Attention = "npa"
-        self._split: RowSplit | None = None
+        self._split: RowSplit | Bands | None = None
         self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
         self._rotation = family.rotation(denoiser) if options.text_rope else None
         self.offsets = Offsets(jitter, seed)
@@ -133,8 +134,12 @@ class Target:
         return self._split is not None
 
     def split_over(self, mesh: Any) -> None:
-        """Split the denoiser's tokens over the ranks of a mesh; errors as in `RowSplit`."""
-        self._split = RowSplit(self.module(), self.family, mesh)
+        """Split the denoiser's tokens over the ranks of a mesh; errors as in `RowSplit` and `Bands`."""
+        module = self.module()
+        assert module is not None
+        self._split = (
+            RowSplit(module, self.family, mesh) if self.family.context_parallel else Bands(module, self.family, mesh, self._parameters)
+        )
 
     def undo_split(self) -> None:
         """Undo the split of the denoiser's tokens over ranks, if there is one."""
@@ -153,7 +158,9 @@ class Target:
         if planned is None:
             return None
         plan, weights, observes = planned
-        return open_pass(self, plan, weights, frame=sys._getframe(1), observes=observes)
+        opened = open_pass(self, plan, weights, frame=sys._getframe(1), observes=observes)
+        opened.bands = self._split if isinstance(self._split, Bands) else None
+        return opened
 
     def end(self, module: nn.Module, opened: Pass, finished: bool) -> None:
         """Close a pass. If the forward finished without an exception, check what was intercepted."""

@@ -5,7 +5,7 @@ Legend: B batch, G key heads, Y x X token grid, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,11 @@ class Exchange:
         return k, v
 
     def _lost(self, pending: Sequence[tuple[Transfer, Tensor]]) -> RuntimeError:
-        peers = sorted({t.target if t.source == self._rank else t.source for t, _ in pending})
-        names = "rank " + " or rank ".join(map(str, peers))
-        return RuntimeError(f"rank {self._rank} lost the connection to {names} while they exchanged rows of keys and values")
+        peers = {t.target if t.source == self._rank else t.source for t, _ in pending}
+        return lost_connection(self._rank, peers)
+
+
+def lost_connection(rank: int, peers: Iterable[int]) -> RuntimeError:
+    """The error of a rank whose messages with one of these peers failed."""
+    names = " or rank ".join(map(str, sorted(peers)))
+    return RuntimeError(f"rank {rank} lost the connection to rank {names} while they exchanged rows")

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from scalediff_kernels.distributed import merge
 from scalediff_kernels.distributed.api import sharded_joint_neighborhood_patch_attention, sharded_neighborhood_patch_attention
+from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
 from scalediff_kernels.distributed.geometry import owned_rows
 from scalediff_kernels.distributed.groups import check_agreement
 from tests.kernels.neighborhood.problems import Problem
@@ -124,6 +125,43 @@ def agreed() -> list[str]:
     return said
 
 
+CONVOLUTIONS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "3 x 3": (3, 6, {"padding": 1}),
+    "stride 2": (3, 6, {"padding": 1, "stride": 2}),
+    "1 x 1": (1, 3, {}),
+    "stride and padding by axis": (3, 4, {"padding": (1, 2), "stride": (2, 1)}),
+    "5 x 5, dilated": (5, 4, {"padding": 4, "dilation": 2, "groups": 2}),
+}
+
+
+def picture(rows: int) -> Tensor:
+    return torch.randn(2, 4, 4 * rows, 5, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+
+
+def kernel(size: int, groups: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(size)
+    return torch.randn(6, 4 // groups, size, size, generator=rng, dtype=torch.float64), torch.randn(6, generator=rng, dtype=torch.float64)
+
+
+def bands() -> dict[str, Any]:
+    """Bands of convolutions, of a group norm, and the gathered picture; and what is refused."""
+    rank, world, found = distributed.get_rank(), distributed.group.WORLD, {}
+    for name, (size, rows, how) in CONVOLUTIONS.items():
+        band = picture(rows)[:, :, rank * rows : (rank + 1) * rows]
+        found[name] = convolve_band(band, *kernel(size, how.get("groups", 1)), **how, group=world)
+    weight, band = picture(3)[0, :, 0, 0], picture(6)[:, :, 6 * rank : 6 * rank + 6]
+    found["norm"] = normalise_band(3 * band + 100, 2, weight, -weight, 1e-3, group=world)
+    found["plain norm"] = normalise_band(band.bfloat16(), 4, group=world)
+    found["gathered"] = gather_bands(band, world)
+    refused: dict[str, dict[str, Any]] = {"padding": {"padding": 0}, "same": {"padding": "same"}, "stride": {"padding": 1, "stride": 4}}
+    for name, how in refused.items():
+        try:
+            convolve_band(band, *kernel(3, 1), **how, group=world)
+        except (NotImplementedError, ValueError) as error:
+            found[name] = str(error)
+    return found
+
+
 def refused() -> dict[str, str]:
     """What is raised for arguments that do not fit the group."""
     world = distributed.group.WORLD
@@ -154,7 +192,7 @@ def refused() -> dict[str, str]:
 
 
 def several(seeds: range) -> dict[str, Any]:
-    return {"drawn": drawn(seeds), "agreed": agreed(), "refused": refused()}
+    return {"drawn": drawn(seeds), "agreed": agreed(), "refused": refused(), "bands": bands()}
 
 
 def killed(folder: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed
+from torch.nn import functional as F
 
 from scalediff_kernels.distributed.api import sharded_neighborhood_patch_attention
 from scalediff_kernels.distributed.geometry import halo_bytes, owned_rows, text_bytes
@@ -62,6 +63,31 @@ def test_drawn_problems_are_those_of_one_process(seed: int, four: list[dict[str,
     check(seed, [one["drawn"][seed] for one in four])
 
 
+@pytest.mark.parametrize("name", ranks.CONVOLUTIONS)
+def test_bands_of_a_convolution(name: str, four: list[dict[str, Any]]) -> None:
+    size, rows, how = ranks.CONVOLUTIONS[name]
+    expected = F.conv2d(ranks.picture(rows), *ranks.kernel(size, how.get("groups", 1)), **how)
+    torch.testing.assert_close(torch.cat([one["bands"][name] for one in four], dim=2), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bands_of_a_group_norm(four: list[dict[str, Any]]) -> None:
+    """Statistics are those of the whole picture, also far from zero, and it keeps the dtype."""
+    weight, whole = ranks.picture(3)[0, :, 0, 0], ranks.picture(6)
+    found = torch.cat([one["bands"]["norm"] for one in four], dim=2)
+    torch.testing.assert_close(found, F.group_norm(3 * whole + 100, 2, weight, -weight, 1e-3), rtol=1e-11, atol=1e-11)
+    plain = torch.cat([one["bands"]["plain norm"] for one in four], dim=2)
+    exact = F.group_norm(whole.bfloat16().double(), 4)
+    assert_within_budget(plain, F.group_norm(whole.bfloat16(), 4), exact)
+    assert all(torch.equal(one["bands"]["gathered"], whole) for one in four)
+
+
+def test_convolutions_that_have_no_bands_are_refused(four: list[dict[str, Any]]) -> None:
+    for said in (one["bands"] for one in four):
+        assert said["padding"] == "a convolution over ranks must pad half of its kernel's 3 rows, got padding=0"
+        assert said["same"] == "a convolution over ranks must pad half of its kernel's 3 rows, got padding='same'"
+        assert said["stride"] == "a band must have rows that are a multiple of stride=4, at least 1, got 6"
+
+
 def test_ranks_that_differ_are_named(four: list[dict[str, Any]]) -> None:
     contract = "all ranks must have the same versions, model and inputs, got "
     expected = [contract + "torch is 2.0 on rank 0 and 2.1 on rank 2", contract + "shape is 8 x 8 on rank 0 and 8 x 6 on rank 3"]
@@ -108,4 +134,4 @@ def test_a_killed_process_ends_the_others_which_name_it(tmp_path: Path) -> None:
     for rank, lost in ((0, 1), (2, 1), (3, 2)):
         at, said = (tmp_path / f"said {rank}").read_text().split(" ", 1)
         assert float(at) - when < 30
-        assert said == f"rank {rank} lost the connection to rank {lost} while they exchanged rows of keys and values"
+        assert said == f"rank {rank} lost the connection to rank {lost} while they exchanged rows"

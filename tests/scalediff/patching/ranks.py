@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
 
 import scalediff
 from bench.models.inputs import Draw
@@ -28,6 +29,7 @@ from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
 
 GRID, NATIVE, UNEVEN = (8, 6), (4, 4), (7, 5)
+UNET_GRID = (16, 12)
 PLANNED = ("FLUX.1", "FLUX.2", "Qwen-Image")  # their classes have a plan for context parallelism
 HOLES = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
 _IMPORTED = (
@@ -281,6 +283,64 @@ def odd_heads() -> dict[str, Tensor]:
         return {name: output(model, inputs("FLUX.1", grid, text=6)) for name, grid in (("native", NATIVE), ("above", GRID))}
 
 
+def unet_by_rows(kind: str) -> dict[str, Any]:
+    """A U-Net above its native size, by both ways to return its output, and at it."""
+    model, mesh = ZOO[kind].build().double(), init_device_mesh("cpu", (distributed.get_world_size(),))
+    functions = F.conv2d, F.group_norm, F.scaled_dot_product_attention
+    with scalediff.patch_model(model, window=WINDOW, jitter="alternate", mesh=mesh) as handle:
+        rows: list[int] = []
+        model.conv_in.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[2]))
+        above, report = output(model, unet_inputs(kind, UNET_GRID)), handle.report
+        with torch.no_grad():
+            moved = model(**unet_inputs(kind, UNET_GRID)).sample
+        native = output(model, unet_inputs(kind, WINDOW))
+        handle.attention = "full"
+        full = output(model, unet_inputs(kind, UNET_GRID))
+    assert functions == (F.conv2d, F.group_norm, F.scaled_dot_product_attention)
+    return {"above": above, "moved": moved, "native": native, "full": full, "rows": rows, "calls": [row.status for row in report.rows]}
+
+
+def unet_inputs(kind: str, grid: tuple[int, int]) -> dict[str, Any]:
+    def doubled(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: doubled(value) for name, value in x.items()}
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    found: dict[str, Any] = doubled(ZOO[kind].inputs(Draw(1), grid, 2))
+    return found
+
+
+def refused_unets() -> dict[str, str]:
+    """What a split U-Net cannot take; afterwards nothing is replaced any more."""
+    said, functions = dict[str, str](), (F.conv2d, F.group_norm)
+    model, given = ZOO["SD1.5"].build().double(), unet_inputs("SD1.5", UNET_GRID)
+    with scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
+        odd = unet_inputs("SD1.5", (UNET_GRID[0] + 2, UNET_GRID[1]))
+        residual = given | {"mid_block_additional_residual": given["sample"]}
+        for name, arguments in (("rows", odd), ("residuals", residual), ("FreeU", given)):
+            if name == "FreeU":
+                model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+            try:
+                output(model, arguments)
+            except (ValueError, NotImplementedError) as error:
+                said[name] = str(error)
+    assert functions == (F.conv2d, F.group_norm)
+    return said
+
+
+def demo_by_rows() -> Tensor:
+    """A picture of the embedded model, of three stages."""
+    return drawn_demo(distributed.group.WORLD)
+
+
+def drawn_demo(mesh: Any) -> Tensor:
+    pipe = scalediff.load_demo().to(torch.float64)
+    with scalediff.patch_model(pipe, mesh=mesh):
+        made = scalediff.generate(pipe, "a full moon", height=256, width=96, steps=2, restart=0.5, generator=seeded())
+    latents: Tensor = made.stages[-1].latents
+    return latents
+
+
 def state_of(model: Any) -> dict[str, Any]:
     """What the attributes of every module are, without its parts."""
     parts = model.named_modules()
@@ -368,6 +428,7 @@ BY_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 OTHERS = (
     masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, refused_by_rows,
-    drawn_by_rows, odd_heads, hangs, fails,
+    drawn_by_rows, odd_heads, refused_unets, demo_by_rows, hangs, fails,
 )  # fmt: skip
-CASES: dict[str, Callable[[], Any]] = PATCHED | BY_ROWS | {case.__name__: case for case in OTHERS}
+UNETS = {f"{kind} by rows": functools.partial(unet_by_rows, kind) for kind in ("SD1.5", "SDXL", "U-Net without text")}
+CASES: dict[str, Callable[[], Any]] = PATCHED | BY_ROWS | UNETS | {case.__name__: case for case in OTHERS}

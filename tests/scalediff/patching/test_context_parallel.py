@@ -19,12 +19,12 @@ from scalediff.families import FAMILIES
 diffusers = pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 
 from tests.scalediff.patching import ranks  # noqa: E402
-from tests.scalediff.patching.ranks import BY_ROWS, GRID, NATIVE, PATCHED, UNEVEN, build, inputs, output  # noqa: E402
+from tests.scalediff.patching.ranks import BY_ROWS, GRID, NATIVE, PATCHED, UNETS, UNEVEN, build, inputs, output  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
 
 TWO = (*PATCHED, "masked", "anything", "gradients", "another_backend", "custom_plan", "two_pictures", "unseen", "checked", "drawn")
-SPLIT = (*BY_ROWS, "refused_by_rows", "drawn_by_rows", "odd_heads")
+SPLIT = (*BY_ROWS, "refused_by_rows", "drawn_by_rows", "odd_heads", *UNETS, "refused_unets", "demo_by_rows")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,42 @@ def test_the_whole_cascade_by_rows_draws_the_same_picture(two: list[dict[str, An
 def test_any_number_of_heads(two: list[dict[str, Any]]) -> None:
     assert_same(two[0]["odd_heads"]["above"], one_process("FLUX.1", heads=3))
     assert_same(two[0]["odd_heads"]["native"], output(build("FLUX.1", heads=3), inputs("FLUX.1", NATIVE, text=6)))
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_bands_of_a_unet_give_what_one_process_gives(name: str, two: list[dict[str, Any]]) -> None:
+    check_unet(two[0][name], name, 2)
+    assert torch.equal(two[0][name]["above"], two[1][name]["above"])
+
+
+def check_unet(found: dict[str, Any], name: str, world: int) -> None:
+    """Above the native size a band reaches the first convolution, and the whole picture at it and with full attention."""
+    kind = name.removesuffix(" by rows")
+    model, rows = ZOO[kind].build().double(), ranks.UNET_GRID[0]
+    with scalediff.patch_model(model, window=WINDOW, jitter="alternate") as handle:
+        expected, moved = (output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)) for _ in range(2))
+        native = output(model, ranks.unet_inputs(kind, WINDOW))
+        calls = [row.status for row in handle.report.rows]
+    assert (moved - expected).abs().max() > 1e-5 * expected.abs().max()
+    assert_same(found["above"], expected)
+    assert_same(found["moved"], moved)
+    assert torch.equal(found["native"], native)
+    assert_same(found["full"], output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)))
+    assert found["rows"] == [rows // world, rows // world, WINDOW[0], rows]
+    assert found["calls"] == calls
+
+
+def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
+    one, other = (found["demo_by_rows"] for found in two)
+    assert_same(one, ranks.drawn_demo(None))
+    assert torch.equal(one, other)
+
+
+def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
+    for said in (found["refused_unets"] for found in two):
+        assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 9 rows of tokens")
+        assert said["residuals"] == "mesh= splits a U-Net without the residuals of others, got mid_block_additional_residual"
+        assert said["FreeU"] == "mesh= does not split FreeU's Fourier transforms: call disable_freeu()"
 
 
 def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]]) -> None:
