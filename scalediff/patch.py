@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from scalediff.arguments import (
@@ -32,6 +34,7 @@ from scalediff.cascade.pipeline import cascade_of, edits_picture, guidance_argum
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
 from scalediff.cascade.schedule import schedule_length
+from scalediff.cascade.workdir import digest, fingerprint_weights
 from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import GridSource, LayoutSource, TextSource
@@ -40,6 +43,7 @@ from scalediff.patching.networks import denoiser_of, family_in_use, handle_of, i
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
+from scalediff_kernels.distributed.groups import check_agreement, group_of
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 
@@ -83,6 +87,7 @@ def patch_model(
     wrap: tuple[bool, bool] = (False, False),
     strict: bool = True,
     impl: Impl = "auto",
+    mesh: Any = None,
 ) -> Handle:
     """Replace a model's self-attention above its native area by neighborhood patch attention; below it, results stay bit for bit the same.
 
@@ -120,6 +125,10 @@ def patch_model(
             or if no attention call of an unlisted model has the lengths of its layout in its first pass, at any size. Warn
             instead when False.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
+        mesh: Process group of all processes, or a `DeviceMesh` of one dimension over them, over which every picture is split: each
+            rank has a band of rows and a part of the text, and exchanges the rows that windows reach into. All ranks must make the same
+            calls, with the same weights, prompt and generator; this is checked when the model is patched and at every pass. FLUX.1,
+            FLUX.2 and Qwen-Image, on accelerators that diffusers' context parallelism supports. The model is not split when None.
 
     Warns:
         UserWarning: The model is a text-to-image pipeline that the cascade does not support, so that its own call above the native size
@@ -135,10 +144,11 @@ def patch_model(
             argument is out of range.
         TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph; an argument is of the
             wrong type.
-        RuntimeError: The call comes from a callback of a run of the same model.
-        NotImplementedError: The model is a video model; it uses ring attention, or diffusers' context parallelism on a model whose
-            order of tokens is not known; `wrap` for a model with positions, or with other convolutions than diffusers' U-Nets and
-            autoencoders have; `impl="triton"` without the triton package. `impl="triton"` on a model that is not on a
+        RuntimeError: The call comes from a callback of a run of the same model, or `mesh` is given and there is no process group.
+        NotImplementedError: The model is a video model; `mesh` does not have all processes, or the model is none of those that it
+            splits; it uses ring attention, or diffusers' context parallelism on a model whose order of tokens is not known; `wrap` for a
+            model with positions, or with other convolutions than diffusers' U-Nets and autoencoders have, or together with `mesh`;
+            `impl="triton"` without the triton package. `impl="triton"` on a model that is not on a
             GPU, gradient checkpointing, and such parallelism if it is enabled after patching, raise this error at the first call
             above the native area.
 
@@ -152,7 +162,9 @@ def patch_model(
     check_arguments(_CHECKS, arguments)
     arguments["wrap"] = wrap[0], wrap[1]
     with held(model):
-        handle = patch_networks(model, **arguments)
+        if mesh is not None:
+            check_agreement(group_of(mesh), _facts(denoiser_of(model), arguments))
+        handle = patch_networks(model, **arguments, mesh=mesh)
         if not isinstance(model, nn.Module):
             family = family_in_use(denoiser_of(model))
             if family is not None and supports_cascade(type(model), family):
@@ -163,6 +175,19 @@ def patch_model(
                 problem = f"{handle.report.call}; above the native size it is direct inference with windowed attention"
                 warnings.warn(f"scalediff: {problem}", stacklevel=2)
     return handle
+
+
+def _facts(denoiser: Any, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """What all ranks must agree on before they share a model."""
+    names = ("window", "text_queries", "text_rope", "jitter", "seed", "impl")
+    return {
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "scalediff": version("scalediff"),
+        "the model": f"{type(denoiser).__name__} {digest(dict(getattr(denoiser, 'config', {})))}",
+        "the digest of the weights": fingerprint_weights([denoiser]),
+        **{name: repr(arguments[name]) for name in names},
+    }
 
 
 def unpatch_model(model: Any) -> None:

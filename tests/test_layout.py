@@ -17,7 +17,22 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "scalediff").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 MODEL_LIBRARIES = {"diffusers", "transformers", "accelerate", "safetensors", "PIL"}
 # From the ground up.
-WINGS = ("arguments", "settings", "demo", "families", "patching", "cost", "cascade", "methods", "patch", "draw", "comfy", "web", "command")
+WINGS = (
+    "arguments",
+    "settings",
+    "demo",
+    "families",
+    "patching",
+    "cost",
+    "cascade",
+    "methods",
+    "patch",
+    "draw",
+    "comfy",
+    "web",
+    "command",
+    "__main__",
+)
 COMFYUI = {"comfy", "latent_preview"}  # its top-level modules
 
 
@@ -122,7 +137,8 @@ def test_public_names_are_pinned() -> None:
     ]  # fmt: skip
     assert scalediff_kernels.__all__ == [
         "GuidedStep", "LowPass", "NoiseLevel", "guide_structure", "joint_neighborhood_patch_attention", "low_pass", "mix_frequencies",
-        "neighborhood_patch_attention", "packed_view",
+        "neighborhood_patch_attention", "packed_view", "sharded_joint_neighborhood_patch_attention",
+        "sharded_neighborhood_patch_attention",
     ]  # fmt: skip
 
 

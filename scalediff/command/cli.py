@@ -93,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--method", choices=method_names(), default="scalediff", help="a published method to compare ScaleDiff with (default: scalediff)"
     )
+    generate.add_argument("--skip-existing", action="store_true", help="leave out pictures whose file is there, as after an interruption")
+    generate.add_argument(
+        "--split-picture",
+        action="store_true",
+        help="under torchrun: the processes draw every picture together, each a band of rows (default: they share the pictures out)",
+    )
     generate.add_argument(
         "--option",
         action="append",

@@ -22,6 +22,7 @@ from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError
 from scalediff.command.method_options import chosen_method, method_facts, method_object
 from scalediff.command.pictures import open_picture
+from scalediff.command.ranks import drawing_together, own_jobs
 from scalediff.command.reporting import Job, picture_metadata, print_result, print_status
 from scalediff.command.runs import (
     SHARED,
@@ -34,12 +35,17 @@ from scalediff.command.runs import (
 )  # fmt: skip
 from scalediff.cost.recorded import recorded_work
 from scalediff.draw import generate, upscale
+from scalediff.settings import Settings
 
 
 def generate_pictures(options: Namespace) -> None:
     """Generate a picture for every prompt and seed, and save every stage; with --compare, save a comparison too."""
-    jobs = plan_jobs(options, prompts_of(options))
+    jobs = own_jobs(options, plan_jobs(options, prompts_of(options)))
+    if not jobs:
+        return
     method = chosen_method(options)
+    if options.split_picture and (options.compare or method != "scalediff"):
+        raise UsageError("--split-picture is for ScaleDiff alone: leave out --compare and --method")
     if options.compare and method != "scalediff":
         raise UsageError(f"--compare is for --method scalediff; `scalediff compare` draws any methods, got --method {options.method}")
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
@@ -50,23 +56,34 @@ def generate_pictures(options: Namespace) -> None:
         sizes = stage_sizes(pipe, *size, options.sizes, wrap=wrap_of(pipe, settings))
         check_run(pipe, {}, sizes, settings, restarts=len(sizes) - 1)
     print_memory_estimate(pipe, options, jobs[0], size, settings)
-    for job in jobs:
-        print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
-        facts = {"sizes": [f"{h}x{w}" for h, w in sizes]} if method == "scalediff" else method_facts(options.method, method)
-        with _stage_saver(pipe, options, job, facts) as (save, written):
+    with drawing_together(options, pipe) as saves:
+        for job in jobs:
+            print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
+            facts = {"sizes": [f"{h}x{w}" for h, w in sizes]} if method == "scalediff" else method_facts(options.method, method)
             arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(jobs) > 1)
             if method != "scalediff":
                 arguments = {name: arguments[name] for name in SHARED} | {"method": method}
-            with recorded_work(pipe) if options.compare else nullcontext() as work:
-                result = generate(pipe, job.prompt, height=size[0], width=size[1], **arguments, on_stage=save)
-            print_result(result, options, job)
-            if work is not None:
-                again = {**arguments, "workdir": None, "on_step": None}
-                direct = draw_panel(pipe, "direct", method_object("direct", ()), job, size, again)
-                panels = [direct, draw_panel(pipe, FULL, None, job, size, again), compared("scalediff", result, work, facts)]
-                path = job.out.with_name(f"{job.out.stem}.compare.png")
-                save_sheet(pipe, options, job, panels, path, settings)
-                written.append(path)
+            if saves:
+                _generate_one(pipe, options, job, size, arguments, facts, settings)
+            else:
+                generate(pipe, job.prompt, height=size[0], width=size[1], **(arguments | {"on_step": None, "progress": False}))
+
+
+def _generate_one(
+    pipe: Any, options: Namespace, job: Job, size: tuple[int, int], arguments: dict[str, Any], facts: dict[str, Any], settings: Settings
+) -> None:
+    """Generate a picture and save it, and a comparison with --compare."""
+    with _stage_saver(pipe, options, job, facts) as (save, written):
+        with recorded_work(pipe) if options.compare else nullcontext() as work:
+            result = generate(pipe, job.prompt, height=size[0], width=size[1], **arguments, on_stage=save)
+        print_result(result, options, job)
+        if work is not None:
+            again = {**arguments, "workdir": None, "on_step": None}
+            direct = draw_panel(pipe, "direct", method_object("direct", ()), job, size, again)
+            panels = [direct, draw_panel(pipe, FULL, None, job, size, again), compared("scalediff", result, work, facts)]
+            path = job.out.with_name(f"{job.out.stem}.compare.png")
+            save_sheet(pipe, options, job, panels, path, settings)
+            written.append(path)
 
 
 def upscale_pictures(options: Namespace) -> None:

@@ -18,6 +18,7 @@ from scalediff.cascade.upsampling import Upsampler
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
 from scalediff.command.loading import UsageError, load_model, one_line
 from scalediff.command.method_options import IN_PARTS, SETTING_OPTIONS
+from scalediff.command.ranks import device_name
 from scalediff.command.reporting import Job, print_status, vae_tiling
 from scalediff.settings import TILES, Settings
 
@@ -34,7 +35,7 @@ def target_size(pipe: Any, options: Namespace) -> tuple[int, int]:
 def load_pipeline(options: Namespace) -> Any:
     """The pipeline of --model, with the scheduler, device and dtype of the command line."""
     return load_model(
-        options.model, device=options.device, dtype=options.dtype, scheduler=options.scheduler, spacing=options.timestep_spacing,
+        options.model, device=device_name(options), dtype=options.dtype, scheduler=options.scheduler, spacing=options.timestep_spacing,
         low_memory=options.low_memory,
     )  # fmt: skip
 

@@ -127,6 +127,8 @@ class Family:
         context_parallel: Whether text and image are separate up to their joint attention and diffusers' context parallelism splits both,
             so that Ulysses attention gathers them as a `Sequence` with shards.
         wraps: Whether windows may continue on the other side of the picture: the model has no positions, which end there.
+        bands: Whether rows of the latents, the first argument of its forward, are mixed by self-attention, convolutions and group norms
+            alone.
     """
 
     denoiser: str
@@ -146,6 +148,7 @@ class Family:
     module: str = "diffusers"
     context_parallel: bool = False
     wraps: bool = False
+    bands: bool = False
 
     def sites(self, denoiser: nn.Module) -> tuple[AttentionSite, ...]:
         """The attention modules of a denoiser; empty if the family is not listed."""

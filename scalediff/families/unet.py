@@ -88,6 +88,7 @@ _UNET = Family(
     roles=((r"\.attn2$", "cross"),),
     level=_level,
     wraps=True,
+    bands=True,
     cascade=Cascade(
         _presets,
         patch=1,
@@ -102,6 +103,6 @@ def _no_grid(denoiser: nn.Module) -> None:
     return None
 
 
-_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_no_grid, cascade=None, no_cascade=BESIDE)  # its U-Net's size
+_CONTROL = replace(_UNET, denoiser="ControlNetModel", native_grid=_no_grid, bands=False, cascade=None, no_cascade=BESIDE)  # U-Net's size
 _UNCONDITIONAL = replace(_UNET, denoiser="UNet2DModel", text="none", cascade=None, no_cascade="it draws without a prompt")
 UNETS = (_UNET, _UNCONDITIONAL, _CONTROL, replace(_CONTROL, denoiser="ControlNetUnionModel", layout=_union_layout))

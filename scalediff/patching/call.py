@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 from scalediff.families.grid import Grid, Sequence, Span, offset_of, patch_of, split_sizes, window_of
 from scalediff.families.rotation import TextRotation
-from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
+from scalediff.patching.rows import RowShare
+from scalediff_kernels import (
+    joint_neighborhood_patch_attention,
+    neighborhood_patch_attention,
+    sharded_joint_neighborhood_patch_attention,
+    sharded_neighborhood_patch_attention,
+)
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 
@@ -30,6 +36,7 @@ class Call:
         text_queries: TextQueries,
         impl: Impl,
         wrap: tuple[bool, bool] = (False, False),
+        group: Any = None,
     ) -> None:
         self.sequence, self.grid = sequence, sequence.grid
         self.window, self.patch = window_of(native, sequence.level), patch_of(native, sequence.level)
@@ -42,9 +49,11 @@ class Call:
             with torch.inference_mode(False):  # tables made in inference mode could not be used with gradients later
                 self._exact = self.rotation.tables(self.grid, native, self.window, self.patch, self.offset)
         self.text_rope = self._exact  # on the device and in the dtype of the last call
-        spans = sequence.spans(len(sequence.real) or 1)
+        self.share = None if group is None else RowShare(sequence, group)  # this rank's, if the rows are split over ranks
+        held = sequence if self.share is None else self.share.with_all_text
+        spans = held.spans(len(held.real) or 1)
         around = int(wrap[0]), int(wrap[1])
-        self._sizes = _CallSizes(self.grid, self.window, self.patch, self.offset, around, sequence.lengths, sequence.shards, spans)
+        self._sizes = _CallSizes(held.grid, self.window, self.patch, self.offset, around, held.lengths, held.shards, spans)
         self._encoded = self._sizes.encode()
 
     def move_text_rope(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -77,8 +86,15 @@ class Call:
         """
         return _CallSizes.decode(self._encoded) if torch.compiler.is_compiling() else self._sizes
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Numbers of query and key tokens, by which a call is recognised."""
+        return self.sizes.lengths if self.share is None else self.share.lengths
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Attention of queries `[B, S, H, D]` to keys and values `[B, S, G, D]`; the output is zero at padding."""
+        if self.share is not None:
+            return self._attend_over_ranks(self.share, q, k, v, scale)
         parts = self._parts()
         if parts is None:
             return self._attend(q, k, v, scale)
@@ -86,6 +102,12 @@ class Call:
         if self.text_queries is None:  # the queries are image tokens alone
             return self._attend(q, k, v, scale)
         return _interleave(self._attend(_join(q, *parts), k, v, scale), *parts)
+
+    def _attend_over_ranks(self, share: RowShare, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        k, v = share.gather_text(k), share.gather_text(v)
+        if self.text_queries is None:
+            return self._attend(q, k, v, scale)
+        return share.own_text(self._attend(share.gather_text(q), k, v, scale))
 
     def as_it_arrives(self, x: Tensor) -> Tensor:
         """Reorder `[B, S, ...]` from text and image in one piece to the order of a call's tokens, which differs if there are shards."""
@@ -112,6 +134,9 @@ class Call:
 
     def _image(self, sizes: _CallSizes, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         q, k, v = (_tokens(x, 0, sizes.area).unflatten(1, sizes.grid) for x in (q, k, v))
+        if self.share is not None:
+            how = {**sizes.geometry_of_rows, "scale": scale, "impl": self.impl, "group": self.share.group, "rows": self.share.rows}
+            return sharded_neighborhood_patch_attention(q, k, v, **how).flatten(1, 2)
         out: Tensor = neighborhood_patch_attention(q, k, v, **sizes.geometry, scale=scale, impl=self.impl)
         return out.flatten(1, 2)
 
@@ -127,14 +152,16 @@ class Call:
         text_q = _tokens(q, span.text_start, tokens) if self.text_queries else _placeholder_queries(text_k, q)
         image_q, image_k, image_v = (x.unflatten(1, sizes.grid) for x in (image_q, image_k, image_v))
         text_rope = _pad_channels(self.move_text_rope(q.device, q.dtype), q.shape[-1])
-        image_out, text_out = joint_neighborhood_patch_attention(
-            image_q, image_k, image_v, text_q, text_k, text_v,
-            **sizes.geometry, scale=scale, text_rope=text_rope, text_queries=self.text_queries, impl=self.impl,
-        )  # fmt: skip
-        if text_out is None:
-            only: Tensor = image_out.flatten(1, 2)
-            return only
+        tensors = image_q, image_k, image_v, text_q, text_k, text_v
+        how: dict[str, Any] = {"scale": scale, "text_rope": text_rope, "text_queries": self.text_queries, "impl": self.impl}
+        if self.share is not None:
+            how |= {**sizes.geometry_of_rows, "group": self.share.group, "rows": self.share.rows}
+            image_out, text_out = sharded_joint_neighborhood_patch_attention(*tensors, **how)
+        else:
+            image_out, text_out = joint_neighborhood_patch_attention(*tensors, **sizes.geometry, **how)
         image_out = image_out.flatten(1, 2)
+        if text_out is None:
+            return image_out
         parts, between = [image_out, text_out], 0
         if self.sequence.side == "prefix":
             parts, between = [text_out, image_out], span.image - span.text_stop
@@ -164,8 +191,12 @@ class _CallSizes(NamedTuple):
     @property
     def geometry(self) -> dict[str, Any]:
         """Arguments of the operations."""
-        wrap = self.around[0] == 1, self.around[1] == 1
-        return {"window": self.window, "patch": self.patch, "offset": self.offset, "wrap": wrap}
+        return {**self.geometry_of_rows, "wrap": (self.around[0] == 1, self.around[1] == 1)}
+
+    @property
+    def geometry_of_rows(self) -> dict[str, Any]:
+        """Arguments of the operations on rows that are shared out among ranks, which do not wrap."""
+        return {"window": self.window, "patch": self.patch, "offset": self.offset}
 
     def encode(self) -> str:
         """Encode as a string: six pairs, the number of shards, then the spans."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import distributed, nn
 
 from scalediff.families import FAMILIES
 from scalediff.families.base import Family
 from scalediff.families.grid import Layout
 from scalediff.patching.stack import in_forward
+from scalediff.patching.subclass import ATTRIBUTE
+from scalediff_kernels.distributed.groups import group_of
 
 
 def _configuration(module: nn.Module) -> Any:
@@ -88,3 +91,65 @@ def check_equal_parts(module: nn.Module, layout: Layout) -> None:
                 f"ulysses_degree={degree} splits image and text into equal parts, got {sequence.area} image and {sequence.text} text "
                 f"tokens: choose another size or text length, or ContextParallelConfig(ulysses_anything=True)"
             )
+
+
+_HOOKS = {"forward", "_diffusers_hook"}  # attributes of a module that diffusers' hooks set
+
+
+class RowSplit:
+    """A denoiser whose tokens diffusers splits over the ranks of a group, so that each has a band of rows of the picture.
+
+    The split and the gathering of the output are those of diffusers' context parallelism. Up to the native area, attention is its Ulysses
+    attention too.
+
+    Args:
+        module: The denoiser.
+        family: Its family.
+        mesh: A process group of all processes, or a `DeviceMesh` of one dimension over them.
+
+    Raises:
+        ValueError: The model is parallel already.
+        TypeError: `mesh` is neither a group nor a mesh.
+        RuntimeError: There is no process group.
+        NotImplementedError: The family is not one of those that can be split, the mesh does not have all processes, or there is no
+            accelerator.
+    """
+
+    def __init__(self, module: Any, family: Family, mesh: Any) -> None:
+        from diffusers import ContextParallelConfig
+
+        self.group = check_row_split(module, family, mesh)
+        self._plan = module._cp_plan
+        self._before = [(part, {key for key in _HOOKS if key in part.__dict__}) for part in module.modules()]
+        self._processors = [part.processor for part in module.modules() if hasattr(getattr(part, "processor", None), "_parallel_config")]
+        ranks = distributed.get_world_size(self.group)
+        uneven = module.config.num_attention_heads % ranks != 0  # heads are padded, up to the native area alone
+        module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven))
+
+    def undo(self, module: Any) -> None:
+        """Remove the split."""
+        from diffusers.hooks.context_parallel import remove_context_parallel
+
+        remove_context_parallel(module, self._plan)
+        module._parallel_config = None
+        for processor in self._processors:
+            processor._parallel_config = None
+        for part, kept in self._before:
+            for key in _HOOKS - kept:
+                part.__dict__.pop(key, None)
+
+
+def check_row_split(module: Any, family: Family, mesh: Any) -> Any:
+    """The process group of a mesh, if a denoiser can be split over it; raises as `RowSplit`."""
+    group, name = group_of(mesh), type(module).__name__
+    ranks, world = distributed.get_world_size(group), distributed.get_world_size()
+    if not family.context_parallel:
+        known = ", ".join(other.denoiser for other in FAMILIES.values() if other.context_parallel or other.bands)
+        raise NotImplementedError(f"mesh= splits {known}: other models mix tokens outside of attention, got {name}")
+    if _configuration(module) is not None and not getattr(module.__dict__.get(ATTRIBUTE), "is_split", False):
+        raise ValueError(f"this {name} is parallel already: pass mesh= or call enable_parallelism, not both")
+    if ranks != world:
+        raise NotImplementedError(f"mesh= must have all processes, got {ranks} of {world}")
+    if torch.accelerator.device_count() == 0:
+        raise NotImplementedError("mesh= needs an accelerator, as diffusers' context parallelism does: got none")
+    return group

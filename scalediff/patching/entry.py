@@ -40,7 +40,8 @@ def _runners() -> tuple[Callable[..., Any], Callable[..., Any]]:
         opened, finished = None, False
         try:
             opened = begin(target, module, args, kwargs)
-            result = method(*args, **kwargs)
+            bands = None if opened is None else opened.bands
+            result = method(*args, **kwargs) if bands is None else bands.run(module, method, args, kwargs)
             finished = True
         finally:
             if opened is not None:

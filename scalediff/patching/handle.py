@@ -118,6 +118,7 @@ class Handle:
         for target in self._targets:
             target.active = False
             restore_class(target.module(), target)
+            target.undo_split()
         restore_class(self._model(), self)
 
     def check(self, *args: Any, **inputs: Any) -> Report:

@@ -51,6 +51,7 @@ class Pass:
         self.with_gradients = torch.is_grad_enabled()
         self.depth = depth_of(frame) if self.with_gradients else 0
         self.contains_passes = False  # of other owners, which count their own calls
+        self.bands: Any = None  # of a U-Net that is split: convolutions and group norms are replaced too
         self.intercepted = 0  # calls
         self.skipped: dict[str, str] = {}  # callers whose calls ran full attention, and why
         self.calls: dict[str, ModuleCalls] = {}  # by the name of the module
@@ -224,10 +225,23 @@ def _parallel_attention(function: Callable[..., Any]) -> Callable[..., Any]:
 
     It exchanges tokens for heads, calls `forward_op` for all tokens and a part of the heads, and exchanges them back; `backward_op` gives
     the gradients in between. These two are replaced. Each backend has its own, which need not call another function that is replaced.
+    If the rows of the picture are split over the ranks, nothing of this runs.
     """
 
-    def attention(*tensors: Any, forward_op: Callable[..., Any], backward_op: Callable[..., Any], **options: Any) -> Any:
-        return function(*tensors, forward_op=_forward_op(forward_op), backward_op=_backward_op(backward_op), **options)
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False, return_lse: bool = False, *, forward_op: Callable[..., Any],
+        backward_op: Callable[..., Any], **options: Any,
+    ) -> Any:  # fmt: skip
+        given = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse
+        current_pass = _passes.current
+        if current_pass is None or current_pass.plan.group is None:
+            return function(*given, forward_op=_forward_op(forward_op), backward_op=_backward_op(backward_op), **options)
+        how: Any = query, key, value, _four_axes(attn_mask), dropout_p, is_causal, enable_gqa
+        match = None if return_lse else _match(current_pass, *how, heads_first=False)
+        if match is None:
+            return function(*given, forward_op=forward_op, backward_op=backward_op, **options)
+        return match.attend(scale)
 
     return attention
 

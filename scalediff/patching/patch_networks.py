@@ -16,7 +16,7 @@ from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import Described, GridSource, LayoutSource, TextSource, describe_family
 from scalediff.patching.assumed import with_assumed_cascade
 from scalediff.patching.circular import NO_WRAP, Wrap, check_convolutions
-from scalediff.patching.context_parallel import check_context_parallel
+from scalediff.patching.context_parallel import check_context_parallel, check_row_split
 from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
 from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, padding_parts, uncompiled
@@ -43,6 +43,7 @@ def patch_networks(
     wrap: Wrap = NO_WRAP,
     strict: bool = True,
     impl: Impl = "auto",
+    mesh: Any = None,
 ) -> Handle:
     """Patch the networks of a model; arguments, errors and the handle are those of `scalediff.patch_model`."""
     check_impl(impl)
@@ -69,6 +70,13 @@ def patch_networks(
             family = with_assumed_cascade(model, net, family, patch_size)
         native = _native_grid(net, family, window, targets[0].native if targets else None)
         common = {"options": options, "jitter": jitter, "seed": seed, "strict": strict}
+        if mesh is not None:
+            if wrap != NO_WRAP:
+                raise NotImplementedError(f"mesh= splits pictures that do not continue on the other side, got {wrap=}")
+            if targets:
+                raise NotImplementedError(f"mesh= splits a pipeline without ControlNets, got {type(net).__name__}")
+            if not family.bands:
+                check_row_split(net, family, mesh)
         targets.append(Target(net, family, native, prefix=prefix, parameters=_parameters(net), **common))  # type: ignore[arg-type]
         _check_not_patched_elsewhere(net, model)
     call = describe_pipeline_call(type(model), targets[0].family)
@@ -80,6 +88,8 @@ def patch_networks(
     _check_coverage(handle, strict)
     _check_not_running(targets, strict)
     unpatch_networks(model)
+    if mesh is not None:
+        targets[0].split_over(mesh)
     install(handle, targets)
     return handle
 

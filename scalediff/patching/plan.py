@@ -5,7 +5,7 @@ Legend: B batch, S tokens of a sequence, H heads, G key heads, D head dim, Y x X
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -61,9 +61,12 @@ class AttentionPlan:
         wrap: Whether the picture continues on the other side, per axis `(Y, X)`, as in
             `scalediff_kernels.neighborhood_patch_attention`.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
+        group: Process group, or `DeviceMesh` of one dimension, over whose ranks the picture is split by rows and the text by tokens, both
+            in equal parts (text as `torch.tensor_split` does). Then the tokens of a call are those of this rank, `[text, image]` or
+            `[image, text]`; `layout` describes the whole sequence, without `shards`.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or the ranks do not divide the rows.
         TypeError: An argument is of the wrong type.
         NotImplementedError: `impl="triton"` without the triton package; `wrap` beside rotary positions.
 
@@ -80,6 +83,7 @@ class AttentionPlan:
         offset: tuple[float, float] = (0.0, 0.0),
         wrap: tuple[bool, bool] = (False, False),
         impl: Impl = "auto",
+        group: Any = None,
     ) -> None:
         given = {
             "layout": layout, "window": window, "text_rope": text_rope, "text_queries": text_queries, "offset": offset, "wrap": wrap,
@@ -90,7 +94,8 @@ class AttentionPlan:
             raise NotImplementedError(f"wrap is for models without rotary positions, which end at the border, got {wrap=} and {text_rope=}")
         self.layout, self.window, self.grid = layout, (int(window[0]), int(window[1])), layout.grid
         self.why = ""  # why the last call was not computed in windows; empty if it was
-        options = {"rotation": text_rope, "text_queries": text_queries, "impl": impl, "wrap": (wrap[0], wrap[1])}
+        self.group = group
+        options = {"rotation": text_rope, "text_queries": text_queries, "impl": impl, "wrap": (wrap[0], wrap[1]), "group": group}
         self.calls = tuple(Call(sequence, native=self.window, offset=offset, **options) for sequence in layout.sequences)  # type: ignore[arg-type]
         self.grids = " or ".join(dict.fromkeys(f"{y} x {x}" for y, x in (call.grid for call in self.calls)))
 
@@ -148,7 +153,7 @@ class AttentionPlan:
         if keys in self.layout.others:
             return None
         for call in self.calls:
-            if (queries, keys) == call.sizes.lengths:
+            if (queries, keys) == call.lengths:
                 return call
         return None
 
@@ -193,6 +198,8 @@ class AttentionPlan:
             return None, problem
         factors = None if weights is None else (call.as_it_arrives(weights),) * 2
         if mask is not None and not self.layout.masked and not is_constant(mask):  # masked: the layout already accounts for the mask
+            if call.share is not None:
+                return None, "masks of the text are not supported over ranks" + got(mask)
             bias = key_mask_bias(mask, k)
             if bias is None:
                 return None, "this attention mask is not supported" + got(mask)
@@ -203,7 +210,7 @@ class AttentionPlan:
         """Why a call that looks like image self-attention does not match; empty for cross-attention and attention among text tokens."""
         others = self.layout.others
         if keys in others:
-            same = any((queries, keys) == call.sizes.lengths for call in self.calls)
+            same = any((queries, keys) == call.lengths for call in self.calls)
             return "image and text have the same number of tokens and cannot be told apart" + got(keys) if same else ""
         image = any(queries == call.sizes.area for call in self.calls)
         joint = any(call.sequence.text for call in self.calls)

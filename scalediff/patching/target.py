@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
+from scalediff.patching.bands import Bands
 from scalediff.patching.call import Call
 from scalediff.patching.circular import NO_WRAP, Wrap
-from scalediff.patching.context_parallel import check_equal_parts, gathered_layout, needs_equal_parts
+from scalediff.patching.context_parallel import RowSplit, check_equal_parts, gathered_layout, needs_equal_parts
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import AttentionPlan
 from scalediff.patching.report import Report, Row
+from scalediff.patching.rows import pass_facts
 from scalediff.patching.stack import CHECKPOINTING, in_checkpoint, in_compiled_function
 from scalediff.settings import Attention, Jitter
+from scalediff_kernels.distributed.groups import check_agreement
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 _MAX_PLANS = 64  # cached per denoiser: picture sizes in use, times the offsets of the jitter
@@ -111,6 +114,7 @@ class Target:
         self.handle: Patch = None  # type: ignore[assignment]  # until the handle installs it
         self.family, self.native, self.options, self._parameters = family, native, options, parameters
         self.attention: Attention = "npa"
+        self._split: RowSplit | Bands | None = None
         self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
         self._rotation = family.rotation(denoiser) if options.text_rope else None
         self.offsets = Offsets(jitter, seed)
@@ -126,6 +130,25 @@ class Target:
     def active(self, value: bool) -> None:
         (_active.add if value else _active.discard)(self)
 
+    @property
+    def is_split(self) -> bool:
+        """Whether `patch_model` split the denoiser's tokens over ranks."""
+        return self._split is not None
+
+    def split_over(self, mesh: Any) -> None:
+        """Split the denoiser's tokens over the ranks of a mesh; errors as in `RowSplit` and `Bands`."""
+        module = self.module()
+        assert module is not None
+        self._split = (
+            RowSplit(module, self.family, mesh) if self.family.context_parallel else Bands(module, self.family, mesh, self._parameters)
+        )
+
+    def undo_split(self) -> None:
+        """Undo the split of the denoiser's tokens over ranks, if there is one."""
+        module, split, self._split = self.module(), self._split, None
+        if split is not None and module is not None:
+            split.undo(module)
+
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
         """Open a pass for a forward above the native area; None if the forward needs no interception."""
         outer = current()
@@ -137,7 +160,9 @@ class Target:
         if planned is None:
             return None
         plan, weights, observes = planned
-        return open_pass(self, plan, weights, frame=sys._getframe(1), observes=observes)
+        opened = open_pass(self, plan, weights, frame=sys._getframe(1), observes=observes)
+        opened.bands = self._split if isinstance(self._split, Bands) else None
+        return opened
 
     def end(self, module: nn.Module, opened: Pass, finished: bool) -> None:
         """Close a pass. If the forward finished without an exception, check what was intercepted."""
@@ -161,6 +186,8 @@ class Target:
             return None
         if not isinstance(layout, Layout):
             raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")
+        if self._split is not None:
+            check_agreement(self._split.group, pass_facts(layout, self.offsets.jitter, arguments))
         if needs_equal_parts(module, self.family):
             check_equal_parts(module, layout)
         if self.attention == "full":
@@ -169,7 +196,8 @@ class Target:
             if self.account.layout_is_checked or _has_compiled_parts(module):
                 return None
             return AttentionPlan(layout, window=self.native), None, True
-        layout = gathered_layout(module, self.family, layout)
+        if self._split is None:
+            layout = gathered_layout(module, self.family, layout)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
             raise NotImplementedError(CHECKPOINTING)
         if torch.is_grad_enabled() and self.offsets.jitter != "none" and in_checkpoint():
@@ -191,7 +219,7 @@ class Target:
     def _make_plan(self, layout: Layout, offset: tuple[float, float]) -> AttentionPlan:
         return AttentionPlan(
             layout, window=self.native, text_rope=self._rotation, text_queries=self.options.text_queries, offset=offset,
-            wrap=self.options.wrap, impl=self.options.impl,
+            wrap=self.options.wrap, impl=self.options.impl, group=None if self._split is None else self._split.group,
         )  # fmt: skip
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None:
@@ -222,7 +250,8 @@ class Target:
             layout = self.family.layout(module, arguments, self._read)
         except (UnknownLayout, AttributeError, IndexError, KeyError, TypeError) as why:
             raise ValueError(f"these arguments of {type(module).__name__} do not give its token layout: {why!r}") from why
-        layout = gathered_layout(module, self.family, layout)
+        if self._split is None:
+            layout = gathered_layout(module, self.family, layout)
         with torch.no_grad(), _restored(module), torch.compiler.set_stance("force_eager"):
             opened = open_pass(self, self._make_plan(layout, (0.0, 0.0)), layout.weights, frame=sys._getframe(0), observes=True)
             try:
@@ -242,6 +271,8 @@ class Target:
                 f"wrap is for models without positions, such as U-Nets: those of {self.family.denoiser} end at the border of the picture, "
                 f"got {wrap=}"
             )
+        if wrap != NO_WRAP and self._split is not None:
+            raise NotImplementedError(f"wrap is for models on one device: mesh= splits the rows of this one, got {wrap=}")
         self.options = replace(self.options, wrap=wrap)
 
     @property

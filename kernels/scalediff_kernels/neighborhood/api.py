@@ -21,19 +21,22 @@ from scalediff_kernels.neighborhood.windowed_sdpa import joint_neighborhood_patc
 
 Impl = Literal["auto", "reference", "sdpa", "triton"]
 TextQueries = Literal["window", "global"]
+Pair = tuple[int, int]
 
 
 @overload
 def neighborhood_patch_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int] = (0, 0),
-    wrap: tuple[bool, bool] = (False, False), scale: float | None = None, return_lse: Literal[False] = False, impl: Impl = "auto",
+    wrap: tuple[bool, bool] = (False, False), origin: Pair | None = None, scale: float | None = None,
+    return_lse: Literal[False] = False, impl: Impl = "auto",
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def neighborhood_patch_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int] = (0, 0),
-    wrap: tuple[bool, bool] = (False, False), scale: float | None = None, return_lse: Literal[True], impl: Impl = "auto",
+    wrap: tuple[bool, bool] = (False, False), origin: Pair | None = None, scale: float | None = None,
+    return_lse: Literal[True], impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -46,6 +49,7 @@ def neighborhood_patch_attention(
     patch: tuple[int, int],
     offset: tuple[int, int] = (0, 0),
     wrap: tuple[bool, bool] = (False, False),
+    origin: tuple[int, int] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
@@ -56,13 +60,16 @@ def neighborhood_patch_attention(
         q: Queries `[B, Y, X, H, D]`, floating point, with any strides. The Triton kernel first copies a tensor whose rows do not start
             at multiples of 16 bytes.
         k, v: Keys and values `[B, Y, X, G, D]`, with the dtype and device of q. G divides H; head h of q uses head h * G // H of k and v.
+            With `origin`, their grid may be larger than that of q.
         window: Key/value window in tokens, `(Y, X)`. It is shifted into the grid at the borders. A window larger than the grid is the
             whole grid, and the result is that of `F.scaled_dot_product_attention`.
         patch: Query patch in tokens, `(Y, X)`, at most the window. The paper uses half the window.
-        offset: Shift of the patch grid towards the origin in tokens, `(Y, X)`, each in `[0, patch)`. Border patches are smaller.
+        offset: Shift of the patch grid towards the first query in tokens, `(Y, X)`, each in `[0, patch)`. Border patches are smaller.
         wrap: Whether the picture continues on the other side, per axis `(Y, X)`: `(False, True)` for a panorama of 360 degrees. Windows and
             patches then cross the border instead of being shifted or cut there. Along an axis whose length the patch divides, a cyclic
             shift of all tensors by a patch shifts the result; otherwise the last patch is smaller and tells where the axis begins.
+        origin: Position `(Y, X)` of the first query on the grid of k and v, if the queries are a part of that grid. Windows are shifted
+            into the grid of k and v. When None, both grids must be the same.
         scale: Factor on the scores; `D ** -0.5` when None.
         return_lse: Whether to return the log-sum-exp of the scores as well, by which results over different keys can be merged. The
             kernel has it at no cost; `"sdpa"` and `"reference"` compute the scores once more for it.
@@ -76,22 +83,23 @@ def neighborhood_patch_attention(
         `return_lse`, a pair of this and the log-sum-exp (natural logarithm) `[B, Y, X, H]` in fp32, or in fp64 for fp64 tensors.
 
     Raises:
-        ValueError: Shapes, dtypes or devices disagree, patch exceeds window, an offset is outside the patch, or the scale is not finite.
+        ValueError: Shapes, dtypes or devices disagree, patch exceeds window, an offset is outside the patch, queries are outside the
+            grid of k and v, or the scale is not finite.
         TypeError: A tensor is not floating point, or `wrap` is not a pair of booleans.
         NotImplementedError: `impl="triton"` does not support these tensors.
 
     ScaleDiff, arXiv:2510.25818, section 3.2; equal to NATTEN's generalized neighborhood attention with
     kernel_size=window, stride=patch (arXiv:2504.16922) at offset 0.
     """
-    _check_image(q, k, v)
-    window, patch, offset, wrap, scale = _check_numbers(q, window, patch, offset, wrap, scale)
-    covers = window[0] >= q.shape[1] and window[1] >= q.shape[2]
+    _check_image(q, k, v, origin)
+    window, patch, offset, wrap, origin, scale = _check_numbers(q, k, window, patch, offset, wrap, origin, scale)
+    covers = window[0] >= k.shape[1] and window[1] >= k.shape[2]
     chosen = _choose(impl, (q, k, v), covers=covers and not return_lse)  # the kernel has the log-sum-exp, torch's attention has not
     if chosen == "triton":
         run = op.image_attention_lse if return_lse else op.image_attention
-        out: Tensor | tuple[Tensor, Tensor] = run(q, k, v, None, None, None, None, window, patch, offset, wrap, scale)
+        out: Tensor | tuple[Tensor, Tensor] = run(q, k, v, None, None, None, None, window, patch, offset, wrap, scale, origin)
         return out
-    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "wrap": wrap, "scale": scale}
+    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "wrap": wrap, "scale": scale, "origin": origin}
     attend = neighborhood_patch_attention_reference if chosen == "reference" else neighborhood_patch_attention_sdpa
     result = attend(q, k, v, **how)
     return (result, window_log_sum_exp(*_as_cast(chosen, q, k), **how)) if return_lse else result
@@ -100,18 +108,18 @@ def neighborhood_patch_attention(
 @overload
 def joint_neighborhood_patch_attention(
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, *, window: tuple[int, int], patch: tuple[int, int],
-    offset: tuple[int, int] = (0, 0), wrap: tuple[bool, bool] = (False, False), scale: float | None = None,
-    text_rope: tuple[Tensor, Tensor] | None = None, text_queries: TextQueries | None = "window", return_lse: Literal[False] = False,
-    impl: Impl = "auto",
+    offset: Pair = (0, 0), wrap: tuple[bool, bool] = (False, False), origin: Pair | None = None, scale: float | None = None,
+    text_rope: tuple[Tensor, Tensor] | None = None, text_queries: TextQueries | None = "window",
+    return_lse: Literal[False] = False, impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
 
 
 @overload
 def joint_neighborhood_patch_attention(
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, *, window: tuple[int, int], patch: tuple[int, int],
-    offset: tuple[int, int] = (0, 0), wrap: tuple[bool, bool] = (False, False), scale: float | None = None,
-    text_rope: tuple[Tensor, Tensor] | None = None, text_queries: TextQueries | None = "window", return_lse: Literal[True],
-    impl: Impl = "auto",
+    offset: Pair = (0, 0), wrap: tuple[bool, bool] = (False, False), origin: Pair | None = None, scale: float | None = None,
+    text_rope: tuple[Tensor, Tensor] | None = None, text_queries: TextQueries | None = "window",
+    return_lse: Literal[True], impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...  # fmt: skip
 
 
@@ -127,6 +135,7 @@ def joint_neighborhood_patch_attention(
     patch: tuple[int, int],
     offset: tuple[int, int] = (0, 0),
     wrap: tuple[bool, bool] = (False, False),
+    origin: tuple[int, int] | None = None,
     scale: float | None = None,
     text_rope: tuple[Tensor, Tensor] | None = None,
     text_queries: TextQueries | None = "window",
@@ -136,8 +145,8 @@ def joint_neighborhood_patch_attention(
     """Neighborhood patch attention with text tokens in the same softmax: image queries attend to text and to their window.
 
     Args:
-        q, k, v, window, patch, offset, wrap, scale, return_lse, impl: As in `neighborhood_patch_attention`, with D even if `text_rope` is
-            given.
+        q, k, v, window, patch, offset, wrap, origin, scale, return_lse, impl: As in `neighborhood_patch_attention`, with D even if
+            `text_rope` is given.
         text_q: Text queries `[B, T, H, D]`, with the dtype and device of q.
         text_k, text_v: Text keys and values `[B, T, G, D]`, likewise.
         text_rope: Tables (cos, sin), each `[patches_y, patches_x, D / 2]`, fp32 or fp64, with cos^2 + sin^2 = 1: angles by which text
@@ -145,7 +154,8 @@ def joint_neighborhood_patch_attention(
             rotated by angle c. The authors use the rotary angle of the window's top-left token, which keeps the distances between text
             and image in the trained range.
         text_queries: What text queries attend to. `"window"`, the authors' rule: text and one window, averaged over all windows.
-            `"global"`: text and all image tokens, without rotation. None: there is no text output.
+            `"global"`: text and all image tokens of k, without rotation. None: there is no text output. With `origin`, `"window"` averages
+            over the windows of the given queries.
 
     Returns:
         The image output `[B, Y, X, H, D]`, and the text output `[B, T, H, D]` or None. With `return_lse`, also the log-sum-exp of the
@@ -158,27 +168,28 @@ def joint_neighborhood_patch_attention(
 
     ScaleDiff, arXiv:2510.25818, section 3.2 and its released code for the text rule.
     """
-    _check_image(q, k, v)
+    _check_image(q, k, v, origin)
     _check_text(q, k, text_q, text_k, text_v)
-    window, patch, offset, wrap, scale = _check_numbers(q, window, patch, offset, wrap, scale)
+    window, patch, offset, wrap, origin, scale = _check_numbers(q, k, window, patch, offset, wrap, origin, scale)
     if text_queries not in (*get_args(TextQueries), None):
         raise ValueError(f"text_queries must be 'window', 'global' or None, got {text_queries=}")
     if text_rope is not None:
         _check_rope(q, text_rope, patch, offset, wrap)
     chosen = _choose(impl, (q, k, v, text_q, text_k, text_v), covers=False)
-    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "wrap": wrap, "scale": scale, "text_rope": text_rope}
+    how: dict[str, Any] = {"window": window, "patch": patch, "offset": offset, "wrap": wrap, "scale": scale, "origin": origin}
+    how |= {"text_rope": text_rope}
     if chosen != "triton":
         attend = joint_neighborhood_patch_attention_reference if chosen == "reference" else joint_neighborhood_patch_attention_sdpa
         results = attend(q, k, v, text_q, text_k, text_v, **how, text_queries=text_queries)
         return (*results, window_log_sum_exp(*_as_cast(chosen, q, k, text_k), **how)) if return_lse else results
-    numbers = (*(text_rope or (None, None)), window, patch, offset, wrap, scale)
+    numbers = (*(text_rope or (None, None)), window, patch, offset, wrap, scale, origin)
     image = (q, k, v, text_k, text_v, *numbers)
     out, *lse = op.image_attention_lse(*image) if return_lse else (op.image_attention(*image),)
     text = None
     if text_queries == "window":
-        text = op.text_attention(text_q, k, v, text_k, text_v, *numbers)
+        text = op.text_attention(text_q, k, v, text_k, text_v, *numbers, (q.shape[1], q.shape[2]))
     elif text_queries == "global":  # one window over the grid
-        grid = (q.shape[1], q.shape[2])
+        grid = (k.shape[1], k.shape[2])
         text = op.text_attention(text_q, k, v, text_k, text_v, None, None, grid, grid, (0, 0), (False, False), scale)
     return (out, text, *lse)
 
@@ -216,24 +227,31 @@ def _as_cast(chosen: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_numbers(
-    q: Tensor, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], wrap: tuple[bool, bool], scale: float | None
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[bool, bool], float]:
-    window, patch, offset = _pair("window", window), _pair("patch", patch), _pair("offset", offset)
+    q: Tensor, k: Tensor, window: Pair, patch: Pair, offset: Pair, wrap: tuple[bool, bool], origin: Pair | None, scale: float | None
+) -> tuple[Pair, Pair, Pair, tuple[bool, bool], Pair, float]:
+    wrap = checked_wrap(wrap)
+    if any(wrap) and origin is not None:
+        raise NotImplementedError(f"wrap needs queries on the whole grid of k and v, without origin, got {wrap=} and {origin=}")
+    window, patch, offset, origin = (
+        _pair(name, value) for name, value in (("window", window), ("patch", patch), ("offset", offset), ("origin", origin or (0, 0)))
+    )
     for axis in (0, 1):
-        check_axis(q.shape[1 + axis], window[axis], patch[axis], offset[axis])
+        check_axis(q.shape[1 + axis], window[axis], patch[axis], offset[axis], keys=k.shape[1 + axis], origin=origin[axis])
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if not -math.inf < scale < math.inf:  # torch.compile traces comparisons, not math.isfinite
         raise ValueError(f"scale must be finite, got {scale=}")
-    return window, patch, offset, checked_wrap(wrap), float(scale)
+    return window, patch, offset, wrap, origin, float(scale)
 
 
-def _check_image(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_image(q: Tensor, k: Tensor, v: Tensor, origin: Pair | None) -> None:
     if q.ndim != 5 or 0 in q.shape:
         raise ValueError(f"q, k and v must be [B, Y, X, H, D] with no empty axis, got {tuple(q.shape)=}")
-    if k.shape != v.shape or k.ndim != 5 or (*k.shape[:3], k.shape[4]) != (*q.shape[:3], q.shape[4]):
+    same_grid = origin is not None or k.shape[1:3] == q.shape[1:3]
+    if k.shape != v.shape or k.ndim != 5 or (k.shape[0], k.shape[4]) != (q.shape[0], q.shape[4]) or not same_grid:
+        but = "" if origin is None else " and the grid, that of k and v being one"
         raise ValueError(
-            f"q, k and v must have the same shape except for the heads, got {tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}"
+            f"q, k and v must have the same shape except for the heads{but}, got {tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}"
         )
     if k.shape[3] == 0 or q.shape[3] % k.shape[3]:
         raise ValueError(f"the heads of q must be a multiple of those of k and v, got {q.shape[3]=}, {k.shape[3]=}")

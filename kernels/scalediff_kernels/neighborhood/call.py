@@ -26,6 +26,8 @@ class Call:
     keys: tuple[Tensor, Tensor]  # k and v, [B, Y, X, G, D]
     text: tuple[Tensor, Tensor] | None  # text_k and text_v, [B, T, G, D]
     rope: tuple[Tensor, Tensor] | None
+    grid: tuple[int, int]  # of the patches: that of the image queries
+    origin: tuple[int, int]  # its first token on the grid of the keys
     window: tuple[int, int]
     patch: tuple[int, int]
     offset: tuple[int, int]
@@ -33,13 +35,13 @@ class Call:
     wrap: tuple[bool, bool] = (False, False)
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def key_grid(self) -> tuple[int, int]:
         return self.keys[0].shape[1], self.keys[0].shape[2]
 
     @property
     def cut_window(self) -> tuple[int, int]:
-        """The window, cut to the grid."""
-        return min(self.window[0], self.grid[0]), min(self.window[1], self.grid[1])
+        """The window, cut to the grid of the keys."""
+        return min(self.window[0], self.key_grid[0]), min(self.window[1], self.key_grid[1])
 
     @property
     def patches(self) -> tuple[int, int]:
@@ -68,24 +70,37 @@ class Call:
         return abs(self.scale) * math.log2(math.e)
 
     @property
-    def numbers(self) -> dict[str, int]:
-        """Arguments that all kernels have in common."""
-        axes = zip(self.grid, self.offset, self.wrap, strict=True)
-        offset_y, offset_x = (o % n if on else o for n, o, on in axes)  # a patch may be larger than the grid
+    def query_numbers(self) -> dict[str, int]:
+        """Arguments that say which image queries a patch has."""
+        offset_y, offset_x = self._shifts
+        return {"grid_y": self.grid[0], "grid_x": self.grid[1], "offset_y": offset_y, "offset_x": offset_x}
+
+    @property
+    def window_numbers(self) -> dict[str, int]:
+        """Arguments that say which keys a patch attends to. `first`: the first token of patch 0 on the grid of the keys."""
+        offset_y, offset_x = self._shifts
         return {
-            "grid_y": self.grid[0],
-            "grid_x": self.grid[1],
+            "keys_y": self.key_grid[0],
+            "keys_x": self.key_grid[1],
+            "first_y": self.origin[0] - offset_y,
+            "first_x": self.origin[1] - offset_x,
             "patches_x": self.patches[1],
-            "offset_y": offset_y,
-            "offset_x": offset_x,
             "heads": self.q.shape[-2],
             "text": self.tokens,
         }
+
+    @property
+    def _shifts(self) -> tuple[int, int]:
+        """The offset, on an axis that wraps modulo its length: a patch may be larger than the grid."""
+        axes = zip(self.grid, self.offset, self.wrap, strict=True)
+        shift_y, shift_x = (o % n if on else o for n, o, on in axes)
+        return shift_y, shift_x
 
     @property
     def problem(self) -> Problem:
         q = self.q
         descriptors = all(suits_descriptor(x) for x in (q, *self.keys, *(self.text or ())))
         heads, windows = (q.shape[0] * q.shape[-2], prod(self.patches)) if self.queries == "text" else (1, 1)
-        sizes = self.grid, self.cut_window, self.patch, q.shape[-1], q.element_size(), self.tokens
+        grid = self.key_grid if self.queries == "text" else self.grid
+        sizes = grid, self.cut_window, self.patch, q.shape[-1], q.element_size(), self.tokens
         return Problem(*sizes, self.queries, descriptors, self.rope is not None, heads, windows, any(self.wrap))

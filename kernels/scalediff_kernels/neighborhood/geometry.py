@@ -5,6 +5,7 @@ Legend: B batch, H heads, Y x X token grid, T text tokens, D head dim. One multi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -21,7 +22,9 @@ class PatchWindow(NamedTuple):
     key_stop: int
 
 
-def windows(length: int, window: int, patch: int, offset: int = 0, *, wrap: bool = False) -> tuple[PatchWindow, ...]:
+def windows(
+    length: int, window: int, patch: int, offset: int = 0, *, keys: int | None = None, origin: int = 0, wrap: bool = False
+) -> tuple[PatchWindow, ...]:
     """Split one axis into query patches, each with a key window clamped into the axis, or continued on the other side.
 
     Patch i covers `[i * patch - offset, (i + 1) * patch - offset)` cut to `[0, length)`, so border patches are smaller and there is no
@@ -32,31 +35,49 @@ def windows(length: int, window: int, patch: int, offset: int = 0, *, wrap: bool
     shift by a patch maps patches to patches and windows to windows; otherwise the cut patch shows where the axis begins.
 
     Args:
-        length: Number of tokens along the axis.
+        length: Number of query tokens along the axis.
         window: Number of keys of a window; if it is larger than the axis, the whole axis.
         patch: Number of queries of a patch, at most `window`.
         offset: Shift of the patch grid towards the origin in tokens, in `[0, patch)`.
-        wrap: Whether the axis continues on the other side.
+        keys: Number of keys along the axis, if the queries are a part of it; `length` when None.
+        origin: Position of the first query among the keys.
+        wrap: Whether the axis continues on the other side. The queries are then the whole axis.
 
     Returns:
-        The patches and their windows, from the origin on.
+        The patches, counted from the first query, and their windows, counted from the first key.
 
     Raises:
-        ValueError: A size is below 1, patch exceeds window, or the offset is outside `[0, patch)`.
+        ValueError: A size is below 1, patch exceeds window, the offset is outside `[0, patch)`, or the queries are not among the keys.
 
     ScaleDiff, arXiv:2510.25818, section 3.2; at offset 0 the windows of NATTEN with kernel_size=window, stride=patch
     (arXiv:2504.16922).
     """
-    check_axis(length, window, patch, offset)
-    kept = min(window, length)
-    first, end = (-offset, length - offset) if wrap else (0, length)
+    keys = length if keys is None else keys
+    check_axis(length, window, patch, offset, keys=keys, origin=origin)
+    kept = min(window, keys)
+    low, high = (-offset, length - offset) if wrap else (0, length)
     spans = []
-    for origin in range(-offset, end, patch):
-        start = origin + patch // 2 - window // 2
-        if not wrap or kept == length:
-            start = min(max(start, 0), length - kept)
-        spans.append(PatchWindow(max(origin, first), min(origin + patch, end), start, start + kept))
+    for first in range(-offset, high, patch):
+        start = origin + first + patch // 2 - window // 2
+        if not wrap or kept == keys:
+            start = min(max(start, 0), keys - kept)
+        spans.append(PatchWindow(max(first, low), min(first + patch, high), start, start + kept))
     return tuple(spans)
+
+
+def grid_windows(
+    queries: Sequence[int],
+    keys: Sequence[int],
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    origin: tuple[int, int] = (0, 0),
+    wrap: tuple[bool, bool] = (False, False),
+) -> tuple[tuple[PatchWindow, ...], tuple[PatchWindow, ...]]:
+    """`windows` along both axes of the grids `(Y, X)` of the queries and of the keys: rows and columns of patches."""
+    axes = zip(queries, window, patch, offset, keys, origin, wrap, strict=True)
+    rows, columns = (windows(*axis[:4], keys=axis[4], origin=axis[5], wrap=axis[6]) for axis in axes)
+    return rows, columns
 
 
 def patch_count(length: int, patch: int, offset: int, *, wrap: bool) -> int:
@@ -64,7 +85,7 @@ def patch_count(length: int, patch: int, offset: int, *, wrap: bool) -> int:
     return -(-(length + (0 if wrap else offset)) // patch)
 
 
-def check_axis(length: int, window: int, patch: int, offset: int) -> None:
+def check_axis(length: int, window: int, patch: int, offset: int, *, keys: int, origin: int) -> None:
     """Check the arguments of `windows`; raises as `windows`."""
     if length < 1 or window < 1 or patch < 1:
         raise ValueError(f"length, window and patch must be at least 1, got {length=}, {window=}, {patch=}")
@@ -72,6 +93,8 @@ def check_axis(length: int, window: int, patch: int, offset: int) -> None:
         raise ValueError(f"patch must not exceed window, got {patch=}, {window=}")
     if not 0 <= offset < patch:
         raise ValueError(f"offset must lie in [0, patch), got {offset=}, {patch=}")
+    if not 0 <= origin <= keys - length:
+        raise ValueError(f"the queries must be among the keys, {length} of {keys} from origin on, got {origin=}")
 
 
 def attention_flops(*, grid: tuple[int, int], window: tuple[int, int], heads: int, head_dim: int, batch: int = 1, text: int = 0) -> int:

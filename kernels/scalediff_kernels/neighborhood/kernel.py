@@ -117,9 +117,13 @@ def _start(M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _window_start(patch, length, offset, PATCH: tl.constexpr, WINDOW: tl.constexpr, WRAP: tl.constexpr):
-    """First key of a patch's window along one axis: centred on the patch, then clamped into the grid, or taken modulo its length."""
-    start = patch * PATCH - offset + PATCH // 2 - WINDOW // 2
+def _window_start(patch, length, first, PATCH: tl.constexpr, WINDOW: tl.constexpr, WRAP: tl.constexpr):
+    """First key of a patch's window along one axis of `length` keys: centred on the patch, then clamped into the grid of the keys, or
+    taken modulo its length.
+
+    `first` is the first token of patch 0 on that grid.
+    """
+    start = patch * PATCH + first + PATCH // 2 - WINDOW // 2
     if WRAP:
         return (start % length + length) % length
     else:
@@ -135,11 +139,15 @@ def _patch_limits(length, offset, WRAP: tl.constexpr):
         return 0, length
 
 
-@triton.jit(do_not_specialize=["grid_y", "grid_x", "patches_y", "patches_x", "offset_y", "offset_x", "heads", "text"])
+@triton.jit(
+    do_not_specialize=[
+        "grid_y", "grid_x", "offset_y", "offset_x", "keys_y", "keys_x", "first_y", "first_x", "patches_y", "patches_x", "heads", "text",
+    ],
+)  # fmt: skip
 def image_kernel(
     q_ref,  # [B, Y, X, H, D]
-    k_ref,  # [B, Y, X, G, D]
-    v_ref,  # [B, Y, X, G, D]
+    k_ref,  # [B, keys_y, keys_x, G, D]
+    v_ref,  # [B, keys_y, keys_x, G, D]
     out_ref,  # [B, Y, X, H, D]
     text_k_ref,  # [B, T, G, D]
     text_v_ref,  # [B, T, G, D]
@@ -147,7 +155,7 @@ def image_kernel(
     sin_ptr,  # [patches_y * patches_x, D / 2]
     lse_ptr,  # [B, Y, X, H], fp32, written where LSE
     q_strides, k_strides, v_strides, out_strides, text_k_strides, text_v_strides,
-    grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale,
+    grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, first_y, first_x, patches_y, patches_x, heads, text, scale,
     QUERY_BOX: tl.constexpr, TILES: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
     WRAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
     RAGGED_TEXT: tl.constexpr, ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, STORE_BOXES: tl.constexpr,
@@ -172,9 +180,9 @@ def image_kernel(
     batch = pid // heads
     y = patch_y * PATCH[0] - offset_y + tile // TILES[1] * ROWS
     x = patch_x * PATCH[1] - offset_x + tile % TILES[1] * COLUMNS
-    first_y, end_y = _patch_limits(grid_y, offset_y, WRAP[0])
-    first_x, end_x = _patch_limits(grid_x, offset_x, WRAP[1])
-    if (y + ROWS <= first_y) | (y >= end_y) | (x + COLUMNS <= first_x) | (x >= end_x):
+    low_y, end_y = _patch_limits(grid_y, offset_y, WRAP[0])
+    low_x, end_x = _patch_limits(grid_x, offset_x, WRAP[1])
+    if (y + ROWS <= low_y) | (y >= end_y) | (x + COLUMNS <= low_x) | (x >= end_x):
         return  # a cut patch at the border has tiles outside the grid
 
     state = _start(M, BLOCK_D)
@@ -193,9 +201,9 @@ def image_kernel(
             b_q = _load(q_ref, q_strides, batch, head, box, ROWS, COLUMNS, D, BLOCK_D, WRAP, BOXES, True)
             if NEGATE:
                 b_q = -b_q
-    start_y = _window_start(patch_y, grid_y, offset_y, PATCH[0], WINDOW[0], WRAP[0])
-    start_x = _window_start(patch_x, grid_x, offset_x, PATCH[1], WINDOW[1], WRAP[1])
-    place = (batch, head // GROUP, start_y, start_x, grid_y, grid_x)
+    start_y = _window_start(patch_y, keys_y, first_y, PATCH[0], WINDOW[0], WRAP[0])
+    start_x = _window_start(patch_x, keys_x, first_x, PATCH[1], WINDOW[1], WRAP[1])
+    place = (batch, head // GROUP, start_y, start_x, keys_y, keys_x)
     state = _attend_window(
         b_q, state, (k_ref, v_ref), (k_strides, v_strides), place, scale,
         KEY_BOX, WINDOW, WRAP, D, BLOCK_D, BOXES, PRECISION, STAGES,
@@ -206,7 +214,7 @@ def image_kernel(
     offs_x = x + tl.arange(0, M) % COLUMNS
     stop_y = tl.minimum((patch_y + 1) * PATCH[0] - offset_y, end_y)
     stop_x = tl.minimum((patch_x + 1) * PATCH[1] - offset_x, end_x)
-    m_m = (offs_y >= first_y) & (offs_y < stop_y) & (offs_x >= first_x) & (offs_x < stop_x)
+    m_m = (offs_y >= low_y) & (offs_y < stop_y) & (offs_x >= low_x) & (offs_x < stop_x)
     offs_y, offs_x = around(offs_y, grid_y, WRAP[0]), around(offs_x, grid_x, WRAP[1])
     if STORE_BOXES:  # no tile exceeds its patch; the store clips it at the grid
         out_ref.store([batch, y, x, head, 0], b_out.reshape(1, ROWS, COLUMNS, 1, BLOCK_D))
@@ -221,18 +229,18 @@ def image_kernel(
         tl.store(lse_ptr + token * heads + head, (state[0] + tl.log2(state[1])) * LN_2, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["grid_y", "grid_x", "patches_y", "patches_x", "offset_y", "offset_x", "heads", "text", "part_windows"])
+@triton.jit(do_not_specialize=["keys_y", "keys_x", "first_y", "first_x", "patches_y", "patches_x", "heads", "text", "part_windows"])
 def text_kernel(
     text_q_ref,  # [B, T, H, D]
-    k_ref,  # [B, Y, X, G, D]
-    v_ref,  # [B, Y, X, G, D]
+    k_ref,  # [B, keys_y, keys_x, G, D]
+    v_ref,  # [B, keys_y, keys_x, G, D]
     text_k_ref,  # [B, T, G, D]
     text_v_ref,  # [B, T, G, D]
     cos_ptr,  # [patches_y * patches_x, D / 2]
     sin_ptr,  # [patches_y * patches_x, D / 2]
     sums_ptr,  # [B, H, parts, tiles, TEXT_ROWS, BLOCK_D], fp32: a tile for every program
     text_q_strides, k_strides, v_strides, text_k_strides, text_v_strides,
-    grid_y, grid_x, patches_y, patches_x, offset_y, offset_x, heads, text, scale, part_windows,
+    keys_y, keys_x, first_y, first_x, patches_y, patches_x, heads, text, scale, part_windows,
     TEXT_ROWS: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
     WRAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
     ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -261,9 +269,9 @@ def text_kernel(
             b_q = -b_q
         if ROPE:
             b_q = rotate(b_q, cos_ptr, sin_ptr, i, False, D, BLOCK_D)
-        start_y = _window_start(i // patches_x, grid_y, offset_y, PATCH[0], WINDOW[0], WRAP[0])
-        start_x = _window_start(i % patches_x, grid_x, offset_x, PATCH[1], WINDOW[1], WRAP[1])
-        place = (batch, head // GROUP, start_y, start_x, grid_y, grid_x)
+        start_y = _window_start(i // patches_x, keys_y, first_y, PATCH[0], WINDOW[0], WRAP[0])
+        start_x = _window_start(i % patches_x, keys_x, first_x, PATCH[1], WINDOW[1], WRAP[1])
+        place = (batch, head // GROUP, start_y, start_x, keys_y, keys_x)
         state = _attend_window(
             b_q, _start(TEXT_ROWS, BLOCK_D), (k_ref, v_ref), (k_strides, v_strides), place, scale,
             KEY_BOX, WINDOW, WRAP, D, BLOCK_D, BOXES, PRECISION, STAGES,

@@ -35,6 +35,7 @@ def image_launch(
     scale: float,
     device: str,
     wrap: tuple[bool, bool] = (False, False),
+    origin: tuple[int, int] = (0, 0),
     lse: Tensor | None = None,
     path: Path | None = None,
     config: LaunchConfig | None = None,
@@ -45,7 +46,7 @@ def image_launch(
     replaces the configuration of the table, for tuning.
     """
     text = None if text_k is None or text_v is None else (text_k, text_v)
-    call = Call("image", q, (k, v), text, rope, window, patch, offset, scale, wrap)
+    call = Call("image", q, (k, v), text, rope, (q.shape[1], q.shape[2]), origin, window, patch, offset, scale, wrap)
     config = _config(call, device, path, config)
     if config.path == "warp-specialised":
         return hopper_launch.image(out, call, config, lse)
@@ -56,7 +57,7 @@ def image_launch(
     store_boxes = config.path == "descriptor" and patch[0] % rows == 0 and patch[1] % columns == 0
     arguments = _references({"q": (q, (1, rows, columns, 1))}, boxes=config.path == "descriptor")
     arguments |= _references({"out": (out, (1, rows, columns, 1))}, boxes=store_boxes)
-    arguments |= {
+    arguments |= call.query_numbers | {
         "lse_ptr": lse,
         "LSE": lse is not None,
         "QUERY_BOX": config.query_box,
@@ -83,15 +84,18 @@ def text_launch(
     scale: float,
     device: str,
     wrap: tuple[bool, bool] = (False, False),
+    grid: tuple[int, int] | None = None,
+    origin: tuple[int, int] = (0, 0),
     path: Path | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
     """The launch for text queries, averaged over the windows, which writes `out`, contiguous `[B, T, H, D]`.
 
-    With window = patch = grid this is the global rule. There are two kernels: the first writes fp32 sums over the windows, as large as
-    `out` for each part of the windows, and the second computes the mean.
+    `grid` is that of the patches; when None, that of k. With window = patch = grid this is the global rule. There are two kernels: the
+    first writes fp32 sums over the windows, as large as `out` for each part of the windows, and the second computes the mean.
     """
-    call = Call("text", text_q, (k, v), (text_k, text_v), rope, window, patch, offset, scale, wrap)
+    grid = grid or (k.shape[1], k.shape[2])
+    call = Call("text", text_q, (k, v), (text_k, text_v), rope, grid, origin, window, patch, offset, scale, wrap)
     config = _config(call, device, path, config)
     if config.path == "warp-specialised":
         return hopper_launch.text(out, call, config)
@@ -116,7 +120,7 @@ def _shared_arguments(call: Call, config: LaunchConfig) -> dict[str, Any]:
     references = {name: (x, (1, rows, columns, 1)) for name, x in zip("kv", call.keys, strict=True)}
     references |= {f"text_{n}": (x, (1, config.text_block, 1)) for n, x in zip("kv", call.text or (None, None), strict=True)}
     return _references(references, boxes=config.path == "descriptor") | {
-        **call.numbers,
+        **call.window_numbers,
         "cos_ptr": call.rope and call.rope[0],
         "sin_ptr": call.rope and call.rope[1],
         "patches_y": call.patches[0],

@@ -26,11 +26,12 @@ def window_log_sum_exp(
     wrap: tuple[bool, bool],
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None = None,
+    origin: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """`[B, Y, X, H]`, natural logarithm, in at least fp32; arguments as in `api.joint_neighborhood_patch_attention`, already checked."""
     compute = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False) if torch.amp.is_autocast_available(q.device.type) else nullcontext():
-        (q, k), rows, columns = unrolled(q, (k,), window=window, patch=patch, offset=offset, wrap=wrap)
+        (q, k), rows, columns = unrolled(q, (k,), window=window, patch=patch, offset=offset, origin=origin, wrap=wrap)
         text_k = None if text_k is None else text_k.to(compute)
         lse = _log_sum_exp(q.to(compute), k.to(compute), text_k, rows, columns, scale, text_rope)
     return rolled_back(lse, offset=offset, wrap=wrap)

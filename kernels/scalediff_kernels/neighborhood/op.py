@@ -31,9 +31,10 @@ def image_attention(
     offset: Sequence[int],
     wrap: Sequence[bool],
     scale: float,
+    origin: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention of the image queries; arguments as in `api.joint_neighborhood_patch_attention`, already checked."""
-    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale))
+    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale), origin)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("image_attention_lse"), mutates_args=())
@@ -50,10 +51,11 @@ def image_attention_lse(
     offset: Sequence[int],
     wrap: Sequence[bool],
     scale: float,
+    origin: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `image_attention`, and the log-sum-exp of the scores, `[B, Y, X, H]` in fp32."""
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale), lse=lse), lse
+    return _launched("image_launch", (q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale), origin, lse=lse), lse
 
 
 @torch.library.custom_op(add_op_namespace_prefix("text_attention"), mutates_args=())
@@ -70,9 +72,12 @@ def text_attention(
     offset: Sequence[int],
     wrap: Sequence[bool],
     scale: float,
+    origin: Sequence[int] | None = None,
+    grid: Sequence[int] | None = None,
 ) -> Tensor:
-    """Attention of the text queries, averaged over the windows; arguments as in `image_attention`."""
-    return _launched("text_launch", (text_q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale))
+    """Attention of the text queries, averaged over the windows; arguments as in `image_attention`. `grid`: that of the image queries."""
+    patches = {} if grid is None else {"grid": _two(grid)}
+    return _launched("text_launch", (text_q, k, v, text_k, text_v), cos, sin, (window, patch, offset, wrap, scale), origin, **patches)
 
 
 @image_attention.register_fake
@@ -139,9 +144,10 @@ def _launched(
     cos: Tensor | None,
     sin: Tensor | None,
     numbers: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool], float],
-    **outputs: Tensor,
+    origin: Sequence[int] | None,
+    **more: Any,
 ) -> Tensor:
-    """Run `image_launch` or `text_launch`; `outputs` are written as well. Triton is imported at the first call."""
+    """Run `image_launch` or `text_launch`, with what only one of them has in `more`. Triton is imported at the first call."""
     from scalediff_kernels.neighborhood import launch
     from scalediff_kernels.neighborhood.strides import aligned
 
@@ -149,8 +155,8 @@ def _launched(
     window, patch, offset, wrap, scale = numbers
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rope = None if cos is None or sin is None else (cos.float().contiguous(), sin.float().contiguous())
-    how: dict[str, Any] = {"window": _two(window), "patch": _two(patch), "offset": _two(offset)}
-    how |= {"wrap": (bool(wrap[0]), bool(wrap[1])), "scale": scale, **outputs}
+    how: dict[str, Any] = {"window": _two(window), "patch": _two(patch), "offset": _two(offset), "origin": _two(origin or (0, 0))}
+    how |= {"wrap": (bool(wrap[0]), bool(wrap[1])), "scale": scale, **more}
     with on(q.device):
         ready = (None if x is None else aligned(x) for x in tensors)
         getattr(launch, name)(out, *ready, rope, **how, device=device_name(q.device)).run()

@@ -14,18 +14,11 @@ from scalediff_kernels.neighborhood.wrapping import rolled_back, unrolled
 
 
 def neighborhood_patch_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: tuple[int, int],
-    patch: tuple[int, int],
-    offset: tuple[int, int],
-    wrap: tuple[bool, bool],
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], wrap: tuple[bool, bool],
+    scale: float, origin: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     """Reference of every faster implementation; arguments as in `api.neighborhood_patch_attention`, already checked."""
-    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, wrap=wrap)
+    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, origin=origin, wrap=wrap)
     out = torch.empty_like(q)
     for y0, y1, key_y0, key_y1 in rows:
         for x0, x1, key_x0, key_x1 in columns:
@@ -50,6 +43,7 @@ def joint_neighborhood_patch_attention_reference(
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None,
     text_queries: str | None,
+    origin: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor | None]:
     """Reference of every faster implementation; arguments as in `api.joint_neighborhood_patch_attention`, already checked.
 
@@ -57,7 +51,7 @@ def joint_neighborhood_patch_attention_reference(
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     every_k, every_v = k.flatten(1, 2), v.flatten(1, 2)
-    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, wrap=wrap)
+    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, origin=origin, wrap=wrap)
     out, text_sum = torch.empty_like(q), torch.zeros_like(text_q, dtype=compute)
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
         for j, (x0, x1, key_x0, key_x1) in enumerate(columns):

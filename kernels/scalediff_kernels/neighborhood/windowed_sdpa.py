@@ -26,21 +26,14 @@ _sdpa = F.scaled_dot_product_attention
 
 
 def neighborhood_patch_attention_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: tuple[int, int],
-    patch: tuple[int, int],
-    offset: tuple[int, int],
-    wrap: tuple[bool, bool],
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], wrap: tuple[bool, bool],
+    scale: float, origin: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     """Arguments as in `api.neighborhood_patch_attention`, already checked. A window that covers the grid is one plain SDPA call."""
-    if window[0] >= q.shape[1] and window[1] >= q.shape[2]:
+    if window[0] >= k.shape[1] and window[1] >= k.shape[2]:
         b_q, b_k, b_v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
         return _attend(b_q, b_k, b_v, scale).transpose(1, 2).reshape(q.shape)
-    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, wrap=wrap)
+    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, origin=origin, wrap=wrap)
     runs = _evenly_spaced(_distinct(columns))
     out: Tensor | None = None
     for y0, y1, key_y0, key_y1 in _distinct(rows):
@@ -68,10 +61,11 @@ def joint_neighborhood_patch_attention_sdpa(
     scale: float,
     text_rope: tuple[Tensor, Tensor] | None,
     text_queries: str | None,
+    origin: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as in `api.joint_neighborhood_patch_attention`, already checked. One SDPA call per window."""
     every_k, every_v = (x.flatten(1, 2).transpose(1, 2) for x in (k, v))
-    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, wrap=wrap)
+    (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, origin=origin, wrap=wrap)
     q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # [B, H, Y, X, D]
     text_q, text_k, text_v = (x.transpose(1, 2) for x in (text_q, text_k, text_v))  # [B, H, T, D]
     tokens = text_q.shape[2] if text_queries == "window" else 0

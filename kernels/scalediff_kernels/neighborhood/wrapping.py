@@ -10,13 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scalediff_kernels.neighborhood.geometry import PatchWindow, windows
+from scalediff_kernels.neighborhood.geometry import PatchWindow, grid_windows
 
 Spans = tuple[PatchWindow, ...]
 
 
 def unrolled(
-    q: Tensor, keys: Sequence[Tensor], *, window: tuple[int, int], patch: tuple[int, int], offset: tuple[int, int], wrap: tuple[bool, bool]
+    q: Tensor,
+    keys: Sequence[Tensor],
+    *,
+    window: tuple[int, int],
+    patch: tuple[int, int],
+    offset: tuple[int, int],
+    origin: tuple[int, int],
+    wrap: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, ...], Spans, Spans]:
     """The tensors and, for rows and columns, the patches and windows that are slices of them.
 
@@ -26,12 +33,12 @@ def unrolled(
     Args:
         q: Queries `[B, Y, X, H, D]`.
         keys: Keys, or keys and values, `[B, Y, X, G, D]`.
-        window, patch, offset, wrap: As in `windows`, per axis `(Y, X)`.
+        window, patch, offset, origin, wrap: As in `windows`, per axis `(Y, X)`.
 
     Returns:
         q and the keys, the spans of rows, the spans of columns.
     """
-    spans = [windows(n, w, p, o, wrap=on) for n, w, p, o, on in zip(q.shape[1:3], window, patch, offset, wrap, strict=True)]
+    spans = list(grid_windows(q.shape[1:3], keys[0].shape[1:3], window, patch, offset, origin, wrap))
     for axis in (0, 1):
         if wrap[axis]:
             first, last = min(span.key_start for span in spans[axis]), max(span.key_stop for span in spans[axis])

@@ -1,15 +1,12 @@
-"""Several processes with gloo on the CPU, and what each of them computes with a model of diffusers under Ulysses attention.
-
-`run` starts the processes from a server that has imported the heavy modules once. A process that fails ends the others.
-"""
+"""What each of several processes computes with a model of diffusers under context parallelism."""
 
 from __future__ import annotations
 
-import datetime
 import functools
-import multiprocessing
+import os
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch import multiprocessing as processes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
 
 import scalediff
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
 from scalediff import Layout, Sequence
 from scalediff.cascade.pipeline import native_size
+from scalediff.command.ranks import drawing_together
 from scalediff.patching import interception
+from tests import processes
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
 
 GRID, NATIVE, UNEVEN = (8, 6), (4, 4), (7, 5)
+UNET_GRID = (16, 12)
 PLANNED = ("FLUX.1", "FLUX.2", "Qwen-Image")  # their classes have a plan for context parallelism
 HOLES = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
 _IMPORTED = (
@@ -39,29 +40,15 @@ _IMPORTED = (
 
 
 def run(world: int, cases: Iterable[str], folder: Path, *, seconds: float = 180) -> list[dict[str, Any]]:
-    """What the cases return in each of `world` processes, by name. Raises the first error of any process, or TimeoutError."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(_IMPORTED))
-    started = processes.start_processes(_work, (world, tuple(cases), folder), world, join=False, start_method="forkserver")
-    deadline = time.monotonic() + seconds
-    try:
-        while not started.join(timeout=1.0):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{world} processes did not finish in {seconds} s")
-    finally:
-        for process in started.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    """What the cases return in each of `world` processes, by name; errors as in `processes.run`."""
+    found: list[dict[str, Any]] = processes.run(functools.partial(_work, tuple(cases)), world, folder, imported=_IMPORTED, seconds=seconds)
+    return found
 
 
-def _work(rank: int, world: int, cases: tuple[str, ...], folder: Path) -> None:
-    torch.set_num_threads(1)
+def _work(cases: tuple[str, ...]) -> dict[str, Any]:
     torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and without an accelerator it is zero
     warnings.filterwarnings("error", message="scalediff")
-    where, limit = f"file://{folder / 'meeting'}", datetime.timedelta(seconds=60)
-    distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=limit)
-    torch.save({case: CASES[case]() for case in cases}, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return {case: CASES[case]() for case in cases}
 
 
 def build(kind: str, *, heads: int = 2) -> nn.Module:
@@ -262,12 +249,159 @@ def drawn() -> dict[str, Any]:
     return {"latents": latents, "refused": refused}
 
 
-def draw(pipe: Any, prompt: dict[str, Any], *, sides: tuple[int, int] = (4, 4)) -> Tensor:
-    with scalediff.patch_model(pipe, window=WINDOW, jitter="random"):
+def draw(pipe: Any, prompt: dict[str, Any], *, sides: tuple[int, int] = (4, 4), mesh: Any = None) -> Tensor:
+    with scalediff.patch_model(pipe, window=WINDOW, jitter="random", mesh=mesh):
         height, width = (n * native for n, native in zip(sides, native_size(pipe), strict=True))
         made = scalediff.generate(pipe, None, height=height, width=width, steps=2, generator=seeded(), call=prompt)
     latents: Tensor = made.stages[-1].latents
     return latents
+
+
+def by_rows(kind: str, rule: str) -> dict[str, Any]:
+    """The model with its pictures split by rows: above and at its native size, and after the patch, without the split."""
+    world = distributed.get_world_size()
+    heads = max(2, world)
+    text = 2 * heads if heads > 2 else 6
+    model = build(kind, heads=heads)
+    before = state_of(model)
+    mesh = init_device_mesh("cpu", (world,))
+    with scalediff.patch_model(model, window=WINDOW, text_queries=rule, jitter="alternate", mesh=mesh) as handle:
+        native = output(model, inputs(kind, NATIVE, text=text))
+        handle.restart_jitter()
+        lengths = lengths_of_linear_layers(model)
+        above, moved = output(model, inputs(kind, GRID, text=text)), output(model, inputs(kind, GRID, text=text))
+        report, tokens = handle.report, sorted(set(lengths))
+    found = {"above": above, "moved": moved, "native": native, "tokens": tokens}
+    found["calls"] = [(row.status, row.taken, row.left) for row in report.rows]
+    return found | {"restored": state_of(model) == before, "alone": output(model, inputs(kind, GRID, text=text))}
+
+
+def odd_heads() -> dict[str, Tensor]:
+    """A number of heads that the processes do not divide."""
+    model = build("FLUX.1", heads=3)
+    with scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
+        return {name: output(model, inputs("FLUX.1", grid, text=6)) for name, grid in (("native", NATIVE), ("above", GRID))}
+
+
+def unet_by_rows(kind: str) -> dict[str, Any]:
+    """A U-Net above its native size, by both ways to return its output, and at it."""
+    model, mesh = ZOO[kind].build().double(), init_device_mesh("cpu", (distributed.get_world_size(),))
+    functions = F.conv2d, F.group_norm, F.scaled_dot_product_attention
+    with scalediff.patch_model(model, window=WINDOW, jitter="alternate", mesh=mesh) as handle:
+        rows: list[int] = []
+        model.conv_in.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[2]))
+        above, report = output(model, unet_inputs(kind, UNET_GRID)), handle.report
+        with torch.no_grad():
+            moved = model(**unet_inputs(kind, UNET_GRID)).sample
+        native = output(model, unet_inputs(kind, WINDOW))
+        handle.attention = "full"
+        full = output(model, unet_inputs(kind, UNET_GRID))
+    assert functions == (F.conv2d, F.group_norm, F.scaled_dot_product_attention)
+    return {"above": above, "moved": moved, "native": native, "full": full, "rows": rows, "calls": [row.status for row in report.rows]}
+
+
+def unet_inputs(kind: str, grid: tuple[int, int]) -> dict[str, Any]:
+    def doubled(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: doubled(value) for name, value in x.items()}
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    found: dict[str, Any] = doubled(ZOO[kind].inputs(Draw(1), grid, 2))
+    return found
+
+
+def refused_unets() -> dict[str, str]:
+    """What a split U-Net cannot take; afterwards nothing is replaced any more."""
+    said, functions = dict[str, str](), (F.conv2d, F.group_norm)
+    model, given = ZOO["SD1.5"].build().double(), unet_inputs("SD1.5", UNET_GRID)
+    with scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
+        odd = unet_inputs("SD1.5", (UNET_GRID[0] + 2, UNET_GRID[1]))
+        residual = given | {"mid_block_additional_residual": given["sample"]}
+        for name, arguments in (("rows", odd), ("residuals", residual), ("FreeU", given)):
+            if name == "FreeU":
+                model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+            try:
+                output(model, arguments)
+            except (ValueError, NotImplementedError) as error:
+                said[name] = str(error)
+    assert functions == (F.conv2d, F.group_norm)
+    return said
+
+
+def demo_by_rows() -> Tensor:
+    """A picture of the embedded model, of three stages."""
+    return drawn_demo(distributed.group.WORLD)
+
+
+def drawn_demo(mesh: Any) -> Tensor:
+    pipe = scalediff.load_demo().to(torch.float64)
+    with scalediff.patch_model(pipe, mesh=mesh):
+        made = scalediff.generate(pipe, "a full moon", height=256, width=96, steps=2, restart=0.5, generator=seeded())
+    latents: Tensor = made.stages[-1].latents
+    return latents
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """What the attributes of every module are, without its parts."""
+    parts = model.named_modules()
+    return {name: {key: id(x) for key, x in part.__dict__.items() if key != "_parallel_config"} for name, part in parts} | {
+        "parallel": model._parallel_config
+    }
+
+
+def lengths_of_linear_layers(model: Any) -> list[int]:
+    """Tokens that pass through the first block's projections, filled in by later calls."""
+    lengths: list[int] = []
+    model.transformer_blocks[0].attn.to_q.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+    return lengths
+
+
+def refused_by_rows() -> dict[str, str]:
+    """What is raised where a model or a picture cannot be split, and where ranks differ."""
+    world, said = distributed.get_world_size(), dict[str, str]()
+
+    def attempt(name: str, work: Callable[[], Any]) -> None:
+        try:
+            work()
+            said[name] = ""
+        except (ValueError, NotImplementedError) as error:
+            said[name] = str(error)
+
+    everyone = distributed.group.WORLD
+    attempt("family", lambda: scalediff.patch_model(build("Chroma"), window=WINDOW, mesh=everyone))
+    parallel = build("FLUX.1")
+    in_parallel(parallel)
+    attempt("parallel", lambda: scalediff.patch_model(parallel, window=WINDOW, mesh=everyone))
+    seed = distributed.get_rank()
+    attempt("seed", lambda: scalediff.patch_model(build("FLUX.1"), window=WINDOW, seed=seed, mesh=everyone))
+    model = build("FLUX.1")
+    next(model.parameters()).data.add_(seed)
+    attempt("weights", lambda: scalediff.patch_model(model, window=WINDOW, mesh=everyone))
+    few = distributed.new_group([0])
+    if seed == 0:
+        attempt("few", lambda: scalediff.patch_model(build("FLUX.1"), window=WINDOW, mesh=few))
+    before, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 0
+    attempt("accelerator", lambda: scalediff.patch_model(build("FLUX.1"), window=WINDOW, mesh=everyone))
+    torch.accelerator.device_count = before
+    model = build("FLUX.1")
+    with scalediff.patch_model(model, window=WINDOW, mesh=everyone):
+        attempt("rows", lambda: output(model, inputs("FLUX.1", (7, 2 * world * 2))))
+        prompt = inputs("FLUX.1", GRID)
+        prompt["encoder_hidden_states"] += seed
+        attempt("prompt", lambda: output(model, prompt))
+        attempt("size", lambda: output(model, inputs("FLUX.1", (8, 6) if seed == 0 else (6, 8))))
+        attempt("gradients", lambda: model(**inputs("FLUX.1", GRID), return_dict=False))
+    return said
+
+
+def drawn_by_rows() -> dict[str, Any]:
+    """A picture of the whole cascade, of three stages; and what the command's --split-picture does with the pipeline."""
+    pipe, prompt = built("FLUX")
+    latents = draw(pipe, prompt, mesh=distributed.group.WORLD)
+    os.environ |= {"RANK": str(distributed.get_rank()), "WORLD_SIZE": str(distributed.get_world_size())}
+    with drawing_together(Namespace(split_picture=True), pipe) as saves:
+        split = pipe.transformer._parallel_config is not None
+    return {"latents": latents, "saves": saves, "split": split, "after": pipe.transformer._parallel_config}
 
 
 def hangs() -> None:
@@ -289,7 +423,12 @@ PATCHED: dict[str, Callable[[], dict[str, Any]]] = {
     for rule in ("window", "global")
     for first in (True, False)
 }
-CASES: dict[str, Callable[[], Any]] = PATCHED | {
-    case.__name__: case
-    for case in (masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, hangs, fails)
-}  # fmt: skip
+BY_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
+    f"{kind} by rows, {rule}": functools.partial(by_rows, kind, rule) for kind in PLANNED for rule in ("window", "global")
+}
+OTHERS = (
+    masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, refused_by_rows,
+    drawn_by_rows, odd_heads, refused_unets, demo_by_rows, hangs, fails,
+)  # fmt: skip
+UNETS = {f"{kind} by rows": functools.partial(unet_by_rows, kind) for kind in ("SD1.5", "SDXL", "U-Net without text")}
+CASES: dict[str, Callable[[], Any]] = PATCHED | BY_ROWS | UNETS | {case.__name__: case for case in OTHERS}

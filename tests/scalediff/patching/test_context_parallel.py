@@ -19,23 +19,24 @@ from scalediff.families import FAMILIES
 diffusers = pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 
 from tests.scalediff.patching import ranks  # noqa: E402
-from tests.scalediff.patching.ranks import GRID, NATIVE, PATCHED, UNEVEN, build, inputs, output  # noqa: E402
+from tests.scalediff.patching.ranks import BY_ROWS, GRID, NATIVE, PATCHED, UNETS, UNEVEN, build, inputs, output  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
 
 TWO = (*PATCHED, "masked", "anything", "gradients", "another_backend", "custom_plan", "two_pictures", "unseen", "checked", "drawn")
+SPLIT = (*BY_ROWS, "refused_by_rows", "drawn_by_rows", "odd_heads", *UNETS, "refused_unets", "demo_by_rows")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes computed."""
-    return ranks.run(2, TWO, tmp_path_factory.mktemp("two"))
+    return ranks.run(2, (*TWO, *SPLIT), tmp_path_factory.mktemp("two"))
 
 
 def one_process(kind: str, rule: str = "window", *, heads: int = 2, grid: tuple[int, int] = GRID, **changes: Any) -> Tensor:
     model = build(kind, heads=heads)
     with scalediff.patch_model(model, window=WINDOW, text_queries=rule):
-        return output(model, inputs(kind, grid, text=2 * heads if heads > 2 else 6) | changes)
+        return output(model, inputs(kind, grid, text=2 * heads if heads > 3 else 6) | changes)
 
 
 def assert_same(out: Tensor, expected: Tensor) -> None:
@@ -131,14 +132,113 @@ def test_a_dry_run_of_a_parallel_model(two: list[dict[str, Any]]) -> None:
     assert two[0]["checked"] == ["patched"] * 3
 
 
+# Pictures that are split by rows: `mesh=`
+
+
+def check_by_rows(found: dict[str, Any], name: str, world: int) -> None:
+    """Every rank's linear layers see its band of rows, every call is in windows, and the result is that of one process."""
+    kind, rule = name.split(" by rows, ")
+    heads = max(2, world)
+    text = 2 * heads if heads > 2 else 6
+    model = build(kind, heads=heads)
+    with scalediff.patch_model(model, window=WINDOW, text_queries=rule, jitter="alternate"):
+        expected, moved = (output(model, inputs(kind, GRID, text=text)) for _ in range(2))
+    assert (moved - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert_same(found["above"], expected)
+    assert_same(found["moved"], moved)
+    assert found["tokens"] == [GRID[0] * GRID[1] // world]
+    assert set(found["calls"]) == {("patched", 1, 0)}
+    assert_same(found["native"], output(build(kind, heads=heads), inputs(kind, NATIVE, text=text)))
+    assert found["restored"]
+    assert_same(found["alone"], output(build(kind, heads=heads), inputs(kind, GRID, text=text)))
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_bands_of_rows_give_what_one_process_gives(name: str, two: list[dict[str, Any]]) -> None:
+    check_by_rows(two[0][name], name, 2)
+    assert torch.equal(two[0][name]["above"], two[1][name]["above"])
+
+
+def test_the_whole_cascade_by_rows_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
+    one, other = (found["drawn_by_rows"] for found in two)
+    assert_same(one["latents"], ranks.draw(*ranks.built("FLUX")))
+    assert torch.equal(one["latents"], other["latents"])
+    assert [(found["split"], found["saves"], found["after"]) for found in (one, other)] == [(True, True, None), (True, False, None)]
+
+
+def test_any_number_of_heads(two: list[dict[str, Any]]) -> None:
+    assert_same(two[0]["odd_heads"]["above"], one_process("FLUX.1", heads=3))
+    assert_same(two[0]["odd_heads"]["native"], output(build("FLUX.1", heads=3), inputs("FLUX.1", NATIVE, text=6)))
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_bands_of_a_unet_give_what_one_process_gives(name: str, two: list[dict[str, Any]]) -> None:
+    check_unet(two[0][name], name, 2)
+    assert torch.equal(two[0][name]["above"], two[1][name]["above"])
+
+
+def check_unet(found: dict[str, Any], name: str, world: int) -> None:
+    """Above the native size a band reaches the first convolution, and the whole picture at it and with full attention."""
+    kind = name.removesuffix(" by rows")
+    model, rows = ZOO[kind].build().double(), ranks.UNET_GRID[0]
+    with scalediff.patch_model(model, window=WINDOW, jitter="alternate") as handle:
+        expected, moved = (output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)) for _ in range(2))
+        native = output(model, ranks.unet_inputs(kind, WINDOW))
+        calls = [row.status for row in handle.report.rows]
+    assert (moved - expected).abs().max() > 1e-5 * expected.abs().max()
+    assert_same(found["above"], expected)
+    assert_same(found["moved"], moved)
+    assert torch.equal(found["native"], native)
+    assert_same(found["full"], output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)))
+    assert found["rows"] == [rows // world, rows // world, WINDOW[0], rows]
+    assert found["calls"] == calls
+
+
+def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
+    one, other = (found["demo_by_rows"] for found in two)
+    assert_same(one, ranks.drawn_demo(None))
+    assert torch.equal(one, other)
+
+
+def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
+    for said in (found["refused_unets"] for found in two):
+        assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 9 rows of tokens")
+        assert said["residuals"] == "mesh= splits a U-Net without the residuals of others, got mid_block_additional_residual"
+        assert said["FreeU"] == "mesh= does not split FreeU's Fourier transforms: call disable_freeu()"
+
+
+def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]]) -> None:
+    for said in (found["refused_by_rows"] for found in two):
+        assert said["family"].endswith("other models mix tokens outside of attention, got ChromaTransformer2DModel")
+        assert said["parallel"] == "this FluxTransformer2DModel is parallel already: pass mesh= or call enable_parallelism, not both"
+        assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 7 rows of tokens: choose a height")
+        assert said["accelerator"] == "mesh= needs an accelerator, as diffusers' context parallelism does: got none"
+        assert said["gradients"] == "attention over ranks does not support gradients: use torch.no_grad()"
+
+
+def test_a_part_of_the_processes_is_refused(two: list[dict[str, Any]]) -> None:
+    assert two[0]["refused_by_rows"]["few"] == "mesh= must have all processes, got 1 of 2"
+
+
+def test_ranks_that_differ_are_named(two: list[dict[str, Any]]) -> None:
+    contract = "all ranks must have the same versions, model and inputs, got "
+    for said in (found["refused_by_rows"] for found in two):
+        assert said["seed"] == contract + "seed is 0 on rank 0 and 1 on rank 1"
+        assert said["weights"].startswith(contract + "the digest of the weights is ")
+        assert said["prompt"].startswith(contract + "encoder_hidden_states is (2, 6, 32) of torch.float64 with the checksum ")
+        assert "the token layout is Layout(grid=(8, 6)" in said["size"]
+
+
 # Longer runs
 
 
 @pytest.mark.slow
 def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
-    found = ranks.run(4, PATCHED, tmp_path)
+    found = ranks.run(4, (*PATCHED, *BY_ROWS), tmp_path)
     for name in PATCHED:
         check_patched(found[3][name], name, heads=4)
+    for name in BY_ROWS:
+        check_by_rows(found[3][name], name, 4)
 
 
 @pytest.mark.slow

@@ -106,9 +106,13 @@ class Sizes(NamedTuple):
     skip_x: Any
     grid_y: Any
     grid_x: Any
-    patches_x: Any
     offset_y: Any
     offset_x: Any
+    keys_y: Any
+    keys_x: Any
+    first_y: Any  # first token of patch 0 on the grid of the keys
+    first_x: Any
+    patches_x: Any
     heads: Any
     windows: Any
     part_windows: Any  # of a part

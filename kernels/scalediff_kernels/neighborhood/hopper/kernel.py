@@ -42,14 +42,14 @@ def _name(specialization):
 @gluon.jit(
     repr=_name,
     do_not_specialize=[
-        "tiles", "rows", "columns", "skip_y", "skip_x", "grid_y", "grid_x", "patches_x", "offset_y", "offset_x", "heads", "windows",
-        "part_windows", "blocks", "part_blocks", "text", "text_blocks",
+        "tiles", "rows", "columns", "skip_y", "skip_x", "grid_y", "grid_x", "offset_y", "offset_x", "keys_y", "keys_x", "first_y",
+        "first_x", "patches_x", "heads", "windows", "part_windows", "blocks", "part_blocks", "text", "text_blocks",
     ],
 )  # fmt: skip
 def hopper_kernel(
     q_ref,  # descriptor of [B, Y, X, H, D], or of text queries [B, T, H, D]; a box is the rows of one consumer
-    k_ref,  # descriptor of [B, Y, X, G, D]
-    v_ref,  # descriptor of [B, Y, X, G, D]
+    k_ref,  # descriptor of [B, keys_y, keys_x, G, D]
+    v_ref,  # descriptor of [B, keys_y, keys_x, G, D]
     text_k_ref,  # descriptor of [B, T, G, D]
     text_v_ref,  # descriptor of [B, T, G, D]
     out_ref,  # [B, Y, X, H, D], a descriptor for `store_boxes`
@@ -57,8 +57,8 @@ def hopper_kernel(
     lse_ptr,  # [B, Y, X, H], or of text queries [B, H, parts, tiles, TEXT_ROWS] in units of log2; fp32
     cos_ptr,  # [patches_y * patches_x, D / 2]
     sin_ptr,  # [patches_y * patches_x, D / 2]
-    out_strides, tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, patches_x, offset_y, offset_x, heads, windows, part_windows,
-    blocks, part_blocks, text, text_blocks, scale,
+    out_strides, tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, first_y, first_x, patches_x,
+    heads, windows, part_windows, blocks, part_blocks, text, text_blocks, scale,
     C: gl.constexpr,
 ):  # fmt: skip
     """Compute the query tiles `program_id`, `program_id + programs`, ... References that C does not need are not read."""
@@ -79,8 +79,8 @@ def hopper_kernel(
     buffers = Buffers(q_smem, k_smem, v_smem)
     bars = Barriers(q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     sizes = Sizes(
-        tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, patches_x, offset_y, offset_x, heads, windows, part_windows, blocks,
-        part_blocks, text, text_blocks,
+        tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, first_y, first_x, patches_x, heads,
+        windows, part_windows, blocks, part_blocks, text, text_blocks,
     )  # fmt: skip
     descs = Descriptors(q_ref, k_ref, v_ref, text_k_ref, text_v_ref)
     work = (buffers, bars, sizes, Outputs(out_ref, sums_ptr, lse_ptr, out_strides), (cos_ptr, sin_ptr), scale)

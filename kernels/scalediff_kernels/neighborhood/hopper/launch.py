@@ -105,7 +105,8 @@ def _shared_arguments(call: Call, config: LaunchConfig, constants: Constants, ou
     cos, sin = call.rope or (out, out)
     blocks = _blocks(call, config)
     return {
-        **call.numbers,
+        **call.query_numbers,
+        **call.window_numbers,
         "k_ref": k,
         "v_ref": v,
         "text_k_ref": text_k,

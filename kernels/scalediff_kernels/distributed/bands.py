@@ -1,0 +1,122 @@
+"""Convolution and group normalisation of a picture whose rows are shared out among ranks in equal bands.
+
+Legend: B batch, C channels, Y x X pixels of one rank, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from scalediff_kernels.distributed.exchange import lost_connection
+from scalediff_kernels.distributed.groups import all_gather
+
+
+def convolve_band(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    group: Any,
+) -> Tensor:
+    """`F.conv2d` of a picture, of which each rank of `group` has a band of as many rows `[B, C, Y, X]`; all ranks must call it.
+
+    A rank receives the rows that its kernel reaches into from the bands above and below.
+
+    Args:
+        x: This rank's band. Its rows must be a multiple of the stride.
+        weight, bias, stride, padding, dilation, groups: As in `F.conv2d`; the padding of rows must be half of what the kernel spans, as in
+            the convolutions of U-Nets.
+        group: A process group.
+
+    Returns:
+        This rank's band of the result, `[B, C, Y / stride, X / stride]`.
+
+    Raises:
+        NotImplementedError: The padding is another one.
+        ValueError: The band's rows are not a multiple of the stride, or fewer than the kernel reaches into.
+        RuntimeError: A rank has ended: the message names it.
+    """
+    steps, spread = _pair(stride), _pair(dilation)
+    span = spread[0] * (weight.shape[2] - 1)
+    if isinstance(padding, str) or 2 * _pair(padding)[0] != span:
+        raise NotImplementedError(f"a convolution over ranks must pad half of its kernel's {weight.shape[2]} rows, got {padding=}")
+    pads, rows = _pair(padding), x.shape[2]
+    above, below = pads[0], max(0, span - pads[0] - steps[0] + 1)
+    if rows % steps[0] or rows < max(above, below):
+        raise ValueError(f"a band must have rows that are a multiple of stride={steps[0]}, at least {max(above, below)}, got {rows}")
+    if above or below:
+        x = torch.cat(_neighbours(x, above, below, group), dim=2)
+    return torch.conv2d(x, weight, bias, steps, (0, pads[1]), spread, groups)
+
+
+def normalise_band(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, group: Any
+) -> Tensor:
+    """`F.group_norm` of a picture `[B, C, ...]`, of which each rank of `group` has an equal part; all ranks must call it.
+
+    Means and squared deviations of the parts are gathered and merged in the order of the ranks, in at least fp32.
+
+    Args:
+        x: This rank's part.
+        num_groups, weight, bias, eps: As in `F.group_norm`.
+        group: A process group.
+
+    Returns:
+        This rank's part of the result, with the dtype of x; fp32 under autocast, as `F.group_norm`.
+    """
+    cast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    values = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], num_groups, -1)
+    mean = values.mean(-1)
+    own = torch.stack([mean, (values - mean[..., None]).square().sum(-1)])
+    parts = own.new_empty(distributed.get_world_size(group), *own.shape)
+    all_gather(parts.flatten(0, 1), own, group)
+    whole = parts[:, 0].mean(0)
+    count = values.shape[-1]
+    deviation = (parts[:, 1] + count * (parts[:, 0] - whole).square()).sum(0) / (count * parts.shape[0])
+    values = ((values - whole[..., None]) * (deviation[..., None] + eps).rsqrt()).view(x.shape)
+    channels = (1, -1, *[1] * (x.ndim - 2))
+    if weight is not None:
+        values = values * weight.to(values.dtype).view(channels)
+    if bias is not None:
+        values = values + bias.to(values.dtype).view(channels)
+    return values if cast else values.to(x.dtype)
+
+
+def gather_bands(x: Tensor, group: Any) -> Tensor:
+    """The whole picture `[B, C, R Y, X]` from the bands of all ranks."""
+    band = x.movedim(2, 0).contiguous()
+    whole = band.new_empty(distributed.get_world_size(group) * band.shape[0], *band.shape[1:])
+    all_gather(whole, band, group)
+    return whole.movedim(0, 2)
+
+
+def _neighbours(x: Tensor, above: int, below: int, group: Any) -> list[Tensor]:
+    """Rows of the band above, the band, and rows of the band below; zeros outside of the picture."""
+    rank, last = distributed.get_rank(group), distributed.get_world_size(group) - 1
+    upper, lower = (x.new_zeros(*x.shape[:2], n, x.shape[3]) for n in (above, below))
+    messages = [
+        (distributed.isend, x[:, :, x.shape[2] - above :].contiguous(), rank + 1, above),
+        (distributed.isend, x[:, :, :below].contiguous(), rank - 1, below),
+        (distributed.irecv, upper, rank - 1, above),
+        (distributed.irecv, lower, rank + 1, below),
+    ]
+    wanted = [(way, rows, peer) for way, rows, peer, n in messages if n and 0 <= peer <= last]
+    operations = [distributed.P2POp(way, rows, group=group, group_peer=peer) for way, rows, peer in wanted]
+    try:
+        for work in distributed.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+    except RuntimeError as error:
+        raise lost_connection(rank, {peer for _, _, peer in wanted}) from error
+    return [upper, x, lower]
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

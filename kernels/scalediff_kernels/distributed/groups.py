@@ -1,0 +1,60 @@
+"""Process groups: from what the caller passes, and what all ranks of one must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, distributed
+
+
+def group_of(group: Any) -> Any:
+    """The process group of a group or of a one-dimensional `DeviceMesh`, of which this process is a member.
+
+    Raises:
+        RuntimeError: There is no process group.
+        ValueError: The mesh has several dimensions, or this process is not a member.
+        TypeError: It is neither a group nor a mesh.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError("there is no process group: start the processes with torchrun and call torch.distributed.init_process_group()")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    found = group
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"the mesh must have one dimension: pass one of its dimensions, as mesh[name], got {group.mesh_dim_names=}")
+        found = group.get_group()
+    if found is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not a member of the group")
+    if not isinstance(found, distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group or a DeviceMesh, got {group!r}")
+    return found
+
+
+def all_gather(whole: Tensor, part: Tensor, group: Any) -> None:
+    """Write the parts of all ranks into `whole`, one after the other along its first axis."""
+    gather = (
+        getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    )  # the second is the name before torch 2.13
+    gather(whole, part, group=group)
+
+
+def check_agreement(group: Any, facts: Mapping[str, str]) -> None:
+    """Check that all ranks of a group pass the same facts. All ranks must call it; every rank raises the same error.
+
+    Args:
+        group: A process group.
+        facts: Short texts by name, such as versions, shapes and digests.
+
+    Raises:
+        ValueError: A rank has others. The message names the first rank that differs from rank 0, and how.
+    """
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, dict(facts), group=group)
+    first = found[0]
+    for rank, other in enumerate(found):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            differences = "; ".join(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}" for name in names)
+            raise ValueError(f"all ranks must have the same versions, model and inputs, got {differences}")

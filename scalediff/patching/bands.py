@@ -1,0 +1,122 @@
+"""A U-Net whose pictures are split by rows over the ranks of a process group, during its passes above the native area.
+
+A pass cuts the latents to this rank's band of rows, and replaces `F.conv2d` and `F.group_norm` while it runs: convolutions receive the rows
+next to the band from its neighbours, group norms the statistics of all bands. Attention goes the way of all patched models. All other
+layers see one pixel or token at a time. In the end the output is gathered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from scalediff.families.base import Family
+from scalediff.patching.interception import current
+from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
+from scalediff_kernels.distributed.groups import group_of
+
+_RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+
+
+class Bands:
+    """The split of a U-Net.
+
+    Args:
+        module: The U-Net.
+        family: Its family.
+        mesh: A process group, or a `DeviceMesh` of one dimension.
+        parameters: Names of the arguments of its `forward`.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: As `group_of`.
+        NotImplementedError: The family cannot be split.
+    """
+
+    def __init__(self, module: nn.Module, family: Family, mesh: Any, parameters: Sequence[str]) -> None:
+        self.group, self._parameters = group_of(mesh), tuple(parameters)
+        if not family.bands:
+            raise NotImplementedError(f"mesh= cannot split a {type(module).__name__}: its layers mix tokens in other ways")
+
+    def undo(self, module: nn.Module) -> None:
+        """Nothing remains after a pass."""
+
+    def run(self, module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call a method with this rank's band of the latents, which are its first argument; the result is that of the whole picture.
+
+        Raises:
+            NotImplementedError: The pass has residuals of a ControlNet or adapter, or FreeU is on.
+        """
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        found = [name for name in _RESIDUALS if given.get(name) is not None]
+        if found:
+            raise NotImplementedError(f"mesh= splits a U-Net without the residuals of others, got {', '.join(found)}")
+        if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
+            raise NotImplementedError("mesh= does not split FreeU's Fourier transforms: call disable_freeu()")
+        rank, ranks = distributed.get_rank(self.group), distributed.get_world_size(self.group)
+        latents = self._parameters[0]
+        given[latents] = given[latents].chunk(ranks, dim=2)[rank]
+        _swap.acquire()
+        try:
+            result = method(**given)
+        finally:
+            _swap.release()
+        if isinstance(result, tuple):
+            return (gather_bands(result[0], self.group), *result[1:])
+        return dataclasses.replace(result, sample=gather_bands(result.sample, self.group))
+
+
+def _group() -> Any:
+    """The process group of this thread's pass; None outside of passes that are split in bands."""
+    opened = current()
+    return None if opened is None or opened.bands is None else opened.bands.group
+
+
+def _conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor:
+    """Replacement for `F.conv2d`."""
+    group = _group()
+    if group is None:
+        out: Tensor = _swap.originals["conv2d"](input, weight, bias, stride, padding, dilation, groups)
+        return out
+    return convolve_band(input, weight, bias, stride, padding, dilation, groups, group=group)
+
+
+def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Replacement for `F.group_norm`."""
+    group = _group()
+    if group is None:
+        out: Tensor = _swap.originals["group_norm"](input, num_groups, weight, bias, eps)
+        return out
+    return normalise_band(input, num_groups, weight, bias, eps, group=group)
+
+
+class _Swap:
+    """The replaced functions, with a count of passes: the first of any thread replaces them, the last one restores them."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self.originals: dict[str, Callable[..., Any]] = {"conv2d": torch.conv2d, "group_norm": F.group_norm}
+
+    def acquire(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self.originals = {name: getattr(F, name) for name in self.originals}
+                F.conv2d, F.group_norm = _conv2d, _group_norm  # type: ignore[assignment]
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for name, function in self.originals.items():
+                    setattr(F, name, function)
+
+
+_swap = _Swap()

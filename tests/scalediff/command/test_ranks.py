@@ -1,0 +1,83 @@
+"""The command under torchrun: every picture is drawn by one process, and what is there is left alone."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scalediff.command import drawing, loading
+from scalediff.command.cli import main
+from scalediff.command.loading import UsageError
+from scalediff.command.ranks import Place, device_name, place
+
+pytest.importorskip("PIL.Image")
+
+FAST = ["--size", "96", "--steps", "2", "--restart", "0.5", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def _loaded_once(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_demo", lambda: demo)
+
+
+def start(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, *arguments: str) -> int:
+    """Run the command as one process of torchrun."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+    return main(["generate", *arguments, *FAST])
+
+
+def test_processes_share_the_pictures_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(drawing, "_generate_one", lambda pipe, options, job, *how: job.out.write_text("a picture"))
+    wanted = ["a moon", "a sun", "--seed", "0,1", "--out", str(tmp_path)]
+    seen: list[str] = []
+    for rank in range(3):
+        assert start(monkeypatch, rank, 3, *wanted) == 0
+        finished = sorted(path.name for path in tmp_path.iterdir())
+        assert set(seen) <= set(finished)
+        assert len(finished) - len(seen) == (2, 1, 1)[rank]
+        seen = finished
+    assert seen == ["a-moon-0.png", "a-moon-1.png", "a-sun-0.png", "a-sun-1.png"]
+    assert "rank 2 of 3: 1 of 4 pictures, 0 are there" in capsys.readouterr().err
+    (tmp_path / "a-sun-0.png").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert start(monkeypatch, 0, 1, *wanted, "--skip-existing") == 0
+    assert "rank 0 of 1: 1 of 4 pictures, 3 are there" in capsys.readouterr().err
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {name for name in after if after[name] != before.get(name)} == {"a-sun-0.png"}
+    assert start(monkeypatch, 1, 2, *wanted, "--skip-existing") == 0
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "message"),
+    [
+        (["--split-picture"], 1, "--split-picture needs several processes: start them with torchrun"),
+        (["--split-picture", "--workdir", "w"], 2, "--workdir is not supported with --split-picture"),
+        (["--split-picture", "--compare"], 2, "--split-picture is for ScaleDiff alone: leave out --compare and --method"),
+    ],
+)
+def test_what_processes_cannot_draw_together(
+    arguments: list[str], world: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(monkeypatch, 0, world, "a moon", "--out", str(tmp_path / "moon.png"), *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_place_of_a_process() -> None:
+    assert place({}) == Place(0, 1, None)
+    assert place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(5, 8, 1)
+    for wrong in ({"RANK": "8", "WORLD_SIZE": "8"}, {"RANK": "x"}):
+        with pytest.raises(UsageError, match="RANK, WORLD_SIZE and LOCAL_RANK must be those of torchrun, got"):
+            place(wrong)
+
+
+def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_name(Namespace(device="auto")) == "auto"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [device_name(Namespace(device=name)) for name in ("auto", "cpu")] == ["cuda:3", "cpu"]
