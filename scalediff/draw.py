@@ -141,6 +141,8 @@ def generate(
         if named:
             raise ValueError(f"method={method!r} does not support {', '.join(sorted(named))}")
         chosen = _resolve_preset(pipe, preset)
+        if any(around := wrap_of(pipe, chosen.settings)):
+            raise ValueError(f"method={method!r} does not support wrap, got wrap={around} from the preset or the patched pipeline")
         arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
         return _run_other_method(pipe, options, arguments, (height, width), _settings_of(chosen, given, arguments), on_stage, progress)
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))

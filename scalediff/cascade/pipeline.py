@@ -88,8 +88,10 @@ def latent_size(pipe: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def size_multiple(pipe: Any, *, wrap: tuple[bool, bool] = (False, False)) -> int:
-    """Number of pixels that picture sides must be multiples of. With `wrap` the sides have whole tokens at every level of a U-Net, or the
-    two ends would not meet."""
+    """Number of pixels that picture sides must be multiples of.
+
+    With `wrap`, sides have whole tokens at every level of a U-Net. Otherwise their two ends would not meet.
+    """
     cascade = cascade_of(pipe)
     multiple = max(cascade.size_multiple, cascade.patch * pixels_per_latent(pipe))
     if not any(wrap):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def draw_panel(pipe: Any, name: str, method: MethodOptions | None, job: Job, siz
     if name == FULL:
         given["attention"] = "full"
     if method is not None:
-        given = {one: given[one] for one in SHARED} | {"method": method}
+        preset = replace(given["preset"], settings=replace(given["preset"].settings, wrap=None))
+        given = {one: given[one] for one in SHARED} | {"method": method, "preset": preset}
         if not hasattr(method, "upsampler"):
             given["upsampler"] = None
     if given["progress"]:

@@ -187,9 +187,9 @@ def _tiles(cls: Any, wrap: Wrap) -> dict[str, Callable[..., Any]]:
             overlap = max(1, int(of_latents * self.tile_overlap_factor)) * (of_pixels // of_latents if "encode" in name else 1)
             sizes = tuple(x.shape[-2:])
             margins = tuple(min(overlap, n) if on else 0 for n, on in zip(sizes, wrap, strict=True))
-            longer = x.repeat(1, 1, *(2 if margin else 1 for margin in margins))
-            longer = longer[..., : sizes[0] + margins[0], : sizes[1] + margins[1]]
-            return _of_output(original(self, longer, *args, **kwargs), functools.partial(_closed, sizes=sizes, margins=margins))
+            for dim, margin in zip((-2, -1), margins, strict=True):
+                x = torch.cat([x, x.narrow(dim, 0, margin)], dim=dim) if margin else x
+            return _of_output(original(self, x, *args, **kwargs), functools.partial(_closed, sizes=sizes, margins=margins))
 
         return run
 
@@ -217,7 +217,7 @@ def _closed(out: Tensor, sizes: tuple[int, ...], margins: tuple[int, ...]) -> Te
             continue
         kept = out.shape[dim] * size // (size + margin)
         beyond = out.shape[dim] - kept
-        share = (torch.arange(beyond, device=out.device, dtype=out.dtype) + 0.5) / beyond
+        share = ((torch.arange(beyond, device=out.device, dtype=torch.float64) + 0.5) / beyond).to(out.dtype)
         share = share.view(-1, *[1] * (-1 - dim))
         blended = share * out.narrow(dim, 0, beyond) + (1 - share) * out.narrow(dim, kept, beyond)
         out = torch.cat([blended, out.narrow(dim, beyond, kept - beyond)], dim=dim)

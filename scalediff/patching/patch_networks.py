@@ -80,10 +80,10 @@ def patch_networks(
         targets.append(Target(net, family, native, prefix=prefix, parameters=_parameters(net), **common))  # type: ignore[arg-type]
         _check_not_patched_elsewhere(net, model)
     call = describe_pipeline_call(type(model), targets[0].family)
-    parts = padding_parts(model)
-    check_convolutions(parts, wrap)
     for target in targets:
         target.set_wrap(wrap)
+    parts = padding_parts(model)
+    check_convolutions(parts, wrap)
     handle = Handle(uncompiled(model), targets, parts=parts, skipped=skipped, call=call)
     _check_coverage(handle, strict)
     _check_not_running(targets, strict)

@@ -138,7 +138,8 @@ def text_attention_flops(
         raise ValueError(f"rule must be 'window' or 'global', got {rule=}")
     count, keys = 1, prod(grid)
     if rule == "window":
-        count = prod(patch_count(n, p, o, wrap=around) for n, p, o, around in zip(grid, patch, offset, wrap, strict=True))
+        axes = zip(grid, window, patch, offset, wrap, strict=True)
+        count = prod(len(windows(n, w, p, o, wrap=around)) for n, w, p, o, around in axes)
         keys = prod(min(w, n) for w, n in zip(window, grid, strict=True))
     return 4 * batch * heads * head_dim * text * count * (keys + text)
 

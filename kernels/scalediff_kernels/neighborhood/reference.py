@@ -50,7 +50,7 @@ def joint_neighborhood_patch_attention_reference(
     Text keys and text queries are rotated for each window, as in the definition.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
-    every_k, every_v = k.flatten(1, 2), v.flatten(1, 2)
+    every_k, every_v = k, v
     (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, origin=origin, wrap=wrap)
     out, text_sum = torch.empty_like(q), torch.zeros_like(text_q, dtype=compute)
     for i, (y0, y1, key_y0, key_y1) in enumerate(rows):
@@ -64,7 +64,7 @@ def joint_neighborhood_patch_attention_reference(
                 text_sum += attend(rotated_q, keys, values, scale)
     out = rolled_back(out, offset=offset, wrap=wrap)
     if text_queries == "global":
-        keys, values = torch.cat([text_k, every_k], dim=1), torch.cat([text_v, every_v], dim=1)
+        keys, values = torch.cat([text_k, every_k.flatten(1, 2)], dim=1), torch.cat([text_v, every_v.flatten(1, 2)], dim=1)
         return out, attend(text_q, keys, values, scale).to(q.dtype)
     return out, (text_sum / (len(rows) * len(columns))).to(q.dtype) if text_queries == "window" else None
 

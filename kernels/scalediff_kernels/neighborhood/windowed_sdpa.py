@@ -64,7 +64,7 @@ def joint_neighborhood_patch_attention_sdpa(
     origin: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as in `api.joint_neighborhood_patch_attention`, already checked. One SDPA call per window."""
-    every_k, every_v = (x.flatten(1, 2).transpose(1, 2) for x in (k, v))
+    every_k, every_v = k, v
     (q, k, v), rows, columns = unrolled(q, (k, v), window=window, patch=patch, offset=offset, origin=origin, wrap=wrap)
     q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # [B, H, Y, X, D]
     text_q, text_k, text_v = (x.transpose(1, 2) for x in (text_q, text_k, text_v))  # [B, H, T, D]
@@ -85,7 +85,7 @@ def joint_neighborhood_patch_attention_sdpa(
     assert out is not None
     out = rolled_back(out, offset=offset, wrap=wrap)
     if text_queries == "global":
-        b_k, b_v = torch.cat([text_k, every_k], dim=2), torch.cat([text_v, every_v], dim=2)
+        b_k, b_v = (torch.cat([x, y.flatten(1, 2).transpose(1, 2)], dim=2) for x, y in ((text_k, every_k), (text_v, every_v)))
         return out, _attend(text_q, b_k, b_v, scale).transpose(1, 2)
     return out, (text_sum / (len(rows) * len(columns))).to(out.dtype).transpose(1, 2) if tokens else None
 

@@ -133,6 +133,12 @@ def test_a_cyclic_shift_by_a_patch_shifts_the_result(impl: Any, offset: Pair) ->
     assert not torch.allclose(clamped, image), "the axis Y must matter too"
 
 
+def test_gradients_flow() -> None:
+    q, k, v = (x[:1, :, :, :1, :2].requires_grad_() for x in inputs((3, 5), torch.float64))
+    arguments: dict[str, Any] = {"window": (2, 4), "patch": (2, 2), "offset": (1, 1), "wrap": BOTH, "impl": "sdpa"}
+    assert torch.autograd.gradcheck(lambda *qkv: neighborhood_patch_attention(*qkv, **arguments), (q, k, v))
+
+
 def test_a_window_that_wraps_sees_nothing_else() -> None:
     q, k, v = inputs((4, 10), torch.float32)
     arguments: dict[str, Any] = {"window": (4, 4), "patch": (4, 2), "wrap": X}

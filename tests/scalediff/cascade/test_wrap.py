@@ -234,6 +234,11 @@ def test_other_methods_do_not_wrap(sdxl: Any) -> None:
     pipe, embeddings = sdxl
     with pytest.raises(ValueError, match=r"method='direct' does not support wrap"):
         scalediff.generate(pipe, None, height=16, width=16, call=embeddings, method="direct", wrap=X)
+    why = r"method='direct' does not support wrap, got wrap=\(False, True\) from the preset or the patched pipeline"
+    with pytest.raises(ValueError, match=why):
+        scalediff.generate(pipe, None, height=16, width=16, call=embeddings, method="direct", preset=Settings(wrap=X))
+    with scalediff.patch_model(pipe, wrap=X), pytest.raises(ValueError, match=why):
+        scalediff.generate(pipe, None, height=16, width=16, call=embeddings, method="direct")
 
 
 def test_settings_keep_wrap_through_json() -> None:
