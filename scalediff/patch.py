@@ -42,7 +42,7 @@ from scalediff.patching.networks import denoiser_of, family_in_use, handle_of, i
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
-from scalediff_kernels.distributed.groups import check_agreement, group_of
+from scalediff_kernels.distributed.groups import check_agreement, groups_of
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 
@@ -118,10 +118,11 @@ def patch_model(
             or if no attention call of an unlisted model has the lengths of its layout in its first pass, at any size. Warn
             instead when False.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
-        mesh: Process group of all processes, or a `DeviceMesh` of one dimension over them, over which every picture is split: each
-            rank has a band of rows and a part of the text, and exchanges the rows that windows reach into. All ranks must make the same
-            calls, with the same weights, prompt and generator; this is checked when the model is patched and at every pass. FLUX.1,
-            FLUX.2 and Qwen-Image, on accelerators that diffusers' context parallelism supports. The model is not split when None.
+        mesh: Process group or `DeviceMesh` of one dimension, over which every picture above the native area is split: each rank has a
+            band of rows, and exchanges the rows that windows and convolutions reach into. All ranks must make the same calls, with the
+            same weights, prompt and generator; this is checked when the model is patched and at every pass. Diffusers' U-Nets, for which
+            a mesh of the dimensions `("guidance", "rows")`, of which the first has 2 ranks, also splits a batch in halves; and FLUX.1,
+            FLUX.2 and Qwen-Image over all processes, on accelerators. The model is not split when None.
 
     Warns:
         UserWarning: The model is a text-to-image pipeline that the cascade does not support, so that its own call above the native size
@@ -138,8 +139,8 @@ def patch_model(
         TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph; an argument is of the
             wrong type.
         RuntimeError: The call comes from a callback of a run of the same model, or `mesh` is given and there is no process group.
-        NotImplementedError: The model is a video model; `mesh` does not have all processes, or the model is none of those that it
-            splits; it uses ring attention, or diffusers' context parallelism on a model whose
+        NotImplementedError: The model is a video model; the model or its pipeline is none of those that `mesh` splits, or `mesh` lacks
+            processes or an accelerator that the model needs; it uses ring attention, or diffusers' context parallelism on a model whose
             order of tokens is not known; `impl="triton"` without the triton package. `impl="triton"` on a model that is not on a
             GPU, gradient checkpointing, and such parallelism if it is enabled after patching, raise this error at the first call
             above the native area.
@@ -153,7 +154,9 @@ def patch_model(
     check_arguments(_CHECKS, arguments)
     with held(model):
         if mesh is not None:
-            check_agreement(group_of(mesh), _facts(denoiser_of(model), arguments))
+            facts = _facts(denoiser_of(model), arguments)
+            for group in groups_of(mesh):
+                check_agreement(group, facts)
         handle = patch_networks(model, **arguments, mesh=mesh)
         if not isinstance(model, nn.Module):
             family = family_in_use(denoiser_of(model))

@@ -185,7 +185,9 @@ class Target:
         if not isinstance(layout, Layout):
             raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")
         if self._split is not None:
-            check_agreement(self._split.group, pass_facts(layout, self.offsets.jitter, arguments))
+            facts = pass_facts(layout, self.offsets.jitter, arguments)
+            for group in self._split.groups:
+                check_agreement(group, facts)
         if needs_equal_parts(module, self.family):
             check_equal_parts(module, layout)
         if self.attention == "full":

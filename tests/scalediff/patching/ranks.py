@@ -283,13 +283,16 @@ def odd_heads() -> dict[str, Tensor]:
         return {name: output(model, inputs("FLUX.1", grid, text=6)) for name, grid in (("native", NATIVE), ("above", GRID))}
 
 
-def unet_by_rows(kind: str) -> dict[str, Any]:
-    """A U-Net above its native size, by both ways to return its output, and at it."""
-    model, mesh = ZOO[kind].build().double(), init_device_mesh("cpu", (distributed.get_world_size(),))
+def unet_by_rows(kind: str, guidance: int) -> dict[str, Any]:
+    """A U-Net above its native size, by both ways to return its output, and at it; with `guidance` halves of the batch."""
+    model, world = ZOO[kind].build().double(), distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    if guidance > 1:
+        mesh = init_device_mesh("cpu", (guidance, world // guidance), mesh_dim_names=("guidance", "rows"))
     functions = F.conv2d, F.group_norm, F.scaled_dot_product_attention
     with scalediff.patch_model(model, window=WINDOW, jitter="alternate", mesh=mesh) as handle:
-        rows: list[int] = []
-        model.conv_in.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[2]))
+        rows: list[tuple[int, int]] = []
+        model.conv_in.register_forward_pre_hook(lambda module, args: rows.append((args[0].shape[0], args[0].shape[2])))
         above, report = output(model, unet_inputs(kind, UNET_GRID)), handle.report
         with torch.no_grad():
             moved = model(**unet_inputs(kind, UNET_GRID)).sample
@@ -314,6 +317,10 @@ def refused_unets() -> dict[str, str]:
     """What a split U-Net cannot take; afterwards nothing is replaced any more."""
     said, functions = dict[str, str](), (F.conv2d, F.group_norm)
     model, given = ZOO["SD1.5"].build().double(), unet_inputs("SD1.5", UNET_GRID)
+    try:
+        scalediff.patch_model(model, mesh=init_device_mesh("cpu", (1, distributed.get_world_size()), mesh_dim_names=("guidance", "rows")))
+    except ValueError as error:
+        said["mesh"] = str(error)
     with scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
         odd = unet_inputs("SD1.5", (UNET_GRID[0] + 2, UNET_GRID[1]))
         residual = given | {"mid_block_additional_residual": given["sample"]}
@@ -430,5 +437,8 @@ OTHERS = (
     masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, refused_by_rows,
     drawn_by_rows, odd_heads, refused_unets, demo_by_rows, hangs, fails,
 )  # fmt: skip
-UNETS = {f"{kind} by rows": functools.partial(unet_by_rows, kind) for kind in ("SD1.5", "SDXL", "U-Net without text")}
+UNETS = {
+    f"{kind} by rows, {guidance} halves": functools.partial(unet_by_rows, kind, guidance)
+    for kind, guidance in (("SD1.5", 1), ("SDXL", 1), ("SDXL", 2), ("U-Net without text", 1))
+}
 CASES: dict[str, Callable[[], Any]] = PATCHED | BY_ROWS | UNETS | {case.__name__: case for case in OTHERS}
