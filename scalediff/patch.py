@@ -7,7 +7,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any, get_args
 
 import torch
@@ -26,6 +25,7 @@ from scalediff.arguments import (
     optional,
 )
 from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
+from scalediff.cascade.describing import package_version
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.holding import held
 from scalediff.cascade.memory import images_per_call
@@ -175,8 +175,8 @@ def _facts(denoiser: Any, arguments: Mapping[str, Any]) -> dict[str, str]:
     names = ("window", "text_queries", "text_rope", "jitter", "seed", "impl")
     return {
         "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-        "scalediff": version("scalediff"),
+        "diffusers": package_version("diffusers"),
+        "scalediff": package_version("scalediff"),
         "the model": f"{type(denoiser).__name__} {digest(dict(getattr(denoiser, 'config', {})))}",
         "the digest of the weights": fingerprint_weights([denoiser]),
         **{name: repr(arguments[name]) for name in names},

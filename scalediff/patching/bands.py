@@ -17,7 +17,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from scalediff.families.base import Family
 from scalediff.patching.interception import current
 from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
 from scalediff_kernels.distributed.groups import all_gather, group_of
@@ -29,8 +28,6 @@ class Bands:
     """The split of a U-Net.
 
     Args:
-        module: The U-Net.
-        family: Its family.
         mesh: A process group, or a `DeviceMesh` of one dimension; or one of two, `("guidance", "rows")`, of which the first has two ranks.
             Each of them computes half of a batch of even size, such as that of classifier-free guidance.
         parameters: Names of the arguments of its `forward`.
@@ -42,10 +39,9 @@ class Bands:
     Raises:
         TypeError, RuntimeError: As `group_of`.
         ValueError: As `group_of`; also if a mesh of two dimensions is another one.
-        NotImplementedError: The family cannot be split.
     """
 
-    def __init__(self, module: nn.Module, family: Family, mesh: Any, parameters: Sequence[str]) -> None:
+    def __init__(self, mesh: Any, parameters: Sequence[str]) -> None:
         self._parameters, self._halves = tuple(parameters), None
         if isinstance(mesh, DeviceMesh) and mesh.ndim == 2:
             if mesh.mesh_dim_names != ("guidance", "rows") or mesh.size(0) != 2:
@@ -53,8 +49,6 @@ class Bands:
             self._halves, mesh = mesh.get_group("guidance"), mesh["rows"]
         self.group = group_of(mesh)
         self.groups = (self.group,) if self._halves is None else (self.group, self._halves)
-        if not family.bands:
-            raise NotImplementedError(f"mesh= cannot split a {type(module).__name__}: its layers mix tokens in other ways")
 
     def undo(self, module: nn.Module) -> None:
         """Nothing remains after a pass."""

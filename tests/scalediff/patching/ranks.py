@@ -297,10 +297,12 @@ def unet_by_rows(kind: str, guidance: int) -> dict[str, Any]:
         with torch.no_grad():
             moved = model(**unet_inputs(kind, UNET_GRID)).sample
         native = output(model, unet_inputs(kind, WINDOW))
+        dry = [row.status for row in handle.check(**unet_inputs(kind, WINDOW)).rows]
         handle.attention = "full"
         full = output(model, unet_inputs(kind, UNET_GRID))
     assert functions == (F.conv2d, F.group_norm, F.scaled_dot_product_attention)
-    return {"above": above, "moved": moved, "native": native, "full": full, "rows": rows, "calls": [row.status for row in report.rows]}
+    calls = [row.status for row in report.rows]
+    return {"above": above, "moved": moved, "native": native, "full": full, "rows": rows, "calls": calls, "dry": dry}
 
 
 def unet_inputs(kind: str, grid: tuple[int, int]) -> dict[str, Any]:
@@ -371,7 +373,7 @@ def refused_by_rows() -> dict[str, str]:
         try:
             work()
             said[name] = ""
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, UserWarning) as error:
             said[name] = str(error)
 
     everyone = distributed.group.WORLD
@@ -390,6 +392,9 @@ def refused_by_rows() -> dict[str, str]:
     before, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 0
     attempt("accelerator", lambda: scalediff.patch_model(build("FLUX.1"), window=WINDOW, mesh=everyone))
     torch.accelerator.device_count = before
+    masked = build("Qwen-Image")
+    with scalediff.patch_model(masked, window=WINDOW, mesh=everyone):
+        attempt("mask", lambda: output(masked, inputs("Qwen-Image", GRID) | {"encoder_hidden_states_mask": HOLES}))
     model = build("FLUX.1")
     with scalediff.patch_model(model, window=WINDOW, mesh=everyone):
         attempt("rows", lambda: output(model, inputs("FLUX.1", (7, 2 * world * 2))))

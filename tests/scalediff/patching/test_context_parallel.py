@@ -191,8 +191,8 @@ def check_unet(found: dict[str, Any], name: str, world: int) -> None:
     assert_same(found["moved"], moved)
     assert torch.equal(found["native"], native)
     assert_same(found["full"], output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)))
-    assert found["rows"] == [(batch, rows // bands), (batch, rows // bands), (2, WINDOW[0]), (2, rows)]
-    assert found["calls"] == calls
+    assert found["rows"] == [(batch, rows // bands), (batch, rows // bands), (2, WINDOW[0]), (2, WINDOW[0]), (2, rows)]
+    assert found["calls"] == found["dry"] == calls
 
 
 def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
@@ -214,6 +214,7 @@ def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]])
         assert said["family"].endswith("other models mix tokens outside of attention, got ChromaTransformer2DModel")
         assert said["parallel"] == "this FluxTransformer2DModel is parallel already: pass mesh= or call enable_parallelism, not both"
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 7 rows of tokens: choose a height")
+        assert "runs full attention: masks of the text are not supported over ranks" in said["mask"]
         assert said["accelerator"] == "mesh= needs an accelerator, as diffusers' context parallelism does: got none"
         assert said["gradients"] == "attention over ranks does not support gradients: use torch.no_grad()"
 
