@@ -7,7 +7,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any, get_args
 
 import torch
@@ -27,6 +26,7 @@ from scalediff.arguments import (
     optional,
 )
 from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
+from scalediff.cascade.describing import package_version
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.holding import held
 from scalediff.cascade.memory import images_per_call
@@ -43,7 +43,7 @@ from scalediff.patching.networks import denoiser_of, family_in_use, handle_of, i
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
-from scalediff_kernels.distributed.groups import check_agreement, group_of
+from scalediff_kernels.distributed.groups import check_agreement, groups_of
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 
@@ -125,10 +125,11 @@ def patch_model(
             or if no attention call of an unlisted model has the lengths of its layout in its first pass, at any size. Warn
             instead when False.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
-        mesh: Process group of all processes, or a `DeviceMesh` of one dimension over them, over which every picture is split: each
-            rank has a band of rows and a part of the text, and exchanges the rows that windows reach into. All ranks must make the same
-            calls, with the same weights, prompt and generator; this is checked when the model is patched and at every pass. FLUX.1,
-            FLUX.2 and Qwen-Image, on accelerators that diffusers' context parallelism supports. The model is not split when None.
+        mesh: Process group or `DeviceMesh` of one dimension, over which every picture above the native area is split: each rank has a
+            band of rows, and exchanges the rows that windows and convolutions reach into. All ranks must make the same calls, with the
+            same weights, prompt and generator; this is checked when the model is patched and at every pass. Diffusers' U-Nets, for which
+            a mesh of the dimensions `("guidance", "rows")`, of which the first has 2 ranks, also splits a batch in halves; and FLUX.1,
+            FLUX.2 and Qwen-Image over all processes, on accelerators. The model is not split when None.
 
     Warns:
         UserWarning: The model is a text-to-image pipeline that the cascade does not support, so that its own call above the native size
@@ -145,10 +146,10 @@ def patch_model(
         TypeError: The model is neither a module nor a pipeline with a denoiser, or it is a traced graph; an argument is of the
             wrong type.
         RuntimeError: The call comes from a callback of a run of the same model, or `mesh` is given and there is no process group.
-        NotImplementedError: The model is a video model; `mesh` does not have all processes, or the model is none of those that it
-            splits; it uses ring attention, or diffusers' context parallelism on a model whose order of tokens is not known; `wrap` for a
-            model with positions, or with other convolutions than diffusers' U-Nets and autoencoders have, or together with `mesh`;
-            `impl="triton"` without the triton package. `impl="triton"` on a model that is not on a
+        NotImplementedError: The model is a video model; the model or its pipeline is none of those that `mesh` splits, or `mesh` lacks
+            processes or an accelerator that the model needs; it uses ring attention, or diffusers' context parallelism on a model whose
+            order of tokens is not known; `wrap` for a model with positions, or with other convolutions than diffusers' U-Nets and
+            autoencoders have, or together with `mesh`; `impl="triton"` without the triton package. `impl="triton"` on a model not on a
             GPU, gradient checkpointing, and such parallelism if it is enabled after patching, raise this error at the first call
             above the native area.
 
@@ -163,7 +164,9 @@ def patch_model(
     arguments["wrap"] = wrap[0], wrap[1]
     with held(model):
         if mesh is not None:
-            check_agreement(group_of(mesh), _facts(denoiser_of(model), arguments))
+            facts = _facts(denoiser_of(model), arguments)
+            for group in groups_of(mesh):
+                check_agreement(group, facts)
         handle = patch_networks(model, **arguments, mesh=mesh)
         if not isinstance(model, nn.Module):
             family = family_in_use(denoiser_of(model))
@@ -182,8 +185,8 @@ def _facts(denoiser: Any, arguments: Mapping[str, Any]) -> dict[str, str]:
     names = ("window", "text_queries", "text_rope", "jitter", "seed", "impl")
     return {
         "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-        "scalediff": version("scalediff"),
+        "diffusers": package_version("diffusers"),
+        "scalediff": package_version("scalediff"),
         "the model": f"{type(denoiser).__name__} {digest(dict(getattr(denoiser, 'config', {})))}",
         "the digest of the weights": fingerprint_weights([denoiser]),
         **{name: repr(arguments[name]) for name in names},

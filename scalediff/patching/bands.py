@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from scalediff.families.base import Family
 from scalediff.patching.interception import current
 from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
-from scalediff_kernels.distributed.groups import group_of
+from scalediff_kernels.distributed.groups import all_gather, group_of
 
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 
@@ -28,20 +28,27 @@ class Bands:
     """The split of a U-Net.
 
     Args:
-        module: The U-Net.
-        family: Its family.
-        mesh: A process group, or a `DeviceMesh` of one dimension.
+        mesh: A process group, or a `DeviceMesh` of one dimension; or one of two, `("guidance", "rows")`, of which the first has two ranks.
+            Each of them computes half of a batch of even size, such as that of classifier-free guidance.
         parameters: Names of the arguments of its `forward`.
 
+    Attributes:
+        group: The group over which rows are split.
+        groups: All groups of the mesh.
+
     Raises:
-        TypeError, RuntimeError, ValueError: As `group_of`.
-        NotImplementedError: The family cannot be split.
+        TypeError, RuntimeError: As `group_of`.
+        ValueError: As `group_of`; also if a mesh of two dimensions is another one.
     """
 
-    def __init__(self, module: nn.Module, family: Family, mesh: Any, parameters: Sequence[str]) -> None:
-        self.group, self._parameters = group_of(mesh), tuple(parameters)
-        if not family.bands:
-            raise NotImplementedError(f"mesh= cannot split a {type(module).__name__}: its layers mix tokens in other ways")
+    def __init__(self, mesh: Any, parameters: Sequence[str]) -> None:
+        self._parameters, self._halves = tuple(parameters), None
+        if isinstance(mesh, DeviceMesh) and mesh.ndim == 2:
+            if mesh.mesh_dim_names != ("guidance", "rows") or mesh.size(0) != 2:
+                raise ValueError(f"a mesh of two dimensions must have 2 ranks for guidance, and others for rows, got {mesh}")
+            self._halves, mesh = mesh.get_group("guidance"), mesh["rows"]
+        self.group = group_of(mesh)
+        self.groups = (self.group,) if self._halves is None else (self.group, self._halves)
 
     def undo(self, module: nn.Module) -> None:
         """Nothing remains after a pass."""
@@ -59,16 +66,31 @@ class Bands:
         if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
             raise NotImplementedError("mesh= does not split FreeU's Fourier transforms: call disable_freeu()")
         rank, ranks = distributed.get_rank(self.group), distributed.get_world_size(self.group)
-        latents = self._parameters[0]
+        latents, batch = self._parameters[0], given[self._parameters[0]].shape[0]
+        halves = self._halves if batch % 2 == 0 else None
+        if halves is not None:
+            given = _half(given, batch, distributed.get_rank(halves))
         given[latents] = given[latents].chunk(ranks, dim=2)[rank]
         _swap.acquire()
         try:
             result = method(**given)
         finally:
             _swap.release()
-        if isinstance(result, tuple):
-            return (gather_bands(result[0], self.group), *result[1:])
-        return dataclasses.replace(result, sample=gather_bands(result.sample, self.group))
+        out = gather_bands(result[0], self.group)
+        if halves is not None:
+            whole = out.new_empty(batch, *out.shape[1:])
+            all_gather(whole, out.contiguous(), halves)
+            out = whole
+        return (out, *result[1:]) if isinstance(result, tuple) else dataclasses.replace(result, sample=out)
+
+
+def _half(value: Any, batch: int, half: int) -> Any:
+    """Arguments with one half of every tensor that has the whole batch."""
+    if isinstance(value, Tensor):
+        return value.chunk(2)[half] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: _half(x, batch, half) for name, x in value.items()}
+    return type(value)(_half(x, batch, half) for x in value) if isinstance(value, list | tuple) else value
 
 
 def _group() -> Any:

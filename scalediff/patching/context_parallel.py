@@ -119,6 +119,7 @@ class RowSplit:
         from diffusers import ContextParallelConfig
 
         self.group = check_row_split(module, family, mesh)
+        self.groups = (self.group,)
         self._plan = module._cp_plan
         self._before = [(part, {key for key in _HOOKS if key in part.__dict__}) for part in module.modules()]
         self._processors = [part.processor for part in module.modules() if hasattr(getattr(part, "processor", None), "_parallel_config")]

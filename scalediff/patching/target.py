@@ -139,9 +139,7 @@ class Target:
         """Split the denoiser's tokens over the ranks of a mesh; errors as in `RowSplit` and `Bands`."""
         module = self.module()
         assert module is not None
-        self._split = (
-            RowSplit(module, self.family, mesh) if self.family.context_parallel else Bands(module, self.family, mesh, self._parameters)
-        )
+        self._split = Bands(mesh, self._parameters) if self.family.bands else RowSplit(module, self.family, mesh)
 
     def undo_split(self) -> None:
         """Undo the split of the denoiser's tokens over ranks, if there is one."""
@@ -187,7 +185,9 @@ class Target:
         if not isinstance(layout, Layout):
             raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")
         if self._split is not None:
-            check_agreement(self._split.group, pass_facts(layout, self.offsets.jitter, arguments))
+            facts = pass_facts(layout, self.offsets.jitter, arguments)
+            for group in self._split.groups:
+                check_agreement(group, facts)
         if needs_equal_parts(module, self.family):
             check_equal_parts(module, layout)
         if self.attention == "full":
@@ -216,10 +216,11 @@ class Target:
                 self._plans[key] = plan
         return plan, layout.weights, False
 
-    def _make_plan(self, layout: Layout, offset: tuple[float, float]) -> AttentionPlan:
+    def _make_plan(self, layout: Layout, offset: tuple[float, float], *, whole: bool = False) -> AttentionPlan:
+        """The plan of a pass; of the whole picture, if it is not split in this pass."""
         return AttentionPlan(
             layout, window=self.native, text_rope=self._rotation, text_queries=self.options.text_queries, offset=offset,
-            wrap=self.options.wrap, impl=self.options.impl, group=None if self._split is None else self._split.group,
+            wrap=self.options.wrap, impl=self.options.impl, group=None if self._split is None or whole else self._split.group,
         )  # fmt: skip
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None:
@@ -253,7 +254,8 @@ class Target:
         if self._split is None:
             layout = gathered_layout(module, self.family, layout)
         with torch.no_grad(), _restored(module), torch.compiler.set_stance("force_eager"):
-            opened = open_pass(self, self._make_plan(layout, (0.0, 0.0)), layout.weights, frame=sys._getframe(0), observes=True)
+            plan = self._make_plan(layout, (0.0, 0.0), whole=isinstance(self._split, Bands))
+            opened = open_pass(self, plan, layout.weights, frame=sys._getframe(0), observes=True)
             try:
                 module(*args, **kwargs)
             finally:

@@ -22,16 +22,12 @@ class Exchange:
         own: Its rows.
         messages: All transfers of the exchange.
         group: The process group.
-
-    Attributes:
-        received: Bytes that this rank receives.
     """
 
     def __init__(self, k: Tensor, v: Tensor, *, own: Rows, messages: Sequence[Transfer], group: Any) -> None:
         self._own, self._group, self._rank = own, group, distributed.get_rank(group)
         self._parts = [(own, k, v)]  # in the order of rows
         self._pending: list[tuple[Transfer, Tensor]] = []
-        self.received = 0
         operations = []
         for transfer in messages:
             rows = transfer.rows
@@ -45,7 +41,6 @@ class Exchange:
                 operations.append(distributed.P2POp(distributed.irecv, both, group=group, group_peer=transfer.source))
                 self._pending.append((transfer, both))
                 self._parts.append((rows, both[0], both[1]))
-                self.received += both.nbytes
         self._parts.sort(key=lambda part: part[0])
         try:
             self._works = distributed.batch_isend_irecv(operations) if operations else []

@@ -32,6 +32,15 @@ def group_of(group: Any) -> Any:
     return found
 
 
+def groups_of(mesh: Any) -> tuple[Any, ...]:
+    """The process groups of all dimensions of a `DeviceMesh`, or the one of a group; errors as in `group_of`."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(mesh, DeviceMesh) and mesh.ndim > 1:
+        return tuple(mesh.get_all_groups())
+    return (group_of(mesh),)
+
+
 def all_gather(whole: Tensor, part: Tensor, group: Any) -> None:
     """Write the parts of all ranks into `whole`, one after the other along its first axis."""
     gather = (

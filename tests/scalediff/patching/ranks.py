@@ -283,21 +283,26 @@ def odd_heads() -> dict[str, Tensor]:
         return {name: output(model, inputs("FLUX.1", grid, text=6)) for name, grid in (("native", NATIVE), ("above", GRID))}
 
 
-def unet_by_rows(kind: str) -> dict[str, Any]:
-    """A U-Net above its native size, by both ways to return its output, and at it."""
-    model, mesh = ZOO[kind].build().double(), init_device_mesh("cpu", (distributed.get_world_size(),))
+def unet_by_rows(kind: str, guidance: int) -> dict[str, Any]:
+    """A U-Net above its native size, by both ways to return its output, and at it; with `guidance` halves of the batch."""
+    model, world = ZOO[kind].build().double(), distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    if guidance > 1:
+        mesh = init_device_mesh("cpu", (guidance, world // guidance), mesh_dim_names=("guidance", "rows"))
     functions = F.conv2d, F.group_norm, F.scaled_dot_product_attention
     with scalediff.patch_model(model, window=WINDOW, jitter="alternate", mesh=mesh) as handle:
-        rows: list[int] = []
-        model.conv_in.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[2]))
+        rows: list[tuple[int, int]] = []
+        model.conv_in.register_forward_pre_hook(lambda module, args: rows.append((args[0].shape[0], args[0].shape[2])))
         above, report = output(model, unet_inputs(kind, UNET_GRID)), handle.report
         with torch.no_grad():
             moved = model(**unet_inputs(kind, UNET_GRID)).sample
         native = output(model, unet_inputs(kind, WINDOW))
+        dry = [row.status for row in handle.check(**unet_inputs(kind, WINDOW)).rows]
         handle.attention = "full"
         full = output(model, unet_inputs(kind, UNET_GRID))
     assert functions == (F.conv2d, F.group_norm, F.scaled_dot_product_attention)
-    return {"above": above, "moved": moved, "native": native, "full": full, "rows": rows, "calls": [row.status for row in report.rows]}
+    calls = [row.status for row in report.rows]
+    return {"above": above, "moved": moved, "native": native, "full": full, "rows": rows, "calls": calls, "dry": dry}
 
 
 def unet_inputs(kind: str, grid: tuple[int, int]) -> dict[str, Any]:
@@ -314,6 +319,10 @@ def refused_unets() -> dict[str, str]:
     """What a split U-Net cannot take; afterwards nothing is replaced any more."""
     said, functions = dict[str, str](), (F.conv2d, F.group_norm)
     model, given = ZOO["SD1.5"].build().double(), unet_inputs("SD1.5", UNET_GRID)
+    try:
+        scalediff.patch_model(model, mesh=init_device_mesh("cpu", (1, distributed.get_world_size()), mesh_dim_names=("guidance", "rows")))
+    except ValueError as error:
+        said["mesh"] = str(error)
     with scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
         odd = unet_inputs("SD1.5", (UNET_GRID[0] + 2, UNET_GRID[1]))
         residual = given | {"mid_block_additional_residual": given["sample"]}
@@ -364,7 +373,7 @@ def refused_by_rows() -> dict[str, str]:
         try:
             work()
             said[name] = ""
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, UserWarning) as error:
             said[name] = str(error)
 
     everyone = distributed.group.WORLD
@@ -383,6 +392,9 @@ def refused_by_rows() -> dict[str, str]:
     before, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 0
     attempt("accelerator", lambda: scalediff.patch_model(build("FLUX.1"), window=WINDOW, mesh=everyone))
     torch.accelerator.device_count = before
+    masked = build("Qwen-Image")
+    with scalediff.patch_model(masked, window=WINDOW, mesh=everyone):
+        attempt("mask", lambda: output(masked, inputs("Qwen-Image", GRID) | {"encoder_hidden_states_mask": HOLES}))
     model = build("FLUX.1")
     with scalediff.patch_model(model, window=WINDOW, mesh=everyone):
         attempt("rows", lambda: output(model, inputs("FLUX.1", (7, 2 * world * 2))))
@@ -430,5 +442,8 @@ OTHERS = (
     masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, refused_by_rows,
     drawn_by_rows, odd_heads, refused_unets, demo_by_rows, hangs, fails,
 )  # fmt: skip
-UNETS = {f"{kind} by rows": functools.partial(unet_by_rows, kind) for kind in ("SD1.5", "SDXL", "U-Net without text")}
+UNETS = {
+    f"{kind} by rows, {guidance} halves": functools.partial(unet_by_rows, kind, guidance)
+    for kind, guidance in (("SD1.5", 1), ("SDXL", 1), ("SDXL", 2), ("U-Net without text", 1))
+}
 CASES: dict[str, Callable[[], Any]] = PATCHED | BY_ROWS | UNETS | {case.__name__: case for case in OTHERS}

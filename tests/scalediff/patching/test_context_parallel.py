@@ -179,7 +179,8 @@ def test_bands_of_a_unet_give_what_one_process_gives(name: str, two: list[dict[s
 
 def check_unet(found: dict[str, Any], name: str, world: int) -> None:
     """Above the native size a band reaches the first convolution, and the whole picture at it and with full attention."""
-    kind = name.removesuffix(" by rows")
+    kind, halves = name.removesuffix(" halves").split(" by rows, ")
+    batch, bands = 2 // int(halves), world // int(halves)
     model, rows = ZOO[kind].build().double(), ranks.UNET_GRID[0]
     with scalediff.patch_model(model, window=WINDOW, jitter="alternate") as handle:
         expected, moved = (output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)) for _ in range(2))
@@ -190,8 +191,8 @@ def check_unet(found: dict[str, Any], name: str, world: int) -> None:
     assert_same(found["moved"], moved)
     assert torch.equal(found["native"], native)
     assert_same(found["full"], output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)))
-    assert found["rows"] == [rows // world, rows // world, WINDOW[0], rows]
-    assert found["calls"] == calls
+    assert found["rows"] == [(batch, rows // bands), (batch, rows // bands), (2, WINDOW[0]), (2, WINDOW[0]), (2, rows)]
+    assert found["calls"] == found["dry"] == calls
 
 
 def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
@@ -203,6 +204,7 @@ def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, 
 def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
     for said in (found["refused_unets"] for found in two):
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 9 rows of tokens")
+        assert said["mesh"].startswith("a mesh of two dimensions must have 2 ranks for guidance, and others for rows, got")
         assert said["residuals"] == "mesh= splits a U-Net without the residuals of others, got mid_block_additional_residual"
         assert said["FreeU"] == "mesh= does not split FreeU's Fourier transforms: call disable_freeu()"
 
@@ -212,6 +214,7 @@ def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]])
         assert said["family"].endswith("other models mix tokens outside of attention, got ChromaTransformer2DModel")
         assert said["parallel"] == "this FluxTransformer2DModel is parallel already: pass mesh= or call enable_parallelism, not both"
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 7 rows of tokens: choose a height")
+        assert "runs full attention: masks of the text are not supported over ranks" in said["mask"]
         assert said["accelerator"] == "mesh= needs an accelerator, as diffusers' context parallelism does: got none"
         assert said["gradients"] == "attention over ranks does not support gradients: use torch.no_grad()"
 
@@ -234,7 +237,9 @@ def test_ranks_that_differ_are_named(two: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
-    found = ranks.run(4, (*PATCHED, *BY_ROWS), tmp_path)
+    found = ranks.run(4, (*PATCHED, *BY_ROWS, *UNETS), tmp_path)
+    for name in UNETS:
+        check_unet(found[3][name], name, 4)
     for name in PATCHED:
         check_patched(found[3][name], name, heads=4)
     for name in BY_ROWS:
