@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
+from scalediff.patching.caches import check_jitter, empty_caches
 from scalediff.patching.call import Call
 from scalediff.patching.context_parallel import check_equal_parts, gathered_layout, needs_equal_parts
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
@@ -63,6 +64,11 @@ class Offsets:
         self._last_input: tuple[weakref.ref[Tensor], int] | None = None
         self._fraction = (0.0, 0.0)
         self._steps = 0
+
+    @property
+    def at_start(self) -> bool:
+        """Whether no step has had an offset yet."""
+        return self._steps == 0
 
     def next(self, model_input: Tensor) -> tuple[float, float]:
         """The offset `(Y, X)` of a pass with this input."""
@@ -175,6 +181,8 @@ class Target:
                 f"gradient checkpointing around the model needs jitter='none', got jitter={self.offsets.jitter!r}: the patch grid of the "
                 f"second computation would be another one"
             )
+        if self.offsets.at_start:
+            check_jitter(module, self.offsets.jitter)
         fraction = self.offsets.next(like)
         key = (layout, fraction, like.device, like.dtype)
         plan = self._plans.get(key)
@@ -221,7 +229,7 @@ class Target:
         except (UnknownLayout, AttributeError, IndexError, KeyError, TypeError) as why:
             raise ValueError(f"these arguments of {type(module).__name__} do not give its token layout: {why!r}") from why
         layout = gathered_layout(module, self.family, layout)
-        with torch.no_grad(), _restored(module), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), _restored(module), empty_caches(module), torch.compiler.set_stance("force_eager"):
             opened = open_pass(self, self._make_plan(layout, (0.0, 0.0)), layout.weights, frame=sys._getframe(0), observes=True)
             try:
                 module(*args, **kwargs)
