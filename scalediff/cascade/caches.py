@@ -52,10 +52,8 @@ def check_caches(pipe: Any, settings: Settings, *, calls: int, restarts: int, ji
                 f"{split_guidance=} and guidance_until={until}"
             )
         for name, hook in cache_hooks(net):
-            if name == "MagCache" and hook.config.num_inference_steps != calls:
-                raise ValueError(
-                    f"MagCacheConfig needs num_inference_steps={calls}, as many as the run, got {hook.config.num_inference_steps}"
-                )
+            if name == "MagCache" and (given := hook.config.num_inference_steps) != calls:
+                raise ValueError(f"MagCacheConfig must have the {calls} model calls of the run, got num_inference_steps={given}")
 
 
 def check_no_caches(pipe: Any, method: str) -> None:
