@@ -1,7 +1,7 @@
 """Feature caches in a run: what a run does not support, and what a cache must know about a stage.
 
-To a cache every stage is a picture of its own: it begins with nothing in the cache, because another stage has other tokens. But a stage runs
-the last steps of a schedule, while the settings of a cache are those of the whole schedule.
+To a cache every stage is a picture of its own: it begins with an empty cache, because another stage has other tokens. But a stage runs the
+last steps of a schedule, while the settings of a cache are those of the whole schedule.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from scalediff.cascade.pipeline import cascade_of
+from scalediff.cascade.borrowing import runs_in_halves
 from scalediff.patching.caches import EXACT, cache_hooks, cache_names, check_jitter, reset_caches
 from scalediff.patching.networks import networks_of
 from scalediff.patching.subclass import is_replaced
@@ -33,9 +33,11 @@ def check_caches(pipe: Any, settings: Settings, *, calls: int, restarts: int, ji
 
     Raises:
         ValueError: A cache was made for another number of steps, or does not allow this jitter.
-        NotImplementedError: A cache cannot begin in the middle of a schedule, or would mix the two halves of a guided batch.
+        NotImplementedError: A cache cannot begin in the middle of a schedule, or would mix the two halves of a guided batch; or as
+            `runs_in_halves`.
         RuntimeError: cache-dit was enabled after the pipeline was patched.
     """
+    halves = runs_in_halves(pipe, settings, split=split_guidance)
     if "_context_manager" in pipe.__dict__ and is_replaced(pipe, "__call__"):
         raise RuntimeError("cache-dit was enabled after patch_model, so it would keep its cache from stage to stage: enable it before")
     for net in networks_of(pipe):
@@ -43,13 +45,11 @@ def check_caches(pipe: Any, settings: Settings, *, calls: int, restarts: int, ji
         check_jitter(net, jitter)
         if restarts and "FasterCache" in names:
             raise NotImplementedError("FasterCache cannot begin a stage in the middle of a schedule, where it skips attention at once")
-        until = settings.guidance_until
-        halves = split_guidance or min(until if isinstance(until, tuple) else (until,)) < 1
         mixed = [name for name in names if name not in EXACT]
-        if mixed and halves and cascade_of(pipe).conditional:
+        if mixed and halves:
             raise NotImplementedError(
                 f"{mixed[0]} would mix the halves of a guided batch: it needs split_guidance=False and guidance_until=1, got "
-                f"{split_guidance=} and guidance_until={until}"
+                f"{split_guidance=} and guidance_until={settings.guidance_until}"
             )
         for name, hook in cache_hooks(net):
             if name == "MagCache" and (given := hook.config.num_inference_steps) != calls:
