@@ -38,12 +38,16 @@ CACHES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=1, **ALWAYS),
         lambda: diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=4, **ALWAYS),
     ),
+    "SeaCache": (
+        lambda: diffusers.SeaCacheConfig(threshold=0.0, raw_vision_callback=picture),
+        lambda: diffusers.SeaCacheConfig(threshold=1e9, cache_end_steps=0, raw_vision_callback=picture),
+    ),
     "FasterCache": (
         lambda: faster(spatial_attention_timestep_skip_range=(-1, 1)),
         lambda: faster(spatial_attention_timestep_skip_range=(-1, 600)),
     ),
 }  # fmt: skip
-COMPUTED = {"FirstBlockCache": 1, "MagCache": 0, "TaylorSeerCache": 0, "PyramidAttentionBroadcast": 0, "FasterCache": 0}
+COMPUTED = {"SeaCache": 0, "FirstBlockCache": 1, "MagCache": 0, "TaylorSeerCache": 0, "PyramidAttentionBroadcast": 0, "FasterCache": 0}
 
 
 class Time:
@@ -57,11 +61,16 @@ def faster(**more: Any) -> Any:
     return diffusers.FasterCacheConfig(spatial_attention_block_skip_range=9, attention_weight_callback=lambda _: 0.5, **more)
 
 
+def picture(model: nn.Module, args: Any, arguments: dict[str, Any]) -> list[Tensor]:
+    """The latents of a pass as SeaCache wants them, `[C, T, Y, X]`."""
+    return [arguments["hidden_states"][0].T.unflatten(1, (1, *GRID))]
+
+
 def steps(model: Any, grid: tuple[int, int] = GRID) -> Tensor:
     """The outputs of three steps."""
     outs = []
     for step, Time.now in enumerate((900, 700, 500)):
-        with model.cache_context("cond"):
+        with model.cache_context("cond", step_index=step, num_inference_steps=3, sigma=Time.now / 1000):
             outs.append(ZOO["FLUX.1"].run(model, grid, seed=step))
     return torch.stack(outs)
 
@@ -71,6 +80,7 @@ def steps(model: Any, grid: tuple[int, int] = GRID) -> Tensor:
 @pytest.mark.composes("TaylorSeerCache", "network")
 @pytest.mark.composes("PyramidAttentionBroadcast", "network")
 @pytest.mark.composes("FasterCache", "network")
+@pytest.mark.composes("SeaCache", "network")
 @either_order
 @pytest.mark.parametrize("name", CACHES)
 def test_a_cache_of_a_patched_model(name: str, patch_first: bool) -> None:
@@ -137,7 +147,7 @@ def test_patches_that_move_are_refused_where_a_cache_would_mix_them(name: str, j
     """A cache that extrapolates takes differences of steps; one that reuses is right with either of two grids."""
     model = ZOO["FLUX.1"].build()
     model.enable_cache(CACHES[name][1]())
-    extrapolates = name in ("TaylorSeerCache", "FasterCache")
+    extrapolates = name in ("TaylorSeerCache", "SeaCache", "FasterCache")
     with patch(model, jitter=jitter) as handle:
         if jitter == "alternate" and not extrapolates:
             steps(model)
