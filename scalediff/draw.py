@@ -119,11 +119,12 @@ def generate(
 
     Raises:
         ValueError: A size or setting is out of range, the picture alone is larger than the device's memory, the pipeline belongs to no
-            known family, or the workdir belongs to another run.
+            known family, the workdir belongs to another run, or a feature cache was made for another number of steps.
         TypeError: The pipeline is not a text-to-image pipeline, or an argument is of the wrong type.
-        NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model.
+        NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model; a feature cache or
+            perturbed-attention guidance does not allow these settings, as in docs/guide/composition.md.
         ImportError: The upsampler is a path, and spandrel is not installed.
-        RuntimeError: The call comes from a callback of a run of the same pipeline.
+        RuntimeError: The call comes from a callback of a run of the same pipeline, or cache-dit was enabled after `patch_model`.
         torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
 
     ScaleDiff, arXiv:2510.25818.

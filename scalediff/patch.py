@@ -107,7 +107,8 @@ def patch_model(
             such a module is not rotated.
         jitter: How the patch grid moves: `"none"`; `"alternate"`, by half a patch at every second step; `"random"`, by a random
             fraction of a patch at every step. Forward passes with the same input tensor count as one step;
-            `Handle.restart_jitter` starts the sequence again.
+            `Handle.restart_jitter` starts the sequence again. A feature cache that reuses steps refuses `"random"` at the first call
+            above the native area, and one that extrapolates any but `"none"`.
         seed: Seed of the random offsets, which must be the same on all ranks of a parallel model. They come from a separate generator.
         strict: Raise an error if a self-attention module cannot be patched or, in a later pass, ran without calling attention;
             or if no attention call of an unlisted model has the lengths of its layout in its first pass, at any size. Warn

@@ -18,6 +18,8 @@ from scalediff.cascade.pipeline import preset
 from scalediff.patching.caches import cache_hooks
 from scalediff.patching.networks import denoiser_of
 from tests.conftest import seeded
+from tests.scalediff.cascade import further_pipelines
+from tests.scalediff.cascade.prompted_pipelines import draw as draw_prompt
 from tests.scalediff.cascade.prompted_pipelines import picture_of, target_of
 from tests.scalediff.cascade.test_pipelines import built
 
@@ -106,6 +108,7 @@ def watched(flux: Any, run: Callable[[], scalediff.Result] | None = None) -> tup
     return result, [[calls.pop(0) for _ in range(stage.steps)] for stage in result.stages]
 
 
+@pytest.mark.draws("text-to-image", ["FLUX"], switch="feature cache")
 @pytest.mark.composes("FirstBlockCache", "cascade")
 @pytest.mark.composes("MagCache", "cascade")
 @pytest.mark.composes("TaylorSeerCache", "cascade")
@@ -157,6 +160,7 @@ def hook_settings(net: nn.Module) -> list[Any]:
     return [(getattr(hook, "config", None), getattr(hook, "disable_cache_after_step", None)) for _, hook in cache_hooks(net)]
 
 
+@pytest.mark.draws("upscale", ["FLUX"], switch="feature cache")
 def test_a_picture_is_enlarged_with_the_last_steps_of_a_cache(flux: Any, cached: Any) -> None:
     """`upscale` has no base stage; here it has two others."""
     height, width = target_of(flux[0])
@@ -183,6 +187,23 @@ def test_a_workdir_belongs_to_a_cache_with_its_settings(flux: Any, cached: Any, 
     cached(diffusers.FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match=r"belongs to another run \(caches: '\w+' there\)"):
         draw(flux, workdir=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.composes("TextKVCache", "cascade")
+def test_cached_text_of_nucleus_is_the_text_of_every_stage() -> None:
+    """Split guidance is right too, because nothing of the picture is cached."""
+    pipe, call = further_pipelines.ready("NucleusMoE-Image")
+    plain = latents(draw_prompt(pipe, "a red boat", call=call))
+    projected = list[nn.Module]()
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith("add_k_proj"):
+            module.register_forward_hook(lambda module, *_: projected.append(module))
+    pipe.transformer.enable_cache(diffusers.TextKVCacheConfig())
+    cached = latents(draw_prompt(pipe, "a red boat", call=call, split_guidance=True))
+    assert len(projected) == len(set(projected)) * 2 * len(cached)  # for the prompt and for the negative one, in every stage
+    for one, other in zip(cached, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 # What a run cannot do with a cache is an error before anything is drawn

@@ -161,6 +161,6 @@ def test_perturbed_attention_guidance_is_heard_in_every_stage() -> None:
         assert_differs(one, without)
         torch.testing.assert_close(other, without, rtol=1e-4, atol=1e-4)
     with pytest.raises(
-        NotImplementedError, match="StableDiffusionPAGPipeline has three parts: .* got split_guidance=True and guidance_until"
+        NotImplementedError, match=r"StableDiffusionPAGPipeline has three parts: .* got split_guidance=True and guidance_until"
     ):
         draw(pipe, BOAT, split_guidance=True)

@@ -67,6 +67,7 @@ def test_the_report_counts_the_calls_of_the_last_pass(unet: nn.Module) -> None:
         assert "  taken  left  status" in text
 
 
+@pytest.mark.composes("attention slicing", "network", refused="its processors compute attention themselves")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.usefixtures("own_processors")
 def test_processors_changed_after_patching_are_an_error(unet: Any, change: str) -> None:
