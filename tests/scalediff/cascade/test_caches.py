@@ -189,7 +189,6 @@ def test_a_workdir_belongs_to_a_cache_with_its_settings(flux: Any, cached: Any, 
         draw(flux, workdir=tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.composes("TextKVCache", "cascade")
 def test_cached_text_of_nucleus_is_the_text_of_every_stage() -> None:
     """Split guidance is right too, because nothing of the picture is cached."""

@@ -18,6 +18,7 @@ from tests.conftest import seeded
 from tests.scalediff.cascade.prompted_pipelines import draw, drawn, quiet, ready, stable_diffusion
 from tests.scalediff.cascade.test_pipelines import built
 from tests.scalediff.cascade.test_prompts import BOAT
+from tests.scalediff.patching.test_backend import own_backend as own_backend  # a fixture for every test here
 from tests.scalediff.patching.test_composition import assert_differs
 
 diffusers = pytest.importorskip("diffusers", reason="what is composed with are diffusers' features")
