@@ -124,7 +124,8 @@ def generate(
         NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model; a feature cache or
             perturbed-attention guidance does not allow these settings, as in docs/guide/composition.md.
         ImportError: The upsampler is a path, and spandrel is not installed.
-        RuntimeError: The call comes from a callback of a run of the same pipeline, or cache-dit was enabled after `patch_model`.
+        RuntimeError: The call comes from a callback of a run of the same pipeline, or cache-dit was not enabled on the
+            pipeline before `patch_model`.
         torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
 
     ScaleDiff, arXiv:2510.25818.

@@ -35,14 +35,14 @@ def check_caches(pipe: Any, settings: Settings, *, calls: int, restarts: int, ji
         ValueError: A cache was made for another number of steps, or does not allow this jitter.
         NotImplementedError: A cache cannot begin in the middle of a schedule, or would mix the two halves of a guided batch; or as
             `runs_in_halves`.
-        RuntimeError: cache-dit was enabled after the pipeline was patched.
+        RuntimeError: cache-dit was enabled on the denoiser alone, or after the pipeline was patched.
     """
     halves = runs_in_halves(pipe, settings, split=split_guidance)
-    if "_context_manager" in pipe.__dict__ and is_replaced(pipe, "__call__"):
-        raise RuntimeError("cache-dit was enabled after patch_model, so it would keep its cache from stage to stage: enable it before")
     for net in networks_of(pipe):
         names = cache_names(net)
-        check_jitter(net, jitter)
+        if "cache-dit" in names and ("_context_manager" not in pipe.__dict__ or is_replaced(pipe, "__call__")):
+            raise RuntimeError("cache-dit would keep its cache from stage to stage: enable it on the pipeline, and before patch_model")
+        check_jitter(net, jitter if settings.attention == "npa" else "none")
         if restarts and "FasterCache" in names:
             raise NotImplementedError("FasterCache cannot begin a stage in the middle of a schedule, where it skips attention at once")
         mixed = [name for name in names if name not in EXACT]

@@ -160,6 +160,18 @@ def hook_settings(net: nn.Module) -> list[Any]:
     return [(getattr(hook, "config", None), getattr(hook, "disable_cache_after_step", None)) for _, hook in cache_hooks(net)]
 
 
+@pytest.mark.draws("text-to-image", ["SD3"], switch="feature cache")
+def test_a_cache_of_a_model_that_diffusers_never_empties() -> None:
+    """SD3's class has no `enable_cache`, so its pipeline leaves a cache that was applied by hand as it is."""
+    pipe, embeddings = built("SD3")
+    without = latents(draw((pipe, embeddings)))
+    diffusers.hooks.apply_pyramid_attention_broadcast(pipe.transformer, CACHES["PyramidAttentionBroadcast"][0]())
+    first, second = (latents(draw((pipe, embeddings))) for _ in range(2))
+    for one, other, plain in zip(first, second, without, strict=True):
+        assert torch.equal(one, other)
+        assert (one - plain).abs().max() > 1e-3
+
+
 @pytest.mark.draws("upscale", ["FLUX"], switch="feature cache")
 def test_a_picture_is_enlarged_with_the_last_steps_of_a_cache(flux: Any, cached: Any) -> None:
     """`upscale` has no base stage; here it has two others."""
@@ -256,12 +268,16 @@ def test_the_halves_of_a_guided_batch_are_not_mixed(how: dict[str, Any]) -> None
 # cache-dit
 
 
-def test_cache_dit_that_is_enabled_after_patching_is_refused(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does: it replaces the call of the pipeline's class, which is the patched one, and gives the pipeline a manager of its state."""
-    own = type(flux[0]).__call__
-    monkeypatch.setattr(type(flux[0]), "__call__", lambda self, *args, **kwargs: own(self, *args, **kwargs))
-    monkeypatch.setitem(flux[0].__dict__, "_context_manager", object())
-    refused(flux, RuntimeError, "cache-dit was enabled after patch_model, so it would keep its cache from stage to stage: enable it before")
+@pytest.mark.parametrize("on", ["the denoiser", "the patched pipeline"])
+def test_cache_dit_that_does_not_see_the_calls_of_stages_is_refused(on: str, flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does: it gives both a manager of its state, and replaces the call of the pipeline's class, here the patched one."""
+    pipe, own = flux[0], type(flux[0]).__call__
+    monkeypatch.setitem(pipe.transformer.__dict__, "_context_manager", object())
+    if on == "the patched pipeline":
+        monkeypatch.setitem(pipe.__dict__, "_context_manager", object())
+        monkeypatch.setattr(type(pipe), "__call__", lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    why = "cache-dit would keep its cache from stage to stage: enable it on the pipeline, and before patch_model"
+    refused(flux, RuntimeError, why)
 
 
 @pytest.mark.composes("cache-dit", "cascade")
@@ -282,6 +298,7 @@ def test_cache_dit_that_is_enabled_before_patching() -> None:
             assert {(row.module, row.taken) for row in handle.report.patched} == {("transformer_blocks.0.attn", 1)}
             handle.jitter = "alternate"
             refused((pipe, embeddings), ValueError, "cache-dit extrapolates .*, got jitter='alternate'")
+            draw((pipe, embeddings), attention="full")  # without patches that could move
     finally:
         cache_dit.disable_cache(pipe)
     for one, other, without in zip(latents(first), latents(second), plain(), strict=True):
