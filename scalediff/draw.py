@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from scalediff.arguments import checked
+from scalediff.cascade.caches import check_no_caches
 from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs
 from scalediff.cascade.fingerprint import fingerprint_run
 from scalediff.cascade.fitting import check_possible
@@ -25,7 +26,7 @@ from scalediff.cascade.run import run
 from scalediff.cascade.schedule import schedule_length
 from scalediff.cascade.upsampling import Upsampler, resolve_upsampler
 from scalediff.cascade.workdir import Workdir
-from scalediff.methods import METHODS, MethodOptions, resolve_method
+from scalediff.methods import METHODS, Direct, MethodOptions, SuperResolution, resolve_method
 from scalediff.settings import Attention, PerStage, Preset, Settings
 
 _MAX_DISTORTION = 0.02  # change of the log aspect ratio that is allowed, because sizes are rounded to multiples of the model's
@@ -122,11 +123,13 @@ def generate(
 
     Raises:
         ValueError: A size or setting is out of range, the picture alone is larger than the device's memory, the pipeline belongs to no
-            known family, or the workdir belongs to another run.
+            known family, the workdir belongs to another run, or a feature cache was made for another number of steps.
         TypeError: The pipeline is not a text-to-image pipeline, or an argument is of the wrong type.
-        NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model.
+        NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model; a feature cache or
+            perturbed-attention guidance does not allow these settings, as in docs/guide/composition.md.
         ImportError: The upsampler is a path, and spandrel is not installed.
-        RuntimeError: The call comes from a callback of a run of the same pipeline.
+        RuntimeError: The call comes from a callback of a run of the same pipeline, or cache-dit was not enabled on the
+            pipeline before `patch_model`.
         torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
 
     ScaleDiff, arXiv:2510.25818.
@@ -301,6 +304,8 @@ def _run_other_method(
 ) -> Result:
     """Run another published method through the same pipeline call."""
     run_method = next(one.run for one in METHODS.values() if type(options) is one.options)
+    if not isinstance(options, Direct | SuperResolution):  # these call the pipeline once and change nothing in it
+        check_no_caches(pipe, type(options).__name__)
     arguments = _complete_arguments(pipe, arguments, settings)
     check_possible(pipe, arguments, size)
     stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)

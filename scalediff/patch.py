@@ -115,7 +115,8 @@ def patch_model(
             such a module is not rotated.
         jitter: How the patch grid moves: `"none"`; `"alternate"`, by half a patch at every second step; `"random"`, by a random
             fraction of a patch at every step. Forward passes with the same input tensor count as one step;
-            `Handle.restart_jitter` starts the sequence again.
+            `Handle.restart_jitter` starts the sequence again. A feature cache that reuses steps refuses `"random"` at the first call
+            above the native area, and one that extrapolates any but `"none"`.
         seed: Seed of the random offsets, which must be the same on all ranks of a parallel model. They come from a separate generator.
         wrap: Whether the picture continues on the other side, per axis `(Y, X)`: `(False, True)` for a panorama of 360 degrees, `(True,
             True)` for a texture. For U-Nets and other models without positions. Windows and patches then cross the border, and so do the

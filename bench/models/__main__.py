@@ -1,7 +1,7 @@
-"""Which models `patch_model` knows, tried on the installed diffusers: `python -m bench.models --write` updates docs/guide/models.md.
+"""Which models `patch_model` knows, tried on the installed diffusers, and what is tested together with it.
 
-`--check` fails where the page differs from the installed diffusers: a new model, a removed one, or one whose attention modules are no
-longer reached.
+`python -m bench.models --write` updates docs/guide/models.md and docs/guide/composition.md. `--check` fails where a page differs from the
+installed diffusers (a new model, a removed one, or one whose attention modules are no longer reached) or from the tests.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 import scalediff
 from bench.harness.facts import ROOT, package_version
 from bench.harness.pages import fill, page_parser, require_pandas, table, write_or_check
+from bench.models import compositions
 from bench.models.zoo import WINDOW, ZOO, Specimen
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Family
@@ -90,10 +91,12 @@ def page() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = page_parser("models", __doc__.split("\n")[0], "the tables of docs/guide/models.md")
+    parser = page_parser("models", __doc__.split("\n")[0], "the tables of docs/guide/models.md and docs/guide/composition.md")
     options = parser.parse_args(arguments)
     require_pandas()
-    write_or_check({PAGE: page()}, check=not options.write, command="python -m bench.models --write")
+    write_or_check(
+        {PAGE: page(), compositions.PAGE: compositions.page()}, check=not options.write, command="python -m bench.models --write"
+    )
 
 
 if __name__ == "__main__":

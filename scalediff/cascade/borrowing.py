@@ -129,6 +129,22 @@ def _intercepting_subclass(cls: type) -> type:
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
+def runs_in_halves(pipe: Any, settings: Settings, *, split: bool) -> bool:
+    """Whether some denoiser calls of a run have only half of the batch that classifier-free guidance has doubled.
+
+    Raises:
+        NotImplementedError: The batch has a third part, for perturbed-attention guidance.
+    """
+    until = settings.guidance_until
+    halves = bool(cascade_of(pipe).conditional) and (split or min(until if isinstance(until, tuple) else (until,)) < 1)
+    if halves and hasattr(type(pipe), "do_perturbed_attention_guidance"):
+        raise NotImplementedError(
+            f"the batch of {type(pipe).__name__} has three parts: it needs split_guidance=False and guidance_until=1, got "
+            f"split_guidance={split} and guidance_until={until}"
+        )
+    return halves
+
+
 @contextmanager
 def guidance_in_halves(pipe: Any, *, unguided_from: int | None, split: bool, guidance_scale: float = 1.0) -> Iterator[None]:
     """Run the two halves of a batch that classifier-free guidance has doubled one after the other, or only the conditional half.

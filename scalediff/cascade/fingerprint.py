@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalediff.cascade.caches import cache_settings
 from scalediff.cascade.generators import states_of
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.upsampling import identify_upsampler
@@ -29,6 +30,7 @@ def fingerprint_run(
     """Everything that determines the result of a run bit for bit, on one machine; a workdir is resumed only if all of it matches."""
     generator = arguments["generator"]
     denoiser: Any = denoiser_of(pipe)
+    caches = cache_settings(pipe)
     handle = handle_of(pipe)
     named = {"generator", "prompt", "negative_prompt", "num_inference_steps"}
     return {
@@ -48,4 +50,5 @@ def fingerprint_run(
         "vae": [run_options.vae_tiling, run_options.vae_attention],
         "split_guidance": run_options.split_guidance,
         "upsampler": identify_upsampler(run_options.upsampler),
+        "caches": digest(caches) if caches else None,
     }

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scalediff.cascade.borrowing import borrowed, guidance_in_halves, tiled
+from scalediff.cascade.caches import caches_of_stage, check_caches
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
@@ -69,9 +70,12 @@ def run(
     """
     if any(wrap := wrap_of(pipe, settings)):
         settings = replace(settings, wrap=wrap)
-    check_run(pipe, arguments, sizes, settings, restarts=len(sizes) - (picture is None))
+    restarts = len(sizes) - (picture is None)
+    check_run(pipe, arguments, sizes, settings, restarts=restarts)
     check_possible(pipe, arguments, sizes[-1])
     with borrowed(pipe, settings, options.vae_attention) as handle:
+        jitter, calls = handle.jitter if handle is not None else "none", _model_calls(pipe.scheduler, settings.steps)
+        check_caches(pipe, settings, calls=calls, restarts=restarts, jitter=jitter, split_guidance=options.split_guidance)
         return _Run(pipe, arguments, list(sizes), settings, options, handle, base or sizes[0]).run_stages(picture)
 
 
@@ -187,7 +191,12 @@ class _Run:
             pipe.set_progress_bar_config(disable=True)
         self.progress.begin(index)
         scale = float(self.arguments.get(cascade_of(pipe).guidance) or 1.0)
-        with guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance, guidance_scale=scale):
+        calls = self._calls(index)
+        dropped = _model_calls(self.scheduler, self.settings.steps) - calls
+        with (
+            caches_of_stage(pipe, calls=calls, dropped=dropped),
+            guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance, guidance_scale=scale),
+        ):
             result = call_stage(pipe, size, {**self.arguments, **changes, **output})
         if not restarts and len(self.sizes) > 1:
             self.base_schedule_arguments = pipe.scheduler.schedule_arguments
@@ -209,9 +218,8 @@ class _Run:
         return watch
 
     def _calls(self, index: int) -> int:
-        """Number of model calls of a stage. A solver of order two makes two calls in each step except the last."""
-        steps = self.settings.steps if index <= self.first else self._settings(index).stage_steps
-        return int(self.scheduler.order) * (steps - 1) + 1
+        """Number of model calls of a stage."""
+        return _model_calls(self.scheduler, self.settings.steps if index <= self.first else self._settings(index).stage_steps)
 
     def _settings(self, index: int) -> Settings:
         """The settings of a stage, with a single number in place of each tuple; for the base stage, those of the run."""
@@ -260,3 +268,8 @@ class _Run:
         self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, last_steps=0, guidance=Guidance(None, 1.0))
         changes = {"latents": packed(self.pipe, self.latents), "num_inference_steps": 1, **self._without_schedule()}
         return call_stage(self.pipe, size, {**self.arguments, **changes})
+
+
+def _model_calls(scheduler: Any, steps: int) -> int:
+    """Number of model calls in this number of steps. A solver of order two makes two calls in each step except the last."""
+    return int(scheduler.order) * (steps - 1) + 1

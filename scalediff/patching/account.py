@@ -9,6 +9,7 @@ from torch import nn
 
 from scalediff.families.base import Family, find_obstacle
 from scalediff.families.grid import AttentionSite, Grid, patch_of, window_of
+from scalediff.patching.caches import cache_names
 from scalediff.patching.call import Call
 from scalediff.patching.causes import describe_calls, other_attention
 from scalediff.patching.interception import Pass, torch_function
@@ -98,7 +99,7 @@ class Account:
             before = self._known.get(name)
             calls.call = calls.call or (before.call if before is not None else None)
             self._known[name] = calls
-        if silent and count > 0 and not self._family.listed and not finished.in_graph:
+        if silent and count > 0 and not self._family.listed and not finished.in_graph and not self._caches():
             self.warn_once(", ".join(silent), f"{', '.join(silent)} made calls in an earlier pass and none in this one, or was skipped")
         if finished.skipped_in_graph:
             self.warn_once(f"an attention call of the compiled {self._name}", finished.skipped_in_graph)
@@ -114,10 +115,11 @@ class Account:
                 raise ValueError(f"nothing was patched: {why}, in {self._name}; the pass ran full attention. {cause}")
             for name, why in finished.skipped.items():
                 self.warn_once(name, why)
-            if count == 0 and self._most_intercepted > 0 and not self._family.listed:
-                self._warn(self._name, f"{none}, and an earlier pass had some. {self._cause(finished)}")
-            elif count == 0 and not self._already_warned and not self._missing:
-                self.warn_once(self._name, f"{none}. {self._cause(finished)}")
+            if count == 0 and not self._all_skipped(finished):
+                if self._most_intercepted > 0 and not self._family.listed:
+                    self._warn(self._name, f"{none}, and an earlier pass had some. {self._cause(finished)}")
+                elif not self._already_warned and not self._missing:
+                    self.warn_once(self._name, f"{none}. {self._cause(finished)}")
         self.layout_is_checked = self.layout_is_checked or count > 0
         self._last_intercepted, self._most_intercepted = count, max(count, self._most_intercepted)
 
@@ -197,8 +199,7 @@ class Account:
             if site.role in ("self", "joint") and site.name not in finished.calls:
                 module = self._module(site)
                 why = "" if module is None else find_obstacle(module)
-                # A module that made a call with this processor has been skipped in this pass, as caches and guidance do.
-                if not why and not finished.in_graph and self._processors.get(site.name) is not type(getattr(module, "processor", None)):
+                if not why and not finished.in_graph and not self._is_skipped(site.name, module):
                     why = _NO_CALL
                 if why:
                     missing[site.name] = why
@@ -209,10 +210,29 @@ class Account:
         count = sum(site.role in ("self", "joint") for site in self._sites.values())
         verb = "runs" if len(missing) == 1 else "run"
         reasons = "; ".join(dict.fromkeys(missing.values()))
+        if _NO_CALL in missing.values() and (caches := self._caches()):
+            reasons += f"; or {', '.join(caches)} reused what was computed before the model was patched: disable and enable the cache again"
         problem = f"{names} {verb} full attention: {reasons} ({len(missing)} of {count} self-attention modules of {self._name})"
         if self._strict:
             raise ValueError(problem)
         warnings.warn(f"scalediff: {problem}", stacklevel=4)
+
+    def _is_skipped(self, name: str, module: nn.Module | None) -> bool:
+        """Whether a module without a call in a pass was skipped, as caches and guidance do: it has made calls with this processor."""
+        return self._processors.get(name) is type(getattr(module, "processor", None))
+
+    def _all_skipped(self, finished: Pass) -> bool:
+        """Whether no attention of the image was computed in a pass because all of it was skipped."""
+        if finished.intercepted or finished.skipped or not self._most_intercepted:
+            return False
+        known = {site.name for site in self._sites.values() if site.role in ("self", "joint")}
+        if self._family.listed:
+            return known.isdisjoint(finished.calls) and not self._missing
+        return bool(self._caches())
+
+    def _caches(self) -> list[str]:
+        denoiser = self._denoiser()
+        return [] if denoiser is None else cache_names(denoiser)
 
     def _warn_of_other_attention(self) -> None:
         """After the first pass of an unlisted model with windows: modules that never call `F.scaled_dot_product_attention` are not seen."""
@@ -283,7 +303,8 @@ class Account:
             return ""
         calls = self._last.calls.get(site.name)
         if calls is None:
-            return obstacle or _NO_CALL + " in the last pass"
+            skipped = self._is_skipped(site.name, module)
+            return obstacle or ("a cache or guidance skipped it" if skipped else _NO_CALL) + " in the last pass"
         return calls.why or _other_lengths(calls)
 
     def _row_of_calls(self, name: str, calls: ModuleCalls) -> Row:

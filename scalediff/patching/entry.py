@@ -90,6 +90,9 @@ class _StoredForward:
         if hasattr(forward, "__code__"):
             self.__code__ = forward.__code__  # torch.export reads the names of the arguments there
 
+    def __get__(self, module: Any, cls: type | None = None) -> _StoredForward:
+        return self  # as a bound method does: cache-dit binds the forward that it gives back
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # kept away from torch.compile when a model is first patched
         return _runners()[1](self._module, self._forward, args, kwargs)
 

@@ -126,6 +126,7 @@ class Handle:
 
         Every call runs full attention. The result is thrown away; the random generators, the values of the model's buffers and the
         counts of `report` stay as they are, also after an exception. Hooks of the model and compiled parts run, the latter uncompiled.
+        Feature caches of diffusers are emptied before and afterwards.
 
         Args:
             args, inputs: Arguments of the denoiser's forward pass, such as those of a picture of native size.

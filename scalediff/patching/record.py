@@ -37,7 +37,7 @@ class Callers:
 
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser = weakref.ref(denoiser)
-        self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self._names = weakref.WeakKeyDictionary({part: name for name, part in denoiser.named_modules()})
         self.may_have_changed = True
 
     def find(self, sites: Container[str], *, listed: bool) -> tuple[str, nn.Module | None]:
@@ -65,6 +65,7 @@ class Callers:
         denoiser = self._denoiser()
         if name is None and self.may_have_changed and denoiser is not None:
             self.may_have_changed = False
-            self._names = weakref.WeakKeyDictionary({part: name for name, part in denoiser.named_modules()})
+            for path, part in denoiser.named_modules():  # a module keeps its name while other code wraps its block during a pass
+                self._names.setdefault(part, path)
             name = self._names.get(module)
         return name

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 ATTRIBUTE = "_scalediff"
 _ORIGINAL_CLASS = "_scalediff_stands_for"
+_METHODS = "_scalediff_methods"
 
 
 class Patched:
@@ -44,12 +45,22 @@ def patch_class(owner: Any, patch: object, methods: Callable[[type], dict[str, C
     original = type(owner).__dict__.get(_ORIGINAL_CLASS, type(owner))  # an object created from a patched object's class is not patched
     owner.__class__ = _patched_subclass(original, methods)
     owner.__dict__[ATTRIBUTE] = patch
+    for name, method in type(owner).__dict__[_METHODS].items():
+        if is_replaced(owner, name):  # all objects of the original class share this subclass
+            setattr(type(owner), name, method)
 
 
 @functools.cache  # torch.compile can then reuse a graph after the model is patched again
 def _patched_subclass(cls: type, methods: Callable[[type], dict[str, Callable[..., Any]]]) -> type:
-    names = {_ORIGINAL_CLASS: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,) if issubclass(cls, Patched) else (Patched, cls), {**methods(cls), **names})
+    own = methods(cls)
+    names = {_ORIGINAL_CLASS: cls, _METHODS: own, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,) if issubclass(cls, Patched) else (Patched, cls), {**own, **names})
+
+
+def is_replaced(owner: Any, name: str) -> bool:
+    """Whether other code, such as cache-dit, has replaced this method in the class of a patched object."""
+    members = type(owner).__dict__
+    return name in members.get(_METHODS, {}) and members.get(name) is not members[_METHODS][name]
 
 
 def restore_class(owner: Any, patch: object) -> None:

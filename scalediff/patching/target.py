@@ -17,6 +17,7 @@ from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
 from scalediff.patching.bands import Bands
+from scalediff.patching.caches import check_jitter, empty_caches
 from scalediff.patching.call import Call
 from scalediff.patching.circular import NO_WRAP, Wrap
 from scalediff.patching.context_parallel import RowSplit, check_equal_parts, gathered_layout, needs_equal_parts
@@ -68,6 +69,11 @@ class Offsets:
         self._last_input: tuple[weakref.ref[Tensor], int] | None = None
         self._fraction = (0.0, 0.0)
         self._steps = 0
+
+    @property
+    def at_start(self) -> bool:
+        """Whether no step has had an offset yet."""
+        return self._steps == 0
 
     def next(self, model_input: Tensor) -> tuple[float, float]:
         """The offset `(Y, X)` of a pass with this input."""
@@ -205,6 +211,8 @@ class Target:
                 f"gradient checkpointing around the model needs jitter='none', got jitter={self.offsets.jitter!r}: the patch grid of the "
                 f"second computation would be another one"
             )
+        if self.offsets.at_start:
+            check_jitter(module, self.offsets.jitter)
         fraction = self.offsets.next(like)
         key = (layout, fraction, self.options.wrap, like.device, like.dtype)
         plan = self._plans.get(key)
@@ -253,7 +261,7 @@ class Target:
             raise ValueError(f"these arguments of {type(module).__name__} do not give its token layout: {why!r}") from why
         if self._split is None:
             layout = gathered_layout(module, self.family, layout)
-        with torch.no_grad(), _restored(module), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), _restored(module), empty_caches(module), torch.compiler.set_stance("force_eager"):
             plan = self._make_plan(layout, (0.0, 0.0), whole=isinstance(self._split, Bands))
             opened = open_pass(self, plan, layout.weights, frame=sys._getframe(0), observes=True)
             try:

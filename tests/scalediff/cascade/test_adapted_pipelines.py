@@ -90,6 +90,8 @@ def conditions(name: str, seen: list[Any]) -> list[Any]:
     return list(dict.fromkeys(tensor.shape[1] if name == "FLUX" else tuple(tensor.shape[-2:]) for tensor in tensors))
 
 
+@pytest.mark.composes("ControlNet", "cascade")
+@pytest.mark.draws("text-to-image", CONTROLLED, switch="ControlNet")
 @pytest.mark.parametrize("name", CONTROLLED)
 def test_a_controlnet_is_heard_in_every_stage(name: str) -> None:
     """Its picture, of any size, is fitted to each stage; at scale 0 it says nothing."""
@@ -160,6 +162,8 @@ def lora_of(pipe: Any, folder: Path) -> None:
     type(other).save_lora_weights(folder, **{f"{part}_lora_layers": weights})
 
 
+@pytest.mark.composes("LoRA", "cascade")
+@pytest.mark.draws("text-to-image", ["SDXL", "FLUX"], switch="LoRA")
 @pytest.mark.parametrize("name", [pytest.param("SDXL", marks=pytest.mark.slow), "FLUX"])
 def test_a_lora_is_loaded_scaled_and_unloaded(name: str, tmp_path: Path) -> None:
     """Every stage hears it; afterwards a run has the bits of one before."""
@@ -185,6 +189,8 @@ def test_a_lora_is_loaded_scaled_and_unloaded(name: str, tmp_path: Path) -> None
     torch.testing.assert_close(last(draw(pipe, BOAT)), last(plain), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.composes("IP-Adapter", "cascade")
+@pytest.mark.draws("text-to-image", ["SD1.5"], switch="IP-Adapter")
 def test_an_ip_adapter_is_heard_in_every_stage() -> None:
     pipe, plain = ready("SD1.5"), drawn("SD1.5", BOAT)
     load_ip_adapter(pipe.unet)
@@ -202,6 +208,8 @@ def test_an_ip_adapter_is_heard_in_every_stage() -> None:
 # Callbacks
 
 
+@pytest.mark.composes("callbacks", "cascade")
+@pytest.mark.draws("text-to-image", PROMPTED, switch="callback")
 @pytest.mark.parametrize("name", PROMPTED)
 def test_a_callback_sees_every_step_of_every_stage_and_may_change_it(name: str) -> None:
     pipe, seen = ready(name), list[tuple[int, int]]()

@@ -54,6 +54,7 @@ CASES = {
 }
 
 
+@pytest.mark.draws("text-to-image", CASES, switch="of no known family")
 @pytest.mark.parametrize("name", CASES)
 def test_an_unknown_pipeline_draws_as_a_known_one(name: str) -> None:
     """The same latents bit for bit, where text is not rotated and the presets are the pipeline's own steps and guidance."""

@@ -14,6 +14,7 @@ from tests.conftest import seeded
 from tests.scalediff.cascade.test_cascade import PROMPT, latents_of
 
 
+@pytest.mark.composes("half precision", "cascade")
 def test_an_autoencoder_in_another_precision(demo: Any) -> None:
     demo.unet.bfloat16()
     demo.text_encoder.bfloat16()

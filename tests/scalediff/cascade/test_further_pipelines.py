@@ -39,6 +39,8 @@ def pipelines(names: Iterable[str], fast: Container[str] = FAST) -> Any:
 every_pipeline = pipelines(FURTHER)
 
 
+@pytest.mark.composes("guiders", "cascade", case="HunyuanImage 2.1")
+@pytest.mark.draws("text-to-image", FURTHER, switch="prompt")
 @every_pipeline
 def test_a_prompt_is_drawn_in_two_stages(name: str) -> None:
     """One seed and prompt are one picture; the pipeline and the global randomness stay as they were; the prompt is heard."""
@@ -53,6 +55,7 @@ def test_a_prompt_is_drawn_in_two_stages(name: str) -> None:
     assert (first - other).abs().max() > 1e-3
 
 
+@pytest.mark.draws("text-to-image", FURTHER, switch="pipeline's own call")
 @every_pipeline
 def test_the_pipelines_own_call_is_the_cascade(name: str) -> None:
     """Above the native size; the picture is decoded by the pipeline, from latents of the same form and statistics."""
@@ -219,6 +222,7 @@ def by_hand(pipe: Any, name: str, call: dict[str, Any], sizes: list[tuple[int, i
     return [base, denoise((1 - tail[0]) * reference + tail[0] * noise(reference), tail, reference)]
 
 
+@pytest.mark.draws("text-to-image", ["FLUX.2", "FLUX.2 Klein", "ERNIE-Image", "Bria FIBO"], switch="loop by hand")
 @pytest.mark.parametrize("name", ["FLUX.2", "FLUX.2 Klein", "ERNIE-Image", pytest.param("Bria FIBO", marks=pytest.mark.slow)])
 def test_a_prompt_is_drawn_as_by_hand(name: str) -> None:
     pipe, call = ready(name)
@@ -247,6 +251,7 @@ def schedule_by_hand(name: str, base: tuple[int, int], steps: int = 4) -> list[f
     return [*(np.exp(mu) / (np.exp(mu) + (1 / even - 1))).tolist(), 0.0]
 
 
+@pytest.mark.composes("custom timesteps or sigmas", "cascade")
 def test_a_custom_schedule_is_that_of_all_stages() -> None:
     """The base stage runs it, and the stages above run its end, in place of the steps of a preset."""
     pipe, call = ready("Chroma")
@@ -292,6 +297,8 @@ def test_attributes_that_a_stage_sets_are_restored() -> None:
     assert sizes[-1][0] == pytest.approx((16 * 12) ** 0.5)
 
 
+@pytest.mark.draws("text-to-image", GUIDED, switch="split guidance")
+@pytest.mark.draws("text-to-image", GUIDED, switch="guidance until")
 @pipelines(GUIDED, {"PixArt-Sigma"})
 def test_guidance_runs_in_halves(name: str) -> None:
     """One after the other they are the doubled batch; the conditional one alone is a guidance scale of 1."""
@@ -311,6 +318,7 @@ def test_guidance_runs_in_halves(name: str) -> None:
     assert batches == [2, 2, 2, 2, 2, 2, 1][: len(batches)]
 
 
+@pytest.mark.draws("upscale", FURTHER, switch="prompt")
 @pipelines(FURTHER, {"FLUX.2 Klein", "ERNIE-Image"})
 def test_a_picture_is_enlarged(name: str) -> None:
     pipe, call = ready(name)

@@ -49,6 +49,7 @@ def called(pipe: Any, side: int) -> Any:
     return pipe("a moon", output_type="latent", generator=seeded(), **size).images
 
 
+@pytest.mark.composes("threads", "cascade")
 @pytest.mark.parametrize("patched", [False, True])
 def test_two_runs_of_one_pipeline(demo: Any, patched: bool) -> None:
     before = state_of(demo.unet), demo.scheduler

@@ -58,6 +58,7 @@ def same(one: scalediff.Result, other: scalediff.Result) -> bool:
 # Tiles
 
 
+@pytest.mark.composes("VAE tiling", "cascade")
 def test_tiling_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is said, by what is free; the autoencoder's own switch is given back."""
     pipe, arguments = built("SD3")

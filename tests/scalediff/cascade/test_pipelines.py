@@ -124,6 +124,8 @@ def call(pipe: Any, arguments: dict[str, Any], size: tuple[int, int], **more: An
     return pipe(**arguments, height=size[0], width=size[1], **given).images
 
 
+@pytest.mark.composes("prompt embeddings", "cascade")
+@pytest.mark.draws("text-to-image", PIPELINES, switch="prompt embeddings")
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_patched_pipeline_runs_the_cascade(name: str) -> None:
     """Two stages above the native one: one seed is one picture, and the pipeline is left as it was."""
@@ -191,6 +193,7 @@ def flux_by_hand(pipe: Any, arguments: dict[str, Any], picture: Tensor | None = 
     return denoise(x, tail, reference)
 
 
+@pytest.mark.draws("text-to-image", ["FLUX"], switch="loop by hand")
 def test_flux_is_the_hand_written_loop() -> None:
     pipe, arguments = built("FLUX")
     with scalediff.patch_model(pipe, window=WINDOW):
@@ -202,6 +205,7 @@ def test_flux_is_the_hand_written_loop() -> None:
     assert (unpack(rougher, (16, 16)) - expected).abs().max() > 0.1
 
 
+@pytest.mark.draws("upscale", ["FLUX"], switch="loop by hand")
 def test_upscale_is_the_hand_written_loop_from_a_picture() -> None:
     pipe, arguments = built("FLUX")
     image = picture()
@@ -246,6 +250,7 @@ def picture(height: int = 16, width: int = 16) -> Any:
     return Image.fromarray(values.numpy())
 
 
+@pytest.mark.draws("upscale", PIPELINES, switch="prompt embeddings")
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_pipeline_upscales(name: str) -> None:
     """A picture below the native area and not of the model's multiples: the first stage is the native one."""

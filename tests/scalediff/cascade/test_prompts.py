@@ -51,6 +51,7 @@ def native(pipe: Any) -> Tensor:
     return encode(pipe, 2 * picture - 1)
 
 
+@pytest.mark.draws("text-to-image", PROMPTED, switch="prompt")
 @every_pipeline
 def test_a_prompt_is_drawn_in_two_stages(name: str) -> None:
     """One seed and prompt are one picture; the pipeline and the global randomness stay as they were."""
@@ -76,6 +77,7 @@ def test_without_a_generator_every_run_has_a_seed_of_its_own() -> None:
     assert global_randomness() == randomness
 
 
+@pytest.mark.draws("text-to-image", PROMPTED, switch="list of prompts")
 @pytest.mark.parametrize("name", PROMPTED)
 def test_a_list_of_prompts_is_a_picture_of_each(name: str) -> None:
     """Each with a generator of its own is drawn as it is drawn alone."""
@@ -89,6 +91,7 @@ def test_a_list_of_prompts_is_a_picture_of_each(name: str) -> None:
     assert (both.stages[-1].latents[0] - both.stages[-1].latents[1]).abs().max() > 0.1
 
 
+@pytest.mark.draws("text-to-image", PROMPTED, switch="several pictures")
 @every_pipeline
 def test_several_pictures_of_a_prompt(name: str) -> None:
     pipe = ready(name)
@@ -98,6 +101,7 @@ def test_several_pictures_of_a_prompt(name: str) -> None:
         torch.testing.assert_close(several.stages[-1].latents[i : i + 1], alone, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.draws("text-to-image", PROMPTED, switch="pipeline's own call")
 @few_pipelines
 def test_the_patched_call_is_generate(name: str) -> None:
     """Latents to the bit, and the picture that both make of them."""
@@ -115,6 +119,7 @@ def test_the_patched_call_is_generate(name: str) -> None:
     assert image.tobytes() == result.images[0].tobytes()
 
 
+@pytest.mark.draws("text-to-image", [name for name in PROMPTED if name != "FLUX"], switch="negative prompt")
 @pytest.mark.parametrize("name", [name for name in PROMPTED if name != "FLUX"])  # schnell: no guidance
 def test_a_negative_prompt_is_heard(name: str) -> None:
     pipe = ready(name)
@@ -132,6 +137,7 @@ def test_a_negative_prompt_is_heard(name: str) -> None:
     assert torch.equal(deaf, unguided)
 
 
+@pytest.mark.draws("upscale", PROMPTED, switch="prompt")
 @few_pipelines
 def test_a_picture_is_enlarged_with_a_prompt(name: str) -> None:
     """The smaller the restart, the nearer to the picture; at any, the prompt is heard."""
@@ -232,6 +238,7 @@ def sd15_by_hand(pipe: Any, base: tuple[int, int], size: tuple[int, int]) -> tup
     return latents, denoise(a.sqrt() * reference + (1 - a).sqrt() * noise(size), times[steps - kept :], reference)
 
 
+@pytest.mark.draws("text-to-image", ["SD3", "SD1.5"], switch="loop by hand")
 @pytest.mark.parametrize(("name", "by_hand"), [("SD3", sd3_by_hand), ("SD1.5", sd15_by_hand)])
 def test_a_prompt_is_drawn_as_by_hand(name: str, by_hand: Callable[..., tuple[Tensor, Tensor]]) -> None:
     pipe, exact = ready(name), PROMPTED[name]()

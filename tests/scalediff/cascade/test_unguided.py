@@ -68,6 +68,7 @@ def sample_of(args: Any, kwargs: dict[str, Any]) -> Tensor:
 # Guidance until
 
 
+@pytest.mark.draws("text-to-image", GUIDED, switch="guidance until")
 @pytest.mark.parametrize("name", GUIDED)
 @pytest.mark.parametrize(("until", "guided"), [(0.0, 0), (0.5, 2)])
 def test_unguided_steps_are_those_of_the_prompt_alone(name: str, until: float, guided: int) -> None:
@@ -259,6 +260,8 @@ def test_a_size_that_nobody_is_told_is_refused(name: str) -> None:
 # Halves
 
 
+@pytest.mark.composes("doubled batch of guidance", "cascade")
+@pytest.mark.draws("text-to-image", GUIDED, switch="split guidance")
 @pytest.mark.parametrize("name", GUIDED)
 def test_split_guidance_is_guidance(name: str) -> None:
     pipe, arguments = two(name)
@@ -278,6 +281,7 @@ def test_split_guidance_is_guidance(name: str) -> None:
     assert state_of(denoiser) == before
 
 
+@pytest.mark.composes("torch.compile", "cascade")
 @pytest.mark.slow
 def test_a_compiled_model_is_compiled_once(demo: Any) -> None:
     """Which half is run is decided outside the graph: another picture takes no other graphs."""

@@ -37,6 +37,7 @@ def add_lora(model: Any) -> None:
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
 
 
+@pytest.mark.composes("LoRA", "network")
 @either_order
 @pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
 def test_lora_is_switched_fused_and_deleted_in_a_patched_model(name: str, patch_first: bool) -> None:
@@ -103,6 +104,7 @@ def run_with_picture(name: str, model: nn.Module, grid: tuple[int, int]) -> Tens
     return ZOO[name].run(model, grid, added_cond_kwargs={"image_embeds": picture})
 
 
+@pytest.mark.composes("IP-Adapter", "network")
 @either_order
 @pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
 def test_an_ip_adapter_is_loaded_before_or_after_patching(name: str, patch_first: bool) -> None:
@@ -138,6 +140,7 @@ def small_controlnet(unet: nn.Module, seed: int) -> nn.Module:
     return net
 
 
+@pytest.mark.composes("ControlNet", "network")
 @pytest.mark.parametrize("several", [False, True])
 def test_controlnets_are_patched_with_their_pipeline(demo: Any, several: bool) -> None:
     nets = [small_controlnet(demo.unet, seed) for seed in range(2 if several else 1)]

@@ -72,6 +72,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.composes("torch.compile", "network")
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("name", "compiler", "patched_when", "backend"), quick_and_slow(QUICK, SLOW))
 def test_a_compiled_model_is_patched_and_unpatched(name: str, compiler: str, patched_when: str, backend: str) -> None:

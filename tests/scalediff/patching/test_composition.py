@@ -98,6 +98,7 @@ def chosen(model: Any, backend: str, how: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+@pytest.mark.composes("attention backends", "network")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("how", ["model", "context"])
 @pytest.mark.parametrize("backend", ["native", "_native_math", "flex"])
@@ -168,6 +169,7 @@ def test_first_block_cache_of_a_patched_model(jitter: Any, patch_first: bool) ->
     assert torch.equal(steps(), plain)
 
 
+@pytest.mark.composes("doubled batch of guidance", "network")
 @pytest.mark.parametrize("name", ["SD1.5", "SD3", "FLUX.1", "Qwen-Image", "Lumina 2", "Z-Image"])
 def test_a_batch_for_guidance_is_two_single_passes(name: str) -> None:
     """Prompts are of different length in Qwen-Image, Lumina 2 and Z-Image."""
@@ -229,6 +231,7 @@ def test_a_callback_may_read_change_and_stop_the_steps_of_a_cascade(demo: Any) -
         assert torch.equal(demo("a moon", generator=seeded(), **size).images, out)
 
 
+@pytest.mark.composes("threads", "network")
 def test_threads_do_not_meet_in_each_others_attention() -> None:
     """Two patched models and one that is not, at once: each computes what it computes alone."""
     models = {name: ZOO[name].build() for name in ("SD1.5", "FLUX.1", "SD3")}

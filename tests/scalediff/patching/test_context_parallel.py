@@ -55,6 +55,7 @@ def check_patched(found: dict[str, Any], name: str, heads: int = 2) -> None:
     assert (found["unpatched"] - found["above"]).abs().max() > 1e-3 * found["above"].abs().max()
 
 
+@pytest.mark.composes("context parallelism", "network")
 @pytest.mark.parametrize("name", PATCHED)
 def test_two_processes_give_what_one_gives(name: str, two: list[dict[str, Any]]) -> None:
     check_patched(two[0][name], name)
@@ -108,6 +109,7 @@ def test_a_layout_says_how_tokens_of_another_model_arrive(two: list[dict[str, An
         assert_same(two[0]["custom_plan"], output(model, inputs("Chroma", GRID)))
 
 
+@pytest.mark.composes("context parallelism", "cascade")
 def test_the_whole_cascade_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
     one, other = (found["drawn"] for found in two)
     assert_same(one["latents"], ranks.draw(*ranks.built("FLUX")))

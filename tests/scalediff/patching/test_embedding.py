@@ -161,6 +161,7 @@ def test_a_checkpoint_around_the_whole_model_is_right(reentrant: bool) -> None:
             torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum().backward()
 
 
+@pytest.mark.composes("export", "network")
 def test_an_export_of_a_patched_model_has_the_windows() -> None:
     model = made(VisionTransformer)
     plain, patched = forward(model, vit(GRID)), patched_result(model)
@@ -186,6 +187,7 @@ def test_an_export_of_a_model_with_a_stored_forward() -> None:
     torch.testing.assert_close(exported.module()(*vit(GRID)[0]), patched)
 
 
+@pytest.mark.composes("export", "network")
 @pytest.mark.slow
 def test_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
     from torch import _inductor
@@ -199,6 +201,7 @@ def test_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.composes("export", "network")
 @pytest.mark.slow
 def test_onnx(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

@@ -42,6 +42,7 @@ OFFLOADS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.composes("offloading", "network")
 @either_order
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
@@ -56,6 +57,7 @@ def test_an_offloaded_model_is_patched(name: str, offload: str, patch_first: boo
     assert torch.equal(ZOO[name].run(model, GRID), plain)
 
 
+@pytest.mark.composes("offloading", "cascade")
 @either_order
 def test_a_pipeline_with_model_offloading_is_patched(demo: Any, patch_first: bool) -> None:
     cls, plain = type(demo), forward(demo.unet, (32, 24))
@@ -77,6 +79,7 @@ def test_a_pipeline_with_model_offloading_is_patched(demo: Any, patch_first: boo
     assert torch.equal(forward(demo.unet, (32, 24)), plain)
 
 
+@pytest.mark.composes("layerwise casting", "network")
 @either_order
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
 @pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
@@ -93,6 +96,7 @@ def test_weights_stored_in_few_bits_are_cast_in_a_patched_model(name: str, stora
     assert torch.equal(ZOO[name].run(model, GRID), plain)
 
 
+@pytest.mark.composes("half precision", "network")
 @pytest.mark.parametrize(("dtype", "how"), [(torch.bfloat16, "autocast"), (torch.bfloat16, "weights"), (torch.float16, "weights")])
 @pytest.mark.parametrize("name", ["SD1.5", "SD3", "FLUX.1"])
 def test_low_precision_costs_no_more_than_without_the_patch(name: str, dtype: torch.dtype, how: str) -> None:

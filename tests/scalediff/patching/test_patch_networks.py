@@ -188,6 +188,7 @@ def test_a_handle_can_let_calls_through(unet: nn.Module) -> None:
             handle.attention = "half"  # type: ignore[assignment]
 
 
+@pytest.mark.composes("gradients", "network")
 def test_gradients_flow_and_gradient_checkpointing_is_refused() -> None:
     """Blocks that are computed again in the backward pass would be so outside the pass."""
     pytest.importorskip("diffusers")

@@ -30,6 +30,7 @@ diffusers = pytest.importorskip("diffusers", reason="what is composed with are d
 pytestmark = pytest.mark.filterwarnings("error:scalediff")  # no warning of ours in any of these tests
 
 
+@pytest.mark.composes("saving", "network")
 @pytest.mark.parametrize("name", ["SD1.5", "FLUX.1"])
 def test_a_patched_model_is_saved_as_its_original_class(name: str, tmp_path: Path) -> None:
     model, (plain, patched) = ZOO[name].build(), plain_and_patched(name)
@@ -45,6 +46,7 @@ def test_a_patched_model_is_saved_as_its_original_class(name: str, tmp_path: Pat
     assert files[0] == files[1]
 
 
+@pytest.mark.composes("saving", "cascade")
 def test_a_patched_pipeline_is_saved_as_its_original_class(demo: Any, tmp_path: Path) -> None:
     cls, plain = type(demo), forward(demo.unet, (32, 24))
     demo.save_pretrained(tmp_path / "before")
