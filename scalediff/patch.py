@@ -23,6 +23,7 @@ from scalediff.arguments import (
     instance,
     optional,
 )
+from scalediff.cascade.changing import called_size, change_in_call
 from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.holding import held
@@ -35,7 +36,7 @@ from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import GridSource, LayoutSource, TextSource
 from scalediff.patching.handle import Handle
-from scalediff.patching.networks import denoiser_of, family_in_use, handle_of, is_text_to_image, original_call
+from scalediff.patching.networks import changes_picture, denoiser_of, family_in_use, handle_of, is_text_to_image, original_call
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
@@ -149,7 +150,7 @@ def patch_model(
                 patch_class(model, handle, _cascade_methods)
                 if family.cascade is not None and family.cascade.assumed:
                     warnings.warn(f"scalediff: {family.cascade.assumed}", stacklevel=2)
-            elif is_text_to_image(type(model)):
+            elif is_text_to_image(type(model)) or changes_picture(type(model)):
                 problem = f"{handle.report.call}; above the native size it is direct inference with windowed attention"
                 warnings.warn(f"scalediff: {problem}", stacklevel=2)
     return handle
@@ -189,8 +190,7 @@ def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     check_arguments(_CALL_CHECKS, arguments)
     if edits_picture(pipe, arguments):
         return original_call(pipe)(pipe, **arguments)
-    native = native_size(pipe)
-    height, width = arguments.get("height") or native[0], arguments.get("width") or native[1]
+    native, (height, width) = native_size(pipe), called_size(pipe, arguments)
     if (height <= native[0] and width <= native[1]) or height * width <= native[0] * native[1]:
         return original_call(pipe)(pipe, **arguments)
     check_generators(arguments.get("generator"), images_per_call(arguments))
@@ -203,7 +203,10 @@ def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     )
     arguments |= guidance_argument(pipe, settings.guidance_scale)
     arguments["generator"] = arguments.get("generator") or fresh_generator()
-    given = {name for name, value in arguments.items() if value is not None}
-    if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in given):
+    named = {name for name, value in arguments.items() if value is not None}
+    if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in named):
         arguments["negative_prompt"] = cascade_of(pipe).negative
-    return run(pipe, arguments, stage_sizes(pipe, height, width), settings, RunOptions())
+    sizes, given = stage_sizes(pipe, height, width), None
+    if changes_picture(type(pipe)):
+        arguments, sizes, settings, given = change_in_call(pipe, arguments, sizes, settings)
+    return run(pipe, arguments, sizes, settings, RunOptions(), given=given)
