@@ -102,13 +102,17 @@ def redraws_picture(pipe: Any, settings: Settings, picture: tuple[int, int], str
     """Whether a base stage redraws a picture of (height, width) pixels at the native size.
 
     Raises:
-        ValueError: It does, and the strength is less than one step.
+        ValueError: It does, and the strength is less than one step, or fewer steps than structure guidance needs of the base stage.
     """
-    restart = settings.restart[0] if isinstance(settings.restart, tuple) else settings.restart
-    if math.prod(picture) > math.prod(native_size(pipe)) and strength <= restart:
+    restarts = settings.restart if isinstance(settings.restart, tuple) else (settings.restart,)
+    if math.prod(picture) > math.prod(native_size(pipe)) and strength <= restarts[0]:
         return False
-    if strength_steps(pipe, settings.steps, strength) < 1:
+    steps = strength_steps(pipe, settings.steps, strength)
+    if steps < 1:
         raise ValueError(f"strength must be at least one of the steps={settings.steps}, got {strength=}")
+    most = max(replace(settings, restart=restart).stage_steps for restart in restarts)
+    if settings.anchor == "trajectory" and settings.sg and steps < most:
+        raise ValueError(f"anchor='trajectory' needs a base stage of at least {most} steps, as many as a stage above it, got {strength=}")
     return True
 
 
