@@ -159,6 +159,17 @@ def given_picture(
     return Given(picture, base, mask, strength), changes
 
 
+def blank_arguments(pipe: Any) -> dict[str, Any]:
+    """Arguments with an empty picture for a call of which only the memory matters; none for a text-to-image pipeline."""
+    if not changes_picture(type(pipe)):
+        return {}
+    return {
+        "image": torch.zeros(1, 3, 1, 1),
+        "strength": 1.0,
+        **({"mask_image": torch.ones(1, 1, 1, 1)} if takes(pipe, "mask_image") else {}),
+    }
+
+
 def _repeated(name: str, pictures: Tensor, count: int) -> Tensor:
     """One picture for each of `count`, in the order of the prompts."""
     if count % len(pictures):
