@@ -87,9 +87,10 @@ def patch_model(
     Args:
         model: A diffusers pipeline, its denoiser (docs/guide/models.md lists the known ones), or any module whose attention
             reaches `F.scaled_dot_product_attention`. A pipeline's ControlNets are patched too. If the cascade supports the
-            family, a text-to-image call of the pipeline runs the cascade whenever `height` x `width` exceeds the native size; the
-            family's preset fills in the arguments that the call leaves out. Context parallelism of diffusers may be enabled before or
-            later, with Ulysses attention, on the models named in docs/guide/models.md.
+            family, the call of a text-to-image, image-to-image or inpainting pipeline runs the cascade whenever the picture that it
+            draws exceeds the native size; the family's preset fills in the arguments that the call leaves out. A picture to change
+            enters the cascade as in `scalediff.upscale`, at the call's `strength`. Context parallelism of diffusers may be enabled
+            before or later, with Ulysses attention, on the models named in docs/guide/models.md.
         grid: Token grid `(Y, X)`, or a function that returns it from the named arguments of a forward pass. Like the next four
             arguments, it is needed for a module that belongs to no known family, and comes before what a known family says.
         patch_size: Latents or pixels per token, as an alternative to `grid`; applied to the first `[B, C, H, W]` argument. Read from
@@ -116,8 +117,8 @@ def patch_model(
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
 
     Warns:
-        UserWarning: The model is a text-to-image pipeline that the cascade does not support, so that its own call above the native size
-            is direct inference with windowed attention; or, without `strict`, only a part of it can be patched.
+        UserWarning: The model is a text-to-image, image-to-image or inpainting pipeline that the cascade does not support, so that its own
+            call above the native size is direct inference with windowed attention; or, without `strict`, only a part of it can be patched.
 
     Returns:
         A Handle with a `.report`. Used as a context manager, it unpatches the model on exit. Patching a model again replaces

@@ -91,11 +91,12 @@ def entering_scheduler(pipe: Any, scheduler: Any, *, start: Tensor, noise: Tenso
     free = own(kept.free.expand_as(kept.latents)) if kept is not None else None
 
     def noised(self: Any, clean: Tensor) -> Tensor:
-        """The clean latents at the noise level of the next model call."""
+        """Clean latents, on the grid or in the form of the steps, at the noise level of the next model call."""
         if self.calls_done == len(self.levels):
             return clean
         level = self.levels[self.calls_done]
-        return level.signal * clean + level.noise * noise_of_steps.to(clean)  # type: ignore[no-any-return]
+        fitting = noise_of_steps if noise_of_steps.shape == clean.shape else noise.reshape(clean.shape)
+        return level.signal * clean + level.noise * fitting.to(clean)  # type: ignore[no-any-return]
 
     def with_noise(self: Any, clean: Tensor) -> Tensor:
         """What the pipeline gets: the start before the first step, in the form in which it asks, and the noised picture after a step."""
@@ -106,9 +107,10 @@ def entering_scheduler(pipe: Any, scheduler: Any, *, start: Tensor, noise: Tenso
         result = cls.step(self, *args, **kwargs)
         if picture is None or free is None:
             return result
-        x = result[0]
-        x = torch.where(free, x, noised(self, picture.to(x)))
-        return (x, *result[1:]) if isinstance(result, tuple) else type(result)(**{**result, "prev_sample": x})
+        x = torch.where(free, result[0], noised(self, picture.to(result[0])))
+        if isinstance(result, tuple):
+            return tuple(x if one is result[0] else one for one in result)
+        return type(result)(**{**result, "prev_sample": x})
 
     return _subclassed(scheduler, step=step, **_noise_methods(cls, with_noise))
 

@@ -19,6 +19,7 @@ _EDITING = frozenset({"control_mask", "mask", "mask_image", "strength", "video"}
 _CHANGE_OBSTACLES = {
     "image_reference": "its picture is also among the tokens, at a size that the pipeline chooses",
     "original_inference_steps": "its schedule depends on the strength",
+    "source_prompt": "it starts from the noise that a second prompt explains",
     "depth_map": "it estimates the depth of one picture size",
     "video": "it changes a video",
 }
@@ -93,8 +94,10 @@ def may_edit_picture(pipeline_class: type) -> bool:
 
 
 def changes_picture(pipeline_class: type) -> bool:
-    """Whether a pipeline class changes a picture: its call takes a prompt, the picture, and the share of the schedule that is run on it."""
-    return {"prompt", "image", "strength"} <= set(inspect.signature(original_class(pipeline_class).__call__).parameters)
+    """Whether a pipeline class changes a picture through an autoencoder: its call takes a prompt, the picture and a strength."""
+    original = original_class(pipeline_class)
+    latent = "vae" in inspect.signature(original).parameters
+    return latent and {"prompt", "image", "strength"} <= set(inspect.signature(original.__call__).parameters)
 
 
 def obstacle_to_changes(pipeline_class: type) -> str:
