@@ -138,15 +138,15 @@ def given_picture(
         ValueError: The numbers of pictures, masks and prompts do not agree, the mask has another aspect ratio than the picture, or the
             pipeline has no mask for the base stage.
     """
-    device, count = pipe._execution_device, images_per_call(arguments)
-    picture = _repeated("image", picture, count).to(device)
+    count = images_per_call(arguments)
+    picture = _repeated("image", picture, count)
     own_mask = takes(pipe, "mask_image")
     if mask_image is not None and strength is not None and not own_mask:
         raise ValueError(
             f"mask_image needs an inpainting pipeline where a base stage redraws the picture, got {type(pipe).__name__}; "
             "AutoPipelineForInpainting.from_pipe makes one"
         )
-    mask = None if mask_image is None else _repeated("mask_image", _masks(mask_image), count).to(device)
+    mask = None if mask_image is None else _repeated("mask_image", _masks(mask_image), count)
     size = (picture.shape[-2], picture.shape[-1])
     if mask is not None and not has_aspect_ratio((mask.shape[-2], mask.shape[-1]), size):
         shapes = f"{size[0]} x {size[1]}, got {mask.shape[-2]} x {mask.shape[-1]}"
@@ -155,7 +155,7 @@ def given_picture(
     if changes_picture(type(pipe)):
         changes = {"image": picture, "strength": 1.0}
         if own_mask:
-            changes["mask_image"] = torch.ones(count, 1, *size, device=device) if mask is None else mask
+            changes["mask_image"] = torch.ones(count, 1, *size) if mask is None else mask
     return Given(picture, base, mask, strength), changes
 
 

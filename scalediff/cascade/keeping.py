@@ -31,7 +31,7 @@ from scalediff.patching.subclass import original_class
 
 @dataclass(frozen=True)
 class Given:
-    """A picture that a run starts from.
+    """A picture that a run starts from, on any device.
 
     Attributes:
         picture: `[B, 3, height, width]` in [-1, 1].
@@ -63,10 +63,10 @@ def kept_of(pipe: Any, given: Given, size: tuple[int, int], upsampler: Upsampler
     """What a stage of (height, width) pixels keeps of the given picture; None without a mask."""
     if given.mask is None:
         return None
-    picture, (height, width) = given.picture, given.picture.shape[-2:]
-    larger = size[0] > height or size[1] > width
+    picture, mask = given.picture.to(pipe._execution_device), given.mask.to(pipe._execution_device)
+    larger = size[0] > picture.shape[-2] or size[1] > picture.shape[-1]
     latents = encode(pipe, upsampled_picture(picture, size, upsampler) if larger else picture_at(picture, size))
-    return Kept(latents, mask_of_latents(given.mask, size, (latents.shape[-2], latents.shape[-1])))
+    return Kept(latents, mask_of_latents(mask, size, (latents.shape[-2], latents.shape[-1])))
 
 
 def masked(kept: Kept | None, latents: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 
 import scalediff
 from bench.models.zoo import WINDOW, ZOO
+from scalediff.cascade.changing import blank_arguments
+from scalediff.cascade.memory import estimate
 from scalediff.cascade.pipeline import preset
 from scalediff.patching.networks import changes_picture, obstacle_to_changes
 from tests.conftest import seeded
@@ -193,6 +195,17 @@ def test_a_run_is_resumed_bit_for_bit_and_belongs_to_its_mask(inpainting: Built,
     for other in ({"mask_image": right_half((8, 8)).rotate(180)}, {"strength": 0.8}):
         with pytest.raises(ValueError, match="picture"):
             upscale(inpainting, **how | other, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLInpaintPipeline", "QwenImageImg2ImgPipeline"])
+def test_the_memory_is_that_of_drawing_from_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimated without encoding a picture."""
+    pipe, arguments = changing(name)
+    monkeypatch.setattr(pipe.vae.encoder, "forward", None)
+    given = {**arguments, **blank_arguments(pipe), "num_inference_steps": 2}
+    parent, more = built("SDXL" if "XL" in name else "Qwen-Image")
+    assert estimate(pipe, given, (64, 64)).denoiser == estimate(parent, {**more, "num_inference_steps": 2}, (64, 64)).denoiser > 0
+    assert "encode" not in vars(pipe.vae)
 
 
 @pytest.mark.parametrize(
