@@ -60,13 +60,15 @@ def called_size(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _size_of(pipe: Any, image: Any) -> tuple[int, int]:
-    """(height, width) in pixels of the picture among a call's arguments."""
+    """(height, width) in pixels of the pictures among a call's arguments, as they are given."""
     first = image[0] if isinstance(image, list | tuple) and image else image
+    if isinstance(first, Tensor):
+        pixels = 1 if first.shape[-3] == 3 else pixels_per_latent(pipe)  # others are latents
+        return first.shape[-2] * pixels, first.shape[-1] * pixels
     if hasattr(first, "convert"):
         return first.height, first.width
-    found: Tensor = pipe.image_processor.preprocess(image)
-    pixels = 1 if found.shape[1] == 3 else pixels_per_latent(pipe)  # others are latents
-    return found.shape[-2] * pixels, found.shape[-1] * pixels
+    height, width = _pictures(pipe, image).shape[-2:] if not hasattr(first, "ndim") else first.shape[-3:-1]
+    return height, width
 
 
 def _draws_size_of_picture(pipe: Any) -> bool:
@@ -80,13 +82,13 @@ def _pictures(pipe: Any, image: Any) -> Tensor:
     Raises:
         ValueError: They are latents, or no pictures.
     """
-    pictures = image if isinstance(image, list | tuple) else [image]
-    if all(hasattr(one, "convert") for one in pictures):
-        image = [one.convert("RGB") for one in pictures]
-    found: Tensor = pipe.image_processor.preprocess(image)
-    if found.ndim != 4 or found.shape[1] != 3:
-        raise ValueError(f"image must be pictures with three channels above the native size, got {tuple(found.shape)=}")
-    return found
+    given = image if isinstance(image, list | tuple) else [image]
+    if all(hasattr(one, "convert") for one in given):
+        image = [one.convert("RGB") for one in given]
+    pictures: Tensor = pipe.image_processor.preprocess(image)
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"image must be pictures with three channels above the native size, got {tuple(pictures.shape)=}")
+    return pictures
 
 
 def _masks(mask_image: Any) -> Tensor:
@@ -122,7 +124,14 @@ def _sizes_above(sizes: Sizes, picture: tuple[int, int]) -> list[tuple[int, int]
 
 
 def given_picture(
-    pipe: Any, arguments: Mapping[str, Any], picture: Tensor, mask_image: Any, *, base: tuple[int, int], strength: float | None
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    picture: Tensor,
+    mask_image: Any,
+    size: tuple[int, int],
+    *,
+    base: tuple[int, int],
+    strength: float | None,
 ) -> tuple[Given, dict[str, Any]]:
     """The picture and mask of a run, and the arguments of the pipeline's call with which it changes them.
 
@@ -131,6 +140,7 @@ def given_picture(
         arguments: Arguments of the pipeline's call.
         picture: `[B, 3, height, width]` in [-1, 1].
         mask_image: A mask or several, as in diffusers: white where the picture may change. None changes all of it.
+        size: (height, width) of the picture as it was given, before it was resized to what the model can have.
         base: (height, width) of the base stage in pixels.
         strength: Share of the schedule that the base stage runs; None if the picture replaces the base stage.
 
@@ -147,7 +157,6 @@ def given_picture(
             "AutoPipelineForInpainting.from_pipe makes one"
         )
     mask = None if mask_image is None else _repeated("mask_image", _masks(mask_image), count)
-    size = (picture.shape[-2], picture.shape[-1])
     if mask is not None and not has_aspect_ratio((mask.shape[-2], mask.shape[-1]), size):
         shapes = f"{size[0]} x {size[1]}, got {mask.shape[-2]} x {mask.shape[-1]}"
         raise ValueError(f"mask_image must have the aspect ratio of the picture, {shapes}")
@@ -155,7 +164,7 @@ def given_picture(
     if changes_picture(type(pipe)):
         changes = {"image": picture, "strength": 1.0}
         if own_mask:
-            changes["mask_image"] = torch.ones(count, 1, *size) if mask is None else mask
+            changes["mask_image"] = torch.ones(count, 1, *picture.shape[-2:]) if mask is None else mask
     return Given(picture, base, mask, strength), changes
 
 
@@ -197,9 +206,8 @@ def change_in_call(
     size = (picture.shape[-2], picture.shape[-1])
     redraws = redraws_picture(pipe, settings, size, strength)
     settings = settings if redraws else replace(settings, restart=strength)
-    given, changes = given_picture(
-        pipe, arguments, picture, arguments.get("mask_image"), base=sizes[0], strength=strength if redraws else None
-    )
+    of_base, own = strength if redraws else None, _size_of(pipe, arguments["image"])
+    given, changes = given_picture(pipe, arguments, picture, arguments.get("mask_image"), own, base=sizes[0], strength=of_base)
     return {**arguments, **changes}, list(sizes) if redraws else _sizes_above(sizes[1:], size), settings, given
 
 
@@ -242,7 +250,8 @@ def change_to_upscale(
     if strength is not None and not redraws:
         settings = replace(settings, restart=strength)
     picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
-    given, changes = given_picture(pipe, arguments, picture, mask_image, base=planned[0], strength=strength if redraws else None)
+    base, of_base = (stages[0], strength) if redraws else (planned[0], None)
+    given, changes = given_picture(pipe, arguments, picture, mask_image, own, base=base, strength=of_base)
     return {**arguments, **changes}, stages, settings, given
 
 

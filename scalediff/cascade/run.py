@@ -184,7 +184,8 @@ class _Run:
             if scalar(settings.guidance_until) < 1:
                 unguided = math.ceil(scalar(settings.guidance_until) * len(pipe.scheduler.levels))
         elif len(self.sizes) > 1 or self.options.progress or self.options.on_step is not None:
-            pipe.scheduler = recording_scheduler(self.scheduler, watch=self._watch(index))
+            skipped = int(self.scheduler.order) * (self.settings.steps - self.base_steps)
+            pipe.scheduler = recording_scheduler(self.scheduler, watch=self._watch(index), skipped=skipped)
         if not restarts and self.given is not None:
             changes = {"strength": self.given.strength}
         if self.handle is not None:
@@ -274,11 +275,11 @@ class _Run:
 
     def _output_of_latents(self, size: tuple[int, int]) -> Any:
         """The pipeline's output for the current latents, from a pipeline call that changes them in no step."""
-        changes_none: dict[str, Any] = {**self._without_schedule(), "num_inference_steps": 1}
+        changes: dict[str, Any] = {**self._without_schedule(), "num_inference_steps": 1}
         resting = changes_picture(type(self.pipe))
         self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, last_steps=int(resting), guidance=Guidance(None, 1.0))
         if resting:
             self.pipe.scheduler = resting_scheduler(self.pipe.scheduler, self.latents)
-            changes_none["callback_on_step_end"] = None
+            changes |= {name: None for name in self.arguments if name == "callback_on_step_end"}
         start = start_arguments(self.pipe, self.latents, packed(self.pipe, self.latents))
-        return call_stage(self.pipe, size, {**self.arguments, **changes_none, **start})
+        return call_stage(self.pipe, size, {**self.arguments, **changes, **start})

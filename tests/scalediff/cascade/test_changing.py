@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from bench.models.inputs import ids
 from bench.models.zoo import WINDOW
 from scalediff.cascade.latents import encode, pack, unpack, unpacked
 from scalediff.cascade.pipeline import native_size
+from scalediff.cascade.progress import Step
 from scalediff.settings import Settings
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
@@ -197,6 +199,26 @@ def test_the_base_stage_is_the_pipelines_own_call() -> None:
         result = scalediff.upscale(pipe, picture, None, height=32, width=32, call=arguments, generator=seeded(), **how)
         own = call(pipe, arguments, (16, 16), picture, strength=0.6, guidance_scale=0.0)
     torch.testing.assert_close(result.stages[0].latents, unpack(own, (8, 8)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_a_base_stage_with_a_strength_is_watched_at_its_noise_levels(name: str) -> None:
+    """The estimate of its last step is its result: with another noise level it would not be."""
+    pipe, arguments = changing(name)
+    previews: list[list[Any]] = []
+
+    def note(step: Step) -> None:
+        previews.extend([step.preview()] if step.stage == 1 and step.step == step.steps else [])
+
+    with scalediff.patch_model(pipe, window=WINDOW):
+        side = native_size(pipe)[0]
+        how = {"height": 2 * side, "width": 2 * side, "strength": 0.6, "steps": 5, "lfm_cutoff": 0.5, "sg_cutoff": 0.5}
+        result = scalediff.upscale(
+            pipe, picture_of((side, side)), None, call=arguments, generator=seeded(), guidance_scale=1.0, on_step=note, **how
+        )
+    (preview,) = previews
+    assert result.stages[0].steps == 3
+    assert np.abs(np.asarray(preview[0]).astype(int) - np.asarray(result.stages[0].images[0])).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["SDXL", "FluxInpaintPipeline", "StableDiffusionXLInpaintPipeline"])

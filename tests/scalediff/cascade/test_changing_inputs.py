@@ -156,6 +156,13 @@ def test_pictures_and_masks_come_in_any_form(inpainting: Built, kind: str) -> No
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_mask_of_the_pictures_size_fits_whatever_the_model_can_have(inpainting: Built) -> None:
+    """A picture of 39 pixels a side becomes one of 36; a mask is compared with what was given."""
+    pipe, arguments = inpainting
+    how = {**arguments, "height": 64, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
+    assert pipe(image=picture_of((64, 39)), mask_image=right_half((64, 39)), **how).images.shape == (1, 16 * 8, 16)
+
+
 def test_pipelines_that_draw_the_size_of_their_picture() -> None:
     """Without a size in the call, FLUX's draws its native one, and Z-Image's that of the picture, down to what it can draw."""
     sizes = []
