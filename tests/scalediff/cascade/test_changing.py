@@ -171,6 +171,7 @@ def test_a_large_picture_at_a_small_strength_is_the_hand_written_loop() -> None:
 @pytest.mark.parametrize(
     ("side", "strength", "stages"),
     [
+        (12, 0.3, [(16, 3), (32, 4), (64, 4)]),  # smaller than native: enlarged for the base stage
         (16, None, [(32, 4), (64, 4)]),  # the picture is the base
         (16, 0.3, [(16, 3), (32, 4), (64, 4)]),  # no detail above the native size: a base stage, whatever the strength
         (16, 0.9, [(16, 9), (32, 4), (64, 4)]),
