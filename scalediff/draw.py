@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from scalediff.arguments import checked
 from scalediff.cascade.caches import check_no_caches
+from scalediff.cascade.changing import change_to_upscale
 from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs
 from scalediff.cascade.fingerprint import fingerprint_run
 from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import Generators, fresh_generator
 from scalediff.cascade.holding import holds_pipeline
-from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pipeline import Sizes, cascade_of, guidance_argument, named_preset, pixels_per_latent, stage_sizes, wrap_of
+from scalediff.cascade.keeping import Given
+from scalediff.cascade.pipeline import Sizes, cascade_of, guidance_argument, named_preset, stage_sizes, wrap_of
 from scalediff.cascade.progress import Step
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.run import run
@@ -28,8 +26,6 @@ from scalediff.cascade.upsampling import Upsampler, resolve_upsampler
 from scalediff.cascade.workdir import Workdir
 from scalediff.methods import METHODS, Direct, MethodOptions, SuperResolution, resolve_method
 from scalediff.settings import Attention, PerStage, Preset, Settings
-
-_MAX_DISTORTION = 0.02  # change of the log aspect ratio that is allowed, because sizes are rounded to multiples of the model's
 
 
 @dataclass(frozen=True)
@@ -165,6 +161,8 @@ def upscale(
     *,
     height: int,
     width: int,
+    mask_image: Any = None,
+    strength: float | None = None,
     negative_prompt: str | list[str] | None = None,
     call: Mapping[str, Any] | None = None,
     generator: Generators | None = None,
@@ -188,14 +186,24 @@ def upscale(
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
 ) -> Result:
-    """Upscale a picture and add detail: the cascade starts from this picture instead of a base stage.
+    """Upscale a picture and add detail, or change it: the cascade starts from this picture instead of noise.
 
     Args:
-        pipe: A diffusers pipeline with a known denoiser, as in `generate`.
+        pipe: A diffusers pipeline as in `generate`, or an image-to-image or inpainting pipeline of the same families.
         image: A PIL picture, or a list of pictures of the same size, one per prompt.
         prompt: What the picture shows: a prompt, or a list of them; None if `call` holds prompt embeddings.
-        height, width: Target size in pixels. It must be larger than the picture and have its aspect ratio.
-        sizes: (height, width) of every stage in pixels; the first must be larger than the picture. When None, each stage doubles the size.
+        height, width: Target size in pixels, with the picture's aspect ratio. It must be larger than the picture; with a mask or a
+            strength it may have the same size.
+        mask_image: White where the picture may change and black where it is kept, as in diffusers: a PIL picture, an array or a tensor,
+            or a list of them, one per prompt; any size with the picture's aspect ratio. What is kept comes from the picture at the size
+            of every stage. Any pipeline can have a mask; None changes the whole picture.
+        strength: Share of the schedule that is run on the picture, in (0, 1], as in diffusers, for image-to-image and inpainting
+            pipelines. If it is above `restart`, or the picture has at most the native area, a base stage redraws the picture at the
+            native size with this strength, and every other stage runs its share `restart`. Otherwise the picture is larger than native
+            and keeps its detail: the stages above its size, or the last one, run the share `strength`. When None, the picture stands
+            in place of the base stage, and every stage above it runs its share `restart`.
+        sizes: (height, width) of every stage in pixels; the first must be larger than the picture, or is the base stage where one
+            redraws the picture. When None, each stage doubles the size.
         restart: Share of the steps that every stage runs. The larger it is, the more the picture changes.
         negative_prompt, call, generator, preset, steps, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`.
         wrap: As in `generate`. The picture should already continue on the other side.
@@ -205,44 +213,26 @@ def upscale(
         A Result, as `generate`.
 
     Raises:
-        ValueError: As `generate`; also if the target is not larger than the picture, or has another aspect ratio.
+        ValueError: As `generate`; also if the target is smaller than the picture, or as large without a mask or a strength; if target or
+            mask has another aspect ratio than the picture; if the strength is out of range, less than one step, or given to a
+            text-to-image pipeline; or if a base stage must keep a mask and the pipeline is not for inpainting.
         TypeError: As `generate`; also if `image` is not a PIL picture or a list of them.
-        NotImplementedError, RuntimeError: As `generate`.
+        NotImplementedError: As `generate`; also if the pipeline changes pictures in a way that the cascade does not support.
+        RuntimeError: As `generate`.
         torch.OutOfMemoryError: As `generate`.
 
     ScaleDiff, arXiv:2510.25818.
     """
-    given = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff, wrap)
-    check_inputs(pipe, prompt, negative_prompt, generator, call)
-    images = image if isinstance(image, list) else [image]
-    if not images:
-        raise ValueError("image must be a PIL picture or a list of at least one, got image=[]")
-    if not all(hasattr(picture, "convert") for picture in images):
-        raise TypeError(f"image must be a PIL picture or a list of them, got {', '.join(type(picture).__name__ for picture in images)}")
-    if len({picture.size for picture in images}) != 1:
-        raise ValueError(f"all pictures must have the same size, got {[picture.size for picture in images]}")
-    if len(images) != (expected := images_per_call({"prompt": prompt, **(call or {})})):
-        raise ValueError(f"image must hold one picture per prompt, {expected} in all, got {len(images)}")
-    own_width, own_height = images[0].size
-    if abs(math.log(height * own_width / (width * own_height))) > _MAX_DISTORTION:
-        raise ValueError(f"the target must have the aspect ratio of the picture, {own_height} x {own_width}, got {height=}, {width=}")
+    named = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff, wrap)
+    check_inputs(pipe, prompt, negative_prompt, generator, call, has_picture=True)
+    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-    settings = _settings_of(chosen, given, arguments)
-    around = wrap_of(pipe, settings)
-    planned = stage_sizes(pipe, height, width, wrap=around)
-    above = [size for size in planned if size[0] * size[1] > own_height * own_width]
-    if not above:
-        raise ValueError(f"the target must be larger than the picture, {own_height} x {own_width}, got {height=}, {width=}")
-    multiple = pixels_per_latent(pipe) * cascade_of(pipe).patch
-    near = {"height": max(own_height // multiple, 1) * multiple, "width": max(own_width // multiple, 1) * multiple}
-    if any(on and own != side for on, own, side in zip(around, (own_height, own_width), near.values(), strict=True)):
-        raise ValueError(f"a side that wraps must be a multiple of {multiple} pixels, got a picture of {own_height} x {own_width}")
-    if sizes is not None:
-        above = stage_sizes(pipe, height, width, sizes, picture=(near["height"], near["width"]), wrap=around)
-    picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
-    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
-    return _run_cascade(pipe, arguments, above, settings, run_options, workdir, picture, planned[0])
+    settings, target = _settings_of(chosen, named, arguments), (height, width)
+    changed, stages, settings, given = change_to_upscale(
+        pipe, arguments, image, target, settings, sizes=sizes, mask_image=mask_image, strength=strength
+    )
+    return _run_cascade(pipe, changed, stages, settings, run_options, workdir, given)
 
 
 def _explicit_settings(
@@ -319,19 +309,18 @@ def _run_cascade(
     settings: Settings,
     run_options: RunOptions,
     workdir: str | Path | None,
-    picture: Tensor | None = None,
-    base: tuple[int, int] | None = None,
+    given: Given | None = None,
 ) -> Result:
     if workdir is not None and arguments["generator"] is None:
         raise ValueError("workdir needs a generator, so that the same call can resume the run, got generator=None")
     arguments = _complete_arguments(pipe, arguments, settings)
     stages: list[Stage] = []
-    folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, picture))
+    folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, given))
 
     def collect(stage: Stage) -> None:
         stages.append(stage)
         if run_options.on_stage is not None:
             run_options.on_stage(stage)
 
-    run(pipe, arguments, sizes, settings, replace(run_options, on_stage=collect, workdir=folder), picture=picture, base=base)
+    run(pipe, arguments, sizes, settings, replace(run_options, on_stage=collect, workdir=folder), given=given)
     return Result(stages[-1].images, stages, settings)

@@ -25,6 +25,7 @@ from scalediff.arguments import (
     instance,
     optional,
 )
+from scalediff.cascade.changing import called_size, change_in_call
 from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
 from scalediff.cascade.describing import package_version
 from scalediff.cascade.generators import fresh_generator
@@ -39,7 +40,7 @@ from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import GridSource, LayoutSource, TextSource
 from scalediff.patching.handle import Handle
-from scalediff.patching.networks import denoiser_of, family_in_use, handle_of, is_text_to_image, original_call
+from scalediff.patching.networks import changes_picture, denoiser_of, family_in_use, handle_of, is_text_to_image, original_call
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
@@ -94,9 +95,10 @@ def patch_model(
     Args:
         model: A diffusers pipeline, its denoiser (docs/guide/models.md lists the known ones), or any module whose attention
             reaches `F.scaled_dot_product_attention`. A pipeline's ControlNets are patched too. If the cascade supports the
-            family, a text-to-image call of the pipeline runs the cascade whenever `height` x `width` exceeds the native size; the
-            family's preset fills in the arguments that the call leaves out. Context parallelism of diffusers may be enabled before or
-            later, with Ulysses attention, on the models named in docs/guide/models.md.
+            family, the call of a text-to-image, image-to-image or inpainting pipeline runs the cascade whenever the picture that it
+            draws exceeds the native size; the family's preset fills in the arguments that the call leaves out. A picture to change
+            enters the cascade as in `scalediff.upscale`, at the call's `strength`. Context parallelism of diffusers may be enabled
+            before or later, with Ulysses attention, on the models named in docs/guide/models.md.
         grid: Token grid `(Y, X)`, or a function that returns it from the named arguments of a forward pass. Like the next four
             arguments, it is needed for a module that belongs to no known family, and comes before what a known family says.
         patch_size: Latents or pixels per token, as an alternative to `grid`; applied to the first `[B, C, H, W]` argument. Read from
@@ -133,8 +135,8 @@ def patch_model(
             FLUX.2 and Qwen-Image over all processes, on accelerators. The model is not split when None.
 
     Warns:
-        UserWarning: The model is a text-to-image pipeline that the cascade does not support, so that its own call above the native size
-            is direct inference with windowed attention; or, without `strict`, only a part of it can be patched.
+        UserWarning: The model is a text-to-image, image-to-image or inpainting pipeline that the cascade does not support, so that its own
+            call above the native size is direct inference with windowed attention; or, without `strict`, only a part of it can be patched.
 
     Returns:
         A Handle with a `.report`. Used as a context manager, it unpatches the model on exit. Patching a model again replaces
@@ -175,7 +177,7 @@ def patch_model(
                 patch_class(model, handle, _cascade_methods)
                 if family.cascade is not None and family.cascade.assumed:
                     warnings.warn(f"scalediff: {family.cascade.assumed}", stacklevel=2)
-            elif is_text_to_image(type(model)):
+            elif is_text_to_image(type(model)) or changes_picture(type(model)):
                 problem = f"{handle.report.call}; above the native size it is direct inference with windowed attention"
                 warnings.warn(f"scalediff: {problem}", stacklevel=2)
     return handle
@@ -228,8 +230,7 @@ def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     check_arguments(_CALL_CHECKS, arguments)
     if edits_picture(pipe, arguments):
         return original_call(pipe)(pipe, **arguments)
-    native = native_size(pipe)
-    height, width = arguments.get("height") or native[0], arguments.get("width") or native[1]
+    native, (height, width) = native_size(pipe), called_size(pipe, arguments)
     if (height <= native[0] and width <= native[1]) or height * width <= native[0] * native[1]:
         return original_call(pipe)(pipe, **arguments)
     check_generators(arguments.get("generator"), images_per_call(arguments))
@@ -242,8 +243,11 @@ def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     )
     arguments |= guidance_argument(pipe, settings.guidance_scale)
     arguments["generator"] = arguments.get("generator") or fresh_generator()
-    given = {name for name, value in arguments.items() if value is not None}
-    if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in given):
+    named = {name for name, value in arguments.items() if value is not None}
+    if cascade_of(pipe).negative is not None and not any(name.startswith("negative_prompt") for name in named):
         arguments["negative_prompt"] = cascade_of(pipe).negative
     wrap = handle.wrap if handle is not None else (False, False)
-    return run(pipe, arguments, stage_sizes(pipe, height, width, wrap=wrap), settings, RunOptions())
+    sizes, given = stage_sizes(pipe, height, width, wrap=wrap), None
+    if changes_picture(type(pipe)):
+        arguments, sizes, settings, given = change_in_call(pipe, arguments, sizes, settings)
+    return run(pipe, arguments, sizes, settings, RunOptions(), given=given)

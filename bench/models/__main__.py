@@ -7,6 +7,7 @@ installed diffusers (a new model, a removed one, or one whose attention modules 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ from bench.models import compositions
 from bench.models.zoo import WINDOW, ZOO, Specimen
 from scalediff.families import FAMILIES, family_of
 from scalediff.families.base import Family
+from scalediff.patching.networks import changes_picture, obstacle_to_changes
 
 PAGE = ROOT / "docs" / "guide" / "models.md"
 # Denoisers of pictures and videos: classes of diffusers in these places, by the shape of their names.
 _PLACES = ("diffusers.models.unets.", "diffusers.models.transformers.", "diffusers.models.controlnets.")
 _DENOISER = re.compile(r"^(?!Flax).*(Transformer2DModel|Transformer3DModel|DiT2D\w*Model|UNet\w*Model|ControlNet\w*Model|UNet)$")
+_PIPELINES = re.compile(r"^diffusers\.pipelines\.(?!deprecated\.)")
 
 
 def row(name: str, specimen: Specimen) -> dict[str, str]:
@@ -75,6 +78,25 @@ def unlisted() -> list[str]:
     return sorted(name for name, cls in classes.items() if cls.__module__.startswith(_PLACES))
 
 
+def changing() -> list[str]:
+    """The image-to-image and inpainting pipelines of the installed diffusers, by what the cascade does with them."""
+    groups: dict[str, list[str]] = {"from a picture": [], "from a picture and a mask": []}
+    for name in sorted(name for name in dir(diffusers) if name.endswith("Pipeline")):
+        cls = getattr(diffusers, name)
+        if not isinstance(cls, type) or not _PIPELINES.match(cls.__module__) or not changes_picture(cls):
+            continue
+        parts = inspect.signature(cls).parameters
+        denoiser = next(parts[part].annotation for part in ("unet", "transformer") if part in parts)
+        family = FAMILIES.get(getattr(denoiser, "__name__", ""))
+        if family is None or "3D" in family.denoiser:  # none that is listed, or a video's
+            continue
+        why = obstacle_to_changes(cls) or family.refusal or family.no_cascade
+        masked = "mask_image" in inspect.signature(cls.__call__).parameters
+        group = f"not, because {why}" if why else "from a picture and a mask" if masked else "from a picture"
+        groups.setdefault(group, []).append(f"`{name}`")
+    return [f"- {group}: {', '.join(names)}" for group, names in groups.items()]
+
+
 def page() -> str:
     """docs/guide/models.md with its tables from the installed diffusers.
 
@@ -87,7 +109,10 @@ def page() -> str:
         raise RuntimeError(f"the installed diffusers {package_version('diffusers')} no longer has {', '.join(gone)}")
     known = DataFrame([row(name, specimen) for name, specimen in ZOO.items()])
     others = ", ".join(f"`{name}`" for name in unlisted())
-    return fill(PAGE.read_text(), {"known": table(known, text=known.columns), "refused": refused(), "unlisted": [f"{others}."]})
+    return fill(
+        PAGE.read_text(),
+        {"known": table(known, text=known.columns), "changing": changing(), "refused": refused(), "unlisted": [f"{others}."]},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent, wrap_of
 from scalediff.patching.circular import wrapped
 from scalediff.patching.handle import Handle
-from scalediff.patching.networks import handle_of, networks_of, padding_parts
+from scalediff.patching.networks import changes_picture, handle_of, networks_of, padding_parts
 from scalediff.patching.patch_networks import patch_networks
 from scalediff.patching.subclass import is_patched
 from scalediff.settings import Attention, Settings
@@ -236,3 +237,24 @@ def tiled(vae: Any, *, on: bool | None) -> Iterator[None]:
         yield
     finally:
         (vae.disable_tiling if on else vae.enable_tiling)()
+
+
+@contextmanager
+def without_encoding(pipe: Any) -> Iterator[None]:
+    """Make the autoencoder of a pipeline that changes a picture encode every picture to zeros, at no cost, and restore it on exit."""
+    if not changes_picture(type(pipe)):
+        yield
+        return
+    vae, factor = pipe.vae, pixels_per_latent(pipe)
+    channels = vae.config.get("latent_channels") or vae.config.z_dim
+
+    def encode(picture: Tensor, return_dict: bool = True) -> Any:
+        batch, _, *frames, height, width = picture.shape
+        zeros = picture.new_zeros(batch, channels, *frames, height // factor, width // factor)
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator=None: zeros, mode=lambda: zeros))
+
+    vae.encode = encode
+    try:
+        yield
+    finally:
+        del vae.encode

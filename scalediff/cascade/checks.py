@@ -24,6 +24,7 @@ from scalediff.arguments import (
     shown,
     wrong_type,
 )  # fmt: skip
+from scalediff.cascade.changing import CHANGE_ARGUMENTS, check_strength
 from scalediff.cascade.generators import Generators
 from scalediff.cascade.latents import has_size
 from scalediff.cascade.memory import images_per_call
@@ -43,7 +44,7 @@ from scalediff.cascade.pipeline import (
 from scalediff.cascade.schedule import check_scheduler, schedule_length
 from scalediff.cascade.upsampling import check_upsampler
 from scalediff.patching.circular import check_convolutions
-from scalediff.patching.networks import denoiser_of, family_in_use, original_call, padding_parts
+from scalediff.patching.networks import changes_picture, denoiser_of, family_in_use, original_call, padding_parts
 from scalediff.settings import Attention, Preset, Settings
 from scalediff_kernels.lowpass.geometry import Kind, coarse_length
 
@@ -79,6 +80,7 @@ DRAWING_CHECKS: Mapping[str, Check] = {
     "negative_prompt": optional(_check_prompt),
     "height": check_positive,
     "width": check_positive,
+    "strength": optional(check_strength),
     "call": optional(check_mapping),
     "generator": optional(_check_generator),
     "preset": instance((str, Preset, Settings), "the name of a preset, a Preset or a Settings"),
@@ -101,20 +103,22 @@ def check_inputs(
     negative_prompt: str | list[str] | None,
     generator: Generators | None,
     call: Mapping[str, Any] | None,
+    *,
+    has_picture: bool = False,
 ) -> None:
-    """Check that a pipeline can run the cascade with these inputs.
+    """Check that a pipeline can run the cascade with these inputs; `has_picture` says whether the run starts from a picture.
 
     Raises:
         ValueError: There is no prompt, the numbers of prompts, negative prompts and generators differ, or `call` has a name that it
             must not have.
-        TypeError: It is not a text-to-image pipeline.
+        TypeError, NotImplementedError: As `check_call`.
     """
-    check_call(pipe)
+    check_call(pipe, has_picture=has_picture)
     given = {name: value for name, value in (call or {}).items() if value is not None}
     if edits_picture(pipe, given):
         raise ValueError(f"the cascade draws from text alone: call must not hold a picture for {type(pipe).__name__}, got image")
     embeds_negative = any(name.startswith("negative_prompt_embeds") for name in given)
-    reserved = _RESERVED & set(call or {})
+    reserved = (_RESERVED | (CHANGE_ARGUMENTS if changes_picture(type(pipe)) else set())) & set(call or {})
     if embeds_negative and "negative_prompt" not in given:  # some pipelines have a default that must be None beside embeddings
         reserved -= {"negative_prompt"}
     if reserved:

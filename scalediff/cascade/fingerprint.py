@@ -8,10 +8,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scalediff.cascade.caches import cache_settings
 from scalediff.cascade.generators import states_of
+from scalediff.cascade.keeping import Given
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.upsampling import identify_upsampler
 from scalediff.cascade.workdir import digest, fingerprint_weights
@@ -25,7 +26,7 @@ def fingerprint_run(
     sizes: list[tuple[int, int]],
     settings: Settings,
     run_options: RunOptions,
-    picture: Tensor | None,
+    given: Given | None,
 ) -> dict[str, Any]:
     """Everything that determines the result of a run bit for bit, on one machine; a workdir is resumed only if all of it matches."""
     generator = arguments["generator"]
@@ -40,7 +41,7 @@ def fingerprint_run(
         "settings": asdict(settings),
         "seed": digest(states_of(generator)),
         "call": digest({name: value for name, value in arguments.items() if name not in named}),
-        "picture": None if picture is None else digest(picture),
+        "picture": None if given is None else _digest_picture(given),
         "model": f"{type(denoiser).__name__} {digest(dict(denoiser.config))}",
         "weights": fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)]),
         "patched": None if handle is None else [list(handle.window), handle.jitter, digest(asdict(handle.options))],
@@ -52,3 +53,9 @@ def fingerprint_run(
         "upsampler": identify_upsampler(run_options.upsampler),
         "caches": digest(caches) if caches else None,
     }
+
+
+def _digest_picture(given: Given) -> str:
+    if given.mask is None and given.strength is None:
+        return digest(given.picture)
+    return digest([given.picture, given.mask, given.strength])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of
+from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of, without_encoding
 from scalediff.cascade.latents import encoded_mode, is_video_vae
 from scalediff.cascade.pipeline import call_stage, cascade_of
 from scalediff.cost.flops import FACTOR, MODELS, built, passes_of_a_step, stages
@@ -285,7 +285,7 @@ def _first_denoiser_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[in
     own = {name: value for name, value in arguments.items() if name not in ("latents", "callback_on_step_end")}
     changes = {"generator": torch.Generator(), "output_type": "latent", "return_dict": False}
     try:
-        with torch.no_grad(), restored_pipeline(pipe), intercept_denoiser(pipe, stop):
+        with torch.no_grad(), restored_pipeline(pipe), intercept_denoiser(pipe, stop), without_encoding(pipe):
             pipe.scheduler = copy.deepcopy(pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
             call_stage(pipe, size, {**own, **changes})

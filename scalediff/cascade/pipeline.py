@@ -11,9 +11,19 @@ from typing import Any
 
 from torch import nn
 
+from scalediff.cascade.pictures import pictures_at
 from scalediff.families import FAMILIES
 from scalediff.families.base import Cascade, Family
-from scalediff.patching.networks import denoiser_of, family_in_use, handle_of, is_text_to_image, may_edit_picture, original_call
+from scalediff.patching.networks import (
+    changes_picture,
+    denoiser_of,
+    family_in_use,
+    handle_of,
+    is_text_to_image,
+    may_edit_picture,
+    obstacle_to_changes,
+    original_call,
+)  # fmt: skip
 from scalediff.settings import Preset, Settings, check_sizes, plan_sizes
 
 Sizes = Sequence[tuple[int, int]]
@@ -143,9 +153,10 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def call_stage(pipe: Any, size: tuple[int, int], arguments: Mapping[str, Any]) -> Any:
-    """Run the unpatched call of a pipeline for a stage of (height, width) pixels."""
+    """Run the unpatched call of a pipeline for a stage of (height, width) pixels, with the picture that it changes at this size."""
+    pictures = pictures_at(arguments, size) if changes_picture(type(pipe)) else {}
     with _attributes_set(pipe, cascade_of(pipe).attributes(pipe, *size)):
-        return call_pipeline(pipe, {**arguments, **stage_arguments(pipe, size)})
+        return call_pipeline(pipe, {**arguments, **stage_arguments(pipe, size), **pictures})
 
 
 @contextmanager
@@ -162,21 +173,31 @@ def _attributes_set(pipe: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
             setattr(parts[name], name.rpartition(".")[2], value)
 
 
-def check_call(pipe: Any) -> None:
+def check_call(pipe: Any, *, has_picture: bool = False) -> None:
     """Check that a pipeline can run the cascade.
 
+    Args:
+        pipe: The pipeline.
+        has_picture: Whether the run starts from a picture, so that pipelines that change one can run it too.
+
     Raises:
-        TypeError: It is not a text-to-image pipeline.
+        TypeError: It is not a text-to-image pipeline, nor one that changes a picture where there is one.
+        NotImplementedError: It changes a picture in a way that the cascade does not support.
         ValueError: As `family_with_cascade`.
     """
-    if not hasattr(pipe, "vae_scale_factor") or not is_text_to_image(type(pipe)):
-        raise TypeError(f"the cascade needs a text-to-image pipeline, got {type(pipe).__name__}")
+    cls = type(pipe)
+    changes = has_picture and changes_picture(cls)
+    if not hasattr(pipe, "vae_scale_factor") or not (changes or is_text_to_image(cls)):
+        kinds = "a text-to-image, image-to-image or inpainting pipeline" if has_picture else "a text-to-image pipeline"
+        raise TypeError(f"the cascade needs {kinds}, got {cls.__name__}")
+    if changes and (obstacle := obstacle_to_changes(cls)):
+        raise NotImplementedError(f"the cascade does not support {cls.__name__}: {obstacle}")
     family_with_cascade(denoiser_of(pipe))
 
 
 def edits_picture(pipe: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether these arguments of the pipeline's call hold a picture to edit or to refer to, which the cascade does not support."""
-    return may_edit_picture(type(pipe)) and arguments.get("image") is not None
+    return may_edit_picture(type(pipe)) and not changes_picture(type(pipe)) and arguments.get("image") is not None
 
 
 def takes(pipe: Any, *names: str) -> bool:
@@ -197,6 +218,5 @@ def guidance_argument(pipe: Any, scale: float) -> dict[str, float]:
 
 def stage_arguments(pipe: Any, size: tuple[int, int]) -> dict[str, Any]:
     """The arguments of the pipeline's call for a stage of (height, width) pixels, by which it draws this size and no other."""
-    height, width = size
-    fixed = {name: value for name, value in cascade_of(pipe).call(height, width).items() if takes(pipe, name)}
-    return {"height": height, "width": width, **fixed}
+    wanted = {"height": size[0], "width": size[1], **cascade_of(pipe).call(*size)}
+    return {name: value for name, value in wanted.items() if takes(pipe, name)}

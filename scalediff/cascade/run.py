@@ -28,8 +28,10 @@ from scalediff.cascade.caches import caches_of_stage, check_caches
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
+from scalediff.cascade.keeping import Given, ScheduleSet, resting_scheduler, start_arguments, stopping_scheduler, strength_steps
 from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
+from scalediff.cascade.pictures import picture_at
 from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size, wrap_of
 from scalediff.cascade.progress import Progress
 from scalediff.cascade.results import RunOptions, Stage
@@ -37,6 +39,7 @@ from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, record
 from scalediff.cascade.stage import prepare_stage, scalar
 from scalediff.cascade.workdir import SavedStage
 from scalediff.patching.handle import Handle
+from scalediff.patching.networks import changes_picture
 from scalediff.settings import Settings
 
 _SCHEDULE = ("timesteps", "sigmas")  # a custom schedule is that of the base stage; stages above run its last steps
@@ -51,8 +54,7 @@ def run(
     settings: Settings,
     options: RunOptions,
     *,
-    picture: Tensor | None = None,
-    base: tuple[int, int] | None = None,
+    given: Given | None = None,
 ) -> Any:
     """Run all stages.
 
@@ -62,21 +64,20 @@ def run(
         sizes: (height, width) of every stage in pixels.
         settings: Settings of the method.
         options: Options of the run. With `on_stage`, every stage is decoded and passed to it.
-        picture: `[B, 3, height, width]` in [-1, 1]; replaces the base stage.
-        base: (height, width) of the base stage that the picture replaces.
+        given: The picture to start from, if any; without a strength it replaces the base stage.
 
     Returns:
         The return value of the pipeline's last call, or None with `on_stage`.
     """
     if any(wrap := wrap_of(pipe, settings)):
         settings = replace(settings, wrap=wrap)
-    restarts = len(sizes) - (picture is None)
+    restarts = len(sizes) - (given is None or given.strength is not None)
     check_run(pipe, arguments, sizes, settings, restarts=restarts)
     check_possible(pipe, arguments, sizes[-1])
     with borrowed(pipe, settings, options.vae_attention) as handle:
         jitter, calls = handle.jitter if handle is not None else "none", _model_calls(pipe.scheduler, settings.steps)
         check_caches(pipe, settings, calls=calls, restarts=restarts, jitter=jitter, split_guidance=options.split_guidance)
-        return _Run(pipe, arguments, list(sizes), settings, options, handle, base or sizes[0]).run_stages(picture)
+        return _Run(pipe, arguments, list(sizes), settings, options, handle, given).run_stages()
 
 
 class _Run:
@@ -94,26 +95,26 @@ class _Run:
         settings: Settings,
         options: RunOptions,
         handle: Handle | None,
-        base: tuple[int, int],
+        given: Given | None,
     ) -> None:
-        self.pipe, self.arguments, self.sizes, self.settings, self.options, self.handle, self.base = (
-            pipe, arguments, sizes, settings, options, handle, base,
+        self.pipe, self.arguments, self.sizes, self.settings, self.options, self.handle, self.given = (
+            pipe, arguments, sizes, settings, options, handle, given,
         )  # fmt: skip
+        self.base = sizes[0] if given is None else given.base
+        self.base_steps = settings.steps if given is None else strength_steps(pipe, settings.steps, given.strength)
+        self.first = 0 if given is not None and given.strength is None else 1  # stages without a restart
         self.scheduler = pipe.scheduler
         self.latents = self.decoded = torch.empty(0)
         self.base_schedule_arguments: Mapping[str, Any] = {}
         self.trajectory: list[Tensor] = []
 
-    def run_stages(self, picture: Tensor | None) -> Any:
+    def run_stages(self) -> Any:
         """Run the stages that the workdir does not have; returns as `run`."""
-        workdir, device = self.options.workdir, self.pipe._execution_device
+        workdir = self.options.workdir
         done = workdir.finished() if workdir is not None else []
-        self.first = 1 if picture is None else 0  # stages without a restart
-        if picture is not None:
-            self.decoded = picture.to(device)
-            with self._stage_context(self.base, "encoding the picture"):
-                self.latents = encode(self.pipe, self.decoded).to(self.pipe.dtype)
-        if picture is not None or 0 < len(done) < len(self.sizes):
+        if self.given is not None and not self.first:
+            self._enter_picture(self.given.picture)
+        if not self.first or 0 < len(done) < len(self.sizes):
             self.base_schedule_arguments = self._record_base_schedule()
         with self._progress() as self.progress:
             for index, size in enumerate(self.sizes, start=1):
@@ -127,6 +128,14 @@ class _Run:
                     if getattr(self.pipe, "interrupt", False):  # diffusers' flag, set by a callback: this stage is the last
                         return None if self.options.on_stage is not None else self._output_of_latents(size)
         return None
+
+    def _enter_picture(self, picture: Tensor) -> None:
+        """Put the given picture in place of the base stage, shrunk to the first stage if it is larger."""
+        first = self.sizes[0]
+        fits = picture.shape[-2] <= first[0] and picture.shape[-1] <= first[1]
+        self.decoded = (picture if fits else picture_at(picture, first)).to(self.pipe._execution_device)
+        with self._stage_context((self.decoded.shape[-2], self.decoded.shape[-1]), "encoding the picture"):
+            self.latents = encode(self.pipe, self.decoded).to(self.pipe.dtype)
 
     def _run_stage(self, index: int, size: tuple[int, int]) -> None:
         """Run one stage, save it in the workdir and report it."""
@@ -155,7 +164,7 @@ class _Run:
 
     def _report_stage(self, index: int, images: list[Any], seconds: float) -> None:
         if self.options.on_stage is not None:
-            size, steps = self.sizes[index - 1], self._settings(index).stage_steps if index > self.first else self.settings.steps
+            size, steps = self.sizes[index - 1], self._steps(index)
             self.options.on_stage(Stage(index, len(self.sizes), *size, images, self.latents, steps, seconds, self.settings))
 
     def _call_pipeline(self, index: int, size: tuple[int, int], output: Mapping[str, Any]) -> Any:
@@ -176,11 +185,15 @@ class _Run:
                 base_schedule_arguments=self.base_schedule_arguments,
                 watch=self._watch(index),
                 upsampler=self.options.upsampler,
+                given=self.given,
             )
             if scalar(settings.guidance_until) < 1:
                 unguided = math.ceil(scalar(settings.guidance_until) * len(pipe.scheduler.levels))
         elif len(self.sizes) > 1 or self.options.progress or self.options.on_step is not None:
-            pipe.scheduler = recording_scheduler(self.scheduler, watch=self._watch(index))
+            skipped = int(self.scheduler.order) * (self.settings.steps - self.base_steps)
+            pipe.scheduler = recording_scheduler(self.scheduler, watch=self._watch(index), skipped=skipped)
+        if not restarts and self.given is not None:
+            changes = {"strength": self.given.strength}
         if self.handle is not None:
             self.handle.attention = settings.attention if restarts else "full"
             self.handle.restart_jitter()
@@ -219,7 +232,11 @@ class _Run:
 
     def _calls(self, index: int) -> int:
         """Number of model calls of a stage."""
-        return _model_calls(self.scheduler, self.settings.steps if index <= self.first else self._settings(index).stage_steps)
+        return _model_calls(self.scheduler, self._steps(index))
+
+    def _steps(self, index: int) -> int:
+        """Number of steps of a stage."""
+        return self._settings(index).stage_steps if index > self.first else self.base_steps
 
     def _settings(self, index: int) -> Settings:
         """The settings of a stage, with a single number in place of each tuple; for the base stage, those of the run."""
@@ -255,19 +272,28 @@ class _Run:
 
     def _record_base_schedule(self) -> Mapping[str, Any]:
         """The arguments of `set_timesteps` in a base stage, from a pipeline call that runs no step."""
-        self.pipe.scheduler = recording_scheduler(self.scheduler, runs=False)
+        pipe, scheduler = self.pipe, recording_scheduler(self.scheduler, runs=False)
+        pipe.scheduler = stopping_scheduler(scheduler) if changes_picture(type(pipe)) else scheduler
         if self.options.progress is not None:
-            self.pipe.set_progress_bar_config(disable=True)
-        call_stage(self.pipe, self.base, {**self.arguments, "generator": fresh_generator(), **_LATENT})
-        arguments: Mapping[str, Any] = self.pipe.scheduler.schedule_arguments
-        self.pipe.scheduler = self.scheduler
+            pipe.set_progress_bar_config(disable=True)
+        try:
+            call_stage(pipe, self.base, {**self.arguments, "generator": fresh_generator(), **_LATENT})
+        except ScheduleSet:
+            pipe.maybe_free_model_hooks()
+        pipe.scheduler = self.scheduler
+        arguments: Mapping[str, Any] = scheduler.schedule_arguments
         return arguments
 
     def _output_of_latents(self, size: tuple[int, int]) -> Any:
-        """The pipeline's output for the current latents, from a pipeline call that runs no step."""
-        self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, last_steps=0, guidance=Guidance(None, 1.0))
-        changes = {"latents": packed(self.pipe, self.latents), "num_inference_steps": 1, **self._without_schedule()}
-        return call_stage(self.pipe, size, {**self.arguments, **changes})
+        """The pipeline's output for the current latents, from a pipeline call that changes them in no step."""
+        changes: dict[str, Any] = {**self._without_schedule(), "num_inference_steps": 1}
+        resting = changes_picture(type(self.pipe))
+        self.pipe.scheduler = guided_scheduler(self.scheduler, steps=1, last_steps=int(resting), guidance=Guidance(None, 1.0))
+        if resting:
+            self.pipe.scheduler = resting_scheduler(self.pipe.scheduler, self.latents)
+            changes |= {name: None for name in self.arguments if name == "callback_on_step_end"}
+        start = start_arguments(self.pipe, self.latents, packed(self.pipe, self.latents))
+        return call_stage(self.pipe, size, {**self.arguments, **changes, **start})
 
 
 def _model_calls(scheduler: Any, steps: int) -> int:

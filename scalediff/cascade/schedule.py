@@ -203,12 +203,13 @@ def _parameters(cls: type) -> Sequence[str]:
     return list(inspect.signature(cls.set_timesteps).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def recording_scheduler(scheduler: Any, *, watch: Watch | None = None, runs: bool = True) -> Any:
+def recording_scheduler(scheduler: Any, *, watch: Watch | None = None, skipped: int = 0, runs: bool = True) -> Any:
     """A copy of a diffusers scheduler that records the arguments of its last `set_timesteps` in `.schedule_arguments`, by name.
 
     Args:
         scheduler: The pipeline's scheduler; not changed.
         watch: Called after every model call.
+        skipped: Number of model calls at the start of the schedule that the pipeline does not make, because of a strength.
         runs: Whether it has timesteps; False makes the pipeline run no step.
     """
     cls = type(scheduler)
@@ -226,7 +227,7 @@ def recording_scheduler(scheduler: Any, *, watch: Watch | None = None, runs: boo
         done = self.calls_done
         self.calls_done += 1
         if watch is not None:
-            watch(done, lambda: _denoised(self, _level(self, done), sample, model_output))
+            watch(done, lambda: _denoised(self, _level(self, skipped + done), sample, model_output))
         return cls.step(self, model_output, timestep, sample, *args, **kwargs)
 
     recording = copy.deepcopy(scheduler)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scalediff.cascade.keeping import Given, entering_scheduler, kept_of, masked, start_arguments
 from scalediff.cascade.latents import encode, packed, upsampled
 from scalediff.cascade.pipeline import cascade_of, native_size
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler
@@ -50,10 +51,19 @@ def encode_finite(pipe: Any, picture: Tensor) -> Tensor:
 
 def add_noise(scheduler: Any, reference: Tensor, generator: Any) -> Tensor:
     """Add noise to the reference, at the noise level of the guided scheduler's first step."""
+    return _noised(scheduler, reference, draw_noise(reference, generator))
+
+
+def draw_noise(like: Tensor, generator: Any) -> Tensor:
+    """Normal noise of the shape, device and dtype of a tensor."""
     from diffusers.utils.torch_utils import randn_tensor
 
+    noise: Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return noise
+
+
+def _noised(scheduler: Any, reference: Tensor, noise: Tensor) -> Tensor:
     level = scheduler.levels[0]
-    noise: Tensor = randn_tensor(reference.shape, generator=generator, device=reference.device, dtype=reference.dtype)
     return level.signal * reference + level.noise * noise  # type: ignore[no-any-return]
 
 
@@ -69,6 +79,7 @@ def prepare_stage(
     base_schedule_arguments: Mapping[str, Any],
     watch: Watch,
     upsampler: Upsampler | None = None,
+    given: Given | None = None,
 ) -> dict[str, Any]:
     """Prepare a stage above the native size: replace the pipeline's scheduler by a guided one, and add noise to the reference.
 
@@ -83,11 +94,14 @@ def prepare_stage(
         base_schedule_arguments: Arguments of `set_timesteps` in the base stage.
         watch: Called after every model call of the stage.
         upsampler: Function that enlarges the picture; bicubic when None.
+        given: The picture that the run started from, if any; the stage keeps what is outside its mask.
 
     Returns:
         The arguments of the pipeline's call that differ from `arguments`.
     """
-    reference = make_reference(pipe, latents, decoded, size, settings, upsampler)
+    wrap = settings.wrap or (False, False)
+    kept = kept_of(pipe, given, size, upsampler, wrap=wrap) if given is not None else None
+    reference = masked(kept, make_reference(pipe, latents, decoded, size, settings, upsampler))
     steps, start = settings.stage_steps, settings.sg_cutoff_start
     calls = pipe.scheduler.order * (steps - 1) + 1
     guidance = Guidance(
@@ -98,7 +112,7 @@ def prepare_stage(
         trajectory=trajectory[-calls:] if settings.anchor == "trajectory" else None,
         form=cascade_of(pipe).form,
         patch=cascade_of(pipe).patch,
-        wrap=settings.wrap or (False, False),
+        wrap=wrap,
     )
     pipe.scheduler = guided_scheduler(
         pipe.scheduler,
@@ -109,8 +123,11 @@ def prepare_stage(
         watch=watch,
     )
     pipe.scheduler.set_timesteps(steps)
-    noised = add_noise(pipe.scheduler, reference, arguments["generator"])
-    changes = {"latents": packed(pipe, noised), "num_inference_steps": steps}
+    noise = draw_noise(reference, arguments["generator"])
+    noised = _noised(pipe.scheduler, reference, noise)
+    if given is not None:
+        pipe.scheduler = entering_scheduler(pipe, pipe.scheduler, start=noised, noise=noise, kept=kept)
+    changes = {**start_arguments(pipe, noised, packed(pipe, noised)), "num_inference_steps": steps}
     if settings.size_conditioning == "native":
         native = {name: native_size(pipe) for name in ("original_size", "target_size")}
         changes |= {name: size for name, size in native.items() if arguments.get(name) is None}

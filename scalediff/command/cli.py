@@ -134,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     upscale.add_argument(
         "--size", type=_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: twice its size)"
     )
+    upscale.add_argument("--mask", type=Path, metavar="FILE", help="a picture, white where FILE may change and black where it is kept")
+    upscale.add_argument(
+        "--strength", type=float, metavar="S", help="change the picture: share of the schedule that is run on it, in (0, 1]"
+    )
     _add_run_options(upscale)
 
     plan = subparsers.add_parser(

@@ -19,7 +19,7 @@ from scalediff.cascade.schedule import check_scheduler
 from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.comparing import FULL, compared, draw_panel, save_sheet
 from scalediff.command.jobs import plan_jobs, prompts_of
-from scalediff.command.loading import UsageError
+from scalediff.command.loading import UsageError, changing_pipeline
 from scalediff.command.method_options import chosen_method, method_facts, method_object
 from scalediff.command.pictures import open_picture
 from scalediff.command.ranks import drawing_together, own_jobs
@@ -92,10 +92,15 @@ def upscale_pictures(options: Namespace) -> None:
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
         raise UsageError(f"--out must not be the input picture, got {options.file}")
     image = open_picture(options.file)
+    mask = None if options.mask is None else open_picture(options.mask)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
+    if options.strength is not None:
+        pipe = changing_pipeline(pipe, with_mask=mask is not None, offloaded_to=options.device if options.low_memory else None)
     settings = resolve_settings(pipe, options)
     height, width = options.size or (2 * image.height, 2 * image.width)
+    changes = {"mask": options.mask and options.mask.name, "strength": options.strength}
     facts = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
+    facts |= {name: value for name, value in changes.items() if value is not None}
     check_scheduler(pipe.scheduler)
     stage_sizes(pipe, height, width, wrap=wrap_of(pipe, settings))
     print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
@@ -103,6 +108,7 @@ def upscale_pictures(options: Namespace) -> None:
         print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
         with _stage_saver(pipe, options, job, facts) as (save, _):
             arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(jobs) > 1)
+            arguments |= {"mask_image": mask, "strength": options.strength}
             result = upscale(pipe, image, job.prompt, height=height, width=width, **arguments, on_stage=save)
             print_result(result, options, job)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from scalediff.cascade.pipeline import takes
 from scalediff.demo import load_demo
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -81,6 +82,32 @@ def load_model(
     pipe.to(dtype=_DTYPES[dtype])
     pipe.enable_model_cpu_offload(device=torch_device)
     return pipe
+
+
+def changing_pipeline(pipe: Any, *, with_mask: bool, offloaded_to: str | None = None) -> Any:
+    """The image-to-image or inpainting pipeline with the components of a pipeline, or the pipeline itself where it is one already.
+
+    Args:
+        pipe: The pipeline.
+        with_mask: Whether it must take a mask.
+        offloaded_to: The device to which its components are offloaded, if they are.
+
+    Raises:
+        UsageError: diffusers has none for this model.
+    """
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+    if takes(pipe, "strength", *(("mask_image",) if with_mask else ())):
+        return pipe
+    maker = AutoPipelineForInpainting if with_mask else AutoPipelineForImage2Image
+    try:
+        made = maker.from_pipe(pipe)
+    except ValueError as error:
+        kind = "inpainting" if with_mask else "image-to-image"
+        raise UsageError(f"--strength needs a model for which diffusers has an {kind} pipeline, got {type(pipe).__name__}") from error
+    if offloaded_to is not None:
+        made.enable_model_cpu_offload(device=parse_device(offloaded_to))
+    return made
 
 
 def parse_device(name: str) -> torch.device:

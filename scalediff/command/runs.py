@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from scalediff.cascade.changing import blank_arguments
 from scalediff.cascade.fitting import check_possible, describe_fit, fit_of
 from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import guidance_argument, named_preset, native_size
@@ -92,6 +93,7 @@ def print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[i
         ValueError: The picture alone is larger than the device's memory.
     """
     arguments = {"prompt": job.prompt, **guidance_argument(pipe, settings.guidance_scale), "num_inference_steps": settings.steps}
+    arguments |= blank_arguments(pipe)
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
     if getattr(options, "method", "") in IN_PARTS:

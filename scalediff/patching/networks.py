@@ -15,6 +15,14 @@ from scalediff.patching.subclass import ATTRIBUTE, original_class
 from scalediff.patching.target import Target
 
 _EDITING = frozenset({"control_mask", "mask", "mask_image", "strength", "video"})  # arguments of calls that edit
+# Arguments of calls with a strength that the cascade cannot run, and why.
+_CHANGE_OBSTACLES = {
+    "image_reference": "its picture is also among the tokens, at a size that the pipeline chooses",
+    "original_inference_steps": "its schedule depends on the strength",
+    "source_prompt": "it starts from the noise that a second prompt explains",
+    "depth_map": "it estimates the depth of one picture size",
+    "video": "it changes a video",
+}
 
 
 def denoiser_of(model: Any) -> nn.Module:
@@ -89,6 +97,23 @@ def may_edit_picture(pipeline_class: type) -> bool:
     """Whether the call of a pipeline class takes a picture to edit or to refer to. With a ControlNet, `image` is the condition."""
     original = original_class(pipeline_class)
     return "image" in inspect.signature(original.__call__).parameters and "controlnet" not in inspect.signature(original).parameters
+
+
+def changes_picture(pipeline_class: type) -> bool:
+    """Whether a pipeline class changes a picture through an autoencoder: its call takes a prompt, the picture and a strength."""
+    original = original_class(pipeline_class)
+    latent = "vae" in inspect.signature(original).parameters
+    return latent and {"prompt", "image", "strength"} <= set(inspect.signature(original.__call__).parameters)
+
+
+def obstacle_to_changes(pipeline_class: type) -> str:
+    """Why the cascade cannot run a pipeline class that changes a picture; empty if it can."""
+    original = original_class(pipeline_class)
+    parameters = set(inspect.signature(original.__call__).parameters)
+    encode: Any = getattr(original, "encode_prompt", None)
+    if encode is not None and "image" in inspect.signature(encode).parameters:
+        return "it encodes the prompt together with the picture"
+    return next((why for name, why in _CHANGE_OBSTACLES.items() if name in parameters), "")
 
 
 def _is_optional(parameter: inspect.Parameter) -> bool:

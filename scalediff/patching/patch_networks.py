@@ -20,7 +20,15 @@ from scalediff.patching.circular import NO_WRAP, Wrap, check_convolutions
 from scalediff.patching.context_parallel import check_context_parallel, check_row_split
 from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
-from scalediff.patching.networks import is_text_to_image, may_edit_picture, named_networks, padding_parts, uncompiled
+from scalediff.patching.networks import (
+    changes_picture,
+    is_text_to_image,
+    may_edit_picture,
+    named_networks,
+    obstacle_to_changes,
+    padding_parts,
+    uncompiled,
+)  # fmt: skip
 from scalediff.patching.report import Row
 from scalediff.patching.subclass import ATTRIBUTE
 from scalediff.patching.target import Options, Target
@@ -104,7 +112,8 @@ def unpatch_networks(model: Any) -> None:
 
 def supports_cascade(pipeline_class: type, family: Family) -> bool:
     """Whether the cascade supports a pipeline class with a denoiser of this family."""
-    return family.cascade is not None and is_text_to_image(pipeline_class)
+    changes = changes_picture(pipeline_class) and not obstacle_to_changes(pipeline_class)
+    return family.cascade is not None and (changes or is_text_to_image(pipeline_class))
 
 
 def _resolve_family(net: nn.Module, described: Described) -> Family:
@@ -198,10 +207,15 @@ def describe_pipeline_call(pipeline_class: type, family: Family) -> str:
     """What a call of this pipeline or module does once patched, for the report."""
     if issubclass(pipeline_class, nn.Module):
         return "only the attention changes; the sampling loop is your own code"
-    if not is_text_to_image(pipeline_class):
-        return f"{pipeline_class.__name__} is not a text-to-image pipeline: its call is unchanged"
+    changes, obstacle = changes_picture(pipeline_class), obstacle_to_changes(pipeline_class)
+    if not changes and not is_text_to_image(pipeline_class):
+        return f"{pipeline_class.__name__} is not a text-to-image pipeline, and has no strength: its call is unchanged"
+    if changes and obstacle:
+        return f"the cascade does not support {pipeline_class.__name__} ({obstacle}): its call is unchanged"
     if not supports_cascade(pipeline_class, family):
         why = family.no_cascade or "the family has no cascade"
         return f"the cascade does not support {family.denoiser} ({why}): the call of {pipeline_class.__name__} is unchanged"
+    if changes:
+        return f"{pipeline_class.__name__} runs the cascade above the native size, from its picture at its strength"
     unless = ", unless it is given a picture to edit" if may_edit_picture(pipeline_class) else ""
     return f"{pipeline_class.__name__} runs the cascade above the native size{unless}"

@@ -267,15 +267,15 @@ def test_the_safety_checker_sees_copies(demo: Any, monkeypatch: pytest.MonkeyPat
     assert pixels(checked.images[0]).max() == 0
 
 
-def test_pipelines_that_take_a_picture_keep_their_call(demo: Any) -> None:
+def test_pipelines_that_edit_without_a_strength_keep_their_call(demo: Any) -> None:
     diffusers = pytest.importorskip("diffusers")
-    other = diffusers.StableDiffusionImg2ImgPipeline(**demo.components, requires_safety_checker=False)
+    other = diffusers.StableDiffusionInstructPix2PixPipeline(**demo.components, requires_safety_checker=False)
     cls = type(other)
-    with pytest.raises(TypeError, match=r"needs a text-to-image pipeline, got StableDiffusionImg2ImgPipeline"):
+    with pytest.raises(TypeError, match=r"needs a text-to-image pipeline, got StableDiffusionInstructPix2PixPipeline"):
         generate(other, PROMPT, height=128, width=128)
     with scalediff.patch_model(other) as handle:
         assert type(other) is cls
-        assert "is not a text-to-image pipeline: its call is unchanged" in str(handle.report)
+        assert "is not a text-to-image pipeline, and has no strength: its call is unchanged" in str(handle.report)
 
 
 def test_stable_diffusion_xl(demo: Any) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ import scalediff
 from scalediff.cascade.metadata import read_metadata, save_png
 from scalediff.command import loading
 from scalediff.command.cli import main
+from scalediff.command.loading import UsageError, changing_pipeline
 from scalediff.command.pictures import side_by_side
+from tests.scalediff.cascade.test_pipelines import built
 
 Image = pytest.importorskip("PIL.Image")
 PngInfo = pytest.importorskip("PIL.PngImagePlugin").PngInfo
@@ -121,6 +124,34 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
     assert source.read_bytes() == before
+
+
+def test_upscale_changes_what_a_mask_leaves_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a strength by an inpainting pipeline, whose base stage is one more file; the left half is that of the photo, up to the VAE."""
+    source, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(source)
+    white = Image.new("L", (64, 64), 255)
+    white.paste(0, (0, 0, 32, 64))
+    white.save(mask)
+    run = ["upscale", str(source), "a moon", "--steps", "2", "--restart", "0.5", "--size", "96", "--quiet", "--mask", str(mask)]
+    assert main([*run, "--out", str(tmp_path / "kept.png")]) == 0
+    assert main([*run, "--strength", "1", "--out", str(tmp_path / "changed.png"), "--negative-prompt", "blur"]) == 0
+    assert files(tmp_path) == ["changed.png", "changed.stage1-64x64.png", "kept.png", "mask.png", "photo.png"]
+    told = read_metadata(tmp_path / "changed.png")
+    assert (told["mask"], told["strength"], told["picture"]) == ("mask.png", 1.0, "photo.png")
+    assert "strength" not in read_metadata(tmp_path / "kept.png")
+    kept, changed = (np.asarray(Image.open(tmp_path / name)).astype(float) for name in ("kept.png", "changed.png"))
+    left, right = np.split(np.abs(kept - changed), 2, axis=1)
+    assert 4 * left.mean() < right.mean()  # the decoder's normalisation spreads a little of every change
+    assert main([*run, "--strength", "2"]) == 2
+    assert "strength must lie in (0, 1], got strength=2.0" in capsys.readouterr().err
+
+
+def test_a_strength_needs_a_pipeline_of_diffusers() -> None:
+    pipe, _ = built("Lumina 2")
+    for mask, kind in ((True, "inpainting"), (False, "image-to-image")):
+        with pytest.raises(UsageError, match=f"--strength needs a model for which diffusers has an {kind} pipeline, got Lumina2Pipeline"):
+            changing_pipeline(pipe, with_mask=mask)
 
 
 @pytest.mark.parametrize(
