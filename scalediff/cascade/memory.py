@@ -11,7 +11,7 @@ import functools
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from scalediff.cascade import streaming
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of
 from scalediff.cascade.latents import encoded_mode, is_video_vae
 from scalediff.cascade.pipeline import call_stage, cascade_of
+from scalediff.cascade.streaming import stream_obstacle
 from scalediff.cost.flops import FACTOR, MODELS, built, passes_of_a_step, stages
 from scalediff.cost.tally import peak_bytes
 from scalediff.patching.networks import denoiser_of, networks_of
@@ -147,17 +149,20 @@ def _weights(parts: Mapping[str, nn.Module]) -> dict[str, int]:
 def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> int:
     """Bytes of activations for encoding or decoding pictures of (height, width) pixels, whichever is larger.
 
+    `tiled` means in parts: in bands where the autoencoder can be streamed and its tiling is off, otherwise in diffusers' tiles.
+
     Raises:
         NotImplementedError: The autoencoder's code does not run on the meta device.
     """
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     dtype = torch.float32 if upcast else vae.dtype
     tile = getattr(vae, "tile_sample_min_size", getattr(vae, "tile_sample_min_height", None))
-    if not tiled or tile is None or max(size) <= tile:
+    in_bands = tiled and not getattr(vae, "use_tiling", False) and not stream_obstacle(vae)
+    if not tiled or in_bands or tile is None or max(size) <= tile:
         config = tuple(sorted((name, repr(value)) for name, value in vae.config.items()))
-        key = original_class(type(vae)), config, size, batch, dtype
+        key = original_class(type(vae)), config, size, batch, dtype, in_bands and streaming.ELEMENTS
         if key not in _VAE_BYTES:
-            _VAE_BYTES[key] = _vae_bytes(vae, size, batch, dtype)
+            _VAE_BYTES[key] = _vae_bytes(vae, size, batch, dtype, in_bands=in_bands)
         return _VAE_BYTES[key]
     one = vae_bytes(vae, (min(tile, size[0]), min(tile, size[1])), batch, tiled=False)
     picture = 3 * batch * size[0] * size[1] * dtype.itemsize
@@ -167,9 +172,11 @@ def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> in
 _VAE_BYTES: dict[Any, int] = {}  # cache
 
 
-def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
-    with _wrap_meta_errors(vae):
+def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype, *, in_bands: bool) -> int:
+    with _wrap_meta_errors(vae), ExitStack() as undo:
         twin = _cast(_meta_copy(vae), dtype)
+        if in_bands:
+            undo.enter_context(streaming.streamed(twin))
         frame = (1,) if is_video_vae(vae) else ()
         picture = torch.empty(batch, 3, *frame, *size, device="meta", dtype=dtype)
         latents: list[Tensor] = []

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.cascade.borrowing import borrowed, guidance_in_halves, tiled
+from scalediff.cascade.borrowing import borrowed, guidance_in_halves, is_tiled, tiled
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
@@ -130,7 +130,7 @@ class _Run:
             return
         images, seconds = to_pil_images(self.pipe, self.decoded), time.perf_counter() - since
         if self.options.workdir is not None and not getattr(self.pipe, "interrupt", False):
-            states, in_tiles = states_of(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
+            states, in_tiles = states_of(self.arguments["generator"]), is_tiled(self.pipe.vae)
             trajectory = self.trajectory if index == 1 else []
             self.options.workdir.save(index, SavedStage(self.latents, states, seconds, in_tiles, trajectory), images)
         self._report_stage(index, images, seconds)
@@ -217,15 +217,15 @@ class _Run:
 
     @contextmanager
     def _stage_context(self, size: tuple[int, int], stage: str, in_tiles: bool | None = None) -> Iterator[None]:
-        """Set the autoencoder's tiling for a size, and explain out-of-memory errors."""
+        """Run the autoencoder in parts where a size needs it, and explain out-of-memory errors."""
         tiles = self._tiles(size) if in_tiles is None else in_tiles
         with tiled(self.pipe.vae, on=tiles):
-            used = {"tiled": getattr(self.pipe.vae, "use_tiling", False), "split": self.options.split_guidance}
+            used = {"tiled": is_tiled(self.pipe.vae), "split": self.options.split_guidance}
             with out_of_memory(self.pipe, self.scheduler, self.arguments, size, stage, **used):
                 yield
 
     def _tiles(self, size: tuple[int, int]) -> bool | None:
-        """Whether to turn the autoencoder's tiling on or off; None leaves it unchanged."""
+        """Whether to run the autoencoder in parts or in one piece; None leaves it unchanged."""
         if self.options.vae_tiling is not None:
             return self.options.vae_tiling
         return needs_tiling(self.pipe, size, images_per_call(self.arguments)) or None
