@@ -14,7 +14,7 @@ from torch import Tensor
 from scalediff.arguments import checked
 from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs
 from scalediff.cascade.fingerprint import fingerprint_run
-from scalediff.cascade.fitting import check_possible
+from scalediff.cascade.fitting import check_fit, check_possible
 from scalediff.cascade.generators import Generators, fresh_generator
 from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.memory import images_per_call
@@ -76,6 +76,7 @@ def generate(
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
+    force: bool = False,
 ) -> Result:
     """Generate a picture above the model's native size.
 
@@ -96,8 +97,10 @@ def generate(
             them); or a `Settings` or `Preset` object.
         steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: Override the preset, as in `Settings`.
         sizes: (height, width) of every stage in pixels, base first and target last. When None, each stage doubles the size.
-        vae_tiling: Encode and decode in tiles with blended seams. When None, the pipeline's setting holds, and tiling is turned on if the
-            autoencoder would not fit into the device's memory beside the weights.
+        vae_tiling: Encode and decode in parts, in a fraction of the memory: in bands of rows that give the result of one piece up to
+            rounding for `AutoencoderKL` and those with its layers, in diffusers' tiles with blended seams for others, and where the
+            pipeline's tiling is on. When None, the pipeline's setting holds, and parts are used if the autoencoder would not fit into the
+            device's memory beside the weights.
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder too.
         split_guidance: Run the two passes of classifier-free guidance one after the other instead of as one doubled batch, which halves
             the memory of the denoiser's activations.
@@ -112,13 +115,15 @@ def generate(
         on_step: Called after every denoising step with a `Step`: position in the run, seconds left, and a function that makes a preview.
         progress: Show one progress bar over all stages, with the remaining time; where stderr is no terminal or notebook, a line for
             each stage.
+        force: Run even if too little memory is available by estimate. Where nothing can be estimated, the run is not refused.
 
     Returns:
         A Result with `.images`, `.stages` and `.settings`.
 
     Raises:
-        ValueError: A size or setting is out of range, the picture alone is larger than the device's memory, the pipeline belongs to no
-            known family, or the workdir belongs to another run.
+        ValueError: A size or setting is out of range, the run does not fit into the available memory by estimate and is not forced, the
+            picture alone is larger than the device's memory, the pipeline belongs to no known family, or the workdir belongs to another
+            run.
         TypeError: The pipeline is not a text-to-image pipeline, or an argument is of the wrong type.
         NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model.
         ImportError: The upsampler is a path, and spandrel is not installed.
@@ -138,12 +143,13 @@ def generate(
             raise ValueError(f"method={method!r} does not support {', '.join(sorted(named))}")
         chosen = _resolve_preset(pipe, preset)
         arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-        return _run_other_method(pipe, options, arguments, (height, width), _settings_of(chosen, given, arguments), on_stage, progress)
+        settings = _settings_of(chosen, given, arguments)
+        return _run_other_method(pipe, options, arguments, (height, width), settings, on_stage, progress=progress, force=force)
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
     return _run_cascade(
-        pipe, arguments, stage_sizes(pipe, height, width, sizes), _settings_of(chosen, given, arguments), run_options, workdir
+        pipe, arguments, stage_sizes(pipe, height, width, sizes), _settings_of(chosen, given, arguments), run_options, workdir, force=force
     )
 
 
@@ -177,6 +183,7 @@ def upscale(
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
+    force: bool = False,
 ) -> Result:
     """Upscale a picture and add detail: the cascade starts from this picture instead of a base stage.
 
@@ -188,7 +195,7 @@ def upscale(
         sizes: (height, width) of every stage in pixels; the first must be larger than the picture. When None, each stage doubles the size.
         restart: Share of the steps that every stage runs. The larger it is, the more the picture changes.
         negative_prompt, call, generator, preset, steps, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`.
-        vae_tiling, vae_attention, split_guidance, upsampler, workdir, on_stage, on_step, progress: As in `generate`.
+        vae_tiling, vae_attention, split_guidance, upsampler, workdir, on_stage, on_step, progress, force: As in `generate`.
 
     Returns:
         A Result, as `generate`.
@@ -227,7 +234,8 @@ def upscale(
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-    return _run_cascade(pipe, arguments, above, _settings_of(chosen, given, arguments), run_options, workdir, picture, planned[0])
+    settings = _settings_of(chosen, given, arguments)
+    return _run_cascade(pipe, arguments, above, settings, run_options, workdir, picture, planned[0], force=force)
 
 
 def _explicit_settings(
@@ -285,13 +293,17 @@ def _run_other_method(
     size: tuple[int, int],
     settings: Settings,
     on_stage: Callable[[Stage], None] | None,
+    *,
     progress: bool,
+    force: bool,
 ) -> Result:
     """Run another published method through the same pipeline call."""
-    run_method = next(one.run for one in METHODS.values() if type(options) is one.options)
+    method = next(one for one in METHODS.values() if type(options) is one.options)
     arguments = _complete_arguments(pipe, arguments, settings)
     check_possible(pipe, arguments, size)
-    stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
+    if not force and not method.in_parts:
+        check_fit(pipe, arguments, size)
+    stages = method.run(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
     return Result(stages[-1].images, stages, settings)
 
 
@@ -304,10 +316,14 @@ def _run_cascade(
     workdir: str | Path | None,
     picture: Tensor | None = None,
     base: tuple[int, int] | None = None,
+    *,
+    force: bool,
 ) -> Result:
     if workdir is not None and arguments["generator"] is None:
         raise ValueError("workdir needs a generator, so that the same call can resume the run, got generator=None")
     arguments = _complete_arguments(pipe, arguments, settings)
+    if not force:
+        check_fit(pipe, arguments, sizes[-1], vae_tiling=run_options.vae_tiling, split_guidance=run_options.split_guidance)
     stages: list[Stage] = []
     folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, picture))
 

@@ -88,6 +88,7 @@ DRAWING_CHECKS: Mapping[str, Check] = {
     "on_stage": optional(check_callable),
     "on_step": optional(check_callable),
     "progress": check_boolean,
+    "force": check_boolean,
 }
 
 

@@ -1,4 +1,4 @@
-"""Pictures that are too large for a device: refuse what can never fit, and find the largest size that does."""
+"""Pictures that are too large for a device: refuse what cannot fit, and find the largest size that does."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scalediff.cascade.borrowing import is_tiled
 from scalediff.cascade.memory import (
+    MARGIN,
     Estimate,
     available_bytes,
     estimate,
     format_gib,
     images_per_call,
-    is_offloaded,
     needs_tiling,
     total_bytes,
 )
 from scalediff.cascade.pipeline import native_size, size_multiple
+from scalediff.cascade.placement import is_offloaded, weights_of
 
 _PICTURES = 4  # any way of decoding holds a picture about this many times, so the search begins where these fit
 _TRIES = 8
+_PLENTY = 2**16  # bytes for a pixel, several times what any estimate needs: with so much memory there is nothing to estimate
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,42 @@ def fit_of(
     needs = estimate(pipe, arguments, size)
 
     def used_at(size: tuple[int, int]) -> dict[str, bool]:
-        tiled = needs_tiling(pipe, size, 1) if vae_tiling is None else vae_tiling
-        return {"tiled": tiled, "split": split_guidance, "offloaded": is_offloaded(pipe)}
+        tiled = needs_tiling(pipe, size, images_per_call(arguments)) if vae_tiling is None else vae_tiling
+        return {"tiled": tiled or is_tiled(pipe.vae), "split": split_guidance, "offloaded": is_offloaded(pipe)}
 
     used = used_at(size)
     peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
     if available is None or peak <= available:
         return Fit(peak, available)
     return Fit(peak, available, needs.advice(available, **used), fitting_size(pipe, arguments, size, available, used_at))
+
+
+def check_fit(
+    pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], *, vae_tiling: bool | None = None, split_guidance: bool = False
+) -> None:
+    """Check that a run fits into the memory that is available, by estimate. A run whose memory cannot be estimated is not refused.
+
+    Args:
+        pipe, arguments, size, vae_tiling, split_guidance: As in `fit_of`.
+
+    Raises:
+        ValueError: It does not fit. The message says what it needs, what there is, and what would fit.
+    """
+    available = available_bytes(pipe._execution_device)
+    if available is None:
+        return
+    pixels = size[0] * size[1] * images_per_call(arguments)
+    if _PLENTY * pixels + sum(weights_of(pipe).values()) + MARGIN <= available:
+        return
+    try:
+        fit = fit_of(pipe, arguments, size, vae_tiling=vae_tiling, split_guidance=split_guidance)
+    except NotImplementedError:
+        return
+    if fit.advice:
+        raise ValueError(
+            f"the run must fit into the memory of {pipe._execution_device}, got {size[0]} x {size[1]}: {fit.describe()}; {fit.advice}; "
+            f"{describe_fit(fit.size)}; force=True runs it all the same"
+        )
 
 
 def check_possible(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:

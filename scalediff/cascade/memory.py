@@ -24,6 +24,7 @@ from scalediff.cascade import streaming
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of
 from scalediff.cascade.latents import encoded_mode, is_video_vae
 from scalediff.cascade.pipeline import call_stage, cascade_of
+from scalediff.cascade.placement import bytes_of, check_placement, is_offloaded, weights_of
 from scalediff.cascade.streaming import stream_obstacle
 from scalediff.cost.flops import FACTOR, MODELS, built, passes_of_a_step, stages
 from scalediff.cost.tally import peak_bytes
@@ -52,7 +53,7 @@ class Estimate:
         weights: Weights of every component.
         denoiser: Activations of a forward pass of the denoiser.
         halves: Number of passes that the forward pass can be split into: 2 if guidance doubles the batch, otherwise 1.
-        vae, vae_tiled: Activations of encoding or decoding, in one piece and in tiles.
+        vae, vae_tiled: Activations of encoding or decoding, in one piece and in parts.
     """
 
     weights: Mapping[str, int]
@@ -106,8 +107,8 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
     Raises:
         NotImplementedError: The code of a component does not run on the meta device.
     """
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    weights = _weights(parts)
+    check_placement(pipe)
+    weights = weights_of(pipe)
     denoiser, vae = denoiser_of(pipe), pipe.vae
     weights["denoiser"] = weights.pop(next(name for name in ("unet", "transformer") if name in weights))
     args, kwargs, batch = _first_denoiser_call(pipe, arguments, size)
@@ -139,11 +140,7 @@ def estimate_model(name: str, size: tuple[int, int]) -> Estimate:
     batch = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, batch)
     parts = {"denoiser": denoiser, "vae": vae, **{f"text_encoder_{i}": part for i, part in enumerate(texts)}}
     held = peak_bytes(functools.partial(denoiser, **batch))
-    return Estimate(_weights(parts), held, passes, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
-
-
-def _weights(parts: Mapping[str, nn.Module]) -> dict[str, int]:
-    return {name: sum(x.numel() * x.element_size() for x in (*part.parameters(), *part.buffers())) for name, part in parts.items()}
+    return Estimate(bytes_of(parts), held, passes, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
 
 
 def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> int:
@@ -208,11 +205,6 @@ def _read_kilobytes(file: str, field: str) -> int | None:
     return next((int(number) * 1024 for number in found), None)
 
 
-def is_offloaded(pipe: Any) -> bool:
-    """Whether the pipeline's components are offloaded, and on the device only while in use."""
-    return any(hasattr(part, "_hf_hook") for part in pipe.components.values())
-
-
 def needs_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
     """Whether the autoencoder needs tiling, because it would not fit beside the weights for pictures of (height, width) pixels.
 
@@ -221,8 +213,7 @@ def needs_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
     total = total_bytes(pipe._execution_device)
     if total is None or not hasattr(pipe.vae, "enable_tiling"):
         return False
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    weights = _weights({"vae": pipe.vae} if is_offloaded(pipe) else parts)
+    weights = bytes_of({"vae": pipe.vae}) if is_offloaded(pipe) else weights_of(pipe)
     try:
         needed = _FRAGMENTATION * vae_bytes(pipe.vae, size, batch, tiled=False)
     except NotImplementedError:

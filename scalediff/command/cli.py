@@ -207,7 +207,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--low-memory", action="store_true", help="--vae-tiling, --split-guidance, and CPU offload of components not in use"
     )
-    memory.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction, help="run the autoencoder in tiles (default: if needed)")
+    memory.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction, help="run the autoencoder in parts (default: if needed)")
     memory.add_argument("--vae-attention", choices=("full", "npa"), default="full", help="attention of the autoencoder")
     memory.add_argument("--split-guidance", action="store_true", help="run the two passes of guidance one after the other")
 
