@@ -38,7 +38,7 @@ from scalediff.cascade.pipeline import (
     stage_arguments,
     takes_size_conditioning,
 )  # fmt: skip
-from scalediff.cascade.schedule import check_scheduler, schedule_length
+from scalediff.cascade.schedule import check_scheduler, repeats_first_step, schedule_length
 from scalediff.cascade.upsampling import check_upsampler
 from scalediff.patching.networks import denoiser_of, original_call
 from scalediff.settings import Attention, Preset, Settings
@@ -201,6 +201,9 @@ def _check_coarse_grid(pipe: Any, size: tuple[int, int], cutoff: float, kind: Ki
 def _check_settings(pipe: Any, settings: Settings, restarts: int, *, has_base: bool) -> None:
     if settings.anchor == "trajectory" and settings.sg and not has_base:
         raise ValueError("anchor='trajectory' needs a base stage, which upscale does not have")
+    if settings.anchor == "trajectory" and settings.sg and repeats_first_step(pipe.scheduler):
+        name = type(pipe.scheduler).__name__
+        raise NotImplementedError(f"anchor='trajectory' needs stages with the last model calls of the base stage, got {name}")
     until = settings.guidance_until
     if min(until if isinstance(until, tuple) else (until,)) < 1 and not cascade_of(pipe).conditional:
         name = type(denoiser_of(pipe)).__name__

@@ -31,7 +31,7 @@ from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memor
 from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size
 from scalediff.cascade.progress import Progress
 from scalediff.cascade.results import RunOptions, Stage
-from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, recording_scheduler
+from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, model_calls, recording_scheduler
 from scalediff.cascade.stage import prepare_stage, scalar
 from scalediff.cascade.workdir import SavedStage
 from scalediff.patching.handle import Handle
@@ -206,9 +206,8 @@ class _Run:
         return watch
 
     def _calls(self, index: int) -> int:
-        """Number of model calls of a stage. A solver of order two makes two calls in each step except the last."""
-        steps = self.settings.steps if index <= self.first else self._settings(index).stage_steps
-        return int(self.scheduler.order) * (steps - 1) + 1
+        """Number of model calls of a stage."""
+        return model_calls(self.scheduler, self.settings.steps if index <= self.first else self._settings(index).stage_steps)
 
     def _settings(self, index: int) -> Settings:
         """The settings of a stage, with a single number in place of each tuple; for the base stage, those of the run."""
