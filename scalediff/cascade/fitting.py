@@ -13,6 +13,7 @@ from scalediff.cascade.memory import (
     Estimate,
     available_bytes,
     estimate,
+    estimate_model,
     format_gib,
     images_per_call,
     needs_tiling,
@@ -20,9 +21,11 @@ from scalediff.cascade.memory import (
 )
 from scalediff.cascade.pipeline import native_size, size_multiple
 from scalediff.cascade.placement import is_offloaded, weights_of
+from scalediff.cost.flops import native_rules
 
 _PICTURES = 4  # any way of decoding holds a picture about this many times, so the search begins where these fit
 _TRIES = 8
+_BF16_PIXEL = 6  # bytes
 _PLENTY = 2**16  # bytes for a pixel, several times what any estimate needs: with so much memory there is nothing to estimate
 
 
@@ -145,18 +148,52 @@ def fitting_size(
     Returns:
         (height, width) in pixels, or None if no size of at least the native area fits, or if it is not known.
     """
-    multiple, native = size_multiple(pipe), math.prod(native_size(pipe))
-    scale = min(1.0, math.sqrt(available / (_PICTURES * _picture_bytes(pipe, arguments, size))))
+
+    def needs(size: tuple[int, int]) -> tuple[Estimate, Mapping[str, bool]]:
+        return estimate(pipe, arguments, size), options(size)
+
+    pixels = _picture_bytes(pipe, arguments, (1, 1))
+    return _largest(size, available, needs, native=native_size(pipe), multiple=size_multiple(pipe), pixel_bytes=pixels)
+
+
+def fitting_model_size(name: str, size: tuple[int, int], available: int, options: Mapping[str, bool]) -> tuple[int, int] | None:
+    """The largest size of about the same aspect ratio at which a model of `scalediff.cost.models.MODELS` fits into memory, by estimate.
+
+    Args:
+        name: Name of the model.
+        size: (height, width) in pixels that does not fit.
+        available: Bytes that are available.
+        options: The options in use, as in `Estimate.peak`.
+
+    Returns:
+        As `fitting_size`.
+    """
+    native, multiple = native_rules(name)
+    return _largest(
+        size, available, lambda size: (estimate_model(name, size), options), native=native, multiple=multiple, pixel_bytes=_BF16_PIXEL
+    )
+
+
+def _largest(
+    size: tuple[int, int],
+    available: int,
+    needs: Callable[[tuple[int, int]], tuple[Estimate, Mapping[str, bool]]],
+    *,
+    native: tuple[int, int],
+    multiple: int,
+    pixel_bytes: int,
+) -> tuple[int, int] | None:
+    """The largest size that fits; `needs` is a function from a size to its estimate and the options in use."""
+    scale = min(1.0, math.sqrt(available / (_PICTURES * pixel_bytes * math.prod(size))))
     for _ in range(_TRIES):
         height, width = (math.floor(side * scale / multiple) * multiple for side in size)
-        if height * width < native or not height * width:
+        if height * width < math.prod(native) or not height * width:
             return None
         try:
-            needs = estimate(pipe, arguments, (height, width))
+            estimated, used = needs((height, width))
         except NotImplementedError:
             return None
-        used = options((height, width))
-        peak, fixed = needs.peak(**used), _without_activations(needs).peak(**used)
+        peak, fixed = estimated.peak(**used), _without_activations(estimated).peak(**used)
         if peak <= available:
             return height, width
         if fixed >= available:

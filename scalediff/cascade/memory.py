@@ -26,8 +26,10 @@ from scalediff.cascade.latents import encoded_mode, is_video_vae
 from scalediff.cascade.pipeline import call_stage, cascade_of
 from scalediff.cascade.placement import bytes_of, check_placement, is_offloaded, weights_of
 from scalediff.cascade.streaming import stream_obstacle
-from scalediff.cost.flops import FACTOR, MODELS, built, passes_of_a_step, stages
+from scalediff.cost.flops import passes_of_a_step, stages
+from scalediff.cost.models import FACTOR, MODELS, TEXT_ENCODERS, built
 from scalediff.cost.tally import peak_bytes
+from scalediff.families import family_of
 from scalediff.patching.networks import denoiser_of, networks_of
 from scalediff.patching.subclass import original_class
 
@@ -119,28 +121,42 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
 
 
 def estimate_model(name: str, size: tuple[int, int]) -> Estimate:
-    """Estimate the memory of a model of `scalediff.cost.flops.MODELS` for one picture in bf16, without loading weights.
+    """Estimate the memory of a model of `scalediff.cost.models.MODELS` for one picture in bf16, without loading weights.
 
     Args:
-        name: `"sdxl"` or `"flux"`.
+        name: Its name there.
         size: (height, width) in pixels.
 
     Raises:
-        ValueError: The model is not one of these.
+        ValueError: The model is not one of these, or does not support the size.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     model = MODELS[name]
     denoiser, vae = (_cast(part, torch.bfloat16) for part in built(model))
-    with torch.device("meta"):
-        texts = [_cast(part, torch.bfloat16) for part in model.texts()]
     passes = passes_of_a_step(model, stages(model, denoiser, size)[0])
-    inputs = model.inputs(size[0] // FACTOR, size[1] // FACTOR)
-    batch = tree_map_only(Tensor, lambda x: torch.cat([x] * passes) if passes > 1 and x.ndim else x, inputs)
-    batch = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, batch)
-    parts = {"denoiser": denoiser, "vae": vae, **{f"text_encoder_{i}": part for i, part in enumerate(texts)}}
-    held = peak_bytes(functools.partial(denoiser, **batch))
-    return Estimate(bytes_of(parts), held, passes, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
+    with torch.device("meta"):
+        inputs = model.inputs(size[0] // FACTOR, size[1] // FACTOR)
+    if model.doubled and passes > 1:
+        inputs = {name: _doubled(value) for name, value in inputs.items()}
+    inputs = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, inputs)
+    weights = bytes_of({"denoiser": denoiser, "vae": vae})
+    weights |= {f"text_encoder_{i}": 2 * TEXT_ENCODERS[text] for i, text in enumerate(model.texts)}
+    held = peak_bytes(functools.partial(denoiser, **inputs))
+    family = family_of(denoiser)
+    assert family is not None
+    assert family.cascade is not None
+    halves = 2 if model.doubled and family.cascade.conditional and passes > 1 else 1
+    return Estimate(weights, held, halves, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
+
+
+def _doubled(value: Any) -> Any:
+    """The argument of a denoiser for one picture, for the two passes of guidance in one batch."""
+    if isinstance(value, dict):
+        return {name: _doubled(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return value * 2
+    return torch.cat([value] * 2) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
 
 
 def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> int:
