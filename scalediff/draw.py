@@ -13,7 +13,7 @@ from scalediff.cascade.caches import check_no_caches
 from scalediff.cascade.changing import change_to_upscale
 from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs
 from scalediff.cascade.fingerprint import fingerprint_run
-from scalediff.cascade.fitting import check_possible
+from scalediff.cascade.fitting import check_fit, check_possible
 from scalediff.cascade.generators import Generators, fresh_generator
 from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.keeping import Given
@@ -74,6 +74,7 @@ def generate(
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
+    force: bool = False,
 ) -> Result:
     """Generate a picture above the model's native size.
 
@@ -97,8 +98,10 @@ def generate(
             True)` for a texture. Nothing in the picture then tells where it begins. For U-Nets; sides that wrap must be whole tokens at
             every level of the U-Net. When None, that of the patched pipeline.
         sizes: (height, width) of every stage in pixels, base first and target last. When None, each stage doubles the size.
-        vae_tiling: Encode and decode in tiles with blended seams. When None, the pipeline's setting holds, and tiling is turned on if the
-            autoencoder would not fit into the device's memory beside the weights.
+        vae_tiling: Encode and decode in parts, in a fraction of the memory: in bands of rows that give the result of one piece up to
+            rounding for `AutoencoderKL` and those with its layers, in diffusers' tiles with blended seams for others, and where the
+            pipeline's tiling is on. When None, the pipeline's setting holds, and parts are used if the autoencoder would not fit into the
+            device's memory beside the weights.
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder too.
         split_guidance: Run the two passes of classifier-free guidance one after the other instead of as one doubled batch, which halves
             the memory of the denoiser's activations.
@@ -113,13 +116,15 @@ def generate(
         on_step: Called after every denoising step with a `Step`: position in the run, seconds left, and a function that makes a preview.
         progress: Show one progress bar over all stages, with the remaining time; where stderr is no terminal or notebook, a line for
             each stage.
+        force: Run even if too little memory is available by estimate. Where nothing can be estimated, the run is not refused.
 
     Returns:
         A Result with `.images`, `.stages` and `.settings`.
 
     Raises:
-        ValueError: A size or setting is out of range, the picture alone is larger than the device's memory, the pipeline belongs to no
-            known family, the workdir belongs to another run, or a feature cache was made for another number of steps.
+        ValueError: A size or setting is out of range, the run does not fit into the available memory by estimate and is not forced, the
+            picture alone is larger than the device's memory, the pipeline belongs to no known family, the workdir belongs to another
+            run, or a feature cache was made for another number of steps.
         TypeError: The pipeline is not a text-to-image pipeline, or an argument is of the wrong type.
         NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model; a feature cache or
             perturbed-attention guidance does not allow these settings, as in docs/guide/composition.md.
@@ -143,13 +148,14 @@ def generate(
         if any(around := wrap_of(pipe, chosen.settings)):
             raise ValueError(f"method={method!r} does not support wrap, got wrap={around} from the preset or the patched pipeline")
         arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
-        return _run_other_method(pipe, options, arguments, (height, width), _settings_of(chosen, given, arguments), on_stage, progress)
+        settings = _settings_of(chosen, given, arguments)
+        return _run_other_method(pipe, options, arguments, (height, width), settings, on_stage, progress=progress, force=force)
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
     settings = _settings_of(chosen, given, arguments)
     planned = stage_sizes(pipe, height, width, sizes, wrap=wrap_of(pipe, settings))
-    return _run_cascade(pipe, arguments, planned, settings, run_options, workdir)
+    return _run_cascade(pipe, arguments, planned, settings, run_options, workdir, force=force)
 
 
 @checked(DRAWING_CHECKS)
@@ -185,6 +191,7 @@ def upscale(
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
+    force: bool = False,
 ) -> Result:
     """Upscale a picture and add detail, or change it: the cascade starts from this picture instead of noise.
 
@@ -207,7 +214,7 @@ def upscale(
         restart: Share of the steps that every stage runs. The larger it is, the more the picture changes.
         negative_prompt, call, generator, preset, steps, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`.
         wrap: As in `generate`. The picture should already continue on the other side.
-        vae_tiling, vae_attention, split_guidance, upsampler, workdir, on_stage, on_step, progress: As in `generate`.
+        vae_tiling, vae_attention, split_guidance, upsampler, workdir, on_stage, on_step, progress, force: As in `generate`.
 
     Returns:
         A Result, as `generate`.
@@ -232,7 +239,7 @@ def upscale(
     changed, stages, settings, given = change_to_upscale(
         pipe, arguments, image, target, settings, sizes=sizes, mask_image=mask_image, strength=strength
     )
-    return _run_cascade(pipe, changed, stages, settings, run_options, workdir, given)
+    return _run_cascade(pipe, changed, stages, settings, run_options, workdir, given, force=force)
 
 
 def _explicit_settings(
@@ -290,15 +297,19 @@ def _run_other_method(
     size: tuple[int, int],
     settings: Settings,
     on_stage: Callable[[Stage], None] | None,
+    *,
     progress: bool,
+    force: bool,
 ) -> Result:
     """Run another published method through the same pipeline call."""
-    run_method = next(one.run for one in METHODS.values() if type(options) is one.options)
+    method = next(one for one in METHODS.values() if type(options) is one.options)
     if not isinstance(options, Direct | SuperResolution):  # these call the pipeline once and change nothing in it
         check_no_caches(pipe, type(options).__name__)
     arguments = _complete_arguments(pipe, arguments, settings)
     check_possible(pipe, arguments, size)
-    stages = run_method(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
+    if not force and not method.in_parts:
+        check_fit(pipe, arguments, size)
+    stages = method.run(pipe, arguments, size, settings, options, on_stage=on_stage, progress=progress)
     return Result(stages[-1].images, stages, settings)
 
 
@@ -310,10 +321,14 @@ def _run_cascade(
     run_options: RunOptions,
     workdir: str | Path | None,
     given: Given | None = None,
+    *,
+    force: bool,
 ) -> Result:
     if workdir is not None and arguments["generator"] is None:
         raise ValueError("workdir needs a generator, so that the same call can resume the run, got generator=None")
     arguments = _complete_arguments(pipe, arguments, settings)
+    if not force:
+        check_fit(pipe, arguments, sizes[-1], vae_tiling=run_options.vae_tiling, split_guidance=run_options.split_guidance)
     stages: list[Stage] = []
     folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, given))
 

@@ -19,7 +19,7 @@ import torch
 import scalediff
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
-from scalediff.cost.flops import MODELS
+from scalediff.cost.models import MODELS
 from scalediff.families.grid import Grid
 
 SEED = 0

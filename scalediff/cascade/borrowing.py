@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent, wrap_of
+from scalediff.cascade.streaming import is_streamed, stream_obstacle, streamed
 from scalediff.patching.circular import wrapped
 from scalediff.patching.handle import Handle
 from scalediff.patching.networks import changes_picture, handle_of, networks_of, padding_parts
@@ -227,10 +228,18 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @contextmanager
 def tiled(vae: Any, *, on: bool | None) -> Iterator[None]:
-    """Turn the autoencoder's tiling on or off, and restore it on exit; None leaves it unchanged."""
+    """Run the autoencoder in parts or in one piece, and restore it on exit; None leaves it unchanged.
+
+    Parts are bands with the result of one piece (`scalediff.cascade.streaming`) or, for an autoencoder that cannot be streamed, diffusers'
+    tiles. An autoencoder whose tiling is on already goes on with tiles.
+    """
     before = getattr(vae, "use_tiling", False)
     if on is None or on == before:
         yield
+        return
+    if on and not stream_obstacle(vae):
+        with streamed(vae):
+            yield
         return
     (vae.enable_tiling if on else vae.disable_tiling)()
     try:
@@ -258,3 +267,8 @@ def without_encoding(pipe: Any) -> Iterator[None]:
         yield
     finally:
         del vae.encode
+
+
+def is_tiled(vae: Any) -> bool:
+    """Whether the autoencoder runs in parts at present, in bands or in tiles."""
+    return bool(getattr(vae, "use_tiling", False)) or is_streamed(vae)

@@ -41,7 +41,7 @@ from scalediff.cascade.pipeline import (
     takes_size_conditioning,
     wrap_of,
 )  # fmt: skip
-from scalediff.cascade.schedule import check_scheduler, schedule_length
+from scalediff.cascade.schedule import check_scheduler, repeats_first_step, schedule_length
 from scalediff.cascade.upsampling import check_upsampler
 from scalediff.patching.circular import check_convolutions
 from scalediff.patching.networks import changes_picture, denoiser_of, family_in_use, original_call, padding_parts
@@ -94,6 +94,7 @@ DRAWING_CHECKS: Mapping[str, Check] = {
     "on_step": optional(check_callable),
     "progress": check_boolean,
     "wrap": optional(check_wrap),
+    "force": check_boolean,
 }
 
 
@@ -223,6 +224,9 @@ def _check_coarse_grid(pipe: Any, size: tuple[int, int], cutoff: float, kind: Ki
 def _check_settings(pipe: Any, settings: Settings, restarts: int, *, has_base: bool) -> None:
     if settings.anchor == "trajectory" and settings.sg and not has_base:
         raise ValueError("anchor='trajectory' needs a base stage, which upscale does not have")
+    if settings.anchor == "trajectory" and settings.sg and repeats_first_step(pipe.scheduler):
+        name = type(pipe.scheduler).__name__
+        raise NotImplementedError(f"anchor='trajectory' needs stages with the last model calls of the base stage, got {name}")
     until = settings.guidance_until
     if min(until if isinstance(until, tuple) else (until,)) < 1 and not cascade_of(pipe).conditional:
         name = type(denoiser_of(pipe)).__name__

@@ -1,4 +1,4 @@
-"""Pictures that are too large for a device: refuse what can never fit, and find the largest size that does."""
+"""Pictures that are too large for a device: refuse what cannot fit, and find the largest size that does."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scalediff.cascade.borrowing import is_tiled
 from scalediff.cascade.memory import (
+    MARGIN,
     Estimate,
     available_bytes,
     estimate,
+    estimate_model,
     format_gib,
     images_per_call,
-    is_offloaded,
     needs_tiling,
     total_bytes,
 )
 from scalediff.cascade.pipeline import native_size, size_multiple
+from scalediff.cascade.placement import is_offloaded, weights_of
+from scalediff.cost.flops import native_rules
 
 _PICTURES = 4  # any way of decoding holds a picture about this many times, so the search begins where these fit
 _TRIES = 8
+_BF16_PIXEL = 6  # bytes
+_PLENTY = 2**16  # bytes for a pixel, several times what any estimate needs: with so much memory there is nothing to estimate
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,42 @@ def fit_of(
     needs = estimate(pipe, arguments, size)
 
     def used_at(size: tuple[int, int]) -> dict[str, bool]:
-        tiled = needs_tiling(pipe, size, 1) if vae_tiling is None else vae_tiling
-        return {"tiled": tiled, "split": split_guidance, "offloaded": is_offloaded(pipe)}
+        tiled = needs_tiling(pipe, size, images_per_call(arguments)) if vae_tiling is None else vae_tiling
+        return {"tiled": tiled or is_tiled(pipe.vae), "split": split_guidance, "offloaded": is_offloaded(pipe)}
 
     used = used_at(size)
     peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
     if available is None or peak <= available:
         return Fit(peak, available)
     return Fit(peak, available, needs.advice(available, **used), fitting_size(pipe, arguments, size, available, used_at))
+
+
+def check_fit(
+    pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], *, vae_tiling: bool | None = None, split_guidance: bool = False
+) -> None:
+    """Check that a run fits into the memory that is available, by estimate. A run whose memory cannot be estimated is not refused.
+
+    Args:
+        pipe, arguments, size, vae_tiling, split_guidance: As in `fit_of`.
+
+    Raises:
+        ValueError: It does not fit. The message says what it needs, what there is, and what would fit.
+    """
+    available = available_bytes(pipe._execution_device)
+    if available is None:
+        return
+    pixels = size[0] * size[1] * images_per_call(arguments)
+    if _PLENTY * pixels + sum(weights_of(pipe).values()) + MARGIN <= available:
+        return
+    try:
+        fit = fit_of(pipe, arguments, size, vae_tiling=vae_tiling, split_guidance=split_guidance)
+    except NotImplementedError:
+        return
+    if fit.advice:
+        raise ValueError(
+            f"the run must fit into the memory of {pipe._execution_device}, got {size[0]} x {size[1]}: {fit.describe()}; {fit.advice}; "
+            f"{describe_fit(fit.size)}; force=True runs it all the same"
+        )
 
 
 def check_possible(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:
@@ -114,18 +148,52 @@ def fitting_size(
     Returns:
         (height, width) in pixels, or None if no size of at least the native area fits, or if it is not known.
     """
-    multiple, native = size_multiple(pipe), math.prod(native_size(pipe))
-    scale = min(1.0, math.sqrt(available / (_PICTURES * _picture_bytes(pipe, arguments, size))))
+
+    def needs(size: tuple[int, int]) -> tuple[Estimate, Mapping[str, bool]]:
+        return estimate(pipe, arguments, size), options(size)
+
+    pixels = _picture_bytes(pipe, arguments, (1, 1))
+    return _largest(size, available, needs, native=native_size(pipe), multiple=size_multiple(pipe), pixel_bytes=pixels)
+
+
+def fitting_model_size(name: str, size: tuple[int, int], available: int, options: Mapping[str, bool]) -> tuple[int, int] | None:
+    """The largest size of about the same aspect ratio at which a model of `scalediff.cost.models.MODELS` fits into memory, by estimate.
+
+    Args:
+        name: Name of the model.
+        size: (height, width) in pixels that does not fit.
+        available: Bytes that are available.
+        options: The options in use, as in `Estimate.peak`.
+
+    Returns:
+        As `fitting_size`.
+    """
+    native, multiple = native_rules(name)
+    return _largest(
+        size, available, lambda size: (estimate_model(name, size), options), native=native, multiple=multiple, pixel_bytes=_BF16_PIXEL
+    )
+
+
+def _largest(
+    size: tuple[int, int],
+    available: int,
+    needs: Callable[[tuple[int, int]], tuple[Estimate, Mapping[str, bool]]],
+    *,
+    native: tuple[int, int],
+    multiple: int,
+    pixel_bytes: int,
+) -> tuple[int, int] | None:
+    """The largest size that fits; `needs` is a function from a size to its estimate and the options in use."""
+    scale = min(1.0, math.sqrt(available / (_PICTURES * pixel_bytes * math.prod(size))))
     for _ in range(_TRIES):
         height, width = (math.floor(side * scale / multiple) * multiple for side in size)
-        if height * width < native or not height * width:
+        if height * width < math.prod(native) or not height * width:
             return None
         try:
-            needs = estimate(pipe, arguments, (height, width))
+            estimated, used = needs((height, width))
         except NotImplementedError:
             return None
-        used = options((height, width))
-        peak, fixed = needs.peak(**used), _without_activations(needs).peak(**used)
+        peak, fixed = estimated.peak(**used), _without_activations(estimated).peak(**used)
         if peak <= available:
             return height, width
         if fixed >= available:

@@ -11,7 +11,7 @@ import functools
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from scalediff.cascade import streaming
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of, without_encoding
 from scalediff.cascade.latents import encoded_mode, is_video_vae
 from scalediff.cascade.pipeline import call_stage, cascade_of
-from scalediff.cost.flops import FACTOR, MODELS, built, passes_of_a_step, stages
+from scalediff.cascade.placement import bytes_of, check_placement, is_offloaded, weights_of
+from scalediff.cascade.streaming import stream_obstacle
+from scalediff.cost.flops import passes_of_a_step, stages
+from scalediff.cost.models import FACTOR, MODELS, TEXT_ENCODERS, built
 from scalediff.cost.tally import peak_bytes
+from scalediff.families import family_of
 from scalediff.patching.networks import denoiser_of, networks_of
 from scalediff.patching.subclass import original_class
 
@@ -50,7 +55,7 @@ class Estimate:
         weights: Weights of every component.
         denoiser: Activations of a forward pass of the denoiser.
         halves: Number of passes that the forward pass can be split into: 2 if guidance doubles the batch, otherwise 1.
-        vae, vae_tiled: Activations of encoding or decoding, in one piece and in tiles.
+        vae, vae_tiled: Activations of encoding or decoding, in one piece and in parts.
     """
 
     weights: Mapping[str, int]
@@ -104,8 +109,8 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
     Raises:
         NotImplementedError: The code of a component does not run on the meta device.
     """
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    weights = _weights(parts)
+    check_placement(pipe)
+    weights = weights_of(pipe)
     denoiser, vae = denoiser_of(pipe), pipe.vae
     weights["denoiser"] = weights.pop(next(name for name in ("unet", "transformer") if name in weights))
     args, kwargs, batch = _first_denoiser_call(pipe, arguments, size)
@@ -116,36 +121,48 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
 
 
 def estimate_model(name: str, size: tuple[int, int]) -> Estimate:
-    """Estimate the memory of a model of `scalediff.cost.flops.MODELS` for one picture in bf16, without loading weights.
+    """Estimate the memory of a model of `scalediff.cost.models.MODELS` for one picture in bf16, without loading weights.
 
     Args:
-        name: `"sdxl"` or `"flux"`.
+        name: Its name there.
         size: (height, width) in pixels.
 
     Raises:
-        ValueError: The model is not one of these.
+        ValueError: The model is not one of these, or does not support the size.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     model = MODELS[name]
     denoiser, vae = (_cast(part, torch.bfloat16) for part in built(model))
-    with torch.device("meta"):
-        texts = [_cast(part, torch.bfloat16) for part in model.texts()]
     passes = passes_of_a_step(model, stages(model, denoiser, size)[0])
-    inputs = model.inputs(size[0] // FACTOR, size[1] // FACTOR)
-    batch = tree_map_only(Tensor, lambda x: torch.cat([x] * passes) if passes > 1 and x.ndim else x, inputs)
-    batch = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, batch)
-    parts = {"denoiser": denoiser, "vae": vae, **{f"text_encoder_{i}": part for i, part in enumerate(texts)}}
-    held = peak_bytes(functools.partial(denoiser, **batch))
-    return Estimate(_weights(parts), held, passes, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
+    with torch.device("meta"):
+        inputs = model.inputs(size[0] // FACTOR, size[1] // FACTOR)
+    if model.doubled and passes > 1:
+        inputs = {name: _doubled(value) for name, value in inputs.items()}
+    inputs = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, inputs)
+    weights = bytes_of({"denoiser": denoiser, "vae": vae})
+    weights |= {f"text_encoder_{i}": 2 * TEXT_ENCODERS[text] for i, text in enumerate(model.texts)}
+    held = peak_bytes(functools.partial(denoiser, **inputs))
+    family = family_of(denoiser)
+    assert family is not None
+    assert family.cascade is not None
+    halves = 2 if model.doubled and family.cascade.conditional and passes > 1 else 1
+    return Estimate(weights, held, halves, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
 
 
-def _weights(parts: Mapping[str, nn.Module]) -> dict[str, int]:
-    return {name: sum(x.numel() * x.element_size() for x in (*part.parameters(), *part.buffers())) for name, part in parts.items()}
+def _doubled(value: Any) -> Any:
+    """The argument of a denoiser for one picture, for the two passes of guidance in one batch."""
+    if isinstance(value, dict):
+        return {name: _doubled(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return value * 2
+    return torch.cat([value] * 2) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
 
 
 def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> int:
     """Bytes of activations for encoding or decoding pictures of (height, width) pixels, whichever is larger.
+
+    `tiled` means in parts: in bands where the autoencoder can be streamed and its tiling is off, otherwise in diffusers' tiles.
 
     Raises:
         NotImplementedError: The autoencoder's code does not run on the meta device.
@@ -153,11 +170,12 @@ def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> in
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     dtype = torch.float32 if upcast else vae.dtype
     tile = getattr(vae, "tile_sample_min_size", getattr(vae, "tile_sample_min_height", None))
-    if not tiled or tile is None or max(size) <= tile:
+    in_bands = tiled and not getattr(vae, "use_tiling", False) and not stream_obstacle(vae)
+    if not tiled or in_bands or tile is None or max(size) <= tile:
         config = tuple(sorted((name, repr(value)) for name, value in vae.config.items()))
-        key = original_class(type(vae)), config, size, batch, dtype
+        key = original_class(type(vae)), config, size, batch, dtype, in_bands and streaming.ELEMENTS
         if key not in _VAE_BYTES:
-            _VAE_BYTES[key] = _vae_bytes(vae, size, batch, dtype)
+            _VAE_BYTES[key] = _vae_bytes(vae, size, batch, dtype, in_bands=in_bands)
         return _VAE_BYTES[key]
     one = vae_bytes(vae, (min(tile, size[0]), min(tile, size[1])), batch, tiled=False)
     picture = 3 * batch * size[0] * size[1] * dtype.itemsize
@@ -167,9 +185,11 @@ def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> in
 _VAE_BYTES: dict[Any, int] = {}  # cache
 
 
-def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
-    with _wrap_meta_errors(vae):
+def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype, *, in_bands: bool) -> int:
+    with _wrap_meta_errors(vae), ExitStack() as undo:
         twin = _cast(_meta_copy(vae), dtype)
+        if in_bands:
+            undo.enter_context(streaming.streamed(twin))
         frame = (1,) if is_video_vae(vae) else ()
         picture = torch.empty(batch, 3, *frame, *size, device="meta", dtype=dtype)
         latents: list[Tensor] = []
@@ -201,11 +221,6 @@ def _read_kilobytes(file: str, field: str) -> int | None:
     return next((int(number) * 1024 for number in found), None)
 
 
-def is_offloaded(pipe: Any) -> bool:
-    """Whether the pipeline's components are offloaded, and on the device only while in use."""
-    return any(hasattr(part, "_hf_hook") for part in pipe.components.values())
-
-
 def needs_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
     """Whether the autoencoder needs tiling, because it would not fit beside the weights for pictures of (height, width) pixels.
 
@@ -214,8 +229,7 @@ def needs_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
     total = total_bytes(pipe._execution_device)
     if total is None or not hasattr(pipe.vae, "enable_tiling"):
         return False
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    weights = _weights({"vae": pipe.vae} if is_offloaded(pipe) else parts)
+    weights = bytes_of({"vae": pipe.vae}) if is_offloaded(pipe) else weights_of(pipe)
     try:
         needed = _FRAGMENTATION * vae_bytes(pipe.vae, size, batch, tiled=False)
     except NotImplementedError:

@@ -85,7 +85,7 @@ class Progress(AbstractContextManager["Progress"]):
         if self._on_step is not None:
             left = self._left()
             pictures = lambda: self._preview(stage, denoised())  # noqa: E731  # computed only if on_step asks for it
-            calls = max(number + 1, self._calls[stage - 1])  # PNDM, at the native size, makes one more call
+            calls = max(number + 1, self._calls[stage - 1])  # PNDM with Runge-Kutta steps, at the native size, makes more calls
             self._on_step(Step(stage, len(self._sizes), number + 1, calls, left, pictures))
 
     def _advance(self, work: int) -> None:

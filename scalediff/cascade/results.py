@@ -50,7 +50,7 @@ class RunOptions:
         progress: Show one bar over all stages, or a line for each where stderr is no terminal; None keeps the pipeline's bar, False shows
             none.
         workdir: Folder in which finished stages are saved and from which they are loaded.
-        vae_tiling: Run the autoencoder in tiles; None means only if it would not fit into the device's memory.
+        vae_tiling: Run the autoencoder in parts; None means only if it would not fit into the device's memory.
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder.
         split_guidance: Run the two passes of classifier-free guidance one after the other.
         upsampler: Function that enlarges the picture of a stage for the next; bicubic when None.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalediff.cascade.borrowing import borrowed, guidance_in_halves, tiled
+from scalediff.cascade.borrowing import borrowed, guidance_in_halves, is_tiled, tiled
 from scalediff.cascade.caches import caches_of_stage, check_caches
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.fitting import check_possible
@@ -35,7 +35,7 @@ from scalediff.cascade.pictures import picture_at
 from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size, wrap_of
 from scalediff.cascade.progress import Progress
 from scalediff.cascade.results import RunOptions, Stage
-from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, recording_scheduler
+from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, model_calls, recording_scheduler
 from scalediff.cascade.stage import prepare_stage, scalar
 from scalediff.cascade.workdir import SavedStage
 from scalediff.patching.handle import Handle
@@ -75,7 +75,7 @@ def run(
     check_run(pipe, arguments, sizes, settings, restarts=restarts)
     check_possible(pipe, arguments, sizes[-1])
     with borrowed(pipe, settings, options.vae_attention) as handle:
-        jitter, calls = handle.jitter if handle is not None else "none", _model_calls(pipe.scheduler, settings.steps)
+        jitter, calls = handle.jitter if handle is not None else "none", model_calls(pipe.scheduler, settings.steps)
         check_caches(pipe, settings, calls=calls, restarts=restarts, jitter=jitter, split_guidance=options.split_guidance)
         return _Run(pipe, arguments, list(sizes), settings, options, handle, given).run_stages()
 
@@ -146,7 +146,7 @@ class _Run:
             return
         images, seconds = to_pil_images(self.pipe, self.decoded), time.perf_counter() - since
         if self.options.workdir is not None and not getattr(self.pipe, "interrupt", False):
-            states, in_tiles = states_of(self.arguments["generator"]), getattr(self.pipe.vae, "use_tiling", False)
+            states, in_tiles = states_of(self.arguments["generator"]), is_tiled(self.pipe.vae)
             trajectory = self.trajectory if index == 1 else []
             self.options.workdir.save(index, SavedStage(self.latents, states, seconds, in_tiles, trajectory), images)
         self._report_stage(index, images, seconds)
@@ -205,7 +205,7 @@ class _Run:
         self.progress.begin(index)
         scale = float(self.arguments.get(cascade_of(pipe).guidance) or 1.0)
         calls = self._calls(index)
-        dropped = _model_calls(self.scheduler, self.settings.steps) - calls
+        dropped = model_calls(self.scheduler, self.settings.steps) - calls
         with (
             caches_of_stage(pipe, calls=calls, dropped=dropped),
             guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance, guidance_scale=scale),
@@ -232,7 +232,7 @@ class _Run:
 
     def _calls(self, index: int) -> int:
         """Number of model calls of a stage."""
-        return _model_calls(self.scheduler, self._steps(index))
+        return model_calls(self.scheduler, self._steps(index))
 
     def _steps(self, index: int) -> int:
         """Number of steps of a stage."""
@@ -245,15 +245,15 @@ class _Run:
 
     @contextmanager
     def _stage_context(self, size: tuple[int, int], stage: str, in_tiles: bool | None = None) -> Iterator[None]:
-        """Set the autoencoder's tiling for a size, and explain out-of-memory errors."""
+        """Run the autoencoder in parts where a size needs it, and explain out-of-memory errors."""
         tiles = self._tiles(size) if in_tiles is None else in_tiles
         with tiled(self.pipe.vae, on=tiles):
-            used = {"tiled": getattr(self.pipe.vae, "use_tiling", False), "split": self.options.split_guidance}
+            used = {"tiled": is_tiled(self.pipe.vae), "split": self.options.split_guidance}
             with out_of_memory(self.pipe, self.scheduler, self.arguments, size, stage, **used):
                 yield
 
     def _tiles(self, size: tuple[int, int]) -> bool | None:
-        """Whether to turn the autoencoder's tiling on or off; None leaves it unchanged."""
+        """Whether to run the autoencoder in parts or in one piece; None leaves it unchanged."""
         if self.options.vae_tiling is not None:
             return self.options.vae_tiling
         return needs_tiling(self.pipe, size, images_per_call(self.arguments)) or None
@@ -294,8 +294,3 @@ class _Run:
             changes |= {name: None for name in self.arguments if name == "callback_on_step_end"}
         start = start_arguments(self.pipe, self.latents, packed(self.pipe, self.latents))
         return call_stage(self.pipe, size, {**self.arguments, **changes, **start})
-
-
-def _model_calls(scheduler: Any, steps: int) -> int:
-    """Number of model calls in this number of steps. A solver of order two makes two calls in each step except the last."""
-    return int(scheduler.order) * (steps - 1) + 1

@@ -32,12 +32,13 @@ Change = Callable[[int, NoiseLevel, Tensor, Tensor], Tensor]
 
 # How a scheduler scales its sample: a^2 + s^2 = 1 ("variance preserving"), a = 1 ("noise added"), or a + s = 1 ("flow").
 _PRESERVING = {
-    "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "LCMScheduler",
-    "UniPCMultistepScheduler",
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "LCMScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
 }  # fmt: skip
 _ADDED = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"}
 _FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
-_FLOW_SIGMAS = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}  # flows too, by their option use_flow_sigmas
+# Flows too, by their option use_flow_sigmas. DEIS has it as well, but its last step ends where it began, with noise.
+_FLOW_SIGMAS = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
 _PREDICTIONS = {"epsilon", "v_prediction", "sample"}
 
 
@@ -171,7 +172,9 @@ def check_scheduler(scheduler: Any) -> None:
     prediction = config.get("prediction_type")
     if name in _FLOW_SIGMAS and _is_flow(scheduler):
         return
-    known_predictions = _PREDICTIONS - ({"sample"} if name in _ADDED else set())
+    if name == "PNDMScheduler" and not config.skip_prk_steps:
+        raise NotImplementedError(f"structure guidance supports {name} without Runge-Kutta steps, got skip_prk_steps=False")
+    known_predictions = _PREDICTIONS - ({"sample"} if name in _ADDED or name == "PNDMScheduler" else set())
     if prediction not in known_predictions or config.get("use_flow_sigmas", False):
         raise NotImplementedError(f"structure guidance supports {', '.join(sorted(known_predictions))} with {name}, got {prediction=}")
 
@@ -182,6 +185,21 @@ def _guided(guide: GuidedStep, guidance: Guidance, sample: Tensor, output: Tenso
     form, patch, (height, width) = guidance.form, guidance.patch, guidance.reference.shape[-2:]
     x, model_output = (as_picture(one, form, (height, width), patch) for one in (sample, output))
     return from_picture(guide(x, model_output, level=level, gamma=gamma), form)
+
+
+def repeats_first_step(scheduler: Any) -> bool:
+    """Whether a schedule begins with two model calls for its first step, as that of PNDM does, whose other steps have one."""
+    return type(scheduler).__name__ == "PNDMScheduler"
+
+
+def first_calls(scheduler: Any, steps: int) -> int:
+    """Number of model calls in the first steps of a schedule that has more."""
+    return int(scheduler.order) * steps + (repeats_first_step(scheduler) and steps > 0)
+
+
+def model_calls(scheduler: Any, steps: int) -> int:
+    """Number of model calls of a schedule. A solver of order two makes two in each step except the last."""
+    return first_calls(scheduler, steps - 1) + 1
 
 
 def schedule_length(arguments: Mapping[str, Any]) -> int | None:
@@ -265,6 +283,8 @@ def _set_last_timesteps(
     With `last_steps=0` the pipeline asks for one step, because no pipeline can ask for none.
 
     A scheduler of order 2 (Heun) has two model calls per step except the last: at sigma_0, then at sigma_1, sigma_1, sigma_2, ...
+    PNDM makes its first step twice, of the tail as of the whole schedule, because it has no history there: t_0, t_1, t_1, t_2, ... Other
+    multi-step schedulers make it at first order.
     """
     count = schedule_length(named) or named.get("num_inference_steps")
     if count != max(last_steps, 1):
@@ -272,13 +292,17 @@ def _set_last_timesteps(
     if base_schedule_arguments is None:
         base_schedule_arguments = named if count == steps else {**named, "num_inference_steps": steps}
     set_timesteps(**{**base_schedule_arguments, "device": named.get("device")})
-    order = scheduler.order
-    if len(scheduler.timesteps) != order * (steps - 1) + 1:
+    order, times = scheduler.order, scheduler.timesteps
+    if len(times) != model_calls(scheduler, steps):
         raise NotImplementedError(
-            f"the scheduler must make {order} model calls in each step except the last, got {len(scheduler.timesteps)} for {steps=}"
+            f"the scheduler must make {order} model calls in each step except the last, got {len(times)} for {steps=}"
         )
     dropped = order * (steps - last_steps)
-    scheduler.timesteps = scheduler.timesteps[dropped:]
+    if repeats_first_step(scheduler):
+        times = torch.cat([times[:1], times[2:]])[dropped:]
+        scheduler.timesteps = torch.cat([times[:1], times[1:2], times[1:]])
+    else:
+        scheduler.timesteps = times[dropped:]
     if getattr(scheduler, "sigmas", None) is not None:
         scheduler.sigmas = scheduler.sigmas[dropped:]
     if hasattr(scheduler, "order_list"):  # single-step DPM-Solver: the order of each step

@@ -13,7 +13,7 @@ from torch import Tensor
 from scalediff.cascade.keeping import Given, entering_scheduler, kept_of, masked, start_arguments
 from scalediff.cascade.latents import encode, packed, upsampled
 from scalediff.cascade.pipeline import cascade_of, native_size
-from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler
+from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, model_calls
 from scalediff.cascade.upsampling import Upsampler, upsampled_picture
 from scalediff.settings import PerStage, Settings
 from scalediff_kernels import mix_frequencies
@@ -103,7 +103,7 @@ def prepare_stage(
     kept = kept_of(pipe, given, size, upsampler, wrap=wrap) if given is not None else None
     reference = masked(kept, make_reference(pipe, latents, decoded, size, settings, upsampler))
     steps, start = settings.stage_steps, settings.sg_cutoff_start
-    calls = pipe.scheduler.order * (steps - 1) + 1
+    calls = model_calls(pipe.scheduler, steps)
     guidance = Guidance(
         reference if settings.sg else None,
         scalar(settings.sg_cutoff),

@@ -29,7 +29,7 @@ class SavedStage:
         latents: `[B, C, Y, X]`.
         states: States of the generators after the stage.
         seconds: Wall-clock time of the stage.
-        in_tiles: Whether the autoencoder decoded in tiles.
+        in_tiles: Whether the autoencoder decoded in parts.
         trajectory: For the base stage, if later stages are guided by it: its predictions of the clean latents at its last model calls.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from scalediff.cascade.describing import package_version
 from scalediff.command import commands, comparing, drawing
 from scalediff.command.comparing import COMPARABLE
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
-from scalediff.cost.flops import MODELS
+from scalediff.cost.models import MODELS
 from scalediff.methods import method_names
 from scalediff.settings import TILES
 
@@ -65,6 +66,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
+
+
+def _gib(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB, got {text!r}") from error
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of GiB, got {text!r}")
+    return size
 
 
 def _port(text: str) -> int:
@@ -143,11 +154,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = subparsers.add_parser(
         "plan",
         help="count the FLOPs and memory of a run",
-        description="Count the FLOPs of every stage and the memory of a run for a full-size model, without its weights.",
+        description="Count the FLOPs of every stage and the memory of a run for a full-size model, without its weights, and say what fits.",
     )
-    plan.add_argument("--model", choices=tuple(MODELS), default="sdxl", help="the model (default: sdxl)")
+    plan.add_argument(
+        "--model", choices=tuple(MODELS), default="sdxl", help="the model (default: sdxl); other families have no configuration here"
+    )
     plan.add_argument("--size", type=_size, metavar="N|HxW", default=(4096, 4096), help="size in pixels (default: 4096)")
     plan.add_argument("--attention", choices=("npa", "full"), default="npa", help="attention above the native size")
+    plan.add_argument("--memory", type=_gib, metavar="GIB", help="memory of the GPU in GiB (default: that of this machine's, if any)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     subparsers.add_parser(
@@ -218,7 +232,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--low-memory", action="store_true", help="--vae-tiling, --split-guidance, and CPU offload of components not in use"
     )
-    memory.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction, help="run the autoencoder in tiles (default: if needed)")
+    memory.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction, help="run the autoencoder in parts (default: if needed)")
     memory.add_argument("--vae-attention", choices=("full", "npa"), default="full", help="attention of the autoencoder")
     memory.add_argument("--split-guidance", action="store_true", help="run the two passes of guidance one after the other")
 

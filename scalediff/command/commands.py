@@ -9,27 +9,36 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict
 
-from scalediff.cascade.memory import estimate_model, format_gib
+import torch
+
+from scalediff.cascade.fitting import describe_fit, fitting_model_size
+from scalediff.cascade.memory import estimate_model, format_gib, total_bytes
 from scalediff.cascade.metadata import read_metadata
 from scalediff.command.loading import UsageError, load_model
-from scalediff.cost.flops import MODELS, built, count
+from scalediff.cost.flops import count
+from scalediff.cost.models import MODELS, built
 from scalediff.families import FAMILIES
 
 
 def show_plan(options: Namespace) -> None:
-    """Print the FLOPs of every stage and the memory of the largest one, as a table or as JSON."""
+    """Print the FLOPs of every stage, the memory of the largest one, and what fits into the memory there is, as a table or as JSON."""
     try:
         settings, rows = count(options.model, options.size, attention=options.attention)
         peaks = estimate_model(options.model, options.size).peaks()
     except ImportError as error:
         raise UsageError(f'the plan needs diffusers: pip install "scalediff[diffusers]" ({error})') from error
+    available = _planned_memory(options.memory)
+    smaller = None
+    if available is not None and min(peaks.values()) > available:
+        smaller = fitting_model_size(options.model, options.size, available, {"tiled": True, "split": True, "offloaded": True})
     parts = ("attention", "linear", "convolution", "vae", "total")
     whole = {part: sum(getattr(row, part) for row in rows) for part in parts}
     share = {part: whole[part] / whole["total"] for part in parts}
     if options.json:
         stages = [asdict(row) | {"total": row.total, "share": {part: getattr(row, part) / row.total for part in parts}} for row in rows]
         plan = {"model": options.model, "unit": "TFLOP", "settings": asdict(settings), "stages": stages, "share": share}
-        print(json.dumps(plan | {"memory": {"unit": "byte", "dtype": "bfloat16", "peak": peaks}}, indent=2))
+        memory = {"unit": "byte", "dtype": "bfloat16", "peak": peaks, "available": available, "fitting_size": smaller}
+        print(json.dumps(plan | {"memory": memory}, indent=2))
         return
     print(f"{options.model}, TFLOPs by stage; attention above the native size: {options.attention}")
     print(f"{'pixels':>13} {'steps':>6} {'passes':>7}" + "".join(f"{part:>13}" for part in parts))
@@ -41,7 +50,17 @@ def show_plan(options: Namespace) -> None:
     print(f"{'share':>28}" + "".join(f"{share[part]:>13.1%}" for part in parts))
     print("estimated GPU memory in bf16, not measured yet:")
     for name, peak in peaks.items():
-        print(f"{format_gib(peak):>12}  {name}")
+        fits = "" if available is None else f": {'fits' if peak <= available else 'does not fit'}"
+        print(f"{format_gib(peak):>12}  {name}{fits}")
+    if available is not None and min(peaks.values()) > available:
+        print(f"{format_gib(available)} are available: {describe_fit(smaller)}")
+
+
+def _planned_memory(gib: float | None) -> int | None:
+    """Bytes of --memory; without it those of this machine's GPU, or None if there is none."""
+    if gib is not None:
+        return int(gib * 2**30)
+    return total_bytes(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 def show_models(options: Namespace) -> None:

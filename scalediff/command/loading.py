@@ -15,6 +15,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "dpm++-single": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -23,6 +24,7 @@ SCHEDULERS = {
     "flow-heun": "FlowMatchHeunDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "lcm": "LCMScheduler",
+    "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 
@@ -71,7 +73,10 @@ def load_model(
         ) from error
     if scheduler is not None or spacing is not None:
         kind = getattr(diffusers, SCHEDULERS[scheduler]) if scheduler is not None else type(pipe.scheduler)
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **({"timestep_spacing": spacing} if spacing is not None else {}))
+        options: dict[str, Any] = {"timestep_spacing": spacing} if spacing is not None else {}
+        if scheduler == "pndm":
+            options["skip_prk_steps"] = True  # as Stable Diffusion has it; high-resolution stages need it
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     if not low_memory or torch_device.type == "cpu":
         try:
             return pipe.to(torch_device, _DTYPES[dtype])

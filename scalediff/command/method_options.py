@@ -21,8 +21,6 @@ _OPTIONS = {"wrap": "tile"}  # options that have another name than their setting
 _RUN_OPTIONS = {"sizes": None, "workdir": None, "preview": None, "vae_tiling": None, "vae_attention": "full", "split_guidance": False,
                 "low_memory": False}  # fmt: skip
 _SETTINGS_OF_ALL = {"steps", "guidance_scale"}
-# Methods whose denoiser sees a part of the picture at a time.
-IN_PARTS = frozenset({"multidiffusion", "demofusion", "accdiffusion", "super-resolution"})
 _WORDS = {"none": None, "true": True, "on": True, "false": False, "off": False}
 
 

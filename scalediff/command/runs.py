@@ -18,13 +18,14 @@ from scalediff.cascade.progress import Step
 from scalediff.cascade.upsampling import Upsampler
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
 from scalediff.command.loading import UsageError, load_model, one_line
-from scalediff.command.method_options import IN_PARTS, SETTING_OPTIONS
+from scalediff.command.method_options import SETTING_OPTIONS
 from scalediff.command.ranks import device_name
 from scalediff.command.reporting import Job, print_status, vae_tiling
+from scalediff.methods import METHODS
 from scalediff.settings import TILES, Settings
 
 # Arguments of `generate` that every method has; an upsampler is refused by those that enlarge no picture.
-SHARED = ("preset", "negative_prompt", "generator", "progress", "upsampler")
+SHARED = ("preset", "negative_prompt", "generator", "progress", "upsampler", "force")
 
 
 def target_size(pipe: Any, options: Namespace) -> tuple[int, int]:
@@ -66,6 +67,7 @@ def run_arguments(
         "vae_attention": options.vae_attention,
         "split_guidance": options.low_memory or options.split_guidance,
         "on_step": _preview_callback(options.preview, job) if options.preview else None,
+        "force": True,  # `print_memory_estimate` has refused what does not fit
     }
 
 
@@ -96,7 +98,8 @@ def print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[i
     arguments |= blank_arguments(pipe)
     if options.negative_prompt is not None:
         arguments["negative_prompt"] = options.negative_prompt
-    if getattr(options, "method", "") in IN_PARTS:
+    method = METHODS.get(getattr(options, "method", ""))
+    if method is not None and method.in_parts:
         check_possible(pipe, arguments, size)
         print_status(f"memory: no estimate for {options.method}, whose denoiser does not see the whole picture at once")
         return

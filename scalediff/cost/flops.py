@@ -7,22 +7,21 @@ Text encoders, filters and elementwise operations are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from scalediff.cost.tally import FusedAttention, KnownResults
+from scalediff.cost.models import FACTOR, MODELS, Model, built
+from scalediff.cost.tally import FusedAttention, KnownResults, OneDevice
 from scalediff.families import family_of
 from scalediff.families.base import Family, Reader
-from scalediff.families.grid import patch_of, window_of
+from scalediff.families.grid import Grid, patch_of, window_of
 from scalediff.settings import Attention, Settings, plan_sizes
 from scalediff_kernels.neighborhood.api import TextQueries
 from scalediff_kernels.neighborhood.geometry import attention_flops, text_attention_flops
-
-FACTOR = 8  # pixels per latent along an axis, in all of these models
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Forward(NamedTuple):
 
     Attributes:
         attention: Self-attention of the image, including text in the same softmax.
-        cross: Cross-attention of the image to text.
+        cross: Cross-attention of the image to text, and attention of text alone.
         linear, convolution: Linear layers and convolutions.
     """
 
@@ -67,99 +66,11 @@ class Forward(NamedTuple):
     convolution: float
 
 
-@dataclass(frozen=True)
-class Model:
-    """How to build a model on the meta device.
-
-    Attributes:
-        denoiser: Function that builds the denoiser.
-        inputs: Function from a latent grid `(Y, X)` to the arguments of the denoiser.
-        channels: Number of latent channels.
-        tokens: Pixels per token along an axis, at the finest level.
-        guided: Whether classifier-free guidance needs a second pass.
-        texts: Function that builds the text encoders.
-    """
-
-    denoiser: Callable[[], nn.Module]
-    inputs: Callable[[int, int], dict[str, Any]]
-    channels: int
-    tokens: int
-    guided: bool
-    texts: Callable[[], list[nn.Module]] = list
-
-
-def _sdxl() -> nn.Module:
-    """The U-Net of stabilityai/stable-diffusion-xl-base-1.0."""
-    import diffusers
-
-    unet: nn.Module = diffusers.UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20],
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048, use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
-    return unet
-
-
-def _sdxl_inputs(y: int, x: int) -> dict[str, Any]:
-    added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-    text = torch.empty(1, 77, 2048)
-    return {"sample": torch.empty(1, 4, y, x), "timestep": torch.tensor(1.0), "encoder_hidden_states": text, "added_cond_kwargs": added}
-
-
-def _flux() -> nn.Module:
-    """The transformer of black-forest-labs/FLUX.1-dev, whose config is the default of its class."""
-    import diffusers
-
-    transformer: nn.Module = diffusers.FluxTransformer2DModel(guidance_embeds=True)
-    return transformer
-
-
-def _flux_inputs(y: int, x: int) -> dict[str, Any]:
-    ids = torch.zeros(y // 2, x // 2, 3, device="cpu")  # the values are read, so not on the meta device
-    ids[..., 1] += torch.arange(y // 2, device="cpu")[:, None]
-    ids[..., 2] += torch.arange(x // 2, device="cpu")[None, :]
-    return {
-        "hidden_states": torch.empty(1, y * x // 4, 64), "encoder_hidden_states": torch.empty(1, 512, 4096),
-        "pooled_projections": torch.empty(1, 768), "timestep": torch.empty(1), "guidance": torch.empty(1),
-        "img_ids": ids.flatten(0, 1), "txt_ids": torch.zeros(512, 3, device="cpu"),
-    }  # fmt: skip
-
-
-def _clip(width: int, layers: int, heads: int) -> Any:
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, projection_dim=width
-    )
-
-
-def _sdxl_texts() -> list[nn.Module]:
-    """OpenAI's CLIP ViT-L/14 and OpenCLIP's ViT-bigG/14."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    return [CLIPTextModel(_clip(768, 12, 12)), CLIPTextModelWithProjection(_clip(1280, 32, 20))]
-
-
-def _flux_texts() -> list[nn.Module]:
-    """OpenAI's CLIP ViT-L/14 and the encoder of T5 v1.1 XXL."""
-    from transformers import CLIPTextModel, T5Config, T5EncoderModel
-
-    t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
-    return [CLIPTextModel(_clip(768, 12, 12)), T5EncoderModel(t5)]
-
-
-MODELS: Mapping[str, Model] = {
-    "sdxl": Model(_sdxl, _sdxl_inputs, channels=4, tokens=8, guided=True, texts=_sdxl_texts),
-    "flux": Model(_flux, _flux_inputs, channels=16, tokens=16, guided=False, texts=_flux_texts),
-}
-
-
 def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> tuple[Settings, list[Work]]:
     """Count the FLOPs of every stage of a run with the default preset.
 
     Args:
-        name: `"sdxl"` or `"flux"`.
+        name: A name of `scalediff.cost.models.MODELS`.
         size: Target (height, width) in pixels.
         attention: Attention of the stages above the native size.
 
@@ -186,20 +97,37 @@ def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> 
     return settings, rows
 
 
-def built(model: Model) -> tuple[nn.Module, Any]:
-    """Build the denoiser and the autoencoder of a model on the meta device."""
-    with torch.device("meta"):
-        return model.denoiser().eval(), _autoencoder(model.channels)
-
-
 def stages(model: Model, denoiser: nn.Module, size: tuple[int, int]) -> tuple[Settings, list[tuple[int, int]]]:
-    """The settings of the default preset, and (height, width) in pixels of every stage up to a target; raises as `plan_sizes`."""
+    """The settings of the default preset, and (height, width) in pixels of every stage up to a target.
+
+    Raises:
+        ValueError: As `plan_sizes`, or the denoiser has no positions for the size.
+    """
     family = _family(denoiser)
     assert family.cascade is not None
     native = family.native_grid(denoiser)
     assert native is not None
-    sizes = plan_sizes(size, native=(native[0] * model.tokens, native[1] * model.tokens), multiple=model.tokens)
+    largest = family.cascade.largest_grid(denoiser)
+    if largest is not None and (size[0] > largest[0] * model.tokens or size[1] > largest[1] * model.tokens):
+        most = f"{largest[0] * model.tokens} x {largest[1] * model.tokens}"
+        raise ValueError(f"{type(denoiser).__name__} has positions for at most {most} pixels, got {size[0]} x {size[1]}")
+    sizes = plan_sizes(size, native=(native[0] * model.tokens, native[1] * model.tokens), multiple=_size_multiple(model, family))
     return family.cascade.presets(denoiser)["default"].settings, sizes
+
+
+def native_rules(name: str) -> tuple[tuple[int, int], int]:
+    """The native (height, width) of a model of `MODELS` in pixels, and the number of pixels that sides must be multiples of."""
+    model = MODELS[name]
+    denoiser = built(model)[0]
+    family = _family(denoiser)
+    native = family.native_grid(denoiser)
+    assert native is not None
+    return (native[0] * model.tokens, native[1] * model.tokens), _size_multiple(model, family)
+
+
+def _size_multiple(model: Model, family: Family) -> int:
+    assert family.cascade is not None
+    return max(model.tokens, family.cascade.size_multiple)
 
 
 def passes_of_a_step(model: Model, settings: Settings) -> int:
@@ -225,21 +153,30 @@ def forward_work(
 
 
 def attention_work(
-    denoiser: nn.Module, inputs: dict[str, Any], *, attention: Attention = "npa", text_queries: TextQueries = "window"
+    denoiser: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    attention: Attention = "npa",
+    text_queries: TextQueries = "window",
+    native: Grid | None = None,
 ) -> tuple[float, float]:
-    """TFLOPs of self-attention (including text in the same softmax) and of cross-attention; arguments as in `forward_work`.
+    """TFLOPs of self-attention (including text in the same softmax), and of cross-attention and attention of text alone.
+
+    Arguments as in `forward_work`; `native` is the native token grid, that of the family when None.
 
     Nothing is run: the layout comes from the family, and the FLOPs from the formulas in `scalediff_kernels.neighborhood.geometry`.
     """
     family = _family(denoiser)
-    layout, native = family.layout(denoiser, inputs, Reader()), family.native_grid(denoiser)
+    layout, native = family.layout(denoiser, inputs, Reader()), native or family.native_grid(denoiser)
     assert native is not None
     windows = attention == "npa" and layout.grid[0] * layout.grid[1] > native[0] * native[1]
     attended = cross = 0
     for site in family.sites(denoiser):
-        assert site.role != "text", site  # text-only attention: in none of these models
         module: Any = denoiser.get_submodule(site.name)
         heads = {"heads": module.heads, "head_dim": module.inner_dim // module.heads}
+        if site.role == "text":
+            cross += attention_flops(grid=(1, layout.others[0]), window=(0, 0), text=layout.others[0], **heads)
+            continue
         one = next(s for s in layout.sequences if s.level == site.level and (s.text > 0) == (site.role == "joint"))
         window, patch = (window_of(native, site.level), patch_of(native, site.level)) if windows else (one.grid, one.grid)
         if site.role == "cross":
@@ -262,10 +199,12 @@ def layer_work(denoiser: nn.Module, inputs: dict[str, Any]) -> tuple[float, floa
 
 def autoencoder_work(vae: Any, size: tuple[int, int], after: tuple[int, int] | None = None) -> float:
     """TFLOPs of decoding a picture of (height, width) pixels and, if `after` is given, of encoding a picture of that size."""
-    latents = torch.empty(1, vae.config.latent_channels, size[0] // FACTOR, size[1] // FACTOR, device="meta")
+    video = "z_dim" in vae.config  # which takes a picture as a single frame
+    frames, channels = ((1,), vae.config.z_dim) if video else ((), vae.config.latent_channels)
+    latents = torch.empty(1, channels, *frames, size[0] // FACTOR, size[1] // FACTOR, device="meta")
     total = sum(_count_flops(lambda: vae.decode(latents)).values())
     if after is not None:
-        total += sum(_count_flops(lambda: vae.encode(torch.empty(1, 3, *after, device="meta"))).values())
+        total += sum(_count_flops(lambda: vae.encode(torch.empty(1, 3, *frames, *after, device="meta"))).values())
     return total
 
 
@@ -275,20 +214,14 @@ def _family(denoiser: nn.Module) -> Family:
     return family
 
 
-def _autoencoder(channels: int) -> Any:
-    """The autoencoder of all these models; with 4 latent channels it also has a pointwise convolution of the latents."""
-    import diffusers
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    pointwise = {"use_quant_conv": channels == 4, "use_post_quant_conv": channels == 4}
-    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": channels}
-    return diffusers.AutoencoderKL(**sizes, **blocks, **pointwise).eval()
-
-
 def _on_meta(value: Any) -> Any:
+    """Tensors of numbers on the meta device; masks stay where they are, because their values may be read."""
     if isinstance(value, dict):
         return {name: _on_meta(part) for name, part in value.items()}
-    return value.to("meta") if isinstance(value, Tensor) else value
+    if isinstance(value, list | tuple):
+        return type(value)(_on_meta(part) for part in value)
+    numbers = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return value.to("meta") if numbers else value
 
 
 def _count_flops(run: Callable[[], Any]) -> dict[str, float]:
@@ -296,7 +229,7 @@ def _count_flops(run: Callable[[], Any]) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode  # this import loads Triton, so it is not at the top
 
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), KnownResults(), counter:
+    with torch.no_grad(), KnownResults(), OneDevice(), counter:
         run()
     return {str(op): flops / 1e12 for op, flops in counter.get_flop_counts()["Global"].items()}
 

@@ -1,8 +1,9 @@
 """FLOPs of a run that has been drawn: the calls of its denoiser and autoencoder are recorded, and then counted on the meta device.
 
 Counted are matrix products and convolutions at 2 FLOPs per multiply-add, as in `scalediff.cost.flops`: of the denoiser, with attention by
-formula, and of the autoencoder, in tiles where it ran in tiles. Text encoders, ControlNets, upsamplers and filters are not counted. Blocks
-that a feature cache skips are counted as if they had been computed.
+formula, and of the autoencoder, in tiles where it ran in tiles. Bands of the autoencoder are counted as one piece, although some of its
+layers run more than once there. Text encoders, ControlNets, upsamplers and filters are not counted. Blocks that a feature cache skips are
+counted as if they had been computed.
 """
 
 from __future__ import annotations

@@ -97,12 +97,7 @@ class _Tally(TorchDispatchMode):
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         for tensor in leaves:
             self._count(tensor.untyped_storage(), is_new=False)  # inputs such as weights, because the result may be a view of them
-        on_meta = [x.is_meta for x in leaves]
-        if any(on_meta):
-            if not all(on_meta):
-                args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
-            if kwargs.get("device") is not None:  # the code wants to move a tensor without values to a real device
-                kwargs = {**kwargs, "device": torch.device("meta")}
+        args, kwargs = _on_one_device(args, kwargs, leaves)
         out = function(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -122,6 +117,27 @@ class _Tally(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._live -= size
+
+
+class OneDevice(TorchDispatchMode):
+    """Lets code mix tensors on the meta device with real ones, such as masks and positions, and move them to a real device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+        args, kwargs = _on_one_device(args, kwargs or {}, leaves)
+        return function(*args, **kwargs)
+
+
+def _on_one_device(args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of an operator, on the meta device if one of its tensors is there."""
+    on_meta = [x.is_meta for x in tensors]
+    if not any(on_meta):
+        return args, kwargs
+    if not all(on_meta):
+        args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+    if kwargs.get("device") is not None:  # the code wants to move a tensor without values to a real device
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    return args, kwargs
 
 
 def _to_meta(x: Tensor) -> Tensor:

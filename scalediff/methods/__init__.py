@@ -44,21 +44,23 @@ class Method(NamedTuple):
     Attributes:
         options: The dataclass of its options.
         run: The function `run(pipe, arguments, size, settings, options, on_stage=..., progress=...)`, which returns the stages.
+        in_parts: Whether the denoiser sees a part of the picture at a time, so that the run needs less memory than is estimated.
     """
 
     options: type[Any]
     run: Callable[..., list[Stage]]
+    in_parts: bool = False
 
 
 METHODS: Mapping[str, Method] = MappingProxyType({
     "direct": Method(Direct, direct),
-    "super-resolution": Method(SuperResolution, super_resolution),
+    "super-resolution": Method(SuperResolution, super_resolution, in_parts=True),
     "diffusehigh": Method(DiffuseHigh, diffusehigh),
     "hiflow": Method(HiFlow, hiflow),
     "scalecrafter": Method(ScaleCrafter, scalecrafter),
-    "multidiffusion": Method(MultiDiffusion, multidiffusion),
-    "demofusion": Method(DemoFusion, demofusion),
-    "accdiffusion": Method(AccDiffusion, accdiffusion),
+    "multidiffusion": Method(MultiDiffusion, multidiffusion, in_parts=True),
+    "demofusion": Method(DemoFusion, demofusion, in_parts=True),
+    "accdiffusion": Method(AccDiffusion, accdiffusion, in_parts=True),
 })  # fmt: skip
 
 

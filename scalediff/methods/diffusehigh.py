@@ -23,7 +23,7 @@ from scalediff.arguments import check_callable, check_number, optional
 from scalediff.cascade.latents import decode, encode
 from scalediff.cascade.pipeline import cascade_of, size_multiple, stage_sizes, takes_size_conditioning
 from scalediff.cascade.results import Stage
-from scalediff.cascade.schedule import Change
+from scalediff.cascade.schedule import Change, first_calls
 from scalediff.cascade.stage import encode_finite
 from scalediff.cascade.upsampling import Upsampler, upsampled_picture
 from scalediff.families.grid import Grid
@@ -105,7 +105,7 @@ def diffusehigh(
 
     Differences from the authors' code: it works with any known pipeline and with every scheduler that the cascade supports, of which the
     authors have Euler; the base has the target's aspect ratio, and the last stage is cut to the target. Steps and the base's guidance come
-    from the preset. The autoencoder runs in tiles only where it would not fit; the authors turn tiles on in every stage above the base.
+    from the preset. The autoencoder runs in parts only where it would not fit; the authors turn tiles on in every stage above the base.
 
     Args:
         pipe: A text-to-image pipeline of a known family. Its state is restored afterwards.
@@ -131,14 +131,15 @@ def diffusehigh(
     with running.with_full_attention(pipe):
         run = Restarts(pipe, arguments, sizes, settings, on_stage=on_stage, progress=progress)
         run.draw_base(changes=conditioning)
-        last_steps, calls = tail_steps(run.steps, options.restart), int(pipe.scheduler.order)
+        last_steps = tail_steps(run.steps, options.restart)
+        guided = first_calls(pipe.scheduler, round(last_steps * options.guided))
         for _ in sizes[1:]:
             if run.interrupted:
                 break
             with run.stage() as pixels:
                 picture = upsampled_picture(run.decoded.clamp(-1, 1), pixels, options.upsampler).float()
                 picture = sharpened(picture, std=drawn_stds(arguments["generator"]), amount=options.sharpness)
-                change = _keep_approximation(pipe, approximation(picture), guided=calls * round(last_steps * options.guided))
+                change = _keep_approximation(pipe, approximation(picture), guided=guided)
                 reference = encode_finite(pipe, picture).to(run.latents.dtype)
                 scale = _guidance_scale(pipe, arguments, options)
                 run.restart(reference, last_steps=last_steps, change=change, guidance_scale=scale, changes=conditioning)

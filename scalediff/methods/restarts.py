@@ -82,7 +82,7 @@ class Restarts:
 
     @contextmanager
     def stage(self) -> Iterator[Grid]:
-        """The context of the next stage; yields its (height, width) in pixels. The autoencoder is in tiles if it needs to be."""
+        """The context of the next stage; yields its (height, width) in pixels. The autoencoder runs in parts if it needs to."""
         index, of = len(self.stages) + 1, len(self._sizes)
         size = self._sizes[index - 1]
         self._since = time.perf_counter()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, tiled
+from scalediff.cascade.borrowing import intercept_denoiser, is_tiled, restored_pipeline, tiled
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.latents import decode, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
@@ -167,8 +167,8 @@ def finished(
 
 @contextmanager
 def in_tiles_if_needed(pipe: Any, arguments: Mapping[str, Any], size: Grid, stage: str) -> Iterator[None]:
-    """Turn the autoencoder's tiling on if a picture of (height, width) pixels would not fit, and explain out-of-memory errors."""
+    """Run the autoencoder in parts if a picture of (height, width) pixels would not fit, and explain out-of-memory errors."""
     tiles = needs_tiling(pipe, size, images_per_call(arguments)) or None
-    used = {"tiled": bool(tiles or getattr(pipe.vae, "use_tiling", False)), "split": False}
+    used = {"tiled": bool(tiles) or is_tiled(pipe.vae), "split": False}
     with tiled(pipe.vae, on=tiles), out_of_memory(pipe, pipe.scheduler, arguments, size, stage, **used):
         yield

@@ -86,7 +86,7 @@ def scalecrafter(
 
     Differences from the authors' code: dispersion, which their configurations for SDXL have off, is not implemented; the weak pass
     computes only the unconditional half, which is all that is used of it. Without classifier-free guidance nothing is damped. Steps and
-    guidance come from the preset. The autoencoder runs in tiles where it would not fit.
+    guidance come from the preset. The autoencoder runs in parts where it would not fit.
 
     Args:
         pipe: A text-to-image pipeline with a U-Net. Its state is restored afterwards.

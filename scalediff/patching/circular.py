@@ -89,6 +89,12 @@ def wrapped(parts: Sequence[nn.Module], wrap: Wrap) -> Iterator[None]:
         yield
 
 
+def wraps_rows(part: nn.Module) -> bool:
+    """Whether a network's rows continue on the other side at present, from the last to the first."""
+    seams = (module.__dict__.get(ATTRIBUTE) for module in part.modules())
+    return any(isinstance(seam, _Seam) and seam.applies and seam.wrap[0] for seam in seams)
+
+
 def _lock_of(part: nn.Module) -> threading.RLock:
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(part, threading.RLock())

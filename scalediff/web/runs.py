@@ -161,6 +161,7 @@ class Run:
         preset = replace(named_preset(self.pipe, job.preset), settings=job.settings)
         height, width = job.size
         shared: dict[str, Any] = {"negative_prompt": job.negative_prompt, "generator": torch.Generator().manual_seed(job.seed)}
+        shared["force"] = True  # `_check_memory` has refused what does not fit
         if job.method != "scalediff":
             call = {"callback_on_step_end": self._step_callback(label)}
             return generate(self.pipe, job.prompt, height=height, width=width, preset=preset, method=job.method, call=call, **shared)

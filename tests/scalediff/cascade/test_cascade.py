@@ -223,10 +223,14 @@ def test_euler_and_multistep_schedulers_draw_too(demo: Any) -> None:
     own = demo.scheduler
     try:
         demo.scheduler = diffusers.PNDMScheduler.from_config(own.config)
-        with pytest.raises(NotImplementedError, match="got PNDMScheduler"):
+        with pytest.raises(NotImplementedError, match="supports PNDMScheduler without Runge-Kutta steps, got skip_prk_steps=False"):
             generate(demo, PROMPT, height=128, width=128, on_stage=lambda stage: pytest.fail("nothing may be drawn"))
-        for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
-            demo.scheduler = getattr(diffusers, name).from_config(own.config)
+        for name, more in (
+            ("EulerDiscreteScheduler", {}),
+            ("DPMSolverMultistepScheduler", {}),
+            ("PNDMScheduler", {"skip_prk_steps": True}),
+        ):
+            demo.scheduler = getattr(diffusers, name).from_config(own.config, **more)
             result = generate(demo, PROMPT, height=128, width=128, generator=seeded(), **FAST)  # type: ignore[arg-type]
             assert latents_of(result).isfinite().all()
     finally:

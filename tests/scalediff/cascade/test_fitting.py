@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 import scalediff
+from scalediff import draw
 from scalediff.cascade import fitting
-from scalediff.cascade.fitting import describe_fit, fit_of, fitting_size
+from scalediff.cascade.fitting import check_fit, describe_fit, fit_of, fitting_size
 from scalediff.cascade.memory import MARGIN, estimate
 from tests.conftest import seeded
+from tests.scalediff.cascade.test_pipelines import built
 
 ARGUMENTS = {"prompt": "a moon", "guidance_scale": 1.5}
 MIB = 2**20
@@ -94,3 +99,92 @@ def test_a_run_is_compared_with_the_memory_that_is_available(demo: Any, monkeypa
     assert fit_of(demo, ARGUMENTS, (1024, 512), vae_tiling=True, split_guidance=True).peak == needs.peak(tiled=True, split=True)
     monkeypatch.setattr(fitting, "available_bytes", lambda device: None)
     assert re.fullmatch(r"this run needs about \d\.\d GiB", fit_of(demo, ARGUMENTS, (1024, 512)).describe())
+
+
+RUN: dict[str, Any] = {"height": 1024, "width": 512, "steps": 1, "restart": 1.0}
+
+
+def test_a_run_that_does_not_fit_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the numbers and what to change; what is named as fitting does."""
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: MARGIN + 60 * MIB)
+    message = (
+        r"the run must fit into the memory of cpu, got 1024 x 512: this run needs about 1\.\d GiB; 1\.1 GiB are available; it needs about "
+        r"1\.\d GiB as configured.*; otherwise use a smaller size.*; (\d+) x (\d+) would fit; force=True runs it all the same"
+    )
+    with pytest.raises(ValueError, match=message) as raised:
+        check_fit(demo, ARGUMENTS, (1024, 512))
+    height, width = map(int, re.findall(r"(\d+) x (\d+) would fit", str(raised.value))[0])
+    check_fit(demo, ARGUMENTS, (height, width))
+
+
+def test_every_run_is_checked_before_it_starts(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its last size, with its switches, by every method that sees the picture as a whole; `force` turns the check off."""
+
+    def refuse(pipe: Any, arguments: Any, size: tuple[int, int], **switches: Any) -> None:
+        assert arguments["prompt"] == "a moon"
+        raise ValueError(f"too large: {size}, {sorted(switches.items())}")
+
+    monkeypatch.setattr(draw, "check_fit", refuse)
+    monkeypatch.setattr(draw, "run", lambda *args, **kwargs: pytest.fail("drawn"))
+    picture = Image.new("RGB", (64, 128), (20, 30, 60))
+    switches: dict[str, Any] = {"vae_tiling": True, "split_guidance": True}
+    told = r"too large: \(256, 128\), \[\('split_guidance', True\), \('vae_tiling', True\)\]"
+    run: dict[str, Any] = {"height": 256, "width": 128, "steps": 1, "restart": 1.0}
+    with pytest.raises(ValueError, match=told):
+        scalediff.generate(demo, "a moon", **run, **switches)
+    with pytest.raises(ValueError, match=told):
+        scalediff.upscale(demo, picture, "a moon", **run, **switches)
+    with pytest.raises(pytest.fail.Exception, match="drawn"):
+        scalediff.generate(demo, "a moon", force=True, **run)
+    with pytest.raises(pytest.fail.Exception, match="drawn"):
+        scalediff.upscale(demo, picture, "a moon", force=True, **run)
+    small: dict[str, Any] = {"height": 64, "width": 128, "steps": 1}
+    with pytest.raises(ValueError, match=r"too large: \(64, 128\), \[\]"):
+        scalediff.generate(demo, "a moon", method="direct", **small)
+    assert scalediff.generate(demo, "a moon", method="multidiffusion", **small).images
+
+
+def test_with_plenty_of_memory_nothing_is_estimated(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken for plenty is more than any estimate."""
+    needs = estimate(demo, ARGUMENTS, (64, 64))
+    plenty = sum(needs.weights.values()) + MARGIN + fitting._PLENTY * 64 * 64
+    assert plenty - MARGIN > 2 * (needs.peak() - MARGIN)
+    monkeypatch.setattr(fitting, "fit_of", lambda *args, **kwargs: pytest.fail("estimated"))
+    for available in (plenty, None):
+        monkeypatch.setattr(fitting, "available_bytes", lambda device, available=available: available)
+        check_fit(demo, ARGUMENTS, (64, 64))
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: plenty - 1)
+    with pytest.raises(pytest.fail.Exception, match="estimated"):
+        check_fit(demo, ARGUMENTS, (64, 64))
+
+
+def by_layers(pipe: Any) -> None:
+    pipe.enable_sequential_cpu_offload(device="cpu")
+
+
+def by_groups(pipe: Any) -> None:
+    pipe.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+def over_devices(pipe: Any) -> None:
+    pipe.hf_device_map = {"transformer": 0, "vae": 1}
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (by_layers, "a pipeline whose weights are offloaded by layers or groups cannot be estimated"),
+        (by_groups, "a pipeline whose weights are offloaded by layers or groups cannot be estimated"),
+        (over_devices, "the memory of a pipeline on several devices cannot be estimated"),
+    ],
+)
+def test_what_cannot_be_estimated_is_not_refused(monkeypatch: pytest.MonkeyPatch, place: Callable[[Any], None], message: str) -> None:
+    """Weights that are not all on the device at once: the estimate would count them all."""
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: 1)
+    pipe, arguments = built("SD3")
+    with pytest.raises(ValueError, match="the run must fit into the memory of cpu"):
+        check_fit(pipe, arguments, (32, 32))
+    place(pipe)
+    with pytest.raises(NotImplementedError, match=message):
+        fit_of(pipe, arguments, (32, 32))
+    check_fit(pipe, arguments, (32, 32))

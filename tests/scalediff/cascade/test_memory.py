@@ -47,6 +47,12 @@ def test_the_embedded_models_autoencoder(demo: Any, height: int, width: int) -> 
     assert vae_bytes(demo.vae, (height, width), 2, tiled=False) == pytest.approx(real, rel=0.02)
 
 
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No autoencoder can be streamed."""
+    monkeypatch.setattr(memory, "stream_obstacle", lambda vae: "it has other layers")
+
+
 def real_peak_in_tiles(vae: Any, height: int, width: int) -> int:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     picture, latents = torch.zeros(1, 3, height, width), torch.zeros(1, 4, height // factor, width // factor)
@@ -57,12 +63,14 @@ def real_peak_in_tiles(vae: Any, height: int, width: int) -> int:
         vae.disable_tiling()
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 128), (192, 128)])
 def test_the_embedded_models_autoencoder_in_tiles(demo: Any, height: int, width: int) -> None:
     """A tile's activations are most of it."""
     assert vae_bytes(demo.vae, (height, width), 1, tiled=True) == pytest.approx(real_peak_in_tiles(demo.vae, height, width), rel=0.25)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 160)])
 def test_an_autoencoder_in_many_tiles(height: int, width: int) -> None:
     """Pictures are most of it, for a tile is 16 x 16."""

@@ -1,4 +1,4 @@
-"""The autoencoder's part of a run: tiles, windows, what is kept of it; and memory that runs out, told of and survived."""
+"""The autoencoder's part of a run: tiles, bands, windows, what is kept of it; and memory that runs out, told of and survived."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 import scalediff
 from bench.models.zoo import WINDOW
-from scalediff.cascade import memory
+from scalediff.cascade import borrowing, memory, streaming
 from scalediff.cascade.latents import decode, to_pil_images
 from scalediff.settings import Settings
 from tests.conftest import seeded, state_of
@@ -55,9 +55,23 @@ def same(one: scalediff.Result, other: scalediff.Result) -> bool:
     return all(torch.equal(a.latents, b.latents) and a.images[0].tobytes() == b.images[0].tobytes() for a, b in pairs)
 
 
-# Tiles
+# Tiles of autoencoders that cannot be streamed
 
 
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No autoencoder can be streamed."""
+    for module in (borrowing, memory):
+        monkeypatch.setattr(module, "stream_obstacle", lambda vae: "it has other layers")
+
+
+@pytest.fixture
+def bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of a few rows for small pictures too."""
+    monkeypatch.setattr(streaming, "ELEMENTS", 2**10)
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.composes("VAE tiling", "cascade")
 def test_tiling_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is said, by what is free; the autoencoder's own switch is given back."""
@@ -81,6 +95,7 @@ def test_tiling_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same(drawn(pipe, arguments, vae_tiling=False), whole)
 
 
+@pytest.mark.usefixtures("tiles")
 def test_an_autoencoder_that_tiles_already_goes_on_doing_so() -> None:
     pipe, arguments = built("SD3")
     tiled = drawn(pipe, arguments, vae_tiling=True)
@@ -90,6 +105,7 @@ def test_an_autoencoder_that_tiles_already_goes_on_doing_so() -> None:
         assert pipe.vae.use_tiling
 
 
+@pytest.mark.usefixtures("tiles")
 def test_tiling_is_switched_off_after_an_error() -> None:
     pipe, arguments = built("SD3")
 
@@ -102,6 +118,7 @@ def test_tiling_is_switched_off_after_an_error() -> None:
     assert not pipe.vae.use_tiling
 
 
+@pytest.mark.usefixtures("tiles")
 def test_a_resumed_run_decodes_as_the_first_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tiles where the first had no room, although there is some now."""
     pipe, arguments = built("SD3")
@@ -121,6 +138,42 @@ def test_a_resumed_run_decodes_as_the_first_did(tmp_path: Path, monkeypatch: pyt
     assert max(widths[:-1]) == 8
     assert again.stages[1].images[0].tobytes() == whole.stages[1].images[0].tobytes()
     assert not pipe.vae.use_tiling
+
+
+# Bands
+
+
+@pytest.mark.usefixtures("bands")
+def test_a_run_in_bands_is_that_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is little memory, or where the caller wants it; tiles are far from that. A resumed run goes on in bands."""
+    pipe, arguments = built("SD3")
+    before = state_of(pipe.vae)
+    whole = drawn(pipe, arguments, vae_tiling=False)
+    pipe.vae.enable_tiling()
+    in_tiles = drawn(pipe, arguments)
+    pipe.vae.disable_tiling()
+    with counted(pipe.vae.decoder.up_blocks[0].resnets[0]) as calls:
+        streamed = drawn(pipe, arguments, vae_tiling=True, workdir=tmp_path)
+    assert len(calls) > 4
+    assert state_of(pipe.vae) == before
+    last = [result.stages[1].latents for result in (whole, streamed, in_tiles)]
+    torch.testing.assert_close(last[1], last[0], rtol=1e-4, atol=1e-4)
+    assert (last[2] - last[0]).abs().max() > 100 * (last[1] - last[0]).abs().max()
+    with counted(pipe.vae.decoder.up_blocks[0].resnets[0]) as calls:
+        assert same(drawn(pipe, arguments, vae_tiling=True, workdir=tmp_path), streamed)
+    assert len(calls) > 4
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 1)
+    assert same(drawn(pipe, arguments), streamed)
+
+
+@pytest.mark.usefixtures("bands")
+def test_windows_of_the_autoencoder_are_the_same_in_bands() -> None:
+    pipe, arguments = built("SD3")
+    plain, windows, both = (drawn(pipe, arguments, **how).stages[1].latents for how in (
+        {}, {"vae_attention": "npa"}, {"vae_attention": "npa", "vae_tiling": True},
+    ))  # fmt: skip
+    torch.testing.assert_close(both, windows, rtol=1e-4, atol=1e-4)
+    assert (plain - windows).abs().max() > 1e-3
 
 
 # Windows in the autoencoder
@@ -205,6 +258,7 @@ def out_of(module: nn.Module, *, above: int) -> Iterator[None]:
         hook.remove()
 
 
+@pytest.mark.usefixtures("bands")
 @pytest.mark.parametrize(
     ("part", "above", "restart", "patched"),
     [
@@ -237,6 +291,7 @@ def test_it_is_told_where_and_what_would_fit(
     assert same(again, scalediff.generate(demo, PROMPT, generator=seeded(), **run))
 
 
+@pytest.mark.usefixtures("bands")
 @pytest.mark.parametrize(
     ("available", "told"),
     [

@@ -111,10 +111,10 @@ def _embedded(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_scheduler_that_cannot_restart_is_refused_in_words(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo.save_pretrained(tmp_path / "pndm")
-    diffusers.PNDMScheduler.from_config(demo.scheduler.config).save_pretrained(tmp_path / "pndm" / "scheduler")
-    index = tmp_path / "pndm" / "model_index.json"
-    index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
-    line = ["--model", str(tmp_path / "pndm"), "--size", "128", "--out", str(tmp_path / "x.png"), "--quiet"]
+    demo.save_pretrained(tmp_path / "tcd")
+    diffusers.TCDScheduler.from_config(demo.scheduler.config).save_pretrained(tmp_path / "tcd" / "scheduler")
+    index = tmp_path / "tcd" / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "TCDScheduler"))
+    line = ["--model", str(tmp_path / "tcd"), "--size", "128", "--out", str(tmp_path / "x.png"), "--quiet"]
     assert main(["generate", "a moon", *line]) == 2
     assert "high-resolution stages support the schedulers" in capsys.readouterr().err.splitlines()[-1]

@@ -9,20 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalediff.cascade.schedule import Guidance, guided_scheduler
+from scalediff.cascade.schedule import Guidance, first_calls, guided_scheduler, model_calls
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # of DEIS in diffusers
 
 STEPS, KEPT = 10, 4
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULERS = [
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "LCMScheduler",
+    "PNDMScheduler",
     "UniPCMultistepScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -30,11 +34,12 @@ SCHEDULERS = [
 ]
 ADDED = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")  # x0 + sigma eps
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
-SUPPORTED = [(s, p) for s in SCHEDULERS for p in PREDICTIONS if not (s in ADDED and p == "sample")]
+SUPPORTED = [(s, p) for s in SCHEDULERS for p in PREDICTIONS if not (s in (*ADDED, "PNDMScheduler") and p == "sample")]
 
 
 def make(name: str, prediction: str, **more: Any) -> Any:
-    return getattr(diffusers, name)(prediction_type=prediction, **BETAS, **more)
+    plain = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    return getattr(diffusers, name)(prediction_type=prediction, **BETAS, **plain, **more)
 
 
 def latents(seed: int) -> Tensor:
@@ -72,7 +77,11 @@ def test_every_step_moves_the_estimate_by_the_definition(name: str, prediction: 
     whole = make(name, prediction)
     whole.set_timesteps(STEPS)
     first = whole.order * (STEPS - KEPT)  # of the model calls
-    assert torch.equal(guided.timesteps, whole.timesteps[first:])
+    if name == "PNDMScheduler":  # its first step is made twice
+        times = [t for i, t in enumerate(whole.timesteps.tolist()) if i != 1][first:]
+        assert guided.timesteps.tolist() == [*times[:2], *times[1:]]
+    else:
+        assert torch.equal(guided.timesteps, whole.timesteps[first:])
 
     x = latents(0)
     alpha_bars = [1 / (1 + float(s) ** 2) for s in whole.sigmas[first:]] if hasattr(whole, "sigmas") else None
@@ -95,7 +104,7 @@ def test_every_step_moves_the_estimate_by_the_definition(name: str, prediction: 
         assert 0 < gamma <= 1 + 1e-12
 
 
-@pytest.mark.parametrize(("name", "prediction"), [(s, p) for s, p in SUPPORTED if "Multistep" not in s])
+@pytest.mark.parametrize(("name", "prediction"), [(s, p) for s, p in SUPPORTED if "Multistep" not in s and s != "PNDMScheduler"])
 def test_without_guidance_the_tail_is_the_schedulers_own(name: str, prediction: str) -> None:
     """The same as the last steps of the whole schedule (a multi-step scheduler's tail would depend on what came before)."""
     guided = guided_scheduler(make(name, prediction), steps=STEPS, last_steps=KEPT, guidance=Guidance(None, 0.25))
@@ -130,22 +139,58 @@ def test_pipelines_see_the_scheduler_they_know(name: str) -> None:
     assert guided.init_noise_sigma == 1.0
     assert guided.config == base.config
     guided.set_timesteps(KEPT)
-    assert len(guided.timesteps) == base.order * (KEPT - 1) + 1
+    assert len(guided.timesteps) == base.order * (KEPT - 1) + 1 + (name == "PNDMScheduler")
     assert base.num_inference_steps == make(name, "epsilon").num_inference_steps, "the pipeline's own scheduler is left as it was"
 
 
 def test_what_is_not_known_is_refused_by_name() -> None:
     guidance = Guidance(None, 0.25)
-    with pytest.raises(NotImplementedError, match=r"support the schedulers DDIMScheduler.*got PNDMScheduler"):
-        guided_scheduler(make("PNDMScheduler", "epsilon"), steps=10, last_steps=4, guidance=guidance)
+    with pytest.raises(NotImplementedError, match=r"support the schedulers DDIMScheduler.*got TCDScheduler"):
+        guided_scheduler(make("TCDScheduler", "epsilon"), steps=10, last_steps=4, guidance=guidance)
+    with pytest.raises(NotImplementedError, match="supports PNDMScheduler without Runge-Kutta steps, got skip_prk_steps=False"):
+        guided_scheduler(diffusers.PNDMScheduler(), steps=10, last_steps=4, guidance=guidance)
     with pytest.raises(
         NotImplementedError, match=r"structure guidance supports epsilon, sample, v_prediction with DPM.*got prediction='flow_prediction'"
     ):
         guided_scheduler(
             make("DPMSolverSinglestepScheduler", "flow_prediction", use_flow_sigmas=True), steps=10, last_steps=4, guidance=guidance
         )
+    with pytest.raises(NotImplementedError, match=r"supports epsilon, sample, v_prediction with DEIS.*got prediction='flow_prediction'"):
+        guided_scheduler(make("DEISMultistepScheduler", "flow_prediction", use_flow_sigmas=True), steps=10, last_steps=4, guidance=guidance)
     with pytest.raises(NotImplementedError, match=r"supports epsilon, v_prediction with EulerDiscreteScheduler, got prediction='sample'"):
         guided_scheduler(make("EulerDiscreteScheduler", "sample"), steps=10, last_steps=4, guidance=guidance)
     guided = guided_scheduler(make("DDIMScheduler", "epsilon"), steps=10, last_steps=4, guidance=guidance)
     with pytest.raises(ValueError, match=r"this stage runs 4 of 10 steps.*got count=7"):
         guided.set_timesteps(7)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, STEPS])
+def test_pndm_starts_again_with_any_number_of_steps(kept: int) -> None:
+    """The whole schedule is the scheduler's own, call by call; a single step is made once."""
+    guided = guided_scheduler(make("PNDMScheduler", "epsilon"), steps=STEPS, last_steps=kept, guidance=Guidance(None, 0.25))
+    guided.set_timesteps(max(kept, 1))
+    own = make("PNDMScheduler", "epsilon")
+    own.set_timesteps(STEPS)
+    last = own.timesteps[-1].item()
+    expected = {0: [], 1: [last], 2: [last + 100, last, last], STEPS: own.timesteps.tolist()}
+    assert guided.timesteps.tolist() == expected[kept]
+    if kept == STEPS:
+        extra = [*outputs(), latents(99)]
+        ends = []
+        for scheduler in (guided, own):
+            x = latents(0)
+            for t, output in zip(scheduler.timesteps, extra, strict=True):
+                x = scheduler.step(output, t, x, return_dict=False)[0]
+            ends.append(x)
+        assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
+def test_model_calls_are_counted(name: str) -> None:
+    scheduler = make(name, "epsilon")
+    for steps in (1, 2, STEPS):
+        scheduler.set_timesteps(steps)
+        assert model_calls(scheduler, steps) == len(scheduler.timesteps)
+    assert [first_calls(scheduler, steps) for steps in (0, 1, 3)] == {
+        "DDIMScheduler": [0, 1, 3], "HeunDiscreteScheduler": [0, 2, 6], "PNDMScheduler": [0, 2, 4],
+    }[name]  # fmt: skip

@@ -100,6 +100,58 @@ def unipc_2(sigmas: list[float], x: Tensor, x0_of: Estimate) -> Tensor:
     return x
 
 
+def deis_2(sigmas: list[float], x: Tensor, x0_of: Estimate) -> Tensor:
+    """DEIS of order 2, arXiv:2204.13902, section 3.2: eps is linear in log rho through the last two, rho = sigma; order 1 at both ends.
+
+    In y = x / a the equation is dy = eps drho. The integrals of the two weights are Gauss's quadrature with eight points.
+    """
+    points = [-0.9602898564975363, -0.7966664774136267, -0.5255324099163290, -0.1834346424956498]
+    weights = [0.1012285362903763, 0.2223810344533745, 0.3137066458778873, 0.3626837833783620]
+    nodes = [(sign * point, weight) for point, weight in zip(points, weights, strict=True) for sign in (1, -1)]
+    history: list[Tensor] = []
+    for i, (now, after) in enumerate(itertools.pairwise(sigmas)):
+        (a, s, _), (a_next, _, _) = levels(now), levels(after)
+        history.append((x - a * x0_of(x, now)) / s)
+        change = (after - now) * history[-1]
+        if 0 < i < len(sigmas) - 2:
+            before = math.log(sigmas[i - 1])
+            part = sum(
+                weight * (math.log((now + after) / 2 + (after - now) / 2 * node) - before) for node, weight in nodes
+            ) / (math.log(now) - before)  # fmt: skip
+            recent = part * (after - now) / 2
+            change = recent * history[-1] + (after - now - recent) * history[-2]
+        x = a_next * (x / a + change)
+    return x
+
+
+def plms(sigmas: list[float], x: Tensor, x0_of: Estimate) -> Tensor:
+    """PNDM without Runge-Kutta steps, arXiv:2202.09778, equations 9, 12 and 13; the first step is made twice, by the mean of two eps."""
+    history: list[Tensor] = []
+
+    def eps_of(x: Tensor, sigma: float) -> Tensor:
+        a, s, _ = levels(sigma)
+        return (x - a * x0_of(x, sigma)) / s
+
+    def transfer(x: Tensor, eps: Tensor, now: float, after: float) -> Tensor:
+        (a, s, _), (a_next, s_next, _) = levels(now), levels(after)
+        return a_next / a * x - (a_next**2 - a**2) / (a * (s_next * a + s * a_next)) * eps
+
+    for i, (now, after) in enumerate(itertools.pairwise(sigmas)):
+        history.append(eps_of(x, now))
+        e = history[::-1]
+        if i == 0:
+            ahead = transfer(x, e[0], now, after)
+            eps = (e[0] + eps_of(ahead, after)) / 2
+        elif i == 1:
+            eps = (3 * e[0] - e[1]) / 2
+        elif i == 2:
+            eps = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+        else:
+            eps = (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
+        x = transfer(x, eps, now, after)
+    return x
+
+
 def heun(sigmas: list[float], x: Tensor, x0_of: Estimate) -> Tensor:
     """Heun's method on `x = x0 + sigma eps`, arXiv:2206.00364, algorithm 1 without churn."""
     for now, after in itertools.pairwise(sigmas):
@@ -115,7 +167,12 @@ SOLVERS: dict[str, tuple[Callable[[list[float], Tensor, Estimate], Tensor], dict
     "DPMSolverMultistepScheduler": (dpm_solver_pp_2m, {"final_sigmas_type": "zero"}),
     "UniPCMultistepScheduler": (unipc_2, {"final_sigmas_type": "zero"}),
     "HeunDiscreteScheduler": (heun, {}),
+    "DEISMultistepScheduler": (deis_2, {}),
+    "PNDMScheduler": (plms, {"skip_prk_steps": True}),
 }
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # of DEIS in diffusers
 
 
 def guided_tail(name: str) -> tuple[Tensor, list[float]]:
@@ -123,12 +180,16 @@ def guided_tail(name: str) -> tuple[Tensor, list[float]]:
     base = getattr(diffusers, name)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **SOLVERS[name][1])
     scheduler = guided_scheduler(base, steps=STEPS, last_steps=KEPT, guidance=Guidance(REFERENCE, CUTOFF))
     scheduler.set_timesteps(KEPT)
-    sigmas = [float(s) for s in scheduler.sigmas]
+    calls = [level.noise / level.signal for level in scheduler.levels]
+    sigmas = calls if name == "PNDMScheduler" else [float(s) for s in scheduler.sigmas]
     added = name == "HeunDiscreteScheduler"
     x = START * (math.sqrt(1 + sigmas[0] ** 2) if added else 1)
     for i, t in enumerate(scheduler.timesteps):
         seen = x / math.sqrt(1 + sigmas[i] ** 2) if added else x
         x = scheduler.step(model(seen, sigmas[i]), t, x, return_dict=False)[0]
+    if name == "PNDMScheduler":  # the second twice, and none after the last
+        end = float(scheduler.final_alpha_cumprod)
+        return x, [sigmas[0], *sigmas[2:], math.sqrt((1 - end) / end)]
     return x, [*sigmas[::2], sigmas[-1]] if added else sigmas  # Heun keeps all but the first and the last twice
 
 

@@ -128,6 +128,15 @@ def test_a_picture_has_no_trajectory() -> None:
         scalediff.upscale(pipe, picture(8, 8), None, **how)
 
 
+def test_a_schedule_that_starts_again_has_other_calls() -> None:
+    pipe, arguments = built("SDXL")
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("nothing may be drawn"))
+    pipe.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)
+    how: dict[str, Any] = {"height": 16, "width": 16, "call": arguments, "preset": TRAJECTORY}
+    with pytest.raises(NotImplementedError, match="needs stages with the last model calls of the base stage, got PNDMScheduler"):
+        scalediff.generate(pipe, None, **how)
+
+
 def test_at_the_native_size_there_is_none_either() -> None:
     pipe, arguments = built("SDXL")
     how: dict[str, Any] = {"height": 8, "width": 8, "call": arguments, "steps": 2}

@@ -175,6 +175,6 @@ def test_what_it_cannot_run_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatc
             DiffuseHigh(**changes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"phases set their own schedule, got timesteps=\[1\]"):
         run(demo, (128, 128), {"prompt": "", "timesteps": [1]})
-    monkeypatch.setattr(demo, "scheduler", diffusers.PNDMScheduler())
+    monkeypatch.setattr(demo, "scheduler", diffusers.TCDScheduler())
     with pytest.raises(NotImplementedError, match="high-resolution stages support the schedulers"):
         run(demo, (128, 128), {"prompt": ""})
