@@ -158,7 +158,8 @@ class Call:
             how |= {**sizes.geometry_of_rows, "group": self.share.group, "rows": self.share.rows}
             image_out, text_out = sharded_joint_neighborhood_patch_attention(*tensors, **how)
         else:
-            image_out, text_out = joint_neighborhood_patch_attention(*tensors, **sizes.geometry, **how)
+            how |= sizes.geometry
+            image_out, text_out = joint_neighborhood_patch_attention(*tensors, **how)
         image_out = image_out.flatten(1, 2)
         if text_out is None:
             return image_out

@@ -96,7 +96,7 @@ class AttentionPlan:
         self.why = ""  # why the last call was not computed in windows; empty if it was
         self.group = group
         options = {"rotation": text_rope, "text_queries": text_queries, "impl": impl, "wrap": (wrap[0], wrap[1]), "group": group}
-        self.calls = tuple(Call(sequence, native=self.window, offset=offset, **options) for sequence in layout.sequences)  # type: ignore[arg-type]
+        self.calls = tuple(Call(sequence, native=self.window, offset=offset, **options) for sequence in layout.sequences)
         self.grids = " or ".join(dict.fromkeys(f"{y} x {x}" for y, x in (call.grid for call in self.calls)))
 
     def __call__(
