@@ -35,14 +35,8 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
     "perturbed-attention guidance": {},
     "guiders": {"network": "they combine the outputs of passes"},
     "CFG++": dict.fromkeys(WHERE, "diffusers 0.42 has no pipeline or scheduler for it"),
-    "image-to-image": {
-        "network": "the network computes as for text-to-image",
-        "cascade": "not yet: the pipeline's call is its own; `upscale` enlarges a picture with a text-to-image pipeline",
-    },
-    "inpainting": {
-        "network": "the network computes as for text-to-image",
-        "cascade": "not yet: the pipeline's call is its own",
-    },
+    "image-to-image": {"network": "the network computes as for text-to-image"},
+    "inpainting": {"network": "the network computes as for text-to-image"},
     "FirstBlockCache": {},
     "MagCache": {},
     "TaylorSeerCache": {},

@@ -32,6 +32,9 @@ CLASSES = (
     *PARTS, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusion3InpaintPipeline", "ChromaImg2ImgPipeline",
     "FluxFillPipeline", "StableDiffusionXLControlNetImg2ImgPipeline", "KolorsImg2ImgPipeline",
 )  # fmt: skip
+# The families of those with a mask, and of those without.
+INPAINTED = ("SDXL", "FLUX", "Qwen-Image", "Z-Image", "SD1.5", "SD3")
+CHANGED = ("SDXL", "FLUX", "SD3", "Qwen-Image", "Z-Image", "SD1.5", "Chroma", "Kolors")
 WITHOUT_SIZE = {"StableDiffusionXLImg2ImgPipeline", "StableDiffusionImg2ImgPipeline"}  # their calls draw the picture's size
 WITH_MASK = {name for name in CLASSES if "Inpaint" in name or "Fill" in name}
 

@@ -21,7 +21,9 @@ from scalediff.settings import Settings
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 from tests.scalediff.cascade.changing_pipelines import (
+    CHANGED,
     CLASSES,
+    INPAINTED,
     WITH_MASK,
     WITHOUT_SIZE,
     as_tensor,
@@ -47,6 +49,10 @@ def call(pipe: Any, arguments: dict[str, Any], size: tuple[int, int], picture: A
     return latents
 
 
+@pytest.mark.composes("image-to-image", "cascade")
+@pytest.mark.composes("inpainting", "cascade")
+@pytest.mark.draws("image-to-image", CHANGED, switch="pipeline's own call")
+@pytest.mark.draws("inpainting", INPAINTED, switch="pipeline's own call")
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_pipeline_changes_a_picture_above_its_native_size(name: str) -> None:
     """With a base stage, with the same bits for one seed, and untouched at the native size; outside the mask the picture is kept."""
@@ -120,6 +126,7 @@ def flux_inpainting_by_hand(pipe: Any, arguments: dict[str, Any], picture: Tenso
     return denoise((1 - tail[0]) * reference + tail[0] * n, tail, z, n, reference)
 
 
+@pytest.mark.draws("inpainting", ["FLUX"], switch="loop by hand")
 def test_flux_inpainting_is_the_hand_written_loop() -> None:
     """The base stage redraws the shrunk picture, since the strength is above the restart of 0.5."""
     pipe, arguments = changing("FluxInpaintPipeline")
@@ -155,6 +162,7 @@ def sdxl_by_hand(pipe: Any, arguments: dict[str, Any], picture: Tensor) -> Tenso
     return x
 
 
+@pytest.mark.draws("image-to-image", ["SDXL"], switch="loop by hand")
 def test_a_large_picture_at_a_small_strength_is_the_hand_written_loop() -> None:
     """It enters at the last stage: nothing of its detail goes through a smaller one."""
     pipe, arguments = changing("StableDiffusionXLImg2ImgPipeline")
