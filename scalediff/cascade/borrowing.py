@@ -227,18 +227,18 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def tiled(vae: Any, *, on: bool | None) -> Iterator[None]:
+def tiled(vae: Any, *, on: bool | None, joined: int = 1) -> Iterator[None]:
     """Run the autoencoder in parts or in one piece, and restore it on exit; None leaves it unchanged.
 
     Parts are bands with the result of one piece (`scalediff.cascade.streaming`) or, for an autoencoder that cannot be streamed, diffusers'
-    tiles. An autoencoder whose tiling is on already goes on with tiles.
+    tiles. An autoencoder whose tiling is on already goes on with tiles. `joined` is an argument of `streamed`.
     """
     before = getattr(vae, "use_tiling", False)
     if on is None or on == before:
         yield
         return
     if on and not stream_obstacle(vae):
-        with streamed(vae):
+        with streamed(vae, joined=joined):
             yield
         return
     (vae.enable_tiling if on else vae.disable_tiling)()

@@ -70,8 +70,8 @@ def fit_of(
     needs = estimate(pipe, arguments, size)
 
     def used_at(size: tuple[int, int]) -> dict[str, bool]:
-        tiled = needs_tiling(pipe, size, images_per_call(arguments)) if vae_tiling is None else vae_tiling
-        return {"tiled": tiled or is_tiled(pipe.vae), "split": split_guidance, "offloaded": is_offloaded(pipe)}
+        needed = is_tiled(pipe.vae) or needs_tiling(pipe, size, images_per_call(arguments))
+        return {"tiled": needed if vae_tiling is None else vae_tiling, "split": split_guidance, "offloaded": is_offloaded(pipe)}
 
     used = used_at(size)
     peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
@@ -170,7 +170,12 @@ def fitting_model_size(name: str, size: tuple[int, int], available: int, options
     """
     native, multiple = native_rules(name)
     return _largest(
-        size, available, lambda size: (estimate_model(name, size), options), native=native, multiple=multiple, pixel_bytes=_BF16_PIXEL
+        size,
+        available,
+        lambda size: (estimate_model(name, size, available), options),
+        native=native,
+        multiple=multiple,
+        pixel_bytes=_BF16_PIXEL,
     )
 
 

@@ -11,31 +11,26 @@ import functools
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from scalediff.cascade import streaming
+from scalediff.cascade.autoencoder_memory import FRAGMENTATION, cast, join_sizes, meta_copy, vae_bytes, wrap_meta_errors
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of, without_encoding
-from scalediff.cascade.latents import encoded_mode, is_video_vae
 from scalediff.cascade.pipeline import call_stage, cascade_of
 from scalediff.cascade.placement import bytes_of, check_placement, is_offloaded, weights_of
-from scalediff.cascade.streaming import stream_obstacle
 from scalediff.cost.flops import passes_of_a_step, stages
 from scalediff.cost.models import FACTOR, MODELS, TEXT_ENCODERS, built
 from scalediff.cost.tally import peak_bytes
 from scalediff.families import family_of
 from scalediff.patching.networks import denoiser_of, networks_of
-from scalediff.patching.subclass import original_class
 
 MARGIN = 2**30  # bytes of a process with torch, or of a CUDA context and its libraries' workspaces; not measured yet
-_TILES = 1.8  # area of all tiles in pictures: they overlap by a quarter of a side
-_FRAGMENTATION = 1.1  # factor on the activations for gaps in the allocator's memory; not measured yet
 
 
 # Options that reduce memory, as arguments of `Estimate.peak`, in the order in which they cost time.
@@ -68,8 +63,8 @@ class Estimate:
         """Peak memory of the device. `offloaded` means that only the component in use is on the device."""
         held = {"denoiser": self.denoiser // (self.halves if split else 1), "vae": self.vae_tiled if tiled else self.vae}
         if not offloaded:
-            return int(sum(self.weights.values()) + _FRAGMENTATION * max(held.values()) + MARGIN)
-        return int(max(size + _FRAGMENTATION * held.get(name, 0) for name, size in self.weights.items()) + MARGIN)
+            return int(sum(self.weights.values()) + FRAGMENTATION * max(held.values()) + MARGIN)
+        return int(max(size + FRAGMENTATION * held.get(name, 0) for name, size in self.weights.items()) + MARGIN)
 
     def peaks(self) -> dict[str, int]:
         """Peak memory with each entry of `MEMORY_OPTIONS`."""
@@ -114,18 +109,20 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
     denoiser, vae = denoiser_of(pipe), pipe.vae
     weights["denoiser"] = weights.pop(next(name for name in ("unet", "transformer") if name in weights))
     args, kwargs, batch = _first_denoiser_call(pipe, arguments, size)
-    with _wrap_meta_errors(denoiser):
-        held = peak_bytes(functools.partial(_meta_copy(denoiser), *args, **kwargs))
+    with wrap_meta_errors(denoiser):
+        held = peak_bytes(functools.partial(meta_copy(denoiser), *args, **kwargs))
     halves = 2 if cascade_of(pipe).conditional and sample_of(args, kwargs).shape[0] == 2 * batch else 1
-    return Estimate(weights, held, halves, vae_bytes(vae, size, batch, tiled=False), vae_bytes(vae, size, batch, tiled=True))
+    in_parts = vae_bytes(vae, size, batch, tiled=True, joined=joined_sizes(pipe, size, batch))
+    return Estimate(weights, held, halves, vae_bytes(vae, size, batch, tiled=False), in_parts)
 
 
-def estimate_model(name: str, size: tuple[int, int]) -> Estimate:
+def estimate_model(name: str, size: tuple[int, int], total: int | None = None) -> Estimate:
     """Estimate the memory of a model of `scalediff.cost.models.MODELS` for one picture in bf16, without loading weights.
 
     Args:
         name: Its name there.
         size: (height, width) in pixels.
+        total: Bytes of the device, by which the autoencoder's bands are chosen; None if not known.
 
     Raises:
         ValueError: The model is not one of these, or does not support the size.
@@ -133,7 +130,7 @@ def estimate_model(name: str, size: tuple[int, int]) -> Estimate:
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     model = MODELS[name]
-    denoiser, vae = (_cast(part, torch.bfloat16) for part in built(model))
+    denoiser, vae = (cast(part, torch.bfloat16) for part in built(model))
     passes = passes_of_a_step(model, stages(model, denoiser, size)[0])
     with torch.device("meta"):
         inputs = model.inputs(size[0] // FACTOR, size[1] // FACTOR)
@@ -147,7 +144,9 @@ def estimate_model(name: str, size: tuple[int, int]) -> Estimate:
     assert family is not None
     assert family.cascade is not None
     halves = 2 if model.doubled and family.cascade.conditional and passes > 1 else 1
-    return Estimate(weights, held, halves, vae_bytes(vae, size, 1, tiled=False), vae_bytes(vae, size, 1, tiled=True))
+    joined = 1 if total is None else join_sizes(vae, size, 1, total - weights["vae"] - MARGIN)
+    in_parts = vae_bytes(vae, size, 1, tiled=True, joined=joined)
+    return Estimate(weights, held, halves, vae_bytes(vae, size, 1, tiled=False), in_parts)
 
 
 def _doubled(value: Any) -> Any:
@@ -159,43 +158,14 @@ def _doubled(value: Any) -> Any:
     return torch.cat([value] * 2) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
 
 
-def vae_bytes(vae: Any, size: tuple[int, int], batch: int, *, tiled: bool) -> int:
-    """Bytes of activations for encoding or decoding pictures of (height, width) pixels, whichever is larger.
+def joined_sizes(pipe: Any, size: tuple[int, int], batch: int) -> int:
+    """The argument `joined` of `streamed` with which pictures of (height, width) pixels fit beside the weights, or the last of them.
 
-    `tiled` means in parts: in bands where the autoencoder can be streamed and its tiling is off, otherwise in diffusers' tiles.
-
-    Raises:
-        NotImplementedError: The autoencoder's code does not run on the meta device.
+    It depends on the device's total memory, as `needs_tiling` does.
     """
-    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
-    dtype = torch.float32 if upcast else vae.dtype
-    tile = getattr(vae, "tile_sample_min_size", getattr(vae, "tile_sample_min_height", None))
-    in_bands = tiled and not getattr(vae, "use_tiling", False) and not stream_obstacle(vae)
-    if not tiled or in_bands or tile is None or max(size) <= tile:
-        config = tuple(sorted((name, repr(value)) for name, value in vae.config.items()))
-        key = original_class(type(vae)), config, size, batch, dtype, in_bands and streaming.ELEMENTS
-        if key not in _VAE_BYTES:
-            _VAE_BYTES[key] = _vae_bytes(vae, size, batch, dtype, in_bands=in_bands)
-        return _VAE_BYTES[key]
-    one = vae_bytes(vae, (min(tile, size[0]), min(tile, size[1])), batch, tiled=False)
-    picture = 3 * batch * size[0] * size[1] * dtype.itemsize
-    return int(max(one + _TILES * picture, (_TILES + 2) * picture))  # at the last tile, or at the end, with both the rows and the result
-
-
-_VAE_BYTES: dict[Any, int] = {}  # cache
-
-
-def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype, *, in_bands: bool) -> int:
-    with _wrap_meta_errors(vae), ExitStack() as undo:
-        twin = _cast(_meta_copy(vae), dtype)
-        if in_bands:
-            undo.enter_context(streaming.streamed(twin))
-        frame = (1,) if is_video_vae(vae) else ()
-        picture = torch.empty(batch, 3, *frame, *size, device="meta", dtype=dtype)
-        latents: list[Tensor] = []
-        encoding = peak_bytes(lambda: latents.append(encoded_mode(twin, picture)))
-        decoding = peak_bytes(lambda: twin.decode(latents[0]).sample)
-    return max(encoding, decoding)
+    total = total_bytes(pipe._execution_device)
+    weights = bytes_of({"vae": pipe.vae}) if is_offloaded(pipe) else weights_of(pipe)
+    return 1 if total is None else join_sizes(pipe.vae, size, batch, total - sum(weights.values()) - MARGIN)
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -231,7 +201,7 @@ def needs_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
         return False
     weights = bytes_of({"vae": pipe.vae}) if is_offloaded(pipe) else weights_of(pipe)
     try:
-        needed = _FRAGMENTATION * vae_bytes(pipe.vae, size, batch, tiled=False)
+        needed = FRAGMENTATION * vae_bytes(pipe.vae, size, batch, tiled=False)
     except NotImplementedError:
         return False
     return sum(weights.values()) + needed + MARGIN > total
@@ -312,22 +282,3 @@ def _first_denoiser_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[in
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
     raise NotImplementedError(f"{type(pipe).__name__} does not call its denoiser")
-
-
-def _meta_copy(network: Any) -> Any:
-    """The same network on the meta device, without weights."""
-    with torch.device("meta"):
-        twin = original_class(type(network)).from_config(network.config)  # type: ignore[attr-defined]
-    return _cast(twin, network.dtype)
-
-
-def _cast(twin: Any, dtype: torch.dtype) -> Any:
-    return nn.Module.to(twin, dtype).eval()  # not diffusers' `to`, whose warnings do not matter on the meta device
-
-
-@contextmanager
-def _wrap_meta_errors(network: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the network's code may raise anything on the meta device
-        raise NotImplementedError(f"the memory of {type(network).__name__} cannot be estimated: {error}") from error

@@ -30,7 +30,7 @@ from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
 from scalediff.cascade.keeping import Given, ScheduleSet, resting_scheduler, start_arguments, stopping_scheduler, strength_steps
 from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
-from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
+from scalediff.cascade.memory import images_per_call, joined_sizes, needs_tiling, out_of_memory
 from scalediff.cascade.pictures import picture_at
 from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size, wrap_of
 from scalediff.cascade.progress import Progress
@@ -247,7 +247,8 @@ class _Run:
     def _stage_context(self, size: tuple[int, int], stage: str, in_tiles: bool | None = None) -> Iterator[None]:
         """Run the autoencoder in parts where a size needs it, and explain out-of-memory errors."""
         tiles = self._tiles(size) if in_tiles is None else in_tiles
-        with tiled(self.pipe.vae, on=tiles):
+        joined = joined_sizes(self.pipe, size, images_per_call(self.arguments)) if tiles else 1
+        with tiled(self.pipe.vae, on=tiles, joined=joined):
             used = {"tiled": is_tiled(self.pipe.vae), "split": self.options.split_guidance}
             with out_of_memory(self.pipe, self.scheduler, self.arguments, size, stage, **used):
                 yield

@@ -3,8 +3,8 @@
 A band of a convolution needs a few rows around it, its halo. A band of a group norm needs the mean and the variance of the whole
 activation. So the layers run band by band, as often as they have norms: every pass computes the statistics of the next norm, and the
 last pass computes the output. Between groups of layers the activation is kept as a whole; inside a group nothing is kept. The layers at
-the size of the picture, whose activations are the largest, are one group. The middle block runs as one piece, at the size of the
-latents, so that its attention sees all of them.
+the size of the picture, whose activations are the largest, are one group; with less memory they are joined by those of the next sizes,
+which are then computed more often. The middle block runs as one piece, at the size of the latents, so that its attention sees all of them.
 
 Legend: B batch, C channels, G groups of a norm, Y x X rows and columns.
 """
@@ -119,19 +119,26 @@ class _Statistics:
 
 def stream_obstacle(vae: Any) -> str:
     """Why an autoencoder cannot be streamed; empty if it can. Known are diffusers' AutoencoderKL and those with its encoder and decoder."""
-    for part, name in ((getattr(vae, "encoder", None), "Encoder"), (getattr(vae, "decoder", None), "Decoder")):
+    parts: tuple[tuple[Any, str], ...] = ((getattr(vae, "encoder", None), "Encoder"), (getattr(vae, "decoder", None), "Decoder"))
+    for part, name in parts:
         if not any(f"{cls.__module__}.{cls.__name__}" == f"diffusers.models.autoencoders.vae.{name}" for cls in type(part).__mro__):
             return f"{type(vae).__name__} has no encoder and decoder of AutoencoderKL"
         blocks = _blocks(part)
         layers = [layer for block in blocks for layer in _layers_of(block)]
         unknown = {type(one).__name__ for one in blocks} - _BLOCKS | {type(one).__name__ for one in layers} - _LAYERS
+        unknown |= {type(one).__name__ for one in _modules(nn.ModuleList(blocks), nn.ConvTranspose2d)}
         if not isinstance(part.conv_norm_out, nn.GroupNorm):
             unknown |= {type(part.conv_norm_out).__name__}
         if unknown:
             return f"{type(vae).__name__} has layers that may see the whole picture: {', '.join(sorted(unknown))}"
         if any(attribute in one.__dict__ for one in list(part.modules())[1:] for attribute in _OFFLOADED):
-            return f"the layers of {type(vae).__name__} are offloaded one by one"
+            return f"the layers of {type(vae).__name__} have hooks, such as those of offloading"
     return f"the first rows of {type(vae).__name__} need the last ones, because the picture wraps" if wraps_rows(vae) else ""
+
+
+def sizes_of(vae: Any) -> int:
+    """Number of sizes of activations, from that of the picture to that of the latents."""
+    return len(_blocks(vae.decoder))
 
 
 def is_streamed(vae: Any) -> bool:
@@ -140,11 +147,13 @@ def is_streamed(vae: Any) -> bool:
 
 
 @contextmanager
-def streamed(vae: Any, *, elements: int | None = None) -> Iterator[None]:
+def streamed(vae: Any, *, joined: int = 1, elements: int | None = None) -> Iterator[None]:
     """Make an autoencoder encode and decode in bands of rows; it is restored on exit.
 
     Args:
         vae: An autoencoder without `stream_obstacle`. Its tiling must be off, because tiles would be streamed one by one.
+        joined: Number of sizes, from that of the picture down, whose layers are one group, up to `sizes_of`. More need less memory
+            and more work.
         elements: Largest number of elements of an activation in a band, without its halo; `ELEMENTS` when None. A group of layers
             whose whole activations have no more runs as usual.
 
@@ -156,7 +165,7 @@ def streamed(vae: Any, *, elements: int | None = None) -> Iterator[None]:
     with ExitStack() as undo:
         for part in (vae.encoder, vae.decoder):
             statistics = _Statistics()
-            groups = _groups(part, statistics)
+            groups = _groups(part, statistics, joined)
             run = functools.partial(_run_groups, groups, elements=elements or ELEMENTS)
             outer = [part.conv_in, *part.down_blocks] if hasattr(part, "down_blocks") else [*part.up_blocks, *_tail(part)]
             runner = outer[-1] if hasattr(part, "down_blocks") else outer[0]
@@ -204,28 +213,28 @@ def _tail(part: Any) -> list[Any]:
     return [part.conv_norm_out, part.conv_act, part.conv_out]
 
 
-def _groups(part: Any, statistics: _Statistics) -> list[list[_Layer]]:
+def _groups(part: Any, statistics: _Statistics, joined: int) -> list[list[_Layer]]:
     """The layers outside of the middle block in groups, between which the activation is kept.
 
-    The block at the size of the picture is one group, with the layers between it and the picture. Of the others every residual layer is
-    one, with the enlarging before it or the reducing after it.
+    The `joined` blocks of the largest sizes are one group, with the layers between them and the picture. Of the others every residual
+    layer is one, with the enlarging before it or the reducing after it.
     """
     blocks = [[_layer(layer) for layer in _layers_of(block)] for block in _blocks(part)]
     if hasattr(part, "down_blocks"):
-        groups = [[_Layer(part.conv_in.forward, part.conv_in), *blocks[0]]]
-        for layer in (layer for block in blocks[1:] for layer in block):
+        groups = [[_Layer(part.conv_in.forward, part.conv_in), *(layer for block in blocks[:joined] for layer in block)]]
+        for layer in (layer for block in blocks[joined:] for layer in block):
             groups[-1].append(layer) if layer.down > 1 else groups.append([layer])
         return groups
     norm, act, conv = _tail(part)
     last = [_Layer(functools.partial(statistics.normalise, norm), norm), _Layer(act.forward, act), _Layer(conv.forward, conv)]
     groups, enlarging = [], list[_Layer]()
-    for layer in (layer for block in blocks[:-1] for layer in block):
+    for layer in (layer for block in blocks[:-joined] for layer in block):
         if layer.up > 1:
             enlarging = [layer]
         else:
             groups.append([*enlarging, layer])
             enlarging = []
-    return [*groups, [*enlarging, *blocks[-1], *last]]
+    return [*groups, [*enlarging, *(layer for block in blocks[-joined:] for layer in block), *last]]
 
 
 def _layer(module: Any) -> _Layer:
@@ -303,6 +312,8 @@ def _band(group: Sequence[_Layer], x: Tensor, elements: int) -> tuple[int, int]:
         widest = max(widest, channels * scale**2)
         scale /= layer.down
     multiple = math.prod(layer.down for layer in group)
+    if x.shape[2] % multiple:  # such rows cannot be cut
+        return x.shape[2], 0
     halo = math.ceil(seen / multiple) * multiple
     rows = int(elements / (widest * x.shape[3] * len(x))) // multiple * multiple
     return max(rows, halo, multiple), halo

@@ -22,12 +22,12 @@ from scalediff.families import FAMILIES
 
 def show_plan(options: Namespace) -> None:
     """Print the FLOPs of every stage, the memory of the largest one, and what fits into the memory there is, as a table or as JSON."""
+    available = _planned_memory(options.memory)
     try:
         settings, rows = count(options.model, options.size, attention=options.attention)
-        peaks = estimate_model(options.model, options.size).peaks()
+        peaks = estimate_model(options.model, options.size, available).peaks()
     except ImportError as error:
         raise UsageError(f'the plan needs diffusers: pip install "scalediff[diffusers]" ({error})') from error
-    available = _planned_memory(options.memory)
     smaller = None
     if available is not None and min(peaks.values()) > available:
         smaller = fitting_model_size(options.model, options.size, available, {"tiled": True, "split": True, "offloaded": True})

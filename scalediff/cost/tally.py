@@ -122,6 +122,9 @@ class _Tally(TorchDispatchMode):
 class OneDevice(TorchDispatchMode):
     """Lets code mix tensors on the meta device with real ones, such as masks and positions, and move them to a real device."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
         args, kwargs = _on_one_device(args, kwargs or {}, leaves)

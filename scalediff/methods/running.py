@@ -13,7 +13,7 @@ from torch import Tensor
 from scalediff.cascade.borrowing import intercept_denoiser, is_tiled, restored_pipeline, tiled
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.latents import decode, to_pil_images, unpacked
-from scalediff.cascade.memory import images_per_call, needs_tiling, out_of_memory
+from scalediff.cascade.memory import images_per_call, joined_sizes, needs_tiling, out_of_memory
 from scalediff.cascade.pipeline import call_stage, cascade_of, guidance_argument, takes_size_conditioning
 from scalediff.cascade.progress import show_pipeline_bar
 from scalediff.cascade.results import Stage
@@ -168,7 +168,9 @@ def finished(
 @contextmanager
 def in_tiles_if_needed(pipe: Any, arguments: Mapping[str, Any], size: Grid, stage: str) -> Iterator[None]:
     """Run the autoencoder in parts if a picture of (height, width) pixels would not fit, and explain out-of-memory errors."""
-    tiles = needs_tiling(pipe, size, images_per_call(arguments)) or None
+    images = images_per_call(arguments)
+    tiles = needs_tiling(pipe, size, images) or None
+    joined = joined_sizes(pipe, size, images) if tiles else 1
     used = {"tiled": bool(tiles) or is_tiled(pipe.vae), "split": False}
-    with tiled(pipe.vae, on=tiles), out_of_memory(pipe, pipe.scheduler, arguments, size, stage, **used):
+    with tiled(pipe.vae, on=tiles, joined=joined), out_of_memory(pipe, pipe.scheduler, arguments, size, stage, **used):
         yield

@@ -82,7 +82,7 @@ def add_memory(pipe: Any) -> dict[str, Any]:
     """What costs or saves memory and time."""
     values = default_values(pipe)
     with gr.Row():
-        tiling = _choice(values, "vae_tiling", "Tiles in the autoencoder")
+        tiling = _choice(values, "vae_tiling", "Autoencoder in parts")
         attention = _choice(values, "vae_attention", "Its attention")
     split = gr.Checkbox(values["split_guidance"], label="Run the two passes of guidance one after the other")
     force = gr.Checkbox(values["force"], label="Run even if the memory is too small by estimate")

@@ -11,7 +11,7 @@ import torch
 
 import scalediff
 from bench.models.zoo import WINDOW
-from scalediff.cascade import memory
+from scalediff.cascade import autoencoder_memory, memory
 from scalediff.cascade.memory import Estimate, estimate, needs_tiling, vae_bytes
 from scalediff.cascade.pipeline import native_size
 from scalediff.patching.networks import denoiser_of
@@ -50,7 +50,7 @@ def test_the_embedded_models_autoencoder(demo: Any, height: int, width: int) -> 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """No autoencoder can be streamed."""
-    monkeypatch.setattr(memory, "stream_obstacle", lambda vae: "it has other layers")
+    monkeypatch.setattr(autoencoder_memory, "stream_obstacle", lambda vae: "it has other layers")
 
 
 def real_peak_in_tiles(vae: Any, height: int, width: int) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from scalediff.cascade import streaming
-from scalediff.cascade.memory import vae_bytes
+from scalediff.cascade.autoencoder_memory import join_sizes, vae_bytes
 from scalediff.cascade.streaming import is_streamed, stream_obstacle, streamed
+from scalediff.cost.models import MODELS, built
 from scalediff.patching.circular import wrapped
 from tests.conftest import seeded, state_of
 from tests.scalediff.cost.real_peaks import real_peak_of
@@ -65,8 +66,8 @@ def test_bands_give_the_result_of_one_piece(channels: tuple[int, ...], layers: i
     vae = autoencoder(channels, layers, **more)
     given = inputs(vae, *size, batch=2)
     whole, before = both(vae, *given), state_of(vae)
-    for elements in (1, FEW):
-        with streamed(vae, elements=elements):
+    for elements, joined in ((1, 1), (FEW, len(channels))):
+        with streamed(vae, elements=elements, joined=joined):
             assert is_streamed(vae)
             for part, expected in zip(both(vae, *given), whole, strict=True):
                 torch.testing.assert_close(part, expected, **EXACT)
@@ -166,6 +167,16 @@ def test_columns_may_wrap_in_bands_and_rows_may_not() -> None:
         streamed(vae).__enter__()
 
 
+def test_more_sizes_are_joined_where_they_do_not_fit() -> None:
+    """The autoencoder of SDXL at 8192 pixels: as few as fit, and no more than help."""
+    vae = built(MODELS["sdxl"])[1].bfloat16()
+    one, two, three = (vae_bytes(vae, (8192, 8192), 1, tiled=True, joined=joined) for joined in (1, 2, 3))
+    assert two < 0.6 * one
+    assert three >= two, "the middle block, which is one piece, needs as much"
+    for room, expected in ((2 * one, 1), (1.2 * two, 2), (0, 2)):
+        assert join_sizes(vae, (8192, 8192), 1, int(room)) == expected
+
+
 def test_what_cannot_be_streamed() -> None:
     assert stream_obstacle(autoencoder()) == ""
     tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
@@ -178,4 +189,16 @@ def test_what_cannot_be_streamed() -> None:
         streamed(attends).__enter__()
     offloaded = autoencoder((8,))
     offloaded.encoder.conv_in._hf_hook = object()
-    assert stream_obstacle(offloaded) == "the layers of AutoencoderKL are offloaded one by one"
+    assert stream_obstacle(offloaded) == "the layers of AutoencoderKL have hooks, such as those of offloading"
+    enlarges = autoencoder((8, 8))
+    enlarges.decoder.up_blocks[0].upsamplers[0].conv = torch.nn.ConvTranspose2d(8, 8, 4, stride=2)
+    assert stream_obstacle(enlarges) == "AutoencoderKL has layers that may see the whole picture: ConvTranspose2d"
+
+
+def test_the_autoencoder_of_flux2_is_streamed_too() -> None:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKLFlux2(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, **blocks).double().eval()
+    given = inputs(vae, 24, 16)
+    whole = both(vae, *given)
+    with streamed(vae, elements=FEW):
+        torch.testing.assert_close(both(vae, *given), whole, **EXACT)

@@ -118,7 +118,7 @@ def test_a_plan_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr(commands, "count", lambda *args, **how: (Settings(), [Work(4096, 4096, 50, 100, 1.0, 1.0, 1.0, 1.0)]))
     weights = {"denoiser": 10 * 2**30, "vae": 2**30}
     needs = Estimate(weights, denoiser=4 * 2**30, halves=2, vae=20 * 2**30, vae_tiled=2**30)
-    monkeypatch.setattr(commands, "estimate_model", lambda name, size: needs)
+    monkeypatch.setattr(commands, "estimate_model", lambda name, size, total: needs)
     monkeypatch.setattr(
         commands, "fitting_model_size", lambda name, size, available, options: (2048, 1024) if all(options.values()) else None
     )
