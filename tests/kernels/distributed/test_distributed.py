@@ -22,12 +22,13 @@ from tests.kernels.neighborhood.problems import expected
 pytestmark = pytest.mark.skipif(not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo")
 
 SEEDS = range(24)
+IMPORTED = ("tests.kernels.distributed.ranks",)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What four processes computed."""
-    return processes.run(functools.partial(ranks.several, SEEDS), 4, tmp_path_factory.mktemp("four"))
+    return processes.run(functools.partial(ranks.several, SEEDS), 4, tmp_path_factory.mktemp("four"), imported=IMPORTED)
 
 
 def check(seed: int, found: list[dict[str, Any]]) -> None:
