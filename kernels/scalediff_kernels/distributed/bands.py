@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from scalediff_kernels.distributed.exchange import lost_connection
-from scalediff_kernels.distributed.groups import all_gather
+from scalediff_kernels.distributed.groups import all_gather, lost_connection
 
 
 def convolve_band(
@@ -114,7 +113,7 @@ def _neighbours(x: Tensor, above: int, below: int, group: Any) -> list[Tensor]:
         for work in distributed.batch_isend_irecv(operations) if operations else []:
             work.wait()
     except RuntimeError as error:
-        raise lost_connection(rank, {peer for _, _, peer in wanted}) from error
+        raise lost_connection({peer for _, _, peer in wanted}, group) from error
     return [upper, x, lower]
 
 

@@ -5,13 +5,14 @@ Legend: B batch, G key heads, Y x X token grid, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from scalediff_kernels.distributed.geometry import Rows, Transfer
+from scalediff_kernels.distributed.groups import lost_connection
 
 
 class Exchange:
@@ -73,10 +74,4 @@ class Exchange:
 
     def _lost(self, pending: Sequence[tuple[Transfer, Tensor]]) -> RuntimeError:
         peers = {t.target if t.source == self._rank else t.source for t, _ in pending}
-        return lost_connection(self._rank, peers)
-
-
-def lost_connection(rank: int, peers: Iterable[int]) -> RuntimeError:
-    """The error of a rank whose messages with one of these peers failed."""
-    names = " or rank ".join(map(str, sorted(peers)))
-    return RuntimeError(f"rank {rank} lost the connection to rank {names} while they exchanged rows")
+        return lost_connection(peers, self._group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, distributed
@@ -67,3 +67,20 @@ def check_agreement(group: Any, facts: Mapping[str, str]) -> None:
         if names:
             differences = "; ".join(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}" for name in names)
             raise ValueError(f"all ranks must have the same versions, model and inputs, got {differences}")
+
+
+def lost_connection(peers: Iterable[int], group: Any) -> RuntimeError:
+    """The error of a rank whose messages with one of these peers failed.
+
+    The first rank that notices leaves a note in the store by which the processes met: others, who lose the connection to that rank when it
+    ends, can then name the cause.
+    """
+    rank, names = distributed.get_rank(group), " or rank ".join(map(str, sorted(peers)))
+    first = names
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        first = store.compare_set(f"scalediff/lost/{group.group_name}", "", names).decode()
+    except (AttributeError, RuntimeError):  # the store is private to torch, and may have been kept by the rank that is lost
+        pass
+    cause = "" if first == names else f", after rank {first} was lost"
+    return RuntimeError(f"rank {rank} lost the connection to rank {names} while they exchanged rows{cause}")

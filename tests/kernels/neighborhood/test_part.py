@@ -88,7 +88,7 @@ def check(part: Part, image: Tensor, text: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_in_fp64(seed: int, impl: Any) -> None:
     """Image, text and log-sum-exp, to rounding."""
     problem = replace(problems.draw(seed, "sm_80"), dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_in_fp64(seed: int, impl: Any) -> None:
         torch.testing.assert_close(text, attend(part.text[0], keys, values, problem.arguments["scale"]), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_in_the_kernels(seed: int) -> None:
     target = TARGETS[seed % len(TARGETS)]
     part = draw(seed, problems.draw(seed, target, most_programs=30))

@@ -22,6 +22,7 @@ FAST = ["--size", "96", "--steps", "2", "--restart", "0.5", "--quiet"]
 @pytest.fixture(autouse=True)
 def _loaded_once(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load_demo", lambda: demo)
+    monkeypatch.setattr(drawing, "print_memory_estimate", lambda *what: None)
 
 
 def start(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, *arguments: str) -> int:

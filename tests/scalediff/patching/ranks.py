@@ -338,14 +338,14 @@ def refused_unets() -> dict[str, str]:
 
 
 def demo_by_rows() -> Tensor:
-    """A picture of the embedded model, of three stages."""
+    """A picture of the embedded model, of two stages."""
     return drawn_demo(distributed.group.WORLD)
 
 
 def drawn_demo(mesh: Any) -> Tensor:
     pipe = scalediff.load_demo().to(torch.float64)
     with scalediff.patch_model(pipe, mesh=mesh):
-        made = scalediff.generate(pipe, "a full moon", height=256, width=96, steps=2, restart=0.5, generator=seeded())
+        made = scalediff.generate(pipe, "a full moon", height=128, width=64, steps=2, restart=0.5, generator=seeded())
     latents: Tensor = made.stages[-1].latents
     return latents
 
