@@ -49,7 +49,10 @@ def rows_of(vae: Any, picture: Tensor, *, elements: int) -> list[dict[str, Any]]
         "tiles": lambda: in_tiles(vae),
     }
     latents = vae.encode(picture).latent_dist.mode()
-    calls = {"decode": lambda: vae.decode(latents).sample, "encode": lambda: vae.encode(picture).latent_dist.mode()}
+    calls: dict[str, Callable[[], Tensor]] = {
+        "decode": lambda: vae.decode(latents).sample,
+        "encode": lambda: vae.encode(picture).latent_dist.mode(),
+    }
     rows = []
     for call, run in calls.items():
         whole = torch.empty(0)
