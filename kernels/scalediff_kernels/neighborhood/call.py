@@ -77,13 +77,13 @@ class Call:
 
     @property
     def window_numbers(self) -> dict[str, int]:
-        """Arguments that say which keys a patch attends to. `first`: the first token of patch 0 on the grid of the keys."""
+        """Arguments that say which keys a patch attends to. `base`: the first token of patch 0 on the grid of the keys."""
         offset_y, offset_x = self._shifts
         return {
             "keys_y": self.key_grid[0],
             "keys_x": self.key_grid[1],
-            "first_y": self.origin[0] - offset_y,
-            "first_x": self.origin[1] - offset_x,
+            "base_y": self.origin[0] - offset_y,
+            "base_x": self.origin[1] - offset_x,
             "patches_x": self.patches[1],
             "heads": self.q.shape[-2],
             "text": self.tokens,

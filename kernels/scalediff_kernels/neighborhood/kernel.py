@@ -117,13 +117,13 @@ def _start(M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _window_start(patch, length, first, PATCH: tl.constexpr, WINDOW: tl.constexpr, WRAP: tl.constexpr):
+def _window_start(patch, length, base, PATCH: tl.constexpr, WINDOW: tl.constexpr, WRAP: tl.constexpr):
     """First key of a patch's window along one axis of `length` keys: centred on the patch, then clamped into the grid of the keys, or
     taken modulo its length.
 
-    `first` is the first token of patch 0 on that grid.
+    `base` is the first token of patch 0 on that grid.
     """
-    start = patch * PATCH + first + PATCH // 2 - WINDOW // 2
+    start = patch * PATCH + base + PATCH // 2 - WINDOW // 2
     if WRAP:
         return (start % length + length) % length
     else:
@@ -141,7 +141,7 @@ def _patch_limits(length, offset, WRAP: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "grid_y", "grid_x", "offset_y", "offset_x", "keys_y", "keys_x", "first_y", "first_x", "patches_y", "patches_x", "heads", "text",
+        "grid_y", "grid_x", "offset_y", "offset_x", "keys_y", "keys_x", "base_y", "base_x", "patches_y", "patches_x", "heads", "text",
     ],
 )  # fmt: skip
 def image_kernel(
@@ -155,7 +155,7 @@ def image_kernel(
     sin_ptr,  # [patches_y * patches_x, D / 2]
     lse_ptr,  # [B, Y, X, H], fp32, written where LSE
     q_strides, k_strides, v_strides, out_strides, text_k_strides, text_v_strides,
-    grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, first_y, first_x, patches_y, patches_x, heads, text, scale,
+    grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, base_y, base_x, patches_y, patches_x, heads, text, scale,
     QUERY_BOX: tl.constexpr, TILES: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
     WRAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, HAS_TEXT: tl.constexpr,
     RAGGED_TEXT: tl.constexpr, ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, STORE_BOXES: tl.constexpr,
@@ -201,8 +201,8 @@ def image_kernel(
             b_q = _load(q_ref, q_strides, batch, head, box, ROWS, COLUMNS, D, BLOCK_D, WRAP, BOXES, True)
             if NEGATE:
                 b_q = -b_q
-    start_y = _window_start(patch_y, keys_y, first_y, PATCH[0], WINDOW[0], WRAP[0])
-    start_x = _window_start(patch_x, keys_x, first_x, PATCH[1], WINDOW[1], WRAP[1])
+    start_y = _window_start(patch_y, keys_y, base_y, PATCH[0], WINDOW[0], WRAP[0])
+    start_x = _window_start(patch_x, keys_x, base_x, PATCH[1], WINDOW[1], WRAP[1])
     place = (batch, head // GROUP, start_y, start_x, keys_y, keys_x)
     state = _attend_window(
         b_q, state, (k_ref, v_ref), (k_strides, v_strides), place, scale,
@@ -229,7 +229,7 @@ def image_kernel(
         tl.store(lse_ptr + token * heads + head, (state[0] + tl.log2(state[1])) * LN_2, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["keys_y", "keys_x", "first_y", "first_x", "patches_y", "patches_x", "heads", "text", "part_windows"])
+@triton.jit(do_not_specialize=["keys_y", "keys_x", "base_y", "base_x", "patches_y", "patches_x", "heads", "text", "part_windows"])
 def text_kernel(
     text_q_ref,  # [B, T, H, D]
     k_ref,  # [B, keys_y, keys_x, G, D]
@@ -240,7 +240,7 @@ def text_kernel(
     sin_ptr,  # [patches_y * patches_x, D / 2]
     sums_ptr,  # [B, H, parts, tiles, TEXT_ROWS, BLOCK_D], fp32: a tile for every program
     text_q_strides, k_strides, v_strides, text_k_strides, text_v_strides,
-    keys_y, keys_x, first_y, first_x, patches_y, patches_x, heads, text, scale, part_windows,
+    keys_y, keys_x, base_y, base_x, patches_y, patches_x, heads, text, scale, part_windows,
     TEXT_ROWS: tl.constexpr, KEY_BOX: tl.constexpr, WINDOW: tl.constexpr, PATCH: tl.constexpr, GROUP: tl.constexpr,
     WRAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT_BLOCK: tl.constexpr, RAGGED_TEXT: tl.constexpr,
     ROPE: tl.constexpr, NEGATE: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -269,8 +269,8 @@ def text_kernel(
             b_q = -b_q
         if ROPE:
             b_q = rotate(b_q, cos_ptr, sin_ptr, i, False, D, BLOCK_D)
-        start_y = _window_start(i // patches_x, keys_y, first_y, PATCH[0], WINDOW[0], WRAP[0])
-        start_x = _window_start(i % patches_x, keys_x, first_x, PATCH[1], WINDOW[1], WRAP[1])
+        start_y = _window_start(i // patches_x, keys_y, base_y, PATCH[0], WINDOW[0], WRAP[0])
+        start_x = _window_start(i % patches_x, keys_x, base_x, PATCH[1], WINDOW[1], WRAP[1])
         place = (batch, head // GROUP, start_y, start_x, keys_y, keys_x)
         state = _attend_window(
             b_q, _start(TEXT_ROWS, BLOCK_D), (k_ref, v_ref), (k_strides, v_strides), place, scale,

@@ -110,8 +110,8 @@ class Sizes(NamedTuple):
     offset_x: Any
     keys_y: Any
     keys_x: Any
-    first_y: Any  # first token of patch 0 on the grid of the keys
-    first_x: Any
+    base_y: Any  # first token of patch 0 on the grid of the keys
+    base_x: Any
     patches_x: Any
     heads: Any
     windows: Any

@@ -42,8 +42,8 @@ def _name(specialization):
 @gluon.jit(
     repr=_name,
     do_not_specialize=[
-        "tiles", "rows", "columns", "skip_y", "skip_x", "grid_y", "grid_x", "offset_y", "offset_x", "keys_y", "keys_x", "first_y",
-        "first_x", "patches_x", "heads", "windows", "part_windows", "blocks", "part_blocks", "text", "text_blocks",
+        "tiles", "rows", "columns", "skip_y", "skip_x", "grid_y", "grid_x", "offset_y", "offset_x", "keys_y", "keys_x", "base_y",
+        "base_x", "patches_x", "heads", "windows", "part_windows", "blocks", "part_blocks", "text", "text_blocks",
     ],
 )  # fmt: skip
 def hopper_kernel(
@@ -57,7 +57,7 @@ def hopper_kernel(
     lse_ptr,  # [B, Y, X, H], or of text queries [B, H, parts, tiles, TEXT_ROWS] in units of log2; fp32
     cos_ptr,  # [patches_y * patches_x, D / 2]
     sin_ptr,  # [patches_y * patches_x, D / 2]
-    out_strides, tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, first_y, first_x, patches_x,
+    out_strides, tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, base_y, base_x, patches_x,
     heads, windows, part_windows, blocks, part_blocks, text, text_blocks, scale,
     C: gl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def hopper_kernel(
     buffers = Buffers(q_smem, k_smem, v_smem)
     bars = Barriers(q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     sizes = Sizes(
-        tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, first_y, first_x, patches_x, heads,
+        tiles, rows, columns, skip_y, skip_x, grid_y, grid_x, offset_y, offset_x, keys_y, keys_x, base_y, base_x, patches_x, heads,
         windows, part_windows, blocks, part_blocks, text, text_blocks,
     )  # fmt: skip
     descs = Descriptors(q_ref, k_ref, v_ref, text_k_ref, text_v_ref)

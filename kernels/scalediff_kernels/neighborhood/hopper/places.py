@@ -37,15 +37,15 @@ def place(tile, sizes, C: gl.constexpr):
 
 
 @gluon.jit
-def _axis_start(patch, length, first, PATCH: gl.constexpr, WINDOW: gl.constexpr):
-    return gl.maximum(gl.minimum(patch * PATCH + first + PATCH // 2 - WINDOW // 2, length - WINDOW), 0)
+def _axis_start(patch, length, base, PATCH: gl.constexpr, WINDOW: gl.constexpr):
+    return gl.maximum(gl.minimum(patch * PATCH + base + PATCH // 2 - WINDOW // 2, length - WINDOW), 0)
 
 
 @gluon.jit
 def window_start(window, sizes, C: gl.constexpr):
     """First key of a window along both axes: it is centred on its patch, then clamped into the grid of the keys."""
-    y = _axis_start(window // sizes.patches_x, sizes.keys_y, sizes.first_y, C.patch[0], C.window[0])
-    x = _axis_start(window % sizes.patches_x, sizes.keys_x, sizes.first_x, C.patch[1], C.window[1])
+    y = _axis_start(window // sizes.patches_x, sizes.keys_y, sizes.base_y, C.patch[0], C.window[0])
+    x = _axis_start(window % sizes.patches_x, sizes.keys_x, sizes.base_x, C.patch[1], C.window[1])
     return y, x
 
 
