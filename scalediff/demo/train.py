@@ -115,9 +115,9 @@ def train_denoiser(
     latents, seeds = _latents(workdir, vae, scenes=scenes, device=device)
     torch.manual_seed(1)
     text_tokenizer, noise_scheduler = tokenizer(), scheduler()
-    models = nn.ModuleDict({"unet": unet().to(memory_format=torch.channels_last), "text": text_encoder(text_tokenizer)}).to(device)
+    denoiser, text = unet().to(device, memory_format=torch.channels_last), text_encoder(text_tokenizer).to(device)
     if device == "cpu":
-        models["unet"].set_attn_processor(AttnProcessor())  # on CPUs the backward of torch's fused attention is slower than two products
+        denoiser.set_attn_processor(AttnProcessor())  # on CPUs the backward of torch's fused attention is slower than two products
 
     def prompt(seed: int, draw: int, empty: bool) -> str:
         return "" if empty else caption(describe(seed), draw=draw)
@@ -137,13 +137,14 @@ def train_denoiser(
         noise = torch.randn(x.shape, generator=rng)
         noisy, target = noise_scheduler.add_noise(x, noise, t), noise_scheduler.get_velocity(x, noise, t)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            states = models["text"](ids.to(device))[0]
-            v = models["unet"](noisy.to(device, memory_format=torch.channels_last), t.to(device), states).sample
+            states = text(ids.to(device))[0]
+            v = denoiser(noisy.to(device, memory_format=torch.channels_last), t.to(device), states).sample
         return F.mse_loss(v.float(), target.to(device))
 
+    models = nn.ModuleDict({"unet": denoiser, "text": text})
     _fit("denoiser", workdir, models, loss, steps=steps, rate=8e-4, ema_decay=0.999)
-    models["unet"].set_default_attn_processor()
-    return models["unet"], models["text"]
+    denoiser.set_default_attn_processor()
+    return denoiser, text
 
 
 def export(workdir: Path, folder: Path, vae: AutoencoderKL, denoiser: UNet2DConditionModel, text: CLIPTextModel) -> None:
