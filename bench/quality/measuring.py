@@ -27,7 +27,7 @@ from bench.quality.tables import PAIRED
 from scalediff.cascade.pipeline import native_size
 from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
 
-DRAWS = 100  # of the bootstrap
+DRAWS = 50  # of the bootstrap
 _DIRECTIONS = 128  # of the sliced distances
 Columns = dict[str, float]
 Statistic = Callable[[Tensor], float]  # of numbers of pictures
