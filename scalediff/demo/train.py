@@ -79,14 +79,34 @@ def train_autoencoder(workdir: Path, *, steps: int, batch: int, scenes: int, dev
         return total
 
     _fit("autoencoder", workdir, nn.ModuleDict({"vae": model}), reconstruction, steps=steps, rate=1.5e-3, ema_decay=0.995)
-    held_out = render(HELD_OUT_SEED, 64, NATIVE)
     with torch.no_grad():
-        restored = _autoencode(model, held_out)
         latents = model.encode(_to_signed(data["whole"][:512]).to(device)).latent_dist.mean
-    psnr = -10 * (restored - held_out).square().mean(dim=(1, 2, 3)).log10()
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    _log(workdir, "autoencoder", model.device, psnr_db=round(psnr.mean().item(), 2), scaling_factor=model.config.scaling_factor)
+    _log(workdir, "autoencoder", model.device, scaling_factor=model.config.scaling_factor, **held_out_psnr(model))
     return model
+
+
+def given_autoencoder(workdir: Path, folder: Path, *, device: str) -> AutoencoderKL:
+    """The autoencoder of a pipeline folder; what the folder says of its training, and its PSNR on the scenes of now, go into the log."""
+    model = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device).eval().requires_grad_(False)
+    trained = folder / "training.json"
+    before = json.loads(trained.read_text()).get("autoencoder", {}) if trained.exists() else {}
+    _log(workdir, "autoencoder", model.device, **(before | held_out_psnr(model)))
+    return model
+
+
+@torch.no_grad()
+def held_out_psnr(model: AutoencoderKL) -> dict[str, float]:
+    """PSNR in dB of held-out scenes that went through an autoencoder: 64 of native size, and 16 of four times the side."""
+    found = {}
+    for name, n, size in (("psnr_db", 64, NATIVE), ("psnr_db_at_4x", 16, 4 * NATIVE)):
+        pictures = render(HELD_OUT_SEED, n, size)
+        restored = [
+            model.decode(model.encode((part * 2 - 1).to(model.device)).latent_dist.mean).sample.cpu() for part in pictures.split(16)
+        ]
+        psnr = -10 * ((torch.cat(restored) / 2 + 0.5).clamp(0, 1) - pictures).square().mean(dim=(1, 2, 3)).log10()
+        found[name] = round(psnr.mean().item(), 2)
+    return found
 
 
 def batch_parts(step: int, batch: int, close_ups_from: int | None = None) -> list[tuple[str, int, int, int]]:
@@ -143,6 +163,8 @@ def train_denoiser(
 
     models = nn.ModuleDict({"unet": denoiser, "text": text})
     _fit("denoiser", workdir, models, loss, steps=steps, rate=8e-4, ema_decay=0.999)
+    close_up_steps = 0 if close_ups_from is None else max(0, steps - max(close_ups_from, LAYOUT_FIRST))
+    _log(workdir, "denoiser", device, batch=batch, scenes=scenes, dtype=str(dtype).removeprefix("torch."), close_up_steps=close_up_steps)
     denoiser.set_default_attn_processor()
     return denoiser, text
 
@@ -234,12 +256,6 @@ def _latents(workdir: Path, vae: AutoencoderKL, *, scenes: int, device: str) -> 
     return torch.load(path), {"whole": data["whole_seeds"], "close": data["close_seeds"]}
 
 
-def _autoencode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    x = (pictures * 2 - 1).to(vae.device)
-    restored: Tensor = vae.decode(vae.encode(x).latent_dist.mean).sample.cpu()
-    return (restored / 2 + 0.5).clamp(0, 1)
-
-
 def _timesteps(start: int, stop: int, n: int, rng: torch.Generator) -> Tensor:
     """Stratified timesteps in [start, stop): one from each of n equal strata, which lowers the variance of the loss."""
     return (start + (torch.arange(n) + torch.rand(n, generator=rng)) * (stop - start) / n).long()
@@ -263,14 +279,14 @@ def _save(value: object, path: Path) -> None:
     os.replace(part, path)
 
 
-def _log(workdir: Path, name: str, device: torch.device, **facts: float) -> None:
-    path = workdir / "training.json"
+def _log(workdir: Path, name: str, device: torch.device | str, **facts: float | str) -> None:
+    path, on_gpu = workdir / "training.json", torch.device(device).type == "cuda"
     log = json.loads(path.read_text()) if path.exists() else {}
     log[name] = log.get(name, {}) | facts
     log["machine"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {torch.get_num_threads()} threads",
     }
     path.write_text(json.dumps(log, indent=1) + "\n")
 
@@ -304,7 +320,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     if options.autoencoder is None:
         vae = train_autoencoder(options.workdir, steps=options.vae_steps, batch=options.vae_batch, **common)
     else:
-        vae = AutoencoderKL.from_pretrained(options.autoencoder, subfolder="vae", local_files_only=True).to(options.device)
+        vae = given_autoencoder(options.workdir, options.autoencoder, device=options.device)
     denoiser, text = train_denoiser(
         options.workdir,
         vae,

@@ -60,7 +60,7 @@ class Noise:
 @pytest.fixture
 def noise(demo: Any, monkeypatch: pytest.MonkeyPatch) -> Noise:
     noise = Noise()
-    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: demo)
+    monkeypatch.setattr(scalediff, "load_demo", lambda: demo)
     monkeypatch.setattr(scalediff, "generate", noise)
     return noise
 
@@ -250,7 +250,7 @@ def test_a_file_of_another_benchmark_is_refused(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_page_is_written_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_memory: list[bool]) -> None:
-    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(scalediff, "load_demo", lambda: pytest.fail("a model was loaded"))
     before, page = quality.PAGE.read_text(), tmp_path / "quality.md"
     page.write_text("<!-- begin tables -->\nold\n<!-- end tables -->\n")
     monkeypatch.setattr(quality, "PAGE", page)
