@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-import scalediff
 from bench.harness.command import positive
 from bench.harness.facts import ROOT, facts, machine
 from bench.harness.pages import fill, has_pandas, require_pandas
@@ -28,6 +27,7 @@ from bench.quality.pictures import OTHER_SCENES, Gallery, border, quantised, wri
 from bench.quality.tables import BASELINE, DRAWINGS, FIELDS, ROW_NAMES, STATISTICS, TABLES, Table, sections
 from scalediff.cascade.pipeline import stage_sizes
 from scalediff.command.allocator import keep_freed_memory
+from scalediff.command.loading import UsageError, load_model
 from scalediff.demo.scenes import HELD_OUT_SEED, render
 
 PAGE = ROOT / "docs" / "evidence" / "quality.md"
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--native", type=positive(int), metavar="N", help="only count the discs of N pictures of native size")
     what.add_argument("--words", type=positive(int), metavar="N", help="only check the words of N pictures per hour and place")
     what.add_argument("--doc", action="store_true", help="measure nothing, write the page from the rows that are there")
+    parser.add_argument("--model", type=Path, help="pipeline folder of another training run (default: the embedded model)")
     parser.add_argument("--rows", type=_names_of(DRAWINGS), help="draw and measure only these rows of the tables")
     parser.add_argument("--n", type=positive(int), help="pictures per row (default: the table's own number)")
     parser.add_argument("--size", type=int, help="pixels per side (default: the table's own)")
@@ -120,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.shard != (0, 1) and not options.draw:
         parser.error("--shard is for --draw: all pictures of a row are measured together")
     try:
-        file = RowFile(options.csv, FIELDS, {"model": "embedded", **facts()}, order=ROW_NAMES)
+        if options.model and options.csv.parent == RESULTS:
+            raise ValueError("the committed results are of the embedded model: name another file for --model")
+        file = RowFile(options.csv, FIELDS, {"model": str(options.model or "embedded"), **facts()}, order=ROW_NAMES)
     except ValueError as error:
         parser.error(f"--csv: {error}")
     if options.doc:
@@ -130,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not has_pandas():
         print("pandas is not installed: rows are written, the page is not", flush=True)
     keep_freed_memory()
-    pipe = scalediff.load_demo()
+    try:
+        pipe = load_model(str(options.model or "demo"), device="cpu", dtype="fp32")
+    except UsageError as error:
+        parser.error(str(error))
     pipe.set_progress_bar_config(disable=True)
 
     def add(row: str, columns: Columns, command: str) -> None:

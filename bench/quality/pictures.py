@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import scalediff
-from bench.quality.tables import DRAWINGS, Drawing, Table, label_of
+from bench.quality.tables import DRAWINGS, Table, label_of
 from scalediff.cascade.metadata import read_metadata, save_png
 from scalediff.cascade.pipeline import native_size, preset
 from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
 from scalediff.cost.recorded import recorded_work
 from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
 from scalediff.families.grid import patch_of
-from scalediff.settings import Settings
 
 OTHER_SCENES = HELD_OUT_SEED + 1_000_000  # share nothing with the captions
 _BASE = "-base"
@@ -82,8 +81,9 @@ class Gallery:
             ValueError: The folder has pictures of another model, other settings or other versions.
         """
         drawing, path = DRAWINGS[row], self._file(row, scene)
-        settings = self._settings(drawing)
-        Workdir(path.parent, {**self._shared, "method": drawing.method, "settings": repr(settings)})
+        settings = replace(preset(self.pipe), **drawing.changes)
+        used = repr(settings) if drawing.method == "scalediff" else f"{settings.steps} steps, guidance {settings.guidance_scale}"
+        Workdir(path.parent, {**self._shared, "method": drawing.method, "settings": used})
         since, first = time.process_time(), not any(path.parent.glob("*[0-9].png"))
         mixed = _mixed_precision(self.pipe.unet) if self._bf16 else nullcontext()
         with mixed, recorded_work(self.pipe) if first else nullcontext() as recorded:
@@ -114,9 +114,6 @@ class Gallery:
             [record["seconds"] for record in records],
             tuple(counted[0]) if counted else None,
         )
-
-    def _settings(self, drawing: Drawing) -> Settings:
-        return replace(preset(self.pipe), **drawing.changes)
 
     def _file(self, row: str, scene: int) -> Path:
         return self._root / row / f"{scene:06d}.png"

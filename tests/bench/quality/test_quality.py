@@ -25,6 +25,7 @@ from bench.quality.measuring import Measured, differences, measure
 from bench.quality.metrics import base_distance, power_above
 from bench.quality.pictures import Gallery, Pictures
 from bench.quality.tables import DRAWINGS, FACTS, NATIVE, ROW_NAMES, TABLES, WORDS, Drawing, sections, summary
+from scalediff.command import loading
 from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
 from scalediff.methods import METHODS
 
@@ -60,7 +61,7 @@ class Noise:
 @pytest.fixture
 def noise(demo: Any, monkeypatch: pytest.MonkeyPatch) -> Noise:
     noise = Noise()
-    monkeypatch.setattr(scalediff, "load_demo", lambda: demo)
+    monkeypatch.setattr(loading, "load_demo", lambda: demo)
     monkeypatch.setattr(scalediff, "generate", noise)
     return noise
 
@@ -227,6 +228,7 @@ def test_words_are_counted(demo: Any) -> None:
         (["--shard", "2/2"], "must be i/n with i from 0 to n - 1, got 2/2"),
         (["--shard", "0/2"], "--shard is for --draw"),
         (["--doc", "--native", "4"], "not allowed with argument"),
+        (["--model", "nowhere"], "--model must be demo, a pipeline folder or the id of an accessible model, got 'nowhere'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -249,8 +251,14 @@ def test_a_file_of_another_benchmark_is_refused(tmp_path: Path, capsys: pytest.C
         assert results.read_text() == text
 
 
+def test_another_model_has_no_row_among_the_committed_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--model", "runs/other"])
+    assert "the committed results are of the embedded model" in capsys.readouterr().err
+
+
 def test_the_page_is_written_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_memory: list[bool]) -> None:
-    monkeypatch.setattr(scalediff, "load_demo", lambda: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_demo", lambda: pytest.fail("a model was loaded"))
     before, page = quality.PAGE.read_text(), tmp_path / "quality.md"
     page.write_text("<!-- begin tables -->\nold\n<!-- end tables -->\n")
     monkeypatch.setattr(quality, "PAGE", page)
