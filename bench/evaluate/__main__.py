@@ -48,6 +48,7 @@ def generate(options: argparse.Namespace, _: str) -> None:
     pipe = load_model(options.model, device=device, dtype=options.dtype, low_memory=options.low_memory)
     pipe.set_progress_bar_config(disable=True)
     named = {"steps": options.steps, "guidance_scale": options.guidance_scale, "negative_prompt": options.negative_prompt}
+    named["upsampler"] = None if options.upsampler is None else str(options.upsampler)
     given = {name: value for name, value in named.items() if value is not None}
     for method in methods:
         task = Task(options.model, method, options.size, options.preset, given)
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--steps", type=positive(int), help="denoising steps instead of the preset's")
     drawing.add_argument("--guidance-scale", type=float, help="guidance scale instead of the preset's")
     drawing.add_argument("--negative-prompt", help="negative prompt instead of the preset's")
+    drawing.add_argument("--upsampler", type=Path, help="super-resolution network in place of bicubic, for methods that enlarge pictures")
     drawing.add_argument("--out", type=Path, required=True, help="folder; every method gets a folder in it")
     drawing.add_argument("--shard", type=_checked(parse_shard), help="i/n: the part of this process (default: RANK and WORLD_SIZE)")
     drawing.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one, under torchrun its own)")

@@ -9,7 +9,6 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bench.evaluate import distances
 from bench.evaluate.distances import Interval
@@ -17,6 +16,7 @@ from bench.evaluate.folders import Folder, check_comparable, common_size, size_o
 from bench.evaluate.measuring import SMALLEST, Measured, Task, measure, measure_reference
 from bench.evaluate.networks import FeatureNetwork, TextNetwork
 from bench.evaluate.protocols import Protocol
+from bench.quality.metrics import sliced_distance
 
 INCEPTION_STATISTICS = ("fid", "kid", "is", "fid_patch", "kid_patch", "is_patch")
 NETWORK_STATISTICS = (*INCEPTION_STATISTICS, "clip")
@@ -198,29 +198,11 @@ def _spectrum(ours: Tensor, theirs: Tensor) -> Statistic:
 
 
 def _sliced(ours: Mapping[int, list[Tensor]], theirs: Mapping[int, list[Tensor]]) -> dict[str, Statistic]:
-    """As `bench.quality.metrics.laplacian_swd`, with fewer directions: the mean over the levels, and the finest level."""
+    """As `bench.quality.metrics.sliced_distances`: the mean over the levels, and the finest level."""
     generator = torch.Generator().manual_seed(0)
-    levels = [_sliced_level(torch.stack(ours[level]), torch.stack(theirs[level]), generator) for level in sorted(ours, reverse=True)]
+    sets = [(torch.stack(ours[level]), torch.stack(theirs[level])) for level in sorted(ours, reverse=True)]
+    levels = [sliced_distance(*patches, generator=generator, directions=_DIRECTIONS) for patches in sets]
     return {"swd": lambda chosen: sum(level(chosen) for level in levels) / len(levels), "swd_fine": levels[0]}
-
-
-def _sliced_level(ours: Tensor, theirs: Tensor, generator: torch.Generator) -> Statistic:
-    """Of `[N, P, 3, 7, 7]` patches: 1000 times the mean distance of the sorted projections, standardised over the reference."""
-    std, mean = torch.std_mean(theirs, dim=(0, 1, 3, 4), keepdim=True)
-    directions = F.normalize(torch.randn(_DIRECTIONS, theirs[0, 0].numel(), generator=generator)).to(theirs)
-    a, b = (((x - mean) / std.clamp(min=1e-8)).flatten(2).flatten(0, 1) @ directions.T for x in (ours, theirs))
-    b = b.T.contiguous().sort().values
-    a, order = a.T.contiguous().sort()
-    owner = order // ours.shape[1]  # the picture that a value is of
-    count = min(a.shape[1], b.shape[1])
-    at_a, at_b = (((torch.arange(count) + 0.5) / count * x.shape[1]).long() for x in (a, b))  # the same quantiles of both
-
-    def distance(chosen: Tensor) -> float:
-        times = chosen.bincount(minlength=len(ours))[owner]
-        drawn = a.flatten().repeat_interleave(times.flatten()).view(a.shape)  # sorted, as a is
-        return 1e3 * float((drawn[:, at_a] - b[:, at_b]).abs().mean())
-
-    return distance
 
 
 def _inception_score(logits: Tensor, splits: int) -> Statistic:

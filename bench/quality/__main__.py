@@ -1,34 +1,36 @@
-"""What each part of the method does for the picture, on the embedded model: `python -m bench.quality`.
+"""All methods, and the parts of this one, on the embedded model beside true high-resolution renders: `python -m bench.quality`.
 
 The captions are those of held-out scenes, so the true picture of every prompt exists at the target size and is the reference of every
-column. All rows share prompts and seeds, hence their base pictures. Rows take turns, batch by batch, so that whatever else the machine
-does affects all of them alike: all are complete in the last round, and a run that is interrupted before adds no row. A row goes to the CSV
-and to the page as soon as it is measured; rows that are there and are not measured stay.
+column. All rows of a table share captions and seeds, hence their base pictures. Pictures are drawn into a folder, scene by scene and all
+rows in turn; what is there is not drawn again. Several processes may draw at once, each `--draw --shard i/n`; the same command without
+these two then measures. Rows of the CSV that are not measured stay.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import scalediff
 from bench.harness.command import positive
 from bench.harness.facts import ROOT, facts, machine
 from bench.harness.pages import fill, has_pandas, require_pandas
 from bench.harness.rows import RESULTS, RowFile, read_rows, slug, write_text
+from bench.quality.measuring import Columns, Measured, differences, measure, native_rows, word_rows
 from bench.quality.metrics import seam_score
-from bench.quality.pictures import Task, border, in_turn, measure, native_rows, quantised, word_rows, write_sheet
-from bench.quality.tables import COLUMNS, FIELDS, SWEEP, SWITCHES, TABLES, sections
+from bench.quality.pictures import OTHER_SCENES, Gallery, border, quantised, write_sheet
+from bench.quality.tables import BASELINE, DRAWINGS, FIELDS, ROW_NAMES, STATISTICS, TABLES, Table, sections
 from scalediff.cascade.pipeline import stage_sizes
 from scalediff.command.allocator import keep_freed_memory
+from scalediff.command.loading import UsageError, load_model
 from scalediff.demo.scenes import HELD_OUT_SEED, render
 
 PAGE = ROOT / "docs" / "evidence" / "quality.md"
-DEFAULT = TABLES["The parts of the method"]
-KNOWN = (*DEFAULT, *SWITCHES, *SWEEP)
 
 
 def committed() -> list[dict[str, dict[str, str]]]:
@@ -42,44 +44,71 @@ def write_page(csv: Path) -> None:
     write_text(page, fill(PAGE.read_text(), {"tables": sections(*results)}))
 
 
-def add_row(file: RowFile, options: argparse.Namespace, row: str, columns: Mapping[str, float]) -> None:
-    """Add or replace a row in the CSV, and write the page."""
-    what = f"--words {options.words}" if options.words else f"--native {options.native}" if options.native else ""
-    what = what or f"--n {options.n} --size {options.size}" + " --sweep" * (row in SWEEP) + " --switches" * (row in SWITCHES)
-    cells = {name: f"{value:.6g}" for name, value in columns.items()}
-    file.add({"row": row, **cells, "command": f"python -m bench.quality {what} --seed {options.seed}"})
-    if has_pandas():
-        write_page(options.csv)
-    shown = (f"{heading} {form.format(columns[name])}" for name, (heading, form) in COLUMNS.items() if name in columns)
-    print(", ".join([row, *shown]), flush=True)
+def draw_missing(gallery: Gallery, table: Table, shard: tuple[int, int]) -> None:
+    """Draw the pictures of a table that are not there, in the share `(i, n)` of this process: every n-th scene."""
+    for row, scene in gallery.missing(table):
+        if scene % shard[1] == shard[0]:
+            gallery.draw(row, scene)
 
 
-def _rows(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in KNOWN]:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(KNOWN)}, got {', '.join(unknown)}")
-    return names
+def measure_table(gallery: Gallery, table: Table, add: Callable[[str, Columns], None], sheet: Path | None) -> None:
+    """Measure the rows of a table and their differences from the baseline, which is measured on the same scenes; draw the contact sheet."""
+    true = quantised(render(HELD_OUT_SEED + table.first, table.n, table.size))
+    baseline = next((row for row in table.rows if row in BASELINE), None)
+    drawn = {"true renders of the captions": true}
+
+    @cache
+    def measured(row: str, n: int) -> Measured:
+        pictures = gallery.read(row, range(table.first, table.first + n))
+        drawn.setdefault(row, pictures.images)
+        seed = HELD_OUT_SEED + table.first if DRAWINGS[row].method else OTHER_SCENES
+        return measure(gallery.pipe, pictures, true[:n], first_scene=seed)
+
+    for row in table.rows:
+        n = len(table.scenes(row))
+        columns = measured(row, n).columns
+        if baseline not in (None, row) and DRAWINGS[row].method:
+            columns = columns | differences(measured(row, n), measured(baseline, n))
+        add(row, columns)
+    if sheet is not None:
+        write_sheet(sheet, {name: drawn[name] for name in ("true renders of the captions", *table.rows)})
+
+
+def _names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {', '.join(unknown)}")
+        return names
+
+    return parse
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, got {text}")
+    return int(found[1]), int(found[2])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=positive(int), default=16, help="pictures per row (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=256, help="pixels per side (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--rows", type=_rows, default=list(DEFAULT), help=f"rows to measure, of {','.join(KNOWN)}")
-    what.add_argument(
-        "--sweep", dest="rows", action="store_const", const=list(SWEEP), help="measure restart x cutoff instead of the ablation"
-    )
-    what.add_argument(
-        "--switches", dest="rows", action="store_const", const=list(SWITCHES), help="measure the rows of the switches instead"
-    )
+    what.add_argument("--tables", type=_names_of(TABLES), default=["methods"], help=f"of {','.join(TABLES)} (default: methods)")
     what.add_argument("--native", type=positive(int), metavar="N", help="only count the discs of N pictures of native size")
     what.add_argument("--words", type=positive(int), metavar="N", help="only check the words of N pictures per hour and place")
     what.add_argument("--doc", action="store_true", help="measure nothing, write the page from the rows that are there")
+    parser.add_argument("--model", type=Path, help="pipeline folder of another training run (default: the embedded model)")
+    parser.add_argument("--rows", type=_names_of(DRAWINGS), help="draw and measure only these rows of the tables")
+    parser.add_argument("--n", type=positive(int), help="pictures per row (default: the table's own number)")
+    parser.add_argument("--size", type=int, help="pixels per side (default: the table's own)")
+    parser.add_argument("--pictures", type=Path, default=Path("runs/quality"), help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="products of the denoiser in bfloat16 (mixed precision)")
+    parser.add_argument("--draw", action="store_true", help="draw without measuring")
+    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="with --draw: the share of this process")
     results = RESULTS / f"quality-{slug(machine())}.csv"
     parser.add_argument("--csv", type=Path, default=results, help="results (default: bench/results/quality-MACHINE.csv)")
-    parser.add_argument("--sheet", type=Path, help="contact sheet, a .png or .jpg")
+    parser.add_argument("--sheet", type=Path, help="contact sheet of the table, a .png or .jpg")
     return parser
 
 
@@ -89,9 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.csv = options.csv.resolve()
     if options.sheet and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         parser.error(f"--sheet must be a .png or .jpg, got {options.sheet}")
+    if options.shard != (0, 1) and not options.draw:
+        parser.error("--shard is for --draw: all pictures of a row are measured together")
     try:
-        order = [name for names in TABLES.values() for name in names]
-        file = RowFile(options.csv, FIELDS, {"model": "embedded", **facts()}, order=order)
+        if options.model and options.csv.parent == RESULTS:
+            raise ValueError("the committed results are of the embedded model: name another file for --model")
+        file = RowFile(options.csv, FIELDS, {"model": str(options.model or "embedded"), **facts()}, order=ROW_NAMES)
     except ValueError as error:
         parser.error(f"--csv: {error}")
     if options.doc:
@@ -101,26 +133,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not has_pandas():
         print("pandas is not installed: rows are written, the page is not", flush=True)
     keep_freed_memory()
-    pipe = scalediff.load_demo()
-    pipe.set_progress_bar_config(disable=True)
-    if options.words or options.native:
-        counted, n = (word_rows, options.words) if options.words else (native_rows, options.native)
-        for row, columns in counted(pipe, n=n, seed=options.seed).items():
-            add_row(file, options, row, columns)
-        return
     try:
-        stage_sizes(pipe, options.size, options.size)
-        seam_score(torch.zeros(1, 3, options.size, options.size), period=border(pipe))
+        pipe = load_model(str(options.model or "demo"), device="cpu", dtype="fp32")
+    except UsageError as error:
+        parser.error(str(error))
+    pipe.set_progress_bar_config(disable=True)
+
+    def add(row: str, columns: Columns, command: str) -> None:
+        file.add({"row": row, **{name: f"{value:.6g}" for name, value in columns.items()}, "command": f"python -m bench.quality {command}"})
+        if has_pandas():
+            write_page(options.csv)
+        shown = (f"{heading} {form.format(columns[name])}" for name, (heading, form) in STATISTICS.items() if name in columns)
+        print(", ".join([row, *shown]), flush=True)
+
+    if options.words or options.native:
+        for row, columns in (word_rows(pipe, n=options.words) if options.words else native_rows(pipe, n=options.native)).items():
+            add(row, columns, f"--words {options.words}" if options.words else f"--native {options.native}")
+        return
+    for name in options.tables:
+        table = TABLES[name]
+        rows = tuple(row for row in table.rows if not options.rows or row in options.rows)
+        table = table._replace(rows=rows, n=options.n or table.n, size=options.size or table.size)
+        command = f"--tables {name} --n {table.n}" + f" --size {table.size}" * bool(options.size) + " --bf16" * options.bf16
+        try:
+            _check_size(pipe, table.size)
+            gallery = Gallery(options.pictures, pipe, table.size, bf16=options.bf16)
+            draw_missing(gallery, table, options.shard)
+        except ValueError as error:
+            parser.error(str(error))
+        if not options.draw:
+            measure_table(gallery, table, lambda row, columns: add(f"{name}/{row}", columns, command), options.sheet)  # noqa: B023
+
+
+def _check_size(pipe: Any, size: int) -> None:
+    """Raise ValueError for sizes that cannot be drawn or measured."""
+    try:
+        stage_sizes(pipe, size, size)
+        seam_score(torch.zeros(1, 3, size, size), period=border(pipe))
     except ValueError as error:
-        parser.error(f"--size {options.size}: {error}")
-    task = Task(pipe, options.n, options.size, options.seed)
-    reference = quantised(render(HELD_OUT_SEED, task.n, task.size))
-    pictures = {"true renders of the captions": reference}
-    for row, drawn in in_turn(task, options.rows):
-        columns, pictures[row] = measure(task, row, drawn, reference)
-        add_row(file, options, row, columns)
-        if options.sheet:
-            write_sheet(options.sheet, pictures)
+        raise ValueError(f"--size {size}: {error}") from error
 
 
 if __name__ == "__main__":

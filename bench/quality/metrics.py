@@ -9,6 +9,8 @@ Legend: N pictures, Y x X pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,9 +18,11 @@ from torch.nn import functional as F
 
 from scalediff.demo.scenes import luminance
 
-# Between the brightest pixel outside a disc of a true render, 0.80, and the dimmest disc, 0.93 (both at any resolution).
-_DISC_EDGE, _DISC_CORE = 0.83, 0.865
-_SMALLEST_RADIUS = 0.065  # of a true disc, in picture sides
+# Between the brightest pixel outside a disc of a true render, 0.72, and the dimmest one in a disc, 0.88 (both at any resolution).
+_DISC_EDGE, _DISC_RISE = 0.76, 0.04
+# The same for one hour, above the brightest pixel outside: 0.70, 0.72, 0.55, 0.38.
+FAINT_EDGES: Mapping[str, float] = MappingProxyType({"dawn": 0.73, "day": 0.75, "dusk": 0.58, "night": 0.42})
+_SMALLEST_RADIUS = 0.125  # of a true disc, in picture sides
 _BINOMIAL3 = (0.25, 0.5, 0.25)
 _BINOMIAL5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
@@ -27,21 +31,23 @@ _HIGH_BAND = (0.25, 0.5)
 _CONTROLS = (0.75, 0.875, 0.9375, 1.0625, 1.125, 1.25)  # control periods over the period
 
 
-def count_discs(images: Tensor, *, native: int = 64) -> Tensor:
+def count_discs(images: Tensor, *, native: int = 64, edges: float | Tensor = _DISC_EDGE) -> Tensor:
     """Number of suns or moons in each picture of a scene of `scalediff.demo.scenes`.
 
-    A disc is an 8-connected region of the slightly blurred luma (binomial, 3 x 3) that is above 0.83, reaches 0.865 and has at least a
-    quarter of the area of a disc of half the smallest native radius, at `native` pixels per side. So a disc drawn at its native size in
-    pixels counts as one drawn at its true size does, and a speck does not. `[N]` int64.
+    A disc is an 8-connected region of the slightly blurred luma (binomial, 3 x 3) that is above `edges`, a number or one for each picture,
+    reaches 0.04 more, and has at least a quarter of the area of a disc of half the smallest native radius, at `native` pixels per side.
+    So a disc drawn at its native size in pixels counts as one drawn at its true size does, and a speck does not. With `FAINT_EDGES` of the
+    hours of the scenes, discs that are dimmer than any true one count too. `[N]` int64.
     """
     _check(images=images)
     luma = _blur(luminance(images)[:, None], _BINOMIAL3)[:, 0]
-    labels = _components(luma > _DISC_EDGE).flatten(1)
+    edge = torch.as_tensor(edges, dtype=luma.dtype, device=luma.device).expand(len(luma))[:, None]
+    labels = _components(luma > edge[:, :, None]).flatten(1)
     area = torch.zeros(labels.shape[0], labels.shape[1] + 1, device=labels.device)  # the first cell: outside every region
     area.scatter_add_(1, labels, torch.ones_like(labels, dtype=area.dtype))
     peak = torch.zeros_like(area).scatter_reduce_(1, labels, luma.flatten(1).to(area.dtype), "amax")
     smallest = 0.25 * math.pi * (0.5 * _SMALLEST_RADIUS * native) ** 2
-    return ((area >= smallest) & (peak > _DISC_CORE))[:, 1:].sum(1)
+    return ((area >= smallest) & (peak > edge + _DISC_RISE))[:, 1:].sum(1)
 
 
 def disc_columns(images: Tensor) -> Tensor:
@@ -56,14 +62,12 @@ def sky_colors(images: Tensor) -> Tensor:
     return images[:, :, : images.shape[2] // 2].flatten(2).median(2).values
 
 
-def laplacian_swd(a: Tensor, b: Tensor, *, generator: torch.Generator) -> dict[int, float]:
+def sliced_distances(a: Tensor, b: Tensor, *, generator: torch.Generator, directions: int) -> dict[int, Callable[[Tensor], float]]:
     """Sliced Wasserstein distance between the patches of two sets of pictures, per level of their Laplacian pyramids.
 
-    From every level of every picture 128 patches of 7 x 7 x 3 at random places (the same in both sets); every colour channel
-    standardised over the set b; projected on 512 random unit directions; the mean absolute difference of the sorted
-    projections, times 1000, by the shorter side of the level in pixels, from the finest level to 16. Fine levels show texture, coarse
-    ones layout; the coarsest is the low-pass residual. b is the reference: with statistics of its own, a set would hide lost contrast.
-    `generator` draws places and directions; the same state makes two calls comparable.
+    From every level of every picture 128 patches of 7 x 7 x 3 at random places (the same in both sets), compared by `sliced_distance`; by
+    the shorter side of the level in pixels, from the finest level to 16. Fine levels show texture, coarse ones layout; the coarsest is
+    the low-pass residual. `generator` draws places and directions; the same state makes two calls comparable.
 
     Raises:
         ValueError: shapes disagree, or a side is below 16 pixels.
@@ -73,17 +77,36 @@ def laplacian_swd(a: Tensor, b: Tensor, *, generator: torch.Generator) -> dict[i
     _check(a=a, b=b)
     if a.shape != b.shape or min(a.shape[2:]) < 16:
         raise ValueError(f"a and b must be of one shape with sides of at least 16, got {tuple(a.shape)=}, {tuple(b.shape)=}")
-    distances = {}
+    found = {}
     for level_a, level_b in zip(laplacian_pyramid(a), laplacian_pyramid(b), strict=True):
         y, x = (torch.randint(0, n - 6, (len(level_a), 128), generator=generator) for n in level_a.shape[2:])
-        patches_a, patches_b = patches_at(level_a, y, x), patches_at(level_b, y, x)
-        std, mean = torch.std_mean(patches_b, dim=(0, 2, 3), keepdim=True)
-        std = std.clamp(min=1e-8)
-        flat_a, flat_b = (((p - mean) / std).flatten(1) for p in (patches_a, patches_b))
-        directions = F.normalize(torch.randn(512, flat_a.shape[1], generator=generator)).to(flat_a)
-        gap = (directions @ flat_a.T).sort().values - (directions @ flat_b.T).sort().values  # a sort along rows is far faster
-        distances[min(level_a.shape[2:])] = 1e3 * gap.abs().mean().item()
-    return distances
+        patches = (patches_at(level, y, x).unflatten(0, y.shape) for level in (level_a, level_b))
+        found[min(level_a.shape[2:])] = sliced_distance(*patches, generator=generator, directions=directions)
+    return found
+
+
+def sliced_distance(a: Tensor, b: Tensor, *, generator: torch.Generator, directions: int) -> Callable[[Tensor], float]:
+    """Sliced Wasserstein distance between the patches `[N, P, 3, 7, 7]` of two sets, as a function of numbers of pictures of a.
+
+    Every colour channel is standardised over b, the reference (with statistics of its own, a set would hide lost contrast); projected on
+    random unit directions; the mean absolute difference of the sorted projections, times 1000. Sets with different numbers of patches
+    are compared at the same quantiles.
+    """
+    std, mean = torch.std_mean(b, dim=(0, 1, 3, 4), keepdim=True)
+    units = F.normalize(torch.randn(directions, b[0, 0].numel(), generator=generator)).to(b)
+    ours, theirs = (units @ ((x - mean) / std.clamp(min=1e-8)).flatten(2).flatten(0, 1).T for x in (a, b))
+    theirs = theirs.sort().values
+    ours, order = ours.sort()
+    owner = order // a.shape[1]  # the picture that a value is of
+    count = min(ours.shape[1], theirs.shape[1])
+    at_a, at_b = (((torch.arange(count) + 0.5) / count * x.shape[1]).long() for x in (ours, theirs))
+
+    def distance(chosen: Tensor) -> float:
+        times = chosen.bincount(minlength=len(a))[owner]
+        drawn = ours.flatten().repeat_interleave(times.flatten()).view(len(ours), -1)  # sorted, as `ours` is
+        return 1e3 * float((drawn[:, at_a] - theirs[:, at_b]).abs().mean())
+
+    return distance
 
 
 def spectrum_distance(a: Tensor, b: Tensor) -> float:
@@ -108,6 +131,20 @@ def radial_power(images: Tensor) -> Tensor:
     kept = slice(math.ceil(_BAND[0] * side), math.floor(_BAND[1] * side) + 1)
     sums = torch.zeros(len(images), int(rings.max()) + 1, dtype=torch.float64, device=images.device)
     return (sums.index_add_(1, rings, _power(images).flatten(1)) / rings.bincount())[:, kept]
+
+
+def power_above(images: Tensor, *, frequency: float) -> Tensor:
+    """`[N]` fp64 power of each picture from `frequency` to 0.5 cycles per pixel, as in `spectrum_distance`."""
+    _check(images=images)
+    radius = _frequency(images.shape[2], images.shape[3]).to(images.device)
+    return _power(images)[:, (radius >= frequency) & (radius <= _BAND[1])].sum(1)
+
+
+def base_distance(images: Tensor, bases: Tensor) -> Tensor:
+    """`[N]` PSNR in dB of pictures, shrunk to the size of the base pictures `[N, 3, y, x]` by the mean of each area, against them."""
+    _check(images=images, bases=bases)
+    error = (F.interpolate(images, size=bases.shape[2:], mode="area") - bases).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
 
 
 def high_frequency_ratio(images: Tensor) -> float:

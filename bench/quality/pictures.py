@@ -1,164 +1,156 @@
-"""The pictures of every row of `bench.quality`, what is measured of them, and the useful work in one."""
+"""The pictures of the rows of `bench.quality`: drawn once, kept in folders, and read again.
+
+A picture is the scene that its caption is of, drawn with the scene's number as seed. Its PNG file holds its own record, so that one rename
+finishes both. Several processes may draw into the same folders, each its own share of the scenes, and a run that was interrupted goes on
+where it stopped.
+"""
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import scalediff
-from bench.flops.work import Work, plan, without_weights
-from bench.harness.timing import percentiles
-from bench.quality.metrics import count_discs, disc_columns, high_frequency_ratio, laplacian_swd, seam_score, sky_colors, spectrum_distance
-from bench.quality.tables import CASCADES, LABELS, METHODS, RECORDED, SPREAD, SWITCHES, UNDRAWN
-from scalediff.cascade.pipeline import native_size, preset, stage_sizes
-from scalediff.cost.recorded import RecordedWork, recorded_work
-from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
+from bench.quality.tables import DRAWINGS, Table, label_of
+from scalediff.cascade.metadata import read_metadata, save_png
+from scalediff.cascade.pipeline import native_size, preset
+from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
+from scalediff.cost.recorded import recorded_work
+from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
 from scalediff.families.grid import patch_of
-from scalediff.methods.demofusion import phase_sizes
-from scalediff.patching.networks import denoiser_of
 
-BATCH = 4  # pictures
-FLOOR_SEED = HELD_OUT_SEED + 1_000_000  # scenes that share nothing with the prompts
-Columns = dict[str, float]
+OTHER_SCENES = HELD_OUT_SEED + 1_000_000  # share nothing with the captions
+_BASE = "-base"
 
 
-class Task(NamedTuple):
-    """What all rows share: the pipeline, the number and size of the pictures, and the seed of the first."""
+class Pictures(NamedTuple):
+    """The pictures of one row.
 
-    pipe: Any
-    n: int
-    size: int
-    seed: int
-
-
-@dataclass
-class Drawn:
-    """What a row has so far: pictures `[3, size, size]` in 256 levels, for every batch the seconds of one picture, its recorded work."""
-
-    images: list[Tensor] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    gflops: tuple[float, float] = (0.0, 0.0)
-
-
-def draw(task: Task, row: str, first: int, drawn: Drawn) -> None:
-    """Add the batch of a row that begins with picture number `first`."""
-    prompts = [caption(describe(HELD_OUT_SEED + i)) for i in range(first, min(first + BATCH, task.n))]
-    since = time.perf_counter()
-    if row in CASCADES or row in METHODS:
-        chosen: dict[str, Any] = {"method": row} if row in METHODS else {"preset": replace(preset(task.pipe), **CASCADES[row])}
-        generators = _generators(task.seed + first, len(prompts))
-        with recorded_work(task.pipe) as recorded:
-            images = scalediff.generate(task.pipe, prompts, height=task.size, width=task.size, generator=generators, **chosen).images
-        if row in RECORDED and not drawn.images:
-            since += _count(drawn, recorded, len(prompts))
-        drawn.images += map(_to_tensor, images)
-    else:
-        drawn.images += _direct(task.pipe, prompts, seed=task.seed + first, size=task.size)
-    drawn.seconds.append((time.perf_counter() - since) / len(prompts))
-    print(f"{row}: {len(drawn.images)}/{task.n} pictures, {drawn.seconds[-1]:.2f} s each", file=sys.stderr, flush=True)
-
-
-def _count(drawn: Drawn, recorded: RecordedWork, pictures: int) -> float:
-    """Keep the work of one picture of a recorded batch; returns the seconds that counting took."""
-    since = time.perf_counter()
-    attention, total = recorded.count()
-    drawn.gflops = 1e3 * attention / pictures, 1e3 * total / pictures
-    return time.perf_counter() - since
-
-
-def _direct(pipe: Any, prompts: Sequence[str], *, seed: int, size: int) -> list[Tensor]:
-    settings = preset(pipe)
-    options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
-    images = pipe(list(prompts), height=size, width=size, generator=_generators(seed, len(prompts)), **options).images
-    return [_to_tensor(picture) for picture in images]
-
-
-def _generators(seed: int, count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
-
-
-def in_turn(task: Task, rows: Sequence[str]) -> Iterator[tuple[str, Drawn]]:
-    """Draw batch by batch, every row in each round; yields each row when its last batch is done."""
-    found = {row: Drawn() for row in rows}
-    for first in range(0, task.n, BATCH):
-        for row, drawn in found.items():
-            if row not in UNDRAWN:
-                draw(task, row, first, drawn)
-            if first + BATCH >= task.n:
-                yield row, drawn
-
-
-def measure(task: Task, row: str, drawn: Drawn, reference: Tensor) -> tuple[Columns, Tensor]:
-    """The columns of one row of the ablation, the switches or the sweep, and its pictures `[N, 3, size, size]`."""
-    columns: Columns = {}
-    if row in UNDRAWN:
-        images = quantised(render(FLOOR_SEED, task.n, task.size))
-        if row == "autoencoded":
-            images = torch.cat([_autoencoded(task.pipe, batch) for batch in images.split(BATCH)])
-    else:
-        images = torch.stack(drawn.images)
-        columns = _spread(drawn.seconds) if row not in SWITCHES else {}
-        columns["gflops"], columns["all_gflops"] = drawn.gflops if row in RECORDED else work(task.pipe, task.size, row)
-    swd = laplacian_swd(images, reference, generator=torch.Generator().manual_seed(0))
-    seam, *controls = seam_score(images, period=border(task.pipe)).values()
-    columns |= _discs(images, task.pipe) | {"swd": statistics.mean(swd.values()), "swd_fine": swd[max(swd)]}
-    columns |= {"spectrum": spectrum_distance(images, reference), "hf_ratio": high_frequency_ratio(images)}
-    return columns | {"seam": seam, "seam_control": max(controls)}, images
-
-
-def native_rows(pipe: Any, *, n: int, seed: int) -> dict[str, Columns]:
-    """Discs in `n` pictures drawn at native size, and in 512 true renders, which shows how good the detector is."""
-    native = native_size(pipe)[0]
-    ((_, drawn),) = in_turn(Task(pipe, n, native, seed), ["native"])
-    found = _discs(torch.stack(drawn.images), pipe) | _spread(drawn.seconds)
-    return {"native": found, "native-true": _discs(render(FLOOR_SEED, 512, native), pipe)}
-
-
-def word_rows(pipe: Any, *, n: int, seed: int) -> dict[str, Columns]:
-    """How often native pictures show the hour and the place that their prompt names; `n` pictures of each of the 12 pairs.
-
-    The hour is that of the true scenes whose mean sky colour is nearest; the place is the third of the picture that the
-    disc's centre lies in.
+    Attributes:
+        images: `[N, 3, Y, X]` in [0, 1].
+        bases: `[N, 3, y, x]`, the picture of the native stage that each began with; None for methods without one.
+        seconds: CPU seconds of each; empty where nothing was drawn.
+        gflops: Of attention and of everything, in one picture; None where nothing was drawn.
     """
-    native = native_size(pipe)[0]
-    wanted = [(hour, place) for hour in TIMES for place in PLACES for _ in range(n)]
-    prompts = [f"a {'moon' if t == 'night' else 'sun'} {PHRASES[p][0]} over hills {PHRASES[t][0]}" for t, p in wanted]
-    batches = range(0, len(prompts), 4 * BATCH)
-    drawn = torch.stack([x for i in batches for x in _direct(pipe, prompts[i : i + 4 * BATCH], seed=seed + i, size=native)])
-    true, scenes = render(FLOOR_SEED, 256, native), [describe(FLOOR_SEED + i) for i in range(256)]
-    sky = torch.stack([sky_colors(true[[scene.time == hour for scene in scenes]]).mean(0) for hour in TIMES])
-    hours = [TIMES[int(i)] for i in torch.cdist(sky_colors(drawn), sky).argmin(1)]
-    places = [PLACES[min(2, int(3 * x))] if x == x else "none" for x in disc_columns(drawn).tolist()]
-    hour_share = statistics.mean(seen == hour for seen, (hour, _) in zip(hours, wanted, strict=True))
-    place_share = statistics.mean(seen == place for seen, (_, place) in zip(places, wanted, strict=True))
-    return {"words": {"n": len(wanted), "size": native, "hour": hour_share, "place": place_share}}
+
+    images: Tensor
+    bases: Tensor | None = None
+    seconds: Sequence[float] = ()
+    gflops: tuple[float, float] | None = None
 
 
-def work(pipe: Any, size: int, row: str) -> tuple[float, float]:
-    """GFLOPs of one square picture, all stages and both passes of guidance: of self-attention, and of denoiser and autoencoder together."""
-    settings, denoiser = replace(preset(pipe), **CASCADES.get(row, {})), without_weights(denoiser_of(pipe))
-    config, tokens, native = denoiser.config, pipe.tokenizer.model_max_length, native_size(pipe)[0]
+class Gallery:
+    """The folders of all rows of one size.
 
-    def inputs(y: int, x: int) -> dict[str, Any]:
-        text = torch.empty(1, tokens, config.cross_attention_dim)
-        return {"sample": torch.empty(1, config.in_channels, y, x), "timestep": torch.tensor(1.0), "encoder_hidden_states": text}
+    Args:
+        root: Folder of all folders.
+        pipe: The embedded model.
+        size: Pixels per side.
+        bf16: Compute the products in the denoiser in bfloat16, as mixed precision does; all the rest stays in fp32.
+    """
 
-    sizes = stage_sizes(pipe, size, size) if row in CASCADES else phase_sizes(pipe, size, size) if row == "demofusion" else [(size, size)]
-    above: Any = {"multidiffusion": "views", "demofusion": "phases"}.get(row) or ("window" if settings.attention == "npa" else "full")
-    how: dict[str, Any] = {"cascade": row in CASCADES, "native": native, "settings": settings, "guided": settings.guidance_scale > 1}
-    counted = Work(denoiser, without_weights(pipe.vae), inputs, native=native, factor=pipe.vae_scale_factor)
-    run, coded = counted.run(plan([side for side, _ in sizes], above, **how))
-    return 1e3 * run.attention, 1e3 * (sum(run) + coded)
+    def __init__(self, root: Path, pipe: Any, size: int, *, bf16: bool = False) -> None:
+        self.pipe, self.size, self._bf16, self._root = pipe, size, bf16, root / f"{size}{'-bf16' * bf16}"
+        weights = fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)])
+        scheduler = f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}"
+        self._shared = {"weights": weights, "scheduler": scheduler, "size": size, "versions": [torch.__version__, version("diffusers")]}
+
+    def missing(self, table: Table) -> Iterator[tuple[str, int]]:
+        """Rows and scenes of a table that have to be drawn, in the order in which they should be: scene by scene, all rows in turn."""
+        for scene in table.scenes():
+            for row in table.rows:
+                if DRAWINGS[row].method and scene in table.scenes(row) and not self._file(row, scene).exists():
+                    yield row, scene
+
+    def draw(self, row: str, scene: int) -> None:
+        """Draw one picture and save it, after the base picture of its run.
+
+        Raises:
+            ValueError: The folder has pictures of another model, other settings or other versions.
+        """
+        drawing, path = DRAWINGS[row], self._file(row, scene)
+        settings = replace(preset(self.pipe), **drawing.changes)
+        used = repr(settings) if drawing.method == "scalediff" else f"{settings.steps} steps, guidance {settings.guidance_scale}"
+        Workdir(path.parent, {**self._shared, "method": drawing.method, "settings": used})
+        since, first = time.process_time(), not any(path.parent.glob("*[0-9].png"))
+        mixed = _mixed_precision(self.pipe.unet) if self._bf16 else nullcontext()
+        with mixed, recorded_work(self.pipe) if first else nullcontext() as recorded:
+            result = scalediff.generate(
+                self.pipe, caption(describe(HELD_OUT_SEED + scene)), height=self.size, width=self.size, preset=settings,
+                method=drawing.method, generator=torch.Generator().manual_seed(scene),
+            )  # fmt: skip
+        record: dict[str, Any] = {"seconds": round(time.process_time() - since, 3)}
+        if recorded is not None:
+            record["gflops"] = [1e3 * tflops for tflops in recorded.count()]
+        if len(result.stages) > 1:
+            save_png(result.stages[0].images[0], path.with_stem(path.stem + _BASE), metadata={})
+        save_png(result.images[0], path, metadata=record)
+        print(f"{row}: scene {scene}, {record['seconds']:.1f} CPU s", file=sys.stderr, flush=True)
+
+    def read(self, row: str, scenes: Sequence[int]) -> Pictures:
+        """All pictures of a row, which have been drawn."""
+        if not DRAWINGS[row].method:
+            images = quantised(render(OTHER_SCENES, len(scenes), self.size))
+            return Pictures(_autoencoded(self.pipe, images) if row == "autoencoded" else images)
+        files = [self._file(row, scene) for scene in scenes]
+        records = [read_metadata(file) for file in files]
+        bases = [file.with_stem(file.stem + _BASE) for file in files]
+        counted = [record["gflops"] for record in map(read_metadata, self._drawn(row)) if "gflops" in record]
+        return Pictures(
+            torch.stack([_read(file) for file in files]),
+            torch.stack([_read(file) for file in bases]) if bases[0].exists() else None,
+            [record["seconds"] for record in records],
+            tuple(counted[0]) if counted else None,
+        )
+
+    def _file(self, row: str, scene: int) -> Path:
+        return self._root / row / f"{scene:06d}.png"
+
+    def _drawn(self, row: str) -> list[Path]:
+        return sorted(self._file(row, 0).parent.glob("*[0-9].png"))
+
+
+@contextmanager
+def _mixed_precision(denoiser: nn.Module) -> Iterator[None]:
+    """Products inside the denoiser in bfloat16; it returns fp32."""
+    autocast = torch.autocast("cpu", torch.bfloat16)
+
+    def leave(module: nn.Module, arguments: Any, output: Any) -> Any:
+        autocast.__exit__(None, None, None)
+        return tree_map_only(Tensor, Tensor.float, output)
+
+    hooks = (
+        denoiser.register_forward_pre_hook(lambda *_: autocast.__enter__() and None),
+        denoiser.register_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def native_pictures(pipe: Any, prompts: Sequence[str], *, seed: int) -> Tensor:
+    """`[N, 3, y, x]` pictures of native size, drawn four at a time; picture i has the seed `seed + i`."""
+    settings, side = preset(pipe), native_size(pipe)[0]
+    options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale, "height": side, "width": side}
+    found: list[Tensor] = []
+    for i in range(0, len(prompts), 4):
+        generators = [torch.Generator().manual_seed(seed + j) for j in range(i, min(i + 4, len(prompts)))]
+        found += map(_to_tensor, pipe(list(prompts[i : i + 4]), generator=generators, **options).images)
+    return torch.stack(found)
 
 
 def border(pipe: Any) -> int:
@@ -172,19 +164,15 @@ def quantised(images: Tensor) -> Tensor:
     return (images * 255).round() / 255
 
 
-def _spread(seconds: Sequence[float]) -> Columns:
-    return dict(zip((SPREAD[0], "seconds", SPREAD[1]), percentiles(seconds), strict=True))
-
-
-def _discs(images: Tensor, pipe: Any) -> Columns:
-    discs = count_discs(images, native=native_size(pipe)[0]).double()
-    return {"n": len(images), "size": images.shape[-1], "one_disc": (discs == 1).double().mean().item(), "discs": discs.mean().item()}
-
-
 @torch.no_grad()
 def _autoencoded(pipe: Any, images: Tensor) -> Tensor:
-    restored: Tensor = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample
-    return quantised((restored / 2 + 0.5).clamp(0, 1))
+    restored = [pipe.vae.decode(pipe.vae.encode(part * 2 - 1).latent_dist.mode()).sample for part in images.split(4)]
+    return quantised((torch.cat(restored) / 2 + 0.5).clamp(0, 1))
+
+
+def _read(file: Path) -> Tensor:
+    with Image.open(file) as picture:
+        return _to_tensor(picture)
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
@@ -198,7 +186,7 @@ def write_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = 6) -> 
     sheet = Image.new("RGB", (count * (size + 2) - 2, len(rows) * (size + header)), "white")
     pen = ImageDraw.Draw(sheet)
     for top, (name, images) in zip(range(0, sheet.height, size + header), rows.items(), strict=True):
-        pen.text((2, top + 1), LABELS.get(name, name), fill="black")
+        pen.text((2, top + 1), label_of(name), fill="black")
         for column, image in enumerate(images[:count]):
             pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0)
             sheet.paste(Image.fromarray(pixels.numpy()), (column * (size + 2), top + header))

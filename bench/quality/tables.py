@@ -1,116 +1,211 @@
-"""The rows that `bench.quality` measures, their columns, and the tables of docs/evidence/quality.md and of the README."""
+"""The rows that `bench.quality` draws, their statistics, and the tables of docs/evidence/quality.md and of the README."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from bench.harness import facts
 from bench.harness.pages import table
+from scalediff.methods import METHODS, method_title
 
-# By row: its label, and the settings of the embedded model's preset that it changes.
-ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
+
+class Drawing(NamedTuple):
+    """How the pictures of a row are made.
+
+    Attributes:
+        label: For the tables.
+        changes: Of the embedded model's preset; of these, other methods take steps and guidance.
+        method: As in `scalediff.generate`; empty for pictures that no model draws.
+    """
+
+    label: str
+    changes: Mapping[str, Any]
+    method: str = "scalediff"
+
+
+class Table(NamedTuple):
+    """Rows that share captions, seeds and size.
+
+    Attributes:
+        title: Heading on the page.
+        rows: Names of drawings. `BASELINE` is what the others are compared with, if it is among them.
+        first: First scene, counted from `HELD_OUT_SEED`. Those from 1000 on were used for no choice.
+        n: Pictures a row.
+        size: Pixels per side.
+        few: Rows with fewer pictures, because they take long, and how many.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    first: int
+    n: int
+    size: int
+    few: Mapping[str, int] = MappingProxyType({})
+
+    def scenes(self, row: str = "") -> range:
+        """The scenes of a row, counted from `HELD_OUT_SEED`."""
+        return range(self.first, self.first + min(self.n, self.few.get(row, self.n)))
+
+
+_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full attention + LFM + SG", {"attention": "full"}),
-    "npa": ("NPA + LFM + SG", {"attention": "npa"}),
-    "npa-no-lfm": ("NPA without LFM", {"attention": "npa", "lfm": False}),
-    "npa-no-sg": ("NPA without SG", {"attention": "npa", "sg": False}),
-    "npa-alone": ("NPA without both", {"attention": "npa", "lfm": False, "sg": False}),
+    "npa": ("NPA + LFM + SG", {}),
+    "no-lfm": ("NPA without LFM", {"lfm": False}),
+    "no-sg": ("NPA without SG", {"sg": False}),
+    "alone": ("NPA without both", {"lfm": False, "sg": False}),
+    "sg-0.5": ("NPA + LFM + SG with cutoff 0.5", {"sg_cutoff": 0.5}),
 }
-SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {  # each alone, beside the row with none
-    "no-switch": ("as in the preset", {}),
-    "lfm-cutoff-0.25": ("LFM cutoff 0.25 in place of 0.125", {"lfm_cutoff": 0.25}),
-    "sg-cutoff-0.25": ("SG cutoff 0.25 in place of 0.125", {"sg_cutoff": 0.25}),
+_SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {  # each alone, beside the preset
+    "lfm-0.25": ("LFM cutoff 0.25", {"lfm_cutoff": 0.25}),
     "sg-annealed": ("SG cutoff from 0.5 to 0.125", {"sg_cutoff_start": 0.5}),
     "gaussian": ("Gaussian filter", {"filter": "gaussian"}),
     "butterworth": ("Butterworth filter", {"filter": "butterworth"}),
     "trajectory": ("SG to the base stage's trajectory", {"anchor": "trajectory"}),
     "alternate": ("alternating patch grid", {"jitter": "alternate"}),
-    "guided-two-thirds": ("guidance in the first two thirds", {"guidance_until": 2 / 3}),
+    "two-thirds": ("guidance in the first two thirds", {"guidance_until": 2 / 3}),
+    "falling": ("restart 0.5 at 2x, 0.25 at 4x", {"restart": (0.5, 0.25)}),
+    "combined": (
+        "restart 0.5 at 2x, 0.25 at 4x; SG cutoff from 0.5 to 0.125; Butterworth; guidance in the first two thirds",
+        {"restart": (0.5, 0.25), "sg_cutoff_start": 0.5, "filter": "butterworth", "guidance_until": 2 / 3},
+    ),
 }
-SWEEP: dict[str, tuple[str, dict[str, Any]]] = {
-    (name := f"restart-{restart}-cutoff-{cutoff}"): (
-        name, {"attention": "npa", "restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
+_SWEEP = {
+    f"restart-{restart}-cutoff-{cutoff}": (
+        f"restart {restart}, cutoffs {cutoff}", {"restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
     )
-    for restart in (0.2, 0.3, 0.4, 0.5)
-    for cutoff in (0.125, 0.25, 0.5)
+    for restart in (0.2, 0.3, 0.5)
+    for cutoff in (0.125, 0.5)
 }  # fmt: skip
-CASCADES = {name: settings for name, (_, settings) in (ABLATION | SWEEP | SWITCHES).items()}
-RECORDED = {"super-resolution": "base picture, bicubic", "diffusehigh": "DiffuseHigh", "scalecrafter": "ScaleCrafter"}  # work as recorded
-METHODS = {"multidiffusion": "MultiDiffusion", "demofusion": "DemoFusion", **RECORDED}
-UNDRAWN = {"autoencoded": "true renders, autoencoded", "true": "true renders"}  # by no model
+_UNDRAWN = {"autoencoded": "true renders of other scenes, autoencoded", "true": "true renders of other scenes"}
+_OTHERS = tuple(name for name in METHODS if name != "hiflow")  # needs a flow model
+
+DRAWINGS = {name: Drawing(label, changes) for name, (label, changes) in (_PARTS | _SWITCHES | _SWEEP).items()}
+DRAWINGS |= {f"{name}-restart-0.7": Drawing(label, {**changes, "restart": 0.7}) for name, (label, changes) in _PARTS.items()}
+DRAWINGS |= {name: Drawing(method_title(name), {}, name) for name in _OTHERS}
+DRAWINGS["super-resolution"] = Drawing("base picture, bicubic", {}, "super-resolution")
+DRAWINGS |= {name: Drawing(label, {}, "") for name, label in _UNDRAWN.items()}
+
+_PARTS_AT_07 = tuple(f"{name}-restart-0.7" for name in _PARTS)
+TABLES = {
+    "methods": Table("All methods", (*_OTHERS, "full", "npa", *_UNDRAWN), 1000, 16, 256),
+    "parts": Table(
+        "The parts of the method, restart 0.7", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256, {"full-restart-0.7": 16}
+    ),
+    "preset": Table(
+        "The parts of the method, restart of the preset", ("super-resolution", *_PARTS, *_UNDRAWN), 1000, 64, 256, {"full": 16}
+    ),
+    "large": Table("The parts of the method, restart 0.7, at 8x", ("super-resolution", *_PARTS_AT_07[1:], *_UNDRAWN), 1000, 8, 512),
+    "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 64, 256),
+    "sweep": Table("Restart and cutoff", tuple(_SWEEP), 0, 8, 256),
+}
+BASELINE = ("npa", "npa-restart-0.7")
 NATIVE = {"native": "native size", "native-true": "true renders, native size"}
 WORDS = {"words": "prompts of an hour and a place"}
-LABELS = {"direct": "direct inference", **METHODS, **UNDRAWN, **NATIVE, **WORDS}
-LABELS |= {name: label for name, (label, _) in (ABLATION | SWEEP | SWITCHES).items()}
-TABLES = {
-    "The parts of the method": ("direct", *METHODS, *ABLATION, *UNDRAWN),
-    "The switches": tuple(SWITCHES),
-    "Restart and cutoff": tuple(SWEEP),
-    "At native size": tuple(NATIVE),
-    "Words": tuple(WORDS),
-}
-COLUMNS = {  # heading and format
-    "n": ("pictures", "{:.0f}"),
-    "size": ("pixels", "{:.0f}"),
+_TITLES = {name: one.title for name, one in TABLES.items()} | {"native": "At native size", "words": "Words"}
+ROW_NAMES = [f"{name}/{row}" for name, one in TABLES.items() for row in one.rows] + [*NATIVE, *WORDS]
+
+STATISTICS = {  # heading and format
     "one_disc": ("exactly one disc", "{:.1%}"),
     "hour": ("hour as prompted", "{:.1%}"),
     "place": ("place as prompted", "{:.1%}"),
     "discs": ("discs", "{:.2f}"),
-    "swd": ("SWD, all levels", "{:.1f}"),
-    "swd_fine": ("SWD, finest", "{:.1f}"),
+    "faint": ("with faint discs", "{:.2f}"),
+    "to_base": ("to the base, dB", "{:.1f}"),
+    "swd": ("SWD", "{:.1f}"),
+    "above": ("above native Nyquist, dB", "{:+.1f}"),
     "spectrum": ("spectrum distance", "{:.3f}"),
     "hf_ratio": ("HF ratio", "{:.4f}"),
     "seam": ("seam z", "{:+.2f}"),
     "seam_control": ("control z", "{:+.2f}"),
-    "seconds": ("s per picture", "{:.2f}"),
-    "gflops": ("attention GFLOPs", "{:.2f}"),
-    "all_gflops": ("all GFLOPs", "{:.1f}"),
 }
-SPREAD = ("seconds_p20", "seconds_p80")  # beside the median, in its cell
+PAIRED = ("discs", "faint", "to_base", "swd", "above", "spectrum")  # those with a difference from the baseline
+LEVELS = {f"swd_{side}": side for side in (512, 256, 128, 64, 32, 16)}
+WORK = {"seconds": ("CPU s", "{:.1f}"), "gflops": ("attention GFLOPs", "{:.1f}"), "all_gflops": ("all GFLOPs", "{:.0f}")}
 FACTS = ("command", "model", *facts.FACTS)
-FIELDS = ("row", *COLUMNS, *SPREAD, *FACTS)
+FIELDS = (
+    "row", "n", "size", *(f"{name}{suffix}" for name in STATISTICS for suffix in ("", "_se")), *LEVELS,
+    *(f"{name}_gap{suffix}" for name in PAIRED for suffix in ("", "_se")), *WORK, *FACTS,
+)  # fmt: skip
 
 Rows = Mapping[str, Mapping[str, str]]
+Row = Mapping[str, str]
+
+
+def label_of(row: str) -> str:
+    """The label of a row of the CSV, or of a drawing."""
+    name = row.rpartition("/")[2]
+    return DRAWINGS[name].label if name in DRAWINGS else (NATIVE | WORDS).get(name, name)
 
 
 def sections(*results: Rows) -> list[str]:
-    """A section for every group of rows, in it a table for every machine's results, and what each row was measured with."""
+    """A section for every group of rows, in it the tables of every machine's results, and what each row was measured with."""
     lines: list[str] = []
-    for title, names in TABLES.items():
-        tables = [rows for records in results if (rows := [records[name] for name in names if name in records])]
-        lines += [f"## {title}", ""] if tables else []
-        for rows in tables:
-            lines += [*_table(rows, spread=True), "", *_measured_with(rows)]
-    return lines[:-1]
+    for name, title in _TITLES.items():
+        found = [rows for records in results if (rows := [row for key, row in records.items() if _table_of(key) == name])]
+        lines += [f"## {title}", ""] if found else []
+        for rows in found:
+            lines += [*_values(rows), "", *_gaps(rows), *_measured_with(rows)]
+    return lines[:-1] or ["Not measured yet."]
+
+
+def _table_of(row: str) -> str:
+    return row.partition("/")[0].partition("-")[0]
 
 
 def summary(records: Rows) -> list[str]:
-    """The README's table: the main columns of the ablation."""
-    rows = [records[name] for name in ("direct", *METHODS, *ABLATION) if name in records]
-    return _table(rows, columns=("one_disc", "discs", "swd", "seconds", "gflops", "all_gflops"))
+    """The README's table: the main columns of all methods."""
+    rows = [row for key, row in records.items() if key.startswith("methods/")]
+    return _values(rows, columns=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops"))
 
 
-def _table(rows: Sequence[Mapping[str, str]], *, columns: Collection[str] = COLUMNS.keys(), spread: bool = False) -> list[str]:
+def _values(rows: Sequence[Row], *, columns: Sequence[str] = (*STATISTICS, *WORK)) -> list[str]:
     from pandas import DataFrame
 
-    cells = DataFrame({"row": [LABELS.get(row["row"], row["row"]) for row in rows]})
+    cells = DataFrame({"row": [label_of(row["row"]) for row in rows], "pictures": [row["n"] for row in rows]})
     for name in columns:
-        heading, form = COLUMNS[name]
+        heading, form = (STATISTICS | WORK)[name]
         if any(row.get(name) for row in rows):
-            cells[heading] = [form.format(float(row[name])) if row.get(name) else "-" for row in rows]
-        if name == "seconds" and spread and heading in cells:
-            low, high = SPREAD
-            cells[heading] += [f" ({float(row[low]):.2f} - {float(row[high]):.2f})" if row.get(low) else "" for row in rows]
+            with_error = name in ("one_disc", *PAIRED)
+            cells[heading] = [_cell(form, row.get(name, ""), row.get(f"{name}_se", "") if with_error else "") for row in rows]
+        if name == "swd" and len(columns) > len(STATISTICS) and any(row.get("swd_16") for row in rows):
+            sides = [side for level, side in LEVELS.items() if any(row.get(level) for row in rows)]
+            values = [[row.get(f"swd_{side}", "") for side in sides] for row in rows]
+            cells[f"SWD at {', '.join(map(str, sides))} px"] = [", ".join(f"{float(v):.0f}" if v else "-" for v in each) for each in values]
     return table(cells, text=["row"])
 
 
-def _measured_with(rows: Sequence[Mapping[str, str]]) -> list[str]:
+def _gaps(rows: Sequence[Row]) -> list[str]:
+    """The differences from the baseline; nothing without one."""
+    from pandas import DataFrame
+
+    baseline = next((row for row in rows if row["row"].rpartition("/")[2] in BASELINE), None)
+    others = [row for row in rows if any(row.get(f"{name}_gap") for name in PAIRED)]
+    if baseline is None or not others:
+        return []
+    cells = DataFrame({"row": [label_of(row["row"]) for row in others]})
+    for name in PAIRED:
+        heading, form = STATISTICS[name]
+        signed = form.replace("{:+", "{:").replace("{:", "{:+")
+        cells[heading] = [_cell(signed, row.get(f"{name}_gap", ""), row.get(f"{name}_gap_se", "")) for row in others]
+    return [f"Differences from {label_of(baseline['row'])}, picture by picture:", "", *table(cells, text=["row"]), ""]
+
+
+def _cell(form: str, value: str, error: str) -> str:
+    """A value and its standard error, if it has one."""
+    if not value:
+        return "-"
+    return form.format(float(value)) + (f" ± {form.replace('+', '').format(float(error))}" if error else "")
+
+
+def _measured_with(rows: Sequence[Row]) -> list[str]:
     from pandas import DataFrame
 
     lines: list[str] = []
     groups = DataFrame(rows).groupby(list(FACTS), sort=False)["row"]
     for (command, model, torch_version, diffusers_version, machine, threads, commit), names in groups:
-        which = f" ({', '.join(names)})" if groups.ngroups > 1 else ""
+        which = f" ({'; '.join(label_of(name) for name in names)})" if groups.ngroups > 1 else ""
         lines.append(f"`{command}`{which}: model {model}, torch {torch_version}, diffusers {diffusers_version},")
         lines += [f"{machine}, {threads} threads, commit {commit}.", ""]
     return lines

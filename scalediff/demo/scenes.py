@@ -22,10 +22,12 @@ PLACES = ("left", "middle", "right")
 HELD_OUT_SEED = 10_000_000  # scenes from this seed on are not used for training
 
 # Streams of independent random numbers of a scene.
-_LAYOUT, _FAR, _NEAR, _CLOUDS, _ROCK, _WATER, _CAPTION = range(7)
+_LAYOUT, _FAR, _NEAR, _CLOUDS, _ROCK, _WATER, _CAPTION, _DISC = range(8)
 
 _LAKE = 0.80  # y of the lake's shore
-_PLACE_SPANS = {"left": (0.15, 0.32), "middle": (0.42, 0.58), "right": (0.68, 0.85)}
+_PLACE_SPANS = {"left": (0.21, 0.31), "middle": (0.44, 0.56), "right": (0.69, 0.79)}  # x of the disc's centre
+_RADII = (0.125, 0.20)
+_DISC_TOP, _DISC_BOTTOM = 0.03, 0.45  # the disc lies between these y, above the highest ridge
 
 # zenith, horizon, disc, glow, cloud, far ridge, near ridge (RGB in [0, 1])
 _PALETTES = {
@@ -53,7 +55,7 @@ PHRASES = {
 VOCABULARY = sorted({word for options in PHRASES.values() for phrase in options for word in phrase.split()} | {"sun", "moon", "landscape"})
 
 _MOUNTAIN_NEAR = {"dawn": "4a4460", "day": "6b7078", "dusk": "34222e", "night": "121829"}
-_SNOW = {"dawn": "b8a0b0", "day": "b8c2cc", "dusk": "a07078", "night": "4a5878"}
+_SNOW = {"dawn": "a890a0", "day": "a4aeb8", "dusk": "986a72", "night": "4a5878"}
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,15 @@ def describe(seed: int) -> Scene:
     rng = np.random.default_rng([seed, _LAYOUT])
     place = PLACES[rng.integers(3)]
     low, high = _PLACE_SPANS[place]
+    radius = rng.uniform(*_RADII)
     return Scene(
         seed=seed,
         time=TIMES[rng.integers(4)],
         terrain=TERRAINS[rng.integers(2)],
         place=place,
-        disc_y=float(rng.uniform(0.14, 0.30)),
+        disc_y=float(rng.uniform(_DISC_TOP + radius, _DISC_BOTTOM - radius)),
         disc_x=float(rng.uniform(low, high)),
-        radius=float(rng.uniform(0.065, 0.085)),
+        radius=float(radius),
     )
 
 
@@ -216,10 +219,13 @@ def _paint(scenes: list[Scene], resolution: int) -> Tensor:
     sky = palette["zenith"] + blend * (palette["horizon"] - palette["zenith"])
     sky = sky.expand(-1, -1, -1, resolution)
     billows = _fractal_plane(seeds, _CLOUDS, resolution, first=2, persistence=0.62, flat=1)
-    clear = ((distance - 1.2 * radius) / (1.5 * radius)).clamp(0, 1)
+    clear = ((distance - 1.1 * radius) / (0.8 * radius)).clamp(0, 1)
     sky = over(sky, palette["cloud"], 0.75 * torch.sigmoid(3.0 * (billows - 0.25)) * clear)
-    sky = over(sky, palette["glow"], 0.7 * torch.exp(-((distance - radius).clamp(min=0)) / (0.9 * radius)))
-    image = over(sky, palette["disc"], coverage(radius - distance))
+    sky = over(sky, palette["glow"], 0.7 * torch.exp(-((distance - radius).clamp(min=0)) / (0.4 * radius)))
+    spots = torch.sigmoid(4 * (_fractal_plane(seeds, _DISC, resolution, first=4, persistence=0.7) - 0.3))
+    depth_of_spots = column([0.09 if s.time == "night" else 0.03 for s in scenes])  # the moon has dark plains, the sun hardly any
+    disc = palette["disc"] * (1 - depth_of_spots * spots)[:, None]
+    image = over(sky, disc, coverage(radius - distance))
 
     # Two ridges: mountains are higher, rougher (stronger high octaves) and have snow.
     rock = _fractal_plane(seeds, _ROCK, resolution, first=3, persistence=0.75)
@@ -234,7 +240,7 @@ def _paint(scenes: list[Scene], resolution: int) -> Tensor:
         shaded = color * texture[:, None]
         cap = mountains * torch.sigmoid((0.045 - depth + 0.012 * rock) / 0.006) * torch.sigmoid((base - 0.01 - y) / 0.01)
         shaded = over(shaded, snow * (1 + 0.12 * rock)[:, None], 0.85 * cap)
-        image = over(image, shaded.clamp(0, 0.8), coverage(depth))
+        image = over(image, shaded.clamp(0, 0.7), coverage(depth))
 
     # The lake reflects the picture above it, displaced by ripples, with the glitter of the disc, dimmer than the disc.
     ripples = _fractal_plane(seeds, _WATER, resolution, first=3, persistence=0.7, flat=3)

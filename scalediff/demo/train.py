@@ -1,11 +1,11 @@
-"""Train the embedded model: `python -m scalediff.demo.train --workdir runs/demo --export scalediff/demo/model`.
+"""Train the embedded model: `python -m scalediff.demo.train --workdir runs/demo --export runs/demo-model`.
 
 There are three parts: the autoencoder, the latent diffusion model (U-Net and text encoder together), and the export as a diffusers
 pipeline folder. Training can be resumed from the last checkpoint, and is reproducible.
 
 Whole scenes are used at every noise level. A third of them are near pure noise, where only the prompt determines the layout; the first
-optimizer steps use only these. Close-ups (crops of larger renders, with the prompt of their scene) are used only in the lower half of the
-noise levels, where the high-resolution stages work, so that the layout is learned from whole scenes.
+optimizer steps use only these. With `--close-ups-from STEP`, close-ups (crops of larger renders, with the prompt of their scene) are added
+from that optimizer step on, only in the lower half of the noise levels, so that the layout is learned from whole scenes.
 
 Legend: B batch, C latent channels, Y x X latent grid, T text tokens.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel
@@ -78,32 +79,65 @@ def train_autoencoder(workdir: Path, *, steps: int, batch: int, scenes: int, dev
         return total
 
     _fit("autoencoder", workdir, nn.ModuleDict({"vae": model}), reconstruction, steps=steps, rate=1.5e-3, ema_decay=0.995)
-    held_out = render(HELD_OUT_SEED, 64, NATIVE)
     with torch.no_grad():
-        restored = _autoencode(model, held_out)
         latents = model.encode(_to_signed(data["whole"][:512]).to(device)).latent_dist.mean
-    psnr = -10 * (restored - held_out).square().mean(dim=(1, 2, 3)).log10()
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    _log(workdir, "autoencoder", model.device, psnr_db=round(psnr.mean().item(), 2), scaling_factor=model.config.scaling_factor)
+    _log(workdir, "autoencoder", model.device, scaling_factor=model.config.scaling_factor, **held_out_psnr(model))
     return model
 
 
-def batch_parts(step: int, batch: int) -> list[tuple[str, int, int, int]]:
+def given_autoencoder(workdir: Path, folder: Path, *, device: str) -> AutoencoderKL:
+    """The autoencoder of a pipeline folder; what the folder says of its training, and its PSNR on the scenes of now, go into the log."""
+    model = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device).eval().requires_grad_(False)
+    trained = folder / "training.json"
+    before = json.loads(trained.read_text()).get("autoencoder", {}) if trained.exists() else {}
+    _log(workdir, "autoencoder", model.device, **(before | held_out_psnr(model)))
+    return model
+
+
+@torch.no_grad()
+def held_out_psnr(model: AutoencoderKL) -> dict[str, float]:
+    """PSNR in dB of held-out scenes that went through an autoencoder: 64 of native size, and 16 of four times the side."""
+    found = {}
+    for name, n, size in (("psnr_db", 64, NATIVE), ("psnr_db_at_4x", 16, 4 * NATIVE)):
+        pictures = render(HELD_OUT_SEED, n, size)
+        restored = [
+            model.decode(model.encode((part * 2 - 1).to(model.device)).latent_dist.mean).sample.cpu() for part in pictures.split(16)
+        ]
+        psnr = -10 * ((torch.cat(restored) / 2 + 0.5).clamp(0, 1) - pictures).square().mean(dim=(1, 2, 3)).log10()
+        found[name] = round(psnr.mean().item(), 2)
+    return found
+
+
+def batch_parts(step: int, batch: int, close_ups_from: int | None = None) -> list[tuple[str, int, int, int]]:
     """Parts of a batch: kind of picture, number of pictures, first timestep, and timestep after the last."""
     if step < LAYOUT_FIRST:
         return [("whole", batch, LAYOUT_STEPS, 1000)]
-    close, layout = batch // 3, batch // 4
+    layout = batch // 4
+    if close_ups_from is None or step < close_ups_from:
+        return [("whole", batch - layout, 0, 1000), ("whole", layout, LAYOUT_STEPS, 1000)]
+    close = batch // 3
     return [("whole", batch - close - layout, 0, 1000), ("whole", layout, LAYOUT_STEPS, 1000), ("close", close, 0, CLOSE_UP_STEPS)]
 
 
 def train_denoiser(
-    workdir: Path, vae: AutoencoderKL, *, steps: int, batch: int, scenes: int, device: str
+    workdir: Path,
+    vae: AutoencoderKL,
+    *,
+    steps: int,
+    batch: int,
+    scenes: int,
+    device: str,
+    close_ups_from: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Train U-Net and text encoder with v-prediction on cached latents, with 10 % empty prompts for classifier-free guidance."""
     latents, seeds = _latents(workdir, vae, scenes=scenes, device=device)
     torch.manual_seed(1)
     text_tokenizer, noise_scheduler = tokenizer(), scheduler()
-    models = nn.ModuleDict({"unet": unet().to(memory_format=torch.channels_last), "text": text_encoder(text_tokenizer)}).to(device)
+    denoiser, text = unet().to(device, memory_format=torch.channels_last), text_encoder(text_tokenizer).to(device)
+    if device == "cpu":
+        denoiser.set_attn_processor(AttnProcessor())  # on CPUs the backward of torch's fused attention is slower than two products
 
     def prompt(seed: int, draw: int, empty: bool) -> str:
         return "" if empty else caption(describe(seed), draw=draw)
@@ -111,7 +145,7 @@ def train_denoiser(
     def loss(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(step)
         samples, timesteps, scene_seeds = [], [], []
-        for kind, n, start, stop in batch_parts(step, batch):
+        for kind, n, start, stop in batch_parts(step, batch, close_ups_from):
             picks = torch.randint(len(latents[kind]), (n,), generator=rng)
             samples.append(latents[kind][picks])
             timesteps.append(_timesteps(start, stop, n, rng))
@@ -122,12 +156,17 @@ def train_denoiser(
         ids = text_tokenizer(prompts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt").input_ids
         noise = torch.randn(x.shape, generator=rng)
         noisy, target = noise_scheduler.add_noise(x, noise, t), noise_scheduler.get_velocity(x, noise, t)
-        states = models["text"](ids.to(device))[0]
-        v = models["unet"](noisy.to(device, memory_format=torch.channels_last), t.to(device), states).sample
-        return F.mse_loss(v, target.to(device))
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            states = text(ids.to(device))[0]
+            v = denoiser(noisy.to(device, memory_format=torch.channels_last), t.to(device), states).sample
+        return F.mse_loss(v.float(), target.to(device))
 
+    models = nn.ModuleDict({"unet": denoiser, "text": text})
     _fit("denoiser", workdir, models, loss, steps=steps, rate=8e-4, ema_decay=0.999)
-    return models["unet"], models["text"]
+    close_up_steps = 0 if close_ups_from is None else max(0, steps - max(close_ups_from, LAYOUT_FIRST))
+    _log(workdir, "denoiser", device, batch=batch, scenes=scenes, dtype=str(dtype).removeprefix("torch."), close_up_steps=close_up_steps)
+    denoiser.set_default_attn_processor()
+    return denoiser, text
 
 
 def export(workdir: Path, folder: Path, vae: AutoencoderKL, denoiser: UNet2DConditionModel, text: CLIPTextModel) -> None:
@@ -217,12 +256,6 @@ def _latents(workdir: Path, vae: AutoencoderKL, *, scenes: int, device: str) -> 
     return torch.load(path), {"whole": data["whole_seeds"], "close": data["close_seeds"]}
 
 
-def _autoencode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    x = (pictures * 2 - 1).to(vae.device)
-    restored: Tensor = vae.decode(vae.encode(x).latent_dist.mean).sample.cpu()
-    return (restored / 2 + 0.5).clamp(0, 1)
-
-
 def _timesteps(start: int, stop: int, n: int, rng: torch.Generator) -> Tensor:
     """Stratified timesteps in [start, stop): one from each of n equal strata, which lowers the variance of the loss."""
     return (start + (torch.arange(n) + torch.rand(n, generator=rng)) * (stop - start) / n).long()
@@ -246,14 +279,14 @@ def _save(value: object, path: Path) -> None:
     os.replace(part, path)
 
 
-def _log(workdir: Path, name: str, device: torch.device, **facts: float) -> None:
-    path = workdir / "training.json"
+def _log(workdir: Path, name: str, device: torch.device | str, **facts: float | str) -> None:
+    path, on_gpu = workdir / "training.json", torch.device(device).type == "cuda"
     log = json.loads(path.read_text()) if path.exists() else {}
     log[name] = log.get(name, {}) | facts
     log["machine"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {torch.get_num_threads()} threads",
     }
     path.write_text(json.dumps(log, indent=1) + "\n")
 
@@ -273,12 +306,30 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--vae-batch", type=int, default=16, help="batch size of the autoencoder")
     parser.add_argument("--unet-steps", type=int, default=3400, help="optimizer steps of U-Net and text encoder")
     parser.add_argument("--unet-batch", type=int, default=64, help="batch size of U-Net and text encoder")
+    parser.add_argument(
+        "--close-ups-from", type=int, metavar="STEP", help="optimizer step of the denoiser from which on close-ups are used (never)"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the denoiser's products (mixed precision)")
+    parser.add_argument(
+        "--autoencoder", type=Path, metavar="FOLDER", help="pipeline folder whose autoencoder is used instead of training one"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(None if arguments is None else list(arguments))
     options.workdir.mkdir(parents=True, exist_ok=True)
     common = {"scenes": options.scenes, "device": options.device}
-    vae = train_autoencoder(options.workdir, steps=options.vae_steps, batch=options.vae_batch, **common)
-    denoiser, text = train_denoiser(options.workdir, vae, steps=options.unet_steps, batch=options.unet_batch, **common)
+    if options.autoencoder is None:
+        vae = train_autoencoder(options.workdir, steps=options.vae_steps, batch=options.vae_batch, **common)
+    else:
+        vae = given_autoencoder(options.workdir, options.autoencoder, device=options.device)
+    denoiser, text = train_denoiser(
+        options.workdir,
+        vae,
+        steps=options.unet_steps,
+        batch=options.unet_batch,
+        close_ups_from=options.close_ups_from,
+        dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
+        **common,
+    )
     export(options.workdir, options.export, vae, denoiser, text)
 
 

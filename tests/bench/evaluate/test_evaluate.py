@@ -6,6 +6,7 @@ import csv
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,26 @@ def test_a_model_that_is_not_on_this_machine_without_internet(
     arguments = ("generate", "--prompts", folders / "prompts.txt", "--size", 128, "--out", folders / "out", "--model", "nobody/nothing")
     assert "must be demo, a pipeline folder or the id of an accessible model, got 'nobody/nothing'" in refused(capsys, *arguments)
     assert not (folders / "out").exists()
+
+
+def test_the_upsampler_reaches_the_methods_that_have_one(
+    demo: Any, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "load_model", lambda name, **_: demo)
+    (folders / "prompts.txt").write_text("a moon\n")
+    (folders / "network.txt").write_text("none")
+    drawing = (
+        "generate",
+        "--prompts",
+        folders / "prompts.txt",
+        "--size",
+        128,
+        "--out",
+        folders / "out",
+        "--upsampler",
+        folders / "network.txt",
+    )
+    assert "network.txt" in refused(capsys, *drawing, "--methods", "super-resolution")
 
 
 def test_the_protocols_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

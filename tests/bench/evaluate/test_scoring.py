@@ -17,7 +17,7 @@ from bench.evaluate.measuring import random_crops
 from bench.evaluate.networks import Inception
 from bench.evaluate.protocols import PROTOCOLS, Protocol, described, protocol_named
 from bench.evaluate.scoring import NETWORK_STATISTICS, Options, Score, score
-from bench.quality.metrics import high_frequency_ratio, laplacian_swd, seam_score, spectrum_distance
+from bench.quality.metrics import high_frequency_ratio, seam_score, sliced_distances, spectrum_distance
 from tests.bench.evaluate.pictures import RedMeansRed, generated_folder, picture, plain_folder, small_inception
 from tests.bench.evaluate.test_distances import fid_by_numpy, kid_by_numpy
 
@@ -74,8 +74,8 @@ def test_without_a_network_the_statistics_are_those_of_bench_quality(folders: Pa
         assert found["seam"].value.value == pytest.approx(float(seam), rel=1e-4)
         assert found["seam_control"].value.value == pytest.approx(max(map(float, controls)), rel=1e-4)
         assert found["seconds"].value.value == 6.5
-        swd = laplacian_swd(images, true[:12], generator=torch.Generator().manual_seed(0))
-        assert found["swd_fine"].value.value == pytest.approx(swd[48], rel=0.25)
+        swd = sliced_distances(images, true[:12], generator=torch.Generator().manual_seed(0), directions=512)[48]
+        assert found["swd_fine"].value.value == pytest.approx(swd(torch.arange(12)), rel=0.25)
 
 
 def test_the_reference_is_nearer_to_the_sharp_pictures(scores: dict[str, dict[str, Score]]) -> None:

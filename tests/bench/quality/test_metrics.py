@@ -10,13 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.quality.metrics import (
+    FAINT_EDGES,
     _components,
+    base_distance,
     count_discs,
     disc_columns,
     high_frequency_ratio,
-    laplacian_swd,
+    laplacian_pyramid,
+    patches_at,
+    power_above,
     seam_score,
     sky_colors,
+    sliced_distances,
     spectrum_distance,
 )
 from scalediff.demo.scenes import TIMES, describe, render
@@ -44,11 +49,15 @@ def blurred(images: Tensor, times: int = 1) -> Tensor:
     return images
 
 
-def with_disc(images: Tensor, *, y: float, x: float, radius: float) -> Tensor:
+def swd(a: Tensor, b: Tensor) -> dict[int, float]:
+    return {level: distance(torch.arange(len(a))) for level, distance in sliced_distances(a, b, generator=rng(), directions=128).items()}
+
+
+def with_disc(images: Tensor, *, y: float, x: float, radius: float, luma: float | Tensor = 0.95) -> Tensor:
     rows, columns = torch.arange(images.shape[2]) + 0.5, torch.arange(images.shape[3]) + 0.5
     distance = torch.hypot(rows[:, None] - y, columns[None] - x)
     alpha = (radius - distance + 0.5).clamp(0, 1)
-    return images + alpha * (0.95 - images)
+    return images + alpha * (torch.as_tensor(luma).view(-1, 1, 1, 1) - images)
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
@@ -63,17 +72,30 @@ def test_true_renders_have_one_disc_even_blurred_and_noisy(size: str, request: p
 def test_discs_are_added_and_taken_away(size: str, request: pytest.FixtureRequest) -> None:
     images = request.getfixturevalue(size)[:8]
     side = images.shape[-1]
-    none = images.clamp(max=0.8)
-    two = with_disc(images, y=0.55 * side, x=0.5 * side, radius=0.07 * side)
-    three = with_disc(two, y=0.8 * side, x=0.2 * side, radius=0.07 * side)
+    none = images.clamp(max=0.74)
+    two = with_disc(images, y=0.62 * side, x=0.5 * side, radius=0.1 * side)
+    three = with_disc(two, y=0.85 * side, x=0.2 * side, radius=0.1 * side)
     assert count_discs(torch.cat([none, two, three])).tolist() == [0] * 8 + [2] * 8 + [3] * 8
 
 
-@pytest.mark.parametrize(("radius", "count"), [(5.5, 1), (4.2, 1), (2.1, 1), (0.5, 0)])
+@pytest.mark.parametrize(("radius", "count"), [(12.8, 1), (8.0, 1), (4.0, 1), (1.0, 0)])
 def test_a_disc_of_native_pixel_size_counts_on_a_large_canvas(large: Tensor, radius: float, count: int) -> None:
-    empty = large[:8].clamp(max=0.8)
+    empty = large[:8].clamp(max=0.74)
     for y, x in ((60.0, 200.0), (60.5, 200.25)):
         assert count_discs(with_disc(empty, y=y, x=x, radius=radius)).tolist() == [count] * 8
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_faint_discs_count_by_the_hour_and_true_renders_have_none(size: str, request: pytest.FixtureRequest) -> None:
+    images = request.getfixturevalue(size)
+    edges = torch.tensor([FAINT_EDGES[describe(SEED + i).time] for i in range(len(images))])
+    side = images.shape[-1]
+    assert count_discs(images, edges=edges).tolist() == [1] * len(images)
+    faint = with_disc(images[:8], y=0.85 * side, x=0.2 * side, radius=0.1 * side, luma=edges[:8] + 0.05)
+    assert count_discs(faint, edges=edges[:8]).tolist() == [2] * 8
+    dark = [i for i in range(8) if edges[i] < 0.7]
+    assert dark
+    assert count_discs(faint[dark]).tolist() == [1] * len(dark)
 
 
 def test_many_small_discs_and_an_oblong_canvas() -> None:
@@ -108,7 +130,7 @@ def test_components_are_those_of_a_flood_fill(density: float) -> None:
 
 def test_swd_is_zero_for_the_same_set_and_grows_with_blur(large: Tensor) -> None:
     images = large[:8]
-    distances = [laplacian_swd(blurred(images, times), images, generator=rng()) for times in (0, 1, 3)]
+    distances = [swd(blurred(images, times), images) for times in (0, 1, 3)]
     assert list(distances[0]) == [256, 128, 64, 32, 16]
     assert set(distances[0].values()) == {0.0}
     for level in (256, 128, 64):
@@ -117,7 +139,7 @@ def test_swd_is_zero_for_the_same_set_and_grows_with_blur(large: Tensor) -> None
 
 
 def test_swd_sees_a_change_of_tone_on_the_coarsest_level_alone(small: Tensor) -> None:
-    fine, middle, coarse = laplacian_swd(small + 0.1, small, generator=rng()).values()
+    fine, middle, coarse = swd(small + 0.1, small).values()
     assert max(fine, middle) < 1
     assert coarse > 100
 
@@ -137,6 +159,48 @@ def test_high_frequency_ratio_of_white_noise_and_of_blur(large: Tensor) -> None:
     rings = (0.5**2 - 0.25**2) / (0.5**2 - 0.02**2)  # white noise has the power of a ring's area
     assert high_frequency_ratio(noise) == pytest.approx(rings, abs=0.01)
     assert high_frequency_ratio(blurred(large)) < 0.5 * high_frequency_ratio(large)
+
+
+def test_swd_is_that_of_sorted_projections_and_a_draw_is_that_set(small: Tensor) -> None:
+    """Written out for one level; a draw with picture 0 twice is the distance of a set that holds it twice."""
+    a, b = blurred(small[:4]), small[:4]
+    generator = rng(3)
+    found = sliced_distances(a, b, generator=generator, directions=16)
+    replay = rng(3)
+    level_a, level_b = laplacian_pyramid(a)[0], laplacian_pyramid(b)[0]
+    y, x = torch.randint(0, 58, (4, 128), generator=replay), torch.randint(0, 58, (4, 128), generator=replay)
+    patches_a, patches_b = patches_at(level_a, y, x).double(), patches_at(level_b, y, x).double()
+    units = F.normalize(torch.randn(16, 147, generator=replay)).double()
+    mean, std = patches_b.mean((0, 2, 3), keepdim=True), patches_b.std((0, 2, 3), keepdim=True)
+
+    def by_hand(pictures: list[int]) -> float:
+        rows = torch.tensor([128 * i + j for i in pictures for j in range(128)])
+        projected = [(((p - mean) / std).flatten(1) @ units.T).sort(0).values for p in (patches_a[rows], patches_b)]
+        return 1e3 * (projected[0] - projected[1]).abs().mean().item()
+
+    assert list(found) == [64, 32, 16]
+    for pictures in ([0, 1, 2, 3], [0, 0, 2, 3]):
+        assert found[64](torch.tensor(pictures)) == pytest.approx(by_hand(pictures), rel=1e-4)
+
+
+def test_power_above_the_native_nyquist_is_that_of_the_added_detail(small: Tensor) -> None:
+    """White noise has it in proportion to the area of the ring; a picture enlarged from native size has next to none."""
+    noise = torch.rand(16, 3, 128, 128, generator=rng())
+    whole, upper = power_above(noise, frequency=0.02).mean(), power_above(noise, frequency=0.25).mean()
+    assert float(upper / whole) == pytest.approx((0.5**2 - 0.25**2) / (0.5**2 - 0.02**2), abs=0.01)
+    true = render(SEED, 8, 256)
+    enlarged = F.interpolate(small[:8], size=256, mode="bicubic").clamp(0, 1)
+    assert (power_above(enlarged, frequency=0.125) < 0.1 * power_above(true, frequency=0.125)).all()
+
+
+def test_the_distance_to_the_base_is_the_psnr_of_means_of_areas(small: Tensor) -> None:
+    bases = small[:3]
+    large = bases.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    detail = torch.tensor([1.0, -1.0]).repeat(128).view(1, 1, 256, 1)  # falls out of the means
+    assert (base_distance(large + 0.1 * detail, bases) > 99).all()
+    torch.testing.assert_close(base_distance(large + 0.1, bases), torch.full((3,), 20.0))
+    with pytest.raises(ValueError, match=r"bases must be \[N, 3, Y, X\], floating point and not empty"):
+        base_distance(large, bases[0])
 
 
 @pytest.mark.parametrize("axis", [2, 3])
@@ -164,7 +228,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"images must be .* got \(2, 3, 64, 64\) torch\.uint8"):
         high_frequency_ratio(images.to(torch.uint8))
     with pytest.raises(ValueError, match="a and b must be of one shape with sides of at least 16"):
-        laplacian_swd(images, images[:1], generator=rng())
+        swd(images, images[:1])
     with pytest.raises(ValueError, match="a and b must be of one size"):
         spectrum_distance(images, images[:, :, :32])
     with pytest.raises(ValueError, match="period must be at least 16 and the sides twice 10, got period=8"):

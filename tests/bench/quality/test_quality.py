@@ -1,26 +1,33 @@
-"""The quality benchmark's own arithmetic: the work it counts, the turns its rows take, the tables it writes, what it refuses."""
+"""The quality benchmark's own arithmetic: which pictures it draws, what it says of them, the tables it writes, what it refuses."""
 
 from __future__ import annotations
 
 import csv
-import math
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers")
 
+import scalediff
 from bench.harness.facts import ROOT
 from bench.harness.rows import read_rows
 from bench.quality import __main__ as quality
-from bench.quality import pictures
-from bench.quality.pictures import Drawn, Task, draw, work
-from bench.quality.tables import FACTS, RECORDED, TABLES, sections, summary
-from scalediff.cascade.pipeline import preset
+from bench.quality import measuring
+from bench.quality.measuring import Measured, differences, measure
+from bench.quality.metrics import base_distance, power_above
+from bench.quality.pictures import Gallery, Pictures
+from bench.quality.tables import DRAWINGS, FACTS, NATIVE, ROW_NAMES, TABLES, WORDS, Drawing, sections, summary
+from scalediff.command import loading
+from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
+from scalediff.methods import METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -28,158 +35,179 @@ def kept_memory(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Calls of what would change this process for good."""
     calls: list[bool] = []
     monkeypatch.setattr(quality, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(measuring, "DRAWS", 30)
     return calls
 
 
-def test_work_is_the_sum_over_stages_levels_and_steps(demo: Any) -> None:
-    """By hand: three modules at 16 x 16 tokens with 2 heads, four at 8 x 8 with 4 heads (D = 32), twice for guidance."""
-    settings = preset(demo)
+@dataclass
+class Noise:
+    """`scalediff.generate` with pictures of noise: which are drawn, and after how many the user stops it."""
+
+    drawn: list[tuple[str, int]] = field(default_factory=list)
+    stop_after: int = 10**9
+
+    def __call__(self, pipe: Any, prompt: str, *, height: int, method: str, generator: torch.Generator, **_: Any) -> Any:
+        if len(self.drawn) == self.stop_after:
+            raise KeyboardInterrupt
+        seed = generator.initial_seed()
+        assert prompt == caption(describe(HELD_OUT_SEED + seed))
+        self.drawn.append((method, seed))
+        rng = np.random.default_rng(seed)
+        base, image = ([Image.fromarray(rng.integers(0, 255, (y, y, 3), dtype=np.uint8))] for y in (64, height))
+        stages = [SimpleNamespace(images=base), SimpleNamespace(images=image)]
+        return SimpleNamespace(images=image, stages=stages[1:] if method == "direct" else stages)
+
+
+@pytest.fixture
+def noise(demo: Any, monkeypatch: pytest.MonkeyPatch) -> Noise:
+    noise = Noise()
+    monkeypatch.setattr(loading, "load_demo", lambda: demo)
+    monkeypatch.setattr(scalediff, "generate", noise)
+    return noise
+
+
+def places(folder: Path) -> list[str]:
+    return ["--pictures", str(folder / "pictures"), "--csv", str(folder / "mine.csv")]
+
+
+def test_every_method_of_the_library_is_a_row_but_that_for_flow_models() -> None:
+    assert set(TABLES["methods"].rows) == {*METHODS, "full", "npa", "true", "autoencoded"} - {"hiflow"}
+    assert all(row in DRAWINGS for table in TABLES.values() for row in table.rows)
+
+
+def test_scenes_that_settings_were_chosen_on_are_in_no_other_table() -> None:
+    tuned = set(TABLES["sweep"].scenes())
+    assert not any(tuned & set(table.scenes()) for name, table in TABLES.items() if name != "sweep")
+
+
+def test_all_rows_take_turns_and_a_run_that_was_interrupted_goes_on(tmp_path: Path, noise: Noise, kept_memory: list[bool]) -> None:
+    arguments = ["--n", "2", "--size", "128", "--rows", "direct,npa,true", *places(tmp_path)]
+    noise.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        quality.main(arguments)
+    assert noise.drawn == [("direct", 1000), ("scalediff", 1000), ("direct", 1001)]
+    assert not (tmp_path / "mine.csv").exists()
+    noise.stop_after = 10**9
+    quality.main(arguments)
+    assert noise.drawn[3:] == [("scalediff", 1001)]
+    assert kept_memory == [True, True]
+    rows = read_rows(tmp_path / "mine.csv")
+    assert list(rows) == ["methods/direct", "methods/npa", "methods/true"]
+    assert rows["methods/npa"]["command"] == "python -m bench.quality --tables methods --n 2 --size 128"
+    assert "\n".join(sections(rows)) in (tmp_path / "mine.md").read_text()
+
+
+def test_processes_share_the_pictures_of_a_table(tmp_path: Path, noise: Noise) -> None:
+    arguments = ["--tables", "preset", "--n", "5", "--size", "128", "--rows", "npa,full", *places(tmp_path), "--draw"]
+    for share in range(2):
+        quality.main([*arguments, "--shard", f"{share}/2"])
+        assert {seed % 2 for _, seed in noise.drawn[-4:]} == {share}
+    assert sorted(noise.drawn) == sorted([("scalediff", 1000 + i) for i in range(5)] * 2)
+    assert not (tmp_path / "mine.csv").exists()
+
+
+def test_pictures_of_other_settings_are_refused(tmp_path: Path, demo: Any, noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gallery(tmp_path, demo, 128).draw("npa", 1000)
+    monkeypatch.setitem(DRAWINGS, "npa", Drawing("npa", {"restart": 0.9}))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        Gallery(tmp_path, demo, 128).draw("npa", 1001)
+
+
+def test_a_drawn_picture_has_its_base_and_the_work_of_its_run(tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by hand: three modules at 16 x 16 tokens with 2 heads, four at 8 x 8 with 4 heads (D = 32), twice for guidance."""
 
     def one_pass(scale: int, *, npa: bool) -> int:
         upper, lower = (16 * scale) ** 2, (8 * scale) ** 2
         return 4 * 32 * (3 * 2 * upper * (256 if npa else upper) + 4 * 4 * lower * (64 if npa else lower))
 
-    def counted(row: str) -> Any:
-        return pytest.approx(1e9 * work(demo, 256, row)[0])
-
-    base = 2 * settings.steps * one_pass(1, npa=False)
-    npa = base + 2 * settings.stage_steps * (one_pass(2, npa=True) + one_pass(4, npa=True))
-    assert npa == counted("npa")
-    spared = 9 - math.ceil(9 * 2 / 3)
-    assert npa - spared * (one_pass(2, npa=True) + one_pass(4, npa=True)) == counted("guided-two-thirds")
-    assert 49 * base == counted("multidiffusion")
-    assert (1 + (9 + 4) + (25 + 9) + (49 + 16)) * base == counted("demofusion")
-    full = base + 2 * settings.stage_steps * (one_pass(2, npa=False) + one_pass(4, npa=False))
-    assert full == counted("full")
-    assert 2 * settings.steps * one_pass(4, npa=False) == counted("direct")
-
-
-def test_all_work_is_what_torch_counts_in_the_networks(demo: Any) -> None:
-    """At native size in a run of the networks themselves; the rows above it differ in passes and in what they attend to."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def gflops(run: Callable[[], Any]) -> float:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            run()
-        return counter.get_total_flops() / 1e9
-
-    def decoding(side: int) -> float:
-        return gflops(lambda: demo.vae.decode(torch.zeros(1, 4, side, side)))
-
-    def encoding(side: int) -> float:
-        return gflops(lambda: demo.vae.encode(torch.zeros(1, 3, 4 * side, 4 * side)))
-
-    steps = 2 * preset(demo).steps
-    forward = gflops(lambda: demo.unet(torch.zeros(1, 4, 16, 16), 500, torch.zeros(1, 24, 64)))
-    assert steps * forward + decoding(16) == pytest.approx(work(demo, 64, "direct")[1])
-    decoded = sum(decoding(16 * phase) for phase in (1, 2))
-    assert steps * forward * (1 + 9 + 4) + decoded == pytest.approx(work(demo, 128, "demofusion")[1])
-    npa, full, alone = (work(demo, 128, row) for row in ("npa", "full", "direct"))
-    assert full[1] - npa[1] == pytest.approx(full[0] - npa[0])
-    assert npa[1] - npa[0] < alone[1] - alone[0]
-    above = 2 * preset(demo).stage_steps * gflops(lambda: demo.unet(torch.zeros(1, 4, 32, 32), 500, torch.zeros(1, 24, 64)))
-    assert steps * forward + above + decoded + encoding(32) == pytest.approx(full[1])
+    for attention in ("npa", "full"):
+        few = {"steps": 2, "restart": 0.5, "attention": attention}
+        monkeypatch.setitem(DRAWINGS, attention, Drawing(attention, few))
+    for row, bf16 in (("npa", False), ("full", False), ("npa", True)):
+        gallery = Gallery(tmp_path, demo, 128, bf16=bf16)
+        gallery.draw(row, 1000)
+        found = gallery.read(row, [1000])
+        assert found.bases is not None
+        assert found.images.shape == (1, 3, 128, 128)
+        assert found.bases.shape == (1, 3, 64, 64)
+        assert found.gflops is not None
+        assert 1e9 * found.gflops[0] == pytest.approx(4 * one_pass(1, npa=False) + 2 * one_pass(2, npa=row == "npa"))
+        assert found.gflops[1] > found.gflops[0]
+        assert found.seconds[0] > 0
+    exact, mixed = (Gallery(tmp_path, demo, 128, bf16=bf16).read("npa", [1000]).images for bf16 in (False, True))
+    assert 0 < (exact - mixed).abs().mean() < 2**-8  # a rounding of the denoiser's products; the error of its output is one of them
 
 
-def test_a_row_reaches_the_csv_and_the_table(tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: demo)
-    table, results = tmp_path / "quality.md", tmp_path / "quality.csv"
-    quality.main(["--n", "2", "--size", "128", "--rows", "true", "--csv", str(results)])
-    (row,) = read_rows(results).values()
-    assert row["row"] == "true"
-    assert row["command"] == "python -m bench.quality --n 2 --size 128 --seed 0"
-    assert row["torch"] == torch.__version__
-    assert float(row["one_disc"]) == 1.0
-    text = table.read_text()
-    assert "| true renders | 2 | 128 | 100.0% |" in text
-    assert "`python -m bench.quality --n 2 --size 128 --seed 0`" in text
-    assert not list(tmp_path.glob("*.part"))
+def test_what_is_said_of_pictures_is_relative_to_their_true_renders(demo: Any) -> None:
+    """Pictures of half the contrast: a quarter of the power; the bootstrap's errors are those of a mean over pictures."""
+    true = render(HELD_OUT_SEED, 6, 128)
+    bases = torch.nn.functional.interpolate(true, size=64, mode="area")
+    exact = measure(demo, Pictures(true, bases), true, first_scene=HELD_OUT_SEED)
+    columns = exact.columns
+    assert columns["one_disc"] == columns["discs"] == columns["faint"] == 1
+    assert columns["swd"] == columns["swd_128"] == columns["above"] == columns["spectrum"] == 0
+    assert columns["to_base"] == pytest.approx(100)
+    half = measure(demo, Pictures(true / 2, bases), true, first_scene=HELD_OUT_SEED)
+    assert half.columns["above"] == pytest.approx(-20 * np.log10(2), abs=1e-4)
+    assert half.columns["above_se"] < 1e-4, "the same factor in every picture"
+    distances = base_distance(true / 2, bases)
+    assert half.columns["to_base"] == pytest.approx(float(distances.mean()), rel=1e-5)
+    assert half.columns["to_base_se"] == pytest.approx(float(distances.std(correction=0) / 6**0.5), rel=0.4)  # of 30 draws
+    assert half.columns["to_base_se"] > 0
+    nyquist = float(power_above(true, frequency=0.25).sum())
+    assert 10 * np.log10(float(power_above(true / 2, frequency=0.25).sum()) / nyquist) == pytest.approx(half.columns["above"], abs=1e-4)
+    gap = differences(half, exact)
+    assert gap["to_base_gap"] == pytest.approx(half.columns["to_base"] - 100)
+    assert gap["above_gap_se"] < 1e-4
 
 
-def test_the_work_of_further_methods_is_that_of_the_run(demo: Any) -> None:
-    """Of one picture of a batch: the base picture alone, twice for guidance, and one decoding."""
-    drawn = Drawn()
-    draw(Task(demo, 2, 128, 0), "super-resolution", 0, drawn)
-    assert len(drawn.images) == 2
-    assert drawn.gflops == pytest.approx(work(demo, 64, "direct"))
+def test_differences_are_of_the_same_pictures() -> None:
+    draws = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = Measured({"swd": 5.0, "n": 2}, {"swd": draws}), Measured({"swd": 3.0, "faint": 1.0}, {"swd": draws + 2, "faint": draws})
+    assert differences(a, b) == {"swd_gap": 2.0, "swd_gap_se": pytest.approx(0, abs=1e-12)}
+
+
+def test_a_slow_row_has_fewer_pictures_and_is_compared_on_those(tmp_path: Path, noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLES, "preset", TABLES["preset"]._replace(few={"full": 2}))
+    quality.main(["--tables", "preset", "--n", "3", "--size", "128", "--rows", "npa,full", *places(tmp_path)])
+    rows = read_rows(tmp_path / "mine.csv")
+    assert (rows["preset/full"]["n"], rows["preset/npa"]["n"]) == ("2", "3")
+    assert rows["preset/full"]["swd"] != rows["preset/npa"]["swd"]
+    assert float(rows["preset/full"]["swd_gap"]) == 0, "the same noise on the two pictures that both have"
+
+
+def test_rows_of_an_earlier_run_stay(tmp_path: Path, noise: Noise) -> None:
+    """Those without columns that came later, and those that no table has any more."""
+    results = tmp_path / "mine.csv"
+    older = {"n": "8", "swd": "5", "seconds": "2", "all_gflops": "3", **dict.fromkeys(FACTS, "x")}
+    with results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["row", *older])
+        writer.writeheader()
+        writer.writerows({"row": name, **older} for name in ("given up", "words", "methods/npa", "methods/direct"))
+    quality.main(["--n", "2", "--size", "128", "--rows", "true", "--sheet", str(tmp_path / "sheet.png"), *places(tmp_path)])
+    records = read_rows(results)
+    assert list(records) == ["methods/direct", "methods/npa", "methods/true", "words", "given up"]
+    assert all(records["methods/npa"][name] == value for name, value in older.items())
+    assert records["methods/npa"]["gflops"] == records["methods/npa"]["swd_se"] == ""
+    assert [line for line in sections(records) if line.startswith("| NPA + LFM + SG | 8 | - |")]
+    assert "| NPA + LFM + SG | 8 | - | - | 5.0 | - | 2.0 | 3 |" in summary(records)
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 130 - 2, 2 * (128 + 14))
 
 
 def test_rows_are_written_without_pandas(
-    tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, noise: Noise, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: demo)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    quality.main(["--n", "1", "--size", "128", "--rows", "true", "--csv", str(tmp_path / "quality.csv")])
-    assert capsys.readouterr().out.startswith("pandas is not installed: rows are written, the page is not\ntrue, ")
-    assert [path.name for path in tmp_path.iterdir()] == ["quality.csv"]
+    quality.main(["--n", "1", "--size", "128", "--rows", "true", *places(tmp_path)])
+    assert capsys.readouterr().out.startswith("pandas is not installed: rows are written, the page is not\nmethods/true, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.csv"]
     with pytest.raises(SystemExit, match="this needs pandas"):
         quality.main(["--doc"])
 
 
-def _drawing(monkeypatch: pytest.MonkeyPatch, demo: Any, *, interrupted: int = 10**9) -> list[tuple[str, int]]:
-    """Pictures of noise in place of the model's; returns what is drawn as it is drawn, until the user stops it."""
-    requested: list[tuple[str, int]] = []
-
-    def draw(task: pictures.Task, row: str, first: int, drawn: pictures.Drawn) -> None:
-        if len(requested) == interrupted:
-            raise KeyboardInterrupt
-        requested.append((row, first))
-        rng = torch.Generator().manual_seed(first)
-        drawn.images += [torch.rand(3, task.size, task.size, generator=rng) for _ in range(min(4, task.n - first))]
-        drawn.seconds.append(float(len(drawn.seconds) + 1))
-
-    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: demo)
-    monkeypatch.setattr(pictures, "draw", draw)
-    return requested
-
-
-def test_rows_take_turns_and_tell_the_spread_of_their_batches(
-    tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch, kept_memory: list[bool]
-) -> None:
-    requested = _drawing(monkeypatch, demo)
-    results, sheet = tmp_path / "mine.csv", tmp_path / "sheet.png"
-    quality.main(["--n", "9", "--size", "128", "--rows", "full,direct,full", "--csv", str(results), "--sheet", str(sheet)])
-    assert requested == [(row, first) for first in (0, 4, 8) for row in ("full", "direct")]
-    assert kept_memory == [True]
-    row = read_rows(results)["direct"]
-    assert [row[name] for name in ("seconds", "seconds_p20", "seconds_p80")] == ["2", "1.4", "2.6"]
-    assert float(row["all_gflops"]) > float(row["gflops"]) > 0
-    text = (tmp_path / "mine.md").read_text()
-    assert "| 2.00 (1.40 - 2.60) |" in text, "the page of a file elsewhere is beside it"
-    assert sheet.exists()
-
-
-def test_an_interrupted_run_keeps_the_rows_that_were_complete(tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _drawing(monkeypatch, demo, interrupted=4)
-    results = tmp_path / "mine.csv"
-    with pytest.raises(KeyboardInterrupt):
-        quality.main(["--n", "8", "--size", "128", "--rows", "direct,true,npa,full", "--csv", str(results)])
-    assert set(read_rows(results)) == {"direct", "true"}
-    assert "\n".join(sections(read_rows(results))) in (tmp_path / "mine.md").read_text()
-
-
-def test_rows_of_an_earlier_run_stay(tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those without columns that came later, and those that no table has any more."""
-    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: demo)
-    results = tmp_path / "mine.csv"
-    older = {"n": "8", "swd": "5", "seconds": "2", "gflops": "3", **dict.fromkeys(FACTS, "x")}
-    with results.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["row", *older])
-        writer.writeheader()
-        writer.writerows({"row": name, **older} for name in ("given up", "words", "npa", "direct"))
-    quality.main(["--n", "2", "--size", "128", "--rows", "true", "--csv", str(results)])
-    records = read_rows(results)
-    assert list(records) == ["direct", "npa", "true", "words", "given up"]
-    assert all(records["npa"][name] == value for name, value in older.items())
-    assert records["npa"]["all_gflops"] == records["npa"]["seconds_p20"] == ""
-    assert [line for line in sections(records) if line.startswith("| NPA + LFM + SG | 8 | - |")]
-    assert "| NPA + LFM + SG | 5.0 | 2.00 | 3.00 |" in summary(records)
-
-
 @pytest.mark.slow
 def test_words_are_counted(demo: Any) -> None:
-    (row,) = pictures.word_rows(demo, n=1, seed=0).values()
+    (row,) = measuring.word_rows(demo, n=1).values()
     assert row["n"] == 12
     assert row["hour"] >= 11 / 12
     assert 0 <= row["place"] <= 1
@@ -188,6 +216,7 @@ def test_words_are_counted(demo: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--tables", "magic"], "got magic"),
         (["--rows", "magic"], "got magic"),
         (["--n", "0"], "argument --n: must be positive and finite, got 0"),
         (["--native", "-1"], "argument --native: must be positive and finite, got -1"),
@@ -196,16 +225,17 @@ def test_words_are_counted(demo: Any) -> None:
         (["--size", "63"], "--size 63: "),
         (["--size", "32"], "--size 32: "),
         (["--size", "64"], "--size 64: the period must be"),
-        (["--sweep", "--switches"], "not allowed with argument"),
+        (["--shard", "2/2"], "must be i/n with i from 0 to n - 1, got 2/2"),
+        (["--shard", "0/2"], "--shard is for --draw"),
         (["--doc", "--native", "4"], "not allowed with argument"),
+        (["--model", "nowhere"], "--model must be demo, a pipeline folder or the id of an accessible model, got 'nowhere'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    arguments: list[str], sentence: str, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], sentence: str, noise: Noise, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: demo)
     with pytest.raises(SystemExit) as stop:
-        quality.main([*arguments, "--csv", str(tmp_path / "mine.csv")])
+        quality.main([*arguments, *places(tmp_path)])
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -221,8 +251,14 @@ def test_a_file_of_another_benchmark_is_refused(tmp_path: Path, capsys: pytest.C
         assert results.read_text() == text
 
 
+def test_another_model_has_no_row_among_the_committed_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--model", "runs/other"])
+    assert "the committed results are of the embedded model" in capsys.readouterr().err
+
+
 def test_the_page_is_written_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_memory: list[bool]) -> None:
-    monkeypatch.setattr(quality.scalediff, "load_demo", lambda: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_demo", lambda: pytest.fail("a model was loaded"))
     before, page = quality.PAGE.read_text(), tmp_path / "quality.md"
     page.write_text("<!-- begin tables -->\nold\n<!-- end tables -->\n")
     monkeypatch.setattr(quality, "PAGE", page)
@@ -231,23 +267,22 @@ def test_the_page_is_written_without_measuring(tmp_path: Path, monkeypatch: pyte
     assert not kept_memory
 
 
-def test_no_committed_row_is_lost() -> None:
-    """All but the rows of methods that docs/evidence/quality.md says are not measured yet."""
-    names = {name for records in quality.committed() for name in records}
-    assert names | set(RECORDED) == {name for table in TABLES.values() for name in table}
-    assert all(f"`{name}`" in quality.PAGE.read_text() for name in set(RECORDED) - names)
+def test_no_committed_table_lacks_a_row() -> None:
+    for records in quality.committed():
+        tables = {name.partition("/")[0] for name in records}
+        assert set(records) == {name for name in ROW_NAMES if name.partition("/")[0] in tables | {*NATIVE, *WORDS}}
 
 
 def test_the_tables_in_docs_and_readme_are_those_of_the_results() -> None:
     results = quality.committed()
     readme = (ROOT / "README.md").read_text()
-    assert any("\n".join(summary(records)) in readme for records in results)
+    assert not results or any("\n".join(summary(records)) in readme for records in results)
     assert "\n".join(["<!-- begin tables -->", "", *sections(*results), "", "<!-- end tables -->"]) in quality.PAGE.read_text()
 
 
 def test_machines_have_tables_of_their_own() -> None:
     facts = dict.fromkeys(FACTS, "x")
-    one, other = ({"true": {"row": "true", "n": n, **facts}} for n in ("1", "2"))
+    one, other = ({"methods/true": {"row": "methods/true", "n": n, **facts}} for n in ("1", "2"))
     text = "\n".join(sections(one, other))
-    assert text.count("## The parts of the method") == 1
-    assert text.index("| true renders | 1 |") < text.index("| true renders | 2 |")
+    assert text.count("## All methods") == 1
+    assert text.index("| true renders of other scenes | 1 |") < text.index("| true renders of other scenes | 2 |")

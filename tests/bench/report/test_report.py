@@ -110,7 +110,8 @@ def test_tables_and_pages() -> None:
 
 
 def drawn_by(method: str, discs: float) -> Table:
-    return {method: {"row": method, "one_disc": "0.5", "discs": f"{discs}", "swd": "100", "seconds": "2", "gflops": "20"}}
+    columns = {"n": "16", "one_disc": "0.5", "faint": f"{discs}", "faint_se": "0.25", "swd": "100", "seconds": "2", "all_gflops": "20"}
+    return {f"methods/{method}": {"row": f"methods/{method}", **columns}}
 
 
 def test_the_readme_has_the_table_of_quality(place: Path) -> None:
@@ -120,7 +121,7 @@ def test_the_readme_has_the_table_of_quality(place: Path) -> None:
     assert f"<!-- begin quality -->\n\n{NOT_YET}.\n" in readme(read(place / "results"))
     written(place, "quality-x.csv", drawn_by("direct", 5.31), drawn_by("npa", 1.0625))
     report.main(["--write"])
-    assert "| NPA + LFM + SG | 50.0% | 1.06 | 100.0 | 2.00 | 20.00 |\n\n<!-- end quality -->" in report.README.read_text()
+    assert "| NPA + LFM + SG | 16 | 50.0% | 1.06 ± 0.25 | 100.0 | 2.0 | 20 |\n\n<!-- end quality -->" in report.README.read_text()
     assert problems() == []
     written(place, "quality-x.csv", drawn_by("direct", 5.31), drawn_by("npa", 2))
     assert problems()

@@ -1,0 +1,147 @@
+"""What is measured of the pictures of a row, with standard errors, and their differences from the baseline of a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.quality.metrics import (
+    FAINT_EDGES,
+    base_distance,
+    count_discs,
+    disc_columns,
+    high_frequency_ratio,
+    power_above,
+    radial_power,
+    seam_score,
+    sky_colors,
+    sliced_distances,
+)
+from bench.quality.pictures import OTHER_SCENES, Pictures, border, native_pictures
+from bench.quality.tables import PAIRED
+from scalediff.cascade.pipeline import native_size
+from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
+
+DRAWS = 50  # of the bootstrap
+_DIRECTIONS = 128  # of the sliced distances
+Columns = dict[str, float]
+Statistic = Callable[[Tensor], float]  # of numbers of pictures
+
+
+class Measured(NamedTuple):
+    """Columns of one row, and the values of its statistics in every draw of the bootstrap."""
+
+    columns: Columns
+    replicates: Mapping[str, Tensor]
+
+
+def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> Measured:
+    """The columns of one row beside the true renders of its captions.
+
+    A standard error is the standard deviation of a statistic over sets of pictures drawn with replacement, the same sets for all rows.
+
+    Args:
+        pipe: The embedded model.
+        pictures: Of consecutive scenes.
+        truth: `[N, 3, Y, X]` the true renders.
+        first_scene: Seed of the first scene.
+    """
+    found = _statistics(pipe, pictures, truth, first_scene)
+    n, generator = len(truth), torch.Generator().manual_seed(0)
+    draws = [torch.randint(n, (n,), generator=generator) for _ in range(DRAWS)]
+    columns: Columns = {"n": n, "size": truth.shape[-1]}
+    replicates: dict[str, Tensor] = {}
+    for name, statistic in found.items():
+        columns[name] = statistic(torch.arange(n))
+        if not name.startswith("swd_"):
+            replicates[name] = torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
+            columns[f"{name}_se"] = float(replicates[name].std())
+    if pictures.seconds:
+        columns["seconds"] = statistics.median(pictures.seconds)
+    if pictures.gflops is not None:
+        columns["gflops"], columns["all_gflops"] = pictures.gflops
+    return Measured(columns, replicates)
+
+
+def differences(row: Measured, baseline: Measured) -> Columns:
+    """The differences of a row's statistics from those of the baseline, with the standard errors of paired pictures."""
+    columns: Columns = {}
+    for name in PAIRED:
+        if name in row.columns and name in baseline.columns:
+            columns[f"{name}_gap"] = row.columns[name] - baseline.columns[name]
+            columns[f"{name}_gap_se"] = float((row.replicates[name] - baseline.replicates[name]).std())
+    return columns
+
+
+def _statistics(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> dict[str, Statistic]:
+    images, native = pictures.images, native_size(pipe)[0]
+    discs = count_discs(images, native=native)
+    edges = torch.tensor([FAINT_EDGES[describe(first_scene + i).time] for i in range(len(images))])
+    seams = [list(seam_score(image[None], period=border(pipe)).values()) for image in images]
+    by_level = sliced_distances(images, truth, generator=torch.Generator().manual_seed(0), directions=_DIRECTIONS)
+    nyquist = 0.5 * native / images.shape[-1]
+    above, true_above = (power_above(x, frequency=nyquist) for x in (images, truth))
+    found: dict[str, Statistic] = {
+        "one_disc": _mean(discs == 1),
+        "discs": _mean(discs),
+        "faint": _mean(count_discs(images, native=native, edges=edges)),
+        "swd": lambda chosen: statistics.mean(level(chosen) for level in by_level.values()),
+        **{f"swd_{side}": level for side, level in by_level.items()},
+        "above": lambda chosen: 10 * math.log10(above[chosen].sum() / true_above[chosen].sum()),
+        "spectrum": _spectrum_distance(radial_power(images), radial_power(truth)),
+        "hf_ratio": _mean(torch.tensor([high_frequency_ratio(image[None]) for image in images])),
+        "seam": _mean(torch.tensor([seam for seam, *_ in seams])),
+        "seam_control": lambda chosen: float(torch.tensor(seams)[chosen, 1:].mean(0).max()),
+    }
+    if pictures.bases is not None:
+        found["to_base"] = _mean(base_distance(images, pictures.bases))
+    return found
+
+
+def _mean(values: Tensor) -> Statistic:
+    return lambda chosen: float(values[chosen].double().mean())
+
+
+def _spectrum_distance(ours: Tensor, theirs: Tensor) -> Statistic:
+    """As `bench.quality.metrics.spectrum_distance`."""
+    target = theirs.mean(0).clamp(min=1e-30).log10()
+    return lambda chosen: float((ours[chosen].mean(0).clamp(min=1e-30).log10() - target).abs().mean())
+
+
+def native_rows(pipe: Any, *, n: int) -> dict[str, Columns]:
+    """Discs in `n` pictures drawn at native size, and in 512 true renders, which shows how good the detector is."""
+    prompts = [caption(describe(HELD_OUT_SEED + i)) for i in range(n)]
+    side = native_size(pipe)[0]
+    rows = {"native": native_pictures(pipe, prompts, seed=0), "native-true": render(OTHER_SCENES, 512, side)}
+    counted = {row: count_discs(images, native=side).double() for row, images in rows.items()}
+    return {
+        row: {"n": len(d), "size": side, "one_disc": float((d == 1).double().mean()), "discs": float(d.mean())}
+        for row, d in counted.items()
+    }
+
+
+def word_rows(pipe: Any, *, n: int) -> dict[str, Columns]:
+    """How often native pictures show the hour and the place that their prompt names; `n` pictures of each of the 12 pairs.
+
+    The hour is that of the true scenes whose mean sky colour is nearest; the place is the third of the picture that the
+    disc's centre lies in.
+    """
+    side = native_size(pipe)[0]
+    wanted = [(hour, place) for hour in TIMES for place in PLACES for _ in range(n)]
+    prompts = [f"a {'moon' if t == 'night' else 'sun'} {PHRASES[p][0]} over hills {PHRASES[t][0]}" for t, p in wanted]
+    drawn = native_pictures(pipe, prompts, seed=0)
+    true, scenes = render(OTHER_SCENES, 256, side), [describe(OTHER_SCENES + i) for i in range(256)]
+    sky = torch.stack([sky_colors(true[[scene.time == hour for scene in scenes]]).mean(0) for hour in TIMES])
+    hours = [TIMES[int(i)] for i in torch.cdist(sky_colors(drawn), sky).argmin(1)]
+    places = [PLACES[min(2, int(3 * x))] if x == x else "none" for x in disc_columns(drawn).tolist()]
+    shares = {"hour": _share(hours, [hour for hour, _ in wanted]), "place": _share(places, [place for _, place in wanted])}
+    return {"words": {"n": len(wanted), "size": side, **shares}}
+
+
+def _share(seen: Sequence[str], wanted: Sequence[str]) -> float:
+    return statistics.mean(a == b for a, b in zip(seen, wanted, strict=True))
