@@ -76,10 +76,10 @@ def show_models(options: Namespace) -> None:
 
 
 def _show_presets() -> None:
-    """Print the presets of the models of `scalediff plan`."""
-    for name, model in MODELS.items():
+    """Print the presets of the models of the paper; those of other families are derived from their pipelines' defaults."""
+    for name in ("sdxl", "flux"):
         try:
-            denoiser = built(model)[0]
+            denoiser = built(MODELS[name])[0]
         except ImportError:  # without diffusers, only the models are listed
             return
         cascade = FAMILIES[type(denoiser).__name__].cascade

@@ -254,7 +254,7 @@ def test_the_pipeline_is_given_back_as_it_was(patched: bool) -> None:
 def test_phases_are_reported_as_they_end_and_an_interrupted_run_stops(demo: Any) -> None:
     seen: list[Stage] = []
     assert run(demo, (80, 64), {"prompt": PROMPT}, on_stage=seen.append) == seen
-    assert METHODS["demofusion"] == (DemoFusion, demofusion)
+    assert METHODS["demofusion"] == (DemoFusion, demofusion, True)
 
     def stop(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = True

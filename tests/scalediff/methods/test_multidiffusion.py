@@ -321,4 +321,4 @@ def test_the_stage_is_reported(demo: Any) -> None:
     stage = run(demo, (96, 64), {"prompt": PROMPT}, on_stage=seen.append)
     assert seen == [stage]
     assert stage.seconds > 0
-    assert METHODS["multidiffusion"] == (MultiDiffusion, multidiffusion)
+    assert METHODS["multidiffusion"] == (MultiDiffusion, multidiffusion, True)
