@@ -31,8 +31,8 @@ _OTHERS = {"default": Preset(_PAPER, f"{_PUBLISHED}; the paper has none for this
 _SMALL = {
     "default": Preset(
         replace(_PAPER, steps=30, restart=0.3, guidance_scale=1.5),
-        "steps of the embedded model; restart and cutoff with the lowest SWD over all levels in docs/evidence/quality.md (8 pictures a "
-        "row), guidance likewise among 1.5, 2, 2.5 and 3",
+        "steps of the embedded model; of the restarts and cutoffs in docs/evidence/quality.md (8 pictures a row) the one with the power of "
+        "true pictures above the native Nyquist frequency, and an SWD within its error of the lowest; guidance of the weights before",
     ),
     "paper": Preset(_PAPER, _PUBLISHED),
 }
