@@ -333,7 +333,32 @@ def refused_unets() -> dict[str, str]:
                 output(model, arguments)
             except (ValueError, NotImplementedError) as error:
                 said[name] = str(error)
+    said |= unsplit_attention()
     assert functions == (F.conv2d, F.group_norm)
+    return said
+
+
+def unsplit_attention() -> dict[str, str]:
+    """What a U-Net says of attention that would see one band or one half alone."""
+    from diffusers.models.attention_processor import AttnProcessor, PAGCFGIdentitySelfAttnProcessor2_0
+
+    given, everyone, said = unet_inputs("SD1.5", UNET_GRID), distributed.group.WORLD, dict[str, str]()
+    halves = init_device_mesh("cpu", (2, 1), mesh_dim_names=("guidance", "rows"))
+    columns = {"masks": {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 16, 12)]}}}
+    columns["tokens"] = {"encoder_hidden_states": Draw(3)(2, 24, given["encoder_hidden_states"].shape[-1]).double()}
+    processors: dict[str, Any] = {"PAG": PAGCFGIdentitySelfAttnProcessor2_0, "own": AttnProcessor}
+    for name in (*columns, *processors):
+        model = ZOO["SD1.5"].build().double()
+        if name in processors:
+            next(part for one, part in model.named_modules() if one.endswith("attn1")).set_processor(processors[name]())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            handle = scalediff.patch_model(model, window=WINDOW, strict=False, mesh=halves if name == "PAG" else everyone)
+        try:
+            output(model, given | columns.get(name, {}))
+        except (ValueError, NotImplementedError) as error:
+            said[name] = str(error)
+        handle.remove()
     return said
 
 
@@ -403,6 +428,11 @@ def refused_by_rows() -> dict[str, str]:
         attempt("prompt", lambda: output(model, prompt))
         attempt("size", lambda: output(model, inputs("FLUX.1", (8, 6) if seed == 0 else (6, 8))))
         attempt("gradients", lambda: model(**inputs("FLUX.1", GRID), return_dict=False))
+    with scalediff.patch_model(model, window=WINDOW, jitter="alternate", mesh=everyone) as handle:
+        output(model, inputs("FLUX.1", GRID))
+        if seed == 1:
+            handle.restart_jitter()
+        attempt("jitter", lambda: output(model, inputs("FLUX.1", GRID)))
     return said
 
 

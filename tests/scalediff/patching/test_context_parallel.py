@@ -15,6 +15,7 @@ import scalediff
 from bench.models.zoo import WINDOW, ZOO
 from scalediff import Layout, Sequence
 from scalediff.families import FAMILIES
+from scalediff.patching.rows import pass_facts
 
 diffusers = pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 
@@ -209,6 +210,10 @@ def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
         assert said["mesh"].startswith("a mesh of two dimensions must have 2 ranks for guidance, and others for rows, got")
         assert said["residuals"] == "mesh= splits a U-Net without the residuals of others, got mid_block_additional_residual"
         assert said["FreeU"] == "mesh= does not split FreeU's Fourier transforms: call disable_freeu()"
+        assert said["masks"] == "mesh= does not split the masks of an IP-Adapter, got ip_adapter_masks"
+        assert said["tokens"].startswith("mesh= does not split full attention of a U-Net: image and text have the same number of tokens")
+        assert said["PAG"].startswith("a mesh with guidance halves the batch, which perturbed-attention guidance needs whole")
+        assert "runs full attention" in said["own"]
 
 
 def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]]) -> None:
@@ -232,6 +237,15 @@ def test_ranks_that_differ_are_named(two: list[dict[str, Any]]) -> None:
         assert said["weights"].startswith(contract + "the digest of the weights is ")
         assert said["prompt"].startswith(contract + "encoder_hidden_states is (2, 6, 32) of torch.float64 with the checksum ")
         assert "the token layout is Layout(grid=(8, 6)" in said["size"]
+        assert said["jitter"] == contract + "the jitter is alternate after 1 steps on rank 0 and alternate after 0 steps on rank 1"
+
+
+def test_facts_of_a_pass_include_tensors_in_dictionaries_and_lists() -> None:
+    facts = pass_facts(
+        Layout(GRID, (Sequence(GRID),)), "none", {"added": {"pictures": [torch.ones(2, dtype=torch.uint8)], "scale": 1.0}, "x": None}
+    )
+    assert list(facts) == ["the token layout", "the jitter", "added.pictures.0"]
+    assert facts["added.pictures.0"] == "(2,) of torch.uint8 with the checksum 2"
 
 
 # Longer runs
