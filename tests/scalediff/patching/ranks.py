@@ -24,6 +24,8 @@ from scalediff import Layout, Sequence
 from scalediff.cascade.pipeline import native_size
 from scalediff.command.ranks import drawing_together
 from scalediff.patching import interception
+from scalediff.patching.networks import handle_of
+from scalediff.patching.subclass import is_patched
 from tests import processes
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
@@ -370,9 +372,34 @@ def demo_by_rows() -> Tensor:
 def drawn_demo(mesh: Any) -> Tensor:
     pipe = scalediff.load_demo().to(torch.float64)
     with scalediff.patch_model(pipe, mesh=mesh):
-        made = scalediff.generate(pipe, "a full moon", height=128, width=64, steps=2, restart=0.5, generator=seeded())
+        return latents_of_demo(pipe)
+
+
+def latents_of_demo(pipe: Any, **options: Any) -> Tensor:
+    made = scalediff.generate(pipe, "a full moon", height=128, width=64, steps=2, restart=0.5, generator=seeded(), **options)
     latents: Tensor = made.stages[-1].latents
     return latents
+
+
+def generated_by_rows() -> dict[str, Any]:
+    """A picture that is split for its run alone; and what that says of a patched pipeline, and of ranks with different weights."""
+    pipe, everyone = scalediff.load_demo().to(torch.float64), distributed.group.WORLD
+    rows: list[int] = []
+    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[2]))
+    found: dict[str, Any] = {"latents": latents_of_demo(pipe, mesh=everyone), "rows": sorted(set(rows))}
+    hook.remove()
+    found["restored"] = handle_of(pipe) is None and not is_patched(pipe.unet)
+    with scalediff.patch_model(pipe):
+        try:
+            latents_of_demo(pipe, mesh=everyone)
+        except ValueError as error:
+            found["patched"] = str(error)
+    next(pipe.unet.parameters()).data.add_(distributed.get_rank())
+    try:
+        latents_of_demo(pipe, mesh=everyone)
+    except ValueError as error:
+        found["weights"] = str(error)
+    return found
 
 
 def state_of(model: Any) -> dict[str, Any]:
@@ -470,7 +497,7 @@ BY_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 OTHERS = (
     masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, refused_by_rows,
-    drawn_by_rows, odd_heads, refused_unets, demo_by_rows, hangs, fails,
+    drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows, hangs, fails,
 )  # fmt: skip
 UNETS = {
     f"{kind} by rows, {guidance} halves": functools.partial(unet_by_rows, kind, guidance)

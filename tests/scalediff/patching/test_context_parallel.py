@@ -25,7 +25,7 @@ from tests.scalediff.patching.ranks import BY_ROWS, GRID, NATIVE, PATCHED, UNETS
 pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
 
 TWO = (*PATCHED, "masked", "anything", "gradients", "another_backend", "custom_plan", "two_pictures", "unseen", "checked", "drawn")
-SPLIT = (*BY_ROWS, "refused_by_rows", "drawn_by_rows", "odd_heads", *UNETS, "refused_unets", "demo_by_rows")
+SPLIT = (*BY_ROWS, "refused_by_rows", "drawn_by_rows", "odd_heads", *UNETS, "refused_unets", "demo_by_rows", "generated_by_rows")
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +202,28 @@ def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, 
     one, other = (found["demo_by_rows"] for found in two)
     assert_same(one, ranks.drawn_demo(None))
     assert torch.equal(one, other)
+
+
+def test_a_picture_is_split_for_its_run_alone(two: list[dict[str, Any]]) -> None:
+    one, other = (found["generated_by_rows"] for found in two)
+    assert_same(one["latents"], two[0]["demo_by_rows"])
+    for found in (one, other):
+        assert torch.equal(found["latents"], one["latents"])
+        assert found["rows"] == [16, 22] and found["restored"]  # a band of 32 rows, and the whole base stage
+        assert found["patched"].startswith("mesh= of a run is for a pipeline that is not patched: pass it to patch_model")
+        assert "the digest of the weights is" in found["weights"]
+
+
+def test_what_a_split_run_cannot_have(demo: Any, tmp_path: Path) -> None:
+    size: dict[str, Any] = {"height": 128, "width": 64}
+    with pytest.raises(ValueError, match="mesh needs a generator in the same state on all ranks, and no workdir, got generator=None"):
+        scalediff.generate(demo, "a moon", **size, mesh="all")
+    with pytest.raises(ValueError, match="mesh needs a generator in the same state on all ranks, and no workdir"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", generator=torch.Generator(), workdir=tmp_path)
+    with pytest.raises(ValueError, match="method='direct' does not support mesh"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", method="direct")
+    with pytest.raises(RuntimeError, match="there is no process group"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", generator=torch.Generator())
 
 
 def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
