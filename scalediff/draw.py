@@ -71,6 +71,7 @@ def generate(
     upsampler: str | PathLike[str] | Upsampler | None = None,
     method: str | MethodOptions = "scalediff",
     workdir: str | Path | None = None,
+    mesh: Any = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
@@ -112,6 +113,8 @@ def generate(
             accept prompt, size, steps, guidance scale and generator, some also `upsampler`; any option of ScaleDiff alone raises an error.
         workdir: Folder in which every finished stage is saved. If a run was interrupted, the same call with a generator in the same state
             resumes after the last finished stage and gives the same result bit for bit.
+        mesh: Process group or `DeviceMesh` over which the picture is split for this run, as in `patch_model`, whose errors it raises.
+            All ranks must make the same call, with generators in the same state. Not with `workdir`, nor for a patched pipeline.
         on_stage: Called with every stage when it is finished, or when it is loaded from the workdir.
         on_step: Called after every denoising step with a `Step`: position in the run, seconds left, and a function that makes a preview.
         progress: Show one progress bar over all stages, with the remaining time; where stderr is no terminal or notebook, a line for
@@ -139,7 +142,7 @@ def generate(
     check_inputs(pipe, prompt, negative_prompt, generator, call)
     if method != "scalediff":
         options = resolve_method(method, resolve_upsampler(upsampler))
-        others = {"sizes": sizes, "vae_tiling": vae_tiling, "workdir": workdir, "on_step": on_step}
+        others = {"sizes": sizes, "vae_tiling": vae_tiling, "workdir": workdir, "on_step": on_step, "mesh": mesh}
         named = [*(set(given) - {"steps", "guidance_scale"}), *(name for name, value in others.items() if value is not None)]
         named += ["vae_attention"] * (vae_attention != "full") + ["split_guidance"] * split_guidance
         if named:
@@ -150,7 +153,10 @@ def generate(
         arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
         settings = _settings_of(chosen, given, arguments)
         return _run_other_method(pipe, options, arguments, (height, width), settings, on_stage, progress=progress, force=force)
-    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
+    if mesh is not None and (workdir is not None or generator is None):
+        raise ValueError(f"mesh needs a generator in the same state on all ranks, and no workdir, got {generator=} and {workdir=}")
+    enlarge = resolve_upsampler(upsampler)
+    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, enlarge, mesh)
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
     settings = _settings_of(chosen, given, arguments)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from scalediff.arguments import (
@@ -27,15 +26,14 @@ from scalediff.arguments import (
 )
 from scalediff.cascade.changing import called_size, change_in_call
 from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
-from scalediff.cascade.describing import package_version
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.holding import held
 from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import cascade_of, edits_picture, guidance_argument, native_size, preset, stage_sizes
+from scalediff.cascade.ranks import check_ranks
 from scalediff.cascade.results import RunOptions
 from scalediff.cascade.run import run
 from scalediff.cascade.schedule import schedule_length
-from scalediff.cascade.workdir import digest, fingerprint_weights
 from scalediff.families.grid import Grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import GridSource, LayoutSource, TextSource
@@ -44,7 +42,6 @@ from scalediff.patching.networks import changes_picture, denoiser_of, family_in_
 from scalediff.patching.patch_networks import patch_networks, supports_cascade, unpatch_networks
 from scalediff.patching.subclass import ATTRIBUTE, patch_class
 from scalediff.settings import Jitter
-from scalediff_kernels.distributed.groups import check_agreement, groups_of
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 
@@ -167,9 +164,7 @@ def patch_model(
     arguments["wrap"] = wrap[0], wrap[1]
     with held(model):
         if mesh is not None:
-            facts = _facts(denoiser_of(model), arguments)
-            for group in groups_of(mesh):
-                check_agreement(group, facts)
+            check_ranks(denoiser_of(model), mesh, arguments)
         handle = patch_networks(model, **arguments, mesh=mesh)
         if not isinstance(model, nn.Module):
             family = family_in_use(denoiser_of(model))
@@ -181,19 +176,6 @@ def patch_model(
                 problem = f"{handle.report.call}; above the native size it is direct inference with windowed attention"
                 warnings.warn(f"scalediff: {problem}", stacklevel=2)
     return handle
-
-
-def _facts(denoiser: Any, arguments: Mapping[str, Any]) -> dict[str, str]:
-    """What all ranks must agree on before they share a model."""
-    names = ("window", "text_queries", "text_rope", "jitter", "seed", "impl")
-    return {
-        "torch": torch.__version__,
-        "diffusers": package_version("diffusers"),
-        "scalediff": package_version("scalediff"),
-        "the model": f"{type(denoiser).__name__} {digest(dict(getattr(denoiser, 'config', {})))}",
-        "the digest of the weights": fingerprint_weights([denoiser]),
-        **{name: repr(arguments[name]) for name in names},
-    }
 
 
 def unpatch_model(model: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent, wrap_of
+from scalediff.cascade.ranks import check_ranks
 from scalediff.cascade.streaming import is_streamed, stream_obstacle, streamed
 from scalediff.patching.circular import wrapped
 from scalediff.patching.handle import Handle
@@ -41,19 +42,26 @@ def restored_pipeline(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full") -> Iterator[Handle | None]:
+def borrowed(pipe: Any, settings: Settings, vae_attention: Attention = "full", *, mesh: Any = None) -> Iterator[Handle | None]:
     """Prepare a pipeline for a run of the cascade, and restore it on exit.
 
     Yields the handle by which the stages switch the attention, or None if nothing is patched. A pipeline that is not patched is patched
-    here for the run, so that a model with nothing to patch raises its error before anything is computed.
+    here for the run, so that a model with nothing to patch raises its error before anything is computed; with a mesh, it is split too.
+
+    Raises:
+        ValueError: There is a mesh, and the pipeline is patched already.
     """
     handle, wrap = handle_of(pipe), wrap_of(pipe, settings)
+    if mesh is not None and handle is not None:
+        raise ValueError("mesh= of a run is for a pipeline that is not patched: pass it to patch_model, got a patched pipeline")
     with ExitStack() as undo:
         undo.enter_context(restored_pipeline(pipe))
-        if handle is None and settings.attention == "npa":
+        if handle is None and (settings.attention == "npa" or mesh is not None):
             nets = networks_of(pipe)  # ControlNets that the caller patched separately are left alone
             whole = pipe if len(nets) > 1 and not any(map(is_patched, nets)) else nets[0]
-            handle = undo.enter_context(patch_networks(whole, jitter=settings.jitter or "none"))
+            if mesh is not None:
+                check_ranks(nets[0], mesh, {"jitter": settings.jitter})
+            handle = undo.enter_context(patch_networks(whole, jitter=settings.jitter or "none", mesh=mesh))
         _wrap(pipe, handle, wrap, undo)
         if vae_attention == "npa":
             undo.enter_context(_windowed_vae(pipe, wrap))

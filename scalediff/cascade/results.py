@@ -54,6 +54,7 @@ class RunOptions:
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder.
         split_guidance: Run the two passes of classifier-free guidance one after the other.
         upsampler: Function that enlarges the picture of a stage for the next; bicubic when None.
+        mesh: Ranks over which pictures above the native size are split, as in `patch_model`; the model is not split when None.
 
     Raises:
         TypeError: A value is of the wrong type.
@@ -68,6 +69,7 @@ class RunOptions:
     vae_attention: Attention = "full"
     split_guidance: bool = False
     upsampler: Upsampler | None = None
+    mesh: Any = None
 
     def __post_init__(self) -> None:
         check_arguments(_OPTION_CHECKS, vars(self))

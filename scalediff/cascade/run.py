@@ -74,7 +74,7 @@ def run(
     restarts = len(sizes) - (given is None or given.strength is not None)
     check_run(pipe, arguments, sizes, settings, restarts=restarts)
     check_possible(pipe, arguments, sizes[-1])
-    with borrowed(pipe, settings, options.vae_attention) as handle:
+    with borrowed(pipe, settings, options.vae_attention, mesh=options.mesh) as handle:
         jitter, calls = handle.jitter if handle is not None else "none", model_calls(pipe.scheduler, settings.steps)
         check_caches(pipe, settings, calls=calls, restarts=restarts, jitter=jitter, split_guidance=options.split_guidance)
         return _Run(pipe, arguments, list(sizes), settings, options, handle, given).run_stages()

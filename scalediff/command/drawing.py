@@ -40,7 +40,8 @@ from scalediff.settings import Settings
 
 def generate_pictures(options: Namespace) -> None:
     """Generate a picture for every prompt and seed, and save every stage; with --compare, save a comparison too."""
-    jobs = own_jobs(options, plan_jobs(options, prompts_of(options)))
+    planned = plan_jobs(options, prompts_of(options))
+    jobs = own_jobs(options, planned)
     if not jobs:
         return
     method = chosen_method(options)
@@ -60,7 +61,7 @@ def generate_pictures(options: Namespace) -> None:
         for job in jobs:
             print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
             facts = {"sizes": [f"{h}x{w}" for h, w in sizes]} if method == "scalediff" else method_facts(options.method, method)
-            arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(jobs) > 1)
+            arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(planned) > 1)
             if method != "scalediff":
                 arguments = {name: arguments[name] for name in SHARED} | {"method": method}
             if saves:

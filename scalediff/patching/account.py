@@ -87,7 +87,7 @@ class Account:
         """Check a finished pass.
 
         Raises:
-            ValueError: Under `strict`, calls that should have been computed in windows were not.
+            ValueError: Calls that should have been computed in windows were not, under `strict` or in a picture that is split in bands.
         """
         self._callers.may_have_changed = True
         if finished.observes:
@@ -204,7 +204,7 @@ class Account:
                 if why:
                     missing[site.name] = why
         before, self._missing = self._missing, frozenset(missing)
-        if not missing or (before == self._missing and not self._strict):
+        if not missing or (before == self._missing and not self._strict and finished.bands is None):
             return
         names = ", ".join(self._prefix + name for name in missing)
         count = sum(site.role in ("self", "joint") for site in self._sites.values())
@@ -213,7 +213,7 @@ class Account:
         if _NO_CALL in missing.values() and (caches := self._caches()):
             reasons += f"; or {', '.join(caches)} reused what was computed before the model was patched: disable and enable the cache again"
         problem = f"{names} {verb} full attention: {reasons} ({len(missing)} of {count} self-attention modules of {self._name})"
-        if self._strict:
+        if self._strict or finished.bands is not None:  # the result would be that of each band alone
             raise ValueError(problem)
         warnings.warn(f"scalediff: {problem}", stacklevel=4)
 

@@ -57,17 +57,18 @@ class Bands:
         """Call a method with this rank's band of the latents, which are its first argument; the result is that of the whole picture.
 
         Raises:
-            NotImplementedError: The pass has residuals of a ControlNet or adapter, or FreeU is on.
+            NotImplementedError: The pass has residuals of a ControlNet or adapter, or masks of an IP-Adapter; FreeU is on; or the batch of
+                perturbed-attention guidance would be halved.
         """
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        found = [name for name in _RESIDUALS if given.get(name) is not None]
-        if found:
-            raise NotImplementedError(f"mesh= splits a U-Net without the residuals of others, got {', '.join(found)}")
-        if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
-            raise NotImplementedError("mesh= does not split FreeU's Fourier transforms: call disable_freeu()")
+        _check_parts(module, given)
         rank, ranks = distributed.get_rank(self.group), distributed.get_world_size(self.group)
         latents, batch = self._parameters[0], given[self._parameters[0]].shape[0]
         halves = self._halves if batch % 2 == 0 else None
+        if halves is not None and any(type(x).__name__.startswith("PAG") for x in getattr(module, "attn_processors", {}).values()):
+            raise NotImplementedError(
+                "a mesh with guidance halves the batch, which perturbed-attention guidance needs whole: split rows alone"
+            )
         if halves is not None:
             given = _half(given, batch, distributed.get_rank(halves))
         given[latents] = given[latents].chunk(ranks, dim=2)[rank]
@@ -82,6 +83,17 @@ class Bands:
             all_gather(whole, out.contiguous(), halves)
             out = whole
         return (out, *result[1:]) if isinstance(result, tuple) else dataclasses.replace(result, sample=out)
+
+
+def _check_parts(module: nn.Module, given: Mapping[str, Any]) -> None:
+    """Check that nothing in a pass looks at the whole picture; raises as `Bands.run`."""
+    found = [name for name in _RESIDUALS if given.get(name) is not None]
+    if found:
+        raise NotImplementedError(f"mesh= splits a U-Net without the residuals of others, got {', '.join(found)}")
+    if "ip_adapter_masks" in (given.get("cross_attention_kwargs") or {}):
+        raise NotImplementedError("mesh= does not split the masks of an IP-Adapter, got ip_adapter_masks")
+    if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
+        raise NotImplementedError("mesh= does not split FreeU's Fourier transforms: call disable_freeu()")
 
 
 def _half(value: Any, batch: int, half: int) -> Any:

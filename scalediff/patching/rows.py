@@ -79,11 +79,19 @@ class RowShare:
 def pass_facts(layout: Layout, jitter: str, arguments: Mapping[str, Any]) -> dict[str, str]:
     """What all ranks must agree on in a pass: the tokens, how the patch grid moves, and every tensor that the model is given.
 
-    Tensors are compared by shape, dtype and the sum of their bytes.
+    Tensors, also those in dictionaries and lists, are compared by shape, dtype and the sum of their bytes.
     """
-    facts = {"the token layout": repr(layout), "the jitter": jitter}
-    for name, value in arguments.items():
+    return {"the token layout": repr(layout), "the jitter": jitter, **_tensor_facts(arguments, "")}
+
+
+def _tensor_facts(values: Mapping[Any, Any], prefix: str) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    for name, value in values.items():
         if isinstance(value, Tensor):
             total = int(value.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
-            facts[name] = f"{tuple(value.shape)} of {value.dtype} with the checksum {total}"
+            facts[f"{prefix}{name}"] = f"{tuple(value.shape)} of {value.dtype} with the checksum {total}"
+        elif isinstance(value, dict):
+            facts |= _tensor_facts(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            facts |= _tensor_facts(dict(enumerate(value)), f"{prefix}{name}.")
     return facts

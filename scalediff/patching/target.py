@@ -71,6 +71,11 @@ class Offsets:
         self._steps = 0
 
     @property
+    def place(self) -> str:
+        """The place in the sequence, to compare with other ranks."""
+        return f"{self.jitter} after {self._steps} steps"
+
+    @property
     def at_start(self) -> bool:
         """Whether no step has had an offset yet."""
         return self._steps == 0
@@ -165,7 +170,7 @@ class Target:
             return None
         plan, weights, observes = planned
         opened = open_pass(self, plan, weights, frame=sys._getframe(1), observes=observes)
-        opened.bands = self._split if isinstance(self._split, Bands) else None
+        opened.bands = self._split if isinstance(self._split, Bands) and not observes else None
         return opened
 
     def end(self, module: nn.Module, opened: Pass, finished: bool) -> None:
@@ -191,7 +196,7 @@ class Target:
         if not isinstance(layout, Layout):
             raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")
         if self._split is not None:
-            facts = pass_facts(layout, self.offsets.jitter, arguments)
+            facts = pass_facts(layout, self.offsets.place, arguments)
             for group in self._split.groups:
                 check_agreement(group, facts)
         if needs_equal_parts(module, self.family):
@@ -239,6 +244,8 @@ class Target:
 
     def on_skipped(self, current_pass: Pass, why: str, lengths: tuple[int, int]) -> None:
         """Count a call that looks like self-attention and runs full attention."""
+        if current_pass.bands is not None:  # it would see one band alone
+            raise NotImplementedError(f"mesh= does not split full attention of a U-Net: {why}")
         self.account.left(current_pass, lengths, why)
 
     def on_other(self, current_pass: Pass, lengths: tuple[int, int]) -> None:

@@ -54,6 +54,18 @@ def test_processes_share_the_pictures_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == after
 
 
+def test_every_picture_has_its_own_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a process draws one picture alone, because the others have the rest or because the rest is there."""
+    folders: list[Path] = []
+    monkeypatch.setattr(drawing, "_generate_one", lambda pipe, options, job, size, how, *more: folders.append(how["workdir"]))
+    wanted = ["a moon", "a sun", "--out", str(tmp_path), "--workdir", str(tmp_path / "work")]
+    for rank in range(2):
+        assert start(monkeypatch, rank, 2, *wanted) == 0
+    (tmp_path / "a-moon-0.png").write_text("a picture")
+    assert start(monkeypatch, 0, 1, *wanted, "--skip-existing") == 0
+    assert [folder.name for folder in folders] == ["a-moon-0", "a-sun-0", "a-sun-0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "world", "message"),
     [

@@ -24,6 +24,8 @@ from scalediff import Layout, Sequence
 from scalediff.cascade.pipeline import native_size
 from scalediff.command.ranks import drawing_together
 from scalediff.patching import interception
+from scalediff.patching.networks import handle_of
+from scalediff.patching.subclass import is_patched
 from tests import processes
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
@@ -333,7 +335,32 @@ def refused_unets() -> dict[str, str]:
                 output(model, arguments)
             except (ValueError, NotImplementedError) as error:
                 said[name] = str(error)
+    said |= unsplit_attention()
     assert functions == (F.conv2d, F.group_norm)
+    return said
+
+
+def unsplit_attention() -> dict[str, str]:
+    """What a U-Net says of attention that would see one band or one half alone."""
+    from diffusers.models.attention_processor import AttnProcessor, PAGCFGIdentitySelfAttnProcessor2_0
+
+    given, everyone, said = unet_inputs("SD1.5", UNET_GRID), distributed.group.WORLD, dict[str, str]()
+    halves = init_device_mesh("cpu", (2, 1), mesh_dim_names=("guidance", "rows"))
+    columns = {"masks": {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 16, 12)]}}}
+    columns["tokens"] = {"encoder_hidden_states": Draw(3)(2, 24, given["encoder_hidden_states"].shape[-1]).double()}
+    processors: dict[str, Any] = {"PAG": PAGCFGIdentitySelfAttnProcessor2_0, "own": AttnProcessor}
+    for name in (*columns, *processors):
+        model = ZOO["SD1.5"].build().double()
+        if name in processors:
+            next(part for one, part in model.named_modules() if one.endswith("attn1")).set_processor(processors[name]())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            handle = scalediff.patch_model(model, window=WINDOW, strict=False, mesh=halves if name == "PAG" else everyone)
+        try:
+            output(model, given | columns.get(name, {}))
+        except (ValueError, NotImplementedError) as error:
+            said[name] = str(error)
+        handle.remove()
     return said
 
 
@@ -345,9 +372,34 @@ def demo_by_rows() -> Tensor:
 def drawn_demo(mesh: Any) -> Tensor:
     pipe = scalediff.load_demo().to(torch.float64)
     with scalediff.patch_model(pipe, mesh=mesh):
-        made = scalediff.generate(pipe, "a full moon", height=128, width=64, steps=2, restart=0.5, generator=seeded())
+        return latents_of_demo(pipe)
+
+
+def latents_of_demo(pipe: Any, **options: Any) -> Tensor:
+    made = scalediff.generate(pipe, "a full moon", height=128, width=64, steps=2, restart=0.5, generator=seeded(), **options)
     latents: Tensor = made.stages[-1].latents
     return latents
+
+
+def generated_by_rows() -> dict[str, Any]:
+    """A picture that is split for its run alone; and what that says of a patched pipeline, and of ranks with different weights."""
+    pipe, everyone = scalediff.load_demo().to(torch.float64), distributed.group.WORLD
+    rows: list[int] = []
+    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[2]))
+    found: dict[str, Any] = {"latents": latents_of_demo(pipe, mesh=everyone), "rows": sorted(set(rows))}
+    hook.remove()
+    found["restored"] = handle_of(pipe) is None and not is_patched(pipe.unet)
+    with scalediff.patch_model(pipe):
+        try:
+            latents_of_demo(pipe, mesh=everyone)
+        except ValueError as error:
+            found["patched"] = str(error)
+    next(pipe.unet.parameters()).data.add_(distributed.get_rank())
+    try:
+        latents_of_demo(pipe, mesh=everyone)
+    except ValueError as error:
+        found["weights"] = str(error)
+    return found
 
 
 def state_of(model: Any) -> dict[str, Any]:
@@ -403,6 +455,11 @@ def refused_by_rows() -> dict[str, str]:
         attempt("prompt", lambda: output(model, prompt))
         attempt("size", lambda: output(model, inputs("FLUX.1", (8, 6) if seed == 0 else (6, 8))))
         attempt("gradients", lambda: model(**inputs("FLUX.1", GRID), return_dict=False))
+    with scalediff.patch_model(model, window=WINDOW, jitter="alternate", mesh=everyone) as handle:
+        output(model, inputs("FLUX.1", GRID))
+        if seed == 1:
+            handle.restart_jitter()
+        attempt("jitter", lambda: output(model, inputs("FLUX.1", GRID)))
     return said
 
 
@@ -440,7 +497,7 @@ BY_ROWS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 OTHERS = (
     masked, anything, gradients, another_backend, custom_plan, two_pictures, unseen, checked, compiled, drawn, refused_by_rows,
-    drawn_by_rows, odd_heads, refused_unets, demo_by_rows, hangs, fails,
+    drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows, hangs, fails,
 )  # fmt: skip
 UNETS = {
     f"{kind} by rows, {guidance} halves": functools.partial(unet_by_rows, kind, guidance)

@@ -15,6 +15,7 @@ import scalediff
 from bench.models.zoo import WINDOW, ZOO
 from scalediff import Layout, Sequence
 from scalediff.families import FAMILIES
+from scalediff.patching.rows import pass_facts
 
 diffusers = pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 
@@ -24,7 +25,7 @@ from tests.scalediff.patching.ranks import BY_ROWS, GRID, NATIVE, PATCHED, UNETS
 pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
 
 TWO = (*PATCHED, "masked", "anything", "gradients", "another_backend", "custom_plan", "two_pictures", "unseen", "checked", "drawn")
-SPLIT = (*BY_ROWS, "refused_by_rows", "drawn_by_rows", "odd_heads", *UNETS, "refused_unets", "demo_by_rows")
+SPLIT = (*BY_ROWS, "refused_by_rows", "drawn_by_rows", "odd_heads", *UNETS, "refused_unets", "demo_by_rows", "generated_by_rows")
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +204,38 @@ def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, 
     assert torch.equal(one, other)
 
 
+def test_a_picture_is_split_for_its_run_alone(two: list[dict[str, Any]]) -> None:
+    one, other = (found["generated_by_rows"] for found in two)
+    assert_same(one["latents"], two[0]["demo_by_rows"])
+    for found in (one, other):
+        assert torch.equal(found["latents"], one["latents"])
+        assert found["rows"] == [16, 22] and found["restored"]  # a band of 32 rows, and the whole base stage
+        assert found["patched"].startswith("mesh= of a run is for a pipeline that is not patched: pass it to patch_model")
+        assert "the digest of the weights is" in found["weights"]
+
+
+def test_what_a_split_run_cannot_have(demo: Any, tmp_path: Path) -> None:
+    size: dict[str, Any] = {"height": 128, "width": 64}
+    with pytest.raises(ValueError, match="mesh needs a generator in the same state on all ranks, and no workdir, got generator=None"):
+        scalediff.generate(demo, "a moon", **size, mesh="all")
+    with pytest.raises(ValueError, match="mesh needs a generator in the same state on all ranks, and no workdir"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", generator=torch.Generator(), workdir=tmp_path)
+    with pytest.raises(ValueError, match="method='direct' does not support mesh"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", method="direct")
+    with pytest.raises(RuntimeError, match="there is no process group"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", generator=torch.Generator())
+
+
 def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
     for said in (found["refused_unets"] for found in two):
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 9 rows of tokens")
         assert said["mesh"].startswith("a mesh of two dimensions must have 2 ranks for guidance, and others for rows, got")
         assert said["residuals"] == "mesh= splits a U-Net without the residuals of others, got mid_block_additional_residual"
         assert said["FreeU"] == "mesh= does not split FreeU's Fourier transforms: call disable_freeu()"
+        assert said["masks"] == "mesh= does not split the masks of an IP-Adapter, got ip_adapter_masks"
+        assert said["tokens"].startswith("mesh= does not split full attention of a U-Net: image and text have the same number of tokens")
+        assert said["PAG"].startswith("a mesh with guidance halves the batch, which perturbed-attention guidance needs whole")
+        assert "runs full attention" in said["own"]
 
 
 def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]]) -> None:
@@ -232,6 +259,15 @@ def test_ranks_that_differ_are_named(two: list[dict[str, Any]]) -> None:
         assert said["weights"].startswith(contract + "the digest of the weights is ")
         assert said["prompt"].startswith(contract + "encoder_hidden_states is (2, 6, 32) of torch.float64 with the checksum ")
         assert "the token layout is Layout(grid=(8, 6)" in said["size"]
+        assert said["jitter"] == contract + "the jitter is alternate after 1 steps on rank 0 and alternate after 0 steps on rank 1"
+
+
+def test_facts_of_a_pass_include_tensors_in_dictionaries_and_lists() -> None:
+    facts = pass_facts(
+        Layout(GRID, (Sequence(GRID),)), "none", {"added": {"pictures": [torch.ones(2, dtype=torch.uint8)], "scale": 1.0}, "x": None}
+    )
+    assert list(facts) == ["the token layout", "the jitter", "added.pictures.0"]
+    assert facts["added.pictures.0"] == "(2,) of torch.uint8 with the checksum 2"
 
 
 # Longer runs
