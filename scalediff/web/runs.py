@@ -17,6 +17,7 @@ from scalediff.cascade.holding import held
 from scalediff.cascade.pipeline import call_pipeline, guidance_argument, named_preset
 from scalediff.cascade.progress import Step
 from scalediff.draw import Result, generate, upscale
+from scalediff.methods import METHODS
 from scalediff.methods.running import with_full_attention
 from scalediff.web.gallery import COMPANIONS, Gallery
 from scalediff.web.jobs import Job, method_label
@@ -135,12 +136,15 @@ class Run:
             self.gallery.drop(name)
 
     def _check_memory(self) -> None:
-        """Refuse a run that does not fit into memory by estimate.
+        """Refuse a run that does not fit into memory by estimate. Methods whose denoiser sees a part at a time need less than that.
 
         Raises:
             ValueError: It does not fit, and the job is not forced.
         """
         job = self.job
+        method = METHODS.get(job.method)
+        if method is not None and method.in_parts:
+            return  # a picture that the device could not even hold is refused by `generate`
         self._put(Progress("Estimating the memory"))
         try:
             with held(self.pipe):
