@@ -52,7 +52,9 @@ def check_one_process(command: str) -> None:
     """
     world = place().world
     if world > 1:
-        raise UsageError(f"scalediff {command} runs in one process; under torchrun, `scalediff generate` shares pictures out, got {world}")
+        raise UsageError(
+            f"scalediff {command} runs in one process; under torchrun, `scalediff generate` shares pictures out, got WORLD_SIZE={world}"
+        )
 
 
 def own_jobs(options: Namespace, jobs: Sequence[Job]) -> list[Job]:
