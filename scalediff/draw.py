@@ -25,6 +25,7 @@ from scalediff.cascade.schedule import schedule_length
 from scalediff.cascade.upsampling import Upsampler, resolve_upsampler
 from scalediff.cascade.workdir import Workdir
 from scalediff.methods import METHODS, Direct, MethodOptions, SuperResolution, resolve_method
+from scalediff.patching.networks import handle_of
 from scalediff.settings import Attention, PerStage, Preset, Settings
 
 
@@ -100,9 +101,9 @@ def generate(
             every level of the U-Net. When None, that of the patched pipeline.
         sizes: (height, width) of every stage in pixels, base first and target last. When None, each stage doubles the size.
         vae_tiling: Encode and decode in parts, in a fraction of the memory: in bands of rows that give the result of one piece up to
-            rounding for `AutoencoderKL` and those with its layers, in diffusers' tiles with blended seams for others, and where the
-            pipeline's tiling is on. When None, the pipeline's setting holds, and parts are used if the autoencoder would not fit into the
-            device's memory beside the weights.
+            rounding for `AutoencoderKL` and those with its layers; in diffusers' tiles with blended seams for others, for pictures that
+            wrap along Y, and where the pipeline's tiling is on. When None, the pipeline's setting holds, and parts are used if the
+            autoencoder would not fit into the device's memory beside the weights.
         vae_attention: `"npa"` uses neighborhood patch attention in the autoencoder too.
         split_guidance: Run the two passes of classifier-free guidance one after the other instead of as one doubled batch, which halves
             the memory of the denoiser's activations.
@@ -148,8 +149,10 @@ def generate(
         if named:
             raise ValueError(f"method={method!r} does not support {', '.join(sorted(named))}")
         chosen = _resolve_preset(pipe, preset)
-        if any(around := wrap_of(pipe, chosen.settings)):
-            raise ValueError(f"method={method!r} does not support wrap, got wrap={around} from the preset or the patched pipeline")
+        patched = handle_of(pipe)
+        around = [wrap for wrap in (chosen.settings.wrap, patched and patched.wrap) if wrap and any(wrap)]
+        if around:
+            raise ValueError(f"method={method!r} does not support wrap, got wrap={around[0]} from the preset or the patched pipeline")
         arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
         settings = _settings_of(chosen, given, arguments)
         return _run_other_method(pipe, options, arguments, (height, width), settings, on_stage, progress=progress, force=force)

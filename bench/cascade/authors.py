@@ -42,19 +42,21 @@ class Authors:
             yield
 
     def image(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: Grid, patch: Grid, offset: Grid = (0, 0), scale: float | None = None,
-        impl: str = "auto",
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: Grid, patch: Grid, offset: Grid = (0, 0),
+        wrap: tuple[bool, bool] = (False, False), scale: float | None = None, impl: str = "auto",
     ) -> Tensor:  # fmt: skip
-        """As `scalediff_kernels.neighborhood_patch_attention`, `[B, Y, X, H, D]`."""
+        """As `scalediff_kernels.neighborhood_patch_attention`, `[B, Y, X, H, D]`, without axes that wrap, as theirs."""
+        assert not any(wrap)
         cut = self._cut(q, window, patch, offset)
         return cut.canvas(_attended(cut.parts(q, k, v), scale))
 
     def joint(
         self, q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor, *, window: Grid, patch: Grid,
-        offset: Grid = (0, 0), scale: float | None = None, text_rope: tuple[Tensor, Tensor] | None = None,
-        text_queries: str | None = "window", impl: str = "auto",
+        offset: Grid = (0, 0), wrap: tuple[bool, bool] = (False, False), scale: float | None = None,
+        text_rope: tuple[Tensor, Tensor] | None = None, text_queries: str | None = "window", impl: str = "auto",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As `scalediff_kernels.joint_neighborhood_patch_attention`; text `[B, T, H, D]`. Another rule than theirs is a ValueError."""
+        assert not any(wrap)
         if text_queries != "window":
             raise ValueError(f"text_queries must be 'window', the authors' rule, got {text_queries=}")
         cut = self._cut(q, window, patch, offset)

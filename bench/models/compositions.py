@@ -37,6 +37,7 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
     "CFG++": dict.fromkeys(WHERE, "diffusers 0.42 has no pipeline or scheduler for it"),
     "image-to-image": {"network": "the network computes as for text-to-image"},
     "inpainting": {"network": "the network computes as for text-to-image"},
+    "pictures that wrap": {},
     "FirstBlockCache": {},
     "MagCache": {},
     "TaylorSeerCache": {},

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +51,17 @@ def draw_missing(gallery: Gallery, table: Table, shard: tuple[int, int]) -> None
 
 
 def measure_table(gallery: Gallery, table: Table, add: Callable[[str, Columns], None], sheet: Path | None) -> None:
-    """Measure the rows of a table and their differences from the baseline, which is measured on the same scenes; draw the contact sheet."""
-    true = quantised(render(HELD_OUT_SEED + table.first, table.n, table.size))
-    baseline = next((row for row in table.rows if row in BASELINE), None)
+    """Measure the rows of a table, the baseline first, and their differences from it; draw the contact sheet."""
+    seed = HELD_OUT_SEED + table.first
+    true = quantised(render(seed, table.n, table.size))
     drawn = {"true renders of the captions": true}
-
-    @cache
-    def measured(row: str, n: int) -> Measured:
-        pictures = gallery.read(row, range(table.first, table.first + n))
-        drawn.setdefault(row, pictures.images)
-        seed = HELD_OUT_SEED + table.first if DRAWINGS[row].method else OTHER_SCENES
-        return measure(gallery.pipe, pictures, true[:n], first_scene=seed)
-
-    for row in table.rows:
-        n = len(table.scenes(row))
-        columns = measured(row, n).columns
-        if baseline not in (None, row) and DRAWINGS[row].method:
-            columns = columns | differences(measured(row, n), measured(baseline, n))
-        add(row, columns)
+    baseline: Measured | None = None
+    for row in sorted(table.rows, key=lambda row: row not in BASELINE):
+        pictures = gallery.read(row, table.scenes)
+        measured = measure(gallery.pipe, pictures, true, first_scene=seed if DRAWINGS[row].method else OTHER_SCENES)
+        add(row, measured.columns | (differences(measured, baseline) if baseline and DRAWINGS[row].method else {}))
+        baseline = measured if row in BASELINE else baseline
+        drawn[row] = pictures.images
     if sheet is not None:
         write_sheet(sheet, {name: drawn[name] for name in ("true renders of the captions", *table.rows)})
 

@@ -69,9 +69,9 @@ class Gallery:
 
     def missing(self, table: Table) -> Iterator[tuple[str, int]]:
         """Rows and scenes of a table that have to be drawn, in the order in which they should be: scene by scene, all rows in turn."""
-        for scene in table.scenes():
+        for scene in table.scenes:
             for row in table.rows:
-                if DRAWINGS[row].method and scene in table.scenes(row) and not self._file(row, scene).exists():
+                if DRAWINGS[row].method and not self._file(row, scene).exists():
                     yield row, scene
 
     def draw(self, row: str, scene: int) -> None:

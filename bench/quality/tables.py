@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bench.harness import facts
@@ -34,7 +33,6 @@ class Table(NamedTuple):
         first: First scene, counted from `HELD_OUT_SEED`. Those from 1000 on were used for no choice.
         n: Pictures a row.
         size: Pixels per side.
-        few: Rows with fewer pictures, because they take long, and how many.
     """
 
     title: str
@@ -42,15 +40,14 @@ class Table(NamedTuple):
     first: int
     n: int
     size: int
-    few: Mapping[str, int] = MappingProxyType({})
 
-    def scenes(self, row: str = "") -> range:
-        """The scenes of a row, counted from `HELD_OUT_SEED`."""
-        return range(self.first, self.first + min(self.n, self.few.get(row, self.n)))
+    @property
+    def scenes(self) -> range:
+        """The scenes, counted from `HELD_OUT_SEED`."""
+        return range(self.first, self.first + self.n)
 
 
 _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full": ("full attention + LFM + SG", {"attention": "full"}),
     "npa": ("NPA + LFM + SG", {}),
     "no-lfm": ("NPA without LFM", {"lfm": False}),
     "no-sg": ("NPA without SG", {"sg": False}),
@@ -84,19 +81,16 @@ _OTHERS = tuple(name for name in METHODS if name != "hiflow")  # needs a flow mo
 DRAWINGS = {name: Drawing(label, changes) for name, (label, changes) in (_PARTS | _SWITCHES | _SWEEP).items()}
 DRAWINGS |= {f"{name}-restart-0.7": Drawing(label, {**changes, "restart": 0.7}) for name, (label, changes) in _PARTS.items()}
 DRAWINGS |= {name: Drawing(method_title(name), {}, name) for name in _OTHERS}
+DRAWINGS["full"] = Drawing("full attention + LFM + SG", {"attention": "full"})
 DRAWINGS["super-resolution"] = Drawing("base picture, bicubic", {}, "super-resolution")
 DRAWINGS |= {name: Drawing(label, {}, "") for name, label in _UNDRAWN.items()}
 
 _PARTS_AT_07 = tuple(f"{name}-restart-0.7" for name in _PARTS)
 TABLES = {
     "methods": Table("All methods", (*_OTHERS, "full", "npa", *_UNDRAWN), 1000, 16, 256),
-    "parts": Table(
-        "The parts of the method, restart 0.7", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256, {"full-restart-0.7": 16}
-    ),
-    "preset": Table(
-        "The parts of the method, restart of the preset", ("super-resolution", *_PARTS, *_UNDRAWN), 1000, 64, 256, {"full": 16}
-    ),
-    "large": Table("The parts of the method, restart 0.7, at 8x", ("super-resolution", *_PARTS_AT_07[1:], *_UNDRAWN), 1000, 8, 512),
+    "parts": Table("The parts of the method, restart 0.7", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256),
+    "preset": Table("The parts of the method, restart of the preset", ("super-resolution", *_PARTS, *_UNDRAWN), 1000, 64, 256),
+    "large": Table("The parts of the method, restart 0.7, at 8x", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 8, 512),
     "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 64, 256),
     "sweep": Table("Restart and cutoff", tuple(_SWEEP), 0, 8, 256),
 }
@@ -157,7 +151,7 @@ def _table_of(row: str) -> str:
 def summary(records: Rows) -> list[str]:
     """The README's table: the main columns of all methods."""
     rows = [row for key, row in records.items() if key.startswith("methods/")]
-    return _values(rows, columns=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops"))
+    return rows and _values(rows, columns=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops"))
 
 
 def _values(rows: Sequence[Row], *, columns: Sequence[str] = (*STATISTICS, *WORK)) -> list[str]:

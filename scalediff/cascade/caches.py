@@ -20,15 +20,15 @@ from scalediff.patching.subclass import is_replaced
 from scalediff.settings import Jitter, Settings
 
 
-def check_caches(pipe: Any, settings: Settings, *, calls: int, restarts: int, jitter: Jitter, split_guidance: bool) -> None:
+def check_caches(pipe: Any, settings: Settings, *, calls: int, late: int, jitter: Jitter, split_guidance: bool) -> None:
     """Check that a run is right with the caches of a pipeline.
 
     Args:
         pipe: The pipeline.
         settings: Settings of the run.
         calls: Number of model calls of the whole schedule.
-        restarts: Number of stages that run only the last steps of the schedule.
-        jitter: How the patch grid moves in these stages.
+        late: Number of stages that run only the last steps of the schedule, with a base stage that redraws a picture.
+        jitter: How the patch grid moves in the stages above the base.
         split_guidance: As in `generate`.
 
     Raises:
@@ -43,7 +43,7 @@ def check_caches(pipe: Any, settings: Settings, *, calls: int, restarts: int, ji
         if "cache-dit" in names and ("_context_manager" not in pipe.__dict__ or is_replaced(pipe, "__call__")):
             raise RuntimeError("cache-dit would keep its cache from stage to stage: enable it on the pipeline, and before patch_model")
         check_jitter(net, jitter if settings.attention == "npa" else "none")
-        if restarts and "FasterCache" in names:
+        if late and "FasterCache" in names:
             raise NotImplementedError("FasterCache cannot begin a stage in the middle of a schedule, where it skips attention at once")
         mixed = [name for name in names if name not in EXACT]
         if mixed and halves:

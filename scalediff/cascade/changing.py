@@ -29,7 +29,7 @@ from scalediff.settings import Settings
 
 _MAX_DISTORTION = 0.02  # change of the log aspect ratio that is allowed, because sizes are rounded to multiples of the model's
 # Arguments of calls that hold for one picture size, or that start a schedule elsewhere.
-_ONE_SIZE = ("masked_image_latents", "padding_mask_crop", "denoising_start")
+_ONE_SIZE = ("latents", "masked_image_latents", "padding_mask_crop", "denoising_start")
 CHANGE_ARGUMENTS = {"image", "mask_image", "strength", *_ONE_SIZE}  # what `upscale` has itself, or sets
 
 

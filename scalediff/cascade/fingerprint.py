@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scalediff.cascade.borrowing import is_tiled
 from scalediff.cascade.caches import cache_settings
 from scalediff.cascade.generators import states_of
 from scalediff.cascade.keeping import Given
@@ -48,7 +49,7 @@ def fingerprint_run(
         "versions": [torch.__version__, version("diffusers")],
         "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "vae": [run_options.vae_tiling, run_options.vae_attention],
+        "vae": [run_options.vae_tiling, run_options.vae_attention, is_tiled(pipe.vae)],
         "split_guidance": run_options.split_guidance,
         "upsampler": identify_upsampler(run_options.upsampler),
         "caches": digest(caches) if caches else None,

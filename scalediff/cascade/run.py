@@ -76,7 +76,8 @@ def run(
     check_possible(pipe, arguments, sizes[-1])
     with borrowed(pipe, settings, options.vae_attention, mesh=options.mesh) as handle:
         jitter, calls = handle.jitter if handle is not None else "none", model_calls(pipe.scheduler, settings.steps)
-        check_caches(pipe, settings, calls=calls, restarts=restarts, jitter=jitter, split_guidance=options.split_guidance)
+        late = restarts + (given is not None and strength_steps(pipe, settings.steps, given.strength) < settings.steps)
+        check_caches(pipe, settings, calls=calls, late=late, jitter=jitter, split_guidance=options.split_guidance)
         return _Run(pipe, arguments, list(sizes), settings, options, handle, given).run_stages()
 
 

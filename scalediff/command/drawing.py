@@ -97,7 +97,7 @@ def upscale_pictures(options: Namespace) -> None:
     mask = None if options.mask is None else open_picture(options.mask)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     if options.strength is not None:
-        pipe = changing_pipeline(pipe, with_mask=mask is not None, offloaded_to=options.device if options.low_memory else None)
+        pipe = changing_pipeline(pipe, with_mask=mask is not None)
     settings = resolve_settings(pipe, options)
     height, width = options.size or (2 * image.height, 2 * image.width)
     changes = {"mask": options.mask and options.mask.name, "strength": options.strength}

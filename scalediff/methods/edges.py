@@ -41,8 +41,7 @@ def find_edges(picture: NDArray[np.uint8], spread: float) -> NDArray[np.uint8]:
     except ImportError as error:
         raise ImportError('the edges for a ControlNet need OpenCV: pip install "scalediff[controlnet]"') from error
     median = float(np.median(picture))
-    edges: NDArray[np.uint8] = cv2.Canny(picture, max(0.0, (1 - spread) * median), min(255.0, (1 + spread) * median))
-    return edges
+    return np.asarray(cv2.Canny(picture, max(0.0, (1 - spread) * median), min(255.0, (1 + spread) * median)), np.uint8)
 
 
 def resolve_controlnet(pipe: Any, controlnet: Any) -> Any:

@@ -28,6 +28,7 @@ _CACHES = {
     "TextKVCacheBlockHook": "TextKVCache",
 }
 _EXTRAPOLATING = {"TaylorSeerCache", "FasterCache", "SeaCache", "cache-dit"}  # cache-dit by its calibrators
+_DECIDING = {"FirstBlockCache", "SeaCache", "cache-dit"}  # whether they skip depends on what they see
 EXACT = {"TextKVCache"}  # they skip nothing that depends on the picture
 
 
@@ -83,3 +84,14 @@ def check_jitter(net: nn.Module, jitter: Jitter) -> None:
             raise ValueError(f"{name} extrapolates from steps that must have the same patch grid: jitter must be 'none', got {jitter=}")
         if jitter == "random" and name not in EXACT:
             raise ValueError(f"{name} reuses what earlier steps computed: jitter must be 'none' or 'alternate', got {jitter=}")
+
+
+def check_ranks(net: nn.Module) -> None:
+    """Check that no cache of a network lets each rank decide by its own rows whether it skips attention, for which the others would wait.
+
+    Raises:
+        NotImplementedError: A cache does.
+    """
+    for name in cache_names(net):
+        if name in _DECIDING:
+            raise NotImplementedError(f"mesh= does not support caches that look at a rank's own rows to skip computations, got {name}")

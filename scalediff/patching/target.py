@@ -17,7 +17,7 @@ from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
 from scalediff.patching.bands import Bands
-from scalediff.patching.caches import check_jitter, empty_caches
+from scalediff.patching.caches import check_jitter, check_ranks, empty_caches
 from scalediff.patching.call import Call
 from scalediff.patching.circular import NO_WRAP, Wrap
 from scalediff.patching.context_parallel import RowSplit, check_equal_parts, gathered_layout, needs_equal_parts
@@ -163,6 +163,8 @@ class Target:
         outer = current()
         if not self.active or (outer is not None and outer.owner is self):
             return None
+        if self.is_split:
+            check_ranks(module)
         if self.attention == "full" and not needs_equal_parts(module, self.family):
             return None
         planned = self._plan(module, {**dict(zip(self._parameters, args, strict=False)), **kwargs})

@@ -76,8 +76,8 @@ def test_every_method_of_the_library_is_a_row_but_that_for_flow_models() -> None
 
 
 def test_scenes_that_settings_were_chosen_on_are_in_no_other_table() -> None:
-    tuned = set(TABLES["sweep"].scenes())
-    assert not any(tuned & set(table.scenes()) for name, table in TABLES.items() if name != "sweep")
+    tuned = set(TABLES["sweep"].scenes)
+    assert not any(tuned & set(table.scenes) for name, table in TABLES.items() if name != "sweep")
 
 
 def test_all_rows_take_turns_and_a_run_that_was_interrupted_goes_on(tmp_path: Path, noise: Noise, kept_memory: list[bool]) -> None:
@@ -98,7 +98,7 @@ def test_all_rows_take_turns_and_a_run_that_was_interrupted_goes_on(tmp_path: Pa
 
 
 def test_processes_share_the_pictures_of_a_table(tmp_path: Path, noise: Noise) -> None:
-    arguments = ["--tables", "preset", "--n", "5", "--size", "128", "--rows", "npa,full", *places(tmp_path), "--draw"]
+    arguments = ["--tables", "preset", "--n", "5", "--size", "128", "--rows", "npa,alone", *places(tmp_path), "--draw"]
     for share in range(2):
         quality.main([*arguments, "--shard", f"{share}/2"])
         assert {seed % 2 for _, seed in noise.drawn[-4:]} == {share}
@@ -165,15 +165,6 @@ def test_differences_are_of_the_same_pictures() -> None:
     draws = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a, b = Measured({"swd": 5.0, "n": 2}, {"swd": draws}), Measured({"swd": 3.0, "faint": 1.0}, {"swd": draws + 2, "faint": draws})
     assert differences(a, b) == {"swd_gap": 2.0, "swd_gap_se": pytest.approx(0, abs=1e-12)}
-
-
-def test_a_slow_row_has_fewer_pictures_and_is_compared_on_those(tmp_path: Path, noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLES, "preset", TABLES["preset"]._replace(few={"full": 2}))
-    quality.main(["--tables", "preset", "--n", "3", "--size", "128", "--rows", "npa,full", *places(tmp_path)])
-    rows = read_rows(tmp_path / "mine.csv")
-    assert (rows["preset/full"]["n"], rows["preset/npa"]["n"]) == ("2", "3")
-    assert rows["preset/full"]["swd"] != rows["preset/npa"]["swd"]
-    assert float(rows["preset/full"]["swd_gap"]) == 0, "the same noise on the two pictures that both have"
 
 
 def test_rows_of_an_earlier_run_stay(tmp_path: Path, noise: Noise) -> None:

@@ -62,8 +62,7 @@ def solve(shared: Shared, group: Any) -> dict[str, Any]:
     own, problem = owned_rows(shared.rows)[distributed.get_rank(group)], shared.problem
     q, k, v, *text = (x.cpu() for x in problem.inputs())
     mine = [x[:, own.start : own.stop] for x in (q, k, v)]
-    how: dict[str, Any] = problem.arguments | {"group": group, "rows": shared.rows}
-    del how["wrap"]
+    how: dict[str, Any] = without_wrap(problem) | {"group": group, "rows": shared.rows}
     counted, merged = Counted(), None
     with counted:
         if text:
@@ -72,6 +71,11 @@ def solve(shared: Shared, group: Any) -> dict[str, Any]:
         else:
             image = sharded_neighborhood_patch_attention(*mine, **how)
     return {"image": image, "text": merged, "rows": counted.rows, "merged": counted.merged}
+
+
+def without_wrap(problem: Problem) -> dict[str, Any]:
+    """The arguments of a problem for grids that are shared out, which do not wrap."""
+    return {name: value for name, value in problem.arguments.items() if name != "wrap"}
 
 
 class Counted:
@@ -206,7 +210,7 @@ def killed(folder: Path) -> str:
             (folder / "killed").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         try:
-            sharded_neighborhood_patch_attention(q, k, v, group=distributed.group.WORLD, rows=(4,) * 4, **problem.arguments)
+            sharded_neighborhood_patch_attention(q, k, v, group=distributed.group.WORLD, rows=(4,) * 4, **without_wrap(problem))
         except RuntimeError as error:
             (folder / f"said {rank}").write_text(f"{time.time()} {error}")
             raise

@@ -32,6 +32,9 @@ CLASSES = (
     *PARTS, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusion3InpaintPipeline", "ChromaImg2ImgPipeline",
     "FluxFillPipeline", "StableDiffusionXLControlNetImg2ImgPipeline", "KolorsImg2ImgPipeline",
 )  # fmt: skip
+# The families of the others, in their order.
+_OTHER = ("SD1.5", "SD1.5", "SD3", "Chroma", "FLUX", "SDXL", "Kolors")
+BY_FAMILY = [pytest.param(name, id=f"{family}-{name}") for name, family in zip(CLASSES, (*PARTS.values(), *_OTHER), strict=True)]
 # The families of those with a mask, and of those without.
 INPAINTED = ("SDXL", "FLUX", "Qwen-Image", "Z-Image", "SD1.5", "SD3")
 CHANGED = ("SDXL", "FLUX", "SD3", "Qwen-Image", "Z-Image", "SD1.5", "Chroma", "Kolors")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import scalediff
 from bench.models.zoo import WINDOW
-from scalediff.cascade.pipeline import preset
+from scalediff.cascade.pipeline import native_size, preset
 from scalediff.patching.caches import cache_hooks
 from scalediff.patching.networks import denoiser_of
 from tests.conftest import seeded
@@ -242,7 +242,13 @@ def test_the_jitter_of_the_settings_is_checked(flux: Any, cached: Any) -> None:
 def test_faster_cache_is_refused(flux: Any, cached: Any) -> None:
     always = {"is_guidance_distilled": True, "tensor_format": "BCHW", "attention_weight_callback": lambda _: 0.5}
     cached(diffusers.FasterCacheConfig(current_timestep_callback=lambda: 500, **always))
-    refused(flux, NotImplementedError, "FasterCache cannot begin a stage in the middle of a schedule, where it skips attention at once")
+    why = "FasterCache cannot begin a stage in the middle of a schedule, where it skips attention at once"
+    refused(flux, NotImplementedError, why)
+    height, width = native_size(flux[0])  # of this size, the only stage is a base stage
+    changing = diffusers.FluxImg2ImgPipeline(**flux[0].components)
+    how: dict[str, Any] = {"height": height, "width": width, "steps": STEPS, "strength": 0.5, "call": flux[1]}
+    with pytest.raises(NotImplementedError, match=why):
+        scalediff.upscale(changing, picture_of((height, width)), None, **how)
 
 
 @pytest.mark.parametrize("method", ["hiflow", "multidiffusion"])

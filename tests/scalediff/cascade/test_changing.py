@@ -21,8 +21,8 @@ from scalediff.settings import Settings
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 from tests.scalediff.cascade.changing_pipelines import (
+    BY_FAMILY,
     CHANGED,
-    CLASSES,
     INPAINTED,
     WITH_MASK,
     WITHOUT_SIZE,
@@ -53,7 +53,7 @@ def call(pipe: Any, arguments: dict[str, Any], size: tuple[int, int], picture: A
 @pytest.mark.composes("inpainting", "cascade")
 @pytest.mark.draws("image-to-image", CHANGED, switch="pipeline's own call")
 @pytest.mark.draws("inpainting", INPAINTED, switch="pipeline's own call")
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", BY_FAMILY)
 def test_every_pipeline_changes_a_picture_above_its_native_size(name: str) -> None:
     """With a base stage, with the same bits for one seed, and untouched at the native size; outside the mask the picture is kept."""
     pipe, arguments = changing(name)

@@ -121,6 +121,10 @@ def test_the_trajectory_of_the_base_stage_must_be_long_enough(inpainting: Built)
         ({"image": torch.zeros(1, 4, 16, 16)}, "image must be pictures with three channels above the native size, got "),
         ({"image": [BIG] * 3}, "image must hold one picture, or one for each prompt, for 1 pictures, got 3"),
         ({"padding_mask_crop": 4}, "above the native size the call is several stages, each of its own size: it cannot have padding_mask_c"),
+        (
+            {"latents": torch.zeros(1, 64, 16)},
+            "above the native size the call is several stages, each of its own size: it cannot have latents",
+        ),
         ({"mask_image": right_half((16, 32))}, "mask_image must have the aspect ratio of the picture, 32 x 32, got 16 x 32"),
     ],
 )

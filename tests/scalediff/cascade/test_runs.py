@@ -39,7 +39,7 @@ def test_pictures_and_arrays_are_told_by_their_content() -> None:
         digest(object())
 
 
-def test_other_weights_are_another_run(demo: Any, tmp_path: Path) -> None:
+def test_other_weights_or_tiles_are_another_run(demo: Any, tmp_path: Path) -> None:
     scalediff.generate(demo, "a moon", generator=seeded(), workdir=tmp_path, **RUN)
     weight = next(demo.unet.parameters())
     before = weight.detach().clone()
@@ -51,6 +51,12 @@ def test_other_weights_are_another_run(demo: Any, tmp_path: Path) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(before)
+    demo.vae.enable_tiling()  # tiles, where without it bands or the whole picture are decoded
+    try:
+        with pytest.raises(ValueError, match="belongs to another run \\(vae: "):
+            scalediff.generate(demo, "a moon", generator=seeded(), workdir=tmp_path, **RUN)
+    finally:
+        demo.vae.disable_tiling()
     with scalediff.patch_model(demo, window=(8, 8)), pytest.raises(ValueError, match="belongs to another run"):
         scalediff.generate(demo, "a moon", generator=seeded(), workdir=tmp_path, **RUN)
     assert len(scalediff.generate(demo, "a moon", generator=seeded(), workdir=tmp_path, **RUN).stages) == 2

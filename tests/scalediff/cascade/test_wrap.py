@@ -55,6 +55,7 @@ def shifted_noise(patched: pytest.MonkeyPatch, share: tuple[float, float]) -> No
     patched.setattr("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl.randn_tensor", rolled)
 
 
+@pytest.mark.composes("pictures that wrap", "cascade")
 @pytest.mark.parametrize(
     ("size", "more", "share"),
     [
@@ -237,8 +238,9 @@ def test_other_methods_do_not_wrap(sdxl: Any) -> None:
     why = r"method='direct' does not support wrap, got wrap=\(False, True\) from the preset or the patched pipeline"
     with pytest.raises(ValueError, match=why):
         scalediff.generate(pipe, None, height=16, width=16, call=embeddings, method="direct", preset=Settings(wrap=X))
-    with scalediff.patch_model(pipe, wrap=X), pytest.raises(ValueError, match=why):
-        scalediff.generate(pipe, None, height=16, width=16, call=embeddings, method="direct")
+    for preset in ("default", Settings(wrap=NONE)):  # a preset cannot stop the patched pipeline, as it can in the cascade
+        with scalediff.patch_model(pipe, wrap=X), pytest.raises(ValueError, match=why):
+            scalediff.generate(pipe, None, height=16, width=16, call=embeddings, method="direct", preset=preset)
 
 
 def test_settings_keep_wrap_through_json() -> None:

@@ -21,6 +21,7 @@ from scalediff.command.loading import UsageError, changing_pipeline
 from scalediff.command.pictures import side_by_side
 from tests.scalediff.cascade.test_pipelines import built
 
+diffusers = pytest.importorskip("diffusers")
 Image = pytest.importorskip("PIL.Image")
 PngInfo = pytest.importorskip("PIL.PngImagePlugin").PngInfo
 
@@ -152,6 +153,18 @@ def test_a_strength_needs_a_pipeline_of_diffusers() -> None:
     for mask, kind in ((True, "inpainting"), (False, "image-to-image")):
         with pytest.raises(UsageError, match=f"--strength needs a model for which diffusers has an {kind} pipeline, got Lumina2Pipeline"):
             changing_pipeline(pipe, with_mask=mask)
+
+
+def test_a_pipeline_that_changes_pictures_is_offloaded_as_the_one_it_is_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same device, which under torchrun is not the first one; on a CPU, where nothing is offloaded, not at all."""
+    seen = []
+    monkeypatch.setattr(diffusers.FluxImg2ImgPipeline, "enable_model_cpu_offload", lambda self, device: seen.append(device))
+    for offloaded in (False, True):
+        pipe, _ = built("FLUX")
+        if offloaded:
+            pipe.enable_model_cpu_offload(device="cuda:3")
+        assert type(changing_pipeline(pipe, with_mask=False)) is diffusers.FluxImg2ImgPipeline
+    assert seen == [torch.device("cuda:3")]
 
 
 @pytest.mark.parametrize(

@@ -93,17 +93,17 @@ def test_training_end_to_end_on_a_handful_of_scenes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_native_samples_show_exactly_one_disc(demo: Any) -> None:
-    from bench.quality.pictures import native_rows
+    from bench.quality.measuring import native_rows
 
-    drawn, true = native_rows(demo, n=64, seed=0).values()
+    drawn, true = native_rows(demo, n=64).values()
     assert drawn["one_disc"] >= 0.9
     assert true["one_disc"] >= 0.99
 
 
 @pytest.mark.slow
 def test_pictures_show_the_hour_and_the_place_of_their_words(demo: Any) -> None:
-    from bench.quality.pictures import word_rows
+    from bench.quality.measuring import word_rows
 
-    (heeded,) = word_rows(demo, n=4, seed=0).values()
+    (heeded,) = word_rows(demo, n=4).values()
     assert heeded["hour"] >= 0.9
     assert heeded["place"] >= 0.75  # chance is a third

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import scalediff
 from bench.models.inputs import Draw
 from bench.models.zoo import ZOO
-from scalediff.patching.caches import cache_names, reset_caches
+from scalediff.patching.caches import cache_names, check_ranks, reset_caches
+from scalediff.patching.target import Target
 from tests.scalediff.patching.test_composition import GRID, NATIVE, assert_differs, either_order, patch
 
 diffusers = pytest.importorskip("diffusers", reason="what is composed with are diffusers' features")
@@ -130,6 +131,21 @@ def test_what_was_cached_before_the_patch_is_an_error_and_not_a_pass_in_windows(
     why = "MagCache reused what was computed before the model was patched: disable and enable the cache again"
     with patch(model), pytest.raises(ValueError, match=why):
         steps(model)
+
+
+@pytest.mark.parametrize("name", ["FirstBlockCache", "SeaCache"])
+@pytest.mark.parametrize("attention", ["npa", "full"])
+def test_ranks_do_not_decide_by_their_own_rows(name: str, attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ZOO["FLUX.1"].build()
+    model.enable_cache(CACHES[name][1]())
+    with patch(model) as handle:
+        handle.attention = attention
+        monkeypatch.setattr(Target, "is_split", True)  # as under mesh=, which needs accelerators for this model
+        with pytest.raises(NotImplementedError, match=f"mesh= does not support caches that look at a rank's own rows .*, got {name}"):
+            steps(model)
+    model.disable_cache()
+    model.enable_cache(CACHES["MagCache"][1]())
+    check_ranks(model)  # decides by the step
 
 
 def test_a_cache_of_an_unlisted_model_is_no_warning() -> None:

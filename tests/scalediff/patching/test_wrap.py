@@ -44,6 +44,7 @@ def latents(*size: int) -> Tensor:
     return Draw(1)(1, 4, *size).double()
 
 
+@pytest.mark.composes("pictures that wrap", "network")
 @pytest.mark.parametrize(("wrap", "shift"), [(X, (0, 4)), (Y, (-2, 0)), (BOTH, (2, 6))])
 def test_a_shift_by_a_patch_shifts_the_result_of_a_u_net(unet: nn.Module, wrap: Any, shift: tuple[int, int]) -> None:
     """Patches have 2 tokens at the first level, where two of the second level's."""
