@@ -19,6 +19,7 @@ from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, one_line
 from scalediff.command.method_options import method_facts, method_object
 from scalediff.command.pictures import side_by_side
+from scalediff.command.ranks import check_one_process
 from scalediff.command.reporting import Job, picture_metadata, print_status
 from scalediff.command.runs import SHARED, load_pipeline, print_memory_estimate, resolve_settings, run_arguments, target_size
 from scalediff.cost.recorded import RecordedWork, recorded_work
@@ -66,6 +67,7 @@ def compare_methods(options: Namespace) -> None:
     unsupported = [f"--{name}" for name in _UNSUPPORTED if getattr(options, name) is not None]
     if unsupported:
         raise UsageError(f"`scalediff compare` does not support {', '.join(unsupported)}")
+    check_one_process("compare")
     jobs, methods = plan_jobs(options, prompts_of(options)), _methods(options)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     settings, size = resolve_settings(pipe, options), target_size(pipe, options)

@@ -22,7 +22,7 @@ from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, changing_pipeline
 from scalediff.command.method_options import chosen_method, method_facts, method_object
 from scalediff.command.pictures import open_picture
-from scalediff.command.ranks import drawing_together, own_jobs
+from scalediff.command.ranks import check_one_process, drawing_together, own_jobs
 from scalediff.command.reporting import Job, picture_metadata, print_result, print_status
 from scalediff.command.runs import (
     SHARED,
@@ -89,6 +89,7 @@ def _generate_one(
 
 def upscale_pictures(options: Namespace) -> None:
     """Upscale a picture once for every seed, and save every stage."""
+    check_one_process("upscale")
     jobs = plan_jobs(options, [options.prompt], name=options.file.stem)
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
         raise UsageError(f"--out must not be the input picture, got {options.file}")

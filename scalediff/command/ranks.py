@@ -44,6 +44,19 @@ def device_name(options: Namespace) -> str:
     return f"cuda:{local}" if name == "auto" and local is not None and torch.cuda.is_available() else name
 
 
+def check_one_process(command: str) -> None:
+    """Check that torchrun has not started several processes of a command that does not share its work out.
+
+    Raises:
+        UsageError: It has: all of them would draw the same pictures into the same files.
+    """
+    world = place().world
+    if world > 1:
+        raise UsageError(
+            f"scalediff {command} runs in one process; under torchrun, `scalediff generate` shares pictures out, got WORLD_SIZE={world}"
+        )
+
+
 def own_jobs(options: Namespace, jobs: Sequence[Job]) -> list[Job]:
     """The pictures that this process draws: its share, or all that the processes draw together; with --skip-existing, the missing ones."""
     here = place()

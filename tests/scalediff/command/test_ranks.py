@@ -81,6 +81,16 @@ def test_what_processes_cannot_draw_together(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["upscale", "compare"])
+def test_other_commands_run_in_one_process(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    picture = tmp_path / "moon.png"
+    assert main([command, *([str(picture)] if command == "upscale" else []), "a moon", "--out", str(tmp_path / "out.png")]) == 2
+    assert f"scalediff {command} runs in one process; under torchrun, `scalediff generate` shares" in capsys.readouterr().err
+
+
 def test_the_place_of_a_process() -> None:
     assert place({}) == Place(0, 1, None)
     assert place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(5, 8, 1)

@@ -209,7 +209,7 @@ def test_a_picture_is_split_for_its_run_alone(two: list[dict[str, Any]]) -> None
     assert_same(one["latents"], two[0]["demo_by_rows"])
     for found in (one, other):
         assert torch.equal(found["latents"], one["latents"])
-        assert found["rows"] == [16, 22]
+        assert found["rows"] == [16, 22]  # a band of 32 rows, and the whole base stage
         assert found["restored"]
         assert found["patched"].startswith("mesh= of a run is for a pipeline that is not patched: pass it to patch_model")
         assert "the digest of the weights is" in found["weights"]
