@@ -39,6 +39,11 @@ class Call:
         return self.keys[0].shape[1], self.keys[0].shape[2]
 
     @property
+    def is_part(self) -> bool:
+        """Whether the queries are a part of the grid of the keys."""
+        return self.grid != self.key_grid
+
+    @property
     def cut_window(self) -> tuple[int, int]:
         """The window, cut to the grid of the keys."""
         return min(self.window[0], self.key_grid[0]), min(self.window[1], self.key_grid[1])

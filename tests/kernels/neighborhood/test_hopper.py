@@ -168,7 +168,7 @@ MUTATIONS: dict[str, tuple[str, str, type[Exception]]] = {
     "the result is overwritten before it is stored": ("tma.store_wait(0)", "pass", Race),
     "no fence after the barriers are initialised": ("turns = _barriers(2, 1)\n    fence_async_shared()", "turns = _barriers(2, 1)", Race),
     "windows do not move": (
-        "x = _axis_start(window % sizes.patches_x, sizes.keys_x, sizes.base_x, C.patch[1], C.window[1])",
+        "x = _axis_start(window % sizes.patches_x, sizes.grid_x, -sizes.offset_x, C.patch[1], C.window[1])",
         "x = 0",
         AssertionError,
     ),

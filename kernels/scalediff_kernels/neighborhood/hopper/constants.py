@@ -35,6 +35,7 @@ class Constants:
     ragged_text: bool  # its first block reaches beyond the text
     negate: bool
     ping_pong: bool
+    part: bool  # queries are a part of the grid of the keys
     store_boxes: bool
     lse: bool
 

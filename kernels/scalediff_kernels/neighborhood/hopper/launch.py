@@ -93,6 +93,7 @@ def _constants(call: Call, config: LaunchConfig, *, store_boxes: bool = False, l
         ragged_text=call.tokens % config.text_block != 0,
         negate=call.scale < 0,
         ping_pong=config.ping_pong,
+        part=call.is_part,
         store_boxes=store_boxes,
         lse=lse,
     )

@@ -43,9 +43,16 @@ def _axis_start(patch, length, base, PATCH: gl.constexpr, WINDOW: gl.constexpr):
 
 @gluon.jit
 def window_start(window, sizes, C: gl.constexpr):
-    """First key of a window along both axes: it is centred on its patch, then clamped into the grid of the keys."""
-    y = _axis_start(window // sizes.patches_x, sizes.keys_y, sizes.base_y, C.patch[0], C.window[0])
-    x = _axis_start(window % sizes.patches_x, sizes.keys_x, sizes.base_x, C.patch[1], C.window[1])
+    """First key of a window along both axes: it is centred on its patch, then clamped into the grid of the keys.
+
+    The producer has few registers: without a part, these are numbers that it has already.
+    """
+    if C.part:
+        y = _axis_start(window // sizes.patches_x, sizes.keys_y, sizes.base_y, C.patch[0], C.window[0])
+        x = _axis_start(window % sizes.patches_x, sizes.keys_x, sizes.base_x, C.patch[1], C.window[1])
+    else:
+        y = _axis_start(window // sizes.patches_x, sizes.grid_y, -sizes.offset_y, C.patch[0], C.window[0])
+        x = _axis_start(window % sizes.patches_x, sizes.grid_x, -sizes.offset_x, C.patch[1], C.window[1])
     return y, x
 
 
