@@ -151,7 +151,7 @@ def _table_of(row: str) -> str:
 def summary(records: Rows) -> list[str]:
     """The README's table: the main columns of all methods."""
     rows = [row for key, row in records.items() if key.startswith("methods/")]
-    return rows and _values(rows, columns=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops"))
+    return _values(rows, columns=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops")) if rows else []
 
 
 def _values(rows: Sequence[Row], *, columns: Sequence[str] = (*STATISTICS, *WORK)) -> list[str]:
