@@ -229,7 +229,7 @@ def test_another_attention_of_the_autoencoder_is_refused(demo: Any) -> None:
 def test_a_folder_is_of_one_way_to_decode(tmp_path: Path, change: dict[str, Any]) -> None:
     pipe, arguments = built("SD3")
     drawn(pipe, arguments, workdir=tmp_path)
-    with pytest.raises(ValueError, match=r"belongs to another run \(vae: \[None, 'full'\] there\)"):
+    with pytest.raises(ValueError, match=r"belongs to another run \(vae: \[None, 'full', False\] there\)"):
         drawn(pipe, arguments, workdir=tmp_path, **change)
 
 
