@@ -347,4 +347,4 @@ def _run_cascade(
             run_options.on_stage(stage)
 
     run(pipe, arguments, sizes, settings, replace(run_options, on_stage=collect, workdir=folder), given=given)
-    return Result(stages[-1].images, stages, settings)
+    return Result(stages[-1].images, stages, stages[-1].settings)

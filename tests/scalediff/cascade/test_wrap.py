@@ -117,6 +117,7 @@ def test_a_patched_pipeline_wraps_unless_the_run_says_otherwise(sdxl: Any) -> No
         assert wrap_of(pipe, Settings()) == X
         assert torch.equal(drawn(), wrapping)
         assert torch.equal(drawn(wrap=NONE), plain)
+        assert scalediff.generate(pipe, None, **arguments).settings.wrap == X, "the run's, whoever chose it"
         assert handle.wrap == X
         call = {**embeddings, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
         native = pipe(**call, height=8, width=8, generator=seeded()).images
