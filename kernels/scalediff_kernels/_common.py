@@ -41,6 +41,19 @@ def softmax_step(
 
 
 @triton.jit
+def _load_rows(ptrs, m_n, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Load `[N, BLOCK_D]`; zero above D and, if MASKED, outside of `m_n`."""
+    if MASKED and D == BLOCK_D:
+        return tl.load(ptrs, mask=m_n[:, None], other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=m_n[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def load_box(
     ref, strides, batch, y, x, head, limit_y, limit_x,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -57,14 +70,7 @@ def load_box(
         offs = offs_y.to(tl.int64) * strides[1] + offs_x.to(tl.int64) * strides[2]
         ptrs = ref + place * VECTOR + (offs * VECTOR)[:, None] + offs_d[None, :]
         m_n = (y + offs_y >= 0) & (y + offs_y < limit_y) & (x + offs_x >= 0) & (x + offs_x < limit_x)
-        if MASKED and D == BLOCK_D:
-            return tl.load(ptrs, mask=m_n[:, None], other=0.0)
-        elif MASKED:
-            return tl.load(ptrs, mask=m_n[:, None] & (offs_d < D)[None, :], other=0.0)
-        elif D == BLOCK_D:
-            return tl.load(ptrs)
-        else:
-            return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+        return _load_rows(ptrs, m_n, offs_d, D, BLOCK_D, MASKED)
 
 
 @triton.jit
@@ -89,14 +95,7 @@ def load_box_around(
     place = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
     offs = around(offs_y, grid_y, WRAP[0]).to(tl.int64) * strides[1] + around(offs_x, grid_x, WRAP[1]).to(tl.int64) * strides[2]
     ptrs = ref + place * VECTOR + (offs * VECTOR)[:, None] + offs_d[None, :]
-    if MASKED and D == BLOCK_D:
-        return tl.load(ptrs, mask=m_n[:, None], other=0.0)
-    elif MASKED:
-        return tl.load(ptrs, mask=m_n[:, None] & (offs_d < D)[None, :], other=0.0)
-    elif D == BLOCK_D:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    return _load_rows(ptrs, m_n, offs_d, D, BLOCK_D, MASKED)
 
 
 @triton.jit

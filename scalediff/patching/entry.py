@@ -108,14 +108,15 @@ def _forward_attribute(method: Callable[..., Any]) -> Any:
         own = None if module is None else module.__dict__.get("forward")
         if own is None:
             return in_pass.__get__(module, cls)
-        if isinstance(own, _StoredForward) or getattr(own, "__func__", None) in (in_pass.plain, in_pass.disabled):
+        if getattr(own, "__func__", None) in (in_pass.plain, in_pass.disabled):
             return own  # type: ignore[no-any-return]  # stored by a hook that has been removed again
         if torch.compiler.is_exporting():
             return lambda *args, **kwargs: _runners()[0](module, own, args, kwargs)
         return _StoredForward(module, own)  # `own` is read now: a hook that stores another forward keeps this one and calls it
 
     def put(descriptor: Any, module: Any, forward: Callable[..., Any]) -> None:
-        module.__dict__["forward"] = forward
+        # A hook that is removed gives back what it has read; what stays is the forward that was there, also after the patch is undone.
+        module.__dict__["forward"] = forward._forward if isinstance(forward, _StoredForward) else forward
 
     def delete(descriptor: Any, module: Any) -> None:
         if "forward" not in module.__dict__:

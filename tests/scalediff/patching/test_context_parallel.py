@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import scalediff
 from bench.models.zoo import WINDOW, ZOO
@@ -19,19 +17,20 @@ from scalediff.patching.rows import pass_facts
 
 diffusers = pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 
-from tests.scalediff.patching import ranks  # noqa: E402
-from tests.scalediff.patching.ranks import BY_ROWS, GRID, NATIVE, PATCHED, UNETS, UNEVEN, build, inputs, output  # noqa: E402
+from tests.scalediff.patching import ranks, row_ranks  # noqa: E402
+from tests.scalediff.patching.ranks import GRID, NATIVE, PATCHED, UNEVEN, build, inputs, output  # noqa: E402
+from tests.scalediff.patching.row_ranks import BY_ROWS, UNETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
 
-TWO = (*PATCHED, "masked", "anything", "gradients", "another_backend", "custom_plan", "two_pictures", "unseen", "checked", "drawn")
-SPLIT = (*BY_ROWS, "refused_by_rows", "drawn_by_rows", "odd_heads", *UNETS, "refused_unets", "demo_by_rows", "generated_by_rows")
+SLOW = ("compiled", "hangs", "fails")  # cases of tests of their own
+FAST = {name: case for name, case in ranks.CASES.items() if name not in SLOW}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes computed."""
-    return ranks.run(2, (*TWO, *SPLIT), tmp_path_factory.mktemp("two"))
+    return ranks.run(2, FAST | row_ranks.CASES, tmp_path_factory.mktemp("two"))
 
 
 def one_process(kind: str, rule: str = "window", *, heads: int = 2, grid: tuple[int, int] = GRID, **changes: Any) -> Tensor:
@@ -184,23 +183,23 @@ def check_unet(found: dict[str, Any], name: str, world: int) -> None:
     """Above the native size a band reaches the first convolution, and the whole picture at it and with full attention."""
     kind, halves = name.removesuffix(" halves").split(" by rows, ")
     batch, bands = 2 // int(halves), world // int(halves)
-    model, rows = ZOO[kind].build().double(), ranks.UNET_GRID[0]
+    model, rows = ZOO[kind].build().double(), row_ranks.UNET_GRID[0]
     with scalediff.patch_model(model, window=WINDOW, jitter="alternate") as handle:
-        expected, moved = (output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)) for _ in range(2))
-        native = output(model, ranks.unet_inputs(kind, WINDOW))
+        expected, moved = (output(model, row_ranks.unet_inputs(kind, row_ranks.UNET_GRID)) for _ in range(2))
+        native = output(model, row_ranks.unet_inputs(kind, WINDOW))
         calls = [row.status for row in handle.report.rows]
     assert (moved - expected).abs().max() > 1e-5 * expected.abs().max()
     assert_same(found["above"], expected)
     assert_same(found["moved"], moved)
     assert torch.equal(found["native"], native)
-    assert_same(found["full"], output(model, ranks.unet_inputs(kind, ranks.UNET_GRID)))
+    assert_same(found["full"], output(model, row_ranks.unet_inputs(kind, row_ranks.UNET_GRID)))
     assert found["rows"] == [(batch, rows // bands), (batch, rows // bands), (2, WINDOW[0]), (2, WINDOW[0]), (2, rows)]
     assert found["calls"] == found["dry"] == calls
 
 
 def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
     one, other = (found["demo_by_rows"] for found in two)
-    assert_same(one, ranks.drawn_demo(None))
+    assert_same(one, row_ranks.drawn_demo(None))
     assert torch.equal(one, other)
 
 
@@ -276,7 +275,7 @@ def test_facts_of_a_pass_include_tensors_in_dictionaries_and_lists() -> None:
 
 @pytest.mark.slow
 def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
-    found = ranks.run(4, (*PATCHED, *BY_ROWS, *UNETS), tmp_path)
+    found = ranks.run(4, PATCHED | BY_ROWS | UNETS, tmp_path)
     for name in UNETS:
         check_unet(found[3][name], name, 4)
     for name in PATCHED:
@@ -287,7 +286,7 @@ def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model_gives_what_it_gives_uncompiled(tmp_path: Path) -> None:
-    for out, grid in zip(ranks.run(2, ["compiled"], tmp_path)[0]["compiled"], (GRID, (6, 8)), strict=True):
+    for out, grid in zip(ranks.run(2, {"compiled": ranks.compiled}, tmp_path)[0]["compiled"], (GRID, (6, 8)), strict=True):
         assert_same(out, one_process("FLUX.1", grid=grid))
 
 
@@ -295,59 +294,4 @@ def test_a_compiled_model_gives_what_it_gives_uncompiled(tmp_path: Path) -> None
 @pytest.mark.parametrize(("case", "error"), [("hangs", TimeoutError), ("fails", torch.multiprocessing.ProcessRaisedException)])
 def test_a_process_that_hangs_or_fails_ends_the_test(case: str, error: type[Exception], tmp_path: Path) -> None:
     with pytest.raises(error, match="did not finish" if case == "hangs" else "this process fails"):
-        ranks.run(2, [case], tmp_path, seconds=20)
-
-
-# What is refused: no processes are needed to say so
-
-
-def configured(model: Any, **options: Any) -> Any:
-    config = {"ring_degree": 1, "ulysses_degree": 1, "ulysses_anything": False} | options
-    model._parallel_config = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(**config))
-    return model
-
-
-RING = r"does not support ring attention, .*got ring_degree=2"
-
-
-@pytest.mark.parametrize("ulysses", [1, 2])
-def test_ring_attention_is_refused_before_and_after_patching(ulysses: int) -> None:
-    sdpa, options = F.scaled_dot_product_attention, {"ring_degree": 2, "ulysses_degree": ulysses}
-    with pytest.raises(NotImplementedError, match=RING):
-        scalediff.patch_model(configured(build("FLUX.1"), **options), window=WINDOW)
-    model = build("FLUX.1")
-    with scalediff.patch_model(model, window=WINDOW) as handle:
-        expected = output(model, inputs("FLUX.1", GRID))
-        configured(model, **options)
-        with pytest.raises(NotImplementedError, match=RING):
-            output(model, inputs("FLUX.1", GRID))
-        with pytest.raises(NotImplementedError, match=RING):
-            handle.check(**inputs("FLUX.1", GRID))
-        assert F.scaled_dot_product_attention is sdpa
-        model._parallel_config = None
-        assert torch.equal(output(model, inputs("FLUX.1", GRID)), expected)
-
-
-def test_models_whose_order_of_tokens_is_not_known_are_refused() -> None:
-    message = r"of FluxTransformer2DModel, .*QwenImageTransformer2DModel; .*Sequence\(..., shards=2\), got ChromaTransformer2DModel"
-    with pytest.raises(NotImplementedError, match=message):
-        scalediff.patch_model(configured(build("Chroma"), ulysses_degree=2), window=WINDOW)
-    one_piece, other_number = (lambda arguments, n=n: Layout(GRID, (Sequence(GRID, text=6, shards=n),), masked=True) for n in (1, 3))
-    for layout, error, of in (
-        (None, NotImplementedError, message),
-        (one_piece, NotImplementedError, message),
-        (other_number, ValueError, r"must have shards=2, the ulysses_degree of the model, got \[3\]"),
-    ):
-        model: nn.Module = build("Chroma")
-        with scalediff.patch_model(model, layout=layout, window=WINDOW):
-            configured(model, ulysses_degree=2)
-            with pytest.raises(error, match=of):
-                output(model, inputs("Chroma", GRID))
-
-
-@pytest.mark.parametrize(("grid", "text"), [(UNEVEN, 6), (GRID, 5), ((3, 3), 6)])
-def test_lengths_that_do_not_divide_are_named(grid: tuple[int, int], text: int) -> None:
-    model = configured(build("FLUX.1"), ulysses_degree=2)
-    message = f"ulysses_degree=2 splits .* equal parts, got {grid[0] * grid[1]} image and {text} text tokens"
-    with scalediff.patch_model(model, window=WINDOW), pytest.raises(ValueError, match=message):
-        output(model, inputs("FLUX.1", grid, text=text))
+        ranks.run(2, {case: ranks.CASES[case]}, tmp_path, seconds=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import scalediff
 from bench.models.inputs import Draw
-from bench.models.zoo import ZOO, flat
+from bench.models.zoo import WINDOW, ZOO, flat
 from tests.conftest import forward
 from tests.scalediff.patching.test_composition import (
     GRID,
@@ -116,3 +117,21 @@ def test_low_precision_costs_no_more_than_without_the_patch(name: str, dtype: to
     assert (out - patched).norm() <= 2 * error + torch.finfo(dtype).eps * patched.norm()
     assert (out - patched).norm() < 0.25 * (plain - patched).norm()
     assert torch.equal((run() - plain).norm(), error)
+
+
+def test_a_hook_that_comes_and_goes_twice_leaves_nothing_of_the_patch() -> None:
+    """The first leaves the model's own forward in the model; the second reads and gives back a patched one."""
+    unet = ZOO["SD1.5"].build()
+
+    def come_and_go() -> None:
+        accelerate.hooks.add_hook_to_module(unet, accelerate.hooks.ModelHook())
+        accelerate.hooks.remove_hook_from_module(unet)
+
+    come_and_go()
+    own = unet.__dict__["forward"]
+    with scalediff.patch_model(unet, window=WINDOW):
+        come_and_go()
+        assert unet.__dict__["forward"] == own
+        pickle.loads(pickle.dumps(unet, 0))
+    assert unet.__dict__["forward"] == own
+    pickle.loads(pickle.dumps(unet, 0))
