@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +41,26 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
         return value
 
     return parsed
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """The type of an option that takes some of these names, separated by commas."""
+
+    def parsed(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {', '.join(unknown)}")
+        return names
+
+    return parsed
+
+
+def shard(text: str) -> tuple[int, int]:
+    """The type of an option for the share of one of several processes: i/n, with i from 0 to n - 1."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, got {text}")
+    return int(found[1]), int(found[2])
 
 
 def _file(text: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +12,20 @@ from torch import Tensor
 
 from bench.quality.metrics import (
     FAINT_EDGES,
+    Statistic,
     base_distance,
     count_discs,
     disc_columns,
     high_frequency_ratio,
+    mean_of,
     power_above,
     radial_power,
+    replicated,
+    resamples,
     seam_score,
     sky_colors,
     sliced_distances,
+    spectrum_distance,
 )
 from bench.quality.pictures import OTHER_SCENES, Pictures, border, native_pictures
 from bench.quality.tables import PAIRED
@@ -30,7 +35,6 @@ from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption
 DRAWS = 50  # of the bootstrap
 _DIRECTIONS = 128  # of the sliced distances
 Columns = dict[str, float]
-Statistic = Callable[[Tensor], float]  # of numbers of pictures
 
 
 class Measured(NamedTuple):
@@ -52,14 +56,14 @@ def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> M
         first_scene: Seed of the first scene.
     """
     found = _statistics(pipe, pictures, truth, first_scene)
-    n, generator = len(truth), torch.Generator().manual_seed(0)
-    draws = [torch.randint(n, (n,), generator=generator) for _ in range(DRAWS)]
+    n = len(truth)
+    draws = resamples(n, DRAWS)
     columns: Columns = {"n": n, "size": truth.shape[-1]}
     replicates: dict[str, Tensor] = {}
     for name, statistic in found.items():
         columns[name] = statistic(torch.arange(n))
         if not name.startswith("swd_"):
-            replicates[name] = torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
+            replicates[name] = replicated(statistic, draws)
             columns[f"{name}_se"] = float(replicates[name].std())
     if pictures.seconds:
         columns["seconds"] = statistics.median(pictures.seconds)
@@ -87,30 +91,20 @@ def _statistics(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) 
     nyquist = 0.5 * native / images.shape[-1]
     above, true_above = (power_above(x, frequency=nyquist) for x in (images, truth))
     found: dict[str, Statistic] = {
-        "one_disc": _mean(discs == 1),
-        "discs": _mean(discs),
-        "faint": _mean(count_discs(images, native=native, edges=edges)),
+        "one_disc": mean_of(discs == 1),
+        "discs": mean_of(discs),
+        "faint": mean_of(count_discs(images, native=native, edges=edges)),
         "swd": lambda chosen: statistics.mean(level(chosen) for level in by_level.values()),
         **{f"swd_{side}": level for side, level in by_level.items()},
         "above": lambda chosen: 10 * math.log10(above[chosen].sum() / true_above[chosen].sum()),
-        "spectrum": _spectrum_distance(radial_power(images), radial_power(truth)),
-        "hf_ratio": _mean(torch.tensor([high_frequency_ratio(image[None]) for image in images])),
-        "seam": _mean(torch.tensor([seam for seam, *_ in seams])),
+        "spectrum": spectrum_distance(radial_power(images), radial_power(truth)),
+        "hf_ratio": mean_of(torch.tensor([high_frequency_ratio(image[None]) for image in images])),
+        "seam": mean_of(torch.tensor([seam for seam, *_ in seams])),
         "seam_control": lambda chosen: float(torch.tensor(seams)[chosen, 1:].mean(0).max()),
     }
     if pictures.bases is not None:
-        found["to_base"] = _mean(base_distance(images, pictures.bases))
+        found["to_base"] = mean_of(base_distance(images, pictures.bases))
     return found
-
-
-def _mean(values: Tensor) -> Statistic:
-    return lambda chosen: float(values[chosen].double().mean())
-
-
-def _spectrum_distance(ours: Tensor, theirs: Tensor) -> Statistic:
-    """As `bench.quality.metrics.spectrum_distance`."""
-    target = theirs.mean(0).clamp(min=1e-30).log10()
-    return lambda chosen: float((ours[chosen].mean(0).clamp(min=1e-30).log10() - target).abs().mean())
 
 
 def native_rows(pipe: Any, *, n: int) -> dict[str, Columns]:

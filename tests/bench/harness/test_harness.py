@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from bench.harness import device, timing
 from bench.harness import facts as harness_facts
+from bench.harness.command import names_of, shard
 from bench.harness.facts import ROOT, VERSIONS, facts
 from bench.harness.rows import RowFile, compared, finished_rows, read_records, read_rows, write_rows
 from bench.harness.timing import Timing, kernels, measure_in_turn, peak_memory
@@ -327,3 +329,13 @@ def test_rows_are_of_commits_that_git_has(path: Path) -> None:
 def test_a_time_that_is_none_is_named(time: str) -> None:
     rows, others = ({"a": {"row": "a", "status": "ok", "p50_ms": value}} for value in (time, "2"))
     assert compared(rows, others, facts=()) == [f"a: p50_ms must be a positive number, got {time!r} here and '2' there"]
+
+
+def test_names_and_shares_are_parsed_or_refused() -> None:
+    assert names_of(["a", "b"])("b,a,b") == ["b", "a"]
+    with pytest.raises(ArgumentTypeError, match=r"must be of a, b, got c, $"):
+        names_of(["a", "b"])("a,c,")
+    assert shard("2/3") == (2, 3)
+    for text in ("3/3", "0/0", "-1/2", "1", "a/b", "1/2/3"):
+        with pytest.raises(ArgumentTypeError, match=f"must be i/n with i from 0 to n - 1, got {text}"):
+            shard(text)
