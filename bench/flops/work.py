@@ -56,13 +56,9 @@ def plan(sides: Sequence[int], above: Above, *, cascade: bool, native: int, sett
 class Work:
     """TFLOPs of a model whose networks are on the meta device.
 
-    Args:
-        inputs: From a latent grid `(Y, X)` to the arguments of the denoiser.
-        native: Pixels per side that the model was trained at.
-        factor: Pixels per latent along an axis.
-        tiled: Whether the autoencoder works in tiles and attends only within them: it is counted as so many pictures of native size as fit
-            into the area.
-        family: In place of the denoiser's own family.
+    `inputs` makes the arguments of the denoiser from a latent grid `(Y, X)`; `native` is pixels per side that the model was trained at,
+    `factor` pixels per latent along an axis. A `tiled` autoencoder attends only within its tiles: it is counted as so many pictures of
+    native size as fit into the area. `family` stands in place of the denoiser's own.
     """
 
     def __init__(

@@ -1,4 +1,8 @@
-"""The command line of benchmarks that write rows: it measures what has no row yet, prints, writes and compares."""
+"""The command line of benchmarks that write rows: it measures what has no row yet, prints, writes and compares.
+
+Rows go to the CSV as they are measured, and a second run of the same commit, machine and versions measures what is missing. On a CPU the
+process keeps the memory that a call frees for the next one (`scalediff.command.allocator`).
+"""
 
 from __future__ import annotations
 

@@ -45,13 +45,9 @@ class Pictures(NamedTuple):
 
 
 class Gallery:
-    """The folders of all rows of one size.
+    """The folders in `root` of all rows of one size, in pixels per side, drawn by the embedded model.
 
-    Args:
-        root: Folder of all folders.
-        pipe: The embedded model.
-        size: Pixels per side.
-        bf16: Compute the products in the denoiser in bfloat16, as mixed precision does; all the rest stays in fp32.
+    With `bf16` the products in the denoiser are computed in bfloat16, as mixed precision does; all the rest stays in fp32.
     """
 
     def __init__(self, root: Path, pipe: Any, size: int, *, bf16: bool = False) -> None:

@@ -28,7 +28,6 @@ from bench.harness.rows import Row
 from bench.harness.timing import measure_in_turn
 from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels.neighborhood.config import LaunchConfig, Problem, key_box, launch_config
-from scalediff_kernels.neighborhood.geometry import attention_flops
 from scalediff_kernels.testing import assert_within_budget
 
 CHECK_LIMIT, TIME_LIMIT = 60.0, 5.0  # seconds of a process that checks one candidate, and for each candidate that one times
@@ -128,8 +127,7 @@ def timed(candidate: Candidate, seconds: float) -> Row:
     timing = measure_in_turn([launch.run for launch, _, _ in found], "cuda", seconds=seconds)
     if not (torch.equal(found[0][1], first) and first.isfinite().all()):
         raise RuntimeError("its results differ from run to run, or are not finite")
-    sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "batch": shape.batch, "text": shape.text}
-    rate = attention_flops(grid=shape.grid, window=shape.window, **sizes) / timing.p50 / 1e9
+    rate = shape.flops("image") / timing.p50 / 1e9
     return {f"{name}_ms": f"{value:.4g}" for name, value in timing._asdict().items()} | {"tflops": f"{rate:.4g}"}
 
 
