@@ -146,8 +146,7 @@ class Benchmark:
                 raise SystemExit(f"the device was lost in {name}: run the same command again to continue after it")
         if options.compare:
             shown = {key: row for name in wanted for key, row in self._rows(file.rows, name).items()}
-            timed, other = ({key: row for key, row in rows.items() if row.get("part") != "gate"} for rows in (shown, others))
-            print(*compared(timed, other, facts=self.same), sep="\n")
+            print(*compared(shown, others, facts=self.same), sep="\n")
         ours = [row for name in wanted if wanted[name] for row in self._rows(file.rows, name).values()]
         failed = [row["row"] for row in ours if row.get("status") in ("FAILED", "error")]
         raise SystemExit(f"rows of scalediff failed: {', '.join(failed)}" if failed else 0)
