@@ -93,7 +93,7 @@ class Counter:
         if above == "phases":
             sides = [min(size, phase * native) for phase in range(1, math.ceil(size / native) + 1)]
         guided = passes_of_a_step(self.model, settings) == 2
-        planned = plan(sides, above, cascade=cascade, native=native, settings=settings, guided=guided)
+        planned = plan(sides, above, cascade=cascade, settings=settings, guided=guided)
         last = self.work.forward(planned[-1].side, above, planned[-1].phase)
         run, vae = self.work.run(planned)
         row = {"model": self.name, "size": size, "method": method, "text": self.work.inputs(size)["encoder_hidden_states"].shape[1]}

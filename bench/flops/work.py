@@ -35,10 +35,9 @@ class StagePlan(NamedTuple):
     above: Above
     phase: int  # of DemoFusion; 1 for all other stages
     restarts: bool  # from the picture of a stage before
-    views: int  # passes of native size, or less for dilated samples, that make up one pass; 0 for one pass of the stage's own size
 
 
-def plan(sides: Sequence[int], above: Above, *, cascade: bool, native: int, settings: Settings, guided: bool) -> list[StagePlan]:
+def plan(sides: Sequence[int], above: Above, *, cascade: bool, settings: Settings, guided: bool) -> list[StagePlan]:
     """The stages of a run at `sides` pixels: a cascade takes fewer steps after its base stage, every phase of DemoFusion takes all."""
     stages = []
     for number, side in enumerate(sides, start=1):
@@ -46,10 +45,7 @@ def plan(sides: Sequence[int], above: Above, *, cascade: bool, native: int, sett
         steps = settings.stage_steps if later else settings.steps
         until = math.ceil(settings.guidance_until * steps) if later and isinstance(settings.guidance_until, float) else steps
         how: Above = above if later or above in ("views", "phases") else "full"
-        phase = number if how == "phases" else 1
-        samples = phase**2 if how == "phases" else 0  # dilated
-        views = len(view_starts(side, native)) ** 2 + samples if how in ("views", "phases") and side > native else 0
-        stages.append(StagePlan(side, steps, steps + until * guided, how, phase, number > 1, views))
+        stages.append(StagePlan(side, steps, steps + until * guided, how, number if how == "phases" else 1, number > 1))
     return stages
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,9 @@ def in_tiles(vae: Any) -> Iterator[None]:
 
 def rows_of(vae: Any, picture: Tensor, *, elements: int) -> list[dict[str, Any]]:
     """Decode and encode in one piece, in bands and in tiles."""
-    ways = {"one piece": nullcontext, "bands": partial(streamed, vae, elements=elements), "tiles": partial(in_tiles, vae)}
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "one piece": nullcontext, "bands": partial(streamed, vae, elements=elements), "tiles": partial(in_tiles, vae),
+    }  # fmt: skip
     latents = vae.encode(picture).latent_dist.mode()
     calls = {"decode": lambda: vae.decode(latents).sample, "encode": lambda: vae.encode(picture).latent_dist.mode()}
     rows = []
