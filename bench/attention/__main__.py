@@ -1,9 +1,7 @@
 """Neighborhood patch attention against everything else that attends to a large picture: `python -m bench.attention`.
 
 Every row passes a gate at its very shape against attention in fp64 (`gate`), and is then timed on sets of inputs taken in turn, so that
-caches are cold. A row that fails its gate says FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are
-measured, and a second run of the same commit, machine and versions measures what is missing. On a CPU the providers of a shape are timed
-side by side, and the process keeps the memory that a call frees for the next one (`scalediff.command.allocator`).
+caches are cold. How rows are measured and written: `bench/harness/gated.py`, `bench/harness/command.py`.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def second_choice() -> Provider:
     return Provider("triton-plain", make, unavailable=unavailable, work=partial(tiled_flops, choose=config.block_config))
 
 
-def ours(impl: Literal["triton", "sdpa"]) -> Provider:
+def ours(impl: Literal["triton", "sdpa", "reference"]) -> Provider:
     """One of the library's implementations."""
 
     def make(task: Task) -> Ready:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class Shape:
     def rules(self) -> tuple[str, ...]:
         """The rules for text queries; one empty rule without text."""
         return ("window", "global") if self.text else ("",)
+
+    def flops(self, queries: Literal["image", "text"], rule: str = "") -> int:
+        """Useful FLOPs of the queries of the image in windows, or of those of text by a rule."""
+        how: Any = {name: getattr(self, name) for name in ("grid", "window", "heads", "head_dim", "batch", "text")}
+        return attention_flops(**how) if queries == "image" else text_attention_flops(**how, patch=self.patch, rule=rule)
 
 
 def _square(side: int, window: int, heads: int, head_dim: int, *, batch: int = 1, text: int = 0, groups: int = 0) -> Shape:
@@ -126,8 +131,7 @@ class Task:
         if function != "window":
             count, tokens = (1, s.tokens) if function == "full" else (len(self.views), s.text + prod(self.window))
             return count * 4 * s.batch * s.heads * s.head_dim * tokens**2
-        how: Any = {"grid": s.grid, "window": s.window, "heads": s.heads, "head_dim": s.head_dim, "batch": s.batch, "text": s.text}
-        return attention_flops(**how) + (text_attention_flops(**how, patch=s.patch, rule=self.rule) if s.text else 0)
+        return s.flops("image") + (s.flops("text", self.rule) if s.text else 0)
 
     def bytes(self, function: str) -> int:
         """Bytes that a call must move: q, k and v are read once and the result written once, of each view."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,9 +17,8 @@ from bench.flops.work import Above, StagePlan, Work, plan, without_weights
 from scalediff.cascade.latents import packed
 from scalediff.cascade.pipeline import cascade_of, family_with_cascade, native_size, preset, stage_sizes, takes_size_conditioning
 from scalediff.cascade.results import Stage
-from scalediff.methods import DemoFusion, MultiDiffusion, running
-from scalediff.methods.demofusion import demofusion, phase_sizes
-from scalediff.methods.multidiffusion import multidiffusion
+from scalediff.methods import DemoFusion, Direct, MultiDiffusion
+from scalediff.methods.demofusion import phase_sizes
 from scalediff.patching.networks import denoiser_of
 from scalediff.settings import Settings
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
@@ -92,12 +90,12 @@ class Drawn:
         """The stages of a whole run; raises ValueError for a size that the model cannot draw."""
         with self.patched(method):
             sizes = (phase_sizes if method.kind == "phases" else stage_sizes)(self.pipe, side, side)
-        cascade, sides = method.kind == "cascade", [one for one, _ in sizes]
+        sides = [one for one, _ in sizes]
         above: Above = method.text_queries if method.attention == "npa" else "full"
-        guided = self.settings.guidance_scale > 1 and bool(cascade_of(self.pipe).conditional)
-        how: dict[str, Any] = {"cascade": cascade, "native": self.native, "settings": self.settings, "guided": guided}
         if method.kind in ("views", "phases"):
             above = method.kind
+        guided = self.settings.guidance_scale > 1 and bool(cascade_of(self.pipe).conditional)
+        how: dict[str, Any] = {"cascade": method.kind == "cascade", "settings": self.settings, "guided": guided}
         return plan(sides[-1:] if method.kind in ("direct", "views") else sides, above, **how)
 
     def draw(
@@ -108,27 +106,20 @@ class Drawn:
 
         Raises NotImplementedError if the method cannot draw with this pipeline.
         """
-        pipe, size, settings = self.pipe, (side, side), self._settings(method, steps)
-        call = {**self.arguments, **call}
+        size, settings, call = (side, side), self._settings(method, steps), {**self.arguments, **call}
         generator = torch.Generator().manual_seed(SEED)
         with self.patched(method), torch.no_grad():
             if method.kind == "cascade":
                 prompt = call.pop("prompt", None)
                 how: dict[str, Any] = {"call": call, "generator": generator, "preset": settings, "on_stage": on_stage}
-                return scalediff.generate(pipe, prompt, height=side, width=side, **how).stages
-            call = running.complete_arguments(pipe, call | {"generator": generator}, settings)
-            if method.kind == "views":  # one view at a time where they do not overlap: the passes of direct inference
-                options = MultiDiffusion(stride=stride, view_batch=1 if stride else self.view_batch)
-                return multidiffusion(pipe, call, size, settings, options, on_stage=on_stage)
-            if method.kind == "phases":
-                return demofusion(pipe, call, size, settings, DemoFusion(view_batch=self.view_batch), on_stage=on_stage)
-            since = time.perf_counter()
-            with running.with_full_attention(pipe):
-                latents = running.generate_latents(pipe, call, size)
-                stage = running.finished(pipe, call, latents, size, settings, index=1, of=1, since=since)
-            if on_stage is not None:
-                on_stage(stage)
-            return [stage]
+                return scalediff.generate(self.pipe, prompt, height=side, width=side, **how).stages
+            options: Any = {
+                "direct": Direct(), "phases": DemoFusion(view_batch=self.view_batch),
+                # one view at a time where they do not overlap: the passes of direct inference
+                "views": MultiDiffusion(stride=stride, view_batch=1 if stride else self.view_batch),
+            }[method.kind]  # fmt: skip
+            run = scalediff.methods.METHODS[method.name].run
+            return run(self.pipe, call | {"generator": generator}, size, settings, options, on_stage=on_stage)
 
     def _settings(self, method: Method, steps: int | None) -> Settings:
         settings = replace(self.settings, attention=method.attention)

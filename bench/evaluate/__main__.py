@@ -6,23 +6,22 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from bench.evaluate.drawing import METHOD_NAMES, Task, draw_items, items_of, parse_methods, parse_shard
+from bench.evaluate.drawing import METHOD_NAMES, Task, draw_items, items_of
 from bench.evaluate.folders import common_size, open_folder, size_of
 from bench.evaluate.networks import CLIP_MODEL, load_clip, load_inception
 from bench.evaluate.page import FIELDS, page, records
 from bench.evaluate.prompts import read_prompts
 from bench.evaluate.protocols import PROTOCOLS, described, protocol_named
 from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Options, score
-from bench.harness.command import keep_freed_memory, positive
+from bench.harness.command import keep_freed_memory, names_of, positive, shard
 from bench.harness.facts import facts
 from bench.harness.rows import RowFile, write_text
+from scalediff.command.cli import _seeds, _size
 from scalediff.command.loading import UsageError, load_model, parse_device
+from scalediff.command.ranks import device_name, place
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,21 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def generate(options: argparse.Namespace, _: str) -> None:
     """Draw the items of this process, method by method, into OUT/METHOD."""
-    methods, shard = options.methods, options.shard or parse_shard(None)
+    i, n = options.shard or place()[:2]
     items = items_of(read_prompts(options.prompts, column=options.column), options.seeds)
-    device = options.device
-    if device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
     keep_freed_memory()
-    pipe = load_model(options.model, device=device, dtype=options.dtype, low_memory=options.low_memory)
+    pipe = load_model(options.model, device=device_name(options), dtype=options.dtype, low_memory=options.low_memory)
     pipe.set_progress_bar_config(disable=True)
     named = {"steps": options.steps, "guidance_scale": options.guidance_scale, "negative_prompt": options.negative_prompt}
     named["upsampler"] = None if options.upsampler is None else str(options.upsampler)
     given = {name: value for name, value in named.items() if value is not None}
-    for method in methods:
+    for method in options.methods:
         task = Task(options.model, method, options.size, options.preset, given)
-        drawn = draw_items(pipe, task, items, options.out / method, shard=shard)
-        print(f"{method}: {drawn} pictures drawn, {len(items[shard[0] :: shard[1]]) - drawn} were there", flush=True)
+        drawn = draw_items(pipe, task, items, options.out / method, shard=(i, n))
+        print(f"{method}: {drawn} pictures drawn, {len(items[i::n]) - drawn} were there", flush=True)
 
 
 def score_folders(options: argparse.Namespace, typed: str) -> None:
@@ -97,42 +93,10 @@ def show_protocols(_: argparse.Namespace, __: str) -> None:
     print("\n\n".join("\n".join(described(name, protocol)) for name, protocol in PROTOCOLS.items()))
 
 
-def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type of an option whose ValueError is the message."""
-
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parsed
-
-
-def _size(text: str) -> tuple[int, int]:
-    numbers = text.lower().split("x")
-    if len(numbers) > 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise ValueError(f"the size must be a number of pixels or HEIGHTxWIDTH, got {text}")
-    return int(numbers[0]), int(numbers[-1])
-
-
-def _seeds(text: str) -> list[int]:
-    if not all(seed.isdecimal() for seed in text.split(",")):
-        raise ValueError(f"the seeds must be whole numbers separated by commas, got {text}")
-    return list(dict.fromkeys(int(seed) for seed in text.split(",")))
-
-
 def _draws(text: str) -> int:
     if not text.isdecimal() or text == "1":
-        raise ValueError(f"the draws must be 0 or at least 2, got {text}")
+        raise argparse.ArgumentTypeError(f"must be 0 or at least 2, got {text}")
     return int(text)
-
-
-def _statistics(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name for name in text.split(",") if name))
-    if unknown := [name for name in names if name not in NETWORK_STATISTICS]:
-        raise ValueError(f"the statistics must be of {', '.join(NETWORK_STATISTICS)}, got {', '.join(unknown)}")
-    return names
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     drawing.set_defaults(run=generate)
     drawing.add_argument("--prompts", type=Path, required=True, help="a text file with one prompt a line, a .csv or a .jsonl")
     drawing.add_argument("--column", default="prompt", help="the column of a .csv or .jsonl (default: %(default)s)")
-    drawing.add_argument("--methods", type=_checked(parse_methods), default=["scalediff"], help=f"of {','.join(METHOD_NAMES)}")
-    drawing.add_argument("--seeds", type=_checked(_seeds), default=[0], help="repetitions of the list, such as 0,1 (default: 0)")
-    drawing.add_argument("--size", type=_checked(_size), required=True, help="pixels per side, or HEIGHTxWIDTH")
+    drawing.add_argument("--methods", type=names_of(METHOD_NAMES), default=["scalediff"], help=f"of {','.join(METHOD_NAMES)}")
+    drawing.add_argument("--seeds", type=_seeds, default=[0], help="repetitions of the list, such as 0,1 (default: 0)")
+    drawing.add_argument("--size", type=_size, required=True, help="pixels per side, or HEIGHTxWIDTH")
     drawing.add_argument("--model", default="demo", help="demo, a pipeline folder, or a Hugging Face id (default: %(default)s)")
     drawing.add_argument("--preset", default="default", help="a preset of the model (default: %(default)s)")
     drawing.add_argument("--steps", type=positive(int), help="denoising steps instead of the preset's")
@@ -152,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--negative-prompt", help="negative prompt instead of the preset's")
     drawing.add_argument("--upsampler", type=Path, help="super-resolution network in place of bicubic, for methods that enlarge pictures")
     drawing.add_argument("--out", type=Path, required=True, help="folder; every method gets a folder in it")
-    drawing.add_argument("--shard", type=_checked(parse_shard), help="i/n: the part of this process (default: RANK and WORLD_SIZE)")
+    drawing.add_argument("--shard", type=shard, help="i/n: the part of this process (default: RANK and WORLD_SIZE)")
     drawing.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one, under torchrun its own)")
     drawing.add_argument("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
     drawing.add_argument("--low-memory", action="store_true", help="keep a component on the GPU only while it is in use")
@@ -162,15 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("folders", type=Path, nargs="+", help="folders of pictures")
     scoring.add_argument("--reference", type=Path, help="real pictures, or pictures at the native size")
     scoring.add_argument("--protocol", help=f"of {', '.join(PROTOCOLS)}; needs networks (default: statistics without networks)")
-    scoring.add_argument(
-        "--statistics", type=_checked(_statistics), help=f"of {','.join(NETWORK_STATISTICS)} (default: all, with a protocol)"
-    )
+    which = f"of {','.join(NETWORK_STATISTICS)} (default: all, with a protocol)"
+    scoring.add_argument("--statistics", type=names_of(NETWORK_STATISTICS), help=which)
     scoring.add_argument("--crops", type=positive(int), help="crops of each picture instead of the protocol's")
     scoring.add_argument("--crop-size", type=positive(int), help="pixels per side of a crop instead of the protocol's")
     scoring.add_argument("--border", type=positive(int), help="pixels between borders of query patches (default: that of the run)")
-    scoring.add_argument(
-        "--bootstrap", type=_checked(_draws), default=100, help="draws of the bootstrap, 0 for none (default: %(default)s)"
-    )
+    scoring.add_argument("--bootstrap", type=_draws, default=100, help="draws of the bootstrap, 0 for none (default: %(default)s)")
     scoring.add_argument("--splits", type=positive(int), default=10, help="of the Inception score (default: %(default)s)")
     scoring.add_argument("--kid-subset", type=positive(int), help="also KID as the mean over 100 subsets of so many rows")
     scoring.add_argument("--force", action="store_true", help="compute FID of fewer pictures than features")

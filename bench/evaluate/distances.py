@@ -7,7 +7,6 @@ Legend: N pictures of one set, M of the reference, C crops, D features, K classe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,19 +48,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class KernelSums(NamedTuple):
-    """The sums of the polynomial kernel that a weighted KID needs.
+    """The sums of the polynomial kernel that a weighted KID needs."""
 
-    Attributes:
-        between: `[N, N]` sums over the crops of two pictures; on the diagonal over pairs of different crops.
-        cross: `[N]` mean over the crops of the reference, summed over the crops of a picture.
-        reference: Mean over all pairs of different crops of the reference.
-        crops: C.
-    """
-
-    between: Tensor
-    cross: Tensor
-    reference: float
-    crops: int
+    between: Tensor  # [N, N] sums over the crops of two pictures; on the diagonal over pairs of different crops
+    cross: Tensor  # [N] mean over the crops of the reference, summed over the crops of a picture
+    reference: float  # mean over all pairs of different crops of the reference
+    crops: int  # C
 
 
 def kernel_sums(a: Tensor, b: Tensor) -> KernelSums:
@@ -100,14 +92,8 @@ def kernel_distance_of_subsets(a: Tensor, b: Tensor, *, size: int, subsets: int,
     """Mean and standard deviation of KID over random subsets of `size` rows of each side, drawn without replacement.
 
     The mean estimates what `kernel_distance` of all rows estimates, with more noise; it is for comparison with published numbers.
-
-    Raises:
-        ValueError: `size` is below 2, or larger than a side.
     """
-    rows_a, rows_b = a.flatten(0, 1), b.flatten(0, 1)
-    if not 2 <= size <= min(len(rows_a), len(rows_b)):
-        raise ValueError(f"a KID subset must have 2 to {min(len(rows_a), len(rows_b))} rows, those of the smaller side, got {size=}")
-    values = []
+    rows_a, rows_b, values = a.flatten(0, 1), b.flatten(0, 1), []
     for _ in range(subsets):
         chosen_a, chosen_b = (rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (rows_a, rows_b))
         values.append(kernel_distance(kernel_sums(chosen_a[:, None], chosen_b[:, None])))
@@ -116,17 +102,11 @@ def kernel_distance_of_subsets(a: Tensor, b: Tensor, *, size: int, subsets: int,
 
 
 def inception_score(logits: Tensor, *, splits: int) -> float:
-    """`exp(mean KL(p(y | x), p(y)))` of `[N, K]` or `[N, C, K]` logits: the mean over `splits` consecutive parts.
-
-    Raises:
-        ValueError: There are fewer rows than splits.
+    """`exp(mean KL(p(y | x), p(y)))` of `[N, K]` or `[N, C, K]` logits: the mean over `splits` consecutive parts, at most as many as rows.
 
     Salimans et al., arXiv:1606.03498, section 4.
     """
-    rows = logits.reshape(-1, logits.shape[-1]).double()
-    if len(rows) < splits:
-        raise ValueError(f"the Inception score needs at least one picture for each of {splits} splits, got {len(rows)}")
-    scores = []
+    rows, scores = logits.reshape(-1, logits.shape[-1]).double(), []
     for part in torch.tensor_split(rows.log_softmax(1), splits):
         marginal = part.logsumexp(0) - torch.tensor(float(len(part)), dtype=part.dtype, device=part.device).log()
         divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0.0)  # 0 log 0 is 0
@@ -140,17 +120,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-
-def resamples(pictures: int, count: int, *, seed: int = 0) -> list[Tensor]:
-    """`count` draws of `pictures` picture numbers with replacement. The same call gives the same draws: they pair sets."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(pictures, (pictures,), generator=generator) for _ in range(count)]
-
-
-def replicated(statistic: Callable[[Tensor], float], draws: Sequence[Tensor], pictures: int) -> tuple[float, Tensor]:
-    """A statistic of picture numbers: its value for all of them, and `[R]` values for the draws."""
-    return statistic(torch.arange(pictures)), torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
 
 
 def interval(value: float, replicates: Tensor) -> Interval:

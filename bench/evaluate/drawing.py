@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import scalediff
-from bench.quality.pictures import border
+from bench.quality.pictures import border, pipeline_facts
 from scalediff.cascade.metadata import read_metadata, save_png, temporary
 from scalediff.cascade.pipeline import named_preset
-from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
+from scalediff.cascade.workdir import Workdir, digest
 from scalediff.methods import METHODS
 
 METHOD_NAMES = ("scalediff", *METHODS)
@@ -46,47 +43,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """What all items of a folder share.
+    """What all items of a folder share."""
 
-    Attributes:
-        model: Its name, as the caller gave it.
-        size: (height, width) in pixels.
-        preset: The name of a preset of the model's family.
-        given: Further arguments of `scalediff.generate`.
-    """
-
-    model: str
+    model: str  # its name, as the caller gave it
     method: str
-    size: tuple[int, int]
-    preset: str
-    given: Mapping[str, Any]
-
-
-def parse_methods(text: str) -> list[str]:
-    """Names of methods, separated by commas.
-
-    Raises:
-        ValueError: There is no such method.
-    """
-    names = list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in METHOD_NAMES]:
-        raise ValueError(f"the methods must be of {', '.join(METHOD_NAMES)}, got {', '.join(map(repr, unknown))}")
-    return names
-
-
-def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """(i, n) of a text "i/n" with i from 0 to n - 1; when None, RANK and WORLD_SIZE, which torchrun sets, or (0, 1).
-
-    Raises:
-        ValueError: The text is of another form, or i is out of range.
-    """
-    named, what = text, "--shard"
-    if text is None:
-        named, what = f"{environment.get('RANK', '0')}/{environment.get('WORLD_SIZE', '1')}", "RANK and WORLD_SIZE"
-    found = re.fullmatch(r"(\d+)/(\d+)", str(named))
-    if not found or not int(found[1]) < int(found[2]):
-        raise ValueError(f"{what} must be i/n with i from 0 to n - 1, got {named}")
-    return int(found[1]), int(found[2])
+    size: tuple[int, int]  # (height, width) in pixels
+    preset: str  # of the model's family
+    given: Mapping[str, Any]  # further arguments of `scalediff.generate`
 
 
 def items_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
@@ -122,22 +85,18 @@ def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, sh
 
 def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
     """Everything that determines the pictures of a folder, on one machine."""
-    weights = fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)])
-    preset = named_preset(pipe, task.preset)
     return {
+        **pipeline_facts(pipe),
         "pictures": len(items),
         "prompts": digest([item.prompt for item in items]),
         "seeds": digest([item.seed for item in items]),
         "model": task.model,
-        "weights": weights,
         "method": task.method,
         "options": repr(METHODS[task.method].options()) if task.method in METHODS else "",
         "size": list(task.size),
-        "preset": [task.preset, repr(preset)],
+        "preset": [task.preset, repr(named_preset(pipe, task.preset))],
         "given": dict(task.given),
-        "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "versions": [torch.__version__, version("diffusers")],
         "patch_border": border(pipe),
     }
 

@@ -20,23 +20,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures of one kind.
-
-    Attributes:
-        path: The folder.
-        files: The pictures, by name.
-        prompts: The prompt of each; empty without a manifest.
-        seeds: The seed of each; empty without a manifest.
-        run: What `generate` wrote about the run; empty without a manifest.
-        seconds: Drawing time of each picture; empty without a manifest.
-    """
+    """Pictures of one kind. Without a manifest all that follows the files is empty."""
 
     path: Path
-    files: list[Path]
-    prompts: list[str]
-    seeds: list[int]
-    run: dict[str, Any]
-    seconds: list[float]
+    files: list[Path]  # by name
+    prompts: list[str]  # of each
+    seeds: list[int]  # of each
+    run: dict[str, Any]  # what `generate` wrote about the run
+    seconds: list[float]  # drawing time of each
 
     @property
     def name(self) -> str:
@@ -93,11 +84,8 @@ def check_comparable(folders: Sequence[Folder]) -> None:
             raise ValueError(f"folders must hold as many pictures, got {len(first)} in {first.path} and {len(folder)} in {folder.path}")
         if bool(folder.prompts) != bool(first.prompts):
             raise ValueError(f"folders must all have a manifest or none, got {first.path} and {folder.path}")
-        if (folder.prompts, folder.seeds) != (first.prompts, first.seeds):
-            differing = sum(
-                a != b
-                for a, b in zip(zip(folder.prompts, folder.seeds, strict=True), zip(first.prompts, first.seeds, strict=True), strict=True)
-            )
+        ours, theirs = (list(zip(one.prompts, one.seeds, strict=True)) for one in (folder, first))
+        if differing := sum(a != b for a, b in zip(ours, theirs, strict=True)):
             raise ValueError(f"folders must have the same prompts and seeds, got {differing} different in {first.path} and {folder.path}")
         if not folder.prompts and [file.stem for file in folder.files] != [file.stem for file in first.files]:
             raise ValueError(f"folders without a manifest must have the same file names, got others in {first.path} and {folder.path}")
@@ -124,12 +112,13 @@ def read_picture(file: Path, *, size: tuple[int, int] | None = None) -> Tensor:
     """
     try:
         with Image.open(file) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            picture = _pixels(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(file, error) from error
-    if size is not None and pixels.shape[:2] != size:
-        raise ValueError(f"every picture of the folder must be {size[0]} x {size[1]}, got {pixels.shape[0]} x {pixels.shape[1]} in {file}")
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    if size is not None and picture.shape[1:] != size:
+        got = f"{picture.shape[1]} x {picture.shape[2]} in {file}"
+        raise ValueError(f"every picture of the folder must be {size[0]} x {size[1]}, got {got}")
+    return picture
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
@@ -138,18 +127,20 @@ def _unreadable(file: Path, error: Exception) -> ValueError:
 
 def resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
     """A `[3, Y, X]` uint8 picture at another size: Pillow's bicubic filter, which has antialias, rounded to 256 levels."""
-    if tuple(picture.shape[1:]) == size:
-        return picture
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _pixels(_image(picture).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def fitted(picture: Tensor, size: tuple[int, int]) -> Tensor:
     """The largest centred part of a `[3, Y, X]` picture with the shape of `size`, resized to it."""
-    scale = min(picture.shape[1] / size[0], picture.shape[2] / size[1])
-    y, x = (min(n, round(wanted * scale)) for n, wanted in zip(picture.shape[1:], size, strict=True))
-    top, left = (picture.shape[1] - y) // 2, (picture.shape[2] - x) // 2
-    return resized(picture[:, top : top + y, left : left + x].contiguous(), size)
+    return _pixels(ImageOps.fit(_image(picture), (size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def _image(picture: Tensor) -> Image.Image:
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def common_size(size: tuple[int, int], reference: Folder) -> tuple[int, int]:

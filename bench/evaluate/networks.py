@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,32 +18,6 @@ INCEPTION_SHA256 = "6726825d"  # its first digits
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class FeatureNetwork(Protocol):
-    """Features and logits of pictures.
-
-    Attributes:
-        features: Number of features D.
-        side: Pixels per side that pictures are resized to.
-        name: What to write beside a number.
-    """
-
-    features: int
-    side: int
-    name: str
-
-    def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, D]` features and `[B, K]` logits of `[B, 3, Y, X]` uint8 pictures."""
-
-
-class TextNetwork(Protocol):
-    """Cosines between pictures and prompts."""
-
-    name: str
-
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """`[B]` cosines of `[B, 3, Y, X]` uint8 pictures and their prompts."""
 
 
 def find_inception(path: Path | None) -> Path:
@@ -75,12 +49,13 @@ class Inception:
 
     network: Any
     device: torch.device
-    features: int = 2048
-    side: int = 299
+    features: int = 2048  # D
+    side: int = 299  # pixels per side that pictures are resized to
     name: str = "InceptionV3 2015-12-05"
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, D]` features and `[B, K]` logits of `[B, 3, Y, X]` uint8 pictures."""
         features, logits = self.network(pictures.to(self.device))
         return features.cpu(), logits.cpu()
 
@@ -113,6 +88,7 @@ class Clip:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """`[B]` cosines of `[B, 3, Y, X]` uint8 pictures and their prompts."""
         side = self.model.config.vision_config.image_size
         scale = side / min(pictures.shape[2:])
         size = [max(side, round(n * scale)) for n in pictures.shape[2:]]
@@ -120,12 +96,8 @@ class Clip:
         top, left = ((n - side) // 2 for n in size)
         x = resized[:, :, top : top + side, left : left + side]
         x = (x - x.new_tensor(_CLIP_MEAN)[:, None, None]) / x.new_tensor(_CLIP_STD)[:, None, None]
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-        done = self.model(
-            input_ids=tokens["input_ids"].to(self.device),
-            attention_mask=tokens["attention_mask"].to(self.device),
-            pixel_values=x.to(self.device),
-        )
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        done = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=x.to(self.device))
         cosines: Tensor = F.cosine_similarity(done.image_embeds.double(), done.text_embeds.double())
         return cosines.cpu()
 

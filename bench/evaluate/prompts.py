@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,9 +22,13 @@ def read_prompts(path: Path, *, column: str = "prompt") -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the prompts must be a readable text file in UTF-8, got {path}: {error}") from error
     if path.suffix.lower() == ".csv":
-        prompts = _of_csv(path, text, column)
+        reader = csv.DictReader(io.StringIO(text))
+        if column not in (columns := reader.fieldnames or ()):
+            raise ValueError(f"{path} must have the column {column!r}, got {', '.join(columns) or 'no columns'}")
+        prompts = [_text(path, number, record[column]) for number, record in enumerate(reader, 1)]
     elif path.suffix.lower() == ".jsonl":
-        prompts = [_of_record(path, number, line, column) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        prompts = [_text(path, number, _value(path, number, line, column)) for number, line in lines]
     else:
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
@@ -31,24 +36,13 @@ def read_prompts(path: Path, *, column: str = "prompt") -> list[str]:
     return prompts
 
 
-def _of_csv(path: Path, text: str, column: str) -> list[str]:
-    reader = csv.DictReader(io.StringIO(text))
-    if column not in (columns := reader.fieldnames or ()):
-        raise ValueError(f"{path} must have the column {column!r}, got {', '.join(columns) or 'no columns'}")
-    return [_stripped(path, number, record[column]) for number, record in enumerate(reader, 1)]
+def _value(path: Path, number: int, line: str, column: str) -> object:
+    with suppress(json.JSONDecodeError, KeyError, TypeError):
+        return json.loads(line)[column]
+    raise ValueError(f"line {number} of {path} must be a JSON object with the key {column!r}, got {line[:60]!r}")
 
 
-def _of_record(path: Path, number: int, line: str, column: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} of {path} must be a JSON object, got {line[:60]!r}") from error
-    if not isinstance(record, dict) or column not in record:
-        raise ValueError(f"line {number} of {path} must be a JSON object with the key {column!r}, got {line[:60]!r}")
-    return _stripped(path, number, record[column])
-
-
-def _stripped(path: Path, number: int, prompt: object) -> str:
+def _text(path: Path, number: int, prompt: object) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"record {number} of {path} must have a text as prompt, got {prompt!r}")
     return prompt.strip()

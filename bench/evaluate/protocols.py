@@ -15,35 +15,23 @@ _UNCROPPED = "whole-image columns: 299 pixels per side remain, so fine detail do
 _RESIZE = "the resize to 299 pixels (library, antialias): here it is Pillow's bicubic with antialias"
 _MOST = "most papers of this kind have 1,000 prompts of LAION-5B and as many of its photos"
 _CLIP = "the CLIP network"
+_CROPPED_ONE_SIDE = (_SINGULAR, _UNCROPPED, _WHOLE_REFERENCE)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """One protocol.
+    """One protocol; None for a number that is not established."""
 
-    Attributes:
-        source: The papers.
-        crops: Crops of each picture; None if that is not established or `total` says it.
-        total: Crops in all, spread evenly over the pictures.
-        crop: Pixels per side of a crop; None if not established.
-        crops_reference: Whether the reference is cropped too; otherwise its whole pictures are the reference of the crops.
-        resized: Whether crops are resized to 299 pixels.
-        references: Number of reference pictures; None if not established.
-        data: Prompts and references.
-        biases: What the numbers reward or hide.
-        unknown: What is not established about it.
-    """
-
-    source: str
-    crops: int | None
-    crop: int | None
-    crops_reference: bool
-    references: int | None
-    data: str
-    biases: tuple[str, ...]
-    unknown: tuple[str, ...]
-    total: int | None = None
-    resized: bool = True
+    source: str  # the papers
+    crops: int | None  # of each picture; None too where `total` says it
+    crop: int | None  # pixels per side of a crop
+    crops_reference: bool  # whether the reference is cropped too; otherwise its whole pictures are the reference of the crops
+    references: int | None  # number of reference pictures
+    data: str  # prompts and references
+    biases: tuple[str, ...]  # what the numbers reward or hide
+    unknown: tuple[str, ...]  # what is not established about it
+    total: int | None = None  # crops in all, spread evenly over the pictures
+    resized: bool = True  # whether crops are resized to 299 pixels
 
     def crops_of(self, pictures: int) -> int:
         """Crops of each of so many pictures; where `total` is not a multiple of them, the next larger number.
@@ -57,8 +45,6 @@ class Protocol:
             raise ValueError(f"number and size of this protocol's crops are not established ({self.source}): pass --crops and --crop-size")
         return self.crops
 
-
-_CROPPED_ONE_SIDE = (_SINGULAR, _UNCROPPED, _WHOLE_REFERENCE)
 
 PROTOCOLS = {
     "scalediff": Protocol(

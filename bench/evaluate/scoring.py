@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -13,42 +14,31 @@ from torch import Tensor
 from bench.evaluate import distances
 from bench.evaluate.distances import Interval
 from bench.evaluate.folders import Folder, check_comparable, common_size, size_of
-from bench.evaluate.measuring import SMALLEST, Measured, Task, measure, measure_reference
-from bench.evaluate.networks import FeatureNetwork, TextNetwork
+from bench.evaluate.measuring import SMALLEST, Measured, Task, measure
+from bench.evaluate.networks import Clip, Inception
 from bench.evaluate.protocols import Protocol
-from bench.quality.metrics import sliced_distance
+from bench.quality.metrics import Statistic, mean_of, replicated, resamples, sliced_distance, spectrum_distance
 
 INCEPTION_STATISTICS = ("fid", "kid", "is", "fid_patch", "kid_patch", "is_patch")
 NETWORK_STATISTICS = (*INCEPTION_STATISTICS, "clip")
 REFERENCE = "(reference)"
 CPU = torch.device("cpu")
 _DIRECTIONS = 128
-Statistic = Callable[[Tensor], float]  # of picture numbers
+Features = list[tuple[Tensor, Tensor]]  # and logits
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to score.
+    """What to score."""
 
-    Attributes:
-        wanted: Of `NETWORK_STATISTICS`.
-        protocol: Says which crops; the statistics of crops need it.
-        border: Pixels between borders of query patches; None for the border in the run of each folder, if it has one.
-        draws: Of the bootstrap.
-        splits: Of the Inception score.
-        kid_subset: Rows of a subset; None for no subsets.
-        force: Compute FID of fewer pictures than features.
-        device: Of the computations with features, in fp64.
-    """
-
-    wanted: Sequence[str] = ()
-    protocol: Protocol | None = None
-    border: int | None = None
-    draws: int = 100
-    splits: int = 10
-    kid_subset: int | None = None
-    force: bool = False
-    device: torch.device = CPU
+    wanted: Sequence[str] = ()  # of NETWORK_STATISTICS
+    protocol: Protocol | None = None  # says which crops; the statistics of crops need it
+    border: int | None = None  # pixels between borders of query patches; None for that in the run of each folder, if it has one
+    draws: int = 100  # of the bootstrap
+    splits: int = 10  # of the Inception score
+    kid_subset: int | None = None  # rows of a subset; None for no subsets
+    force: bool = False  # compute FID of fewer pictures than features
+    device: torch.device = CPU  # of the computations with features, in fp64
 
 
 @dataclass(frozen=True)
@@ -65,8 +55,8 @@ def score(
     reference: Folder | None,
     options: Options,
     *,
-    inception: FeatureNetwork | None = None,
-    clip: TextNetwork | None = None,
+    inception: Inception | None = None,
+    clip: Clip | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Scores by folder and statistic; those of the reference itself, where its pictures are as large, under `REFERENCE`.
 
@@ -83,15 +73,15 @@ def score(
     border = _border(folders, size, options)
     crops = any(name.endswith("_patch") for name in options.wanted)
     task = Task(compared, border, options.protocol, crops, inception, clip)
-    of_reference = None if reference is None else measure_reference(reference, task)
-    draws = distances.resamples(len(folders[0]), options.draws)
+    of_reference = None if reference is None else measure(reference, task, reference=True)
+    draws = resamples(len(folders[0]), options.draws)
     found: dict[str, dict[str, Score]] = {}
     base: dict[str, tuple[float, Tensor]] = {}
     for folder in folders:
         measured = measure(folder, task)
         scores: dict[str, Score] = {}
         for name, statistic in _statistics(measured, of_reference, options).items():
-            value, replicates = distances.replicated(statistic, draws, len(folder))
+            value, replicates = statistic(torch.arange(len(folder))), replicated(statistic, draws)
             first_value, first_replicates = base.setdefault(name, (value, replicates))
             gap = None if folder is folders[0] else distances.interval(value - first_value, replicates - first_replicates)
             scores[name] = Score(distances.interval(value, replicates), gap)
@@ -112,7 +102,7 @@ def _border(folders: Sequence[Folder], size: tuple[int, int], options: Options) 
     return None
 
 
-def _check_wanted(folders: Sequence[Folder], reference: Folder | None, options: Options, inception: FeatureNetwork | None) -> None:
+def _check_wanted(folders: Sequence[Folder], reference: Folder | None, options: Options, inception: Inception | None) -> None:
     protocol, n, m = options.protocol, len(folders[0]), 0 if reference is None else len(reference)
     if protocol is None and (cropped := [name for name in options.wanted if name.endswith("_patch")]):
         raise ValueError(f"{', '.join(cropped)} need a protocol, which says the crops: pass --protocol, got none")
@@ -139,28 +129,26 @@ def _check_wanted(folders: Sequence[Folder], reference: Folder | None, options: 
 
 
 def _statistics(measured: Measured, reference: Measured | None, options: Options) -> dict[str, Statistic]:
-    found = {name: _mean_of(torch.tensor(values, dtype=torch.float64)) for name, values in measured.numbers.items()}
+    """Of the pictures with the numbers that it is given; FID and KID beside the reference."""
+    found = {name: mean_of(torch.tensor(values, dtype=torch.float64)) for name, values in measured.numbers.items()}
     if measured.controls:
         controls = torch.stack(measured.controls)
         found["seam_control"] = lambda chosen: float(controls[chosen].mean(0).max())
     if reference is not None:
-        found["spectrum"] = _spectrum(torch.stack(measured.radial), torch.stack(reference.radial))
+        found["spectrum"] = spectrum_distance(torch.stack(measured.radial), torch.stack(reference.radial))
         found |= _sliced(measured.patches, reference.patches)
     for suffix, ours, theirs in _feature_sets(measured, reference):
         features, logits = (torch.stack(parts).to(options.device) for parts in zip(*ours, strict=True))
         if f"is{suffix}" in options.wanted:
-            found[f"is{suffix}"] = _inception_score(logits, options.splits)
+            found[f"is{suffix}"] = partial(_inception_score, logits, options.splits)
         if theirs is None:
             continue
         others = torch.stack([one for one, _ in theirs]).to(options.device)
         if f"fid{suffix}" in options.wanted:
-            found[f"fid{suffix}"] = _frechet(features, others)
+            found[f"fid{suffix}"] = partial(_frechet, features, distances.moments(others))
         if f"kid{suffix}" in options.wanted:
-            found[f"kid{suffix}"] = _kernel(features, others)
+            found[f"kid{suffix}"] = partial(_kernel, distances.kernel_sums(features, others))
     return found
-
-
-Features = list[tuple[Tensor, Tensor]]
 
 
 def _feature_sets(measured: Measured, reference: Measured | None) -> list[tuple[str, Features, Features | None]]:
@@ -175,26 +163,14 @@ def _feature_sets(measured: Measured, reference: Measured | None) -> list[tuple[
 
 def _of_subsets(measured: Measured, reference: Measured | None, options: Options) -> dict[str, Score]:
     found: dict[str, Score] = {}
-    for suffix, ours, theirs in _feature_sets(measured, reference):
-        if options.kid_subset is None or f"kid{suffix}" not in options.wanted:
-            continue
-        a, b = (torch.stack([features for features, _ in side or []]).to(options.device) for side in (ours, theirs))
-        mean, std = distances.kernel_distance_of_subsets(
-            a, b, size=options.kid_subset, subsets=100, generator=torch.Generator().manual_seed(0)
-        )
-        note = f"100 subsets of {options.kid_subset}, standard deviation {std:.6g}"
-        found[f"kid{suffix}_subsets"] = Score(Interval(mean, math.nan, math.nan), None, note)
+    for suffix, *sides in _feature_sets(measured, reference):
+        if options.kid_subset is not None and f"kid{suffix}" in options.wanted:
+            a, b = (torch.stack([features for features, _ in side or []]).to(options.device) for side in sides)
+            how = {"size": options.kid_subset, "subsets": 100}
+            mean, std = distances.kernel_distance_of_subsets(a, b, **how, generator=torch.Generator().manual_seed(0))
+            note = f"100 subsets of {options.kid_subset}, standard deviation {std:.6g}"
+            found[f"kid{suffix}_subsets"] = Score(Interval(mean, math.nan, math.nan), None, note)
     return found
-
-
-def _mean_of(values: Tensor) -> Statistic:
-    return lambda chosen: float(values[chosen].mean())
-
-
-def _spectrum(ours: Tensor, theirs: Tensor) -> Statistic:
-    """As `bench.quality.metrics.spectrum_distance`."""
-    target = theirs.mean(0).clamp(min=1e-30).log10()
-    return lambda chosen: float((ours[chosen].mean(0).clamp(min=1e-30).log10() - target).abs().mean())
 
 
 def _sliced(ours: Mapping[int, list[Tensor]], theirs: Mapping[int, list[Tensor]]) -> dict[str, Statistic]:
@@ -205,15 +181,13 @@ def _sliced(ours: Mapping[int, list[Tensor]], theirs: Mapping[int, list[Tensor]]
     return {"swd": lambda chosen: sum(level(chosen) for level in levels) / len(levels), "swd_fine": levels[0]}
 
 
-def _inception_score(logits: Tensor, splits: int) -> Statistic:
-    return lambda chosen: distances.inception_score(logits[chosen].flatten(0, 1), splits=splits)
+def _inception_score(logits: Tensor, splits: int, chosen: Tensor) -> float:
+    return distances.inception_score(logits[chosen], splits=splits)
 
 
-def _frechet(ours: Tensor, theirs: Tensor) -> Statistic:
-    target = distances.moments(theirs)
-    return lambda chosen: distances.frechet_distance(distances.moments(ours[chosen]), target)
+def _frechet(features: Tensor, target: distances.Moments, chosen: Tensor) -> float:
+    return distances.frechet_distance(distances.moments(features[chosen]), target)
 
 
-def _kernel(ours: Tensor, theirs: Tensor) -> Statistic:
-    sums = distances.kernel_sums(ours, theirs)
-    return lambda chosen: distances.kernel_distance(sums, chosen.bincount(minlength=len(ours)))
+def _kernel(sums: distances.KernelSums, chosen: Tensor) -> float:
+    return distances.kernel_distance(sums, chosen.bincount(minlength=len(sums.cross)))

@@ -1,12 +1,13 @@
 """TFLOPs of drawing a large picture by several methods: one model, one size, one method a row.
 
-Models are of true size, on the meta device: those of `scalediff plan`, and two more.
+Models are of true size, on the meta device: some of those of `scalediff plan`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,47 +19,27 @@ from scalediff.cost.models import FACTOR, Model, built
 from scalediff.cost.models import MODELS as PLANNED
 from scalediff.families import family_of
 
-_TABLE = 512  # positions along an axis, for 8192 pixels; the published tables are shorter, and looking up costs nothing that is counted
+_POSITIONS = 512  # along an axis, for 8192 pixels; the published tables are shorter, and looking up costs nothing that is counted
 
 
 def _sd3() -> nn.Module:
-    """The transformer of stabilityai/stable-diffusion-3.5-large; its own table of positions has 192 along an axis: 3072 pixels."""
-    from diffusers import SD3Transformer2DModel
+    """The published transformer with more positions: its own table has 192 along an axis, for 3072 pixels."""
+    import diffusers
 
-    sizes = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
-    return SD3Transformer2DModel(**sizes, pos_embed_max_size=_TABLE, qk_norm="rms_norm")  # type: ignore[no-any-return]
-
-
-def _sd3_inputs(y: int, x: int) -> dict[str, Any]:
-    """77 tokens of CLIP and 256 of T5, as the pipeline has them."""
-    shapes = {
-        "hidden_states": (1, 16, y, x),
-        "encoder_hidden_states": (1, 77 + 256, 4096),
-        "pooled_projections": (1, 2048),
-        "timestep": (1,),
-    }
-    return {name: torch.empty(shape) for name, shape in shapes.items()}
-
-
-def _lumina() -> nn.Module:
-    """The transformer of Alpha-VLLM/Lumina-Next-SFT-diffusers; its pipeline rotates 384 positions along an axis: 6144 pixels."""
-    from diffusers import LuminaNextDiT2DModel
-
-    return LuminaNextDiT2DModel(num_layers=24, num_kv_heads=8)  # type: ignore[no-any-return]
+    config = dict(PLANNED["sd3.5-large"].denoiser().config) | {"pos_embed_max_size": _POSITIONS}  # type: ignore[arg-type]
+    return diffusers.SD3Transformer2DModel.from_config(config)  # type: ignore[no-any-return]
 
 
 def _lumina_inputs(y: int, x: int) -> dict[str, Any]:
-    """256 tokens of Gemma, padding included, as the pipeline has them."""
-    shapes = {"hidden_states": (1, 4, y, x), "encoder_hidden_states": (1, 256, 2048), "timestep": (1,), "encoder_mask": (1, 256)}
-    rotary = torch.empty(_TABLE, _TABLE, 36, dtype=torch.complex64)
-    inputs = {name: torch.empty(shape) for name, shape in shapes.items()}
-    return {**inputs, "image_rotary_emb": rotary, "cross_attention_kwargs": {}}
+    """Those of the pipeline, which rotates 384 positions along an axis, for 6144 pixels, with more of them."""
+    rotary = torch.empty(_POSITIONS, _POSITIONS, 36, dtype=torch.complex64)
+    return PLANNED["lumina-next"].inputs(y, x) | {"image_rotary_emb": rotary}
 
 
 MODELS: Mapping[str, Model] = {
     **{name: PLANNED[name] for name in ("sdxl", "flux")},
-    "sd3.5-large": Model(_sd3, _sd3_inputs, channels=16, tokens=16, guided=True),
-    "lumina-next": Model(_lumina, _lumina_inputs, channels=4, tokens=16, guided=True),
+    "sd3.5-large": replace(PLANNED["sd3.5-large"], denoiser=_sd3),
+    "lumina-next": replace(PLANNED["lumina-next"], inputs=_lumina_inputs),
 }
 TITLES = {"sdxl": "SDXL base 1.0", "flux": "FLUX.1-dev", "sd3.5-large": "Stable Diffusion 3.5 Large", "lumina-next": "Lumina-Next"}
 
@@ -112,7 +93,7 @@ class Counter:
         if above == "phases":
             sides = [min(size, phase * native) for phase in range(1, math.ceil(size / native) + 1)]
         guided = passes_of_a_step(self.model, settings) == 2
-        planned = plan(sides, above, cascade=cascade, native=native, settings=settings, guided=guided)
+        planned = plan(sides, above, cascade=cascade, settings=settings, guided=guided)
         last = self.work.forward(planned[-1].side, above, planned[-1].phase)
         run, vae = self.work.run(planned)
         row = {"model": self.name, "size": size, "method": method, "text": self.work.inputs(size)["encoder_hidden_states"].shape[1]}

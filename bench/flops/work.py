@@ -35,10 +35,9 @@ class StagePlan(NamedTuple):
     above: Above
     phase: int  # of DemoFusion; 1 for all other stages
     restarts: bool  # from the picture of a stage before
-    views: int  # passes of native size, or less for dilated samples, that make up one pass; 0 for one pass of the stage's own size
 
 
-def plan(sides: Sequence[int], above: Above, *, cascade: bool, native: int, settings: Settings, guided: bool) -> list[StagePlan]:
+def plan(sides: Sequence[int], above: Above, *, cascade: bool, settings: Settings, guided: bool) -> list[StagePlan]:
     """The stages of a run at `sides` pixels: a cascade takes fewer steps after its base stage, every phase of DemoFusion takes all."""
     stages = []
     for number, side in enumerate(sides, start=1):
@@ -46,23 +45,16 @@ def plan(sides: Sequence[int], above: Above, *, cascade: bool, native: int, sett
         steps = settings.stage_steps if later else settings.steps
         until = math.ceil(settings.guidance_until * steps) if later and isinstance(settings.guidance_until, float) else steps
         how: Above = above if later or above in ("views", "phases") else "full"
-        phase = number if how == "phases" else 1
-        samples = phase**2 if how == "phases" else 0  # dilated
-        views = len(view_starts(side, native)) ** 2 + samples if how in ("views", "phases") and side > native else 0
-        stages.append(StagePlan(side, steps, steps + until * guided, how, phase, number > 1, views))
+        stages.append(StagePlan(side, steps, steps + until * guided, how, number if how == "phases" else 1, number > 1))
     return stages
 
 
 class Work:
     """TFLOPs of a model whose networks are on the meta device.
 
-    Args:
-        inputs: From a latent grid `(Y, X)` to the arguments of the denoiser.
-        native: Pixels per side that the model was trained at.
-        factor: Pixels per latent along an axis.
-        tiled: Whether the autoencoder works in tiles and attends only within them: it is counted as so many pictures of native size as fit
-            into the area.
-        family: In place of the denoiser's own family.
+    `inputs` makes the arguments of the denoiser from a latent grid `(Y, X)`; `native` is pixels per side that the model was trained at,
+    `factor` pixels per latent along an axis. A `tiled` autoencoder attends only within its tiles: it is counted as so many pictures of
+    native size as fit into the area. `family` stands in place of the denoiser's own.
     """
 
     def __init__(

@@ -1,12 +1,17 @@
-"""The command line of benchmarks that write rows: it measures what has no row yet, prints, writes and compares."""
+"""The command line of benchmarks that write rows: it measures what has no row yet, prints, writes and compares.
+
+Rows go to the CSV as they are measured, and a second run of the same commit, machine and versions measures what is missing. On a CPU the
+process keeps the memory that a call frees for the next one (`scalediff.command.allocator`).
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +45,26 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
         return value
 
     return parsed
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """The type of an option that takes some of these names, separated by commas."""
+
+    def parsed(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {', '.join(unknown)}")
+        return names
+
+    return parsed
+
+
+def shard(text: str) -> tuple[int, int]:
+    """The type of an option for the share of one of several processes: i/n, with i from 0 to n - 1."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, got {text}")
+    return int(found[1]), int(found[2])
 
 
 def _file(text: str) -> Path:
@@ -121,8 +146,7 @@ class Benchmark:
                 raise SystemExit(f"the device was lost in {name}: run the same command again to continue after it")
         if options.compare:
             shown = {key: row for name in wanted for key, row in self._rows(file.rows, name).items()}
-            timed, other = ({key: row for key, row in rows.items() if row.get("part") != "gate"} for rows in (shown, others))
-            print(*compared(timed, other, facts=self.same), sep="\n")
+            print(*compared(shown, others, facts=self.same), sep="\n")
         ours = [row for name in wanted if wanted[name] for row in self._rows(file.rows, name).values()]
         failed = [row["row"] for row in ours if row.get("status") in ("FAILED", "error")]
         raise SystemExit(f"rows of scalediff failed: {', '.join(failed)}" if failed else 0)

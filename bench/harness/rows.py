@@ -12,7 +12,6 @@ from pathlib import Path
 from bench.harness.facts import ROOT, is_commit
 
 RESULTS = ROOT / "bench" / "results"
-TIMES = {"p50_ms": "ms", "composed_s": "s composed"}  # columns to compare, in order of preference, and their units
 
 Row = dict[str, str]
 Table = Mapping[str, Mapping[str, str]]  # rows by name
@@ -96,26 +95,13 @@ def finished_rows(rows: Table, measured_with: Mapping[str, str]) -> set[str]:
 
 
 def compared(rows: Table, others: Table, *, facts: Sequence[str]) -> list[str]:
-    """Sentences about the facts that differ, then the ratio of every common row: more than 1 is faster here."""
-    common = [name for name in rows if name in others]
-    lines = [] if common else [f"no row is in both files: {len(rows)} rows here, {len(others)} there"]
+    """Sentences about the facts that differ, then the ratio of every row with a time in both: more than 1 is faster here."""
+    common = [name for name, row in rows.items() if row.get("p50_ms") and others.get(name, {}).get("p50_ms")]
+    lines = [] if common else [f"no row has a time in both files: {len(rows)} rows here, {len(others)} there"]
     for fact in facts:
         here, there = (sorted({table[name].get(fact) or "unknown" for name in common}) for table in (rows, others))
         if here != there or len(here) > 1:
             values = f"here {' and '.join(here)}, there {' and '.join(there)}"
             lines.append(f"not the same {fact}: {values}; the ratios below include that difference")
-    return lines + [f"{name}: {_ratio(rows[name], others[name])}" for name in common]
-
-
-def _ratio(mine: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """Both times and their ratio, by the first column of TIMES that both rows have; or why there is none."""
-    for column, unit in TIMES.items():
-        if (a := mine.get(column)) and (b := other.get(column)):
-            try:
-                return f"{a} {unit} here, {b} {unit} there, {float(b) / float(a):.3f}x"
-            except (ValueError, ZeroDivisionError):
-                return f"{column} must be a positive number, got {a!r} here and {b!r} there"
-    untimed = [(where, row) for where, row in (("here", mine), ("there", other)) if not any(row.get(column) for column in TIMES)]
-    reasons = [(where, ", ".join(filter(None, (row.get("status"), row.get("note"))))) for where, row in untimed]
-    sentences = [f"no time {where}" + (f" ({why})" if why else "") for where, why in reasons]
-    return "; ".join(sentences) or f"the rows have times of different kinds: {' or '.join(TIMES)} must be in both"
+    times = [(name, rows[name]["p50_ms"], others[name]["p50_ms"]) for name in common]
+    return lines + [f"{name}: {here} ms here, {there} ms there, {float(there) / float(here):.3f}x" for name, here, there in times]

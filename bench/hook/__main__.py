@@ -77,11 +77,8 @@ def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pai
         try:
             with mock.patch.multiple(call, **image, **joint):
                 nothing = Processor(lambda q, *_: q)
-                yield (
-                    f"{name}: a call that is taken",
-                    lambda: in_module(module, hooked, q, k, v),
-                    lambda: in_module(module, nothing, q, k, v),
-                )
+                ours, plain = (partial(in_module, module, one, q, k, v) for one in (hooked, nothing))
+                yield f"{name}: a call that is taken", ours, plain
             for what, tensors, causal in (("refused", (q, k, v), True), ("not", (q, other, other), False)):
                 ours, plain = (partial(in_module, module, one, *tensors, is_causal=causal) for one in (hooked, bare))
                 yield f"{name}: a call that is {what}", ours, plain

@@ -23,11 +23,7 @@ _NAMESPACE_FILE = "_ops.py"  # the builder's own in torch-ext, and one for each 
 
 
 def relative_imports(text: str, folders: int) -> str:
-    """Make the absolute imports of the package in a module relative.
-
-    Args:
-        text: The module.
-        folders: Number of folders of the package above the module: 0 for `scalediff_kernels/_launch.py`.
+    """Make the absolute imports of the package in a module relative, which has so many folders above it: 0 for `_launch.py`.
 
     Raises:
         ValueError: The package is imported as a whole (`import scalediff_kernels`), which has no relative form.
@@ -35,9 +31,8 @@ def relative_imports(text: str, folders: int) -> str:
     lines = text.splitlines(keepends=True)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
-            raise ValueError(
-                f"imports of {PACKAGE} must have the form from {PACKAGE}... import ..., got line {node.lineno}: {ast.unparse(node)}"
-            )
+            wrong = f"line {node.lineno}: {ast.unparse(node)}"
+            raise ValueError(f"imports of {PACKAGE} must have the form from {PACKAGE}... import ..., got {wrong}")
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module and node.module.split(".")[0] == PACKAGE:
             inside = node.module.removeprefix(PACKAGE).removeprefix(".")
             line = lines[node.lineno - 1]
@@ -64,23 +59,16 @@ def namespace_file(namespace: str) -> str:
 
 
 def build(out: Path, *, version: int, repo_id: str | None = None) -> list[Path]:
-    """Write the folder. It appears complete or not at all.
+    """Write the folder, which appears complete or not at all; returns the folders of the backends in it.
 
-    Args:
-        out: A new or an empty folder.
-        version: The kernel's version, from 1 on; a change of the public names needs the next one.
-        repo_id: `OWNER/NAME` of the repository that it will be published in, or None.
-
-    Returns:
-        The folders of the backends.
+    A change of the public names needs the next `version`. `repo_id` is `OWNER/NAME` of the repository that it will be published in.
 
     Raises:
         ValueError: The folder has files in it, is no folder, or has no parent folder; the version or `repo_id` is not one.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"--out must be a new or an empty folder, got {out}, which has {'files in it' if out.is_dir() else 'no folder there'}"
-        )
+        what = "files in it" if out.is_dir() else "no folder there"
+        raise ValueError(f"--out must be a new or an empty folder, got {out}, which has {what}")
     if not out.resolve().parent.is_dir():
         raise ValueError(f"--out must lie in an existing folder, got {out}")
     if version < 1:
@@ -96,13 +84,8 @@ def build(out: Path, *, version: int, repo_id: str | None = None) -> list[Path]:
         for backend in BACKENDS:
             unique = f"_{PACKAGE}_{backend}_{digest}"
             metadata = {
-                "id": unique,
-                "name": NAME,
-                "version": version,
-                "license": _LICENSE,
-                "python-depends": [],
-                "backend": {"type": backend},
-            }
+                "id": unique, "name": NAME, "version": version, "license": _LICENSE, "python-depends": [], "backend": {"type": backend},
+            }  # fmt: skip
             own = {_NAMESPACE_FILE: namespace_file(unique), "metadata.json": json.dumps(metadata, indent=2) + "\n"}
             _write(root / "build" / f"torch-{backend}", files | own)
         if out.exists():

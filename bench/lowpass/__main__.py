@@ -1,11 +1,8 @@
 """Low-pass filters and guided steps against what else does the job: `python -m bench.lowpass`.
 
 Every row of the paper's filter is first compared with the definition in fp64, at that very shape; ours and the compiled ones are timed only
-within the error budget that eager torch sets. Sets of inputs are taken in turn, so that caches are cold. A row that fails its gate says
-FAILED and has no time; one that cannot run says why. Rows go to the CSV as they are measured, and a second run of the same commit, machine
-and versions measures what is missing. On a CPU the implementations of an operation are timed side by side, and the process keeps the memory
-that a call frees for the next one (`scalediff.command.allocator`). `--doc docs/evidence/filters-measured.md` writes the page from the
-committed CSVs.
+within the error budget that eager torch sets. Sets of inputs are taken in turn, so that caches are cold. How rows are measured and written:
+`bench/harness/gated.py`, `bench/harness/command.py`. `--doc docs/evidence/filters-measured.md` writes the page from the committed CSVs.
 
 Bytes are those that an operation must move, every picture read or written once per pass.
 """

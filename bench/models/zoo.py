@@ -19,19 +19,12 @@ WINDOW = (4, 4)
 
 @dataclass(frozen=True)
 class Specimen:
-    """One small model.
+    """One small model."""
 
-    Attributes:
-        kind: Its class in diffusers.
-        config: Arguments of the class.
-        arguments: How each argument of the forward pass is made.
-        text: Text tokens in the same softmax as the image.
-    """
-
-    kind: str
-    config: dict[str, Any]
-    arguments: Arguments
-    text: int = 0
+    kind: str  # its class in diffusers
+    config: dict[str, Any]  # arguments of the class
+    arguments: Arguments  # how each argument of the forward pass is made
+    text: int = 0  # tokens in the same softmax as the image
 
     def build(self, seed: int = 0) -> nn.Module:
         import diffusers

@@ -18,7 +18,7 @@ from bench.attention import shapes
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import RESULTS, write_rows, write_text
-from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict, useful_flops
+from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict
 
 RESULT = RESULTS / "predicted-sm_90.csv"
 PAGE = ROOT / "docs" / "internals" / "kernels.md"
@@ -57,7 +57,7 @@ def _row(shape: shapes.Shape, queries: Literal["image", "text"], rule: str, path
         "kernel": queries, "blocks": f"{prod(config.query_box)} x {prod(config.key_box)}, {config.num_warps}, {config.num_stages}",
         "registers": config.registers or binary.registers, "programs": launch.programs, "a_multiprocessor": p.schedule.actors,
         "key_blocks": p.key_blocks, "cycles": costs(p.schedule, efficiency(config.path, case.head_dim))["block"],
-        "useful_tflop": useful_flops(shape, queries, rule) / 1e12, "ms": p.ms,
+        "useful_tflop": shape.flops(queries, rule) / 1e12, "ms": p.ms,
     }  # fmt: skip
 
 

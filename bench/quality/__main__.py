@@ -9,14 +9,13 @@ these two then measures. Rows of the CSV that are not measured stay.
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness.command import positive
+from bench.harness.command import names_of, positive, shard
 from bench.harness.facts import ROOT, facts, machine
 from bench.harness.pages import fill, has_pandas, require_pandas
 from bench.harness.rows import RESULTS, RowFile, read_rows, slug, write_text
@@ -66,38 +65,21 @@ def measure_table(gallery: Gallery, table: Table, add: Callable[[str, Columns], 
         write_sheet(sheet, {name: drawn[name] for name in ("true renders of the captions", *table.rows)})
 
 
-def _names_of(known: Collection[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = list(dict.fromkeys(text.split(",")))
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {', '.join(unknown)}")
-        return names
-
-    return parse
-
-
-def _shard(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
-        raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, got {text}")
-    return int(found[1]), int(found[2])
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--tables", type=_names_of(TABLES), default=["methods"], help=f"of {','.join(TABLES)} (default: methods)")
+    what.add_argument("--tables", type=names_of(TABLES), default=["methods"], help=f"of {','.join(TABLES)} (default: methods)")
     what.add_argument("--native", type=positive(int), metavar="N", help="only count the discs of N pictures of native size")
     what.add_argument("--words", type=positive(int), metavar="N", help="only check the words of N pictures per hour and place")
     what.add_argument("--doc", action="store_true", help="measure nothing, write the page from the rows that are there")
     parser.add_argument("--model", type=Path, help="pipeline folder of another training run (default: the embedded model)")
-    parser.add_argument("--rows", type=_names_of(DRAWINGS), help="draw and measure only these rows of the tables")
+    parser.add_argument("--rows", type=names_of(DRAWINGS), help="draw and measure only these rows of the tables")
     parser.add_argument("--n", type=positive(int), help="pictures per row (default: the table's own number)")
     parser.add_argument("--size", type=int, help="pixels per side (default: the table's own)")
     parser.add_argument("--pictures", type=Path, default=Path("runs/quality"), help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="products of the denoiser in bfloat16 (mixed precision)")
     parser.add_argument("--draw", action="store_true", help="draw without measuring")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="with --draw: the share of this process")
+    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="with --draw: the share of this process")
     results = RESULTS / f"quality-{slug(machine())}.csv"
     parser.add_argument("--csv", type=Path, default=results, help="results (default: bench/results/quality-MACHINE.csv)")
     parser.add_argument("--sheet", type=Path, help="contact sheet of the table, a .png or .jpg")

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.quality.metrics import (
-    FAINT_EDGES,
-    base_distance,
-    count_discs,
-    disc_columns,
-    high_frequency_ratio,
-    power_above,
-    radial_power,
-    seam_score,
-    sky_colors,
-    sliced_distances,
-)
+from bench.quality import metrics
+from bench.quality.metrics import Statistic, mean_of
 from bench.quality.pictures import OTHER_SCENES, Pictures, border, native_pictures
 from bench.quality.tables import PAIRED
 from scalediff.cascade.pipeline import native_size
@@ -30,7 +20,6 @@ from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption
 DRAWS = 50  # of the bootstrap
 _DIRECTIONS = 128  # of the sliced distances
 Columns = dict[str, float]
-Statistic = Callable[[Tensor], float]  # of numbers of pictures
 
 
 class Measured(NamedTuple):
@@ -41,25 +30,18 @@ class Measured(NamedTuple):
 
 
 def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> Measured:
-    """The columns of one row beside the true renders of its captions.
+    """The columns of one row, of consecutive scenes from `first_scene` on, beside the true renders `[N, 3, Y, X]` of its captions.
 
     A standard error is the standard deviation of a statistic over sets of pictures drawn with replacement, the same sets for all rows.
-
-    Args:
-        pipe: The embedded model.
-        pictures: Of consecutive scenes.
-        truth: `[N, 3, Y, X]` the true renders.
-        first_scene: Seed of the first scene.
     """
     found = _statistics(pipe, pictures, truth, first_scene)
-    n, generator = len(truth), torch.Generator().manual_seed(0)
-    draws = [torch.randint(n, (n,), generator=generator) for _ in range(DRAWS)]
+    n, draws = len(truth), metrics.resamples(len(truth), DRAWS)
     columns: Columns = {"n": n, "size": truth.shape[-1]}
     replicates: dict[str, Tensor] = {}
     for name, statistic in found.items():
         columns[name] = statistic(torch.arange(n))
         if not name.startswith("swd_"):
-            replicates[name] = torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
+            replicates[name] = metrics.replicated(statistic, draws)
             columns[f"{name}_se"] = float(replicates[name].std())
     if pictures.seconds:
         columns["seconds"] = statistics.median(pictures.seconds)
@@ -80,37 +62,27 @@ def differences(row: Measured, baseline: Measured) -> Columns:
 
 def _statistics(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> dict[str, Statistic]:
     images, native = pictures.images, native_size(pipe)[0]
-    discs = count_discs(images, native=native)
-    edges = torch.tensor([FAINT_EDGES[describe(first_scene + i).time] for i in range(len(images))])
-    seams = [list(seam_score(image[None], period=border(pipe)).values()) for image in images]
-    by_level = sliced_distances(images, truth, generator=torch.Generator().manual_seed(0), directions=_DIRECTIONS)
+    discs = metrics.count_discs(images, native=native)
+    edges = torch.tensor([metrics.FAINT_EDGES[describe(first_scene + i).time] for i in range(len(images))])
+    seams = [list(metrics.seam_score(image[None], period=border(pipe)).values()) for image in images]
+    by_level = metrics.sliced_distances(images, truth, generator=torch.Generator().manual_seed(0), directions=_DIRECTIONS)
     nyquist = 0.5 * native / images.shape[-1]
-    above, true_above = (power_above(x, frequency=nyquist) for x in (images, truth))
+    above, true_above = (metrics.power_above(x, frequency=nyquist) for x in (images, truth))
     found: dict[str, Statistic] = {
-        "one_disc": _mean(discs == 1),
-        "discs": _mean(discs),
-        "faint": _mean(count_discs(images, native=native, edges=edges)),
+        "one_disc": mean_of(discs == 1),
+        "discs": mean_of(discs),
+        "faint": mean_of(metrics.count_discs(images, native=native, edges=edges)),
         "swd": lambda chosen: statistics.mean(level(chosen) for level in by_level.values()),
         **{f"swd_{side}": level for side, level in by_level.items()},
         "above": lambda chosen: 10 * math.log10(above[chosen].sum() / true_above[chosen].sum()),
-        "spectrum": _spectrum_distance(radial_power(images), radial_power(truth)),
-        "hf_ratio": _mean(torch.tensor([high_frequency_ratio(image[None]) for image in images])),
-        "seam": _mean(torch.tensor([seam for seam, *_ in seams])),
+        "spectrum": metrics.spectrum_distance(metrics.radial_power(images), metrics.radial_power(truth)),
+        "hf_ratio": mean_of(torch.tensor([metrics.high_frequency_ratio(image[None]) for image in images])),
+        "seam": mean_of(torch.tensor([seam for seam, *_ in seams])),
         "seam_control": lambda chosen: float(torch.tensor(seams)[chosen, 1:].mean(0).max()),
     }
     if pictures.bases is not None:
-        found["to_base"] = _mean(base_distance(images, pictures.bases))
+        found["to_base"] = mean_of(metrics.base_distance(images, pictures.bases))
     return found
-
-
-def _mean(values: Tensor) -> Statistic:
-    return lambda chosen: float(values[chosen].double().mean())
-
-
-def _spectrum_distance(ours: Tensor, theirs: Tensor) -> Statistic:
-    """As `bench.quality.metrics.spectrum_distance`."""
-    target = theirs.mean(0).clamp(min=1e-30).log10()
-    return lambda chosen: float((ours[chosen].mean(0).clamp(min=1e-30).log10() - target).abs().mean())
 
 
 def native_rows(pipe: Any, *, n: int) -> dict[str, Columns]:
@@ -118,7 +90,7 @@ def native_rows(pipe: Any, *, n: int) -> dict[str, Columns]:
     prompts = [caption(describe(HELD_OUT_SEED + i)) for i in range(n)]
     side = native_size(pipe)[0]
     rows = {"native": native_pictures(pipe, prompts, seed=0), "native-true": render(OTHER_SCENES, 512, side)}
-    counted = {row: count_discs(images, native=side).double() for row, images in rows.items()}
+    counted = {row: metrics.count_discs(images, native=side).double() for row, images in rows.items()}
     return {
         row: {"n": len(d), "size": side, "one_disc": float((d == 1).double().mean()), "discs": float(d.mean())}
         for row, d in counted.items()
@@ -136,9 +108,9 @@ def word_rows(pipe: Any, *, n: int) -> dict[str, Columns]:
     prompts = [f"a {'moon' if t == 'night' else 'sun'} {PHRASES[p][0]} over hills {PHRASES[t][0]}" for t, p in wanted]
     drawn = native_pictures(pipe, prompts, seed=0)
     true, scenes = render(OTHER_SCENES, 256, side), [describe(OTHER_SCENES + i) for i in range(256)]
-    sky = torch.stack([sky_colors(true[[scene.time == hour for scene in scenes]]).mean(0) for hour in TIMES])
-    hours = [TIMES[int(i)] for i in torch.cdist(sky_colors(drawn), sky).argmin(1)]
-    places = [PLACES[min(2, int(3 * x))] if x == x else "none" for x in disc_columns(drawn).tolist()]
+    sky = torch.stack([metrics.sky_colors(true[[scene.time == hour for scene in scenes]]).mean(0) for hour in TIMES])
+    hours = [TIMES[int(i)] for i in torch.cdist(metrics.sky_colors(drawn), sky).argmin(1)]
+    places = [PLACES[min(2, int(3 * x))] if x == x else "none" for x in metrics.disc_columns(drawn).tolist()]
     shares = {"hour": _share(hours, [hour for hour, _ in wanted]), "place": _share(places, [place for _, place in wanted])}
     return {"words": {"n": len(wanted), "size": side, **shares}}
 

@@ -9,8 +9,7 @@ Legend: N pictures, Y x X pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from scalediff.demo.scenes import luminance
 # Between the brightest pixel outside a disc of a true render, 0.72, and the dimmest one in a disc, 0.88 (both at any resolution).
 _DISC_EDGE, _DISC_RISE = 0.76, 0.04
 # The same for one hour, above the brightest pixel outside: 0.70, 0.72, 0.55, 0.38.
-FAINT_EDGES: Mapping[str, float] = MappingProxyType({"dawn": 0.73, "day": 0.75, "dusk": 0.58, "night": 0.42})
+FAINT_EDGES: Mapping[str, float] = {"dawn": 0.73, "day": 0.75, "dusk": 0.58, "night": 0.42}
 _SMALLEST_RADIUS = 0.125  # of a true disc, in picture sides
 _BINOMIAL3 = (0.25, 0.5, 0.25)
 _BINOMIAL5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
@@ -29,6 +28,24 @@ _BINOMIAL5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 _BAND = (0.02, 0.5)  # cycles per pixel: below it the window's own spectrum, above it the corners of the plane
 _HIGH_BAND = (0.25, 0.5)
 _CONTROLS = (0.75, 0.875, 0.9375, 1.0625, 1.125, 1.25)  # control periods over the period
+
+Statistic = Callable[[Tensor], float]  # of numbers of pictures, which may be in it more than once
+
+
+def mean_of(values: Tensor) -> Statistic:
+    """The mean of `[N]` values."""
+    return lambda chosen: float(values[chosen].double().mean())
+
+
+def resamples(pictures: int, count: int) -> list[Tensor]:
+    """`count` draws of `pictures` numbers of pictures with replacement. The same call gives the same draws: they pair sets."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(pictures, (pictures,), generator=generator) for _ in range(count)]
+
+
+def replicated(statistic: Statistic, draws: Sequence[Tensor]) -> Tensor:
+    """`[R]` fp64 values of a statistic for the draws of a bootstrap."""
+    return torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
 
 
 def count_discs(images: Tensor, *, native: int = 64, edges: float | Tensor = _DISC_EDGE) -> Tensor:
@@ -62,7 +79,7 @@ def sky_colors(images: Tensor) -> Tensor:
     return images[:, :, : images.shape[2] // 2].flatten(2).median(2).values
 
 
-def sliced_distances(a: Tensor, b: Tensor, *, generator: torch.Generator, directions: int) -> dict[int, Callable[[Tensor], float]]:
+def sliced_distances(a: Tensor, b: Tensor, *, generator: torch.Generator, directions: int) -> dict[int, Statistic]:
     """Sliced Wasserstein distance between the patches of two sets of pictures, per level of their Laplacian pyramids.
 
     From every level of every picture 128 patches of 7 x 7 x 3 at random places (the same in both sets), compared by `sliced_distance`; by
@@ -85,7 +102,7 @@ def sliced_distances(a: Tensor, b: Tensor, *, generator: torch.Generator, direct
     return found
 
 
-def sliced_distance(a: Tensor, b: Tensor, *, generator: torch.Generator, directions: int) -> Callable[[Tensor], float]:
+def sliced_distance(a: Tensor, b: Tensor, *, generator: torch.Generator, directions: int) -> Statistic:
     """Sliced Wasserstein distance between the patches `[N, P, 3, 7, 7]` of two sets, as a function of numbers of pictures of a.
 
     Every colour channel is standardised over b, the reference (with statistics of its own, a set would hide lost contrast); projected on
@@ -109,21 +126,20 @@ def sliced_distance(a: Tensor, b: Tensor, *, generator: torch.Generator, directi
     return distance
 
 
-def spectrum_distance(a: Tensor, b: Tensor) -> float:
-    """Distance of two radial power spectra: the mean of `|log10 P_a - log10 P_b|` over 0.02 to 0.5 cycles per pixel.
+def spectrum_distance(ours: Tensor, theirs: Tensor) -> Statistic:
+    """Distance of two radial power spectra, `[N, R]` and `[M, R]` of `radial_power`: the mean of `|log10 P - log10 P'|` over the rings.
 
-    P is the power of the luma, its mean removed and a Hann window applied on both axes, averaged over the pictures and over
-    rings of integer radius. 0.3 is a factor of 2 in power. The sets have pictures of one size (or ValueError), in any number.
+    P is averaged over the pictures. 0.3 is a factor of 2 in power.
     """
-    _check(a=a, b=b)
-    if a.shape[2:] != b.shape[2:]:
-        raise ValueError(f"a and b must be of one size, got {tuple(a.shape)=}, {tuple(b.shape)=}")
-    radial_a, radial_b = (radial_power(x).mean(0).clamp(min=1e-30).log10() for x in (a, b))
-    return (radial_a - radial_b).abs().mean().item()
+    target = theirs.mean(0).clamp(min=1e-30).log10()
+    return lambda chosen: float((ours[chosen].mean(0).clamp(min=1e-30).log10() - target).abs().mean())
 
 
 def radial_power(images: Tensor) -> Tensor:
-    """`[N, R]` fp64 mean power of each picture on the rings from 0.02 to 0.5 cycles per pixel, as in `spectrum_distance`."""
+    """`[N, R]` fp64 mean power of each picture on the rings of integer radius from 0.02 to 0.5 cycles per pixel.
+
+    It is that of the luma, its mean removed and a Hann window applied on both axes.
+    """
     _check(images=images)
     side = min(images.shape[2:])
     frequency = _frequency(images.shape[2], images.shape[3]).to(images.device)
@@ -134,7 +150,7 @@ def radial_power(images: Tensor) -> Tensor:
 
 
 def power_above(images: Tensor, *, frequency: float) -> Tensor:
-    """`[N]` fp64 power of each picture from `frequency` to 0.5 cycles per pixel, as in `spectrum_distance`."""
+    """`[N]` fp64 power of each picture from `frequency` to 0.5 cycles per pixel, as in `radial_power`."""
     _check(images=images)
     radius = _frequency(images.shape[2], images.shape[3]).to(images.device)
     return _power(images)[:, (radius >= frequency) & (radius <= _BAND[1])].sum(1)
@@ -150,7 +166,7 @@ def base_distance(images: Tensor, bases: Tensor) -> Tensor:
 def high_frequency_ratio(images: Tensor) -> float:
     """Share of the power between 0.02 and 0.5 cycles per pixel that lies above 0.25, averaged over the pictures.
 
-    P as in `spectrum_distance`. Smoothed pictures have a low ratio, noisy ones a high one; the truth lies between.
+    Power as in `radial_power`. Smoothed pictures have a low ratio, noisy ones a high one; the truth lies between.
     """
     _check(images=images)
     frequency = _frequency(images.shape[2], images.shape[3]).to(images.device)

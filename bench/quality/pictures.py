@@ -36,36 +36,23 @@ _BASE = "-base"
 
 
 class Pictures(NamedTuple):
-    """The pictures of one row.
+    """The pictures of one row."""
 
-    Attributes:
-        images: `[N, 3, Y, X]` in [0, 1].
-        bases: `[N, 3, y, x]`, the picture of the native stage that each began with; None for methods without one.
-        seconds: CPU seconds of each; empty where nothing was drawn.
-        gflops: Of attention and of everything, in one picture; None where nothing was drawn.
-    """
-
-    images: Tensor
-    bases: Tensor | None = None
-    seconds: Sequence[float] = ()
-    gflops: tuple[float, float] | None = None
+    images: Tensor  # [N, 3, Y, X] in [0, 1]
+    bases: Tensor | None = None  # [N, 3, y, x], the picture of the native stage that each began with; None for methods without one
+    seconds: Sequence[float] = ()  # CPU seconds of each; empty where nothing was drawn
+    gflops: tuple[float, float] | None = None  # of attention and of everything, in one picture; None where nothing was drawn
 
 
 class Gallery:
-    """The folders of all rows of one size.
+    """The folders in `root` of all rows of one size, in pixels per side, drawn by the embedded model.
 
-    Args:
-        root: Folder of all folders.
-        pipe: The embedded model.
-        size: Pixels per side.
-        bf16: Compute the products in the denoiser in bfloat16, as mixed precision does; all the rest stays in fp32.
+    With `bf16` the products in the denoiser are computed in bfloat16, as mixed precision does; all the rest stays in fp32.
     """
 
     def __init__(self, root: Path, pipe: Any, size: int, *, bf16: bool = False) -> None:
         self.pipe, self.size, self._bf16, self._root = pipe, size, bf16, root / f"{size}{'-bf16' * bf16}"
-        weights = fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)])
-        scheduler = f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}"
-        self._shared = {"weights": weights, "scheduler": scheduler, "size": size, "versions": [torch.__version__, version("diffusers")]}
+        self._shared = {**pipeline_facts(pipe), "size": size}
 
     def missing(self, table: Table) -> Iterator[tuple[str, int]]:
         """Rows and scenes of a table that have to be drawn, in the order in which they should be: scene by scene, all rows in turn."""
@@ -151,6 +138,13 @@ def native_pictures(pipe: Any, prompts: Sequence[str], *, seed: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed + j) for j in range(i, min(i + 4, len(prompts)))]
         found += map(_to_tensor, pipe(list(prompts[i : i + 4]), generator=generators, **options).images)
     return torch.stack(found)
+
+
+def pipeline_facts(pipe: Any) -> dict[str, Any]:
+    """What determines the pictures of a pipeline, on one machine."""
+    weights = fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)])
+    scheduler = f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}"
+    return {"weights": weights, "scheduler": scheduler, "versions": [torch.__version__, version("diffusers")]}
 
 
 def border(pipe: Any) -> int:

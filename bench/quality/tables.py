@@ -11,35 +11,21 @@ from scalediff.methods import METHODS, method_title
 
 
 class Drawing(NamedTuple):
-    """How the pictures of a row are made.
+    """How the pictures of a row are made."""
 
-    Attributes:
-        label: For the tables.
-        changes: Of the embedded model's preset; of these, other methods take steps and guidance.
-        method: As in `scalediff.generate`; empty for pictures that no model draws.
-    """
-
-    label: str
-    changes: Mapping[str, Any]
-    method: str = "scalediff"
+    label: str  # for the tables
+    changes: Mapping[str, Any]  # of the embedded model's preset; of these, other methods take steps and guidance
+    method: str = "scalediff"  # as in `scalediff.generate`; empty for pictures that no model draws
 
 
 class Table(NamedTuple):
-    """Rows that share captions, seeds and size.
+    """Rows that share captions, seeds and size."""
 
-    Attributes:
-        title: Heading on the page.
-        rows: Names of drawings. `BASELINE` is what the others are compared with, if it is among them.
-        first: First scene, counted from `HELD_OUT_SEED`. Those from 1000 on were used for no choice.
-        n: Pictures a row.
-        size: Pixels per side.
-    """
-
-    title: str
-    rows: tuple[str, ...]
-    first: int
-    n: int
-    size: int
+    title: str  # on the page
+    rows: tuple[str, ...]  # names of drawings; `BASELINE` is what the others are compared with, if it is among them
+    first: int  # scene, counted from `HELD_OUT_SEED`; those from 1000 on were used for no choice
+    n: int  # pictures a row
+    size: int  # pixels per side
 
     @property
     def scenes(self) -> range:

@@ -18,7 +18,7 @@ from bench.harness.facts import ROOT
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import write_rows, write_text
 from bench.roofline import ideas
-from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict, useful_flops
+from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict
 from bench.roofline.loops import to_text
 from scalediff_kernels.neighborhood.config import Blocks, LaunchConfig, Pipeline, key_box, shared_memory
 
@@ -88,13 +88,10 @@ def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, A
     """One candidate: cycles and the time of the call, or a note why it has none."""
     from bench.compile.binary import compile_launch, serialised, spills
 
-    sizes = {
-        "queries": prod(config.query_box),
-        "keys": prod(config.key_box),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    facts: dict[str, Any] = {"shape": name, "path": config.path, **sizes, "ping_pong": config.ping_pong}
+    facts: dict[str, Any] = {
+        "shape": name, "path": config.path, "queries": prod(config.query_box), "keys": prod(config.key_box),
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "ping_pong": config.ping_pong,
+    }  # fmt: skip
     launch: Launch = case.launch("sm_90", config)
     try:
         binary = compile_launch(launch, "sm_90")
@@ -142,7 +139,7 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for name, (shape, queries, rule) in SHAPES.items():
-        case, useful = case_of(shapes.SHAPES[shape], queries, rule), useful_flops(shapes.SHAPES[shape], queries, rule)
+        case, useful = case_of(shapes.SHAPES[shape], queries, rule), shapes.SHAPES[shape].flops(queries, rule)
         found = []
         for config in candidates(case):
             found.append(dict.fromkeys(FIELDS, "") | row(name, case, config, useful))

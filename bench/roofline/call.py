@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from bench.attention.shapes import Shape
 from bench.roofline.loops import SCHEDULERS, cycles, steps
 from bench.roofline.pipeline import Schedule
-from scalediff_kernels.neighborhood.config import MULTIPROCESSORS, WARPGROUP_ROWS, LaunchConfig, Problem, launch_config, shared_memory
-from scalediff_kernels.neighborhood.geometry import attention_flops, text_attention_flops
+from scalediff_kernels.neighborhood.config import MULTIPROCESSORS, WARPGROUP_ROWS, LaunchConfig, shared_memory
 
 if TYPE_CHECKING:  # both need Triton
     from bench.compile.attention import Case
@@ -35,21 +34,10 @@ class Prediction(NamedTuple):
     ms: float
 
 
-def useful_flops(shape: Shape, queries: Literal["image", "text"], rule: str = "") -> int:
-    """Of one call of the image kernel, or of the text kernel."""
-    sizes: dict[str, Any] = {"grid": shape.grid, "window": shape.window, "text": shape.text}
-    sizes |= {"heads": shape.heads, "head_dim": shape.head_dim, "batch": shape.batch}
-    return attention_flops(**sizes) if queries == "image" else text_attention_flops(**sizes, patch=shape.patch, rule=rule)
-
-
 def descriptor_config(case: Case) -> LaunchConfig:
     """What the table has for the kernels in plain Triton."""
-    heads, windows = case.heads * case.batch, prod(-(-g // p) for g, p in zip(case.grid, case.patch, strict=True))
-    window = min(case.window[0], case.grid[0]), min(case.window[1], case.grid[1])
-    sizes = (case.grid, window, case.patch, case.head_dim, case.dtype.itemsize, case.text)
-    text = case.queries == "text"
-    problem = Problem(*sizes, "text" if text else "image", True, case.text > 0, *((heads, windows) if text else ()))
-    return launch_config(problem, "sm_90", "descriptor")
+    config: LaunchConfig = replace(case, path="descriptor").launch("sm_90").config
+    return config
 
 
 def efficiency(path: str, head_dim: int) -> float:

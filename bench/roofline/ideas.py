@@ -19,15 +19,7 @@ FLASH, TUTORIAL = "FlashAttention 3", "Triton's tutorial"
 # TFLOP/s at 16,384 and at 4096 keys. FlashAttention 3 shares loads between two multiprocessors at head dims from 128 on.
 PUBLISHED: tuple[tuple[str, int, tuple[Any, ...], int, dict[str, Any], int, int], ...] = (
     (FLASH, 128, (FLUX, "warp-specialised", 128, 128, 3, True), 176, {"stages": 2, "block_bytes": 45_056.0}, 648, 638),
-    (
-        FLASH,
-        64,
-        (SDXL, "warp-specialised", 128, 128, 3, True),
-        192,
-        {"stages": 2, "block_bytes": 49_152.0, "actors": 3},
-        497,
-        476,
-    ),
+    (FLASH, 64, (SDXL, "warp-specialised", 128, 128, 3, True), 192, {"stages": 2, "block_bytes": 49_152.0, "actors": 3}, 497, 476),
     (TUTORIAL, 128, (FLUX, "descriptor", 128, 128, 3, False), 128, {}, 477, 458),
     (TUTORIAL, 64, (SDXL, "descriptor", 128, 64, 3, False), 64, {}, 403, 400),
 )

@@ -30,30 +30,18 @@ Actor = Iterator[Moment | tuple[float, ...]]  # what it waits for, or cycles of 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a multiprocessor runs.
+    """What a multiprocessor runs."""
 
-    Attributes:
-        loop: Steps for one block of keys.
-        actors: Consumers, or programs in plain Triton.
-        specialised: Whether a producer loads.
-        stages: Buffers of keys, and of values.
-        block_bytes, query_bytes: Of keys and values of a block, and of queries of an actor.
-        finish: Instructions of a warp after a tile.
-        l2: Bytes a clock.
-        latency: Cycles from a load to its data, beside those of its bytes.
-        ahead: Whether the producer loads keys one block ahead of values.
-    """
-
-    loop: tuple[Step, ...]
-    actors: int
-    specialised: bool
-    stages: int
-    block_bytes: float
-    query_bytes: float = 0
-    finish: float = 0
-    l2: float = L2_BYTES
-    latency: float = LOAD_LATENCY
-    ahead: bool = True
+    loop: tuple[Step, ...]  # for one block of keys
+    actors: int  # consumers, or programs in plain Triton
+    specialised: bool  # whether a producer loads
+    stages: int  # buffers of keys, and of values
+    block_bytes: float  # of keys and values of a block
+    query_bytes: float = 0  # of an actor
+    finish: float = 0  # instructions of a warp after a tile
+    l2: float = L2_BYTES  # bytes a clock
+    latency: float = LOAD_LATENCY  # cycles from a load to its data, beside those of its bytes
+    ahead: bool = True  # whether the producer loads keys one block ahead of values
 
     def cycles(self, blocks: int, tiles: int) -> float:
         """For `tiles` tiles of every actor, with `blocks` blocks of keys each.

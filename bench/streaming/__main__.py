@@ -1,4 +1,4 @@
-"""An autoencoder in bands and in tiles beside the same in one piece: `python -m bench.streaming`.
+"""The embedded model's autoencoder in bands and in tiles beside the same in one piece: `python -m bench.streaming`.
 
 Every row decodes latents, or encodes a picture, in one way: the largest and the mean difference from one piece, how far the seam score
 of a decoded picture at the period of the tiles is above that at other periods, and seconds. The picture is a true render of a scene.
@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,6 @@ from bench.quality.metrics import seam_score
 from scalediff.cascade.borrowing import tiled
 from scalediff.cascade.streaming import streamed
 from scalediff.demo import load_demo, scenes
-
-
-def random_autoencoder(size: int) -> Any:
-    """A small autoencoder with random weights, four latent channels and 8 pixels per latent; its tiles have `size` pixels."""
-    import diffusers
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    sizes = {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 2, "norm_num_groups": 8, "sample_size": size}
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(latent_channels=4, **sizes, **blocks).eval()
 
 
 @contextmanager
@@ -44,15 +35,10 @@ def in_tiles(vae: Any) -> Iterator[None]:
 def rows_of(vae: Any, picture: Tensor, *, elements: int) -> list[dict[str, Any]]:
     """Decode and encode in one piece, in bands and in tiles."""
     ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        "one piece": nullcontext,
-        "bands": lambda: streamed(vae, elements=elements),
-        "tiles": lambda: in_tiles(vae),
-    }
+        "one piece": nullcontext, "bands": partial(streamed, vae, elements=elements), "tiles": partial(in_tiles, vae),
+    }  # fmt: skip
     latents = vae.encode(picture).latent_dist.mode()
-    calls: dict[str, Callable[[], Tensor]] = {
-        "decode": lambda: vae.decode(latents).sample,
-        "encode": lambda: vae.encode(picture).latent_dist.mode(),
-    }
+    calls = {"decode": lambda: vae.decode(latents).sample, "encode": lambda: vae.encode(picture).latent_dist.mode()}
     rows = []
     for call, run in calls.items():
         whole = torch.empty(0)
@@ -62,10 +48,9 @@ def rows_of(vae: Any, picture: Tensor, *, elements: int) -> list[dict[str, Any]]
                 made = run()
             seconds = time.perf_counter() - since
             whole = made if way == "one piece" else whole
-            off = (made - whole).double()
+            off = (made - whole).double().abs()
             seam = _seam(made, vae) if call == "decode" else None
-            row = {"call": call, "way": way, "max": off.abs().max().item(), "mean": off.abs().mean().item(), "seam": seam}
-            rows.append(row | {"seconds": seconds})
+            rows.append({"call": call, "way": way, "max": off.max().item(), "mean": off.mean().item(), "seam": seam, "seconds": seconds})
     return rows
 
 
@@ -78,12 +63,11 @@ def _seam(decoded: Tensor, vae: Any) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.streaming", description="An autoencoder in bands, in tiles and in one piece.")
-    parser.add_argument("--model", choices=("demo", "random"), default="demo", help="the embedded model, or a small random one")
     parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels (default: 512)")
     parser.add_argument("--tile", type=int, default=128, help="side of a tile in pixels (default: 128)")
     parser.add_argument("--elements", type=int, default=2**19, help="elements of an activation in a band (default: 2^19)")
     options = parser.parse_args(arguments)
-    vae = load_demo().vae if options.model == "demo" else random_autoencoder(options.tile)
+    vae = load_demo().vae
     vae.tile_sample_min_size = options.tile
     vae.tile_latent_min_size = options.tile // 2 ** (len(vae.config.block_out_channels) - 1)
     picture = scenes.render(10_000, 1, options.size) * 2 - 1

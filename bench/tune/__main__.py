@@ -16,19 +16,18 @@ from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bench.attention import shapes
+from bench.attention.providers import ours
 from bench.harness.command import Benchmark, parser_of, timed_line
 from bench.harness.device import first_line
 from bench.harness.facts import VERSIONS
 from bench.harness.rows import Row
 from bench.harness.timing import measure_in_turn
-from scalediff_kernels import joint_neighborhood_patch_attention, neighborhood_patch_attention
 from scalediff_kernels.neighborhood.config import LaunchConfig, Problem, key_box, launch_config
-from scalediff_kernels.neighborhood.geometry import attention_flops
 from scalediff_kernels.testing import assert_within_budget
 
 CHECK_LIMIT, TIME_LIMIT = 60.0, 5.0  # seconds of a process that checks one candidate, and for each candidate that one times
@@ -65,8 +64,7 @@ def candidates(name: str) -> list[Candidate]:
     """The table's configuration of a shape, and its neighbours."""
     s = shapes.SHAPES[name]
     problem = Problem(s.grid, s.window, s.patch, s.head_dim, s.dtype.itemsize, s.text, rope=s.text > 0)
-    first, keys = launch_config(problem, "sm_90", "warp-specialised"), {n: key_box(s.window, n) for n in (32, 64, 128, 256)}
-    half = keys[64]
+    first, half = launch_config(problem, "sm_90", "warp-specialised"), key_box(s.window, 64)
     changes: list[dict[str, Any]] = [
         {},
         {"ping_pong": not first.ping_pong},
@@ -100,23 +98,17 @@ def check(candidate: Candidate) -> Row:
     small = replace(full, grid=(full.window[0], full.window[1] + full.patch[1]), heads=8, groups=0, batch=1)
     launch, out, inputs = next(calls(candidate, small))
     launch.run()
-    how: dict[str, Any] = {"window": small.window, "patch": small.patch}
-    exact, plain = (_image(inputs, dtype, impl, how) for dtype, impl in ((torch.float64, "reference"), (small.dtype, "sdpa")))
+    rope = inputs.rope and (inputs.rope[0].double(), inputs.rope[1].double())
+
+    def image_by(impl: Literal["reference", "sdpa"], dtype: torch.dtype) -> torch.Tensor:
+        q, k, v = (x.to(dtype) for x in inputs.sequences)
+        image: torch.Tensor = ours(impl).make(inputs.task).run(replace(inputs, sequences=(q, k, v), rope=rope))[0]
+        return image
+
+    exact, plain = image_by("reference", torch.float64), image_by("sdpa", small.dtype)
     assert_within_budget(out, plain, exact)
     errors = ((x.double() - exact).abs().max().item() for x in (out, plain))
     return {name: f"{error:.3g}" for name, error in zip(("error", "eager_error"), errors, strict=True)}
-
-
-def _image(inputs: shapes.Inputs, dtype: torch.dtype, impl: Any, how: dict[str, Any]) -> torch.Tensor:
-    q, k, v = (x.to(dtype) for x in inputs.image)
-    out: torch.Tensor
-    if not inputs.task.shape.text:
-        out = neighborhood_patch_attention(q, k, v, **how, impl=impl)
-        return out
-    rope = inputs.rope and (inputs.rope[0].double(), inputs.rope[1].double())
-    text = [x.to(dtype) for x in inputs.text]
-    out, _ = joint_neighborhood_patch_attention(q, k, v, *text, **how, text_rope=rope, text_queries=None, impl=impl)
-    return out
 
 
 def timed(candidate: Candidate, seconds: float) -> Row:
@@ -128,8 +120,7 @@ def timed(candidate: Candidate, seconds: float) -> Row:
     timing = measure_in_turn([launch.run for launch, _, _ in found], "cuda", seconds=seconds)
     if not (torch.equal(found[0][1], first) and first.isfinite().all()):
         raise RuntimeError("its results differ from run to run, or are not finite")
-    sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "batch": shape.batch, "text": shape.text}
-    rate = attention_flops(grid=shape.grid, window=shape.window, **sizes) / timing.p50 / 1e9
+    rate = shape.flops("image") / timing.p50 / 1e9
     return {f"{name}_ms": f"{value:.4g}" for name, value in timing._asdict().items()} | {"tflops": f"{rate:.4g}"}
 
 

@@ -181,7 +181,7 @@ def test_models_of_true_size_do_the_work_that_is_on_record(name: str) -> None:
     for method in ("direct", "multidiffusion", "cascade-full", "npa"):
         assert tflops(method) == pytest.approx(record[name, "2048", method], rel=1e-6), method
     planned = drawn.plan(METHODS["demofusion"], 4096)
-    assert [(one.side, one.views) for one in planned] == [(1024, 0), (2048, 9 + 4), (3072, 25 + 9), (4096, 49 + 16)]
+    assert [(one.side, one.phase) for one in planned] == [(1024, 1), (2048, 2), (3072, 3), (4096, 4)]
 
 
 def test_small_windows_cost_less_than_the_grid(benches: dict[str, Bench]) -> None:

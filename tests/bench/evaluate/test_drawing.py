@@ -17,9 +17,8 @@ import torch
 pytest.importorskip("diffusers")
 
 import scalediff
-from bench.evaluate.drawing import METHOD_NAMES, Task, draw_items, items_of, parse_methods, parse_shard, write_manifest
+from bench.evaluate.drawing import Task, draw_items, items_of, write_manifest
 from bench.evaluate.folders import open_folder
-from scalediff.methods import METHODS
 from scalediff.settings import Settings
 from tests.bench.evaluate.pictures import picture
 
@@ -44,34 +43,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(scalediff, "generate", generate)
     return calls
-
-
-def test_the_methods_are_those_of_the_library() -> None:
-    assert set(METHOD_NAMES) == {"scalediff", *METHODS}
-    assert parse_methods("demofusion,scalediff,demofusion") == ["demofusion", "scalediff"]
-    with pytest.raises(ValueError, match=r"the methods must be of scalediff, .*demofusion.*, got 'magic', ''"):
-        parse_methods("scalediff,magic,")
-
-
-@pytest.mark.parametrize(
-    ("text", "environment", "shard"),
-    [
-        ("2/3", {}, (2, 3)),
-        (None, {}, (0, 1)),
-        (None, {"RANK": "5", "WORLD_SIZE": "8"}, (5, 8)),
-        ("0/2", {"RANK": "5", "WORLD_SIZE": "8"}, (0, 2)),
-    ],
-)
-def test_the_shard_is_named_or_that_of_torchrun(text: str | None, environment: dict[str, str], shard: tuple[int, int]) -> None:
-    assert parse_shard(text, environment) == shard
-
-
-@pytest.mark.parametrize("text", ["3/3", "0/0", "-1/2", "1", "a/b", "1/2/3"])
-def test_a_shard_out_of_range(text: str) -> None:
-    with pytest.raises(ValueError, match=f"--shard must be i/n with i from 0 to n - 1, got {text}"):
-        parse_shard(text)
-    with pytest.raises(ValueError, match="RANK and WORLD_SIZE must be i/n with i from 0 to n - 1, got 4/4"):
-        parse_shard(None, {"RANK": "4", "WORLD_SIZE": "4"})
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 9])

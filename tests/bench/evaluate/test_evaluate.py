@@ -95,16 +95,16 @@ def test_what_is_wrong_is_one_sentence(folders: Path, capsys: pytest.CaptureFixt
     said = {
         "the protocol must be one of scalediff, accdiffusion, .*, got 'mine'": ("score", sharp, "--protocol", "mine"),
         "--crops and --crop-size change a protocol: pass --protocol, got none": ("score", sharp, "--crops", 3),
-        "the draws must be 0 or at least 2, got -3": ("score", sharp, "--bootstrap=-3"),
+        "argument --bootstrap: must be 0 or at least 2, got -3": ("score", sharp, "--bootstrap=-3"),
         "Is a directory": ("score", sharp, "--csv", true),
-        "the statistics must be of fid, .*clip, got lpips": ("score", sharp, "--statistics", "fid,lpips"),
+        "argument --statistics: must be of fid, .*clip, got lpips": ("score", sharp, "--statistics", "fid,lpips"),
         "number and size of this protocol's crops are not established": ("score", sharp, "--reference", true, "--protocol", "hiflow"),
         "pictures must be in an existing folder, got .*none": ("score", folders / "none"),
         "folders must hold as many pictures, got 6 in .* and 8 in": ("score", sharp, true),
-        "the methods must be of scalediff, .*, got 'magic'": (*drawing, "--size", 128, "--methods", "magic"),
-        "--shard must be i/n .*, got 2/2": (*drawing, "--size", 128, "--shard", "2/2"),
-        "a number of pixels or HEIGHTxWIDTH, got 12x": (*drawing, "--size", "12x"),
-        "the seeds must be whole numbers separated by commas, got 1,a": (*drawing, "--size", 1, "--seeds", "1,a"),
+        "argument --methods: must be of scalediff, .*, got magic": (*drawing, "--size", 128, "--methods", "magic"),
+        "argument --shard: must be i/n .*, got 2/2": (*drawing, "--size", 128, "--shard", "2/2"),
+        "argument --size: a size must be N or HxW in pixels, got '12x'": (*drawing, "--size", "12x"),
+        "argument --seeds: seeds must be N, N-M, .*, got '1,a'": (*drawing, "--size", 1, "--seeds", "1,a"),
         "a readable text file in UTF-8, got .*none.txt": ("generate", "--prompts", folders / "none.txt", "--out", "o", "--size", 128),
     }  # fmt: skip
     for message, arguments in said.items():

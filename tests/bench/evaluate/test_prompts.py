@@ -35,7 +35,7 @@ def test_another_column(tmp_path: Path) -> None:
         ("a.csv", "TEXT,url\nan owl,x\n", "must have the column 'prompt', got TEXT, url"),
         ("a.csv", "", "must have the column 'prompt', got no columns"),
         ("a.csv", "id,prompt\n1\n", "record 1 of .*a.csv must have a text as prompt, got None"),
-        ("a.jsonl", "an owl\n", "line 1 of .*a.jsonl must be a JSON object, got 'an owl'"),
+        ("a.jsonl", "an owl\n", "line 1 of .*a.jsonl must be a JSON object with the key 'prompt', got 'an owl'"),
         ("a.jsonl", '{"prompt": "x"}\n["an owl"]\n', "line 2 of .* must be a JSON object with the key 'prompt'"),
         ("a.jsonl", '{"prompt": 3}\n', "record 1 of .* must have a text as prompt, got 3"),
     ],

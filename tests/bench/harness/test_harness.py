@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from bench.harness import device, timing
 from bench.harness import facts as harness_facts
+from bench.harness.command import names_of, shard
 from bench.harness.facts import ROOT, VERSIONS, facts
 from bench.harness.rows import RowFile, compared, finished_rows, read_records, read_rows, write_rows
 from bench.harness.timing import Timing, kernels, measure_in_turn, peak_memory
@@ -43,30 +45,11 @@ def test_a_comparison_says_what_differs_before_any_ratio() -> None:
     assert compared(here, there, facts=tuple(FACTS)) == [
         "not the same commit: here abc, there def; the ratios below include that difference",
         "a: 2 ms here, 3 ms there, 1.500x",
-        "b: no time here",
-        "c: no time there (skipped, no kernel)",
     ]
     same = {"a": row("a", "2")}
     assert compared(same, same, facts=tuple(FACTS)) == ["a: 2 ms here, 2 ms there, 1.000x"]
-    failed, empty = {"a": row("a", "", status="FAILED", note="error 1")}, {"a": row("a", "", status="error")}
-    assert compared(failed, empty, facts=tuple(FACTS)) == ["a: no time here (FAILED, error 1); no time there (error)"]
-    assert compared(same, {"z": row("z", "1")}, facts=tuple(FACTS)) == ["no row is in both files: 1 rows here, 1 there"]
-
-
-def test_only_times_of_one_kind_are_compared() -> None:
-    """Milliseconds that were measured, or seconds that were composed, and in words which."""
-    measured, composed = row("a", "4000", composed_s="5"), row("a", "", composed_s="2")
-    only = row("a", "4000")
-    found = [
-        compared({"a": a}, {"a": b}, facts=())
-        for a, b in ((measured, measured), (measured, composed), (composed, composed), (composed, only))
-    ]
-    assert found == [
-        ["a: 4000 ms here, 4000 ms there, 1.000x"],
-        ["a: 5 s composed here, 2 s composed there, 0.400x"],
-        ["a: 2 s composed here, 2 s composed there, 1.000x"],
-        ["a: the rows have times of different kinds: p50_ms or composed_s must be in both"],
-    ]
+    for other in ({"z": row("z", "1")}, {"a": row("a", "", status="FAILED")}):
+        assert compared(same, other, facts=tuple(FACTS)) == ["no row has a time in both files: 1 rows here, 1 there"]
 
 
 def test_an_unknown_fact_differs_from_a_known_one() -> None:
@@ -323,7 +306,11 @@ def test_rows_are_of_commits_that_git_has(path: Path) -> None:
     assert not [commit for commit in commits if git("cat-file", "-e", f"{commit}^{{commit}}").returncode != 0]
 
 
-@pytest.mark.parametrize("time", ["0", "fast"])
-def test_a_time_that_is_none_is_named(time: str) -> None:
-    rows, others = ({"a": {"row": "a", "status": "ok", "p50_ms": value}} for value in (time, "2"))
-    assert compared(rows, others, facts=()) == [f"a: p50_ms must be a positive number, got {time!r} here and '2' there"]
+def test_names_and_shares_are_parsed_or_refused() -> None:
+    assert names_of(["a", "b"])("b,a,b") == ["b", "a"]
+    with pytest.raises(ArgumentTypeError, match=r"must be of a, b, got c, $"):
+        names_of(["a", "b"])("a,c,")
+    assert shard("2/3") == (2, 3)
+    for text in ("3/3", "0/0", "-1/2", "1", "a/b", "1/2/3"):
+        with pytest.raises(ArgumentTypeError, match=f"must be i/n with i from 0 to n - 1, got {text}"):
+            shard(text)

@@ -1,16 +1,17 @@
-"""The page of what composes with what is what the marks of the tests say, and the marks are read without importing the tests."""
+"""The page of what composes with what is what the marks of the tests say."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+pytest.importorskip("diffusers", reason="the marked tests import it")
+
 from bench.harness.facts import ROOT
 from bench.models.compositions import FEATURES, PAGE, family_table, feature_table, page, switch_table
-from bench.models.marks import Composes, Draws, MarkedTest, read_marks
+from bench.models.marks import Composes, Draws, MarkedTest, marks_of, read_marks
 
 TEST = MarkedTest("tests/test_a.py", "test_a", slow=False)
 
@@ -20,53 +21,37 @@ def test_the_page_is_what_the_tests_say() -> None:
     assert PAGE.read_text() == page()
 
 
-def marks(folder: Path, body: str) -> tuple[list[Composes], list[Draws]]:
-    (folder / "tests").mkdir(exist_ok=True)
-    (folder / "tests" / "shared.py").write_text('OTHERS = {"SD3": 1, "FLUX": 2}\n')
-    (folder / "tests" / "test_a.py").write_text(f"from tests.shared import OTHERS as MORE\n{body}\ndef test_a() -> None: ...\n")
-    return read_marks(folder / "tests", folder)
+def test_marks_are_read_from_the_uppermost_on() -> None:
+    @pytest.mark.slow
+    @pytest.mark.composes("LoRA", "network", refused="why")
+    @pytest.mark.composes("LoRA", "cascade", case="SD3")
+    @pytest.mark.draws("upscale", ["SD3", pytest.param("FLUX", marks=pytest.mark.slow)], switch="mask")
+    @pytest.mark.draws("upscale", {"SDXL": 1}, switch="prompt")
+    def test_b() -> None: ...
 
-
-def test_marks_are_read_from_the_source(tmp_path: Path) -> None:
-    found, _ = marks(
-        tmp_path,
-        '@pytest.mark.slow\n@pytest.mark.composes("LoRA", "network", refused="why")\n@pytest.mark.composes("LoRA", "cascade", case="SD3")',
-    )
-    test = MarkedTest("tests/test_a.py", "test_a", slow=True)
-    assert found == [Composes(test, "LoRA", "network", refused="why"), Composes(test, "LoRA", "cascade", case="SD3")]
-
-
-@pytest.mark.parametrize(
-    ("families", "expected"),
-    [
-        ('["SD3", pytest.param("FLUX", marks=pytest.mark.slow)]', ("SD3", "FLUX")),
-        ("MORE", ("SD3", "FLUX")),
-        ('{**MORE, "SDXL": lambda: 0}', ("SD3", "FLUX", "SDXL")),
-        ('MORE | {"SDXL": 0}', ("SD3", "FLUX", "SDXL")),
-        ('[*MORE, "SDXL"]', ("SD3", "FLUX", "SDXL")),
-        ('[name for name in MORE if name != "SD3"]', ("FLUX",)),
-        ('[name for name in MORE if name in ("SD3", "SDXL")]', ("SD3",)),
-        ("OWN", ("Z-Image",)),
-    ],
-)
-def test_families_are_names_in_any_file(families: str, expected: tuple[str, ...], tmp_path: Path) -> None:
-    _, (found,) = marks(tmp_path, f'OWN: list = ["Z-Image"]\n@pytest.mark.draws("upscale", {families}, switch="mask")')
-    assert found == Draws(TEST, "upscale", expected, "mask")
+    test = MarkedTest("tests/test_b.py", "test_b", slow=True)
+    assert list(marks_of(test_b, test.file)) == [
+        Composes(test, "LoRA", "network", refused="why"),
+        Composes(test, "LoRA", "cascade", case="SD3"),
+        Draws(test, "upscale", ("SD3", "FLUX"), "mask"),
+        Draws(test, "upscale", ("SDXL",), "prompt"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ('draws("upscale", sorted(MORE), switch="mask")', "test_a.py: families must be a list of strings, .* got sorted"),
-        ('draws("upscale", [n for n in MORE if n > "A"], switch="mask")', "test_a.py: families must be listed, got the condition n > 'A'"),
-        ('draws("outpainting", MORE, switch="mask")', "test_a.py:2: task must be one of text-to-image, .* got task='outpainting'"),
-        ('composes("LoRA", "pipeline")', "test_a.py:2: where must be one of network, cascade, got where='pipeline'"),
-        ('composes("LoRA", "cascade", why="no")', "test_a.py:2: .*unexpected keyword argument 'why'"),
+        (pytest.mark.draws("outpainting", ["SD3"], switch="mask"), "task must be one of text-to-image, .* got task='outpainting'"),
+        (pytest.mark.composes("LoRA", "pipeline"), "where must be one of network, cascade, got where='pipeline'"),
+        (pytest.mark.composes("LoRA", "cascade", why="no"), ".*unexpected keyword argument 'why'"),
     ],
 )
-def test_marks_that_cannot_be_read(mark: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        marks(tmp_path, f"@pytest.mark.{mark}")
+def test_marks_that_cannot_be_read(mark: pytest.MarkDecorator, message: str) -> None:
+    @mark
+    def test_b() -> None: ...
+
+    with pytest.raises(ValueError, match=f"tests/test_b.py, test_b: {message}"):
+        list(marks_of(test_b, "tests/test_b.py"))
 
 
 def test_a_cell_is_a_test_or_a_reason() -> None:
