@@ -6,7 +6,10 @@ They are started from a server that has imported the heavy modules once. A proce
 from __future__ import annotations
 
 import datetime
+import functools
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,17 +26,12 @@ def start(work: Callable[[], Any], world: int, folder: Path, *, imported: Iterab
     return processes.start_processes(_work, (world, work, folder), world, join=False, start_method="forkserver")
 
 
-def run(
-    work: Callable[[], Any], world: int, folder: Path, *, imported: Iterable[str] = (), seconds: float = 180, grace: float | None = None
-) -> list[Any]:
-    """What `work` returns in each of `world` processes. Raises the first error of any process, or TimeoutError.
-
-    `grace`: Seconds that the others have to end by themselves once a process has failed.
-    """
+def run(work: Callable[[], Any], world: int, folder: Path, *, imported: Iterable[str] = (), seconds: float = 180) -> list[Any]:
+    """What `work` returns in each of `world` processes. Raises the first error of any process, or TimeoutError."""
     started = start(work, world, folder, imported=imported)
     deadline = time.monotonic() + seconds
     try:
-        while not started.join(timeout=1.0, grace_period=grace):
+        while not started.join(timeout=1.0):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{world} processes did not finish in {seconds} s")
     finally:
@@ -41,6 +39,36 @@ def run(
             if process.is_alive():
                 process.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def said_of_a_loss(
+    work: Callable[[Callable[[], None]], Any], world: int, folder: Path, *, imported: Iterable[str] = ()
+) -> dict[int, tuple[type[Exception], str]]:
+    """What `work` raises in the other processes when process 1 calls the function that it is given, which ends it by SIGKILL.
+
+    All others must end with an error within 30 s of that.
+    """
+    started = start(functools.partial(_until_lost, work, folder), world, folder, imported=imported)
+    try:
+        started.processes[1].join(120)
+        deadline = time.monotonic() + 30
+        for process in started.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert [process.exitcode for process in started.processes] == [-signal.SIGKILL if i == 1 else 1 for i in range(world)]
+    finally:
+        for process in started.processes:
+            if process.is_alive():
+                process.kill()
+    return {rank: torch.load(folder / f"said {rank}.pt", weights_only=False) for rank in range(world) if rank != 1}
+
+
+def _until_lost(work: Callable[[Callable[[], None]], Any], folder: Path) -> None:
+    rank = distributed.get_rank()
+    try:
+        work(lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
+    except Exception as error:
+        torch.save((type(error), str(error)), folder / f"said {rank}.pt")
+        raise
 
 
 def _work(rank: int, world: int, work: Callable[[], Any], folder: Path) -> None:

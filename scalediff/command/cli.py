@@ -19,6 +19,7 @@ from scalediff.command.loading import SCHEDULERS, UsageError, one_line
 from scalediff.cost.models import MODELS
 from scalediff.methods import method_names
 from scalediff.settings import TILES
+from scalediff_kernels.distributed.losses import LostRankError
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -267,15 +268,15 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    Errors are printed as one line on stderr. If the environment variable SCALEDIFF_DEBUG is set, errors other than out-of-memory raise
-    with their traceback.
+    Errors are printed as one line on stderr. If the environment variable SCALEDIFF_DEBUG is set, errors of the input raise with their
+    traceback.
 
     Args:
         arguments: Command-line arguments; those of the process when None.
 
     Returns:
-        The exit code: 0 on success, 1 if out of memory, 2 on invalid input, 130 on Ctrl-C, 141 if the reader of
-        its output has gone.
+        The exit code: 0 on success, 1 if out of memory or if another process of the run was lost, 2 on invalid input, 130 on Ctrl-C,
+        141 if the reader of its output has gone.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -293,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
         return 141
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, LostRankError) as error:
         print(f"scalediff: error: {one_line(error)}", file=sys.stderr)
         return 1
     except (UsageError, ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:

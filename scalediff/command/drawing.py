@@ -22,7 +22,7 @@ from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, changing_pipeline
 from scalediff.command.method_options import chosen_method, method_facts, method_object
 from scalediff.command.pictures import open_picture
-from scalediff.command.ranks import check_one_process, drawing_together, own_jobs
+from scalediff.command.ranks import check_one_process, check_together, drawing_together, own_jobs, process_group
 from scalediff.command.reporting import Job, picture_metadata, print_result, print_status
 from scalediff.command.runs import (
     SHARED,
@@ -40,15 +40,38 @@ from scalediff.settings import Settings
 
 def generate_pictures(options: Namespace) -> None:
     """Generate a picture for every prompt and seed, and save every stage; with --compare, save a comparison too."""
+    planned = plan_pictures(options)
+    with process_group(options):
+        jobs = own_jobs(options, planned)
+        if not jobs:
+            return
+        pipe, draw = prepare(options, jobs[0], several=len(planned) > 1)
+        with drawing_together(options, pipe) as saves:
+            for job in jobs:
+                draw(job, saves)
+
+
+def plan_pictures(options: Namespace) -> list[Job]:
+    """All pictures of `scalediff generate`; options that do not fit together raise an error."""
     planned = plan_jobs(options, prompts_of(options))
-    jobs = own_jobs(options, planned)
-    if not jobs:
-        return
-    method = chosen_method(options)
-    if options.split_picture and (options.compare or method != "scalediff"):
-        raise UsageError("--split-picture is for ScaleDiff alone: leave out --compare and --method")
-    if options.compare and method != "scalediff":
+    check_together(options)
+    if options.compare and chosen_method(options) != "scalediff":
         raise UsageError(f"--compare is for --method scalediff; `scalediff compare` draws any methods, got --method {options.method}")
+    return planned
+
+
+def prepare(options: Namespace, first: Job, *, several: bool) -> tuple[Any, Callable[[Job, bool], None]]:
+    """Load the pipeline of `scalediff generate`, and check the run.
+
+    Args:
+        options: The options of the command.
+        first: The first picture, for whose prompt memory is estimated.
+        several: Whether each picture has a workdir of its own.
+
+    Returns:
+        The pipeline, and a function that generates a picture, and saves it if its second argument is true.
+    """
+    method = chosen_method(options)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     settings = resolve_settings(pipe, options)
     size = target_size(pipe, options)
@@ -56,18 +79,20 @@ def generate_pictures(options: Namespace) -> None:
     if method == "scalediff":
         sizes = stage_sizes(pipe, *size, options.sizes, wrap=wrap_of(pipe, settings))
         check_run(pipe, {}, sizes, settings, restarts=len(sizes) - 1)
-    print_memory_estimate(pipe, options, jobs[0], size, settings)
-    with drawing_together(options, pipe) as saves:
-        for job in jobs:
-            print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
-            facts = {"sizes": [f"{h}x{w}" for h, w in sizes]} if method == "scalediff" else method_facts(options.method, method)
-            arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(planned) > 1)
-            if method != "scalediff":
-                arguments = {name: arguments[name] for name in SHARED} | {"method": method}
-            if saves:
-                _generate_one(pipe, options, job, size, arguments, facts, settings)
-            else:
-                generate(pipe, job.prompt, height=size[0], width=size[1], **(arguments | {"on_step": None, "progress": False}))
+    print_memory_estimate(pipe, options, first, size, settings)
+
+    def draw(job: Job, saves: bool) -> None:
+        print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
+        facts = {"sizes": [f"{h}x{w}" for h, w in sizes]} if method == "scalediff" else method_facts(options.method, method)
+        arguments = run_arguments(pipe, options, job, settings, upsampler, several=several)
+        if method != "scalediff":
+            arguments = {name: arguments[name] for name in SHARED} | {"method": method}
+        if saves:
+            _generate_one(pipe, options, job, size, arguments, facts, settings)
+        else:
+            generate(pipe, job.prompt, height=size[0], width=size[1], **(arguments | {"on_step": None, "progress": False}))
+
+    return pipe, draw
 
 
 def _generate_one(

@@ -14,6 +14,7 @@ from torch import distributed
 from scalediff.command.loading import UsageError
 from scalediff.command.reporting import Job, print_status
 from scalediff.patch import patch_model
+from scalediff_kernels.distributed.groups import broadcast, check_agreement
 
 
 class Place(NamedTuple):
@@ -58,34 +59,63 @@ def check_one_process(command: str) -> None:
 
 
 def own_jobs(options: Namespace, jobs: Sequence[Job]) -> list[Job]:
-    """The pictures that this process draws: its share, or all that the processes draw together; with --skip-existing, the missing ones."""
+    """The pictures that this process draws: its share, or all that the processes draw together; with --skip-existing, the missing ones.
+
+    Of pictures that they draw together, rank 0, which saves them, says which are missing: the others may not see its folder.
+
+    Raises:
+        ValueError: Processes that draw together have different numbers of pictures.
+        LostRankError: A process that draws together with this one has ended.
+    """
     here = place()
     mine = list(jobs if options.split_picture else jobs[here.rank :: here.world])
-    if options.split_picture and options.workdir is not None:
-        raise UsageError("--workdir is not supported with --split-picture: processes that end at different stages could not go on together")
     missing = [job for job in mine if not job.out.exists()] if options.skip_existing else mine
+    if options.split_picture and options.skip_existing:
+        everyone = distributed.group.WORLD
+        check_agreement(everyone, {"the number of pictures": str(len(mine))})
+        missing = [mine[i] for i in broadcast([mine.index(job) for job in missing], everyone)]
     if len(missing) < len(jobs):
         print_status(f"rank {here.rank} of {here.world}: {len(missing)} of {len(jobs)} pictures, {len(mine) - len(missing)} are there")
     return missing
 
 
+def check_together(options: Namespace) -> None:
+    """Check what --split-picture does not support.
+
+    Raises:
+        UsageError: The options have it, or there is one process alone.
+    """
+    if not options.split_picture:
+        return
+    if options.workdir is not None:
+        raise UsageError("--workdir is not supported with --split-picture: processes that end at different stages could not go on together")
+    if options.compare or options.method != "scalediff":
+        raise UsageError("--split-picture is for ScaleDiff alone: leave out --compare and --method")
+    if place().world == 1:
+        raise UsageError("--split-picture needs several processes: start them with torchrun --nproc-per-node N -m scalediff generate ...")
+
+
+@contextmanager
+def process_group(options: Namespace) -> Iterator[None]:
+    """The process group of all processes, with --split-picture.
+
+    It is ended only if nothing failed: where a process is lost, some backends wait for it.
+    """
+    started = options.split_picture and not distributed.is_initialized()
+    if started:
+        distributed.init_process_group()
+    yield
+    if started:
+        distributed.destroy_process_group()
+
+
 @contextmanager
 def drawing_together(options: Namespace, pipe: Any) -> Iterator[bool]:
     """Split the pipeline's pictures over all processes, with --split-picture; yields whether this process saves the pictures."""
-    here = place()
     if not options.split_picture:
         yield True
         return
-    if here.world == 1:
-        raise UsageError("--split-picture needs several processes: start them with torchrun --nproc-per-node N -m scalediff generate ...")
     if pipe._execution_device.type == "cuda":
         torch.cuda.set_device(pipe._execution_device)
-    started = not distributed.is_initialized()
-    if started:
-        distributed.init_process_group()
-    try:
-        with patch_model(pipe, mesh=distributed.group.WORLD):
-            yield here.rank == 0
-    finally:
-        if started:
-            distributed.destroy_process_group()
+    with patch_model(pipe, mesh=distributed.group.WORLD):
+        yield place().rank == 0

@@ -87,11 +87,13 @@ def check_jitter(net: nn.Module, jitter: Jitter) -> None:
 
 
 def check_ranks(net: nn.Module) -> None:
-    """Check that no cache of a network lets each rank decide by its own rows whether it skips attention, for which the others would wait.
+    """Check that no cache of a network lets each rank decide by its own tokens whether it skips attention, for which the others would wait.
 
     Raises:
         NotImplementedError: A cache does.
     """
     for name in cache_names(net):
         if name in _DECIDING:
-            raise NotImplementedError(f"mesh= does not support caches that look at a rank's own rows to skip computations, got {name}")
+            raise NotImplementedError(
+                f"mesh= and context parallelism do not support caches that look at a rank's own tokens to skip computations, got {name}"
+            )

@@ -25,6 +25,11 @@ def _configuration(module: nn.Module) -> Any:
     return getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
 
 
+def is_parallel(module: nn.Module) -> bool:
+    """Whether context parallelism of diffusers is enabled, by the caller or by `RowSplit`."""
+    return _configuration(module) is not None
+
+
 def check_context_parallel(module: nn.Module, family: Family, *, has_layout: bool) -> None:
     """Check that a module's context parallelism, if it is enabled, is supported.
 
@@ -147,7 +152,7 @@ def check_row_split(module: Any, family: Family, mesh: Any) -> Any:
     if not family.context_parallel:
         known = ", ".join(other.denoiser for other in FAMILIES.values() if other.context_parallel or other.bands)
         raise NotImplementedError(f"mesh= splits {known}: other models mix tokens outside of attention, got {name}")
-    if _configuration(module) is not None and not getattr(module.__dict__.get(ATTRIBUTE), "is_split", False):
+    if is_parallel(module) and getattr(module.__dict__.get(ATTRIBUTE), "group", None) is None:
         raise ValueError(f"this {name} is parallel already: pass mesh= or call enable_parallelism, not both")
     if ranks != world:
         raise NotImplementedError(f"mesh= must have all processes, got {ranks} of {world}")

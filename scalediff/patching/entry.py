@@ -17,6 +17,7 @@ from scalediff.patching.interception import current
 from scalediff.patching.stack import in_forward
 from scalediff.patching.subclass import ATTRIBUTE
 from scalediff.patching.target import Target
+from scalediff_kernels.distributed.losses import check_losses
 
 
 def _not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +44,10 @@ def _runners() -> tuple[Callable[..., Any], Callable[..., Any]]:
             bands = None if opened is None else opened.bands
             result = method(*args, **kwargs) if bands is None else bands.run(module, method, args, kwargs)
             finished = True
+        except RuntimeError as error:
+            if target.group is not None:  # also in a collective of diffusers
+                check_losses(target.group, "running the model", error)
+            raise
         finally:
             if opened is not None:
                 end(target, module, opened, finished)

@@ -20,7 +20,7 @@ from scalediff.patching.bands import Bands
 from scalediff.patching.caches import check_jitter, check_ranks, empty_caches
 from scalediff.patching.call import Call
 from scalediff.patching.circular import NO_WRAP, Wrap
-from scalediff.patching.context_parallel import RowSplit, check_equal_parts, gathered_layout, needs_equal_parts
+from scalediff.patching.context_parallel import RowSplit, check_equal_parts, gathered_layout, is_parallel, needs_equal_parts
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import AttentionPlan
 from scalediff.patching.report import Report, Row
@@ -142,9 +142,9 @@ class Target:
         (_active.add if value else _active.discard)(self)
 
     @property
-    def is_split(self) -> bool:
-        """Whether `patch_model` split the denoiser's tokens over ranks."""
-        return self._split is not None
+    def group(self) -> Any:
+        """The process group over whose ranks `patch_model` split the denoiser's tokens; None if it did not."""
+        return None if self._split is None else self._split.group
 
     def split_over(self, mesh: Any) -> None:
         """Split the denoiser's tokens over the ranks of a mesh; errors as in `RowSplit` and `Bands`."""
@@ -163,7 +163,7 @@ class Target:
         outer = current()
         if not self.active or (outer is not None and outer.owner is self):
             return None
-        if self.is_split:
+        if self.group is not None or is_parallel(module):
             check_ranks(module)
         if self.attention == "full" and not needs_equal_parts(module, self.family):
             return None
@@ -235,7 +235,7 @@ class Target:
         """The plan of a pass; of the whole picture, if it is not split in this pass."""
         return AttentionPlan(
             layout, window=self.native, text_rope=self._rotation, text_queries=self.options.text_queries, offset=offset,
-            wrap=self.options.wrap, impl=self.options.impl, group=None if self._split is None or whole else self._split.group,
+            wrap=self.options.wrap, impl=self.options.impl, group=None if whole else self.group,
         )  # fmt: skip
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None:

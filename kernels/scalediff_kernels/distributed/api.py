@@ -54,7 +54,7 @@ def sharded_neighborhood_patch_attention(
     Raises:
         ValueError: As `neighborhood_patch_attention`; also if `rows` do not fit the group or q, or this process is not in the group.
         TypeError: As `neighborhood_patch_attention`; also if `group` is neither a group nor a mesh.
-        RuntimeError: There is no process group, or a rank has ended: the message names it.
+        RuntimeError: There is no process group; or a rank has ended, a `LostRankError` that names it.
         NotImplementedError: As `neighborhood_patch_attention`; also if gradients are needed.
 
     ScaleDiff, arXiv:2510.25818, section 3.2; the halo exchange of domain decomposition.

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from scalediff_kernels.distributed.groups import all_gather, lost_connection
+from scalediff_kernels.distributed.groups import all_gather
+from scalediff_kernels.distributed.losses import naming_losses
 
 
 def convolve_band(
@@ -41,7 +42,7 @@ def convolve_band(
     Raises:
         NotImplementedError: The padding is another one.
         ValueError: The band's rows are not a multiple of the stride, or fewer than the kernel reaches into.
-        RuntimeError: A rank has ended: the message names it.
+        LostRankError: A rank has ended: the message names it.
     """
     steps, spread = _pair(stride), _pair(dilation)
     span = spread[0] * (weight.shape[2] - 1)
@@ -109,11 +110,9 @@ def _neighbours(x: Tensor, above: int, below: int, group: Any) -> list[Tensor]:
     ]
     wanted = [(way, rows, peer) for way, rows, peer, n in messages if n and 0 <= peer <= last]
     operations = [distributed.P2POp(way, rows, group=group, group_peer=peer) for way, rows, peer in wanted]
-    try:
+    with naming_losses(group, "exchanging rows", peers={peer for _, _, peer in wanted}):
         for work in distributed.batch_isend_irecv(operations) if operations else []:
             work.wait()
-    except RuntimeError as error:
-        raise lost_connection({peer for _, _, peer in wanted}, group) from error
     return [upper, x, lower]
 
 

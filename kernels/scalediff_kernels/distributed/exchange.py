@@ -6,13 +6,14 @@ Legend: B batch, G key heads, Y x X token grid, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from scalediff_kernels.distributed.geometry import Rows, Transfer
-from scalediff_kernels.distributed.groups import lost_connection
+from scalediff_kernels.distributed.losses import naming_losses
 
 
 class Exchange:
@@ -43,23 +44,19 @@ class Exchange:
                 self._pending.append((transfer, both))
                 self._parts.append((rows, both[0], both[1]))
         self._parts.sort(key=lambda part: part[0])
-        try:
+        with self._naming_losses(self._pending):
             self._works = distributed.batch_isend_irecv(operations) if operations else []
-        except RuntimeError as error:
-            raise self._lost(self._pending) from error
 
     def wait(self) -> None:
         """Wait for the messages; on a GPU, its current stream waits.
 
         Raises:
-            RuntimeError: A rank has ended or does not answer. The message names it.
+            LostRankError: A rank has ended or does not answer. The message names it.
         """
         one_by_one = len(self._works) == len(self._pending)  # some backends have one work for all
         for i, work in enumerate(self._works):
-            try:
+            with self._naming_losses(self._pending[i : i + 1] if one_by_one else self._pending):
                 work.wait()
-            except RuntimeError as error:
-                raise self._lost(self._pending[i : i + 1] if one_by_one else self._pending) from error
         self._works, self._pending = [], []
 
     def rows(self, wanted: Rows) -> tuple[Tensor, Tensor]:
@@ -72,6 +69,6 @@ class Exchange:
         k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
         return k, v
 
-    def _lost(self, pending: Sequence[tuple[Transfer, Tensor]]) -> RuntimeError:
+    def _naming_losses(self, pending: Sequence[tuple[Transfer, Tensor]]) -> AbstractContextManager[None]:
         peers = {t.target if t.source == self._rank else t.source for t, _ in pending}
-        return lost_connection(peers, self._group)
+        return naming_losses(self._group, "exchanging rows", peers=peers)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, distributed
+
+from scalediff_kernels.distributed.losses import naming_losses
 
 
 def group_of(group: Any) -> Any:
@@ -42,11 +44,20 @@ def groups_of(mesh: Any) -> tuple[Any, ...]:
 
 
 def all_gather(whole: Tensor, part: Tensor, group: Any) -> None:
-    """Write the parts of all ranks into `whole`, one after the other along its first axis."""
+    """Write the parts of all ranks into `whole`, one after the other along its first axis; errors as in `naming_losses`."""
     gather = (
         getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     )  # the second is the name before torch 2.13
-    gather(whole, part, group=group)
+    with naming_losses(group, "gathering the parts of all ranks"):
+        gather(whole, part, group=group)
+
+
+def broadcast(value: Any, group: Any) -> Any:
+    """The value of rank 0, any object, on all ranks of a group; errors as in `naming_losses`."""
+    found = [value]
+    with naming_losses(group, "waiting for what rank 0 decides"):
+        distributed.broadcast_object_list(found, group=group, group_src=0)
+    return found[0]
 
 
 def check_agreement(group: Any, facts: Mapping[str, str]) -> None:
@@ -58,29 +69,14 @@ def check_agreement(group: Any, facts: Mapping[str, str]) -> None:
 
     Raises:
         ValueError: A rank has others. The message names the first rank that differs from rank 0, and how.
+        LostRankError: A rank has ended: the message names it.
     """
     found: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, dict(facts), group=group)
+    with naming_losses(group, "comparing what all ranks must agree on"):
+        distributed.all_gather_object(found, dict(facts), group=group)
     first = found[0]
     for rank, other in enumerate(found):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
             differences = "; ".join(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}" for name in names)
             raise ValueError(f"all ranks must have the same versions, model and inputs, got {differences}")
-
-
-def lost_connection(peers: Iterable[int], group: Any) -> RuntimeError:
-    """The error of a rank whose messages with one of these peers failed.
-
-    The first rank that notices leaves a note in the store by which the processes met: others, who lose the connection to that rank when it
-    ends, can then name the cause.
-    """
-    rank, names = distributed.get_rank(group), " or rank ".join(map(str, sorted(peers)))
-    first = names
-    try:
-        store = distributed.distributed_c10d._get_default_store()
-        first = store.compare_set(f"scalediff/lost/{group.group_name}", "", names).decode()
-    except (AttributeError, RuntimeError):  # the store is private to torch, and may have been kept by the rank that is lost
-        pass
-    cause = "" if first == names else f", after rank {first} was lost"
-    return RuntimeError(f"rank {rank} lost the connection to rank {names} while they exchanged rows{cause}")

@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from scalediff_kernels.distributed.groups import all_gather
+from scalediff_kernels.distributed.losses import naming_losses
 
 
 def merge_sums(total: Tensor, count: int, dtype: torch.dtype, group: Any) -> Tensor:
@@ -36,7 +37,8 @@ def _share(x: Tensor, group: Any) -> Tensor:
     ranks = distributed.get_world_size(group)
     x = F.pad(x.movedim(1, 0), (0, 0, 0, 0, 0, 0, 0, -x.shape[1] % ranks)).contiguous()
     parts = torch.empty_like(x)
-    distributed.all_to_all_single(parts, x, group=group)
+    with naming_losses(group, "exchanging the parts of the text"):
+        distributed.all_to_all_single(parts, x, group=group)
     return parts.view(ranks, -1, *x.shape[1:])
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from scalediff_kernels.distributed import merge
+from scalediff_kernels.distributed import losses, merge
 from scalediff_kernels.distributed.api import sharded_joint_neighborhood_patch_attention, sharded_neighborhood_patch_attention
 from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
 from scalediff_kernels.distributed.geometry import owned_rows
@@ -197,21 +194,40 @@ def refused() -> dict[str, str]:
 
 
 def several(seeds: range) -> dict[str, Any]:
-    return {"drawn": drawn(seeds), "agreed": agreed(), "refused": refused(), "bands": bands()}
+    return {"drawn": drawn(seeds), "agreed": agreed(), "refused": refused(), "bands": bands(), "failing": failing()}
 
 
-def killed(folder: Path) -> str:
-    """Rank 1 ends without a word while the others compute; each of these notes when and what it learnt."""
-    rank = distributed.get_rank()
+def lost(doing: str, end: Callable[[], None]) -> None:
+    """Repeat what is done over ranks until one of them has ended."""
+    world, rank = distributed.group.WORLD, distributed.get_rank()
     problem = Problem((16, 4), (6, 4), (2, 2), (0, 0), 8)
     q, k, v = (x[:, 4 * rank : 4 * rank + 4].cpu() for x in problem.inputs())
+    band = picture(3)[:, :, 3 * rank : 3 * rank + 3]
     for step in range(1000):
-        if rank == 1 and step == 5:
-            (folder / "killed").write_text(str(time.time()))
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 5:
+            end()
+        if doing == "attention":
+            sharded_neighborhood_patch_attention(q, k, v, group=world, rows=(4,) * 4, **without_wrap(problem))
+        elif doing == "convolution":
+            convolve_band(band, *kernel(3, 1), padding=1, group=world)
+        elif doing == "text":
+            merge.merge_sums(q[:, 0], 1, q.dtype, world)
+        elif doing == "gathering":
+            gather_bands(band, world)
+        else:
+            check_agreement(world, {"step": str(step)})
+
+
+def failing() -> dict[str, str]:
+    """What is raised where a collective or messages fail though no rank has ended, and of errors that are none of the connection."""
+    said, world = dict[str, str](), distributed.group.WORLD
+    failures = {"backend": (RuntimeError, ()), "peers": (RuntimeError, (1, 2)), "memory": (torch.OutOfMemoryError, ()),
+                "missing": (NotImplementedError, ())}  # fmt: skip
+    for name, (kind, peers) in failures.items():
         try:
-            sharded_neighborhood_patch_attention(q, k, v, group=distributed.group.WORLD, rows=(4,) * 4, **without_wrap(problem))
+            with losses.naming_losses(world, "gathering", peers=peers):
+                raise kind("timed out")
         except RuntimeError as error:
-            (folder / f"said {rank}").write_text(f"{time.time()} {error}")
-            raise
-    return ""
+            said[name] = f"{type(error).__name__} {error} {error.__cause__}"
+    losses.check_losses(world, "running the model", RuntimeError("another error"))
+    return said

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from scalediff.command import drawing, loading
 from scalediff.command.cli import main
@@ -79,6 +86,58 @@ def test_what_processes_cannot_draw_together(
 ) -> None:
     assert start(monkeypatch, 0, world, "a moon", "--out", str(tmp_path / "moon.png"), *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo")
+@pytest.mark.parametrize(("there", "drawn"), [("0", False), ("1", True)])
+def test_processes_that_see_other_folders_draw_what_rank_0_lacks(there: str, drawn: bool, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    (tmp_path / there / "a-moon-0.png").write_text("a picture")
+    command = shlex.join([sys.executable, "-m", "scalediff", "generate", "a moon", *FAST, "--split-picture", "--skip-existing"])
+    torchrun(2, "--no-python", "sh", "-c", f"cd {tmp_path}/$RANK && exec {command}")
+    assert (tmp_path / "0" / "a-moon-0.png").read_bytes().startswith(b"\x89PNG" if drawn else b"a picture")
+    assert len(list((tmp_path / "1").iterdir())) == (1 if there == "1" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo")
+def test_a_killed_process_ends_a_picture_of_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "draw.py").write_text(KILLED)
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        torchrun(2, str(tmp_path / "draw.py"), "generate", "a moon", *FAST, "--split-picture", "--out", str(tmp_path / "moon.png"))
+    killed = float((tmp_path / "killed").read_text())
+    assert time.time() - killed < 30
+    assert re.search(
+        r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9", raised.value.stderr
+    )  # torchrun ends the others, maybe before they say it
+    assert not (tmp_path / "moon.png").exists()
+
+
+KILLED = """
+import os, pathlib, signal, sys, time
+from scalediff.command import cli, ranks
+
+def killed(*what):
+    (pathlib.Path(__file__).parent / "killed").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == "1":
+    load = ranks.patch_model
+    def patched(pipe, **options):
+        pipe.unet.mid_block.register_forward_hook(killed)
+        return load(pipe, **options)
+    ranks.patch_model = patched
+sys.exit(cli.main())
+"""
+
+
+def torchrun(processes: int, *what: str) -> subprocess.CompletedProcess[str]:
+    """Run processes of torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *what]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=240, env=environment)
 
 
 @pytest.mark.parametrize("command", ["upscale", "compare"])

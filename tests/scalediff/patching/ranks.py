@@ -26,7 +26,7 @@ from tests.scalediff.cascade.test_pipelines import built
 GRID, NATIVE, UNEVEN = (8, 6), (4, 4), (7, 5)
 PLANNED = ("FLUX.1", "FLUX.2", "Qwen-Image")  # their classes have a plan for context parallelism
 HOLES = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
-_IMPORTED = (
+IMPORTED = (
     "diffusers.models.transformers.transformer_flux", "diffusers.models.transformers.transformer_flux2",
     "diffusers.models.transformers.transformer_qwenimage", "diffusers.models.transformers.transformer_chroma",
     "diffusers.hooks.context_parallel", "torch.distributed.device_mesh",
@@ -35,7 +35,7 @@ _IMPORTED = (
 
 def run(world: int, cases: Mapping[str, Callable[[], Any]], folder: Path, *, seconds: float = 180) -> list[dict[str, Any]]:
     """What the cases return in each of `world` processes, by name; errors as in `processes.run`."""
-    found: list[dict[str, Any]] = processes.run(functools.partial(_work, dict(cases)), world, folder, imported=_IMPORTED, seconds=seconds)
+    found: list[dict[str, Any]] = processes.run(functools.partial(_work, dict(cases)), world, folder, imported=IMPORTED, seconds=seconds)
     return found
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from torch.nn import functional as F
 import scalediff
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
-from scalediff.command.ranks import drawing_together
+from scalediff.command.ranks import drawing_together, own_jobs
+from scalediff.command.reporting import Job
 from scalediff.patching.networks import handle_of
 from scalediff.patching.subclass import is_patched
 from tests.conftest import seeded
@@ -137,6 +140,20 @@ def demo_by_rows() -> Tensor:
     return drawn_demo(distributed.group.WORLD)
 
 
+def lost_in_a_pass(kind: str, grid: tuple[int, int], end: Callable[[], None]) -> None:
+    """A rank ends in the middle of a pass: of a pipeline's U-Net, or of a transformer."""
+    torch.accelerator.device_count = lambda: 1
+    if kind == "demo":
+        pipe = scalediff.load_demo().to(torch.float64)
+        pipe.unet.mid_block.register_forward_hook(lambda module, args, out: end() if args[0].shape[2] == 8 else None)  # half of 16 rows
+        with scalediff.patch_model(pipe, mesh=distributed.group.WORLD):
+            latents_of_demo(pipe)
+    model = build(kind)
+    model.transformer_blocks[0].register_forward_hook(lambda module, args, out: end())
+    with scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
+        output(model, inputs(kind, grid))
+
+
 def drawn_demo(mesh: Any) -> Tensor:
     pipe = scalediff.load_demo().to(torch.float64)
     with scalediff.patch_model(pipe, mesh=mesh):
@@ -231,6 +248,22 @@ def refused_by_rows() -> dict[str, str]:
     return said
 
 
+def missing_pictures() -> dict[str, Any]:
+    """What the processes draw together if each sees another folder, and if they have other lists of pictures."""
+    rank, found = distributed.get_rank(), dict[str, Any]()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(distributed.get_world_size())}
+    options = Namespace(split_picture=True, skip_existing=True)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [Job("a moon", seed, Path(folder) / f"{seed}.png") for seed in range(3)]
+        jobs[rank].out.touch()
+        found["drawn"] = [job.seed for job in own_jobs(options, jobs)]
+        try:
+            own_jobs(options, jobs[rank:])
+        except ValueError as error:
+            found["numbers"] = str(error)
+    return found
+
+
 def drawn_by_rows() -> dict[str, Any]:
     """A picture of the whole cascade, of three stages; and what the command's --split-picture does with the pipeline."""
     pipe, prompt = built("FLUX")
@@ -248,5 +281,5 @@ UNETS = {
     f"{kind} by rows, {guidance} halves": functools.partial(unet_by_rows, kind, guidance)
     for kind, guidance in (("SD1.5", 1), ("SDXL", 1), ("SDXL", 2), ("U-Net without text", 1))
 }
-OTHERS = (refused_by_rows, drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows)
+OTHERS = (refused_by_rows, missing_pictures, drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows)
 CASES: dict[str, Callable[[], Any]] = BY_ROWS | UNETS | {case.__name__: case for case in OTHERS}

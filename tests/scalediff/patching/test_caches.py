@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,14 +136,21 @@ def test_what_was_cached_before_the_patch_is_an_error_and_not_a_pass_in_windows(
 
 @pytest.mark.parametrize("name", ["FirstBlockCache", "SeaCache"])
 @pytest.mark.parametrize("attention", ["npa", "full"])
-def test_ranks_do_not_decide_by_their_own_rows(name: str, attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("split_by", ["mesh", "diffusers"])
+def test_ranks_do_not_decide_by_their_own_tokens(name: str, attention: Any, split_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ZOO["FLUX.1"].build()
     model.enable_cache(CACHES[name][1]())
     with patch(model) as handle:
         handle.attention = attention
-        monkeypatch.setattr(Target, "is_split", True)  # as under mesh=, which needs accelerators for this model
-        with pytest.raises(NotImplementedError, match=f"mesh= does not support caches that look at a rank's own rows .*, got {name}"):
+        if split_by == "mesh":
+            monkeypatch.setattr(Target, "group", "a group")  # mesh= needs accelerators for this model
+        else:
+            monkeypatch.setattr(model, "_parallel_config", SimpleNamespace(context_parallel_config=object()))
+        with pytest.raises(
+            NotImplementedError, match=f"context parallelism do not support caches that look at .* own tokens .*, got {name}"
+        ):
             steps(model)
+    monkeypatch.undo()
     model.disable_cache()
     model.enable_cache(CACHES["MagCache"][1]())
     check_ranks(model)  # decides by the step

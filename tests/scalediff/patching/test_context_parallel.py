@@ -168,6 +168,12 @@ def test_the_whole_cascade_by_rows_draws_the_same_picture(two: list[dict[str, An
     assert [(found["split"], found["saves"], found["after"]) for found in (one, other)] == [(True, True, None), (True, False, None)]
 
 
+def test_rank_0_says_which_pictures_are_missing(two: list[dict[str, Any]]) -> None:
+    for said in (found["missing_pictures"] for found in two):
+        assert said["drawn"] == [1, 2]
+        assert said["numbers"].endswith("got the number of pictures is 3 on rank 0 and 2 on rank 1")
+
+
 def test_any_number_of_heads(two: list[dict[str, Any]]) -> None:
     assert_same(two[0]["odd_heads"]["above"], one_process("FLUX.1", heads=3))
     assert_same(two[0]["odd_heads"]["native"], output(build("FLUX.1", heads=3), inputs("FLUX.1", NATIVE, text=6)))
