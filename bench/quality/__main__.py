@@ -42,13 +42,6 @@ def write_page(csv: Path) -> None:
     write_text(page, fill(PAGE.read_text(), {"tables": sections(*results)}))
 
 
-def draw_missing(gallery: Gallery, table: Table, shard: tuple[int, int]) -> None:
-    """Draw the pictures of a table that are not there, in the share `(i, n)` of this process: every n-th scene."""
-    for row, scene in gallery.missing(table):
-        if scene % shard[1] == shard[0]:
-            gallery.draw(row, scene)
-
-
 def measure_table(gallery: Gallery, table: Table, add: Callable[[str, Columns], None], sheet: Path | None) -> None:
     """Measure the rows of a table, the baseline first, and their differences from it; draw the contact sheet."""
     seed = HELD_OUT_SEED + table.first
@@ -132,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             _check_size(pipe, table.size)
             gallery = Gallery(options.pictures, pipe, table.size, bf16=options.bf16)
-            draw_missing(gallery, table, options.shard)
+            gallery.draw_missing(table, options.shard)
         except ValueError as error:
             parser.error(str(error))
         if not options.draw:

@@ -54,12 +54,12 @@ class Gallery:
         self.pipe, self.size, self._bf16, self._root = pipe, size, bf16, root / f"{size}{'-bf16' * bf16}"
         self._shared = {**pipeline_facts(pipe), "size": size}
 
-    def missing(self, table: Table) -> Iterator[tuple[str, int]]:
-        """Rows and scenes of a table that have to be drawn, in the order in which they should be: scene by scene, all rows in turn."""
+    def draw_missing(self, table: Table, share: tuple[int, int]) -> None:
+        """Draw the pictures of a table that are not there, scene by scene and all rows in turn; of the share `(i, n)` every n-th scene."""
         for scene in table.scenes:
             for row in table.rows:
-                if DRAWINGS[row].method and not self._file(row, scene).exists():
-                    yield row, scene
+                if scene % share[1] == share[0] and DRAWINGS[row].method and not self._file(row, scene).exists():
+                    self.draw(row, scene)
 
     def draw(self, row: str, scene: int) -> None:
         """Draw one picture and save it, after the base picture of its run.
@@ -94,7 +94,7 @@ class Gallery:
         files = [self._file(row, scene) for scene in scenes]
         records = [read_metadata(file) for file in files]
         bases = [file.with_stem(file.stem + _BASE) for file in files]
-        counted = [record["gflops"] for record in map(read_metadata, self._drawn(row)) if "gflops" in record]
+        counted = [record["gflops"] for record in map(read_metadata, sorted(files[0].parent.glob("*[0-9].png"))) if "gflops" in record]
         return Pictures(
             torch.stack([_read(file) for file in files]),
             torch.stack([_read(file) for file in bases]) if bases[0].exists() else None,
@@ -104,9 +104,6 @@ class Gallery:
 
     def _file(self, row: str, scene: int) -> Path:
         return self._root / row / f"{scene:06d}.png"
-
-    def _drawn(self, row: str) -> list[Path]:
-        return sorted(self._file(row, 0).parent.glob("*[0-9].png"))
 
 
 @contextmanager

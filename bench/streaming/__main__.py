@@ -38,7 +38,9 @@ def rows_of(vae: Any, picture: Tensor, *, elements: int) -> list[dict[str, Any]]
         "one piece": nullcontext, "bands": partial(streamed, vae, elements=elements), "tiles": partial(in_tiles, vae),
     }  # fmt: skip
     latents = vae.encode(picture).latent_dist.mode()
-    calls = {"decode": lambda: vae.decode(latents).sample, "encode": lambda: vae.encode(picture).latent_dist.mode()}
+    calls: dict[str, Callable[[], Tensor]] = {
+        "decode": lambda: vae.decode(latents).sample, "encode": lambda: vae.encode(picture).latent_dist.mode(),
+    }  # fmt: skip
     rows = []
     for call, run in calls.items():
         whole = torch.empty(0)
