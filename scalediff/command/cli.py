@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from scalediff.cascade.describing import package_version
-from scalediff.command import commands, comparing, drawing
+from scalediff.command import commands, comparing, drawing, ray_workers
 from scalediff.command.comparing import COMPARABLE
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
+from scalediff.command.workers import PicturesFailedError
 from scalediff.cost.models import MODELS
 from scalediff.methods import method_names
 from scalediff.settings import TILES
@@ -110,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         "--split-picture",
         action="store_true",
         help="under torchrun: the processes draw every picture together, each a band of rows (default: they share the pictures out)",
+    )
+    generate.add_argument(
+        "--ray", action="store_true", help="workers on the GPUs of all machines that Ray has joined draw the pictures, each its own ones"
     )
     generate.add_argument(
         "--option",
@@ -265,6 +269,10 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     method.add_argument("--size-conditioning", choices=("target", "native"), help="picture size for the size conditioning of SDXL")
 
 
+def _generate(options: argparse.Namespace) -> None:
+    (ray_workers if options.ray else drawing).generate_pictures(options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -275,13 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments; those of the process when None.
 
     Returns:
-        The exit code: 0 on success, 1 if out of memory or if another process of the run was lost, 2 on invalid input, 130 on Ctrl-C,
-        141 if the reader of its output has gone.
+        The exit code: 0 on success; 1 if out of memory, if another process of the run was lost, or if workers could not draw all
+        pictures; 2 on invalid input, 130 on Ctrl-C, 141 if the reader of its output has gone.
     """
     options = _parser().parse_args(arguments)
     try:
         run = {
-            "generate": drawing.generate_pictures,
+            "generate": _generate,
             "compare": comparing.compare_methods,
             "upscale": drawing.upscale_pictures,
             "plan": commands.show_plan,
@@ -294,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
         return 141
-    except (torch.OutOfMemoryError, LostRankError) as error:
+    except (torch.OutOfMemoryError, LostRankError, PicturesFailedError) as error:
         print(f"scalediff: error: {one_line(error)}", file=sys.stderr)
         return 1
     except (UsageError, ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
