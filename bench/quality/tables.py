@@ -17,11 +17,13 @@ class Drawing(NamedTuple):
         label: For the tables.
         changes: Of the embedded model's preset; of these, other methods take steps and guidance.
         method: As in `scalediff.generate`; empty for pictures that no model draws.
+        upsampler: As in `scalediff.generate`.
     """
 
     label: str
     changes: Mapping[str, Any]
     method: str = "scalediff"
+    upsampler: str | None = None
 
 
 class Table(NamedTuple):
@@ -68,6 +70,11 @@ _SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {  # each alone, beside the p
         {"restart": (0.5, 0.25), "sg_cutoff_start": 0.5, "filter": "butterworth", "guidance_until": 2 / 3},
     ),
 }
+_UPSAMPLED: dict[str, tuple[str, dict[str, Any]]] = {  # by the embedded model's upsampler
+    "upsampler": ("", {}),
+    "upsampler-sg-0.5": (", SG cutoff 0.5", {"sg_cutoff": 0.5}),
+    "upsampler-restart-0.2": (", SG cutoff 0.5, restart 0.2", {"sg_cutoff": 0.5, "restart": 0.2}),
+}
 _SWEEP = {
     f"restart-{restart}-cutoff-{cutoff}": (
         f"restart {restart}, cutoffs {cutoff}", {"restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
@@ -83,6 +90,8 @@ DRAWINGS |= {f"{name}-restart-0.7": Drawing(label, {**changes, "restart": 0.7}) 
 DRAWINGS |= {name: Drawing(method_title(name), {}, name) for name in _OTHERS}
 DRAWINGS["full"] = Drawing("full attention + LFM + SG", {"attention": "full"})
 DRAWINGS["super-resolution"] = Drawing("base picture, bicubic", {}, "super-resolution")
+DRAWINGS["super-resolution-trained"] = Drawing("base picture, trained upsampler", {}, "super-resolution", "demo")
+DRAWINGS |= {name: Drawing(f"trained upsampler{label}", changes, upsampler="demo") for name, (label, changes) in _UPSAMPLED.items()}
 DRAWINGS |= {name: Drawing(label, {}, "") for name, label in _UNDRAWN.items()}
 
 _PARTS_AT_07 = tuple(f"{name}-restart-0.7" for name in _PARTS)
@@ -91,7 +100,7 @@ TABLES = {
     "parts": Table("The parts of the method, restart 0.7", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256),
     "preset": Table("The parts of the method, restart of the preset", ("super-resolution", *_PARTS, *_UNDRAWN), 1000, 64, 256),
     "large": Table("The parts of the method, restart 0.7, at 8x", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 8, 512),
-    "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 64, 256),
+    "switches": Table("A better default", ("npa", *_SWITCHES, *_UPSAMPLED, "super-resolution-trained"), 1000, 64, 256),
     "sweep": Table("Restart and cutoff", tuple(_SWEEP), 0, 8, 256),
 }
 BASELINE = ("npa", "npa-restart-0.7")
