@@ -73,7 +73,6 @@ _SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {  # each alone, beside the p
 _UPSAMPLED: dict[str, tuple[str, dict[str, Any]]] = {  # by the embedded model's upsampler
     "upsampler": ("", {}),
     "upsampler-sg-0.5": (", SG cutoff 0.5", {"sg_cutoff": 0.5}),
-    "upsampler-restart-0.2": (", SG cutoff 0.5, restart 0.2", {"sg_cutoff": 0.5, "restart": 0.2}),
 }
 _SWEEP = {
     f"restart-{restart}-cutoff-{cutoff}": (
