@@ -108,8 +108,8 @@ def generate(
         split_guidance: Run the two passes of classifier-free guidance one after the other instead of as one doubled batch, which halves
             the memory of the denoiser's activations.
         upsampler: How a stage's picture is enlarged for the next, in place of bicubic interpolation: the path of a single-image
-            super-resolution network (`.safetensors` or `.pth`, any architecture that spandrel loads), or a function from pictures
-            `[B, 3, y, x]` in [0, 1] to larger ones, as in `scalediff.cascade.upsampling`.
+            super-resolution network (`.safetensors` or `.pth`, any architecture that spandrel loads), `"demo"` for that of the
+            embedded model, or a function from pictures `[B, 3, y, x]` in [0, 1] to larger ones, as in `scalediff.cascade.upsampling`.
         method: `"scalediff"`, another published method by its name in `scalediff.methods.METHODS`, or an options object of one. These
             accept prompt, size, steps, guidance scale and generator, some also `upsampler`; any option of ScaleDiff alone raises an error.
         workdir: Folder in which every finished stage is saved. If a run was interrupted, the same call with a generator in the same state

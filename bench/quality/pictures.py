@@ -26,6 +26,7 @@ import scalediff
 from bench.quality.tables import DRAWINGS, Table, label_of
 from scalediff.cascade.metadata import read_metadata, save_png
 from scalediff.cascade.pipeline import native_size, preset
+from scalediff.cascade.upsampling import identify_upsampler, resolve_upsampler
 from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
 from scalediff.cost.recorded import recorded_work
 from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
@@ -70,13 +71,15 @@ class Gallery:
         drawing, path = DRAWINGS[row], self._file(row, scene)
         settings = replace(preset(self.pipe), **drawing.changes)
         used = repr(settings) if drawing.method == "scalediff" else f"{settings.steps} steps, guidance {settings.guidance_scale}"
+        upsampler = resolve_upsampler(drawing.upsampler)
+        used += f", upsampler {identify_upsampler(upsampler)}" if upsampler else ""
         Workdir(path.parent, {**self._shared, "method": drawing.method, "settings": used})
         since, first = time.process_time(), not any(path.parent.glob("*[0-9].png"))
         mixed = _mixed_precision(self.pipe.unet) if self._bf16 else nullcontext()
         with mixed, recorded_work(self.pipe) if first else nullcontext() as recorded:
             result = scalediff.generate(
                 self.pipe, caption(describe(HELD_OUT_SEED + scene)), height=self.size, width=self.size, preset=settings,
-                method=drawing.method, generator=torch.Generator().manual_seed(scene),
+                method=drawing.method, upsampler=upsampler, generator=torch.Generator().manual_seed(scene),
             )  # fmt: skip
         record: dict[str, Any] = {"seconds": round(time.process_time() - since, 3)}
         if recorded is not None:

@@ -16,6 +16,7 @@ class Drawing(NamedTuple):
     label: str  # for the tables
     changes: Mapping[str, Any]  # of the embedded model's preset; of these, other methods take steps and guidance
     method: str = "scalediff"  # as in `scalediff.generate`; empty for pictures that no model draws
+    upsampler: str | None = None  # as there
 
 
 class Table(NamedTuple):
@@ -54,6 +55,10 @@ _SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {  # each alone, beside the p
         {"restart": (0.5, 0.25), "sg_cutoff_start": 0.5, "filter": "butterworth", "guidance_until": 2 / 3},
     ),
 }
+_UPSAMPLED: dict[str, tuple[str, dict[str, Any]]] = {  # by the embedded model's upsampler
+    "upsampler": ("", {}),
+    "upsampler-sg-0.5": (", SG cutoff 0.5", {"sg_cutoff": 0.5}),
+}
 _SWEEP = {
     f"restart-{restart}-cutoff-{cutoff}": (
         f"restart {restart}, cutoffs {cutoff}", {"restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
@@ -69,6 +74,8 @@ DRAWINGS |= {f"{name}-restart-0.7": Drawing(label, {**changes, "restart": 0.7}) 
 DRAWINGS |= {name: Drawing(method_title(name), {}, name) for name in _OTHERS}
 DRAWINGS["full"] = Drawing("full attention + LFM + SG", {"attention": "full"})
 DRAWINGS["super-resolution"] = Drawing("base picture, bicubic", {}, "super-resolution")
+DRAWINGS["super-resolution-trained"] = Drawing("base picture, trained upsampler", {}, "super-resolution", "demo")
+DRAWINGS |= {name: Drawing(f"trained upsampler{label}", changes, upsampler="demo") for name, (label, changes) in _UPSAMPLED.items()}
 DRAWINGS |= {name: Drawing(label, {}, "") for name, label in _UNDRAWN.items()}
 
 _PARTS_AT_07 = tuple(f"{name}-restart-0.7" for name in _PARTS)
@@ -77,7 +84,7 @@ TABLES = {
     "parts": Table("The parts of the method, restart 0.7", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256),
     "preset": Table("The parts of the method, restart of the preset", ("super-resolution", *_PARTS, *_UNDRAWN), 1000, 64, 256),
     "large": Table("The parts of the method, restart 0.7, at 8x", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 8, 512),
-    "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 64, 256),
+    "switches": Table("A better default", ("npa", *_SWITCHES, *_UPSAMPLED, "super-resolution-trained"), 1000, 64, 256),
     "sweep": Table("Restart and cutoff", tuple(_SWEEP), 0, 8, 256),
 }
 BASELINE = ("npa", "npa-restart-0.7")

@@ -110,16 +110,19 @@ class NetworkUpsampler:
 
 
 def load_upsampler(path: str | PathLike[str]) -> NetworkUpsampler:
-    """Load a single-image super-resolution network of any architecture that the package spandrel knows.
+    """Load a single-image super-resolution network of any architecture that the package spandrel knows, or the embedded model's.
 
     Args:
-        path: A file of weights: `.safetensors`, or `.pth`, which is read with `weights_only`, so that it cannot run code.
+        path: A file of weights: `.safetensors`, or `.pth`, which is read with `weights_only`, so that it cannot run code. `"demo"` is the
+            network of `scalediff.demo.upsampler`, which needs no spandrel.
 
     Raises:
         ValueError: The file is missing or corrupted, its architecture is not known, it is not for single pictures of 3 channels, or
             it does not enlarge them.
         ImportError: spandrel is not installed (`pip install "scalediff[upsampler]"`).
     """
+    if str(path) == "demo":
+        return _load_demo_upsampler()
     file = Path(path)
     weights = _read_weights(file)
     try:
@@ -140,8 +143,19 @@ def load_upsampler(path: str | PathLike[str]) -> NetworkUpsampler:
     if found.scale < 2:
         raise ValueError(f"upsampler must enlarge pictures, got {file} with factor {found.scale}")
     tile = None if found.tiling is spandrel.ModelTiling.INTERNAL else TILE
-    fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return NetworkUpsampler(found.eval(), found.scale, tile, fingerprint)
+    return NetworkUpsampler(found.eval(), found.scale, tile, _hash(file))
+
+
+def _load_demo_upsampler() -> NetworkUpsampler:
+    from scalediff.demo.upsampler import WEIGHTS, SceneUpsampler
+
+    network = SceneUpsampler()
+    network.load_state_dict(_read_weights(WEIGHTS))
+    return NetworkUpsampler(network.eval(), 2, None, _hash(WEIGHTS))
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def resolve_upsampler(upsampler: str | PathLike[str] | Upsampler | None) -> Upsampler | None:

@@ -224,7 +224,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--upsampler",
         type=Path,
         metavar="FILE",
-        help="super-resolution network (.safetensors, .pth) that enlarges the stages' pictures",
+        help="super-resolution network (.safetensors, .pth) that enlarges the stages' pictures; demo is that of the embedded model",
     )
     command.add_argument("--preview", type=_positive, metavar="N", help="write a preview file at every N-th step")
     command.add_argument(

@@ -113,6 +113,22 @@ def test_pictures_of_other_settings_are_refused(tmp_path: Path, demo: Any, noise
         Gallery(tmp_path, demo, 128).draw("npa", 1001)
 
 
+def test_a_row_has_its_upsampler_and_pictures_without_it_are_refused(tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Any] = []
+
+    def generate(pipe: Any, prompt: str, *, upsampler: Any, **arguments: Any) -> Any:
+        used.append(upsampler)
+        return Noise()(pipe, prompt, **arguments)
+
+    monkeypatch.setattr(scalediff, "generate", generate)
+    for row in ("super-resolution", "super-resolution-trained", "upsampler"):
+        Gallery(tmp_path, demo, 128).draw(row, 1000)
+    assert [upsampler and upsampler.factor for upsampler in used] == [None, 2, 2]
+    monkeypatch.setitem(DRAWINGS, "upsampler", Drawing("bicubic", {}))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        Gallery(tmp_path, demo, 128).draw("upsampler", 1001)
+
+
 def test_a_drawn_picture_has_its_base_and_the_work_of_its_run(tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by hand: three modules at 16 x 16 tokens with 2 heads, four at 8 x 8 with 4 heads (D = 32), twice for guidance."""
 
