@@ -2,7 +2,7 @@
 
 from scalediff.demo import load_demo
 from scalediff.draw import Result, generate, upscale
-from scalediff.families import register_family
+from scalediff.families import register_family, unregister_family
 from scalediff.families.base import Family
 from scalediff.families.grid import Layout, Sequence
 from scalediff.families.rotation import TextRotation
@@ -14,5 +14,5 @@ from scalediff.patching.plan import AttentionPlan
 
 __all__ = [
     "AttentionPlan", "Family", "Handle", "Layout", "Result", "Sequence", "TextRotation", "attention_pass", "generate", "load_demo",
-    "patch_model", "register_backend", "register_family", "unpatch_model", "upscale",
+    "patch_model", "register_backend", "register_family", "unpatch_model", "unregister_family", "upscale",
 ]  # fmt: skip

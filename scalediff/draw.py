@@ -279,8 +279,7 @@ def _call_arguments(
     """The arguments of the pipeline's call that are the same in every stage."""
     if preset.suffix and prompt is not None:
         prompt = [one + preset.suffix for one in prompt] if isinstance(prompt, list) else prompt + preset.suffix
-    named = {"prompt": prompt, "negative_prompt": negative_prompt}
-    given = {name: value for name, value in named.items() if value is not None} | dict(call or {})
+    given = {k: v for k, v in (("prompt", prompt), ("negative_prompt", negative_prompt)) if v is not None} | dict(call or {})
     overridden = "negative_prompt" if any(name.startswith("negative_prompt") for name in given) else ""
     return {**{name: value for name, value in preset.call.items() if name != overridden}, **given, "generator": generator}
 
@@ -337,7 +336,8 @@ def _run_cascade(
         raise ValueError("workdir needs a generator, so that the same call can resume the run, got generator=None")
     arguments = _complete_arguments(pipe, arguments, settings)
     if not force:
-        check_fit(pipe, arguments, sizes[-1], vae_tiling=run_options.vae_tiling, split_guidance=run_options.split_guidance)
+        tiling, split, wrap = run_options.vae_tiling, run_options.split_guidance, wrap_of(pipe, settings)
+        check_fit(pipe, arguments, sizes[-1], vae_tiling=tiling, split_guidance=split, wrap=wrap)
     stages: list[Stage] = []
     folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, given))
 

@@ -25,7 +25,7 @@ from scalediff.arguments import (
     optional,
 )
 from scalediff.cascade.changing import called_size, change_in_call
-from scalediff.cascade.checks import DRAWING_CHECKS, check_generators
+from scalediff.cascade.checks import DRAWING_CHECKS, check_ends, check_generators
 from scalediff.cascade.generators import fresh_generator
 from scalediff.cascade.holding import held
 from scalediff.cascade.memory import images_per_call
@@ -212,11 +212,13 @@ def _call_patched_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
     check_arguments(_CALL_CHECKS, arguments)
     if edits_picture(pipe, arguments):
         return original_call(pipe)(pipe, **arguments)
-    native, (height, width) = native_size(pipe), called_size(pipe, arguments)
+    native, (height, width), handle = native_size(pipe), called_size(pipe, arguments), handle_of(pipe)
+    if handle is not None:
+        check_ends(pipe, [(height, width)], handle.wrap)
     if (height <= native[0] and width <= native[1]) or height * width <= native[0] * native[1]:
         return original_call(pipe)(pipe, **arguments)
     check_generators(arguments.get("generator"), images_per_call(arguments))
-    settings, handle = preset(pipe), handle_of(pipe)
+    settings = preset(pipe)
     settings = replace(
         settings,
         steps=arguments.setdefault("num_inference_steps", schedule_length(arguments) or settings.steps),

@@ -27,6 +27,7 @@ Jitter = Literal["none", "alternate", "random"]
 Anchor = Literal["picture", "trajectory"]
 SizeConditioning = Literal["target", "native"]
 PerStage = float | tuple[float, ...]
+Multiple = int | tuple[int, int]  # of pixels, for both sides of a picture or for (height, width)
 TILES: Mapping[str, tuple[bool, bool]] = {"x": (False, True), "y": (True, False), "xy": (True, True)}  # names of `Settings.wrap`
 
 _PER_STAGE = ("restart", "lfm_cutoff", "sg_cutoff", "sg_cutoff_start", "guidance_until")
@@ -177,7 +178,7 @@ def derived_presets(*, steps: int, guidance_scale: float) -> Mapping[str, Preset
     return {"default": Preset(settings, "the pipeline's own steps and guidance, restart and cutoffs of the paper's FLUX.1-dev")}
 
 
-def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: int) -> list[tuple[int, int]]:
+def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: Multiple) -> list[tuple[int, int]]:
     """Choose the size of every stage: a base with the native area and the target's aspect ratio, then x2 per stage up to the target.
 
     The last factor is the remainder, in (1, 2].
@@ -185,7 +186,7 @@ def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: in
     Args:
         target: (height, width) in pixels.
         native: Native (height, width) of the model in pixels.
-        multiple: Sides must be multiples of this number of pixels.
+        multiple: Sides must be multiples of this number of pixels, or height and width of these two.
 
     Returns:
         (height, width) of every stage in pixels, base first.
@@ -198,11 +199,12 @@ def plan_sizes(target: tuple[int, int], *, native: tuple[int, int], multiple: in
     factor = math.sqrt(height * width / (native[0] * native[1]))
     hops = math.ceil(math.log2(factor))
 
-    def base(side: int) -> int:
+    def base(side: int, multiple: int) -> int:
         """A multiple near side / factor that is large enough to reach the side in `hops` doublings."""
         return max(round(side / factor / multiple), math.ceil(side / (1 << hops) / multiple)) * multiple
 
-    stages = [(min(height, base(height) << k), min(width, base(width) << k)) for k in range(hops)]
+    lowest = [base(side, one) for side, one in zip(target, _both(multiple), strict=True)]
+    stages = [(min(height, lowest[0] << k), min(width, lowest[1] << k)) for k in range(hops)]
     return [*(stage for stage in stages if stage != target), target]
 
 
@@ -211,7 +213,7 @@ def check_sizes(
     target: tuple[int, int],
     *,
     native: tuple[int, int],
-    multiple: int,
+    multiple: Multiple,
     picture: tuple[int, int] | None = None,
 ) -> None:
     """Check the caller's list of stage sizes.
@@ -220,7 +222,7 @@ def check_sizes(
         sizes: (height, width) of every stage in pixels.
         target: The size that the last stage must have.
         native: Native (height, width) of the model in pixels.
-        multiple: Sides must be multiples of this number of pixels.
+        multiple: Sides must be multiples of this number of pixels, or height and width of these two.
         picture: Size of the picture that replaces the base stage; then every stage must be larger than it.
 
     Raises:
@@ -233,18 +235,31 @@ def check_sizes(
     if picture is None and sizes[0][0] * sizes[0][1] > native[0] * native[1] * 1.1:
         raise ValueError(f"the first stage in sizes must have at most the native area, {native[0]} x {native[1]}, got {sizes[0]}")
     for height, width in sizes:
-        if height % multiple or width % multiple:
-            raise ValueError(f"sizes must be multiples of {multiple}, got {(height, width)}")
+        if _remainders((height, width), multiple):
+            raise ValueError(f"sizes must be multiples of {_named(multiple)}, got {(height, width)}")
     for (h0, w0), (h1, w1) in itertools.pairwise([*([] if picture is None else [picture]), *sizes]):
         if not (h0 <= h1 <= 2 * h0 and w0 <= w1 <= 2 * w0 and h0 * w0 < h1 * w1):
             raise ValueError(f"a stage must be larger than the one before, by at most 2x along an axis, got {(h0, w0)} and {(h1, w1)}")
-        if abs(h1 * w0 - h0 * w1) > multiple * max(h1, w1):
+        if abs(h1 * w0 - h0 * w1) > max(_both(multiple)) * max(h1, w1):
             raise ValueError(f"all stages must have the same aspect ratio, got {(h0, w0)} and {(h1, w1)}")
 
 
-def _check_target(target: tuple[int, int], *, native: tuple[int, int], multiple: int) -> None:
+def _both(multiple: Multiple) -> tuple[int, int]:
+    return (multiple, multiple) if isinstance(multiple, int) else multiple
+
+
+def _named(multiple: Multiple) -> str:
+    return " and ".join(dict.fromkeys(map(str, _both(multiple))))
+
+
+def _remainders(size: tuple[int, int], multiple: Multiple) -> bool:
+    """Whether a side of (height, width) is not a multiple of what it must be."""
+    return any(side % one for side, one in zip(size, _both(multiple), strict=True))
+
+
+def _check_target(target: tuple[int, int], *, native: tuple[int, int], multiple: Multiple) -> None:
     height, width = target
-    if height % multiple or width % multiple:
-        raise ValueError(f"height and width must be multiples of {multiple}, got {height=}, {width=}")
-    if height * width < native[0] * native[1] or min(height, width) < multiple:
+    if _remainders(target, multiple):
+        raise ValueError(f"height and width must be multiples of {_named(multiple)}, got {height=}, {width=}")
+    if height * width < native[0] * native[1] or any(side < one for side, one in zip(target, _both(multiple), strict=True)):
         raise ValueError(f"height x width must be at least the model's native {native[0]} x {native[1]}, got {height=}, {width=}")

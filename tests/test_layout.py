@@ -133,7 +133,7 @@ def test_a_circle_and_a_step_upwards_are_seen(tmp_path: Path) -> None:
 def test_public_names_are_pinned() -> None:
     assert scalediff.__all__ == [
         "AttentionPlan", "Family", "Handle", "Layout", "Result", "Sequence", "TextRotation", "attention_pass", "generate", "load_demo",
-        "patch_model", "register_backend", "register_family", "unpatch_model", "upscale",
+        "patch_model", "register_backend", "register_family", "unpatch_model", "unregister_family", "upscale",
     ]  # fmt: skip
     assert scalediff_kernels.__all__ == [
         "GuidedStep", "LowPass", "NoiseLevel", "guide_structure", "joint_neighborhood_patch_attention", "low_pass", "mix_frequencies",

@@ -15,8 +15,8 @@ from torch import nn
 
 from bench.flops.work import Above, Work, plan
 from scalediff.cost.flops import passes_of_a_step, stages
-from scalediff.cost.models import FACTOR, Model, built
 from scalediff.cost.models import MODELS as PLANNED
+from scalediff.cost.models import Model, built
 from scalediff.families import family_of
 
 _POSITIONS = 512  # along an axis, for 8192 pixels; the published tables are shorter, and looking up costs nothing that is counted
@@ -75,7 +75,7 @@ class Counter:
         assert family is not None
         native = family.native_grid(self.denoiser)
         assert native is not None
-        self.work = Work(self.denoiser, vae, self.model.inputs, native=native[0] * self.model.tokens, factor=FACTOR)
+        self.work = Work(self.denoiser, vae, self.model.inputs, native=native[0] * self.model.tokens, factor=self.model.factor)
         joint = any(site.role == "joint" for site in family.sites(self.denoiser))
         self._queries = ("window", "global") if joint else ()
         possible = {"global": joint, "phases": hasattr(self.denoiser, "up_blocks")}  # text in the same softmax; a U-Net

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scalediff.cascade import streaming
 from scalediff.cascade.latents import encoded_mode, is_video_vae
 from scalediff.cascade.streaming import sizes_of, stream_obstacle
+from scalediff.cost.stand_ins import runnable_on_meta
 from scalediff.cost.tally import peak_bytes
 from scalediff.patching.subclass import original_class
 
@@ -81,7 +82,7 @@ def meta_copy(network: Any) -> Any:
     """The same network on the meta device, without weights."""
     with torch.device("meta"):
         twin = original_class(type(network)).from_config(network.config)  # type: ignore[attr-defined]
-    return cast(twin, network.dtype)
+    return runnable_on_meta(cast(twin, network.dtype))
 
 
 def cast(twin: Any, dtype: torch.dtype) -> Any:

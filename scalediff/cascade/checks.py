@@ -36,6 +36,7 @@ from scalediff.cascade.pipeline import (
     latent_size,
     native_size,
     pixels_per_latent,
+    side_multiples,
     size_multiple,
     stage_arguments,
     takes_size_conditioning,
@@ -187,10 +188,19 @@ def _check_wrap(pipe: Any, sizes: Sizes, wrap: tuple[bool, bool]) -> None:
     if family is None or not family.wraps:
         raise NotImplementedError(f"wrap is for models without positions, such as U-Nets: those of {name} end at the border, got {wrap=}")
     check_convolutions(padding_parts(pipe), wrap)
-    multiple = size_multiple(pipe, wrap=wrap)
+    check_ends(pipe, sizes, wrap)
+
+
+def check_ends(pipe: Any, sizes: Sizes, wrap: tuple[bool, bool]) -> None:
+    """Check that the two ends of a picture meet, at all these (height, width) in pixels, along axes that wrap.
+
+    Raises:
+        ValueError: A side that wraps has no whole tokens at some level of the model.
+    """
     for size in sizes:
-        if any(on and side % multiple for side, on in zip(size, wrap, strict=True)):
-            raise ValueError(f"a side that wraps must be a multiple of {multiple} pixels in every stage, got {size[0]} x {size[1]}")
+        for side, multiple, on in zip(size, side_multiples(pipe, wrap), wrap, strict=True):
+            if on and side % multiple:
+                raise ValueError(f"a side that wraps must be a multiple of {multiple} pixels in every stage, got {size[0]} x {size[1]}")
 
 
 def _check_stage_arguments(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:

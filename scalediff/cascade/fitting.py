@@ -22,6 +22,8 @@ from scalediff.cascade.memory import (
 from scalediff.cascade.pipeline import native_size, size_multiple
 from scalediff.cascade.placement import is_offloaded, weights_of
 from scalediff.cost.flops import native_rules
+from scalediff.patching.circular import wrapped
+from scalediff.patching.networks import handle_of, padding_parts
 
 _PICTURES = 4  # any way of decoding holds a picture about this many times, so the search begins where these fit
 _TRIES = 8
@@ -52,7 +54,13 @@ class Fit:
 
 
 def fit_of(
-    pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], *, vae_tiling: bool | None = None, split_guidance: bool = False
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    size: tuple[int, int],
+    *,
+    vae_tiling: bool | None = None,
+    split_guidance: bool = False,
+    wrap: tuple[bool, bool] = (False, False),
 ) -> Fit:
     """Estimate whether a run fits into memory.
 
@@ -60,12 +68,21 @@ def fit_of(
         pipe: The pipeline.
         arguments: Arguments of the pipeline's call.
         size: (height, width) of the largest stage in pixels.
-        vae_tiling, split_guidance: As in `generate`.
+        vae_tiling, split_guidance, wrap: As in `generate`. Rows that wrap keep the autoencoder from running in bands.
 
     Raises:
         ValueError: The pictures alone are larger than the device's memory.
         NotImplementedError: The memory cannot be estimated.
     """
+    handle = handle_of(pipe)
+    if any(wrap) or (handle is not None and any(handle.wrap)):
+        with wrapped(padding_parts(pipe), wrap):
+            return _fit_of(pipe, arguments, size, vae_tiling, split_guidance)
+    return _fit_of(pipe, arguments, size, vae_tiling, split_guidance)
+
+
+def _fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], vae_tiling: bool | None, split_guidance: bool) -> Fit:
+    """`fit_of`, with the axes that wrap at present."""
     check_possible(pipe, arguments, size)
     needs = estimate(pipe, arguments, size)
 
@@ -81,12 +98,18 @@ def fit_of(
 
 
 def check_fit(
-    pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], *, vae_tiling: bool | None = None, split_guidance: bool = False
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    size: tuple[int, int],
+    *,
+    vae_tiling: bool | None = None,
+    split_guidance: bool = False,
+    wrap: tuple[bool, bool] = (False, False),
 ) -> None:
     """Check that a run fits into the memory that is available, by estimate. A run whose memory cannot be estimated is not refused.
 
     Args:
-        pipe, arguments, size, vae_tiling, split_guidance: As in `fit_of`.
+        pipe, arguments, size, vae_tiling, split_guidance, wrap: As in `fit_of`.
 
     Raises:
         ValueError: It does not fit. The message says what it needs, what there is, and what would fit.
@@ -98,7 +121,7 @@ def check_fit(
     if _PLENTY * pixels + sum(weights_of(pipe).values()) + MARGIN <= available:
         return
     try:
-        fit = fit_of(pipe, arguments, size, vae_tiling=vae_tiling, split_guidance=split_guidance)
+        fit = fit_of(pipe, arguments, size, vae_tiling=vae_tiling, split_guidance=split_guidance, wrap=wrap)
     except NotImplementedError:
         return
     if fit.advice:

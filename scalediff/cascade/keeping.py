@@ -67,7 +67,7 @@ def kept_of(
         return None
     picture, mask = given.picture.to(pipe._execution_device), given.mask.to(pipe._execution_device)
     larger = size[0] > picture.shape[-2] or size[1] > picture.shape[-1]
-    latents = encode(pipe, upsampled_picture(picture, size, upsampler, wrap=wrap) if larger else picture_at(picture, size))
+    latents = encode(pipe, upsampled_picture(picture, size, upsampler, wrap=wrap) if larger else picture_at(picture, size, wrap=wrap))
     return Kept(latents, mask_of_latents(mask, size, (latents.shape[-2], latents.shape[-1])))
 
 

@@ -6,13 +6,12 @@ Legend: B batch, C channels, Y x X latent grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from scalediff.cascade.pipeline import cascade_of, latent_size
 from scalediff.families.packing import Form, arrange, restore
@@ -96,28 +95,6 @@ def has_size(pipe: Any, latents: Tensor, grid: tuple[int, int], form: Form) -> b
     if form == "tokens":
         return latents.ndim == 3 and latents.shape[1] == tokens[0] * tokens[1]
     return latents.ndim == 4 and tuple(latents.shape[-2:]) == (tokens if form == "patches" else grid)
-
-
-def upsampled(x: Tensor, size: Sequence[int], *, wrap: tuple[bool, bool] = (False, False), antialias: bool = False) -> Tensor:
-    """Bicubic resizing of latents or pictures `[B, C, y, x]` to a size `(Y, X)`, which crosses the border along axes that wrap."""
-    resized, cut = list(size), []
-    for axis, (before, after, on) in enumerate(zip(x.shape[-2:], size, wrap, strict=True)):
-        if on:  # resized with some of the other side on both sides, as far as the weights reach, in whole pixels before and after
-            whole = before // math.gcd(before, after)
-            margin = -(-(3 + 2 * before // after) // whole) * whole
-            x = around(x, axis, margin)
-            cut.append((axis - 2, margin * after // before, after))
-            resized[axis] = after + 2 * (margin * after // before)
-    out = F.interpolate(x, size=tuple(resized), mode="bicubic", align_corners=False, antialias=antialias)
-    for dim, margin, length in cut:
-        out = out.narrow(dim, margin, length)
-    return out
-
-
-def around(x: Tensor, axis: int, margin: int) -> Tensor:
-    """A picture `[B, C, Y, X]` with `margin` pixels of the other side at both ends of an axis, 0 or 1."""
-    places = torch.arange(-margin, x.shape[axis - 2] + margin, device=x.device) % x.shape[axis - 2]
-    return x.index_select(axis - 2, places)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from scalediff.cascade.autoencoder_memory import FRAGMENTATION, cast, join_sizes
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of, without_encoding
 from scalediff.cascade.pipeline import call_stage, cascade_of
 from scalediff.cascade.placement import bytes_of, check_placement, is_offloaded, weights_of
-from scalediff.cost.flops import passes_of_a_step, stages
-from scalediff.cost.models import FACTOR, MODELS, TEXT_ENCODERS, built
+from scalediff.cost.flops import fit_denoiser, passes_of_a_step, stages
+from scalediff.cost.models import MODELS, TEXT_ENCODERS, built
 from scalediff.cost.tally import peak_bytes
 from scalediff.families import family_of
 from scalediff.patching.networks import denoiser_of, networks_of
@@ -132,30 +132,36 @@ def estimate_model(name: str, size: tuple[int, int], total: int | None = None) -
     model = MODELS[name]
     denoiser, vae = (cast(part, torch.bfloat16) for part in built(model))
     passes = passes_of_a_step(model, stages(model, denoiser, size)[0])
+    fit_denoiser(model, denoiser, size)
+    family = family_of(denoiser)
+    assert family is not None
+    assert family.cascade is not None
     with torch.device("meta"):
-        inputs = model.inputs(size[0] // FACTOR, size[1] // FACTOR)
+        inputs = model.inputs(size[0] // model.factor, size[1] // model.factor)
     if model.doubled and passes > 1:
-        inputs = {name: _doubled(value) for name, value in inputs.items()}
+        second = family.cascade.batch_second
+        inputs = {name: _doubled(value, axis=1 if name in second else 0) for name, value in inputs.items()}
     inputs = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, inputs)
     weights = bytes_of({"denoiser": denoiser, "vae": vae})
     weights |= {f"text_encoder_{i}": 2 * TEXT_ENCODERS[text] for i, text in enumerate(model.texts)}
     held = peak_bytes(functools.partial(denoiser, **inputs))
-    family = family_of(denoiser)
-    assert family is not None
-    assert family.cascade is not None
     halves = 2 if model.doubled and family.cascade.conditional and passes > 1 else 1
     joined = 1 if total is None else join_sizes(vae, size, 1, total - weights["vae"] - MARGIN)
     in_parts = vae_bytes(vae, size, 1, tiled=True, joined=joined)
     return Estimate(weights, held, halves, vae_bytes(vae, size, 1, tiled=False), in_parts)
 
 
-def _doubled(value: Any) -> Any:
-    """The argument of a denoiser for one picture, for the two passes of guidance in one batch."""
+def _doubled(value: Any, *, axis: int = 0) -> Any:
+    """The argument of a denoiser for one picture, for the two passes of guidance in one batch, which `axis` is.
+
+    A list has an element for every picture, unless its elements have an axis of the batch.
+    """
     if isinstance(value, dict):
         return {name: _doubled(part) for name, part in value.items()}
     if isinstance(value, list):
-        return value * 2
-    return torch.cat([value] * 2) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
+        batched = all(isinstance(part, Tensor) and len(part) == 1 for part in value)
+        return [_doubled(part) for part in value] if batched else value * 2
+    return torch.cat([value] * 2, dim=axis) if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == 1 else value
 
 
 def joined_sizes(pipe: Any, size: tuple[int, int], batch: int) -> int:

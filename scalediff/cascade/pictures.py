@@ -1,22 +1,49 @@
-"""Given pictures and masks at the size of a stage.
+"""Pictures and latents in another size; given pictures and masks at the size of a stage.
 
 Legend: B batch, Y x X latent grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def picture_at(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures `[B, 3, y, x]` at (height, width) = `size`, by bicubic interpolation that is antialiased where it shrinks."""
+def upsampled(x: Tensor, size: Sequence[int], *, wrap: tuple[bool, bool] = (False, False), antialias: bool = False) -> Tensor:
+    """Bicubic resizing of latents or pictures `[B, C, y, x]` to a size `(Y, X)`, which crosses the border along axes that wrap."""
+    resized, cut = list(size), []
+    for axis, (before, after, on) in enumerate(zip(x.shape[-2:], size, wrap, strict=True)):
+        if on:  # resized with some of the other side on both sides, as far as the weights reach, in whole pixels before and after
+            whole = before // math.gcd(before, after)
+            margin = -(-(3 + 2 * before // after) // whole) * whole
+            x = around(x, axis, margin)
+            cut.append((axis - 2, margin * after // before, after))
+            resized[axis] = after + 2 * (margin * after // before)
+    out = F.interpolate(x, size=tuple(resized), mode="bicubic", align_corners=False, antialias=antialias)
+    for dim, margin, length in cut:
+        out = out.narrow(dim, margin, length)
+    return out
+
+
+def around(x: Tensor, axis: int, margin: int) -> Tensor:
+    """A picture `[B, C, Y, X]` with `margin` pixels of the other side at both ends of an axis, 0 or 1."""
+    places = torch.arange(-margin, x.shape[axis - 2] + margin, device=x.device) % x.shape[axis - 2]
+    return x.index_select(axis - 2, places)
+
+
+def picture_at(picture: Tensor, size: tuple[int, int], *, wrap: tuple[bool, bool] = (False, False)) -> Tensor:
+    """Pictures `[B, 3, y, x]` at (height, width) = `size`, by bicubic interpolation that is antialiased where it shrinks.
+
+    Along axes that wrap, pixels at the border are also made of those at the other side.
+    """
     if tuple(picture.shape[-2:]) == tuple(size):
         return picture
-    return F.interpolate(picture, size=tuple(size), mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+    return upsampled(picture, size, wrap=wrap, antialias=True).clamp(-1, 1)
 
 
 def mask_at(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -31,12 +58,12 @@ def mask_of_latents(mask: Tensor, size: tuple[int, int], grid: tuple[int, int]) 
     return F.interpolate(mask_at(mask, size), size=tuple(grid)) >= 0.5
 
 
-def pictures_at(arguments: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def pictures_at(arguments: Mapping[str, Any], size: tuple[int, int], *, wrap: tuple[bool, bool] = (False, False)) -> dict[str, Any]:
     """The picture and mask among the arguments of a call that changes a picture, at the size of a stage.
 
     The cascade holds pictures as `[B, 3, y, x]` in [-1, 1]; the pipelines take [0, 1].
     """
-    found = {"image": picture_at(arguments["image"], size) / 2 + 0.5}
+    found = {"image": picture_at(arguments["image"], size, wrap=wrap) / 2 + 0.5}
     if arguments.get("mask_image") is not None:
         found["mask_image"] = mask_at(arguments["mask_image"], size)
     return found

@@ -97,17 +97,23 @@ def latent_size(pipe: Any, size: tuple[int, int]) -> tuple[int, int]:
     return size[0] // pixels, size[1] // pixels
 
 
-def size_multiple(pipe: Any, *, wrap: tuple[bool, bool] = (False, False)) -> int:
-    """Number of pixels that picture sides must be multiples of.
-
-    With `wrap`, sides have whole tokens at every level of a U-Net. Otherwise their two ends would not meet.
-    """
+def size_multiple(pipe: Any) -> int:
+    """Number of pixels that picture sides must be multiples of."""
     cascade = cascade_of(pipe)
-    multiple = max(cascade.size_multiple, cascade.patch * pixels_per_latent(pipe))
+    return max(cascade.size_multiple, cascade.patch * pixels_per_latent(pipe))
+
+
+def side_multiples(pipe: Any, wrap: tuple[bool, bool]) -> tuple[int, int]:
+    """Numbers of pixels that height and width must be multiples of.
+
+    Along an axis that wraps, a side has whole tokens at every level of a U-Net. Otherwise its two ends would not meet.
+    """
+    multiple = size_multiple(pipe)
     if not any(wrap):
-        return multiple
+        return multiple, multiple
     levels = len(getattr(denoiser_of(pipe).config, "block_out_channels", ())) or 1
-    return math.lcm(multiple, pixels_per_latent(pipe) << (levels - 1))
+    whole = math.lcm(multiple, pixels_per_latent(pipe) << (levels - 1))
+    return (whole if wrap[0] else multiple), (whole if wrap[1] else multiple)
 
 
 def wrap_of(pipe: Any, settings: Settings) -> tuple[bool, bool]:
@@ -139,7 +145,7 @@ def stage_sizes(
     Raises:
         ValueError: As `plan_sizes` and `check_sizes`.
     """
-    rules: dict[str, Any] = {"native": native_size(pipe), "multiple": size_multiple(pipe, wrap=wrap)}
+    rules: dict[str, Any] = {"native": native_size(pipe), "multiple": side_multiples(pipe, wrap)}
     if given is None:
         return plan_sizes((height, width), **rules)
     check_sizes(given, (height, width), picture=picture, **rules)
@@ -154,7 +160,9 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Any:
 
 def call_stage(pipe: Any, size: tuple[int, int], arguments: Mapping[str, Any]) -> Any:
     """Run the unpatched call of a pipeline for a stage of (height, width) pixels, with the picture that it changes at this size."""
-    pictures = pictures_at(arguments, size) if changes_picture(type(pipe)) else {}
+    handle = handle_of(pipe)  # during a run it wraps as the run does
+    wrap = handle.wrap if handle is not None else (False, False)
+    pictures = pictures_at(arguments, size, wrap=wrap) if changes_picture(type(pipe)) else {}
     with _attributes_set(pipe, cascade_of(pipe).attributes(pipe, *size)):
         return call_pipeline(pipe, {**arguments, **stage_arguments(pipe, size), **pictures})
 

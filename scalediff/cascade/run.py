@@ -134,7 +134,8 @@ class _Run:
         """Put the given picture in place of the base stage, shrunk to the first stage if it is larger."""
         first = self.sizes[0]
         fits = picture.shape[-2] <= first[0] and picture.shape[-1] <= first[1]
-        self.decoded = (picture if fits else picture_at(picture, first)).to(self.pipe._execution_device)
+        fitting = picture if fits else picture_at(picture, first, wrap=wrap_of(self.pipe, self.settings))
+        self.decoded = fitting.to(self.pipe._execution_device)
         with self._stage_context((self.decoded.shape[-2], self.decoded.shape[-1]), "encoding the picture"):
             self.latents = encode(self.pipe, self.decoded).to(self.pipe.dtype)
 

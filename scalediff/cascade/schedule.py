@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalediff.cascade.latents import upsampled
+from scalediff.cascade.pictures import upsampled
 from scalediff.families.packing import Form, as_picture, from_picture
 from scalediff_kernels import GuidedStep, NoiseLevel
 from scalediff_kernels.lowpass.geometry import Kind

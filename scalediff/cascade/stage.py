@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from scalediff.cascade.keeping import Given, entering_scheduler, kept_of, masked, start_arguments
-from scalediff.cascade.latents import encode, packed, upsampled
+from scalediff.cascade.latents import encode, packed
+from scalediff.cascade.pictures import upsampled
 from scalediff.cascade.pipeline import cascade_of, native_size
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, model_calls
 from scalediff.cascade.upsampling import Upsampler, upsampled_picture

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.arguments import wrong_type
-from scalediff.cascade.latents import around, upsampled
+from scalediff.cascade.pictures import around, upsampled
 from scalediff.cascade.workdir import digest, fingerprint_weights
 from scalediff.families.grid import Grid
 

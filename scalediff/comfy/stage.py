@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalediff.cascade.latents import upsampled
+from scalediff.cascade.pictures import upsampled
 from scalediff.families.grid import Grid
 from scalediff.settings import Settings
 from scalediff_kernels import guide_structure, mix_frequencies

@@ -98,7 +98,8 @@ def draw_panel(pipe: Any, name: str, method: MethodOptions | None, job: Job, siz
     Args:
         pipe: The pipeline.
         name: A name of `COMPARABLE`.
-        method: The method's options object; None for ScaleDiff and `FULL`.
+        method: The method's options object; None for ScaleDiff and `FULL`. A picture that should wrap does not by another method, and
+            its title says so.
         job: Prompt and seed.
         size: (height, width) in pixels.
         arguments: Arguments of `generate` for ScaleDiff. Other methods take those that all have, and the upsampler if they have one.
@@ -115,7 +116,10 @@ def draw_panel(pipe: Any, name: str, method: MethodOptions | None, job: Job, siz
         print_status(f"{_title(name)}, {size[0]} x {size[1]}")
     with recorded_work(pipe) as work:
         result = generate(pipe, job.prompt, height=size[0], width=size[1], **given)
-    return compared(name, result, work, {"method": name} if method is None else method_facts(name, method))
+    panel = compared(name, result, work, {"method": name} if method is None else method_facts(name, method))
+    if method is not None and any(wrap_of(pipe, arguments["preset"].settings)):
+        return replace(panel, title=f"{panel.title}, not seamless")
+    return panel
 
 
 def compared(name: str, result: Result, work: RecordedWork, facts: Mapping[str, Any]) -> Panel:

@@ -13,7 +13,7 @@ import torch
 from scalediff.cascade.changing import blank_arguments
 from scalediff.cascade.fitting import check_possible, describe_fit, fit_of
 from scalediff.cascade.metadata import save_png
-from scalediff.cascade.pipeline import guidance_argument, named_preset, native_size
+from scalediff.cascade.pipeline import guidance_argument, named_preset, native_size, wrap_of
 from scalediff.cascade.progress import Step
 from scalediff.cascade.upsampling import Upsampler
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
@@ -104,7 +104,8 @@ def print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[i
         print_status(f"memory: no estimate for {options.method}, whose denoiser does not see the whole picture at once")
         return
     try:
-        fit = fit_of(pipe, arguments, size, vae_tiling=vae_tiling(options), split_guidance=options.low_memory or options.split_guidance)
+        how: dict[str, Any] = {"vae_tiling": vae_tiling(options), "split_guidance": options.low_memory or options.split_guidance}
+        fit = fit_of(pipe, arguments, size, **how, wrap=wrap_of(pipe, settings))
     except NotImplementedError as why:
         print_status(f"memory: no estimate: {one_line(why)}")
         return

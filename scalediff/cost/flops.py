@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from scalediff.cost.models import FACTOR, MODELS, Model, built
+from scalediff.cost.models import MODELS, Model, built
 from scalediff.cost.tally import FusedAttention, KnownResults, OneDevice
 from scalediff.families import family_of
 from scalediff.families.base import Family, Reader
@@ -89,9 +90,11 @@ def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> 
     for index, (height, width) in enumerate(sizes):
         steps = settings.steps if index == 0 else settings.stage_steps
         passes = steps * passes_of_a_step(model, settings)
-        one = forward_work(denoiser, model.inputs(height // FACTOR, width // FACTOR), attention=attention)
+        fit_denoiser(model, denoiser, (height, width))
+        inputs = model.inputs(height // model.factor, width // model.factor)
+        one = forward_work(denoiser, inputs, attention=attention, native=model.native)
         after = sizes[index + 1] if index + 1 < len(sizes) else None
-        coded = autoencoder_work(vae, (height, width), after)
+        coded = autoencoder_work(vae, (height, width), after, factor=model.factor)
         attended, linear, convolution = (passes * part for part in (one.attention + one.cross, one.linear, one.convolution))
         rows.append(Work(height, width, steps, passes, attended, linear, convolution, coded))
     return settings, rows
@@ -105,8 +108,7 @@ def stages(model: Model, denoiser: nn.Module, size: tuple[int, int]) -> tuple[Se
     """
     family = _family(denoiser)
     assert family.cascade is not None
-    native = family.native_grid(denoiser)
-    assert native is not None
+    native = _native_grid(model, denoiser)
     largest = family.cascade.largest_grid(denoiser)
     if largest is not None and (size[0] > largest[0] * model.tokens or size[1] > largest[1] * model.tokens):
         most = f"{largest[0] * model.tokens} x {largest[1] * model.tokens}"
@@ -119,10 +121,24 @@ def native_rules(name: str) -> tuple[tuple[int, int], int]:
     """The native (height, width) of a model of `MODELS` in pixels, and the number of pixels that sides must be multiples of."""
     model = MODELS[name]
     denoiser = built(model)[0]
-    family = _family(denoiser)
-    native = family.native_grid(denoiser)
+    native = _native_grid(model, denoiser)
+    return (native[0] * model.tokens, native[1] * model.tokens), _size_multiple(model, _family(denoiser))
+
+
+def _native_grid(model: Model, denoiser: nn.Module) -> Grid:
+    native = model.native or _family(denoiser).native_grid(denoiser)
     assert native is not None
-    return (native[0] * model.tokens, native[1] * model.tokens), _size_multiple(model, family)
+    return native
+
+
+def fit_denoiser(model: Model, denoiser: nn.Module, size: tuple[int, int]) -> None:
+    """Set the attributes of a denoiser that the cascade sets for a stage of (height, width) pixels."""
+    cascade = _family(denoiser).cascade
+    assert cascade is not None
+    for name, value in cascade.attributes(SimpleNamespace(vae_scale_factor=model.factor, transformer=denoiser), *size).items():
+        part, _, attribute = name.rpartition(".")
+        if part == "transformer":
+            setattr(denoiser, attribute, value)
 
 
 def _size_multiple(model: Model, family: Family) -> int:
@@ -136,7 +152,12 @@ def passes_of_a_step(model: Model, settings: Settings) -> int:
 
 
 def forward_work(
-    denoiser: nn.Module, inputs: dict[str, Any], *, attention: Attention = "npa", text_queries: TextQueries = "window"
+    denoiser: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    attention: Attention = "npa",
+    text_queries: TextQueries = "window",
+    native: Grid | None = None,
 ) -> Forward:
     """Count the FLOPs of one forward pass.
 
@@ -145,11 +166,13 @@ def forward_work(
         inputs: Arguments of the forward pass.
         attention: `"npa"` or `"full"` attention above the native area.
         text_queries: Rule for text queries, as in `patch_model`.
+        native: Native token grid `(Y, X)`; that of the family when None.
 
     Returns:
         The TFLOPs of the pass.
     """
-    return Forward(*attention_work(denoiser, inputs, attention=attention, text_queries=text_queries), *layer_work(denoiser, inputs))
+    attended = attention_work(denoiser, inputs, attention=attention, text_queries=text_queries, native=native)
+    return Forward(*attended, *layer_work(denoiser, inputs))
 
 
 def attention_work(
@@ -172,10 +195,10 @@ def attention_work(
     windows = attention == "npa" and layout.grid[0] * layout.grid[1] > native[0] * native[1]
     attended = cross = 0
     for site in family.sites(denoiser):
-        module: Any = denoiser.get_submodule(site.name)
-        heads = {"heads": module.heads, "head_dim": module.inner_dim // module.heads}
+        heads = _heads_of(denoiser.get_submodule(site.name))
         if site.role == "text":
-            cross += attention_flops(grid=(1, layout.others[0]), window=(0, 0), text=layout.others[0], **heads)
+            count, length = layout.others if "layerwise" in site.name else (1, layout.others[0])  # Krea 2: over the layers of a token
+            cross += count * attention_flops(grid=(1, length), window=(0, 0), text=length, **heads)
             continue
         one = next(s for s in layout.sequences if s.level == site.level and (s.text > 0) == (site.role == "joint"))
         window, patch = (window_of(native, site.level), patch_of(native, site.level)) if windows else (one.grid, one.grid)
@@ -183,10 +206,16 @@ def attention_work(
             cross += attention_flops(grid=one.grid, window=(0, 0), text=sum(layout.others), **heads)
         else:
             attended += attention_flops(grid=one.grid, window=window, text=one.text, **heads)
-        if site.role == "joint":
+        if site.role == "joint" and one.queries == "all":
             rule = text_queries if windows else "global"
             attended += text_attention_flops(grid=one.grid, window=window, patch=patch, text=one.text, rule=rule, **heads)
     return attended / 1e12, cross / 1e12
+
+
+def _heads_of(attention: Any) -> dict[str, Any]:
+    """Number and width of the query heads of an attention module of diffusers."""
+    heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    return {"heads": heads, "head_dim": attention.inner_dim // heads if hasattr(attention, "inner_dim") else attention.head_dim}
 
 
 def layer_work(denoiser: nn.Module, inputs: dict[str, Any]) -> tuple[float, float]:
@@ -197,11 +226,14 @@ def layer_work(denoiser: nn.Module, inputs: dict[str, Any]) -> tuple[float, floa
     return sum(parts.values()) - _attention_flops(parts) - convolutions, convolutions
 
 
-def autoencoder_work(vae: Any, size: tuple[int, int], after: tuple[int, int] | None = None) -> float:
-    """TFLOPs of decoding a picture of (height, width) pixels and, if `after` is given, of encoding a picture of that size."""
+def autoencoder_work(vae: Any, size: tuple[int, int], after: tuple[int, int] | None = None, *, factor: int) -> float:
+    """TFLOPs of decoding a picture of (height, width) pixels and, if `after` is given, of encoding a picture of that size.
+
+    `factor` is the number of pixels per latent along an axis.
+    """
     video = "z_dim" in vae.config  # which takes a picture as a single frame
     frames, channels = ((1,), vae.config.z_dim) if video else ((), vae.config.latent_channels)
-    latents = torch.empty(1, channels, *frames, size[0] // FACTOR, size[1] // FACTOR, device="meta")
+    latents = torch.empty(1, channels, *frames, size[0] // factor, size[1] // factor, device="meta")
     total = sum(_count_flops(lambda: vae.decode(latents)).values())
     if after is not None:
         total += sum(_count_flops(lambda: vae.encode(torch.empty(1, 3, *frames, *after, device="meta"))).values())

@@ -97,7 +97,7 @@ class _Tally(TorchDispatchMode):
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         for tensor in leaves:
             self._count(tensor.untyped_storage(), is_new=False)  # inputs such as weights, because the result may be a view of them
-        args, kwargs = _on_one_device(args, kwargs, leaves)
+        args, kwargs = _on_one_device(function, args, kwargs, leaves)
         out = function(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -127,20 +127,28 @@ class OneDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
-        args, kwargs = _on_one_device(args, kwargs or {}, leaves)
+        args, kwargs = _on_one_device(function, args, kwargs or {}, leaves)
         return function(*args, **kwargs)
 
 
-def _on_one_device(args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> tuple[Any, dict[str, Any]]:
+def _on_one_device(function: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> tuple[Any, dict[str, Any]]:
     """The arguments of an operator, on the meta device if one of its tensors is there."""
     on_meta = [x.is_meta for x in tensors]
     if not any(on_meta):
         return args, kwargs
     if not all(on_meta):
+        if function is torch.ops.aten.index.Tensor:
+            args = args[0], _positions(args[1])
         args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
     if kwargs.get("device") is not None:  # the code wants to move a tensor without values to a real device
         kwargs = {**kwargs, "device": torch.device("meta")}
     return args, kwargs
+
+
+def _positions(indices: Any) -> list[Any]:
+    """Indices of a tensor, with masks of known values as the positions that they choose: the meta device could not tell how many."""
+    known = [x.nonzero(as_tuple=True) if isinstance(x, Tensor) and x.dtype == torch.bool and not x.is_meta else (x,) for x in indices]
+    return [x for part in known for x in part]
 
 
 def _to_meta(x: Tensor) -> Tensor:

@@ -43,6 +43,24 @@ def register_family(family: Family) -> None:
     _registered[family.denoiser, family.module] = family
 
 
+def unregister_family(family: Family) -> None:
+    """Forget a family that `register_family` made known, for tests and notebooks. Models that are patched stay patched.
+
+    Args:
+        family: The family, or another of the same `denoiser` and `module`.
+
+    Raises:
+        TypeError: `family` is not a `Family`.
+        ValueError: No family is registered for its class and module.
+    """
+    if not isinstance(family, Family):
+        raise wrong_type("family", "a Family", family)
+    if (family.denoiser, family.module) not in _registered:
+        known = ", ".join(f"{module}.{name}" for name, module in _registered) or "none"
+        raise ValueError(f"family must be registered, got {family.module}.{family.denoiser}; registered are {known}")
+    del _registered[family.denoiser, family.module]
+
+
 def family_of(denoiser: nn.Module) -> Family | None:
     """The family of a denoiser, found by name and module of its class so that no model library is imported; None if there is none."""
     for cls in type(denoiser).__mro__:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from scalediff.arguments import check_boolean, check_callable, check_number, optional
-from scalediff.cascade.latents import unpacked, upsampled
+from scalediff.cascade.latents import unpacked
+from scalediff.cascade.pictures import upsampled
 from scalediff.cascade.pipeline import cascade_of, latent_size, native_size, pixels_per_latent, stage_sizes
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import Change

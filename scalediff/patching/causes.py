@@ -51,7 +51,8 @@ def other_attention(model: nn.Module, original: Callable[..., Any], *, certain: 
         certain: Leave out what may be something else than attention: a softmax.
     """
     found: dict[str, None] = {}
-    classes: dict[type, nn.Module] = {type(module): module for module in model.modules()}
+    classes: dict[type, Any] = {type(module): module for module in model.modules()}
+    classes |= {type(one): one for module in model.modules() if (one := getattr(module, "processor", None)) is not None}
     for cls, module in classes.items():
         if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             if not module.training and torch.backends.mha.get_fastpath_enabled():
@@ -76,7 +77,7 @@ def _functions(cls: type) -> Iterator[Any]:
         if base is nn.Module:
             return
         for method in vars(base).values():
-            if not inspect.isfunction(method):
+            if not inspect.isfunction(method) or method.__name__.startswith("set_"):  # these change a module and compute nothing
                 continue
             yield method
             for name in method.__code__.co_names:

@@ -172,6 +172,27 @@ def test_a_cache_of_a_model_that_diffusers_never_empties() -> None:
         assert (one - plain).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["SD3", "SDXL"])
+def test_an_exception_leaves_nothing_in_a_cache_that_diffusers_never_empties(name: str) -> None:
+    """Of a transformer without `enable_cache`, and of a U-Net: stopped in either stage, the next run is as the first."""
+    pipe, embeddings = built(name)
+    diffusers.hooks.apply_pyramid_attention_broadcast(denoiser_of(pipe), CACHES["PyramidAttentionBroadcast"][0]())
+    assert list(cache_hooks(denoiser_of(pipe)))
+    expected = latents(draw((pipe, embeddings)))[-1]
+    for calls in (2, STEPS + 2):
+        seen = list[int]()
+
+        def stop(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor], calls: int = calls, seen: list[int] = seen) -> Any:
+            seen.append(step)
+            if len(seen) == calls:
+                raise Stopped
+            return tensors
+
+        with pytest.raises(Stopped):
+            draw((pipe, embeddings), call={"callback_on_step_end": stop})
+        assert torch.equal(latents(draw((pipe, embeddings)))[-1], expected)
+
+
 @pytest.mark.draws("upscale", ["FLUX"], switch="feature cache")
 def test_a_picture_is_enlarged_with_the_last_steps_of_a_cache(flux: Any, cached: Any) -> None:
     """`upscale` has no base stage; here it has two others."""

@@ -12,9 +12,10 @@ from PIL import Image
 
 import scalediff
 from scalediff import draw
-from scalediff.cascade import fitting
+from scalediff.cascade import autoencoder_memory, fitting
 from scalediff.cascade.fitting import check_fit, describe_fit, fit_of, fitting_size
-from scalediff.cascade.memory import MARGIN, estimate
+from scalediff.cascade.memory import MARGIN, Estimate, estimate
+from scalediff.patching.circular import wraps_rows
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
 
@@ -101,6 +102,25 @@ def test_a_run_is_compared_with_the_memory_that_is_available(demo: Any, monkeypa
     assert re.fullmatch(r"this run needs about \d\.\d GiB", fit_of(demo, ARGUMENTS, (1024, 512)).describe())
 
 
+def test_an_autoencoder_whose_rows_wrap_is_not_estimated_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the run or the patch says so; columns may wrap in bands."""
+    pipe, embeddings = built("SDXL")
+    told = list[Estimate]()
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: None)
+    monkeypatch.setattr(fitting, "estimate", lambda *given: told.append(estimate(*given)) or told[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(autoencoder_memory.streaming, "ELEMENTS", 2**12)
+
+    def in_parts(wrap: tuple[bool, bool]) -> int:
+        fit_of(pipe, embeddings, (64, 64), vae_tiling=True, wrap=wrap)
+        return told[-1].vae_tiled
+
+    in_bands, in_tiles = in_parts((False, False)), in_parts((True, False))
+    assert in_tiles != in_bands == in_parts((False, True))
+    with scalediff.patch_model(pipe, wrap=(True, False)):
+        assert (in_parts((True, False)), in_parts((False, False))) == (in_tiles, in_bands)
+    assert not wraps_rows(pipe.vae)
+
+
 RUN: dict[str, Any] = {"height": 1024, "width": 512, "steps": 1, "restart": 1.0}
 
 
@@ -127,8 +147,8 @@ def test_every_run_is_checked_before_it_starts(demo: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(draw, "check_fit", refuse)
     monkeypatch.setattr(draw, "run", lambda *args, **kwargs: pytest.fail("drawn"))
     picture = Image.new("RGB", (64, 128), (20, 30, 60))
-    switches: dict[str, Any] = {"vae_tiling": True, "split_guidance": True}
-    told = r"too large: \(256, 128\), \[\('split_guidance', True\), \('vae_tiling', True\)\]"
+    switches: dict[str, Any] = {"vae_tiling": True, "split_guidance": True, "wrap": (False, True)}
+    told = r"too large: \(256, 128\), \[\('split_guidance', True\), \('vae_tiling', True\), \('wrap', \(False, True\)\)\]"
     run: dict[str, Any] = {"height": 256, "width": 128, "steps": 1, "restart": 1.0}
     with pytest.raises(ValueError, match=told):
         scalediff.generate(demo, "a moon", **run, **switches)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import scalediff
 from scalediff.cascade.checks import check_run
-from scalediff.cascade.latents import around, upsampled
-from scalediff.cascade.pipeline import size_multiple, wrap_of
+from scalediff.cascade.pictures import around, picture_at, upsampled
+from scalediff.cascade.pipeline import side_multiples, stage_sizes, wrap_of
 from scalediff.cascade.upsampling import upsampled_picture
 from scalediff.patching.networks import padding_parts
 from scalediff.settings import Settings
@@ -25,6 +25,7 @@ diffusers = pytest.importorskip("diffusers", reason="whole pictures are drawn by
 X, Y, BOTH, NONE = (False, True), (True, False), (True, True), (False, False)
 PANORAMA: dict[str, Any] = {"height": 32, "width": 32, "sizes": [(8, 8), (16, 16), (32, 32)]}
 TEXTURE: dict[str, Any] = {"height": 16, "width": 16, "sizes": [(8, 8), (16, 16)]}
+_TEXTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 FAST: dict[str, Any] = {"steps": 2, "restart": 0.5, "guidance_scale": 2.0, "lfm_cutoff": 0.5, "sg_cutoff": 0.5}
 
 
@@ -165,6 +166,31 @@ def test_resizing_is_that_of_the_middle_of_many_copies(before: Any, after: Any, 
     assert torch.equal(upsampled(x, after), F.interpolate(x, size=after, mode="bicubic", align_corners=False))
 
 
+@pytest.mark.parametrize("wrap", [X, BOTH])
+def test_a_smaller_picture_has_seen_the_other_side(wrap: tuple[bool, bool]) -> None:
+    """As its middle copy among nine would be; without it the border differs."""
+    whole = 2 * torch.rand(1, 3, 24, 18, generator=seeded(), dtype=torch.float64) - 1
+    copies = whole.repeat(1, 1, 3 if wrap[0] else 1, 3 if wrap[1] else 1)
+    many = picture_at(copies, (30 if wrap[0] else 10, 24 if wrap[1] else 8))
+    middle = many[..., 10 * wrap[0] :, 8 * wrap[1] :][..., :10, :8]
+    torch.testing.assert_close(picture_at(whole, (10, 8), wrap=wrap), middle)
+    assert not torch.allclose(picture_at(whole, (10, 8)), middle, atol=1e-2)
+
+
+def test_a_patched_call_has_ends_that_meet_at_the_native_size_too() -> None:
+    """Also of a pipeline that changes a picture and draws its size."""
+    pipe, embeddings = built("SDXL")
+    change = diffusers.StableDiffusionXLImg2ImgPipeline(**{name: pipe.components[name] for name in ("vae", "unet", "scheduler", *_TEXTS)})
+    channels = pipe.unet.config.block_out_channels
+    with scalediff.patch_model(change, wrap=X):
+        try:
+            pipe.unet.register_to_config(block_out_channels=(32,) * 4)
+            with pytest.raises(ValueError, match=r"a side that wraps must be a multiple of 16 pixels in every stage, got 8 x 8"):
+                change(image=picture(8, 8), strength=1.0, num_inference_steps=1, **embeddings)
+        finally:
+            pipe.unet.register_to_config(block_out_channels=channels)
+
+
 def test_an_upsampler_sees_the_other_side() -> None:
     """A blur of 3 pixels before doubling: by hand on the picture with its other side, 32 pixels of it or all of it again and again."""
     x = torch.rand(1, 3, 6, 8, generator=seeded()) * 2 - 1
@@ -217,15 +243,21 @@ def test_a_bad_wrap_is_named(sdxl: Any, wrap: Any) -> None:
 
 
 def test_sides_are_whole_tokens_at_every_level(sdxl: Any) -> None:
-    """With four levels 8 latents, 16 pixels; the pipeline itself takes 8 pixels."""
+    """With four levels 8 latents, 16 pixels, along the axes that wrap; the pipeline itself takes 8 pixels."""
     pipe, embeddings = sdxl
     channels = pipe.unet.config.block_out_channels
-    assert size_multiple(pipe, wrap=X) == size_multiple(pipe) == 8
+    assert side_multiples(pipe, X) == side_multiples(pipe, NONE) == (8, 8)
     try:
         pipe.unet.register_to_config(block_out_channels=(32,) * 4)
-        assert size_multiple(pipe, wrap=X) == 16
-        with pytest.raises(ValueError, match=r"height and width must be multiples of 16, got height=16, width=24"):
+        assert [side_multiples(pipe, wrap) for wrap in (NONE, X, Y, BOTH)] == [(8, 8), (8, 16), (16, 8), (16, 16)]
+        with pytest.raises(ValueError, match=r"height and width must be multiples of 8 and 16, got height=16, width=24"):
             scalediff.generate(pipe, None, height=16, width=24, call=embeddings, wrap=X)
+        for sizes in (stage_sizes(pipe, 24, 16, wrap=X), stage_sizes(pipe, 40, 64, wrap=X)):
+            assert all(height % 8 == 0 and width % 16 == 0 for height, width in sizes)
+        with pytest.raises(ValueError, match=r"sizes must be multiples of 8 and 16, got \(8, 8\)"):
+            stage_sizes(pipe, 16, 16, [(8, 8), (16, 16)], wrap=X)
+        with pytest.raises(ValueError, match=r"height and width must be multiples of 16, got height=24, width=16"):
+            stage_sizes(pipe, 24, 16, wrap=BOTH)
         with pytest.raises(ValueError, match=r"a side that wraps must be a multiple of 16 pixels in every stage, got 16 x 24"):
             check_run(pipe, embeddings, [(8, 16), (16, 24)], Settings(wrap=X), restarts=1)
     finally:

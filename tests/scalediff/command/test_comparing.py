@@ -46,6 +46,12 @@ def test_pictures_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert image.width == 3 * 72 + 2 * 4
 
 
+def test_a_panel_that_does_not_wrap_says_so(tmp_path: Path) -> None:
+    assert main(["compare", "a moon", "--methods", "direct,scalediff", "--tile", "x", "--out", str(tmp_path / "x.png"), *FAST]) == 0
+    sheet = read_metadata(tmp_path / "x.png")
+    assert [panel["title"] for panel in sheet["panels"]] == ["direct, not seamless", "ScaleDiff"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

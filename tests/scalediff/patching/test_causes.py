@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
 import scalediff
+from scalediff.patching.causes import other_attention
 from tests.conftest import seeded
 from tests.scalediff.patching.research_models import WIDTH
 from tests.scalediff.patching.test_account import Changing
@@ -106,6 +107,19 @@ def test_the_error_names_what_computes_attention(kind: Callable[[], nn.Module], 
     model, x = kind(), torch.randn(1, 4, 9, 6, generator=seeded())
     with torch.no_grad(), scalediff.patch_model(model, window=(4, 4)), pytest.raises(ValueError, match=cause):
         model(x)
+
+
+def test_of_diffusers_attention_the_processor_is_named() -> None:
+    """The class has a method that tries xformers before it switches to it; whether a call uses xformers, its processor says."""
+    diffusers = pytest.importorskip("diffusers", reason="the module is diffusers' Attention")
+    from diffusers.models import attention_processor
+
+    module = attention_processor.Attention(8, heads=2, dim_head=4)
+    sdpa = F.scaled_dot_product_attention
+    assert other_attention(module, sdpa, certain=True) == [], diffusers.__version__
+    module.processor = attention_processor.XFormersAttnProcessor()
+    (cause,) = other_attention(module, sdpa, certain=True)
+    assert cause == "xformers' memory_efficient_attention: switch the model to F.scaled_dot_product_attention (XFormersAttnProcessor)"
 
 
 def test_the_error_names_the_lengths_that_were_seen() -> None:

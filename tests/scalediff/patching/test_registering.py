@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import scalediff
 from scalediff import Family, Layout, Sequence, families
+from scalediff.families import family_of
 from tests.conftest import seeded
 from tests.scalediff.patching.test_entries import conditions, latents
 from tests.scalediff.patching.test_unlisted import GRID, made
@@ -62,6 +63,20 @@ def test_a_class_of_the_same_name_is_another_family() -> None:
     scalediff.register_family(dit_family(native_grid=lambda denoiser: (3, 3)))  # again
     with scalediff.patch_model(model) as handle:
         assert handle.window == (3, 3)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_family_can_be_forgotten() -> None:
+    family, model = dit_family(), made(FluxTransformer2DModel)
+    scalediff.register_family(family)
+    assert family_of(model) is family
+    scalediff.unregister_family(family)
+    assert family_of(model) is None
+    message = f"family must be registered, got {family.module}.{family.denoiser}; registered are none"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scalediff.unregister_family(family)
+    with pytest.raises(TypeError, match="family must be a Family, got family='DiT'"):
+        scalediff.unregister_family("DiT")  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("registry")
