@@ -129,7 +129,8 @@ def patch_model(
             band of rows, and exchanges the rows that windows and convolutions reach into. All ranks must make the same calls, with the
             same weights, prompt and generator; this is checked when the model is patched and at every pass. Diffusers' U-Nets, for which
             a mesh of the dimensions `("guidance", "rows")`, of which the first has 2 ranks, also splits a batch in halves; and FLUX.1,
-            FLUX.2 and Qwen-Image over all processes, on accelerators. The model is not split when None.
+            FLUX.2 and Qwen-Image over all processes, on accelerators. A mesh with `"guidance"` as its only dimension, of 2 ranks, gives
+            each half of a batch to one rank, for models of any family. The model is not split when None.
 
     Warns:
         UserWarning: The model is a text-to-image, image-to-image or inpainting pipeline that the cascade does not support, so that its own

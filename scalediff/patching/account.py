@@ -204,7 +204,8 @@ class Account:
                 if why:
                     missing[site.name] = why
         before, self._missing = self._missing, frozenset(missing)
-        if not missing or (before == self._missing and not self._strict and finished.bands is None):
+        strict = self._strict or getattr(finished.split, "group", None) is not None  # the result would be that of each band alone
+        if not missing or (before == self._missing and not strict):
             return
         names = ", ".join(self._prefix + name for name in missing)
         count = sum(site.role in ("self", "joint") for site in self._sites.values())
@@ -213,7 +214,7 @@ class Account:
         if _NO_CALL in missing.values() and (caches := self._caches()):
             reasons += f"; or {', '.join(caches)} reused what was computed before the model was patched: disable and enable the cache again"
         problem = f"{names} {verb} full attention: {reasons} ({len(missing)} of {count} self-attention modules of {self._name})"
-        if self._strict or finished.bands is not None:  # the result would be that of each band alone
+        if strict:
             raise ValueError(problem)
         warnings.warn(f"scalediff: {problem}", stacklevel=4)
 

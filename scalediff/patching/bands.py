@@ -1,13 +1,14 @@
 """A U-Net whose pictures are split by rows over the ranks of a process group, during its passes above the native area.
 
 A pass cuts the latents to this rank's band of rows, and replaces `F.conv2d` and `F.group_norm` while it runs: convolutions receive the rows
-next to the band from its neighbours, group norms the statistics of all bands. Attention goes the way of all patched models. All other
-layers see one pixel or token at a time. In the end the output is gathered.
+next to the band from its neighbours, group norms the statistics of all bands. Residuals of ControlNets and adapters, which every rank
+computes whole, are cut likewise. Attention goes the way of all patched models. All other layers see one pixel or token at a time. In the
+end the output is gathered.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from scalediff.patching.halves import GUIDANCE, Halves, with_output
 from scalediff.patching.interception import current
 from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
-from scalediff_kernels.distributed.groups import all_gather, group_of
+from scalediff_kernels.distributed.groups import group_of
 
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 
@@ -44,11 +46,11 @@ class Bands:
     def __init__(self, mesh: Any, parameters: Sequence[str]) -> None:
         self._parameters, self._halves = tuple(parameters), None
         if isinstance(mesh, DeviceMesh) and mesh.ndim == 2:
-            if mesh.mesh_dim_names != ("guidance", "rows") or mesh.size(0) != 2:
+            if mesh.mesh_dim_names != (GUIDANCE, "rows") or mesh.size(0) != 2:
                 raise ValueError(f"a mesh of two dimensions must have 2 ranks for guidance, and others for rows, got {mesh}")
-            self._halves, mesh = mesh.get_group("guidance"), mesh["rows"]
+            self._halves, mesh = Halves(mesh[GUIDANCE], parameters), mesh["rows"]
         self.group = group_of(mesh)
-        self.groups = (self.group,) if self._halves is None else (self.group, self._halves)
+        self.groups = (self.group,) if self._halves is None else (self.group, *self._halves.groups)
 
     def undo(self, module: nn.Module) -> None:
         """Nothing remains after a pass."""
@@ -57,58 +59,42 @@ class Bands:
         """Call a method with this rank's band of the latents, which are its first argument; the result is that of the whole picture.
 
         Raises:
-            NotImplementedError: The pass has residuals of a ControlNet or adapter, or masks of an IP-Adapter; FreeU is on; or the batch of
-                perturbed-attention guidance would be halved.
+            NotImplementedError: The pass has masks of an IP-Adapter; FreeU is on; or as `Halves.run`.
         """
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         _check_parts(module, given)
-        rank, ranks = distributed.get_rank(self.group), distributed.get_world_size(self.group)
-        latents, batch = self._parameters[0], given[self._parameters[0]].shape[0]
-        halves = self._halves if batch % 2 == 0 else None
-        if halves is not None and any(type(x).__name__.startswith("PAG") for x in getattr(module, "attn_processors", {}).values()):
-            raise NotImplementedError(
-                "a mesh with guidance halves the batch, which perturbed-attention guidance needs whole: split rows alone"
-            )
-        if halves is not None:
-            given = _half(given, batch, distributed.get_rank(halves))
-        given[latents] = given[latents].chunk(ranks, dim=2)[rank]
+        if self._halves is not None:
+            return self._halves.run(module, functools.partial(self._run_band, method), (), given)
+        return self._run_band(method, **given)
+
+    def _run_band(self, method: Callable[..., Any], **given: Any) -> Any:
+        given |= {name: self._band(given.get(name)) for name in (self._parameters[0], *_RESIDUALS) if name in given}
         _swap.acquire()
         try:
             result = method(**given)
         finally:
             _swap.release()
-        out = gather_bands(result[0], self.group)
-        if halves is not None:
-            whole = out.new_empty(batch, *out.shape[1:])
-            all_gather(whole, out.contiguous(), halves)
-            out = whole
-        return (out, *result[1:]) if isinstance(result, tuple) else dataclasses.replace(result, sample=out)
+        return with_output(result, lambda out: gather_bands(out, self.group))
+
+    def _band(self, value: Any) -> Any:
+        """This rank's rows of latents, or of residuals, which have the rows of any level."""
+        if isinstance(value, Tensor):
+            return value.chunk(distributed.get_world_size(self.group), dim=2)[distributed.get_rank(self.group)]
+        return type(value)(map(self._band, value)) if isinstance(value, list | tuple) else value
 
 
 def _check_parts(module: nn.Module, given: Mapping[str, Any]) -> None:
     """Check that nothing in a pass looks at the whole picture; raises as `Bands.run`."""
-    found = [name for name in _RESIDUALS if given.get(name) is not None]
-    if found:
-        raise NotImplementedError(f"mesh= splits a U-Net without the residuals of others, got {', '.join(found)}")
     if "ip_adapter_masks" in (given.get("cross_attention_kwargs") or {}):
         raise NotImplementedError("mesh= does not split the masks of an IP-Adapter, got ip_adapter_masks")
     if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
         raise NotImplementedError("mesh= does not split FreeU's Fourier transforms: call disable_freeu()")
 
 
-def _half(value: Any, batch: int, half: int) -> Any:
-    """Arguments with one half of every tensor that has the whole batch."""
-    if isinstance(value, Tensor):
-        return value.chunk(2)[half] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: _half(x, batch, half) for name, x in value.items()}
-    return type(value)(_half(x, batch, half) for x in value) if isinstance(value, list | tuple) else value
-
-
 def _group() -> Any:
     """The process group of this thread's pass; None outside of passes that are split in bands."""
     opened = current()
-    return None if opened is None or opened.bands is None else opened.bands.group
+    return None if opened is None or opened.split is None else opened.split.group
 
 
 def _conv2d(

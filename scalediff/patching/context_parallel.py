@@ -145,15 +145,33 @@ class RowSplit:
                 part.__dict__.pop(key, None)
 
 
+def check_not_parallel(module: Any) -> None:
+    """Check that a denoiser is not parallel, or by an earlier `mesh=` alone.
+
+    Raises:
+        ValueError: It is.
+    """
+    if is_parallel(module) and getattr(module.__dict__.get(ATTRIBUTE), "group", None) is None:
+        raise ValueError(f"this {type(module).__name__} is parallel already: pass mesh= or call enable_parallelism, not both")
+
+
 def check_row_split(module: Any, family: Family, mesh: Any) -> Any:
     """The process group of a mesh, if a denoiser can be split over it; raises as `RowSplit`."""
-    group, name = group_of(mesh), type(module).__name__
+    name = type(module).__name__
+    if family.context_parallel and getattr(mesh, "ndim", 1) == 2:
+        raise NotImplementedError(
+            f"mesh= splits {name} by rows alone, in one dimension: its pipelines run the model for one prompt at a time, "
+            f"which leaves no batch to halve, got {mesh}"
+        )
+    group = group_of(mesh)
     ranks, world = distributed.get_world_size(group), distributed.get_world_size()
     if not family.context_parallel:
         known = ", ".join(other.denoiser for other in FAMILIES.values() if other.context_parallel or other.bands)
-        raise NotImplementedError(f"mesh= splits {known}: other models mix tokens outside of attention, got {name}")
-    if is_parallel(module) and getattr(module.__dict__.get(ATTRIBUTE), "group", None) is None:
-        raise ValueError(f"this {name} is parallel already: pass mesh= or call enable_parallelism, not both")
+        raise NotImplementedError(
+            f"mesh= splits the rows of {known}: other models mix tokens outside of attention; a mesh of one dimension with the name "
+            f"'guidance' halves the batch of any model, got {name}"
+        )
+    check_not_parallel(module)
     if ranks != world:
         raise NotImplementedError(f"mesh= must have all processes, got {ranks} of {world}")
     if torch.accelerator.device_count() == 0:

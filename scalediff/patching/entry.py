@@ -41,8 +41,8 @@ def _runners() -> tuple[Callable[..., Any], Callable[..., Any]]:
         opened, finished = None, False
         try:
             opened = begin(target, module, args, kwargs)
-            bands = None if opened is None else opened.bands
-            result = method(*args, **kwargs) if bands is None else bands.run(module, method, args, kwargs)
+            split = None if opened is None else opened.split
+            result = method(*args, **kwargs) if split is None else split.run(module, method, args, kwargs)
             finished = True
         except RuntimeError as error:
             if target.group is not None:  # also in a collective of diffusers

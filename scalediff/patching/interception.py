@@ -51,7 +51,7 @@ class Pass:
         self.with_gradients = torch.is_grad_enabled()
         self.depth = depth_of(frame) if self.with_gradients else 0
         self.contains_passes = False  # of other owners, which count their own calls
-        self.bands: Any = None  # of a U-Net that is split: convolutions and group norms are replaced too
+        self.split: Any = None  # of a model whose forward is called with a part of its arguments; its `group` splits rows
         self.intercepted = 0  # calls
         self.skipped: dict[str, str] = {}  # callers whose calls ran full attention, and why
         self.calls: dict[str, ModuleCalls] = {}  # by the name of the module

@@ -15,9 +15,8 @@ from scalediff.families.grid import Grid, checked_grid
 from scalediff.families.rotation import TextRotation
 from scalediff.families.unlisted import Described, GridSource, LayoutSource, TextSource, describe_family
 from scalediff.patching.assumed import with_assumed_cascade
-from scalediff.patching.bands import Bands
 from scalediff.patching.circular import NO_WRAP, Wrap, check_convolutions
-from scalediff.patching.context_parallel import check_context_parallel, check_row_split
+from scalediff.patching.context_parallel import check_context_parallel
 from scalediff.patching.entry import is_running
 from scalediff.patching.handle import Handle, install
 from scalediff.patching.networks import (
@@ -30,6 +29,7 @@ from scalediff.patching.networks import (
     uncompiled,
 )  # fmt: skip
 from scalediff.patching.report import Row
+from scalediff.patching.splits import check_control, check_split
 from scalediff.patching.subclass import ATTRIBUTE
 from scalediff.patching.target import Options, Target
 from scalediff.settings import Jitter
@@ -83,8 +83,9 @@ def patch_networks(
             if wrap != NO_WRAP:
                 raise NotImplementedError(f"mesh= splits pictures that do not continue on the other side, got {wrap=}")
             if targets:
-                raise NotImplementedError(f"mesh= splits a pipeline without ControlNets, got {type(net).__name__}")
-            Bands(mesh, ()) if family.bands else check_row_split(net, family, mesh)  # raise their errors before anything changes
+                check_control(mesh, targets[0].family, net)
+            else:
+                check_split(mesh, net, family)  # its errors come before anything changes
         targets.append(Target(net, family, native, prefix=prefix, parameters=_parameters(net), **common))  # type: ignore[arg-type]
         _check_not_patched_elsewhere(net, model)
     call = describe_pipeline_call(type(model), targets[0].family)

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, Layout, UnknownLayout
 from scalediff.patching.account import Account
-from scalediff.patching.bands import Bands
 from scalediff.patching.caches import check_jitter, check_ranks, empty_caches
 from scalediff.patching.call import Call
 from scalediff.patching.circular import NO_WRAP, Wrap
 from scalediff.patching.context_parallel import RowSplit, check_equal_parts, gathered_layout, is_parallel, needs_equal_parts
+from scalediff.patching.halves import Halves
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import AttentionPlan
 from scalediff.patching.report import Report, Row
 from scalediff.patching.rows import pass_facts
+from scalediff.patching.splits import Split, split_over
 from scalediff.patching.stack import CHECKPOINTING, in_checkpoint, in_compiled_function
 from scalediff.settings import Attention, Jitter
 from scalediff_kernels.distributed.groups import check_agreement
@@ -125,7 +126,7 @@ class Target:
         self.handle: Patch = None  # type: ignore[assignment]  # until the handle installs it
         self.family, self.native, self.options, self._parameters = family, native, options, parameters
         self.attention: Attention = "npa"
-        self._split: RowSplit | Bands | None = None
+        self._split: Split | None = None
         self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
         self._rotation = family.rotation(denoiser) if options.text_rope else None
         self.offsets = Offsets(jitter, seed)
@@ -143,14 +144,14 @@ class Target:
 
     @property
     def group(self) -> Any:
-        """The process group over whose ranks `patch_model` split the denoiser's tokens; None if it did not."""
-        return None if self._split is None else self._split.group
+        """A process group over whose ranks `patch_model` split the denoiser's tokens or batch; None if it did not."""
+        return None if self._split is None else self._split.groups[0]
 
     def split_over(self, mesh: Any) -> None:
-        """Split the denoiser's tokens over the ranks of a mesh; errors as in `RowSplit` and `Bands`."""
+        """Split the denoiser's tokens or batch over the ranks of a mesh; errors as in `splits.split_over`."""
         module = self.module()
         assert module is not None
-        self._split = Bands(mesh, self._parameters) if self.family.bands else RowSplit(module, self.family, mesh)
+        self._split = split_over(mesh, module, self.family, self._parameters)
 
     def undo_split(self) -> None:
         """Undo the split of the denoiser's tokens over ranks, if there is one."""
@@ -172,7 +173,7 @@ class Target:
             return None
         plan, weights, observes = planned
         opened = open_pass(self, plan, weights, frame=sys._getframe(1), observes=observes)
-        opened.bands = self._split if isinstance(self._split, Bands) and not observes else None
+        opened.split = None if observes or isinstance(self._split, RowSplit) else self._split
         return opened
 
     def end(self, module: nn.Module, opened: Pass, finished: bool) -> None:
@@ -201,6 +202,8 @@ class Target:
             facts = pass_facts(layout, self.offsets.place, arguments)
             for group in self._split.groups:
                 check_agreement(group, facts)
+            if isinstance(self._split, Halves):  # lengths of texts are those of its samples
+                layout = self.family.layout(module, self._split.own(arguments), self._read)
         if needs_equal_parts(module, self.family):
             check_equal_parts(module, layout)
         if self.attention == "full":
@@ -235,7 +238,7 @@ class Target:
         """The plan of a pass; of the whole picture, if it is not split in this pass."""
         return AttentionPlan(
             layout, window=self.native, text_rope=self._rotation, text_queries=self.options.text_queries, offset=offset,
-            wrap=self.options.wrap, impl=self.options.impl, group=None if whole else self.group,
+            wrap=self.options.wrap, impl=self.options.impl, group=None if self._split is None or whole else self._split.group,
         )  # fmt: skip
 
     def on_intercepted(self, current_pass: Pass, call: Call) -> None:
@@ -246,7 +249,7 @@ class Target:
 
     def on_skipped(self, current_pass: Pass, why: str, lengths: tuple[int, int]) -> None:
         """Count a call that looks like self-attention and runs full attention."""
-        if current_pass.bands is not None:  # it would see one band alone
+        if getattr(current_pass.split, "group", None) is not None:  # it would see one band alone
             raise NotImplementedError(f"mesh= does not split full attention of a U-Net: {why}")
         self.account.left(current_pass, lengths, why)
 
@@ -271,7 +274,7 @@ class Target:
         if self._split is None:
             layout = gathered_layout(module, self.family, layout)
         with torch.no_grad(), _restored(module), empty_caches(module), torch.compiler.set_stance("force_eager"):
-            plan = self._make_plan(layout, (0.0, 0.0), whole=isinstance(self._split, Bands))
+            plan = self._make_plan(layout, (0.0, 0.0), whole=not isinstance(self._split, RowSplit))
             opened = open_pass(self, plan, layout.weights, frame=sys._getframe(0), observes=True)
             try:
                 module(*args, **kwargs)

@@ -98,8 +98,7 @@ def refused_unets() -> dict[str, str]:
         said["mesh"] = str(error)
     with scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
         odd = unet_inputs("SD1.5", (UNET_GRID[0] + 2, UNET_GRID[1]))
-        residual = given | {"mid_block_additional_residual": given["sample"]}
-        for name, arguments in (("rows", odd), ("residuals", residual), ("FreeU", given)):
+        for name, arguments in (("rows", odd), ("FreeU", given)):
             if name == "FreeU":
                 model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
             try:

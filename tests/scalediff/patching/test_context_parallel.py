@@ -17,7 +17,7 @@ from scalediff.patching.rows import pass_facts
 
 diffusers = pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 
-from tests.scalediff.patching import ranks, row_ranks  # noqa: E402
+from tests.scalediff.patching import half_ranks, ranks, row_ranks  # noqa: E402
 from tests.scalediff.patching.ranks import GRID, NATIVE, PATCHED, UNEVEN, build, inputs, output  # noqa: E402
 from tests.scalediff.patching.row_ranks import BY_ROWS, UNETS  # noqa: E402
 
@@ -30,7 +30,7 @@ FAST = {name: case for name, case in ranks.CASES.items() if name not in SLOW}
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes computed."""
-    return ranks.run(2, FAST | row_ranks.CASES, tmp_path_factory.mktemp("two"))
+    return ranks.run(2, FAST | row_ranks.CASES | half_ranks.CASES, tmp_path_factory.mktemp("two"))
 
 
 def one_process(kind: str, rule: str = "window", *, heads: int = 2, grid: tuple[int, int] = GRID, **changes: Any) -> Tensor:
@@ -203,6 +203,53 @@ def check_unet(found: dict[str, Any], name: str, world: int) -> None:
     assert found["calls"] == found["dry"] == calls
 
 
+@pytest.mark.parametrize("name", half_ranks.HALVED)
+def test_halves_of_a_batch_give_what_one_process_gives(name: str, two: list[dict[str, Any]]) -> None:
+    """Also of prompts of different lengths; every rank sees one sample, and passes with an odd batch or of the native size whole."""
+    kind, found = name.removesuffix(" in halves"), two[0][name]
+    model, given = ZOO[kind].build().double(), row_ranks.unet_inputs(kind, GRID)
+    with scalediff.patch_model(model, window=WINDOW):
+        assert_same(found["above"], output(model, given))
+        assert_same(found["single"], output(model, {name: half_ranks.half(x) for name, x in given.items()}))
+        assert_same(found["native"], output(model, row_ranks.unet_inputs(kind, WINDOW)))
+    assert torch.equal(found["above"], two[1][name]["above"])
+    assert found["calls"] == {"patched"}
+    one = found["batches"][0]
+    assert found["batches"] == [one, one, 2 * one]
+
+
+def test_the_whole_cascade_in_halves_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
+    one, other = (found["drawn_in_halves"] for found in two)
+    assert_same(one["latents"], ranks.draw(*ranks.built("SD3")))
+    assert torch.equal(one["latents"], other["latents"])
+    assert set(one["batches"]) == {1, 2}  # above the native size, and at it
+
+
+@pytest.mark.parametrize("name", half_ranks.CONTROLLED)
+def test_residuals_of_a_split_unet_are_cut(name: str, two: list[dict[str, Any]]) -> None:
+    expected = half_ranks.with_control(None)
+    for which, out in two[0][name].items():
+        assert_same(out, expected[which])
+        assert torch.equal(out, two[1][name][which])
+    assert (expected["ControlNet"] - expected["adapter"]).abs().max() > 1e-3 * expected["adapter"].abs().max()
+
+
+def test_residuals_of_a_transformer_are_halved(two: list[dict[str, Any]]) -> None:
+    assert_same(two[0]["halved_control"], half_ranks.sd3_with_control(None))
+
+
+def test_what_has_no_halves(two: list[dict[str, Any]]) -> None:
+    for said in (found["refused_halves"] for found in two):
+        assert said["parallel"] == "this FluxTransformer2DModel is parallel already: pass mesh= or call enable_parallelism, not both"
+        assert said["FLUX.1"].startswith(
+            "mesh= splits FluxTransformer2DModel by rows alone, in one dimension: its pipelines run the model for"
+        )
+        assert said["ranks"] == "a mesh must have 2 ranks for guidance, got 1"
+        assert said["control"] == "mesh= splits the rows of a transformer without ControlNets, got FluxControlNetModel"
+        assert said["list"] == "a mesh with guidance halves latents in one tensor, got x in a list"
+        assert said["gradients"] == "a mesh with guidance does not support gradients: use torch.no_grad()"
+
+
 def test_the_whole_cascade_of_a_unet_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
     one, other = (found["demo_by_rows"] for found in two)
     assert_same(one, row_ranks.drawn_demo(None))
@@ -236,7 +283,6 @@ def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
     for said in (found["refused_unets"] for found in two):
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 9 rows of tokens")
         assert said["mesh"].startswith("a mesh of two dimensions must have 2 ranks for guidance, and others for rows, got")
-        assert said["residuals"] == "mesh= splits a U-Net without the residuals of others, got mid_block_additional_residual"
         assert said["FreeU"] == "mesh= does not split FreeU's Fourier transforms: call disable_freeu()"
         assert said["masks"] == "mesh= does not split the masks of an IP-Adapter, got ip_adapter_masks"
         assert said["tokens"].startswith("mesh= does not split full attention of a U-Net: image and text have the same number of tokens")
@@ -246,7 +292,7 @@ def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
 
 def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]]) -> None:
     for said in (found["refused_by_rows"] for found in two):
-        assert said["family"].endswith("other models mix tokens outside of attention, got ChromaTransformer2DModel")
+        assert said["family"].endswith("name 'guidance' halves the batch of any model, got ChromaTransformer2DModel")
         assert said["parallel"] == "this FluxTransformer2DModel is parallel already: pass mesh= or call enable_parallelism, not both"
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 7 rows of tokens: choose a height")
         assert "runs full attention: masks of the text are not supported over ranks" in said["mask"]

@@ -1,0 +1,101 @@
+"""A batch that is split in halves over two ranks, such as that of classifier-free guidance, during passes above the native area.
+
+The samples of a batch do not see each other, so a forward needs no messages; in the end the output is gathered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from scalediff_kernels.distributed.groups import all_gather, group_of
+
+GUIDANCE = "guidance"  # the name of a dimension of a mesh
+
+
+def splits_batch_alone(mesh: Any) -> bool:
+    """Whether a mesh has guidance as its only dimension."""
+    return isinstance(mesh, DeviceMesh) and mesh.mesh_dim_names == (GUIDANCE,)
+
+
+class Halves:
+    """The split of a network's batch.
+
+    Args:
+        mesh: A process group of two ranks, or a `DeviceMesh` of one dimension.
+        parameters: Names of the arguments of its `forward`.
+
+    Attributes:
+        group: None: rows are not split.
+        groups: The group.
+
+    Raises:
+        TypeError, RuntimeError: As `group_of`.
+        ValueError: As `group_of`; also if there is another number of ranks.
+    """
+
+    group = None
+
+    def __init__(self, mesh: Any, parameters: Sequence[str]) -> None:
+        self._parameters, self._group = tuple(parameters), group_of(mesh)
+        self.groups = (self._group,)
+        ranks = distributed.get_world_size(self._group)
+        if ranks != 2:
+            raise ValueError(f"a mesh must have 2 ranks for guidance, got {ranks}")
+
+    def undo(self, module: nn.Module) -> None:
+        """Nothing remains after a pass."""
+
+    def run(self, module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call a method with this rank's half of every argument; the result is that of the whole batch.
+
+        A pass with an odd batch, such as one without guidance, is computed whole by both ranks.
+
+        Raises:
+            NotImplementedError: The latents, which are the first argument, are not one tensor; the pass is one of perturbed-attention
+                guidance; or gradients are needed.
+        """
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        own, batch = self.own(given), len(given[self._parameters[0]])
+        if own is given:
+            return method(**given)
+        if any(type(x).__name__.startswith("PAG") for x in getattr(module, "attn_processors", {}).values()):
+            raise NotImplementedError(
+                "a mesh with guidance halves the batch, which perturbed-attention guidance needs whole: split rows alone"
+            )
+        return with_output(method(**own), lambda out: self._gather(out, batch))
+
+    def own(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """This rank's half of all named arguments, or these themselves where the batch is odd; raises as `run`."""
+        latents = given[self._parameters[0]]
+        if not isinstance(latents, Tensor):
+            kind = type(latents).__name__
+            raise NotImplementedError(f"a mesh with guidance halves latents in one tensor, got {self._parameters[0]} in a {kind}")
+        batch, rank = latents.shape[0], distributed.get_rank(self._group)
+        return {name: _half(value, batch, rank) for name, value in given.items()} if batch % 2 == 0 else given
+
+    def _gather(self, out: Tensor, batch: int) -> Tensor:
+        if out.requires_grad:
+            raise NotImplementedError("a mesh with guidance does not support gradients: use torch.no_grad()")
+        whole = out.new_empty(batch, *out.shape[1:])
+        all_gather(whole, out.contiguous(), self._group)
+        return whole
+
+
+def with_output(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a network returns, with its output changed: the first part of a tuple, or `sample`."""
+    out = change(result[0])
+    return (out, *result[1:]) if isinstance(result, tuple) else dataclasses.replace(result, sample=out)
+
+
+def _half(value: Any, batch: int, half: int) -> Any:
+    """Arguments with one half of every tensor that has the whole batch."""
+    if isinstance(value, Tensor):
+        return value.chunk(2)[half] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: _half(x, batch, half) for name, x in value.items()}
+    return type(value)(_half(x, batch, half) for x in value) if isinstance(value, list | tuple) else value
