@@ -12,7 +12,7 @@ from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
 from scalediff.cascade.fitting import fitting_model_size
 from scalediff.cascade.memory import estimate_model
-from scalediff.cost.flops import _attention_flops, _count_flops, _on_meta, attention_work, count, native_rules
+from scalediff.cost.flops import _attention_flops, _count_flops, _on_meta, attention_work, count, fit_denoiser, native_rules
 from scalediff.cost.models import MODELS, TEXT_ENCODERS, built
 from scalediff.cost.stand_ins import runnable_on_meta
 from scalediff.families import family_of
@@ -113,13 +113,20 @@ def test_every_model_has_a_plan(name: str) -> None:
     assert (base.steps, last.steps) == (settings.steps, settings.stage_steps)
     assert base.total > 0
     times = (size[0] / y) ** 2
-    text = 0.7 if name == "fibo" else 0.85  # 2048 tokens of text beside 4096 of the picture
+    text = {"fibo": 0.7, "hunyuan-image": 0.8}.get(name, 0.85)  # 2048 and 1128 tokens of text beside 4096 of the picture, which stay
     assert text * times < (last.linear / last.passes) / (base.linear / base.passes) < 1.03 * times
     assert 0.6 * times < (last.attention / last.passes) / (base.attention / base.passes) < 2.1 * times
     peaks = list(estimate_model(name, size).peaks().values())
     assert peaks == sorted(peaks, reverse=True)
     weights = sum(x.numel() for part in built(MODELS[name]) for x in part.parameters())
     assert peaks[0] > 2 * (weights + sum(TEXT_ENCODERS[text] for text in MODELS[name].texts))
+
+
+def test_a_denoiser_is_set_for_a_stage_as_the_cascade_does() -> None:
+    """HiDream-I1 pads a picture that is not square to its longest sequence, which grows with the stage."""
+    denoiser: Any = ZOO["HiDream-I1"].build()
+    fit_denoiser(MODELS["hidream-i1"], denoiser, (2048, 1024))
+    assert denoiser.max_seq == 128 * 64
 
 
 def test_positions_that_a_model_does_not_have_are_refused() -> None:
