@@ -22,7 +22,7 @@ from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, changing_pipeline
 from scalediff.command.method_options import chosen_method, method_facts, method_object
 from scalediff.command.pictures import open_picture
-from scalediff.command.ranks import check_one_process, drawing_together, own_jobs
+from scalediff.command.ranks import check_one_process, check_split, drawing_together, own_jobs
 from scalediff.command.reporting import Job, picture_metadata, print_result, print_status
 from scalediff.command.runs import (
     SHARED,
@@ -36,6 +36,8 @@ from scalediff.command.runs import (
 from scalediff.cost.recorded import recorded_work
 from scalediff.draw import generate, upscale
 from scalediff.settings import Settings
+
+SILENT = {"on_step": None, "progress": False}  # arguments of a process that saves no picture
 
 
 def generate_pictures(options: Namespace) -> None:
@@ -67,7 +69,7 @@ def generate_pictures(options: Namespace) -> None:
             if saves:
                 _generate_one(pipe, options, job, size, arguments, facts, settings)
             else:
-                generate(pipe, job.prompt, height=size[0], width=size[1], **(arguments | {"on_step": None, "progress": False}))
+                generate(pipe, job.prompt, height=size[0], width=size[1], **(arguments | SILENT))
 
 
 def _generate_one(
@@ -89,7 +91,9 @@ def _generate_one(
 
 def upscale_pictures(options: Namespace) -> None:
     """Upscale a picture once for every seed, and save every stage."""
-    check_one_process("upscale")
+    if not options.split_picture:
+        check_one_process("upscale", "--split-picture draws every picture together")
+    check_split(options)
     jobs = plan_jobs(options, [options.prompt], name=options.file.stem)
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
         raise UsageError(f"--out must not be the input picture, got {options.file}")
@@ -106,13 +110,16 @@ def upscale_pictures(options: Namespace) -> None:
     check_scheduler(pipe.scheduler)
     stage_sizes(pipe, height, width, wrap=wrap_of(pipe, settings))
     print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
-    for job in jobs:
-        print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
-        with _stage_saver(pipe, options, job, facts) as (save, _):
+    with drawing_together(options, pipe) as saves:
+        for job in jobs:
+            print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
             arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(jobs) > 1)
-            arguments |= {"mask_image": mask, "strength": options.strength}
-            result = upscale(pipe, image, job.prompt, height=height, width=width, **arguments, on_stage=save)
-            print_result(result, options, job)
+            arguments |= {"mask_image": mask, "strength": options.strength, "height": height, "width": width}
+            if not saves:
+                upscale(pipe, image, job.prompt, **(arguments | SILENT))
+                continue
+            with _stage_saver(pipe, options, job, facts) as (save, _):
+                print_result(upscale(pipe, image, job.prompt, **arguments, on_stage=save), options, job)
 
 
 @contextmanager

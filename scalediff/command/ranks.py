@@ -44,29 +44,32 @@ def device_name(options: Namespace) -> str:
     return f"cuda:{local}" if name == "auto" and local is not None and torch.cuda.is_available() else name
 
 
-def check_one_process(command: str) -> None:
+def check_one_process(command: str, advice: str = "`scalediff generate` shares pictures out") -> None:
     """Check that torchrun has not started several processes of a command that does not share its work out.
 
     Raises:
-        UsageError: It has: all of them would draw the same pictures into the same files.
+        UsageError: It has: all of them would draw the same pictures into the same files. The message ends in the advice.
     """
     world = place().world
     if world > 1:
-        raise UsageError(
-            f"scalediff {command} runs in one process; under torchrun, `scalediff generate` shares pictures out, got WORLD_SIZE={world}"
-        )
+        raise UsageError(f"scalediff {command} runs in one process; under torchrun, {advice}, got WORLD_SIZE={world}")
 
 
 def own_jobs(options: Namespace, jobs: Sequence[Job]) -> list[Job]:
     """The pictures that this process draws: its share, or all that the processes draw together; with --skip-existing, the missing ones."""
     here = place()
     mine = list(jobs if options.split_picture else jobs[here.rank :: here.world])
-    if options.split_picture and options.workdir is not None:
-        raise UsageError("--workdir is not supported with --split-picture: processes that end at different stages could not go on together")
+    check_split(options)
     missing = [job for job in mine if not job.out.exists()] if options.skip_existing else mine
     if len(missing) < len(jobs):
         print_status(f"rank {here.rank} of {here.world}: {len(missing)} of {len(jobs)} pictures, {len(mine) - len(missing)} are there")
     return missing
+
+
+def check_split(options: Namespace) -> None:
+    """Check that --split-picture, if it is given, comes without --workdir; raises a UsageError."""
+    if options.split_picture and options.workdir is not None:
+        raise UsageError("--workdir is not supported with --split-picture: processes that end at different stages could not go on together")
 
 
 @contextmanager
@@ -77,7 +80,7 @@ def drawing_together(options: Namespace, pipe: Any) -> Iterator[bool]:
         yield True
         return
     if here.world == 1:
-        raise UsageError("--split-picture needs several processes: start them with torchrun --nproc-per-node N -m scalediff generate ...")
+        raise UsageError("--split-picture needs several processes: start them with torchrun --nproc-per-node N -m scalediff ...")
     if pipe._execution_device.type == "cuda":
         torch.cuda.set_device(pipe._execution_device)
     started = not distributed.is_initialized()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from scalediff.patching.interception import current
 from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
 from scalediff_kernels.distributed.groups import all_gather, group_of
 
@@ -72,11 +72,8 @@ class Bands:
         if halves is not None:
             given = _half(given, batch, distributed.get_rank(halves))
         given[latents] = given[latents].chunk(ranks, dim=2)[rank]
-        _swap.acquire()
-        try:
+        with over_ranks(self.group):
             result = method(**given)
-        finally:
-            _swap.release()
         out = gather_bands(result[0], self.group)
         if halves is not None:
             whole = out.new_empty(batch, *out.shape[1:])
@@ -105,17 +102,37 @@ def _half(value: Any, batch: int, half: int) -> Any:
     return type(value)(_half(x, batch, half) for x in value) if isinstance(value, list | tuple) else value
 
 
-def _group() -> Any:
-    """The process group of this thread's pass; None outside of passes that are split in bands."""
-    opened = current()
-    return None if opened is None or opened.bands is None else opened.bands.group
+class _Thread(threading.local):
+    group: Any = None
+
+
+_thread = _Thread()
+
+
+def group_of_bands() -> Any:
+    """The process group whose ranks have the bands that this thread computes at present; None if it computes whole pictures."""
+    return _thread.group
+
+
+@contextmanager
+def over_ranks(group: Any) -> Iterator[None]:
+    """Let this thread's convolutions and group norms compute this rank's band of a picture; what they are given if `group` is None."""
+    before, _thread.group = _thread.group, group
+    if group is not None:
+        _swap.acquire()
+    try:
+        yield
+    finally:
+        if group is not None:
+            _swap.release()
+        _thread.group = before
 
 
 def _conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
     """Replacement for `F.conv2d`."""
-    group = _group()
+    group = group_of_bands()
     if group is None:
         out: Tensor = _swap.originals["conv2d"](input, weight, bias, stride, padding, dilation, groups)
         return out
@@ -124,7 +141,7 @@ def _conv2d(
 
 def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Replacement for `F.group_norm`."""
-    group = _group()
+    group = group_of_bands()
     if group is None:
         out: Tensor = _swap.originals["group_norm"](input, num_groups, weight, bias, eps)
         return out

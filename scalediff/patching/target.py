@@ -129,8 +129,7 @@ class Target:
         self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
         self._rotation = family.rotation(denoiser) if options.text_rope else None
         self.offsets = Offsets(jitter, seed)
-        self._read = Reader()
-        self._plans: dict[Any, AttentionPlan] = {}
+        self._read, self._plans = Reader(), dict[Any, AttentionPlan]()
 
     @property
     def active(self) -> bool:
@@ -145,6 +144,11 @@ class Target:
     def is_split(self) -> bool:
         """Whether `patch_model` split the denoiser's tokens over ranks."""
         return self._split is not None
+
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """The process groups of the split: first that whose ranks have bands of rows. Empty if the denoiser is not split."""
+        return () if self._split is None else self._split.groups
 
     def split_over(self, mesh: Any) -> None:
         """Split the denoiser's tokens over the ranks of a mesh; errors as in `RowSplit` and `Bands`."""
