@@ -167,7 +167,7 @@ def test_a_band_needs_a_fraction_of_the_memory() -> None:
 def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
     names = "split_rows", "drawn", "changed"
     cases = {name: split_ranks.CASES[name] for name in names} | {"drawn_in_halves": split_ranks.drawn_in_halves}
-    found = ranks.run(4, cases, tmp_path)
+    found = ranks.run(4, cases, tmp_path, seconds=600)
     for name in SPLIT.keys() - {"odd rows"}:  # 6, of latents
         check_split(found[3]["split_rows"][name], name, 4)
     expected = arrays(split_ranks.draw_sdxl())
