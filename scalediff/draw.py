@@ -11,7 +11,7 @@ from typing import Any
 from scalediff.arguments import checked
 from scalediff.cascade.caches import check_no_caches
 from scalediff.cascade.changing import change_to_upscale
-from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs
+from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs, check_workdir
 from scalediff.cascade.fingerprint import fingerprint_run
 from scalediff.cascade.fitting import check_fit, check_possible
 from scalediff.cascade.generators import Generators, fresh_generator
@@ -156,8 +156,6 @@ def generate(
         arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
         settings = _settings_of(chosen, given, arguments)
         return _run_other_method(pipe, options, arguments, (height, width), settings, on_stage, progress=progress, force=force)
-    if mesh is not None and (workdir is not None or generator is None):
-        raise ValueError(f"mesh needs a generator in the same state on all ranks, and no workdir, got {generator=} and {workdir=}")
     enlarge = resolve_upsampler(upsampler)
     run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, enlarge, mesh)
     chosen = _resolve_preset(pipe, preset)
@@ -197,6 +195,7 @@ def upscale(
     split_guidance: bool = False,
     upsampler: str | PathLike[str] | Upsampler | None = None,
     workdir: str | Path | None = None,
+    mesh: Any = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = False,
@@ -223,7 +222,7 @@ def upscale(
         restart: Share of the steps that every stage runs. The larger it is, the more the picture changes.
         negative_prompt, call, generator, preset, steps, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`.
         wrap: As in `generate`. The picture should already continue on the other side.
-        vae_tiling, vae_attention, split_guidance, upsampler, workdir, on_stage, on_step, progress, force: As in `generate`.
+        vae_tiling, vae_attention, split_guidance, upsampler, workdir, mesh, on_stage, on_step, progress, force: As in `generate`.
 
     Returns:
         A Result, as `generate`.
@@ -241,7 +240,8 @@ def upscale(
     """
     named = _explicit_settings(steps, restart, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff, wrap)
     check_inputs(pipe, prompt, negative_prompt, generator, call, has_picture=True)
-    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, resolve_upsampler(upsampler))
+    enlarge = resolve_upsampler(upsampler)
+    run_options = RunOptions(on_stage, on_step, progress, None, vae_tiling, vae_attention, split_guidance, enlarge, mesh)
     chosen = _resolve_preset(pipe, preset)
     arguments = _call_arguments(prompt, negative_prompt, generator, call, chosen)
     settings, target = _settings_of(chosen, named, arguments), (height, width)
@@ -332,8 +332,7 @@ def _run_cascade(
     *,
     force: bool,
 ) -> Result:
-    if workdir is not None and arguments["generator"] is None:
-        raise ValueError("workdir needs a generator, so that the same call can resume the run, got generator=None")
+    check_workdir(pipe, workdir, arguments["generator"], run_options.mesh)
     arguments = _complete_arguments(pipe, arguments, settings)
     if not force:
         tiling, split, wrap = run_options.vae_tiling, run_options.split_guidance, wrap_of(pipe, settings)

@@ -126,11 +126,12 @@ def patch_model(
             instead when False.
         impl: Implementation of the attention, as in `scalediff_kernels.neighborhood_patch_attention`.
         mesh: Process group or `DeviceMesh` of one dimension, over which every picture above the native area is split: each rank has a
-            band of rows, and exchanges the rows that windows and convolutions reach into. All ranks must make the same calls, with the
-            same weights, prompt and generator; this is checked when the model is patched and at every pass. Diffusers' U-Nets, for which
-            a mesh of the dimensions `("guidance", "rows")`, of which the first has 2 ranks, also splits a batch in halves; and FLUX.1,
-            FLUX.2 and Qwen-Image over all processes, on accelerators. A mesh with `"guidance"` as its only dimension, of 2 ranks, gives
-            each half of a batch to one rank, for models of any family. The model is not split when None.
+            band of rows, and exchanges the rows that windows and convolutions reach into. In the cascade, the autoencoder is split
+            likewise if its layers allow it. All ranks must make the same calls, with the same weights, prompt and generator; this is
+            checked when the model is patched and at every pass. Diffusers' U-Nets, for which a mesh of the dimensions
+            `("guidance", "rows")`, of which the first has 2 ranks, also splits a batch in halves; and FLUX.1, FLUX.2 and Qwen-Image over
+            all processes, on accelerators. A mesh with `"guidance"` as its only dimension, of 2 ranks, gives each half of a batch to one
+            rank, for models of any family. The model is not split when None.
 
     Warns:
         UserWarning: The model is a text-to-image, image-to-image or inpainting pipeline that the cascade does not support, so that its own

@@ -99,12 +99,12 @@ def _autoencoders_are_counted_once() -> Iterator[None]:
 
     count, total, known = memory.needs_tiling, memory.total_bytes, set[type]()
 
-    def counted(pipe: Any, size: tuple[int, int], batch: int) -> bool:
+    def counted(pipe: Any, size: tuple[int, int], batch: int, *, ranks: int = 1) -> bool:
         kind = type(pipe.vae)
         if kind in known and memory.total_bytes is total:
             return False
         known.add(kind)
-        return count(pipe, size, batch)
+        return count(pipe, size, batch, ranks=ranks)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(run, "needs_tiling", counted)

@@ -60,6 +60,23 @@ def _vae_bytes(vae: Any, size: tuple[int, int], batch: int, dtype: torch.dtype, 
     return max(encoding, decoding)
 
 
+def band_bytes(vae: Any, size: tuple[int, int], batch: int, ranks: int) -> int:
+    """Bytes of activations for a band of pictures of (height, width) pixels, of which each of some ranks has as many rows, in one piece.
+
+    Beside those of the band: a copy of its largest activation, with the rows of its neighbours; the keys and values of all bands; and the
+    whole picture twice, while it is gathered.
+
+    Raises:
+        NotImplementedError: As `vae_bytes`.
+    """
+    band = vae_bytes(vae, (size[0] // ranks, size[1]), batch, tiled=False)
+    channels, pixels = vae.config.block_out_channels, batch * size[0] * size[1]
+    copied = channels[min(1, len(channels) - 1)] * pixels // ranks
+    gathered = (2 * 2 * channels[-1] * pixels // 4 ** (len(channels) - 1), 2 * 3 * pixels)
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    return int(band + max(copied, *gathered) * (4 if upcast else vae.dtype.itemsize))
+
+
 def runs_in_bands(vae: Any) -> bool:
     """Whether the parts of an autoencoder are bands, and not diffusers' tiles."""
     return not getattr(vae, "use_tiling", False) and not stream_obstacle(vae)

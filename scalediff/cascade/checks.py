@@ -45,7 +45,7 @@ from scalediff.cascade.pipeline import (
 from scalediff.cascade.schedule import check_scheduler, repeats_first_step, schedule_length
 from scalediff.cascade.upsampling import check_upsampler
 from scalediff.patching.circular import check_convolutions
-from scalediff.patching.networks import changes_picture, denoiser_of, family_in_use, original_call, padding_parts
+from scalediff.patching.networks import changes_picture, denoiser_of, family_in_use, handle_of, original_call, padding_parts
 from scalediff.settings import Attention, Preset, Settings
 from scalediff_kernels.lowpass.geometry import Kind, coarse_length
 
@@ -141,6 +141,16 @@ def check_generators(generator: Generators | None, count: int) -> None:
     """Check that a list of generators has one for each of `count` pictures."""
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"generator must be one generator, or one for each of the {count} pictures, got a list of {len(generator)}")
+
+
+def check_workdir(pipe: Any, workdir: Any, generator: Generators | None, mesh: Any) -> None:
+    """Check that a run with a workdir has a generator, and that one whose pictures are split over ranks has one and no workdir."""
+    handle = handle_of(pipe)
+    split = mesh is not None or (handle is not None and bool(handle.groups))
+    if split and (workdir is not None or generator is None):
+        raise ValueError(f"mesh needs a generator in the same state on all ranks, and no workdir, got {generator=} and {workdir=}")
+    if workdir is not None and generator is None:
+        raise ValueError("workdir needs a generator, so that the same call can resume the run, got generator=None")
 
 
 def _takes(pipe: Any, name: str) -> bool:

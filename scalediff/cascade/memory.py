@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from scalediff.cascade.autoencoder_memory import FRAGMENTATION, cast, join_sizes, meta_copy, vae_bytes, wrap_meta_errors
+from scalediff.cascade.autoencoder_memory import FRAGMENTATION, band_bytes, cast, join_sizes, meta_copy, vae_bytes, wrap_meta_errors
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of, without_encoding
 from scalediff.cascade.pipeline import call_stage, cascade_of
 from scalediff.cascade.placement import bytes_of, check_placement, is_offloaded, weights_of
@@ -164,14 +164,14 @@ def _doubled(value: Any, *, axis: int = 0) -> Any:
     return torch.cat([value] * 2, dim=axis) if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == 1 else value
 
 
-def joined_sizes(pipe: Any, size: tuple[int, int], batch: int) -> int:
+def joined_sizes(pipe: Any, size: tuple[int, int], batch: int, *, ranks: int = 1) -> int:
     """The argument `joined` of `streamed` with which pictures of (height, width) pixels fit beside the weights, or the last of them.
 
-    It depends on the device's total memory, as `needs_tiling` does.
+    `ranks` is the number of devices that share a picture's rows out. The result depends on the total memory, as that of `needs_tiling`.
     """
     total = total_bytes(pipe._execution_device)
     weights = bytes_of({"vae": pipe.vae}) if is_offloaded(pipe) else weights_of(pipe)
-    return 1 if total is None else join_sizes(pipe.vae, size, batch, total - sum(weights.values()) - MARGIN)
+    return 1 if total is None else join_sizes(pipe.vae, (size[0] // ranks, size[1]), batch, total - sum(weights.values()) - MARGIN)
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -197,20 +197,21 @@ def _read_kilobytes(file: str, field: str) -> int | None:
     return next((int(number) * 1024 for number in found), None)
 
 
-def needs_tiling(pipe: Any, size: tuple[int, int], batch: int) -> bool:
+def needs_tiling(pipe: Any, size: tuple[int, int], batch: int, *, ranks: int = 1) -> bool:
     """Whether the autoencoder needs tiling, because it would not fit beside the weights for pictures of (height, width) pixels.
 
-    This depends on the device's total memory, not on its free memory, so that a seed always gives the same picture. False if not known.
+    `ranks` is the number of devices that share a picture's rows out. The result depends on the device's total memory, not on its free
+    memory, so that a seed always gives the same picture. False if not known.
     """
     total = total_bytes(pipe._execution_device)
     if total is None or not hasattr(pipe.vae, "enable_tiling"):
         return False
     weights = bytes_of({"vae": pipe.vae}) if is_offloaded(pipe) else weights_of(pipe)
     try:
-        needed = FRAGMENTATION * vae_bytes(pipe.vae, size, batch, tiled=False)
+        held = vae_bytes(pipe.vae, size, batch, tiled=False) if ranks == 1 else band_bytes(pipe.vae, size, batch, ranks)
     except NotImplementedError:
         return False
-    return sum(weights.values()) + needed + MARGIN > total
+    return sum(weights.values()) + FRAGMENTATION * held + MARGIN > total
 
 
 def images_per_call(arguments: Mapping[str, Any]) -> int:

@@ -1,15 +1,17 @@
-"""What the ranks of a mesh must agree on before they draw a picture together."""
+"""What the ranks of a mesh must agree on before and while they draw a picture together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import distributed
 
 from scalediff.cascade.describing import package_version
 from scalediff.cascade.workdir import digest, fingerprint_weights
 from scalediff_kernels.distributed.groups import check_agreement, groups_of
+from scalediff_kernels.distributed.losses import naming_losses
 
 _OPTIONS = ("window", "text_queries", "text_rope", "jitter", "seed", "impl")
 
@@ -26,3 +28,16 @@ def check_ranks(denoiser: Any, mesh: Any, options: Mapping[str, Any]) -> None:
     }
     for group in groups_of(mesh):
         check_agreement(group, facts)
+
+
+def largest_of_ranks(value: int, groups: Iterable[Any]) -> int:
+    """The largest of the numbers that the ranks of a mesh have, on all of them; the number itself if there are no groups.
+
+    Raises LostRankError if a rank has ended.
+    """
+    for group in groups:
+        found = [0] * distributed.get_world_size(group)
+        with naming_losses(group, "comparing numbers"):
+            distributed.all_gather_object(found, value, group=group)
+        value = max(found)
+    return value

@@ -34,8 +34,10 @@ from scalediff.cascade.memory import images_per_call, joined_sizes, needs_tiling
 from scalediff.cascade.pictures import picture_at
 from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size, wrap_of
 from scalediff.cascade.progress import Progress
+from scalediff.cascade.ranks import largest_of_ranks
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, model_calls, recording_scheduler
+from scalediff.cascade.splitting import Split, split_autoencoder
 from scalediff.cascade.stage import prepare_stage, scalar
 from scalediff.cascade.workdir import SavedStage
 from scalediff.patching.handle import Handle
@@ -74,11 +76,22 @@ def run(
     restarts = len(sizes) - (given is None or given.strength is not None)
     check_run(pipe, arguments, sizes, settings, restarts=restarts)
     check_possible(pipe, arguments, sizes[-1])
-    with borrowed(pipe, settings, options.vae_attention, mesh=options.mesh) as handle:
+    with borrowed(pipe, settings, options.vae_attention, mesh=options.mesh) as handle, _split_autoencoder(pipe, handle, options) as split:
         jitter, calls = handle.jitter if handle is not None else "none", model_calls(pipe.scheduler, settings.steps)
         late = restarts + (given is not None and strength_steps(pipe, settings.steps, given.strength) < settings.steps)
         check_caches(pipe, settings, calls=calls, late=late, jitter=jitter, split_guidance=options.split_guidance)
-        return _Run(pipe, arguments, list(sizes), settings, options, handle, given).run_stages()
+        return _Run(pipe, arguments, list(sizes), settings, options, handle, given, split).run_stages()
+
+
+@contextmanager
+def _split_autoencoder(pipe: Any, handle: Handle | None, options: RunOptions) -> Iterator[Split | None]:
+    """Split the autoencoder over the ranks over which the denoiser is split, if it is; errors as in `split_autoencoder`."""
+    if handle is None or not handle.groups:
+        yield None
+        return
+    same = {"vae_tiling": options.vae_tiling, "vae_attention": options.vae_attention}
+    with split_autoencoder(pipe.vae, handle.groups, native_size(pipe), same) as split:
+        yield split
 
 
 class _Run:
@@ -97,9 +110,10 @@ class _Run:
         options: RunOptions,
         handle: Handle | None,
         given: Given | None,
+        split: Split | None,
     ) -> None:
-        self.pipe, self.arguments, self.sizes, self.settings, self.options, self.handle, self.given = (
-            pipe, arguments, sizes, settings, options, handle, given,
+        self.pipe, self.arguments, self.sizes, self.settings, self.options, self.handle, self.given, self.split = (
+            pipe, arguments, sizes, settings, options, handle, given, split,
         )  # fmt: skip
         self.base = sizes[0] if given is None else given.base
         self.base_steps = settings.steps if given is None else strength_steps(pipe, settings.steps, given.strength)
@@ -247,9 +261,9 @@ class _Run:
 
     @contextmanager
     def _stage_context(self, size: tuple[int, int], stage: str, in_tiles: bool | None = None) -> Iterator[None]:
-        """Run the autoencoder in parts where a size needs it, and explain out-of-memory errors."""
+        """Run the autoencoder in parts where a size needs it on any rank, and explain out-of-memory errors."""
         tiles = self._tiles(size) if in_tiles is None else in_tiles
-        joined = joined_sizes(self.pipe, size, images_per_call(self.arguments)) if tiles else 1
+        joined = self._largest(joined_sizes(self.pipe, size, images_per_call(self.arguments), ranks=self._ranks(size)) if tiles else 1)
         with tiled(self.pipe.vae, on=tiles, joined=joined):
             used = {"tiled": is_tiled(self.pipe.vae), "split": self.options.split_guidance}
             with out_of_memory(self.pipe, self.scheduler, self.arguments, size, stage, **used):
@@ -259,7 +273,15 @@ class _Run:
         """Whether to run the autoencoder in parts or in one piece; None leaves it unchanged."""
         if self.options.vae_tiling is not None:
             return self.options.vae_tiling
-        return needs_tiling(self.pipe, size, images_per_call(self.arguments)) or None
+        return bool(self._largest(needs_tiling(self.pipe, size, images_per_call(self.arguments), ranks=self._ranks(size)))) or None
+
+    def _ranks(self, size: tuple[int, int]) -> int:
+        """Number of ranks that share the pictures of a size out in the autoencoder."""
+        return 1 if self.split is None else self.split.ranks_at(*size)
+
+    def _largest(self, value: int) -> int:
+        """The largest of the numbers that the ranks have, over which the picture is split, if it is."""
+        return largest_of_ranks(value, () if self.handle is None else self.handle.groups)
 
     def _progress(self) -> Progress:
         calls = [self._calls(i) for i in range(1, len(self.sizes) + 1)]

@@ -5,6 +5,7 @@ activation. So the layers run band by band, as often as they have norms: every p
 last pass computes the output. Between groups of layers the activation is kept as a whole; inside a group nothing is kept. The layers at
 the size of the picture, whose activations are the largest, are one group; with less memory they are joined by those of the next sizes,
 which are then computed more often. The middle block runs as one piece, at the size of the latents, so that its attention sees all of them.
+Where ranks share the rows of a picture out, each runs the bands of its rows, and receives the halo of every group from its neighbours.
 
 Legend: B batch, C channels, G groups of a norm, Y x X rows and columns.
 """
@@ -20,9 +21,12 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from scalediff.cascade.band_statistics import Statistics, Unknown
+from scalediff.patching.bands import group_of_bands, over_ranks
 from scalediff.patching.circular import wraps_rows
+from scalediff_kernels.distributed.bands import neighbour_rows
 
 ELEMENTS = 2**27  # of the widest activation in a band, without its halo
 _STREAMED = "_scalediff_streamed"
@@ -50,71 +54,6 @@ class _Layer:
     def radius(self) -> int:
         """Rows that the layer sees above and below, of its output if it enlarges, otherwise of its input."""
         return sum((one.kernel_size[0] - 1) * one.dilation[0] // 2 for one in _modules(self.module, nn.Conv2d))
-
-
-class _Unknown(Exception):
-    """The statistics of a norm are not known yet; those of this band have been added to them."""
-
-
-class _Statistics:
-    """Mean and variance of the inputs of norms over all bands, and the norms with these.
-
-    Attributes:
-        band: First row of the band, its end, and the number of rows, in the input of the group with its halo.
-        whole: Whether this band is all there is, so that a norm is computed as usual.
-        pending: The norm whose statistics are being collected; None if all that were needed were known.
-    """
-
-    def __init__(self) -> None:
-        self.band, self.whole = (0, 0, 0), False
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin again, for another input."""
-        self.pending: nn.GroupNorm | None = None
-        self._known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._rows, self._mean, self._squares = 0, torch.empty(0), torch.empty(0)
-
-    def normalise(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
-        """The norm of a band `[B, C, Y, X]`, by the statistics of all bands.
-
-        Raises:
-            _Unknown: They are not known yet.
-        """
-        if self.whole:
-            return type(norm).forward(norm, x)
-        if norm not in self._known:
-            self._collect(norm, x)
-            raise _Unknown
-        scale, shift = self._known[norm]
-        return x.mul(scale).add_(shift).to(x.dtype)
-
-    def finish(self) -> None:
-        """Make scale and shift of the pending norm from the statistics of all bands."""
-        norm = self.pending
-        assert norm is not None
-        groups = norm.num_groups
-        scale = (self._squares / self._rows + norm.eps).rsqrt().repeat_interleave(norm.num_channels // groups, dim=1)
-        mean = self._mean.repeat_interleave(norm.num_channels // groups, dim=1)
-        if norm.affine:
-            scale = scale * norm.weight
-        shift = -mean * scale + (norm.bias if norm.affine else 0)
-        self._known[norm] = scale[..., None, None], shift[..., None, None]
-        self.pending, self._rows = None, 0
-
-    def _collect(self, norm: nn.GroupNorm, x: Tensor) -> None:
-        """Add the rows of the band, without its halo, to mean and sum of squared deviations `[B, G]`: Chan et al. 1979, equation 2.1."""
-        assert self.pending in (None, norm)
-        start, stop, rows = self.band
-        top, end = start * x.shape[2] // rows, stop * x.shape[2] // rows
-        values = x[:, :, top:end].to(torch.promote_types(x.dtype, torch.float32)).reshape(len(x), norm.num_groups, -1)
-        variance, mean = torch.var_mean(values, dim=-1, correction=0)
-        new, before = end - top, self._rows
-        if self.pending is None:
-            self.pending, self._mean, self._squares = norm, torch.zeros_like(mean), torch.zeros_like(mean)
-        delta, self._rows = mean - self._mean, before + new
-        self._squares += variance * new + delta**2 * (before * new / self._rows)
-        self._mean += delta * (new / self._rows)
 
 
 def stream_obstacle(vae: Any) -> str:
@@ -146,6 +85,11 @@ def is_streamed(vae: Any) -> bool:
     return _STREAMED in vae.__dict__
 
 
+def rows_of_halo(vae: Any) -> int:
+    """Rows of latents that a rank needs at least, so that its neighbours find every halo in them; 0 if an autoencoder is not streamed."""
+    return vae.__dict__.get(_STREAMED, 0)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def streamed(vae: Any, *, joined: int = 1, elements: int | None = None) -> Iterator[None]:
     """Make an autoencoder encode and decode in bands of rows; it is restored on exit.
@@ -163,18 +107,22 @@ def streamed(vae: Any, *, joined: int = 1, elements: int | None = None) -> Itera
     if obstacle := stream_obstacle(vae):
         raise NotImplementedError(f"an autoencoder in bands must have layers that see a few rows: {obstacle}")
     with ExitStack() as undo:
+        vae.__dict__[_STREAMED] = 0
+        undo.callback(vae.__dict__.pop, _STREAMED)
         for part in (vae.encoder, vae.decoder):
-            statistics = _Statistics()
+            statistics = Statistics()
             groups = _groups(part, statistics, joined)
+            size = Fraction(2 ** (len(_blocks(part)) - 1) if hasattr(part, "down_blocks") else 1)  # in rows of latents
+            for group in groups:
+                vae.__dict__[_STREAMED] = max(vae.__dict__[_STREAMED], math.ceil(_halo(group) / size))
+                size *= math.prod(Fraction(layer.up, layer.down) for layer in group)
             run = functools.partial(_run_groups, groups, elements=elements or ELEMENTS)
             outer = [part.conv_in, *part.down_blocks] if hasattr(part, "down_blocks") else [*part.up_blocks, *_tail(part)]
             runner = outer[-1] if hasattr(part, "down_blocks") else outer[0]
             for norm in _modules(nn.ModuleList(_blocks(part)), nn.GroupNorm):
-                undo.enter_context(_forward_replaced(norm, functools.partial(statistics.normalise, norm)))
+                undo.enter_context(forward_replaced(norm, functools.partial(statistics.normalise, norm)))
             for module in outer:
-                undo.enter_context(_forward_replaced(module, functools.partial(run, statistics) if module is runner else _unchanged))
-        vae.__dict__[_STREAMED] = True
-        undo.callback(vae.__dict__.pop, _STREAMED)
+                undo.enter_context(forward_replaced(module, functools.partial(run, statistics) if module is runner else _unchanged))
         yield
 
 
@@ -183,7 +131,7 @@ def _unchanged(x: Tensor, *_: Any) -> Tensor:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replace the forward of one module."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -213,7 +161,7 @@ def _tail(part: Any) -> list[Any]:
     return [part.conv_norm_out, part.conv_act, part.conv_out]
 
 
-def _groups(part: Any, statistics: _Statistics, joined: int) -> list[list[_Layer]]:
+def _groups(part: Any, statistics: Statistics, joined: int) -> list[list[_Layer]]:
     """The layers outside of the middle block in groups, between which the activation is kept.
 
     The `joined` blocks of the largest sizes are one group, with the layers between them and the picture. Of the others every residual
@@ -244,44 +192,57 @@ def _layer(module: Any) -> _Layer:
 
 
 @torch.no_grad()
-def _run_groups(groups: Sequence[Sequence[_Layer]], statistics: _Statistics, x: Tensor, *_: Any, elements: int) -> Tensor:
-    """The output of all groups for the input of the first; what is between them is overwritten where its size stays."""
+def _run_groups(groups: Sequence[Sequence[_Layer]], statistics: Statistics, x: Tensor, *_: Any, elements: int) -> Tensor:
+    """The output of all groups for the input of the first; what is between them is overwritten where its size stays.
+
+    Where ranks share a picture out, these are a rank's own rows.
+    """
+    ranks = group_of_bands()
     try:
-        for index, group in enumerate(groups):
-            x = _run_group(group, statistics, x, elements, overwrite=index > 0)
+        with over_ranks(None):
+            for index, group in enumerate(groups):
+                x = _run_group(group, statistics, x, elements, ranks, overwrite=index > 0)
     finally:
         statistics.forget()
     return x
 
 
-def _run_group(group: Sequence[_Layer], statistics: _Statistics, x: Tensor, elements: int, *, overwrite: bool) -> Tensor:
+def _run_group(group: Sequence[_Layer], statistics: Statistics, x: Tensor, elements: int, ranks: Any, *, overwrite: bool) -> Tensor:
     """The output of a group of layers: passes over the bands until the statistics of every norm are known, and one that computes it."""
-    height, (rows, halo) = x.shape[2], _band(group, x, elements)
+    height, (rows, halo), above = x.shape[2], _band(group, x, elements), 0
+    if ranks is not None:
+        upper, lower = distributed.get_rank(ranks) > 0, distributed.get_rank(ranks) < distributed.get_world_size(ranks) - 1
+        parts = neighbour_rows(x, halo, halo, ranks)
+        x, above, overwrite = torch.cat(parts[1 - upper : 2 + lower], dim=2), halo * upper, True
+    own = x[:, :, above : above + height]
     while True:
         out: Tensor | None = None
         waiting: tuple[int, Tensor] | None = None  # a band is written when the next has been read, which needs its rows unchanged
         for start in _starts(height, rows, meta=x.is_meta):
             stop = min(start + rows, height)
-            top, end = max(0, start - halo), min(height, stop + halo)
-            statistics.band, statistics.whole = (start - top, stop - top, end - top), stop - start == height
+            top, end = max(0, above + start - halo), min(x.shape[2], above + stop + halo)
+            statistics.band, statistics.whole = (
+                (above + start - top, above + stop - top, end - top),
+                stop - start == height and ranks is None,
+            )
             try:
                 y = functools.reduce(lambda value, layer: layer.run(value), group, x[:, :, top:end])
-            except _Unknown:
+            except Unknown:
                 continue
             if statistics.whole:
                 return y
             scale = Fraction(y.shape[2], end - top)
             if out is None:
                 size = len(x), y.shape[1], int(height * scale), y.shape[3]
-                out = x if overwrite and size == x.shape and y.dtype == x.dtype else _empty(y, size)
-            core = y[:, :, int((start - top) * scale) : int((stop - top) * scale)]
+                out = own if overwrite and size == own.shape and y.dtype == x.dtype else _empty(y, size)
+            core = y[:, :, int((above + start - top) * scale) : int((above + stop - top) * scale)]
             _write(out, waiting)
             waiting = int(start * scale), core
         if statistics.pending is None:
             assert out is not None
             _write(out, waiting)
             return out
-        statistics.finish()
+        statistics.finish(ranks)
 
 
 def _empty(like: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -302,18 +263,27 @@ def _starts(height: int, rows: int, *, meta: bool) -> list[int]:
     return list(range(0, height, rows))[: 2 if meta else None]
 
 
-def _band(group: Sequence[_Layer], x: Tensor, elements: int) -> tuple[int, int]:
-    """Rows of a band in the input of a group, and rows of its halo. Both are multiples of what the group reduces to one row."""
-    scale, widest, seen = Fraction(1), Fraction(x.shape[1]), Fraction(0)
+def _halo(group: Sequence[_Layer]) -> int:
+    """Rows above and below a band that a group of layers sees, of its input; a multiple of what the group reduces to one row."""
+    scale, seen = Fraction(1), Fraction(0)
     for layer in group:
         scale *= layer.up
         seen += layer.radius / scale
+        scale /= layer.down
+    multiple = math.prod(layer.down for layer in group)
+    return math.ceil(seen / multiple) * multiple
+
+
+def _band(group: Sequence[_Layer], x: Tensor, elements: int) -> tuple[int, int]:
+    """Rows of a band in the input of a group, and rows of its halo. Both are multiples of what the group reduces to one row."""
+    scale, widest = Fraction(1), Fraction(x.shape[1])
+    for layer in group:
+        scale *= layer.up
         channels = max((max(conv.in_channels, conv.out_channels) for conv in _modules(layer.module, nn.Conv2d)), default=0)
         widest = max(widest, channels * scale**2)
         scale /= layer.down
-    multiple = math.prod(layer.down for layer in group)
+    multiple, halo = math.prod(layer.down for layer in group), _halo(group)
     if x.shape[2] % multiple:  # such rows cannot be cut
         return x.shape[2], 0
-    halo = math.ceil(seen / multiple) * multiple
     rows = int(elements / (widest * x.shape[3] * len(x))) // multiple * multiple
     return max(rows, halo, multiple), halo

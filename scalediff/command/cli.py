@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     upscale.add_argument(
         "--strength", type=float, metavar="S", help="change the picture: share of the schedule that is run on it, in (0, 1]"
     )
+    upscale.add_argument("--split-picture", action="store_true", help="under torchrun: the processes draw together, each a band of rows")
     _add_run_options(upscale)
 
     plan = subparsers.add_parser(

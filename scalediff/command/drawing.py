@@ -37,6 +37,8 @@ from scalediff.cost.recorded import recorded_work
 from scalediff.draw import generate, upscale
 from scalediff.settings import Settings
 
+SILENT = {"on_step": None, "progress": False}  # arguments of a process that saves no picture
+
 
 def generate_pictures(options: Namespace) -> None:
     """Generate a picture for every prompt and seed, and save every stage; with --compare, save a comparison too."""
@@ -90,7 +92,7 @@ def prepare(options: Namespace, first: Job, *, several: bool) -> tuple[Any, Call
         if saves:
             _generate_one(pipe, options, job, size, arguments, facts, settings)
         else:
-            generate(pipe, job.prompt, height=size[0], width=size[1], **(arguments | {"on_step": None, "progress": False}))
+            generate(pipe, job.prompt, height=size[0], width=size[1], **(arguments | SILENT))
 
     return pipe, draw
 
@@ -114,7 +116,9 @@ def _generate_one(
 
 def upscale_pictures(options: Namespace) -> None:
     """Upscale a picture once for every seed, and save every stage."""
-    check_one_process("upscale")
+    if not options.split_picture:
+        check_one_process("upscale", "--split-picture draws every picture together")
+    check_together(options)
     jobs = plan_jobs(options, [options.prompt], name=options.file.stem)
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
         raise UsageError(f"--out must not be the input picture, got {options.file}")
@@ -131,13 +135,16 @@ def upscale_pictures(options: Namespace) -> None:
     check_scheduler(pipe.scheduler)
     stage_sizes(pipe, height, width, wrap=wrap_of(pipe, settings))
     print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
-    for job in jobs:
-        print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
-        with _stage_saver(pipe, options, job, facts) as (save, _):
+    with process_group(options), drawing_together(options, pipe) as saves:
+        for job in jobs:
+            print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
             arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(jobs) > 1)
-            arguments |= {"mask_image": mask, "strength": options.strength}
-            result = upscale(pipe, image, job.prompt, height=height, width=width, **arguments, on_stage=save)
-            print_result(result, options, job)
+            arguments |= {"mask_image": mask, "strength": options.strength, "height": height, "width": width}
+            if not saves:
+                upscale(pipe, image, job.prompt, **(arguments | SILENT))
+                continue
+            with _stage_saver(pipe, options, job, facts) as (save, _):
+                print_result(upscale(pipe, image, job.prompt, **arguments, on_stage=save), options, job)
 
 
 @contextmanager

@@ -45,17 +45,15 @@ def device_name(options: Namespace) -> str:
     return f"cuda:{local}" if name == "auto" and local is not None and torch.cuda.is_available() else name
 
 
-def check_one_process(command: str) -> None:
+def check_one_process(command: str, advice: str = "`scalediff generate` shares pictures out") -> None:
     """Check that torchrun has not started several processes of a command that does not share its work out.
 
     Raises:
-        UsageError: It has: all of them would draw the same pictures into the same files.
+        UsageError: It has: all of them would draw the same pictures into the same files. The message ends in the advice.
     """
     world = place().world
     if world > 1:
-        raise UsageError(
-            f"scalediff {command} runs in one process; under torchrun, `scalediff generate` shares pictures out, got WORLD_SIZE={world}"
-        )
+        raise UsageError(f"scalediff {command} runs in one process; under torchrun, {advice}, got WORLD_SIZE={world}")
 
 
 def own_jobs(options: Namespace, jobs: Sequence[Job]) -> list[Job]:
@@ -89,10 +87,10 @@ def check_together(options: Namespace) -> None:
         return
     if options.workdir is not None:
         raise UsageError("--workdir is not supported with --split-picture: processes that end at different stages could not go on together")
-    if options.compare or options.method != "scalediff":
+    if getattr(options, "compare", False) or getattr(options, "method", "scalediff") != "scalediff":  # `upscale` has neither
         raise UsageError("--split-picture is for ScaleDiff alone: leave out --compare and --method")
     if place().world == 1:
-        raise UsageError("--split-picture needs several processes: start them with torchrun --nproc-per-node N -m scalediff generate ...")
+        raise UsageError("--split-picture needs several processes: start them with torchrun --nproc-per-node N -m scalediff ...")
 
 
 @contextmanager

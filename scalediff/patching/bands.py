@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from scalediff.patching.halves import GUIDANCE, Halves, with_output
-from scalediff.patching.interception import current
 from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
 from scalediff_kernels.distributed.groups import group_of
 
@@ -69,11 +69,8 @@ class Bands:
 
     def _run_band(self, method: Callable[..., Any], **given: Any) -> Any:
         given |= {name: self._band(given.get(name)) for name in (self._parameters[0], *_RESIDUALS) if name in given}
-        _swap.acquire()
-        try:
+        with over_ranks(self.group):
             result = method(**given)
-        finally:
-            _swap.release()
         return with_output(result, lambda out: gather_bands(out, self.group))
 
     def _band(self, value: Any) -> Any:
@@ -91,17 +88,37 @@ def _check_parts(module: nn.Module, given: Mapping[str, Any]) -> None:
         raise NotImplementedError("mesh= does not split FreeU's Fourier transforms: call disable_freeu()")
 
 
-def _group() -> Any:
-    """The process group of this thread's pass; None outside of passes that are split in bands."""
-    opened = current()
-    return None if opened is None or opened.split is None else opened.split.group
+class _Thread(threading.local):
+    group: Any = None
+
+
+_thread = _Thread()
+
+
+def group_of_bands() -> Any:
+    """The process group whose ranks have the bands that this thread computes at present; None if it computes whole pictures."""
+    return _thread.group
+
+
+@contextmanager
+def over_ranks(group: Any) -> Iterator[None]:
+    """Let this thread's convolutions and group norms compute this rank's band of a picture; what they are given if `group` is None."""
+    before, _thread.group = _thread.group, group
+    if group is not None:
+        _swap.acquire()
+    try:
+        yield
+    finally:
+        if group is not None:
+            _swap.release()
+        _thread.group = before
 
 
 def _conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
     """Replacement for `F.conv2d`."""
-    group = _group()
+    group = group_of_bands()
     if group is None:
         out: Tensor = _swap.originals["conv2d"](input, weight, bias, stride, padding, dilation, groups)
         return out
@@ -110,7 +127,7 @@ def _conv2d(
 
 def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Replacement for `F.group_norm`."""
-    group = _group()
+    group = group_of_bands()
     if group is None:
         out: Tensor = _swap.originals["group_norm"](input, num_groups, weight, bias, eps)
         return out

@@ -45,8 +45,8 @@ def _runners() -> tuple[Callable[..., Any], Callable[..., Any]]:
             result = method(*args, **kwargs) if split is None else split.run(module, method, args, kwargs)
             finished = True
         except RuntimeError as error:
-            if target.group is not None:  # also in a collective of diffusers
-                check_losses(target.group, "running the model", error)
+            for group in target.groups:  # also in a collective of diffusers
+                check_losses(group, "running the model", error)
             raise
         finally:
             if opened is not None:

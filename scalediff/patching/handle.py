@@ -157,6 +157,11 @@ class Handle:
         return self._targets[0].options
 
     @property
+    def groups(self) -> tuple[Any, ...]:
+        """The process groups of `mesh=`: first that over whose ranks pictures above the native area are split by rows. Empty without."""
+        return self._targets[0].groups
+
+    @property
     def model(self) -> Any:
         """The pipeline or module that was patched; None once it has been garbage-collected."""
         return self._model()

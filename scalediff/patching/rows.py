@@ -81,17 +81,18 @@ def pass_facts(layout: Layout, jitter: str, arguments: Mapping[str, Any]) -> dic
 
     Tensors, also those in dictionaries and lists, are compared by shape, dtype and the sum of their bytes.
     """
-    return {"the token layout": repr(layout), "the jitter": jitter, **_tensor_facts(arguments, "")}
+    return {"the token layout": repr(layout), "the jitter": jitter, **tensor_facts(arguments)}
 
 
-def _tensor_facts(values: Mapping[Any, Any], prefix: str) -> dict[str, str]:
+def tensor_facts(values: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    """Shape, dtype and the sum of the bytes of every tensor, by name."""
     facts: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
             total = int(value.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
             facts[f"{prefix}{name}"] = f"{tuple(value.shape)} of {value.dtype} with the checksum {total}"
         elif isinstance(value, dict):
-            facts |= _tensor_facts(value, f"{prefix}{name}.")
+            facts |= tensor_facts(value, f"{prefix}{name}.")
         elif isinstance(value, list | tuple):
-            facts |= _tensor_facts(dict(enumerate(value)), f"{prefix}{name}.")
+            facts |= tensor_facts(dict(enumerate(value)), f"{prefix}{name}.")
     return facts

@@ -130,8 +130,7 @@ class Target:
         self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
         self._rotation = family.rotation(denoiser) if options.text_rope else None
         self.offsets = Offsets(jitter, seed)
-        self._read = Reader()
-        self._plans: dict[Any, AttentionPlan] = {}
+        self._read, self._plans = Reader(), dict[Any, AttentionPlan]()
 
     @property
     def active(self) -> bool:
@@ -143,9 +142,9 @@ class Target:
         (_active.add if value else _active.discard)(self)
 
     @property
-    def group(self) -> Any:
-        """A process group over whose ranks `patch_model` split the denoiser's tokens or batch; None if it did not."""
-        return None if self._split is None else self._split.groups[0]
+    def groups(self) -> tuple[Any, ...]:
+        """The process groups over whose ranks the denoiser is split, that of the rows first; empty if it is not split."""
+        return () if self._split is None else self._split.groups
 
     def split_over(self, mesh: Any) -> None:
         """Split the denoiser's tokens or batch over the ranks of a mesh; errors as in `splits.split_over`."""
@@ -164,7 +163,7 @@ class Target:
         outer = current()
         if not self.active or (outer is not None and outer.owner is self):
             return None
-        if self.group is not None or is_parallel(module):
+        if self.groups or is_parallel(module):
             check_ranks(module)
         if self.attention == "full" and not needs_equal_parts(module, self.family):
             return None

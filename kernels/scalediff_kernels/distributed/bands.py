@@ -14,6 +14,8 @@ from torch import Tensor, distributed
 from scalediff_kernels.distributed.groups import all_gather
 from scalediff_kernels.distributed.losses import naming_losses
 
+_ELEMENTS = 2**26  # of a picture that a norm copies at once
+
 
 def convolve_band(
     x: Tensor,
@@ -53,7 +55,7 @@ def convolve_band(
     if rows % steps[0] or rows < max(above, below):
         raise ValueError(f"a band must have rows that are a multiple of stride={steps[0]}, at least {max(above, below)}, got {rows}")
     if above or below:
-        x = torch.cat(_neighbours(x, above, below, group), dim=2)
+        x = torch.cat(neighbour_rows(x, above, below, group), dim=2)
     return torch.conv2d(x, weight, bias, steps, (0, pads[1]), spread, groups)
 
 
@@ -62,7 +64,7 @@ def normalise_band(
 ) -> Tensor:
     """`F.group_norm` of a picture `[B, C, ...]`, of which each rank of `group` has an equal part; all ranks must call it.
 
-    Means and squared deviations of the parts are gathered and merged in the order of the ranks, in at least fp32.
+    Means and variances of the parts are gathered and merged in the order of the ranks, in at least fp32.
 
     Args:
         x: This rank's part.
@@ -73,21 +75,31 @@ def normalise_band(
         This rank's part of the result, with the dtype of x; fp32 under autocast, as `F.group_norm`.
     """
     cast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
-    values = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], num_groups, -1)
-    mean = values.mean(-1)
-    own = torch.stack([mean, (values - mean[..., None]).square().sum(-1)])
+    wide, grouped = torch.promote_types(x.dtype, torch.float32), x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, -1)
+    at_once = max(1, num_groups * _ELEMENTS // x.numel())  # groups, whose copies in fp32 are in memory together
+    found = [torch.var_mean(part.to(wide), (2, 3), correction=0) for part in grouped.split(at_once, dim=1)]
+    variance, mean = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    mean, variance = merge_statistics(mean, variance, group)
+    factor = (variance + eps).rsqrt()
+    out = torch.empty(x.shape, device=x.device, dtype=wide if cast else x.dtype)
+    for start, part in zip(range(0, num_groups, at_once), grouped.split(at_once, dim=1), strict=True):
+        chosen = slice(start, start + at_once)
+        values = (part.to(wide) - mean[:, chosen, None, None]).mul_(factor[:, chosen, None, None])
+        if weight is not None:
+            values.mul_(weight.to(wide).view(1, num_groups, -1, 1)[:, chosen])
+        if bias is not None:
+            values.add_(bias.to(wide).view(1, num_groups, -1, 1)[:, chosen])
+        out.view(grouped.shape)[:, chosen] = values
+    return out
+
+
+def merge_statistics(mean: Tensor, variance: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a whole from those of as many values on each rank, merged in the order of the ranks; all must call it."""
+    own = torch.stack([mean, variance])
     parts = own.new_empty(distributed.get_world_size(group), *own.shape)
     all_gather(parts.flatten(0, 1), own, group)
-    whole = parts[:, 0].mean(0)
-    count = values.shape[-1]
-    deviation = (parts[:, 1] + count * (parts[:, 0] - whole).square()).sum(0) / (count * parts.shape[0])
-    values = ((values - whole[..., None]) * (deviation[..., None] + eps).rsqrt()).view(x.shape)
-    channels = (1, -1, *[1] * (x.ndim - 2))
-    if weight is not None:
-        values = values * weight.to(values.dtype).view(channels)
-    if bias is not None:
-        values = values + bias.to(values.dtype).view(channels)
-    return values if cast else values.to(x.dtype)
+    mean = parts[:, 0].mean(0)
+    return mean, (parts[:, 1] + (parts[:, 0] - mean).square()).mean(0)
 
 
 def gather_bands(x: Tensor, group: Any) -> Tensor:
@@ -98,8 +110,12 @@ def gather_bands(x: Tensor, group: Any) -> Tensor:
     return whole.movedim(0, 2)
 
 
-def _neighbours(x: Tensor, above: int, below: int, group: Any) -> list[Tensor]:
-    """Rows of the band above, the band, and rows of the band below; zeros outside of the picture."""
+def neighbour_rows(x: Tensor, above: int, below: int, group: Any) -> list[Tensor]:
+    """Rows of the band above, the band `[B, C, Y, X]`, and rows of the band below; zeros outside of the picture. All ranks must call it.
+
+    Raises:
+        RuntimeError: A rank has ended: the message names it.
+    """
     rank, last = distributed.get_rank(group), distributed.get_world_size(group) - 1
     upper, lower = (x.new_zeros(*x.shape[:2], n, x.shape[3]) for n in (above, below))
     messages = [

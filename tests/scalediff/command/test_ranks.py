@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from scalediff.command.cli import main
 from scalediff.command.loading import UsageError
 from scalediff.command.ranks import Place, device_name, place
 
-pytest.importorskip("PIL.Image")
+Image = pytest.importorskip("PIL.Image")
 
 FAST = ["--size", "96", "--steps", "2", "--restart", "0.5", "--quiet"]
 
@@ -147,7 +148,40 @@ def test_other_commands_run_in_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     picture = tmp_path / "moon.png"
     assert main([command, *([str(picture)] if command == "upscale" else []), "a moon", "--out", str(tmp_path / "out.png")]) == 2
-    assert f"scalediff {command} runs in one process; under torchrun, `scalediff generate` shares" in capsys.readouterr().err
+    advice = "--split-picture draws every picture together" if command == "upscale" else "`scalediff generate` shares pictures out"
+    assert f"scalediff {command} runs in one process; under torchrun, {advice}, got WORLD_SIZE=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_processes_upscale_a_picture_together(saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them saves it and shows the progress."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(drawing, "drawing_together", lambda options, pipe: nullcontext(saves))
+    monkeypatch.setattr(drawing, "upscale", lambda pipe, image, prompt, **how: calls.append(how))
+    monkeypatch.setattr(drawing, "print_result", lambda *what: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    picture = tmp_path / "moon.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    assert main(["upscale", str(picture), "a moon", "--split-picture", "--preview", "1", "--out", str(tmp_path / "out.png")]) == 0
+    assert [(how["height"], how["width"], "on_stage" in how) for how in calls] == [(128, 128, saves)]
+    assert (calls[0]["on_step"] is not None, calls[0]["progress"]) == (saves, saves)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "message"),
+    [
+        (["--split-picture"], 1, "--split-picture needs several processes: start them with torchrun"),
+        (["--split-picture", "--workdir", "w"], 2, "--workdir is not supported with --split-picture"),
+    ],
+)
+def test_what_processes_cannot_upscale_together(
+    arguments: list[str], world: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    picture = tmp_path / "moon.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    assert main(["upscale", str(picture), "a moon", "--out", str(tmp_path / "out.png"), *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_place_of_a_process() -> None:
