@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import scalediff
@@ -278,9 +278,10 @@ def call_demo(pipe: Any) -> tuple[Any, Tensor]:
 
 
 def drawn_in_halves() -> list[tuple[Any, Tensor]]:
-    """A cascade whose guidance is split too."""
+    """A cascade whose guidance is split: alone over two ranks, over more together with the rows."""
     world = distributed.get_world_size()
-    return arrays(draw_sdxl(mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("guidance", "rows"))))
+    shape, names = ((2,), ("guidance",)) if world == 2 else ((2, world // 2), ("guidance", "rows"))
+    return arrays(draw_sdxl(mesh=init_device_mesh("cpu", shape, mesh_dim_names=names)))
 
 
 def draw_sdxl(**options: Any) -> Any:
@@ -298,6 +299,7 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "inpainting": ("StableDiffusionInpaintPipeline", {"strength": 0.8, "mask_image": right_half((32, 32))}),
     "mask among the channels": ("", {"strength": 0.8, "mask_image": right_half((32, 32))}),
     "a larger picture": ("StableDiffusionXLInpaintPipeline", {"strength": 0.3, "mask_image": right_half((32, 32))}),
+    "ControlNet": ("StableDiffusionXLControlNetImg2ImgPipeline", {"strength": 0.8}),
 }
 
 
@@ -305,25 +307,20 @@ def change(name: str, **options: Any) -> Any:
     """A picture of 32 x 32 pixels, twice the native side, or of the native size, that is changed."""
     kind, how = CHANGED[name]
     pipe, call = changing(kind) if kind else conditioned_on_the_picture()
-    for part in (pipe.unet, pipe.vae):
-        part.double()
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.double()
     call = {key: x.double() if isinstance(x, Tensor) else x for key, x in call.items()}
     side = 16 if name == "upscale" else 32
     sizes = {"height": 32, "width": 32, "steps": 3, "restart": 0.5}
-    return scalediff.upscale(pipe, picture_of((side, side)), None, **sizes, generator=seeded(), call=call, **how, **options)
+    return scalediff.upscale(
+        pipe, picture_of((side, side)), call.pop("prompt", None), **sizes, generator=seeded(), call=call, **how, **options
+    )
 
 
 def changed() -> dict[str, Any]:
-    """Pictures that all ranks change together; and what is said of what cannot be split."""
-    found: dict[str, Any] = {name: arrays(change(name, mesh=distributed.group.WORLD)) for name in CHANGED}
-    pipe, call = changing("StableDiffusionXLControlNetImg2ImgPipeline")
-    prompt = call.pop("prompt")
-    try:
-        more: dict[str, Any] = {"generator": seeded(), "call": call, "mesh": distributed.group.WORLD}
-        scalediff.upscale(pipe, picture_of((32, 32)), prompt, height=64, width=64, **more)
-    except NotImplementedError as error:
-        found["ControlNet"] = str(error)
-    return found
+    """Pictures that all ranks change together."""
+    return {name: arrays(change(name, mesh=distributed.group.WORLD)) for name in CHANGED}
 
 
 def with_workdir() -> dict[str, str]:
@@ -342,7 +339,7 @@ def with_workdir() -> dict[str, str]:
     return said
 
 
-CASES: dict[str, Callable[[], Any]] = {
-    case.__name__: case
-    for case in (split_rows, streamed_rows, rounded, whole_on_every_rank, different, parts_on_one_rank, drawn, changed, with_workdir)
-}
+_ALL = (
+    split_rows, streamed_rows, rounded, whole_on_every_rank, different, parts_on_one_rank, drawn, drawn_in_halves, changed, with_workdir,
+)  # fmt: skip
+CASES: dict[str, Callable[[], Any]] = {case.__name__: case for case in _ALL}

@@ -119,7 +119,9 @@ def assert_same_stages(found: list[tuple[Any, Tensor]], expected: list[tuple[Any
 
 def test_the_whole_cascade_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
     one, other = (found["drawn"] for found in two)
-    assert_same_stages(one["SDXL"], arrays(split_ranks.draw_sdxl()))
+    expected = arrays(split_ranks.draw_sdxl())
+    assert_same_stages(one["SDXL"], expected)
+    assert_same_stages(two[0]["drawn_in_halves"], expected)
     pipe = scalediff.load_demo().to(torch.float64)
     assert_same_stages(one["demo"], arrays(split_ranks.draw_demo(pipe)))
     with scalediff.patch_model(pipe):
@@ -142,9 +144,8 @@ def test_ranks_change_a_picture_together(name: str, two: list[dict[str, Any]]) -
     assert torch.equal(two[0]["changed"][name][-1][1], two[1]["changed"][name][-1][1])
 
 
-def test_what_ranks_cannot_change_together(two: list[dict[str, Any]]) -> None:
+def test_a_run_that_cannot_be_resumed_or_repeated_by_all_ranks(two: list[dict[str, Any]]) -> None:
     for found in two:
-        assert found["changed"]["ControlNet"] == "mesh= splits a pipeline without ControlNets, got ControlNetModel"
         contract = "mesh needs a generator in the same state on all ranks, and no workdir, got "
         assert found["with_workdir"]["workdir"].startswith(contract)
         assert found["with_workdir"]["workdir"].endswith("and workdir='here'")
@@ -165,8 +166,8 @@ def test_a_band_needs_a_fraction_of_the_memory() -> None:
 
 @pytest.mark.slow
 def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
-    names = "split_rows", "drawn", "changed"
-    cases = {name: split_ranks.CASES[name] for name in names} | {"drawn_in_halves": split_ranks.drawn_in_halves}
+    names = "split_rows", "drawn", "drawn_in_halves", "changed"
+    cases = {name: split_ranks.CASES[name] for name in names}
     found = ranks.run(4, cases, tmp_path, seconds=600)
     for name in SPLIT.keys() - {"odd rows"}:  # 6, of latents
         check_split(found[3]["split_rows"][name], name, 4)

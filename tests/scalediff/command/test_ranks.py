@@ -156,6 +156,7 @@ def test_other_commands_run_in_one_process(
 def test_processes_upscale_a_picture_together(saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them saves it and shows the progress."""
     calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(drawing, "process_group", nullcontext)
     monkeypatch.setattr(drawing, "drawing_together", lambda options, pipe: nullcontext(saves))
     monkeypatch.setattr(drawing, "upscale", lambda pipe, image, prompt, **how: calls.append(how))
     monkeypatch.setattr(drawing, "print_result", lambda *what: None)
