@@ -98,8 +98,16 @@ class _StoredForward:
     def __get__(self, module: Any, cls: type | None = None) -> _StoredForward:
         return self  # as a bound method does: cache-dit binds the forward that it gives back
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
+        """Copies and pickles hold the forward itself: a hook may give this object back after the patch is undone."""
+        return _same, (self._forward,)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # kept away from torch.compile when a model is first patched
         return _runners()[1](self._module, self._forward, args, kwargs)
+
+
+def _same(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
 
 
 def _forward_attribute(method: Callable[..., Any]) -> Any:

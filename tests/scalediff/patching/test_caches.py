@@ -143,7 +143,7 @@ def test_ranks_do_not_decide_by_their_own_tokens(name: str, attention: Any, spli
     with patch(model) as handle:
         handle.attention = attention
         if split_by == "mesh":
-            monkeypatch.setattr(Target, "group", "a group")  # mesh= needs accelerators for this model
+            monkeypatch.setattr(Target, "groups", ("a group",))  # mesh= needs accelerators for this model
         else:
             monkeypatch.setattr(model, "_parallel_config", SimpleNamespace(context_parallel_config=object()))
         with pytest.raises(

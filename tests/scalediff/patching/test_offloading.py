@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -135,3 +136,16 @@ def test_a_hook_that_comes_and_goes_twice_leaves_nothing_of_the_patch() -> None:
         pickle.loads(pickle.dumps(unet, 0))
     assert unet.__dict__["forward"] == own
     pickle.loads(pickle.dumps(unet, 0))
+
+
+def test_a_hook_that_is_removed_after_the_patch_leaves_nothing_in_copies_and_pickles(demo: Any) -> None:
+    """It came while the model was patched, and gives back what it read then."""
+    unet = copy.deepcopy(demo.unet)
+    own = unet.__dict__["forward"] = type(unet).forward.__get__(unet)
+    with scalediff.patch_model(unet, window=WINDOW):
+        accelerate.hooks.add_hook_to_module(unet, accelerate.hooks.ModelHook())
+    accelerate.hooks.remove_hook_from_module(unet)
+    assert unet.forward is not own
+    for twin in (copy.deepcopy(unet), *(pickle.loads(pickle.dumps(unet, protocol)) for protocol in (0, 2, 5))):
+        assert twin.__dict__["forward"] == twin.forward == type(twin).forward.__get__(twin)
+        assert torch.equal(forward(twin, (32, 32)), forward(demo.unet, (32, 32)))
