@@ -49,6 +49,16 @@ def by_rows(kind: str, rule: str) -> dict[str, Any]:
     return found | {"restored": state_of(model) == before, "alone": output(model, inputs(kind, GRID, text=text))}
 
 
+def patched_again() -> dict[str, Any]:
+    """A model whose split is replaced by the same again, and that is unpatched then."""
+    model, everyone = build("FLUX.1"), distributed.group.WORLD
+    before = state_of(model)
+    scalediff.patch_model(model, window=WINDOW, mesh=everyone)
+    with scalediff.patch_model(model, window=WINDOW, mesh=everyone):
+        above = output(model, inputs("FLUX.1", GRID))
+    return {"above": above, "restored": state_of(model) == before}
+
+
 def odd_heads() -> dict[str, Tensor]:
     """A number of heads that the processes do not divide."""
     model = build("FLUX.1", heads=3)
@@ -280,5 +290,5 @@ UNETS = {
     f"{kind} by rows, {guidance} halves": functools.partial(unet_by_rows, kind, guidance)
     for kind, guidance in (("SD1.5", 1), ("SDXL", 1), ("SDXL", 2), ("U-Net without text", 1))
 }
-OTHERS = (refused_by_rows, missing_pictures, drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows)
+OTHERS = (refused_by_rows, patched_again, missing_pictures, drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows)
 CASES: dict[str, Callable[[], Any]] = BY_ROWS | UNETS | {case.__name__: case for case in OTHERS}

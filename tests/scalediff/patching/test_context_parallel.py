@@ -210,7 +210,7 @@ def test_halves_of_a_batch_give_what_one_process_gives(name: str, two: list[dict
     model, given = ZOO[kind].build().double(), row_ranks.unet_inputs(kind, GRID)
     with scalediff.patch_model(model, window=WINDOW):
         assert_same(found["above"], output(model, given))
-        assert_same(found["single"], output(model, {name: half_ranks.half(x) for name, x in given.items()}))
+        assert_same(found["single"], output(model, half_ranks.first_sample(given)))
         assert_same(found["native"], output(model, row_ranks.unet_inputs(kind, WINDOW)))
     assert torch.equal(found["above"], two[1][name]["above"])
     assert found["calls"] == {"patched"}
@@ -288,6 +288,12 @@ def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
         assert said["tokens"].startswith("mesh= does not split full attention of a U-Net: image and text have the same number of tokens")
         assert said["PAG"].startswith("a mesh with guidance halves the batch, which perturbed-attention guidance needs whole")
         assert "runs full attention" in said["own"]
+
+
+def test_a_split_model_can_be_patched_again(two: list[dict[str, Any]]) -> None:
+    for found in (found["patched_again"] for found in two):
+        assert_same(found["above"], one_process("FLUX.1"))
+        assert found["restored"]
 
 
 def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]]) -> None:
