@@ -70,7 +70,10 @@ def hand_out(pool: Pool, jobs: Sequence[Job]) -> None:
             lost_loading += 1
             print_status(f"a worker was lost while it loaded the model: {outcome.lost}")
             if lost_loading == ATTEMPTS * pool.size:
-                raise PicturesFailedError(f"{left} of {len(jobs)} pictures are not drawn: {lost_loading} workers were lost, {outcome.lost}")
+                failed |= {
+                    job: f"{lost_loading} workers were lost, {outcome.lost}" for job in (*waiting, *busy.values()) if job is not None
+                }
+                break
         elif outcome.lost:
             assert job is not None
             attempts[job] += 1
