@@ -58,7 +58,7 @@ class Halves:
 
         Raises:
             NotImplementedError: The latents, which are the first argument, are not one tensor; the pass is one of perturbed-attention
-                guidance; or gradients are needed.
+                guidance; gradients are needed; or as `with_output`.
         """
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         own, batch = self.own(given), len(given[self._parameters[0]])
@@ -90,9 +90,18 @@ class Halves:
 
 
 def with_output(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a network returns, with its output changed: the first part of a tuple, or `sample`."""
-    out = change(result[0])
-    return (out, *result[1:]) if isinstance(result, tuple) else dataclasses.replace(result, sample=out)
+    """What a network returns, with its output changed: a tensor, the first part of a tuple, or `sample`.
+
+    Raises:
+        NotImplementedError: It returns something else.
+    """
+    if isinstance(result, Tensor):
+        return change(result)
+    if isinstance(result, tuple):
+        return (change(result[0]), *result[1:])
+    if not isinstance(getattr(result, "sample", None), Tensor):
+        raise NotImplementedError(f"mesh= needs a network that returns a tensor, a tuple or a sample, got {type(result).__name__}")
+    return dataclasses.replace(result, sample=change(result.sample))
 
 
 def _half(value: Any, batch: int, half: int, axis: int = 0) -> Any:

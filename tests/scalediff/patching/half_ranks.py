@@ -96,6 +96,19 @@ def halved_control() -> Tensor:
     return sd3_with_control(init_device_mesh("cpu", (2,), mesh_dim_names=("guidance",)))
 
 
+def own_network() -> dict[str, Any]:
+    """What a network of no known family returns: a tensor, a tuple, and what has no output."""
+    halves, x = Halves(init_device_mesh("cpu", (2,), mesh_dim_names=("guidance",)), ("x",)), torch.arange(8.0).reshape(2, 1, 4)
+    rank = distributed.get_rank()
+    found: dict[str, Any] = {"tensor": halves.run(nn.Identity(), lambda x: x + rank, (x,), {})}
+    found["tuple"] = halves.run(nn.Identity(), lambda x: (x + rank, "more"), (), {"x": x})
+    try:
+        halves.run(nn.Identity(), lambda x: {"x": x}, (x,), {})
+    except NotImplementedError as error:
+        found["dict"] = str(error)
+    return found
+
+
 def refused_halves() -> dict[str, str]:
     """What is raised where a batch cannot be halved."""
     said = dict[str, str]()
@@ -132,5 +145,5 @@ HALVED = {
 }
 CONTROLLED = {f"control, {guidance} halves": functools.partial(controlled, guidance) for guidance in (1, 2)}
 CASES: dict[str, Callable[[], Any]] = (
-    HALVED | CONTROLLED | {case.__name__: case for case in (drawn_in_halves, halved_control, refused_halves)}
+    HALVED | CONTROLLED | {case.__name__: case for case in (drawn_in_halves, halved_control, own_network, refused_halves)}
 )

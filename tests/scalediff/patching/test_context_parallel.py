@@ -238,6 +238,15 @@ def test_residuals_of_a_transformer_are_halved(two: list[dict[str, Any]]) -> Non
     assert_same(two[0]["halved_control"], half_ranks.sd3_with_control(None))
 
 
+def test_halves_of_what_a_network_returns(two: list[dict[str, Any]]) -> None:
+    expected = torch.tensor([[[0.0, 1.0, 2.0, 3.0]], [[5.0, 6.0, 7.0, 8.0]]])  # rank 1 adds 1 to its sample
+    for found in (found["own_network"] for found in two):
+        assert torch.equal(found["tensor"], expected)
+        assert torch.equal(found["tuple"][0], expected)
+        assert found["tuple"][1:] == ("more",)
+        assert found["dict"] == "mesh= needs a network that returns a tensor, a tuple or a sample, got dict"
+
+
 def test_what_has_no_halves(two: list[dict[str, Any]]) -> None:
     for said in (found["refused_halves"] for found in two):
         assert said["parallel"] == "this FluxTransformer2DModel is parallel already: pass mesh= or call enable_parallelism, not both"
