@@ -83,7 +83,7 @@ def check_agreement(group: Any, facts: Mapping[str, str]) -> None:
         parts: list[Any] = [None] * distributed.get_world_size(one)
         with naming_losses(one, "comparing what all ranks must agree on"):
             distributed.all_gather_object(parts, found, group=one)
-        found = {rank: facts for part in parts for rank, facts in part.items()}
+        found = {rank: theirs for part in parts for rank, theirs in part.items()}
     start = min(found)
     first = found[start]
     for rank, other in sorted(found.items(), key=lambda item: item[0]):

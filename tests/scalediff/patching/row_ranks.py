@@ -176,7 +176,7 @@ def latents_of_demo(pipe: Any, **options: Any) -> Tensor:
 
 
 def generated_by_rows() -> dict[str, Any]:
-    """A picture that is split for its run alone; and what that says of a patched pipeline, and of ranks with different weights."""
+    """A picture that is split for its run alone; and what is said of a patched pipeline, wrap, and ranks with different weights."""
     pipe, everyone = scalediff.load_demo().to(torch.float64), distributed.group.WORLD
     rows: list[int] = []
     hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[2]))
@@ -188,6 +188,16 @@ def generated_by_rows() -> dict[str, Any]:
             latents_of_demo(pipe, mesh=everyone)
         except ValueError as error:
             found["patched"] = str(error)
+    attempts: dict[str, Callable[[], Any]] = {
+        "wrap": lambda: latents_of_demo(pipe, mesh=everyone, wrap=(False, True)),
+        "patched wrap": lambda: scalediff.patch_model(pipe, mesh=everyone, wrap=(False, True)),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except NotImplementedError as error:
+            found[name] = str(error)
+    found["restored"] &= handle_of(pipe) is None and not is_patched(pipe.unet)
     next(pipe.unet.parameters()).data.add_(distributed.get_rank())
     try:
         latents_of_demo(pipe, mesh=everyone)

@@ -272,6 +272,8 @@ def test_a_picture_is_split_for_its_run_alone(two: list[dict[str, Any]]) -> None
         assert torch.equal(found["latents"], one["latents"])
         assert found["rows"] == [16, 22]  # a band of 32 rows, and the whole base stage
         assert found["restored"]
+        assert found["wrap"] == "wrap is for models on one device: mesh= splits the rows of this one, got wrap=(False, True)"
+        assert found["patched wrap"] == "mesh= splits pictures that do not continue on the other side, got wrap=(False, True)"
         assert found["patched"].startswith("mesh= of a run is for a pipeline that is not patched: pass it to patch_model")
         assert "the digest of the weights is" in found["weights"]
 
