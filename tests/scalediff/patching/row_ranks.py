@@ -163,6 +163,18 @@ def lost_in_a_pass(kind: str, grid: tuple[int, int], end: Callable[[], None]) ->
         output(model, inputs(kind, grid))
 
 
+def out_of_memory(end: Callable[[], None]) -> None:
+    """A rank runs out of memory in a stage of the cascade above the native size."""
+    pipe, rank = scalediff.load_demo(), distributed.get_rank()
+
+    def allocate(module: Any, args: tuple[Tensor, ...], out: Any) -> None:
+        if rank == 1 and args[0].shape[2] == 8:  # half of 16 rows
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes")
+
+    pipe.unet.mid_block.register_forward_hook(allocate)
+    latents_of_demo(pipe, mesh=distributed.group.WORLD)
+
+
 def drawn_demo(mesh: Any) -> Tensor:
     pipe = scalediff.load_demo().to(torch.float64)
     with scalediff.patch_model(pipe, mesh=mesh):
