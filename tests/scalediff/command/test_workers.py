@@ -83,6 +83,18 @@ def test_a_worker_that_is_lost_as_it_loads_is_replaced(capsys: pytest.CaptureFix
     assert "a worker was lost while it loaded the model: killed" in capsys.readouterr().err
 
 
+def test_the_others_go_on_where_a_gpu_can_never_load_the_model() -> None:
+    """However often a worker is lost there, until all pictures are drawn; and it is not tried for ever without a picture in between."""
+    jobs = [Job(f"{i}", 0, Path(f"{i}.png")) for i in range(20)]
+    pool = Script(2, {}, starts=[Outcome(), *[LOST] * 99])
+    hand_out(pool, jobs)
+    assert sorted(pool.drawn) == sorted(job.prompt for job in jobs)
+    pool = Script(2, {}, starts=[LOST] * 99)
+    with pytest.raises(PicturesFailedError):
+        hand_out(pool, jobs)
+    assert pool.started == 2 * ATTEMPTS
+
+
 def test_where_no_worker_comes_up_every_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """Also those that had failed before."""
     pool = Script(1, {"a": [Outcome(error="an odd size")], "b": [LOST]}, starts=[Outcome(), LOST, LOST, LOST])
@@ -90,7 +102,7 @@ def test_where_no_worker_comes_up_every_picture_is_named(capsys: pytest.CaptureF
         hand_out(pool, JOBS)
     said = capsys.readouterr().err
     assert "a.png: not drawn: an odd size\n" in said
-    assert all(f"{name}.png: not drawn: 3 workers were lost, killed\n" in said for name in "bcde")
+    assert all(f"{name}.png: not drawn: no worker is left, the last one was lost: killed\n" in said for name in "bcde")
 
 
 def test_workers_in_other_folders_havewith_absolute_paths_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
