@@ -131,7 +131,7 @@ def patch_model(
             checked when the model is patched and at every pass. Diffusers' U-Nets, for which a mesh of the dimensions
             `("guidance", "rows")`, of which the first has 2 ranks, also splits a batch in halves; and FLUX.1, FLUX.2 and Qwen-Image over
             all processes, on accelerators. A mesh with `"guidance"` as its only dimension, of 2 ranks, gives each half of a batch to one
-            rank, for models of any family. The model is not split when None.
+            rank, for models of any family whose latents are one tensor. The model is not split when None.
 
     Warns:
         UserWarning: The model is a text-to-image, image-to-image or inpainting pipeline that the cascade does not support, so that its own

@@ -42,9 +42,9 @@ def run(work: Callable[[], Any], world: int, folder: Path, *, imported: Iterable
 
 
 def said_of_a_loss(
-    work: Callable[[Callable[[], None]], Any], world: int, folder: Path, *, imported: Iterable[str] = ()
+    work: Callable[[Callable[[], None]], Any], world: int, folder: Path, *, imported: Iterable[str] = (), code: int = -signal.SIGKILL
 ) -> dict[int, tuple[type[Exception], str]]:
-    """What `work` raises in the other processes when process 1 calls the function that it is given, which ends it by SIGKILL.
+    """What `work` raises when process 1 calls the function that it is given, which ends it by SIGKILL, or ends with another exit code.
 
     All others must end with an error within 30 s of that.
     """
@@ -54,12 +54,13 @@ def said_of_a_loss(
         deadline = time.monotonic() + 30
         for process in started.processes:
             process.join(max(0.0, deadline - time.monotonic()))
-        assert [process.exitcode for process in started.processes] == [-signal.SIGKILL if i == 1 else 1 for i in range(world)]
+        assert [process.exitcode for process in started.processes] == [code if i == 1 else 1 for i in range(world)]
     finally:
         for process in started.processes:
             if process.is_alive():
                 process.kill()
-    return {rank: torch.load(folder / f"said {rank}.pt", weights_only=False) for rank in range(world) if rank != 1}
+    files = {rank: folder / f"said {rank}.pt" for rank in range(world)}
+    return {rank: torch.load(file, weights_only=False) for rank, file in files.items() if rank != 1 or file.exists()}
 
 
 def _until_lost(work: Callable[[Callable[[], None]], Any], folder: Path) -> None:

@@ -26,8 +26,7 @@ def check_ranks(denoiser: Any, mesh: Any, options: Mapping[str, Any]) -> None:
         "the digest of the weights": fingerprint_weights([denoiser]),
         **{name: repr(options[name]) for name in _OPTIONS if name in options},
     }
-    for group in groups_of(mesh):
-        check_agreement(group, facts)
+    check_agreement(groups_of(mesh), facts)
 
 
 def largest_of_ranks(value: int, groups: Iterable[Any]) -> int:

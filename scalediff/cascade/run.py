@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,10 @@ def run(
     restarts = len(sizes) - (given is None or given.strength is not None)
     check_run(pipe, arguments, sizes, settings, restarts=restarts)
     check_possible(pipe, arguments, sizes[-1])
-    with borrowed(pipe, settings, options.vae_attention, mesh=options.mesh) as handle, _split_autoencoder(pipe, handle, options) as split:
+    with (
+        borrowed(pipe, settings, options.vae_attention, mesh=options.mesh) as handle,
+        _split_autoencoder(pipe, handle, sizes, settings, options) as split,
+    ):
         jitter, calls = handle.jitter if handle is not None else "none", model_calls(pipe.scheduler, settings.steps)
         late = restarts + (given is not None and strength_steps(pipe, settings.steps, given.strength) < settings.steps)
         check_caches(pipe, settings, calls=calls, late=late, jitter=jitter, split_guidance=options.split_guidance)
@@ -84,12 +87,16 @@ def run(
 
 
 @contextmanager
-def _split_autoencoder(pipe: Any, handle: Handle | None, options: RunOptions) -> Iterator[Split | None]:
-    """Split the autoencoder over the ranks over which the denoiser is split, if it is; errors as in `split_autoencoder`."""
+def _split_autoencoder(pipe: Any, handle: Handle | None, sizes: Sizes, settings: Settings, options: RunOptions) -> Iterator[Split | None]:
+    """Split the autoencoder over the ranks over which the denoiser is split, if it is; errors as in `split_autoencoder`.
+
+    Ranks with other stages would wait for each other in different places, so stages and settings are compared here too.
+    """
     if handle is None or not handle.groups:
         yield None
         return
-    same = {"vae_tiling": options.vae_tiling, "vae_attention": options.vae_attention}
+    same = {"sizes": list(sizes), **asdict(settings)}
+    same |= {name: getattr(options, name) for name in ("vae_tiling", "vae_attention", "split_guidance")}
     with split_autoencoder(pipe.vae, handle.groups, native_size(pipe), same) as split:
         yield split
 

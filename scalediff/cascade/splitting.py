@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,12 +56,12 @@ class Split:
 
     Args:
         vae: The autoencoder.
-        group: The process group.
+        groups: The process groups of a mesh; rows are split over the first.
         native: (height, width) in pixels; a picture of no larger area is computed whole on every rank.
     """
 
-    def __init__(self, vae: Any, group: Any, native: tuple[int, int]) -> None:
-        self.vae, self.group, self._area = vae, group, native[0] * native[1]
+    def __init__(self, vae: Any, groups: tuple[Any, ...], native: tuple[int, int]) -> None:
+        self.vae, self.group, self._groups, self._area = vae, groups[0], groups, native[0] * native[1]
         self.factor = 2 ** (len(vae.encoder.down_blocks) - 1) if hasattr(getattr(vae, "encoder", None), "down_blocks") else 1
         self.obstacle = split_obstacle(vae)
 
@@ -80,25 +80,24 @@ class Split:
         ranks, least = self.ranks_at(height, width), self.factor * rows_of_halo(self.vae)
         if ranks == 1 or getattr(self.vae, "use_tiling", False) or height < ranks * least:
             return forward(x, *args)
-        check_agreement(self.group, tensor_facts({"the input of the autoencoder": x}))
+        check_agreement(self._groups, tensor_facts({"the input of the autoencoder": x}))
         with over_ranks(self.group):
             band = forward(x.chunk(ranks, dim=2)[distributed.get_rank(self.group)], *args)
         return gather_bands(band, self.group)
 
 
 @contextmanager
-def split_autoencoder(vae: Any, groups: Sequence[Any], native: tuple[int, int], options: Mapping[str, Any]) -> Iterator[Split]:
+def split_autoencoder(vae: Any, groups: tuple[Any, ...], native: tuple[int, int], options: Mapping[str, Any]) -> Iterator[Split]:
     """Split the pictures of an autoencoder over the ranks of a group in this thread, if its layers allow it; it is restored on exit.
 
     Args:
-        vae, native: As in `Split`.
-        groups: The process groups of a mesh; rows are split over the first.
+        vae, groups, native: As in `Split`.
         options: Options of the run that all ranks must have, by name.
 
     Raises:
         ValueError: The ranks have different autoencoders or options.
     """
-    split = Split(vae, groups[0], native)
+    split = Split(vae, groups, native)
     facts = {
         **{name: repr(value) for name, value in options.items()},
         "the autoencoder": f"{type(vae).__name__} {digest(dict(vae.config))}",
@@ -106,8 +105,7 @@ def split_autoencoder(vae: Any, groups: Sequence[Any], native: tuple[int, int], 
         "the tiling of the autoencoder": str(is_tiled(vae)),
         "the split of the autoencoder": split.obstacle or "by rows",
     }
-    for group in groups:
-        check_agreement(group, facts)
+    check_agreement(groups, facts)
     with ExitStack() as undo:
         if not split.obstacle:
             for part, pixels in ((vae.encoder, 1), (vae.decoder, split.factor)):

@@ -84,12 +84,12 @@ def prepare(options: Namespace, first: Job, *, several: bool) -> tuple[Any, Call
     print_memory_estimate(pipe, options, first, size, settings)
 
     def draw(job: Job, saves: bool) -> None:
-        print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
         facts = {"sizes": [f"{h}x{w}" for h, w in sizes]} if method == "scalediff" else method_facts(options.method, method)
         arguments = run_arguments(pipe, options, job, settings, upsampler, several=several)
         if method != "scalediff":
             arguments = {name: arguments[name] for name in SHARED} | {"method": method}
         if saves:
+            print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
             _generate_one(pipe, options, job, size, arguments, facts, settings)
         else:
             generate(pipe, job.prompt, height=size[0], width=size[1], **(arguments | SILENT))
@@ -137,12 +137,12 @@ def upscale_pictures(options: Namespace) -> None:
     print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
     with process_group(options), drawing_together(options, pipe) as saves:
         for job in jobs:
-            print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
             arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(jobs) > 1)
             arguments |= {"mask_image": mask, "strength": options.strength, "height": height, "width": width}
             if not saves:
                 upscale(pipe, image, job.prompt, **(arguments | SILENT))
                 continue
+            print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
             with _stage_saver(pipe, options, job, facts) as (save, _):
                 print_result(upscale(pipe, image, job.prompt, **arguments, on_stage=save), options, job)
 

@@ -15,7 +15,7 @@ from scalediff.command.ranks import own_jobs, place
 from scalediff.command.reporting import Job, print_status
 from scalediff.command.workers import Outcome, hand_out
 
-_OF_THE_INPUT = (UsageError, ValueError, TypeError, NotImplementedError)  # a worker can go on after these
+_OF_THE_INPUT = (UsageError, ValueError, TypeError, NotImplementedError, ImportError)  # a worker can go on; another would fail too
 
 
 def generate_pictures(options: Namespace) -> None:
@@ -37,17 +37,19 @@ def generate_pictures(options: Namespace) -> None:
         jobs = [Job(job.prompt, job.seed, job.out.absolute()) for job in jobs]
         ray.init()  # joins the Ray of this machine or of RAY_ADDRESS, or else starts one for this run
         try:
-            pool = RayPool(ray, _absolute(options), jobs[0], several=len(planned) > 1)
+            pool = RayPool(ray, with_absolute_paths(options), jobs[0], several=len(planned) > 1)
             print_status(f"{len(jobs)} pictures, {min(pool.size, len(jobs))} workers")
             hand_out(pool, jobs)
         finally:
             ray.shutdown()  # ends the workers too
 
 
-def _absolute(options: Namespace) -> Namespace:
-    """The options with absolute paths: workers run in other folders."""
+def with_absolute_paths(options: Namespace) -> Namespace:
+    """The options with absolute paths: workers run in other folders. The model and the upsampler `demo` have none."""
     paths = {name: value.absolute() for name, value in vars(options).items() if isinstance(value, Path)}
-    model = str(Path(options.model).absolute()) if Path(options.model).is_dir() else options.model
+    if options.upsampler == Path("demo"):
+        del paths["upsampler"]
+    model = str(Path(options.model).absolute()) if options.model != "demo" and Path(options.model).is_dir() else options.model
     return Namespace(**{**vars(options), **paths, "model": model})
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from scalediff.command.loading import UsageError
 from scalediff.command.reporting import Job, print_status
 
-ATTEMPTS = 3  # workers that are lost with a picture, or one after the other while they load the model
+ATTEMPTS = 3  # workers that are lost with a picture; and for each place, one after the other while they load the model
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def hand_out(pool: Pool, jobs: Sequence[Job]) -> None:
     """Let workers draw all pictures. Those that fail do not keep the others from being drawn.
 
     Raises:
-        UsageError: A worker cannot load the model, or not draw with these options.
-        PicturesFailedError: Pictures could not be drawn, or no worker comes up.
+        UsageError: The model cannot be loaded, or does not support the options.
+        PicturesFailedError: Pictures could not be drawn, or no worker is left and none comes up.
     """
     waiting, attempts, failed = deque(jobs), Counter[Job](), dict[Job, str]()
     busy: dict[Hashable, Job | None] = {pool.start(): None for _ in range(min(pool.size, len(jobs)))}
@@ -69,8 +69,6 @@ def hand_out(pool: Pool, jobs: Sequence[Job]) -> None:
         if outcome.lost and job is None:
             lost_loading += 1
             print_status(f"a worker was lost while it loaded the model: {outcome.lost}")
-            if lost_loading == ATTEMPTS * pool.size:
-                raise PicturesFailedError(f"{left} of {len(jobs)} pictures are not drawn: {lost_loading} workers were lost, {outcome.lost}")
         elif outcome.lost:
             assert job is not None
             attempts[job] += 1
@@ -80,20 +78,24 @@ def hand_out(pool: Pool, jobs: Sequence[Job]) -> None:
             else:
                 failed[job] = outcome.lost
                 left -= 1
-        elif job is not None:
-            left -= 1
-            if outcome.error:
-                failed[job] = outcome.error
         else:
             lost_loading = 0
+            if job is not None:
+                left -= 1
+                if outcome.error:
+                    failed[job] = outcome.error
         if not outcome.lost:
             idle.append(worker)
         while idle and waiting:
             worker, job = idle.pop(), waiting.popleft()
             busy[worker] = job
             pool.draw(worker, job)
-        if outcome.lost and len(busy) + len(idle) < min(pool.size, left):
+        loading = list(busy.values()).count(None)
+        if outcome.lost and len(busy) + len(idle) < min(pool.size, left) and lost_loading + loading < ATTEMPTS * pool.size:
             busy[pool.start()] = None
+        if not busy and left:
+            failed |= dict.fromkeys(waiting, f"no worker is left, the last one was lost: {outcome.lost}")
+            break
     for job, why in failed.items():
         print_status(f"{job.out}: not drawn: {why}")
     if failed:

@@ -151,7 +151,7 @@ def check_not_parallel(module: Any) -> None:
     Raises:
         ValueError: It is.
     """
-    if is_parallel(module) and getattr(module.__dict__.get(ATTRIBUTE), "group", None) is None:
+    if is_parallel(module) and not getattr(module.__dict__.get(ATTRIBUTE), "groups", ()):
         raise ValueError(f"this {type(module).__name__} is parallel already: pass mesh= or call enable_parallelism, not both")
 
 

@@ -28,6 +28,7 @@ class Halves:
     Args:
         mesh: A process group of two ranks, or a `DeviceMesh` of one dimension.
         parameters: Names of the arguments of its `forward`.
+        second: Names of those whose second axis is the batch.
 
     Attributes:
         group: None: rows are not split.
@@ -40,8 +41,8 @@ class Halves:
 
     group = None
 
-    def __init__(self, mesh: Any, parameters: Sequence[str]) -> None:
-        self._parameters, self._group = tuple(parameters), group_of(mesh)
+    def __init__(self, mesh: Any, parameters: Sequence[str], second: Sequence[str] = ()) -> None:
+        self._parameters, self._second, self._group = tuple(parameters), tuple(second), group_of(mesh)
         self.groups = (self._group,)
         ranks = distributed.get_world_size(self._group)
         if ranks != 2:
@@ -57,7 +58,7 @@ class Halves:
 
         Raises:
             NotImplementedError: The latents, which are the first argument, are not one tensor; the pass is one of perturbed-attention
-                guidance; or gradients are needed.
+                guidance; gradients are needed; or as `with_output`.
         """
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         own, batch = self.own(given), len(given[self._parameters[0]])
@@ -76,7 +77,9 @@ class Halves:
             kind = type(latents).__name__
             raise NotImplementedError(f"a mesh with guidance halves latents in one tensor, got {self._parameters[0]} in a {kind}")
         batch, rank = latents.shape[0], distributed.get_rank(self._group)
-        return {name: _half(value, batch, rank) for name, value in given.items()} if batch % 2 == 0 else given
+        if batch % 2:
+            return given
+        return {name: _half(value, batch, rank, axis=int(name in self._second)) for name, value in given.items()}
 
     def _gather(self, out: Tensor, batch: int) -> Tensor:
         if out.requires_grad:
@@ -87,15 +90,24 @@ class Halves:
 
 
 def with_output(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a network returns, with its output changed: the first part of a tuple, or `sample`."""
-    out = change(result[0])
-    return (out, *result[1:]) if isinstance(result, tuple) else dataclasses.replace(result, sample=out)
+    """What a network returns, with its output changed: a tensor, the first part of a tuple, or `sample`.
+
+    Raises:
+        NotImplementedError: It returns something else.
+    """
+    if isinstance(result, Tensor):
+        return change(result)
+    if isinstance(result, tuple):
+        return (change(result[0]), *result[1:])
+    if not isinstance(getattr(result, "sample", None), Tensor):
+        raise NotImplementedError(f"mesh= needs a network that returns a tensor, a tuple or a sample, got {type(result).__name__}")
+    return dataclasses.replace(result, sample=change(result.sample))
 
 
-def _half(value: Any, batch: int, half: int) -> Any:
-    """Arguments with one half of every tensor that has the whole batch."""
+def _half(value: Any, batch: int, half: int, axis: int = 0) -> Any:
+    """Arguments with one half of every tensor that has the whole batch along an axis."""
     if isinstance(value, Tensor):
-        return value.chunk(2)[half] if value.ndim and value.shape[0] == batch else value
+        return value.chunk(2, dim=axis)[half] if value.ndim > axis and value.shape[axis] == batch else value
     if isinstance(value, dict):
         return {name: _half(x, batch, half) for name, x in value.items()}
-    return type(value)(_half(x, batch, half) for x in value) if isinstance(value, list | tuple) else value
+    return type(value)(_half(x, batch, half, axis) for x in value) if isinstance(value, list | tuple) else value

@@ -199,8 +199,7 @@ class Target:
             raise TypeError(f"the layout of {type(module).__name__} must be a scalediff.Layout, got {layout!r}")
         if self._split is not None:
             facts = pass_facts(layout, self.offsets.place, arguments)
-            for group in self._split.groups:
-                check_agreement(group, facts)
+            check_agreement(self._split.groups, facts)
             if isinstance(self._split, Halves):  # lengths of texts are those of its samples
                 layout = self.family.layout(module, self._split.own(arguments), self._read)
         if needs_equal_parts(module, self.family):

@@ -43,7 +43,7 @@ def sharded_neighborhood_patch_attention(
     Args:
         q, k, v: This rank's rows, `[B, Y, X, H, D]` and `[B, Y, X, G, D]`, as in `neighborhood_patch_attention`.
         group: A process group, or a `DeviceMesh` of one dimension. Messages are those of `torch.distributed.batch_isend_irecv`; NCCL wants
-            another collective of the group before the first of them, such as `check_agreement`.
+            another collective of all ranks on their GPUs before the first of them, such as `torch.distributed.all_reduce`.
         rows: Numbers of rows of all ranks, in their order from the top of the grid; each at least 1.
         window, patch, offset: As in `neighborhood_patch_attention`, for the whole grid. Windows may reach over several ranks.
         scale, impl: As in `neighborhood_patch_attention`.

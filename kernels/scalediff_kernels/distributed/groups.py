@@ -24,6 +24,7 @@ def group_of(group: Any) -> Any:
 
     found = group
     if isinstance(group, DeviceMesh):
+        _check_member(group)
         if group.ndim != 1:
             raise ValueError(f"the mesh must have one dimension: pass one of its dimensions, as mesh[name], got {group.mesh_dim_names=}")
         found = group.get_group()
@@ -34,11 +35,17 @@ def group_of(group: Any) -> Any:
     return found
 
 
+def _check_member(mesh: Any) -> None:
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"rank {distributed.get_rank()} must be one of the mesh, got {mesh}")
+
+
 def groups_of(mesh: Any) -> tuple[Any, ...]:
     """The process groups of all dimensions of a `DeviceMesh`, or the one of a group; errors as in `group_of`."""
     from torch.distributed.device_mesh import DeviceMesh
 
     if isinstance(mesh, DeviceMesh) and mesh.ndim > 1:
+        _check_member(mesh)
         return tuple(mesh.get_all_groups())
     return (group_of(mesh),)
 
@@ -61,22 +68,26 @@ def broadcast(value: Any, group: Any) -> Any:
 
 
 def check_agreement(group: Any, facts: Mapping[str, str]) -> None:
-    """Check that all ranks of a group pass the same facts. All ranks must call it; every rank raises the same error.
+    """Check that all ranks of a group or mesh pass the same facts. All ranks must call it; every rank raises the same error.
 
     Args:
-        group: A process group.
+        group: A process group, or a tuple of those of all dimensions of a mesh.
         facts: Short texts by name, such as versions, shapes and digests.
 
     Raises:
-        ValueError: A rank has others. The message names the first rank that differs from rank 0, and how.
+        ValueError: A rank has others. The message names the first rank that differs from the first of all, and how.
         LostRankError: A rank has ended: the message names it.
     """
-    found: list[Any] = [None] * distributed.get_world_size(group)
-    with naming_losses(group, "comparing what all ranks must agree on"):
-        distributed.all_gather_object(found, dict(facts), group=group)
-    first = found[0]
-    for rank, other in enumerate(found):
+    found = {distributed.get_rank(): dict(facts)}
+    for one in group if isinstance(group, tuple) else (group,):  # after each, a rank has the facts of all ranks of one more dimension
+        parts: list[Any] = [None] * distributed.get_world_size(one)
+        with naming_losses(one, "comparing what all ranks must agree on"):
+            distributed.all_gather_object(parts, found, group=one)
+        found = {rank: theirs for part in parts for rank, theirs in part.items()}
+    start = min(found)
+    first = found[start]
+    for rank, other in sorted(found.items(), key=lambda item: item[0]):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
-            differences = "; ".join(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}" for name in names)
+            differences = "; ".join(f"{name} is {first.get(name)} on rank {start} and {other.get(name)} on rank {rank}" for name in names)
             raise ValueError(f"all ranks must have the same versions, model and inputs, got {differences}")

@@ -19,7 +19,7 @@ _TAG = 0x5CA1ED  # of messages that nobody receives
 
 
 class LostRankError(RuntimeError):
-    """A rank has ended or does not answer."""
+    """A rank has ended or does not answer: the message names it, and the cause is the error of the backend."""
 
 
 _OTHERS = (LostRankError, NotImplementedError, torch.OutOfMemoryError)  # runtime errors that are no lost connection of a backend

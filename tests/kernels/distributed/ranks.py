@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from scalediff_kernels.distributed import losses, merge
 from scalediff_kernels.distributed.api import sharded_joint_neighborhood_patch_attention, sharded_neighborhood_patch_attention
 from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
 from scalediff_kernels.distributed.geometry import owned_rows
-from scalediff_kernels.distributed.groups import check_agreement
+from scalediff_kernels.distributed.groups import check_agreement, groups_of
 from tests.kernels.neighborhood.problems import Problem
 
 
@@ -116,11 +116,20 @@ def drawn(seeds: range) -> dict[int, Any]:
 
 
 def agreed() -> list[str]:
-    """What is raised where ranks differ in a version, in a shape, and in nothing."""
+    """What is raised where ranks differ in a version, in a shape, in one half of a mesh, and in nothing."""
     rank, said = distributed.get_rank(), []
-    for facts in ({"torch": f"2.{rank // 2}"}, {"shape": "8 x 8" if rank != 3 else "8 x 6", "seed": "0"}, {"seed": "0"}):
+    world, mesh = distributed.group.WORLD, init_device_mesh("cpu", (2, 2), mesh_dim_names=("guidance", "rows"))
+    cases: list[tuple[Any, dict[str, str]]] = [
+        (world, {"torch": f"2.{rank // 2}"}),
+        (world, {"shape": "8 x 8" if rank != 3 else "8 x 6", "seed": "0"}),
+        (groups_of(mesh), {"seed": str(rank == 3)}),
+        ((mesh.get_group("rows"), mesh.get_group("guidance")), {"seed": str(rank == 3)}),
+        (mesh.get_group("rows"), {"seed": str(rank == 3)}),
+        (groups_of(mesh), {"seed": "0"}),
+    ]
+    for group, facts in cases:
         try:
-            check_agreement(distributed.group.WORLD, facts)
+            check_agreement(group, facts)
             said.append("")
         except ValueError as error:
             said.append(str(error))
@@ -178,10 +187,15 @@ def refused() -> dict[str, str]:
         "mesh": image | {"group": init_device_mesh("cpu", (2, 2), mesh_dim_names=("guidance", "rows"))},
         "group": image | {"group": "all"},
         "member": image | {"group": distributed.new_group([0, 1]), "rows": (2, 2)},
+        "part": image | {"group": DeviceMesh("cpu", [0, 1]), "rows": (2, 2)},
         "tables": image | {"text_rope": tables},
         "rule": image | {"text_queries": "all"},
     }
-    said = {}
+    said = dict[str, str]()
+    try:
+        said["parts"] = str(len(groups_of(DeviceMesh("cpu", [[0], [1]]))))
+    except ValueError as error:
+        said["parts"] = str(error)
     for name, how in cases.items():
         text = (q[:, 0],) * 3 if name in ("tables", "rule") else ()
         attend: Any = sharded_joint_neighborhood_patch_attention if text else sharded_neighborhood_patch_attention

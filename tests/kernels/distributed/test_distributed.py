@@ -93,7 +93,9 @@ def test_convolutions_that_have_no_bands_are_refused(four: list[dict[str, Any]])
 def test_ranks_that_differ_are_named(four: list[dict[str, Any]]) -> None:
     contract = "all ranks must have the same versions, model and inputs, got "
     expected = [contract + "torch is 2.0 on rank 0 and 2.1 on rank 2", contract + "shape is 8 x 8 on rank 0 and 8 x 6 on rank 3"]
-    assert [one["agreed"] for one in four] == [[*expected, ""]] * 4
+    expected += [contract + "seed is False on rank 0 and True on rank 3"] * 2  # by all dimensions of a mesh, in any order
+    of_rows = ["", "", *[contract + "seed is False on rank 2 and True on rank 3"] * 2]
+    assert [one["agreed"] for one in four] == [[*expected, said, ""] for said in of_rows]
 
 
 def test_what_does_not_fit_the_group_is_refused(four: list[dict[str, Any]]) -> None:
@@ -108,6 +110,10 @@ def test_what_does_not_fit_the_group_is_refused(four: list[dict[str, Any]]) -> N
         assert said["group"] == "group must be a torch.distributed process group or a DeviceMesh, got 'all'"
     said = [one["refused"]["member"] for one in four]
     assert said == ["", "", "this process is not a member of the group", "this process is not a member of the group"]
+    for name, there in (("part", ""), ("parts", "2")):
+        said = [one["refused"][name] for one in four]
+        assert said[:2] == [there, there]
+        assert [text.split(", got DeviceMesh(")[0] for text in said[2:]] == [f"rank {i} must be one of the mesh" for i in (2, 3)]
 
 
 def test_a_failure_without_a_lost_rank_is_said_as_such(four: list[dict[str, Any]]) -> None:

@@ -156,7 +156,7 @@ def split_rows() -> dict[str, Any]:
     for name, (build, size) in SPLIT.items():
         vae = build()
         given, before = pictures(vae, size), state_of(vae)
-        with messages() as seen, split_autoencoder(vae, [distributed.group.WORLD], NATIVE, {}) as split:
+        with messages() as seen, split_autoencoder(vae, (distributed.group.WORLD,), NATIVE, {}) as split:
             rows: list[int] = []
             hook = vae.decoder.conv_in.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(args[0].shape[2]))
             found[name] = {"results": computed(vae, given), "rows": rows, "ranks": split.ranks_at(*size)}
@@ -170,7 +170,7 @@ def rounded() -> dict[str, tuple[Tensor, Tensor]]:
     found, bands._ELEMENTS = {}, 2**8
     for dtype in (torch.float32, torch.bfloat16):
         vae = autoencoder().to(dtype)
-        with split_autoencoder(vae, [distributed.group.WORLD], NATIVE, {}):
+        with split_autoencoder(vae, (distributed.group.WORLD,), NATIVE, {}):
             found[str(dtype)] = computed(vae, pictures(vae, (48, 20)))
     bands._ELEMENTS = 2**26
     return found
@@ -184,13 +184,13 @@ def whole_on_every_rank() -> dict[str, Any]:
         runs = name not in ("hooks", "compiled")
         given = pictures(vae, size)
         expected = computed(vae, given) if runs else given
-        with split_autoencoder(vae, [distributed.group.WORLD], NATIVE, {}) as split, messages() as seen:
+        with split_autoencoder(vae, (distributed.group.WORLD,), NATIVE, {}) as split, messages() as seen:
             same = all(map(torch.equal, computed(vae, given) if runs else given, expected))
         found[name] = {"why": split.obstacle, "messages": seen, "same": same}
     vae = autoencoder()
     given = pictures(vae, (32, 20))
     expected = computed(vae, given)
-    with split_autoencoder(vae, [distributed.group.WORLD], NATIVE, {}), messages() as seen, ThreadPoolExecutor(1) as other:
+    with split_autoencoder(vae, (distributed.group.WORLD,), NATIVE, {}), messages() as seen, ThreadPoolExecutor(1) as other:
         same = all(map(torch.equal, other.submit(computed, vae, given).result(), expected))
     found["another thread"] = {"why": "", "messages": seen, "same": same}
     return found
@@ -203,18 +203,18 @@ def streamed_rows() -> dict[str, Any]:
         vae = autoencoder((8, 8))
         given = pictures(vae, size)
         how: dict[str, Any] = {"elements": elements, "joined": joined}
-        with split_autoencoder(vae, [distributed.group.WORLD], NATIVE, {}), streamed(vae, **how), messages() as seen:
+        with split_autoencoder(vae, (distributed.group.WORLD,), NATIVE, {}), streamed(vae, **how), messages() as seen:
             found[name] = {"results": computed(vae, given), "messages": seen}
     return found
 
 
 def different() -> dict[str, str]:
-    """What is said of ranks with different autoencoders, options or pictures."""
+    """What is said of ranks with different autoencoders, options or pictures, and of other stages, before anything is drawn."""
     rank, said = distributed.get_rank(), dict[str, str]()
 
     def attempt(name: str, vae: Any, options: dict[str, Any], given: tuple[Tensor, Tensor]) -> None:
         try:
-            with split_autoencoder(vae, [distributed.group.WORLD], NATIVE, options):
+            with split_autoencoder(vae, (distributed.group.WORLD,), NATIVE, options):
                 computed(vae, given)
         except ValueError as error:
             said[name] = str(error)
@@ -226,6 +226,13 @@ def different() -> dict[str, str]:
     other = copy.deepcopy(vae)
     next(other.parameters()).data.add_(rank)
     attempt("weights", other, {}, given)
+    pipe = scalediff.load_demo()
+    pipe.unet.register_forward_pre_hook(lambda module, args: said.setdefault("drawn", "the U-Net was called"))
+    for name, how in (("sizes", {"height": 128 + 64 * rank}), ("steps", {"steps": 2 + rank})):
+        try:
+            draw_demo(pipe, mesh=distributed.group.WORLD, **how)
+        except ValueError as error:
+            said[name] = str(error)
     return said
 
 

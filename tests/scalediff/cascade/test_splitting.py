@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def test_ranks_that_differ_are_named(two: list[dict[str, Any]]) -> None:
         assert said["options"] == contract + "vae_tiling is False on rank 0 and True on rank 1"
         assert said["latents"].startswith(contract + "the input of the autoencoder is (2, 4, 8, 5) of torch.float64 with the checksum ")
         assert said["weights"].startswith(contract + "the digest of the autoencoder's weights is ")
+        assert re.search(r"got sizes is \[.*\(128, 64\)\] on rank 0 and \[.*\(192, 64\)\] on rank 1$", said["sizes"])
+        assert said["steps"] == contract + "steps is 2 on rank 0 and 3 on rank 1"
+        assert "drawn" not in said
 
 
 def test_if_one_rank_needs_parts_all_have_them(two: list[dict[str, Any]]) -> None:

@@ -153,8 +153,10 @@ def test_other_commands_run_in_one_process(
 
 
 @pytest.mark.parametrize("saves", [True, False])
-def test_processes_upscale_a_picture_together(saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them saves it and shows the progress."""
+def test_processes_upscale_a_picture_together(
+    saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of them saves it, and says what it draws and how far it is."""
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(drawing, "process_group", nullcontext)
     monkeypatch.setattr(drawing, "drawing_together", lambda options, pipe: nullcontext(saves))
@@ -166,6 +168,22 @@ def test_processes_upscale_a_picture_together(saves: bool, tmp_path: Path, monke
     assert main(["upscale", str(picture), "a moon", "--split-picture", "--preview", "1", "--out", str(tmp_path / "out.png")]) == 0
     assert [(how["height"], how["width"], "on_stage" in how) for how in calls] == [(128, 128, saves)]
     assert (calls[0]["on_step"] is not None, calls[0]["progress"]) == (saves, saves)
+    assert ("64 x 64 -> 128 x 128, seed 0" in capsys.readouterr().err) == saves
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_processes_generate_a_picture_together(
+    saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they upscale one."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(drawing, "process_group", nullcontext)
+    monkeypatch.setattr(drawing, "drawing_together", lambda options, pipe: nullcontext(saves))
+    monkeypatch.setattr(drawing, "generate", lambda pipe, prompt, **how: calls.append(how))
+    monkeypatch.setattr(drawing, "print_result", lambda *what: None)
+    assert start(monkeypatch, 0 if saves else 1, 2, "a moon", "--split-picture", "--preview", "1", "--out", str(tmp_path / "out.png")) == 0
+    assert [("on_stage" in how, how["on_step"] is not None) for how in calls] == [(saves, saves)]
+    assert ("64 x 64 -> 96 x 96, seed 0" in capsys.readouterr().err) == saves
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Hashable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from scalediff.command import ray_workers
 from scalediff.command.cli import main
 from scalediff.command.loading import UsageError
+from scalediff.command.ray_workers import Worker, with_absolute_paths
 from scalediff.command.reporting import Job
 from scalediff.command.workers import ATTEMPTS, Outcome, PicturesFailedError, hand_out
 
@@ -77,8 +81,39 @@ def test_a_worker_that_is_lost_as_it_loads_is_replaced(capsys: pytest.CaptureFix
     hand_out(pool, JOBS)
     assert sorted(pool.drawn) == list("abcde")
     assert "a worker was lost while it loaded the model: killed" in capsys.readouterr().err
-    with pytest.raises(PicturesFailedError, match="5 of 5 pictures are not drawn: 6 workers were lost, killed"):
-        hand_out(Script(2, {}, starts=[LOST] * 9), JOBS)
+
+
+def test_the_others_go_on_where_a_gpu_can_never_load_the_model() -> None:
+    """However often a worker is lost there, until all pictures are drawn; and it is not tried for ever without a picture in between."""
+    jobs = [Job(f"{i}", 0, Path(f"{i}.png")) for i in range(20)]
+    pool = Script(2, {}, starts=[Outcome(), *[LOST] * 99])
+    hand_out(pool, jobs)
+    assert sorted(pool.drawn) == sorted(job.prompt for job in jobs)
+    pool = Script(2, {}, starts=[LOST] * 99)
+    with pytest.raises(PicturesFailedError):
+        hand_out(pool, jobs)
+    assert pool.started == 2 * ATTEMPTS
+
+
+def test_where_no_worker_comes_up_every_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those that had failed before."""
+    pool = Script(1, {"a": [Outcome(error="an odd size")], "b": [LOST]}, starts=[Outcome(), LOST, LOST, LOST])
+    with pytest.raises(PicturesFailedError, match="5 of 5 pictures are not drawn"):
+        hand_out(pool, JOBS)
+    said = capsys.readouterr().err
+    assert "a.png: not drawn: an odd size\n" in said
+    assert all(f"{name}.png: not drawn: no worker is left, the last one was lost: killed\n" in said for name in "bcde")
+
+
+def test_workers_in_other_folders_havewith_absolute_paths_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the embedded model and its upsampler keep their name, also beside folders that have it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "other").mkdir()
+    given = {"model": "demo", "upsampler": Path("demo"), "workdir": Path("demo"), "seed": [0]}
+    assert vars(with_absolute_paths(Namespace(**given))) == given | {"workdir": tmp_path / "demo"}
+    other = vars(with_absolute_paths(Namespace(**given | {"model": "other", "upsampler": Path("a.pth")})))
+    assert (other["model"], other["upsampler"]) == (str(tmp_path / "other"), tmp_path / "a.pth")
 
 
 def test_what_no_worker_can_load_is_an_error_at_once() -> None:
@@ -91,6 +126,27 @@ def test_idle_workers_come_before_new_ones() -> None:
     hand_out(pool, JOBS[:3])
     assert pool.started == 3
     assert pool.drawn == ["a", "b", "c"]
+
+
+def test_a_worker_tells_errors_of_the_input_and_ends_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, errors = JOBS[0], list[Exception]()
+
+    def fail(*what: object) -> None:
+        print("begun")
+        raise errors[-1]
+
+    worker = Worker(Namespace(), several=False)
+    monkeypatch.setattr(ray_workers, "prepare", lambda *what, several: (None, fail))
+    assert worker.load(job) == Outcome()
+    for kind in (UsageError, ValueError, ImportError):
+        errors.append(kind("why\nmore"))
+        assert worker.draw(job) == Outcome(error="why", printed="begun\n")
+    errors.append(torch.OutOfMemoryError("the GPU is full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        worker.draw(job)
+    monkeypatch.setattr(ray_workers, "prepare", lambda *what, several: fail())
+    errors.append(ImportError("spandrel is missing"))
+    assert worker.load(job) == Outcome(error="spandrel is missing")
 
 
 def test_ray_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ def halved(kind: str) -> dict[str, Any]:
         first = next(part for part in model.modules() if isinstance(part, nn.Conv2d | nn.Linear))
         hook = first.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
         above, calls = output(model, given), {row.status for row in handle.report.rows if row.role in ("self", "joint")}
-        single = output(model, {name: half(x) for name, x in given.items()})
+        single = output(model, first_sample(given))
         native = output(model, unet_inputs(kind, WINDOW))
         hook.remove()
     return {"above": above, "single": single, "native": native, "batches": batches, "calls": calls}
@@ -39,6 +39,11 @@ def drawn_in_halves() -> dict[str, Any]:
     pipe.transformer.proj_out.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
     latents = draw(pipe, prompt, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("guidance",)))
     return {"latents": latents, "batches": batches}
+
+
+def first_sample(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the first sample alone."""
+    return {name: x[:, :1] if name == "encoder_hidden_states_llama3" else half(x) for name, x in given.items()}  # layers come first there
 
 
 def half(value: Any) -> Any:
@@ -91,6 +96,19 @@ def halved_control() -> Tensor:
     return sd3_with_control(init_device_mesh("cpu", (2,), mesh_dim_names=("guidance",)))
 
 
+def own_network() -> dict[str, Any]:
+    """What a network of no known family returns: a tensor, a tuple, and what has no output."""
+    halves, x = Halves(init_device_mesh("cpu", (2,), mesh_dim_names=("guidance",)), ("x",)), torch.arange(8.0).reshape(2, 1, 4)
+    rank = distributed.get_rank()
+    found: dict[str, Any] = {"tensor": halves.run(nn.Identity(), lambda x: x + rank, (x,), {})}
+    found["tuple"] = halves.run(nn.Identity(), lambda x: (x + rank, "more"), (), {"x": x})
+    try:
+        halves.run(nn.Identity(), lambda x: {"x": x}, (x,), {})
+    except NotImplementedError as error:
+        found["dict"] = str(error)
+    return found
+
+
 def refused_halves() -> dict[str, str]:
     """What is raised where a batch cannot be halved."""
     said = dict[str, str]()
@@ -123,9 +141,9 @@ def refused_halves() -> dict[str, str]:
 
 HALVED = {
     f"{kind} in halves": functools.partial(halved, kind)
-    for kind in ("SD3", "PixArt", "HunyuanDiT", "AuraFlow", "Lumina 2", "PRX", "CogView4", "Qwen-Image", "SDXL")
+    for kind in ("SD3", "PixArt", "HunyuanDiT", "AuraFlow", "Lumina 2", "PRX", "CogView4", "HiDream-I1", "Qwen-Image", "SDXL")
 }
 CONTROLLED = {f"control, {guidance} halves": functools.partial(controlled, guidance) for guidance in (1, 2)}
 CASES: dict[str, Callable[[], Any]] = (
-    HALVED | CONTROLLED | {case.__name__: case for case in (drawn_in_halves, halved_control, refused_halves)}
+    HALVED | CONTROLLED | {case.__name__: case for case in (drawn_in_halves, halved_control, own_network, refused_halves)}
 )

@@ -49,6 +49,16 @@ def by_rows(kind: str, rule: str) -> dict[str, Any]:
     return found | {"restored": state_of(model) == before, "alone": output(model, inputs(kind, GRID, text=text))}
 
 
+def patched_again() -> dict[str, Any]:
+    """A model whose split is replaced by the same again, and that is unpatched then."""
+    model, everyone = build("FLUX.1"), distributed.group.WORLD
+    before = state_of(model)
+    scalediff.patch_model(model, window=WINDOW, mesh=everyone)
+    with scalediff.patch_model(model, window=WINDOW, mesh=everyone):
+        above = output(model, inputs("FLUX.1", GRID))
+    return {"above": above, "restored": state_of(model) == before}
+
+
 def odd_heads() -> dict[str, Tensor]:
     """A number of heads that the processes do not divide."""
     model = build("FLUX.1", heads=3)
@@ -153,6 +163,18 @@ def lost_in_a_pass(kind: str, grid: tuple[int, int], end: Callable[[], None]) ->
         output(model, inputs(kind, grid))
 
 
+def out_of_memory(end: Callable[[], None]) -> None:
+    """A rank runs out of memory in a stage of the cascade above the native size."""
+    pipe, rank = scalediff.load_demo(), distributed.get_rank()
+
+    def allocate(module: Any, args: tuple[Tensor, ...], out: Any) -> None:
+        if rank == 1 and args[0].shape[2] == 8:  # half of 16 rows
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes")
+
+    pipe.unet.mid_block.register_forward_hook(allocate)
+    latents_of_demo(pipe, mesh=distributed.group.WORLD)
+
+
 def drawn_demo(mesh: Any) -> Tensor:
     pipe = scalediff.load_demo().to(torch.float64)
     with scalediff.patch_model(pipe, mesh=mesh):
@@ -166,7 +188,7 @@ def latents_of_demo(pipe: Any, **options: Any) -> Tensor:
 
 
 def generated_by_rows() -> dict[str, Any]:
-    """A picture that is split for its run alone; and what that says of a patched pipeline, and of ranks with different weights."""
+    """A picture that is split for its run alone; and what is said of a patched pipeline, wrap, and ranks with different weights."""
     pipe, everyone = scalediff.load_demo().to(torch.float64), distributed.group.WORLD
     rows: list[int] = []
     hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[2]))
@@ -178,6 +200,16 @@ def generated_by_rows() -> dict[str, Any]:
             latents_of_demo(pipe, mesh=everyone)
         except ValueError as error:
             found["patched"] = str(error)
+    attempts: dict[str, Callable[[], Any]] = {
+        "wrap": lambda: latents_of_demo(pipe, mesh=everyone, wrap=(False, True)),
+        "patched wrap": lambda: scalediff.patch_model(pipe, mesh=everyone, wrap=(False, True)),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except NotImplementedError as error:
+            found[name] = str(error)
+    found["restored"] &= handle_of(pipe) is None and not is_patched(pipe.unet)
     next(pipe.unet.parameters()).data.add_(distributed.get_rank())
     try:
         latents_of_demo(pipe, mesh=everyone)
@@ -280,5 +312,5 @@ UNETS = {
     f"{kind} by rows, {guidance} halves": functools.partial(unet_by_rows, kind, guidance)
     for kind, guidance in (("SD1.5", 1), ("SDXL", 1), ("SDXL", 2), ("U-Net without text", 1))
 }
-OTHERS = (refused_by_rows, missing_pictures, drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows)
+OTHERS = (refused_by_rows, patched_again, missing_pictures, drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows)
 CASES: dict[str, Callable[[], Any]] = BY_ROWS | UNETS | {case.__name__: case for case in OTHERS}

@@ -210,7 +210,7 @@ def test_halves_of_a_batch_give_what_one_process_gives(name: str, two: list[dict
     model, given = ZOO[kind].build().double(), row_ranks.unet_inputs(kind, GRID)
     with scalediff.patch_model(model, window=WINDOW):
         assert_same(found["above"], output(model, given))
-        assert_same(found["single"], output(model, {name: half_ranks.half(x) for name, x in given.items()}))
+        assert_same(found["single"], output(model, half_ranks.first_sample(given)))
         assert_same(found["native"], output(model, row_ranks.unet_inputs(kind, WINDOW)))
     assert torch.equal(found["above"], two[1][name]["above"])
     assert found["calls"] == {"patched"}
@@ -238,6 +238,15 @@ def test_residuals_of_a_transformer_are_halved(two: list[dict[str, Any]]) -> Non
     assert_same(two[0]["halved_control"], half_ranks.sd3_with_control(None))
 
 
+def test_halves_of_what_a_network_returns(two: list[dict[str, Any]]) -> None:
+    expected = torch.tensor([[[0.0, 1.0, 2.0, 3.0]], [[5.0, 6.0, 7.0, 8.0]]])  # rank 1 adds 1 to its sample
+    for found in (found["own_network"] for found in two):
+        assert torch.equal(found["tensor"], expected)
+        assert torch.equal(found["tuple"][0], expected)
+        assert found["tuple"][1:] == ("more",)
+        assert found["dict"] == "mesh= needs a network that returns a tensor, a tuple or a sample, got dict"
+
+
 def test_what_has_no_halves(two: list[dict[str, Any]]) -> None:
     for said in (found["refused_halves"] for found in two):
         assert said["parallel"] == "this FluxTransformer2DModel is parallel already: pass mesh= or call enable_parallelism, not both"
@@ -263,6 +272,8 @@ def test_a_picture_is_split_for_its_run_alone(two: list[dict[str, Any]]) -> None
         assert torch.equal(found["latents"], one["latents"])
         assert found["rows"] == [16, 22]  # a band of 32 rows, and the whole base stage
         assert found["restored"]
+        assert found["wrap"] == "wrap is for models on one device: mesh= splits the rows of this one, got wrap=(False, True)"
+        assert found["patched wrap"] == "mesh= splits pictures that do not continue on the other side, got wrap=(False, True)"
         assert found["patched"].startswith("mesh= of a run is for a pipeline that is not patched: pass it to patch_model")
         assert "the digest of the weights is" in found["weights"]
 
@@ -288,6 +299,12 @@ def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
         assert said["tokens"].startswith("mesh= does not split full attention of a U-Net: image and text have the same number of tokens")
         assert said["PAG"].startswith("a mesh with guidance halves the batch, which perturbed-attention guidance needs whole")
         assert "runs full attention" in said["own"]
+
+
+def test_a_split_model_can_be_patched_again(two: list[dict[str, Any]]) -> None:
+    for found in (found["patched_again"] for found in two):
+        assert_same(found["above"], one_process("FLUX.1"))
+        assert found["restored"]
 
 
 def test_what_cannot_be_split_is_refused_with_numbers(two: list[dict[str, Any]]) -> None:

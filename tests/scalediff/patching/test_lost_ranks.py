@@ -1,4 +1,4 @@
-"""A rank that ends in the middle of a pass: the others end too, with errors that name it."""
+"""A rank that ends in the middle of a pass, or runs out of memory: the others end too, with errors that name it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed
 
 from scalediff_kernels.distributed.losses import LostRankError
@@ -26,3 +27,11 @@ def test_a_rank_that_ends_in_a_pass_is_named(kind: str, grid: tuple[int, int], t
     said = processes.said_of_a_loss(work, 2, tmp_path, imported=ranks.IMPORTED)
     assert [error for error, _ in said.values()] == [LostRankError]
     assert said[0][1].startswith("rank 0 lost the connection to rank 1 while ")
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_out_of_memory_says_so_and_is_named(tmp_path: Path) -> None:
+    said = processes.said_of_a_loss(row_ranks.out_of_memory, 2, tmp_path, imported=ranks.IMPORTED, code=1)
+    assert [error for error, _ in said.values()] == [LostRankError, torch.OutOfMemoryError]
+    assert said[0][1].startswith("rank 0 lost the connection to rank 1 while ")
+    assert said[1][1].startswith("stage 2/2, 128 x 64, ran out of memory on cpu")
