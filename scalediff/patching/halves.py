@@ -28,6 +28,7 @@ class Halves:
     Args:
         mesh: A process group of two ranks, or a `DeviceMesh` of one dimension.
         parameters: Names of the arguments of its `forward`.
+        batch_second: Names of those whose second axis is the batch.
 
     Attributes:
         group: None: rows are not split.
@@ -40,8 +41,8 @@ class Halves:
 
     group = None
 
-    def __init__(self, mesh: Any, parameters: Sequence[str]) -> None:
-        self._parameters, self._group = tuple(parameters), group_of(mesh)
+    def __init__(self, mesh: Any, parameters: Sequence[str], batch_second: Sequence[str] = ()) -> None:
+        self._parameters, self._group, self._batch_second = tuple(parameters), group_of(mesh), tuple(batch_second)
         self.groups = (self._group,)
         ranks = distributed.get_world_size(self._group)
         if ranks != 2:
@@ -76,7 +77,9 @@ class Halves:
             kind = type(latents).__name__
             raise NotImplementedError(f"a mesh with guidance halves latents in one tensor, got {self._parameters[0]} in a {kind}")
         batch, rank = latents.shape[0], distributed.get_rank(self._group)
-        return {name: _half(value, batch, rank) for name, value in given.items()} if batch % 2 == 0 else given
+        if batch % 2:
+            return given
+        return {name: _half(value, batch, rank, axis=int(name in self._batch_second)) for name, value in given.items()}
 
     def _gather(self, out: Tensor, batch: int) -> Tensor:
         if out.requires_grad:
@@ -92,10 +95,10 @@ def with_output(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return (out, *result[1:]) if isinstance(result, tuple) else dataclasses.replace(result, sample=out)
 
 
-def _half(value: Any, batch: int, half: int) -> Any:
-    """Arguments with one half of every tensor that has the whole batch."""
+def _half(value: Any, batch: int, half: int, *, axis: int = 0) -> Any:
+    """Arguments with one half of every tensor whose axis of the batch has all of it."""
     if isinstance(value, Tensor):
-        return value.chunk(2)[half] if value.ndim and value.shape[0] == batch else value
+        return value.chunk(2, dim=axis)[half] if value.ndim > axis and value.shape[axis] == batch else value
     if isinstance(value, dict):
         return {name: _half(x, batch, half) for name, x in value.items()}
     return type(value)(_half(x, batch, half) for x in value) if isinstance(value, list | tuple) else value

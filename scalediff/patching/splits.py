@@ -19,7 +19,7 @@ def split_over(mesh: Any, module: nn.Module, family: Family, parameters: Sequenc
     """Split a denoiser over a mesh; errors as in `Halves`, `Bands` and `RowSplit`."""
     if splits_batch_alone(mesh):
         check_not_parallel(module)
-        return Halves(mesh, parameters)
+        return Halves(mesh, parameters, () if family.cascade is None else family.cascade.batch_second)
     return Bands(mesh, parameters) if family.bands else RowSplit(module, family, mesh)
 
 
