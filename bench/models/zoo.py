@@ -15,6 +15,7 @@ from bench.models import inputs
 from bench.models.inputs import Arguments, Draw
 
 WINDOW = (4, 4)
+_UNINITIALISED = ("pad_token",)  # parameters whose values a class leaves as they were in memory: Lumina-Next
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Specimen:
             torch.manual_seed(seed)
             model: nn.Module = getattr(diffusers, self.kind)(**self.config).eval()
             draw = Draw(seed)
-            with torch.no_grad():  # some layers start at zero, and nothing behind them would be seen
-                for parameter in model.parameters():
-                    parameter.add_(0.1 * draw(*parameter.shape))
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in _UNINITIALISED:
+                        parameter.zero_()
+                    parameter.add_(0.1 * draw(*parameter.shape))  # some layers start at zero, and nothing behind them would be seen
         return model
 
     def inputs(self, draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:

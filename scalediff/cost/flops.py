@@ -170,6 +170,10 @@ def forward_work(
 
     Returns:
         The TFLOPs of the pass.
+
+    Raises:
+        NotImplementedError: The denoiser belongs to no known family.
+        ValueError: Attention is `"npa"`, and neither `native` nor the denoiser tells the native size.
     """
     attended = attention_work(denoiser, inputs, attention=attention, text_queries=text_queries, native=native)
     return Forward(*attended, *layer_work(denoiser, inputs))
@@ -185,14 +189,15 @@ def attention_work(
 ) -> tuple[float, float]:
     """TFLOPs of self-attention (including text in the same softmax), and of cross-attention and attention of text alone.
 
-    Arguments as in `forward_work`; `native` is the native token grid, that of the family when None.
+    Arguments and errors as in `forward_work`; `native` is the native token grid, that of the family when None.
 
     Nothing is run: the layout comes from the family, and the FLOPs from the formulas in `scalediff_kernels.neighborhood.geometry`.
     """
     family = _family(denoiser)
     layout, native = family.layout(denoiser, inputs, Reader()), native or family.native_grid(denoiser)
-    assert native is not None
-    windows = attention == "npa" and layout.grid[0] * layout.grid[1] > native[0] * native[1]
+    if attention == "npa" and native is None:
+        raise ValueError(f"{type(denoiser).__name__} does not tell its native size: pass native=(Y, X) in tokens, got {native=}")
+    windows = native if attention == "npa" and native and layout.grid[0] * layout.grid[1] > native[0] * native[1] else None
     attended = cross = 0
     for site in family.sites(denoiser):
         heads = _heads_of(denoiser.get_submodule(site.name))
@@ -200,13 +205,14 @@ def attention_work(
             count, length = layout.others if "layerwise" in site.name else (1, layout.others[0])  # Krea 2: over the layers of a token
             cross += count * attention_flops(grid=(1, length), window=(0, 0), text=length, **heads)
             continue
-        one = next(s for s in layout.sequences if s.level == site.level and (s.text > 0) == (site.role == "joint"))
-        window, patch = (window_of(native, site.level), patch_of(native, site.level)) if windows else (one.grid, one.grid)
+        choose = max if site.role == "joint" else min  # without the text there may be padding
+        one = choose((s for s in layout.sequences if s.level == site.level), key=lambda s: s.text)
+        window, patch = (window_of(windows, site.level), patch_of(windows, site.level)) if windows else (one.grid, one.grid)
         if site.role == "cross":
             cross += attention_flops(grid=one.grid, window=(0, 0), text=sum(layout.others), **heads)
         else:
             attended += attention_flops(grid=one.grid, window=window, text=one.text, **heads)
-        if site.role == "joint" and one.queries == "all":
+        if site.role != "cross" and one.queries == "all":
             rule = text_queries if windows else "global"
             attended += text_attention_flops(grid=one.grid, window=window, patch=patch, text=one.text, rule=rule, **heads)
     return attended / 1e12, cross / 1e12
@@ -242,7 +248,8 @@ def autoencoder_work(vae: Any, size: tuple[int, int], after: tuple[int, int] | N
 
 def _family(denoiser: nn.Module) -> Family:
     family = family_of(denoiser)
-    assert family is not None
+    if family is None:
+        raise NotImplementedError(f"the work of denoisers of no known family is not counted, got {type(denoiser).__name__}")
     return family
 
 

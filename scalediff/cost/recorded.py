@@ -2,8 +2,8 @@
 
 Counted are matrix products and convolutions at 2 FLOPs per multiply-add, as in `scalediff.cost.flops`: of the denoiser, with attention by
 formula, and of the autoencoder, in tiles where it ran in tiles. Bands of the autoencoder are counted as one piece, although some of its
-layers run more than once there. Text encoders, ControlNets, upsamplers and filters are not counted. Blocks that a feature cache skips are
-counted as if they had been computed.
+layers run more than once there. Text encoders, ControlNets, upsamplers and filters are not counted. Blocks that a feature cache skips, and
+padding of texts, are counted as if they had been computed.
 """
 
 from __future__ import annotations
@@ -17,21 +17,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from scalediff.cost.flops import _count_flops, forward_work
+from scalediff.cost.stand_ins import runnable_on_meta
+from scalediff.families import family_of
+from scalediff.families.grid import UnknownLayout
 from scalediff.patching.networks import denoiser_of, handle_of
 from scalediff.patching.subclass import original_class
-from scalediff.settings import Attention
 
 
 @dataclass
 class _Calls:
-    """Calls with arguments of the same shapes: how many, and the arguments of the first of them."""
+    """Calls with arguments of the same shapes: how many, and the arguments of the first of them.
+
+    Attributes:
+        batch: Number of samples in a call.
+        options: Keyword arguments of `forward_work`.
+        attributes: What a stage has set in the denoiser.
+    """
 
     count: int
-    arguments: Mapping[str, Any]
-    attention: Attention = "full"
+    arguments: dict[str, Any]
+    batch: int
+    options: Mapping[str, Any]
+    attributes: Mapping[str, Any]
 
 
 @dataclass
@@ -54,32 +64,37 @@ class RecordedWork:
         """TFLOPs of the denoiser's self-attention, and of all recorded calls.
 
         Raises:
-            NotImplementedError: The denoiser's code does not run on the meta device.
+            NotImplementedError: The denoiser belongs to no known family, its token layout is not known, or its code does not run on the
+                meta device.
         """
-        denoiser, vae = _without_weights(denoiser_of(self.pipe)), _without_weights(self.pipe.vae)
         attention = total = 0.0
         try:
+            denoiser, vae = _without_weights(denoiser_of(self.pipe)), _without_weights(self.pipe.vae)
             for calls in self._forwards.values():
-                batch = _batch(calls.arguments)
-                one = forward_work(denoiser, _first_sample(dict(calls.arguments), batch), attention=calls.attention)
-                attention += calls.count * batch * one.attention
-                total += calls.count * batch * sum(one)
+                vars(denoiser).update(calls.attributes)
+                one = forward_work(denoiser, calls.arguments, **calls.options)
+                attention += calls.count * calls.batch * one.attention  # by formula, for one sample
+                total += calls.count * (calls.batch * (one.attention + one.cross) + one.linear + one.convolution)
             for (name, shape, tiled), count in self._coded.items():
                 if tiled:
                     vae.enable_tiling()
                 given = torch.empty(shape, device="meta", dtype=vae.dtype)
                 total += count * sum(_count_flops(functools.partial(getattr(vae, name), given)).values())
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, UnknownLayout) as error:
             raise NotImplementedError(f"the FLOPs of {type(self.pipe).__name__} cannot be counted: {error}") from error
         return attention, total
 
     def _record_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         names = list(inspect.signature(original_class(type(module)).forward).parameters)[1:]  # type: ignore[attr-defined]
         arguments = dict(zip(names, args, strict=False)) | dict(kwargs)
-        handle = handle_of(module)
-        attention: Attention = "full" if handle is None else handle.attention
-        key = attention, tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(arguments))
-        self._forwards.setdefault(key, _Calls(0, arguments, attention)).count += 1
+        handle, options = handle_of(module), dict[str, Any](attention="full")
+        if handle is not None:
+            options = {"attention": handle.attention, "text_queries": handle.options.text_queries, "native": handle.window}
+        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(arguments))
+        attributes = {name: getattr(module, name) for name in _set_by_a_stage(self.pipe, module)}
+        key = tuple(options.items()), tuple(attributes.items()), shapes
+        calls = _Calls(0, arguments, len(arguments[names[0]]), options, attributes)
+        self._forwards.setdefault(key, calls).count += 1
 
     def _recording(self, name: str) -> Callable[..., Any]:
         vae = self.pipe.vae
@@ -108,21 +123,19 @@ def recorded_work(pipe: Any) -> Iterator[RecordedWork]:
         remover.remove()
 
 
+def _set_by_a_stage(pipe: Any, denoiser: nn.Module) -> list[str]:
+    """Names of the denoiser's attributes that the cascade sets for the size of a stage."""
+    family = family_of(denoiser)
+    if family is None or family.cascade is None:
+        return []
+    return [name.removeprefix("transformer.") for name in family.cascade.attributes(pipe, 1, 1) if name.startswith("transformer.")]
+
+
 def _without_weights(network: Any) -> Any:
     """The same network on the meta device, in its own dtype."""
+    kind: Any = original_class(type(network))
+    if not hasattr(kind, "from_config"):
+        raise NotImplementedError(f"{kind.__name__} has no from_config, by which it is built without weights")
     with torch.device("meta"):
-        twin: Any = original_class(type(network)).from_config(network.config)  # type: ignore[attr-defined]
+        twin: Any = runnable_on_meta(kind.from_config(network.config))
     return nn.Module.to(twin, network.dtype).eval()
-
-
-def _batch(arguments: Mapping[str, Any]) -> int:
-    sample: Any = arguments.get("sample", arguments.get("hidden_states"))
-    return len(sample)
-
-
-def _first_sample(arguments: dict[str, Any], batch: int) -> dict[str, Any]:
-    """The arguments for the first of the batch's samples: the count of one sample is that of any."""
-    if batch == 1:
-        return arguments
-    found: dict[str, Any] = tree_map_only(Tensor, lambda x: x[:1] if x.ndim and len(x) == batch else x, arguments)
-    return found

@@ -28,7 +28,7 @@ class Halves:
     Args:
         mesh: A process group of two ranks, or a `DeviceMesh` of one dimension.
         parameters: Names of the arguments of its `forward`.
-        second: Names of those whose second axis is the batch.
+        batch_second: Names of those whose second axis is the batch.
 
     Attributes:
         group: None: rows are not split.
@@ -41,8 +41,8 @@ class Halves:
 
     group = None
 
-    def __init__(self, mesh: Any, parameters: Sequence[str], second: Sequence[str] = ()) -> None:
-        self._parameters, self._second, self._group = tuple(parameters), tuple(second), group_of(mesh)
+    def __init__(self, mesh: Any, parameters: Sequence[str], batch_second: Sequence[str] = ()) -> None:
+        self._parameters, self._group, self._batch_second = tuple(parameters), group_of(mesh), tuple(batch_second)
         self.groups = (self._group,)
         ranks = distributed.get_world_size(self._group)
         if ranks != 2:
@@ -79,7 +79,7 @@ class Halves:
         batch, rank = latents.shape[0], distributed.get_rank(self._group)
         if batch % 2:
             return given
-        return {name: _half(value, batch, rank, axis=int(name in self._second)) for name, value in given.items()}
+        return {name: _half(value, batch, rank, axis=int(name in self._batch_second)) for name, value in given.items()}
 
     def _gather(self, out: Tensor, batch: int) -> Tensor:
         if out.requires_grad:
@@ -104,10 +104,10 @@ def with_output(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return dataclasses.replace(result, sample=change(result.sample))
 
 
-def _half(value: Any, batch: int, half: int, axis: int = 0) -> Any:
-    """Arguments with one half of every tensor that has the whole batch along an axis."""
+def _half(value: Any, batch: int, half: int, *, axis: int = 0) -> Any:
+    """Arguments with one half of every tensor whose axis of the batch has all of it."""
     if isinstance(value, Tensor):
         return value.chunk(2, dim=axis)[half] if value.ndim > axis and value.shape[axis] == batch else value
     if isinstance(value, dict):
         return {name: _half(x, batch, half) for name, x in value.items()}
-    return type(value)(_half(x, batch, half, axis) for x in value) if isinstance(value, list | tuple) else value
+    return type(value)(_half(x, batch, half, axis=axis) for x in value) if isinstance(value, list | tuple) else value

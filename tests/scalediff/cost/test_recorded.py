@@ -10,20 +10,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import scalediff
-from scalediff.cost.recorded import recorded_work
+from bench.models.inputs import Draw
+from bench.models.zoo import WINDOW, ZOO
+from scalediff.cost.flops import attention_work
+from scalediff.cost.recorded import RecordedWork, recorded_work
 from tests.conftest import seeded
 from tests.scalediff.cascade.test_pipelines import built
 
 pytest.importorskip("diffusers")
 
+from tests.scalediff.cascade import prompted_pipelines as small
+from tests.scalediff.cascade.further_pipelines import FURTHER, ready
+from tests.scalediff.cascade.test_assumed import foreign
 
-def counted(pipe: Any, size: int, **more: Any) -> tuple[float, float]:
-    """FLOPs by the record, and by torch's counter, of one run with full attention as matrix products."""
+
+def counted(pipe: Any, size: int, prompt: str | None = None, **more: Any) -> tuple[float, float]:
+    """FLOPs by the record, and by torch's counter, of one run with attention as matrix products."""
     arguments: dict[str, Any] = {"height": size, "width": size, "steps": 1, **more}
-    scalediff.generate(pipe, None, generator=seeded(), **arguments)  # the memory of the autoencoder is estimated once, and kept
+    scalediff.generate(pipe, prompt, generator=seeded(), **arguments)  # the memory of the autoencoder is estimated once, and kept
     counter = FlopCounterMode(display=False)
     with recorded_work(pipe) as work, counter, sdpa_kernel(SDPBackend.MATH):
-        scalediff.generate(pipe, None, generator=seeded(), **arguments)
+        scalediff.generate(pipe, prompt, generator=seeded(), **arguments)
     return work.tflops() * 1e12, float(counter.get_total_flops())
 
 
@@ -41,6 +48,47 @@ def test_packed_latents() -> None:
     with scalediff.patch_model(pipe, window=(4, 4)):
         recorded, computed = counted(pipe, 32, method="direct", call=arguments)
     assert recorded == pytest.approx(computed)
+
+
+def small_z_image() -> tuple[Any, dict[str, Any]]:
+    pipe = small.z_image()
+    scalediff.patch_model(pipe, window=WINDOW)
+    return pipe, {}
+
+
+@pytest.mark.parametrize(
+    "name", ["PRX", *(pytest.param(name, marks=pytest.mark.slow) for name in ("HiDream-I1", "ERNIE-Image", "Z-Image"))]
+)
+def test_two_stages_of_pipelines_from_text(name: str) -> None:
+    """Their text encoders, which are not recorded, do the same for both sizes, and no text is padded."""
+    pipe, call = ready(name) if name in FURTHER else small_z_image()
+    boat = "a red boat on a quiet lake in the evening, with a lantern at its bow and swans around"
+    how = {"guidance_scale": 3.0, "negative_prompt": boat, "call": call}
+    narrow, wide = (counted(pipe, 32, boat, width=width, **how) for width in (16, 32))
+    assert wide[0] > 1.1 * narrow[0]
+    assert wide[0] - narrow[0] == pytest.approx(wide[1] - narrow[1], rel=1e-6)
+
+
+def test_denoisers_that_nobody_listed_are_not_counted() -> None:
+    pipe, _ = foreign("SD3")
+    with pytest.raises(NotImplementedError, match="cannot be counted: Foreign has no from_config, by which it is built without weights"):
+        RecordedWork(pipe).tflops()
+    with pytest.raises(NotImplementedError, match="the work of denoisers of no known family is not counted, got Linear"):
+        attention_work(torch.nn.Linear(1, 1), {})
+    prx = ZOO["PRX"]
+    with pytest.raises(
+        ValueError, match=r"PRXTransformer2DModel does not tell its native size: pass native=\(Y, X\) in tokens, got native=None"
+    ):
+        attention_work(prx.build(), prx.inputs(Draw(0), (8, 8), 1))
+
+
+def test_passes_without_a_known_layout_are_not_counted() -> None:
+    pipe, _ = small_z_image()
+    pictures = {"x": [[torch.zeros(4, 1, 8, 8)]], "t": torch.ones(1), "cap_feats": [torch.zeros(7, 32)]}
+    with recorded_work(pipe) as work:
+        work._record_forward(pipe.transformer, (), pictures)
+    with pytest.raises(NotImplementedError, match="ZImagePipeline cannot be counted: several pictures in one sequence are not supported"):
+        work.tflops()
 
 
 def test_the_pipeline_is_given_back_and_tiles_are_counted(demo: Any) -> None:

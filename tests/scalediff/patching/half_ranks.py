@@ -12,15 +12,16 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import scalediff
 from bench.models.zoo import WINDOW, ZOO
-from scalediff.patching.halves import Halves
 from scalediff.patching.patch_networks import patch_networks
 from tests.scalediff.patching.ranks import GRID, build, built, draw, in_parallel, output
 from tests.scalediff.patching.row_ranks import UNET_GRID, unet_inputs
 
+BATCH_SECOND = ("encoder_hidden_states_llama3",)  # of HiDream-I1: layers come first
+
 
 def halved(kind: str) -> dict[str, Any]:
     """A network whose batch is halved above its native size; with an odd batch, and after the patch."""
-    model, given, batches = ZOO[kind].build().double(), unet_inputs(kind, GRID), list[int]()
+    model, given, batches = ZOO[kind].build().double(), unet_inputs(kind, grid_of(kind)), list[int]()
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("guidance",))
     with scalediff.patch_model(model, window=WINDOW, mesh=mesh) as handle:
         first = next(part for part in model.modules() if isinstance(part, nn.Conv2d | nn.Linear))
@@ -30,6 +31,10 @@ def halved(kind: str) -> dict[str, Any]:
         native = output(model, unet_inputs(kind, WINDOW))
         hook.remove()
     return {"above": above, "single": single, "native": native, "batches": batches, "calls": calls}
+
+
+def grid_of(kind: str) -> tuple[int, int]:
+    return (8, 8) if kind == "DiT" else GRID  # its class takes square pictures alone
 
 
 def drawn_in_halves() -> dict[str, Any]:
@@ -42,15 +47,16 @@ def drawn_in_halves() -> dict[str, Any]:
 
 
 def first_sample(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the first sample alone."""
-    return {name: x[:, :1] if name == "encoder_hidden_states_llama3" else half(x) for name, x in given.items()}  # layers come first there
+    """The arguments for the first of two samples."""
+    return {name: _half(x, axis=int(name in BATCH_SECOND)) for name, x in given.items()}
 
 
-def half(value: Any) -> Any:
-    """The first sample of an argument."""
+def _half(value: Any, *, axis: int = 0) -> Any:
     if isinstance(value, dict):
-        return {name: half(x) for name, x in value.items()}
-    return value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == 2 else value
+        return {name: _half(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_half(x) for x in value]
+    return value.narrow(axis, 0, 1) if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == 2 else value
 
 
 def controlled(guidance: int) -> dict[str, Tensor]:
@@ -128,9 +134,10 @@ def refused_halves() -> dict[str, str]:
     except NotImplementedError as error:
         said["control"] = str(error)
     model = ZOO["SD3"].build().double()
-    attempts: dict[str, Callable[[], Any]] = {"list": lambda: Halves(guidance, ("x",)).own({"x": [torch.zeros(1)]})}
+    lists = ZOO["Z-Image"].build().double()
+    attempts: dict[str, Callable[[], Any]] = {"list": lambda: output(lists, unet_inputs("Z-Image", GRID))}
     attempts["gradients"] = lambda: model(**unet_inputs("SD3", GRID))
-    with scalediff.patch_model(model, window=WINDOW, mesh=guidance):
+    with scalediff.patch_model(model, window=WINDOW, mesh=guidance), scalediff.patch_model(lists, window=WINDOW, mesh=guidance):
         for name, attempt in attempts.items():
             try:
                 attempt()
@@ -139,10 +146,11 @@ def refused_halves() -> dict[str, str]:
     return said
 
 
-HALVED = {
-    f"{kind} in halves": functools.partial(halved, kind)
-    for kind in ("SD3", "PixArt", "HunyuanDiT", "AuraFlow", "Lumina 2", "PRX", "CogView4", "HiDream-I1", "Qwen-Image", "SDXL")
-}
+_KINDS = (
+    "SD3", "PixArt", "HunyuanDiT", "AuraFlow", "Lumina 2", "PRX", "CogView4", "Qwen-Image", "SDXL", "HiDream-I1", "Bria FIBO",
+    "Lumina-Next", "DiT",
+)  # fmt: skip
+HALVED = {f"{kind} in halves": functools.partial(halved, kind) for kind in _KINDS}
 CONTROLLED = {f"control, {guidance} halves": functools.partial(controlled, guidance) for guidance in (1, 2)}
 CASES: dict[str, Callable[[], Any]] = (
     HALVED | CONTROLLED | {case.__name__: case for case in (drawn_in_halves, halved_control, own_network, refused_halves)}

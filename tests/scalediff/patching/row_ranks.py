@@ -92,6 +92,8 @@ def unet_inputs(kind: str, grid: tuple[int, int]) -> dict[str, Any]:
     def doubled(x: Any) -> Any:
         if isinstance(x, dict):
             return {name: doubled(value) for name, value in x.items()}
+        if isinstance(x, list):
+            return [doubled(value) for value in x]
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     found: dict[str, Any] = doubled(ZOO[kind].inputs(Draw(1), grid, 2))

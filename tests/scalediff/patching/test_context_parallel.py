@@ -207,7 +207,7 @@ def check_unet(found: dict[str, Any], name: str, world: int) -> None:
 def test_halves_of_a_batch_give_what_one_process_gives(name: str, two: list[dict[str, Any]]) -> None:
     """Also of prompts of different lengths; every rank sees one sample, and passes with an odd batch or of the native size whole."""
     kind, found = name.removesuffix(" in halves"), two[0][name]
-    model, given = ZOO[kind].build().double(), row_ranks.unet_inputs(kind, GRID)
+    model, given = ZOO[kind].build().double(), row_ranks.unet_inputs(kind, half_ranks.grid_of(kind))
     with scalediff.patch_model(model, window=WINDOW):
         assert_same(found["above"], output(model, given))
         assert_same(found["single"], output(model, half_ranks.first_sample(given)))
