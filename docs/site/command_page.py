@@ -14,8 +14,9 @@ _HEAD = """# The command line
 
 `pip install -e ".[diffusers]"` installs the command `scalediff`. Examples are in the [quickstart](../guide/quickstart.md).
 
-The command exits with 0 when it is done, 1 when memory runs out, 2 on bad input (one line on stderr) and 130 on Ctrl-C. With the
-environment variable `SCALEDIFF_DEBUG` set, errors keep their traceback.
+The command exits with 0 when it is done; 1 when memory runs out, another process of the run is lost, or workers could not draw all
+pictures; 2 on bad input (one line on stderr); and 130 on Ctrl-C. With the environment variable `SCALEDIFF_DEBUG` set, errors of the input
+keep their traceback.
 
 This page is written by `python docs/site/command_page.py`.
 """
@@ -33,9 +34,9 @@ def help_of(*arguments: str) -> str:
 
 def commands() -> list[str]:
     """The names of the subcommands, in the order of the parser."""
-    from scalediff.command.cli import _parser
+    from scalediff.command.cli import command_parser
 
-    subparsers = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    subparsers = next(action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
     return list(subparsers.choices)
 
 

@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from scalediff.command.cli import main
+from scalediff.command.cli import command_parser, main
 from scalediff.command.loading import UsageError
+from scalediff.command.ray_workers import _absolute
 from scalediff.command.reporting import Job
 from scalediff.command.workers import ATTEMPTS, Outcome, PicturesFailedError, hand_out
 
@@ -107,3 +108,10 @@ def test_ray_does_not_start_under_torchrun(
     monkeypatch.setenv("WORLD_SIZE", world)
     assert main(["generate", "a moon", "--ray", *arguments]) == 2
     assert "--ray starts its own workers, each of which draws whole pictures: leave out --split-picture" in capsys.readouterr().err
+
+
+def test_workers_get_absolute_paths_of_files_and_the_names_of_what_is_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for upsampler, found in (("demo", "demo"), ("weights.pth", tmp_path / "weights.pth")):
+        options = _absolute(command_parser().parse_args(["generate", "a moon", "--out", "pictures", "--upsampler", upsampler]))
+        assert (options.upsampler, options.model, options.out) == (found, "demo", tmp_path / "pictures")
