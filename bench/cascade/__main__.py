@@ -68,10 +68,12 @@ def line(row: Mapping[str, str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser, whole = parser_of("cascade", __doc__.split("\n")[0]), positive(int)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", nargs="+", choices=SUBJECTS)
+    which.add_argument("--model", nargs="+", choices=SUBJECTS, metavar="NAME", help=f"of {', '.join(SUBJECTS)}")
     which.add_argument("--growth", action="store_true", help="the embedded model from 128 to 1024 pixels")
     parser.add_argument("--size", nargs="+", type=whole, metavar="N", help="pixels per side (default: the model's own list)")
-    parser.add_argument("--method", nargs="+", choices=METHODS)
+    parser.add_argument(
+        "--method", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default: all; with --growth fewer)"
+    )
     blocks = "whether repeated blocks are compiled (default: eager; on a GPU both)"
     parser.add_argument("--compile", nargs="+", choices=COMPILE, help=blocks)
     limit = "seconds of a run that is measured whole (default: 120; on a CPU 210)"

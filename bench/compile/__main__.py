@@ -57,7 +57,8 @@ def page(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="compile for these alone; all by default")
+    targets = f"compile for these alone, of {', '.join(TARGETS)} (default: all)"
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME", help=targets)
     parser.add_argument("--write", action="store_true", help="write the rows to bench/results/compile-KERNELS-VERSION.csv")
     parser.add_argument("--doc", type=Path, help="compile nothing, write the tables of this page from the committed rows")
     options = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Opt
 from bench.harness.command import keep_freed_memory, names_of, positive, shard
 from bench.harness.facts import facts
 from bench.harness.rows import RowFile, write_text
-from scalediff.command.cli import _seeds, _size
+from scalediff.command.cli import parse_seeds, parse_size
 from scalediff.command.loading import UsageError, load_model, parse_device
 from scalediff.command.ranks import device_name, place
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def generate(options: argparse.Namespace, _: str) -> None:
     """Draw the items of this process, method by method, into OUT/METHOD."""
     i, n = options.shard or place()[:2]
-    items = items_of(read_prompts(options.prompts, column=options.column), options.seeds)
+    items = items_of(read_prompts(options.prompts, column=options.column), list(dict.fromkeys(options.seeds)))
     keep_freed_memory()
     pipe = load_model(options.model, device=device_name(options), dtype=options.dtype, low_memory=options.low_memory)
     pipe.set_progress_bar_config(disable=True)
@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--prompts", type=Path, required=True, help="a text file with one prompt a line, a .csv or a .jsonl")
     drawing.add_argument("--column", default="prompt", help="the column of a .csv or .jsonl (default: %(default)s)")
     drawing.add_argument("--methods", type=names_of(METHOD_NAMES), default=["scalediff"], help=f"of {','.join(METHOD_NAMES)}")
-    drawing.add_argument("--seeds", type=_seeds, default=[0], help="repetitions of the list, such as 0,1 (default: 0)")
-    drawing.add_argument("--size", type=_size, required=True, help="pixels per side, or HEIGHTxWIDTH")
+    drawing.add_argument("--seeds", type=parse_seeds, default=[0], help="repetitions of the list, such as 0,1 or 0-3 (default: 0)")
+    drawing.add_argument("--size", type=parse_size, required=True, help="pixels per side, or HEIGHTxWIDTH")
     drawing.add_argument("--model", default="demo", help="demo, a pipeline folder, or a Hugging Face id (default: %(default)s)")
     drawing.add_argument("--preset", default="default", help="a preset of the model (default: %(default)s)")
     drawing.add_argument("--steps", type=positive(int), help="denoising steps instead of the preset's")

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.harness.facts import ROOT, is_commit
 
 RESULTS = ROOT / "bench" / "results"
+TIMES = {"p50_ms": "ms", "composed_s": "s composed"}  # columns to compare, in order of preference, and their units
 
 Row = dict[str, str]
 Table = Mapping[str, Mapping[str, str]]  # rows by name
@@ -95,13 +96,18 @@ def finished_rows(rows: Table, measured_with: Mapping[str, str]) -> set[str]:
 
 
 def compared(rows: Table, others: Table, *, facts: Sequence[str]) -> list[str]:
-    """Sentences about the facts that differ, then the ratio of every row with a time in both: more than 1 is faster here."""
-    common = [name for name, row in rows.items() if row.get("p50_ms") and others.get(name, {}).get("p50_ms")]
-    lines = [] if common else [f"no row has a time in both files: {len(rows)} rows here, {len(others)} there"]
+    """Sentences about the facts that differ, then the ratio of every row with a time of one kind in both: more than 1 is faster here."""
+    found = [(name, row, others[name], kind) for name, row in rows.items() if (kind := _kind(row, others.get(name, {})))]
+    lines = [] if found else [f"no row has a time in both files: {len(rows)} rows here, {len(others)} there"]
     for fact in facts:
-        here, there = (sorted({table[name].get(fact) or "unknown" for name in common}) for table in (rows, others))
+        here, there = (sorted({table[name].get(fact) or "unknown" for name, *_ in found}) for table in (rows, others))
         if here != there or len(here) > 1:
             values = f"here {' and '.join(here)}, there {' and '.join(there)}"
             lines.append(f"not the same {fact}: {values}; the ratios below include that difference")
-    times = [(name, rows[name]["p50_ms"], others[name]["p50_ms"]) for name in common]
-    return lines + [f"{name}: {here} ms here, {there} ms there, {float(there) / float(here):.3f}x" for name, here, there in times]
+    times = [(name, here[kind], there[kind], TIMES[kind]) for name, here, there, kind in found]
+    return lines + [f"{name}: {a} {unit} here, {b} {unit} there, {float(b) / float(a):.3f}x" for name, a, b, unit in times]
+
+
+def _kind(row: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    """The first column of TIMES that both rows have."""
+    return next((column for column in TIMES if row.get(column) and other.get(column)), None)

@@ -34,9 +34,9 @@ def help_of(*arguments: str) -> str:
 
 def commands() -> list[str]:
     """The names of the subcommands, in the order of the parser."""
-    from scalediff.command.cli import _parser
+    from scalediff.command.cli import command_parser
 
-    subparsers = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    subparsers = next(action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
     return list(subparsers.choices)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from scalediff.settings import TILES
 from scalediff_kernels.distributed.losses import LostRankError
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse (height, width) in pixels: `N` or `HxW`."""
     match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"a size must be N or HxW in pixels, got {text!r}")
@@ -32,7 +34,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
-    return [_size(one) for one in text.split(",")]
+    return [parse_size(one) for one in text.split(",")]
 
 
 def _methods(text: str) -> list[str]:
@@ -42,7 +44,7 @@ def _methods(text: str) -> list[str]:
     return names
 
 
-def _seeds(text: str) -> list[int]:
+def parse_seeds(text: str) -> list[int]:
     """Parse seeds: `7`, `0,1,2`, `0-3`, and combinations."""
     seeds: list[int] = []
     for part in text.split(","):
@@ -80,13 +82,26 @@ def _gib(text: str) -> float:
     return size
 
 
+def _upsampler(text: str) -> str | Path:
+    """Parse `demo`, which is no file, or the path of a file."""
+    return text if text == "demo" else Path(text)
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"a port must be an integer in [0, 65535], got {text!r}")
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Help(argparse.HelpFormatter):
+    """Help whose lines do not break within a name such as `super-resolution`."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of the command and its subcommands."""
     parser = argparse.ArgumentParser(
         prog="scalediff", description="Generate and upscale pictures far above a diffusion model's native size."
     )
@@ -99,12 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several pictures")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="text file with further prompts, one per line")
-    generate.add_argument("--size", type=_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
+    generate.add_argument("--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
     generate.add_argument(
         "--compare", action="store_true", help="also generate by direct inference and with full attention, and save all side by side"
     )
     generate.add_argument(
-        "--method", choices=method_names(), default="scalediff", help="a published method to compare ScaleDiff with (default: scalediff)"
+        "--method",
+        choices=method_names(),
+        default="scalediff",
+        metavar="NAME",
+        help=f"a published method to compare ScaleDiff with: {', '.join(method_names())} (default: scalediff)",
     )
     generate.add_argument("--skip-existing", action="store_true", help="leave out pictures whose file is there, as after an interruption")
     generate.add_argument(
@@ -132,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several sheets")
     compare.add_argument("--prompts", type=Path, metavar="FILE", help="text file with further prompts, one per line")
-    compare.add_argument("--size", type=_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
+    compare.add_argument("--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
     compare.add_argument(
         "--methods", type=_methods, default=["direct", "scalediff"], metavar="NAME,...",
         help=f"of {', '.join(COMPARABLE)} (default: direct,scalediff)",
@@ -148,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     upscale.add_argument("file", type=Path, metavar="FILE", help="a picture in any format that Pillow reads")
     upscale.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     upscale.add_argument(
-        "--size", type=_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: twice its size)"
+        "--size", type=parse_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: twice its size)"
     )
     upscale.add_argument("--mask", type=Path, metavar="FILE", help="a picture, white where FILE may change and black where it is kept")
     upscale.add_argument(
@@ -163,9 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Count the FLOPs of every stage and the memory of a run for a full-size model, without its weights, and say what fits.",
     )
     plan.add_argument(
-        "--model", choices=tuple(MODELS), default="sdxl", help="the model (default: sdxl); other families have no configuration here"
+        "--model", choices=tuple(MODELS), default="sdxl", metavar="NAME", help=f"the model: {', '.join(MODELS)} (default: sdxl)"
     )
-    plan.add_argument("--size", type=_size, metavar="N|HxW", default=(4096, 4096), help="size in pixels (default: 4096)")
+    plan.add_argument("--size", type=parse_size, metavar="N|HxW", default=(4096, 4096), help="size in pixels (default: 4096)")
     plan.add_argument("--attention", choices=("npa", "full"), default="npa", help="attention above the native size")
     plan.add_argument("--memory", type=_gib, metavar="GIB", help="memory of the GPU in GiB (default: that of this machine's, if any)")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -191,6 +210,8 @@ def _parser() -> argparse.ArgumentParser:
 
     info = subparsers.add_parser("info", help="print the metadata of a picture", description="Print a picture's metadata as JSON.")
     info.add_argument("file", type=Path, metavar="FILE", help="a picture written by scalediff")
+    for command in subparsers.choices.values():
+        command.formatter_class = _Help
     return parser
 
 
@@ -203,7 +224,9 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="data type of the weights (default: auto)"
     )
-    command.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="scheduler (default: the model's)")
+    command.add_argument(
+        "--scheduler", choices=tuple(SCHEDULERS), metavar="NAME", help=f"scheduler: {', '.join(SCHEDULERS)} (default: the model's)"
+    )
     command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="timestep spacing of the scheduler")
 
 
@@ -212,7 +235,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid in the picture")
     _add_model_options(command)
     command.add_argument(
-        "--seed", type=_seeds, default=[0], metavar="N|N-M|N,M", help="random seeds; each one gives a picture (default: 0)"
+        "--seed", type=parse_seeds, default=[0], metavar="N|N-M|N,M", help="random seeds; each one gives a picture (default: 0)"
     )
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="PNG file or folder (default: current folder; file names from prompt and seed)"
@@ -223,7 +246,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="size of every stage (default: each stage doubles the size)")
     command.add_argument(
         "--upsampler",
-        type=Path,
+        type=_upsampler,
         metavar="FILE",
         help="super-resolution network (.safetensors, .pth) that enlarges the stages' pictures; demo is that of the embedded model",
     )
@@ -287,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 on success; 1 if out of memory, if another process of the run was lost, or if workers could not draw all
         pictures; 2 on invalid input, 130 on Ctrl-C, 141 if the reader of its output has gone.
     """
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     try:
         run = {
             "generate": _generate,

@@ -53,7 +53,7 @@ def picture_metadata(pipe: Any, options: Namespace, job: Job, settings: Settings
         vae_tiling=vae_tiling(options),
         vae_attention=options.vae_attention,
         split_guidance=options.low_memory or options.split_guidance,
-        upsampler=None if options.upsampler is None else options.upsampler.name,
+        upsampler=None if options.upsampler is None else Path(options.upsampler).name,
     )
 
 

@@ -73,7 +73,7 @@ def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> 
     Args:
         name: A name of `scalediff.cost.models.MODELS`.
         size: Target (height, width) in pixels.
-        attention: Attention of the stages above the native size.
+        attention: Attention of the stages after the base stage, which has full attention.
 
     Returns:
         The preset's settings, and the work of every stage.
@@ -92,7 +92,8 @@ def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> 
         passes = steps * passes_of_a_step(model, settings)
         fit_denoiser(model, denoiser, (height, width))
         inputs = model.inputs(height // model.factor, width // model.factor)
-        one = forward_work(denoiser, inputs, attention=attention, native=model.native)
+        how: Attention = attention if index else "full"  # also where the base is a little larger than the native area
+        one = forward_work(denoiser, inputs, attention=how, native=model.native)
         after = sizes[index + 1] if index + 1 < len(sizes) else None
         coded = autoencoder_work(vae, (height, width), after, factor=model.factor)
         attended, linear, convolution = (passes * part for part in (one.attention + one.cross, one.linear, one.convolution))

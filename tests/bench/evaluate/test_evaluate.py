@@ -143,6 +143,20 @@ def test_the_upsampler_reaches_the_methods_that_have_one(
     assert "network.txt" in refused(capsys, *drawing, "--methods", "super-resolution")
 
 
+def test_a_seed_that_is_named_twice_is_drawn_once(demo: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def draw(pipe: Any, task: Any, items: Any, folder: Path, *, shard: tuple[int, int]) -> int:
+        drawn.extend(item.seed for item in items)
+        return len(items)
+
+    monkeypatch.setattr(command, "load_model", lambda name, **_: demo)
+    monkeypatch.setattr(command, "draw_items", draw)
+    (folders / "prompts.txt").write_text("a moon\n")
+    main(["generate", "--prompts", str(folders / "prompts.txt"), "--size", "128", "--out", str(folders / "out"), "--seeds", "3,0-3"])
+    assert drawn == [3_000_000, 0, 1_000_000, 2_000_000]
+
+
 def test_the_protocols_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["protocols"])
     printed = capsys.readouterr().out

@@ -52,6 +52,19 @@ def test_a_comparison_says_what_differs_before_any_ratio() -> None:
         assert compared(same, other, facts=tuple(FACTS)) == ["no row has a time in both files: 1 rows here, 1 there"]
 
 
+def test_only_times_of_one_kind_are_compared() -> None:
+    """Milliseconds that were measured, or seconds that a whole run was composed of."""
+    measured, composed, only = row("a", "4000", composed_s="5"), row("a", "", composed_s="2"), row("a", "4000")
+    pairs = ((measured, measured), (measured, composed), (composed, composed), (composed, only))
+    found = [compared({"a": a}, {"a": b}, facts=()) for a, b in pairs]
+    assert found == [
+        ["a: 4000 ms here, 4000 ms there, 1.000x"],
+        ["a: 5 s composed here, 2 s composed there, 0.400x"],
+        ["a: 2 s composed here, 2 s composed there, 1.000x"],
+        ["no row has a time in both files: 1 rows here, 1 there"],
+    ]
+
+
 def test_an_unknown_fact_differs_from_a_known_one() -> None:
     (printed, _) = compared({"a": row("a", "1")}, {"a": {"row": "a", "p50_ms": "1", "machine": "X", "torch": "2"}}, facts=tuple(FACTS))
     assert printed == "not the same commit: here abc, there unknown; the ratios below include that difference"

@@ -105,7 +105,7 @@ def test_where_no_worker_comes_up_every_picture_is_named(capsys: pytest.CaptureF
     assert all(f"{name}.png: not drawn: no worker is left, the last one was lost: killed\n" in said for name in "bcde")
 
 
-def test_workers_in_other_folders_havewith_absolute_paths_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_in_other_folders_have_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the embedded model and its upsampler keep their name, also beside folders that have it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()

@@ -12,6 +12,7 @@ from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
 from scalediff.cascade.fitting import fitting_model_size
 from scalediff.cascade.memory import estimate_model
+from scalediff.cost import flops
 from scalediff.cost.flops import _attention_flops, _count_flops, _on_meta, attention_work, count, fit_denoiser, native_rules
 from scalediff.cost.models import MODELS, TEXT_ENCODERS, built
 from scalediff.cost.stand_ins import runnable_on_meta
@@ -120,6 +121,16 @@ def test_every_model_has_a_plan(name: str) -> None:
     assert peaks == sorted(peaks, reverse=True)
     weights = sum(x.numel() for part in built(MODELS[name]) for x in part.parameters())
     assert peaks[0] > 2 * (weights + sum(TEXT_ENCODERS[text] for text in MODELS[name].texts))
+
+
+def test_the_base_stage_has_full_attention_where_it_is_larger_than_the_native_area(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sides are rounded to 61 x 68 tokens, which are more than 64 x 64."""
+    monkeypatch.setattr(flops, "layer_work", lambda *_: (0.0, 0.0))  # which takes seconds, and is the same
+    monkeypatch.setattr(flops, "autoencoder_work", lambda *_, **__: 0.0)
+    (base, last), (full_base, full_last) = (count("pixart-sigma", (1104, 1232), attention=how)[1] for how in ("npa", "full"))
+    assert base.height * base.width > 1024**2
+    assert base == full_base
+    assert last.attention < full_last.attention
 
 
 def test_a_denoiser_is_set_for_a_stage_as_the_cascade_does() -> None:

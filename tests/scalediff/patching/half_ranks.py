@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import scalediff
 from bench.models.zoo import WINDOW, ZOO
+from scalediff.patching.halves import Halves
 from scalediff.patching.patch_networks import patch_networks
 from tests.scalediff.patching.ranks import GRID, build, built, draw, in_parallel, output
 from tests.scalediff.patching.row_ranks import UNET_GRID, unet_inputs
