@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from scalediff.cost.flops import _count_flops, forward_work
+from scalediff.cost.flops import _count_flops, forward_work, set_attributes
+from scalediff.cost.stand_ins import runnable_on_meta
+from scalediff.families import family_of
 from scalediff.patching.networks import denoiser_of, handle_of
 from scalediff.patching.subclass import original_class
 from scalediff.settings import Attention
@@ -27,11 +30,12 @@ from scalediff.settings import Attention
 
 @dataclass
 class _Calls:
-    """Calls with arguments of the same shapes: how many, and the arguments of the first of them."""
+    """Calls with arguments of the same shapes: how many, the arguments of the first of them, and attributes that the cascade sets."""
 
     count: int
     arguments: Mapping[str, Any]
     attention: Attention = "full"
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,6 +65,7 @@ class RecordedWork:
         try:
             for calls in self._forwards.values():
                 batch = _batch(calls.arguments)
+                set_attributes(denoiser, calls.attributes)
                 one = forward_work(denoiser, _first_sample(dict(calls.arguments), batch), attention=calls.attention)
                 attention += calls.count * batch * one.attention
                 total += calls.count * batch * sum(one)
@@ -79,7 +84,10 @@ class RecordedWork:
         handle = handle_of(module)
         attention: Attention = "full" if handle is None else handle.attention
         key = attention, tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(arguments))
-        self._forwards.setdefault(key, _Calls(0, arguments, attention)).count += 1
+        family = family_of(module)
+        names = list(family.cascade.attributes(self.pipe, 1, 1)) if family is not None and family.cascade is not None else []
+        attributes = {name: operator.attrgetter(name)(self.pipe) for name in names}
+        self._forwards.setdefault(key, _Calls(0, arguments, attention, attributes)).count += 1
 
     def _recording(self, name: str) -> Callable[..., Any]:
         vae = self.pipe.vae
@@ -112,7 +120,7 @@ def _without_weights(network: Any) -> Any:
     """The same network on the meta device, in its own dtype."""
     with torch.device("meta"):
         twin: Any = original_class(type(network)).from_config(network.config)  # type: ignore[attr-defined]
-    return nn.Module.to(twin, network.dtype).eval()
+    return runnable_on_meta(nn.Module.to(twin, network.dtype).eval())
 
 
 def _batch(arguments: Mapping[str, Any]) -> int:

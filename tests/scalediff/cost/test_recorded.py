@@ -10,8 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import scalediff
+from scalediff.cascade.memory import estimate
+from scalediff.cascade.pipeline import pixels_per_latent
 from scalediff.cost.recorded import recorded_work
 from tests.conftest import seeded
+from tests.scalediff.cascade.test_further_pipelines import ready
 from tests.scalediff.cascade.test_pipelines import built
 
 pytest.importorskip("diffusers")
@@ -41,6 +44,17 @@ def test_packed_latents() -> None:
     with scalediff.patch_model(pipe, window=(4, 4)):
         recorded, computed = counted(pipe, 32, method="direct", call=arguments)
     assert recorded == pytest.approx(computed)
+
+
+def test_what_the_cascade_sets_in_a_denoiser_is_recorded_and_estimated() -> None:
+    """HiDream-I1 pads a picture that is not square to its longest sequence, here by a stage of 6 x 3 tokens, more than its own 16."""
+    pipe, call = ready("HiDream-I1")
+    width, height = (side * pixels_per_latent(pipe) for side in (6, 12))
+    assert estimate(pipe, call | {"prompt": "a boat"}, (height, width)).denoiser > 0
+    with recorded_work(pipe) as work:
+        scalediff.generate(pipe, "a boat", height=height, width=width, steps=1, call=call)
+    assert work.tflops() > 0
+    assert pipe.transformer.max_seq == 16
 
 
 def test_the_pipeline_is_given_back_and_tiles_are_counted(demo: Any) -> None:
