@@ -24,7 +24,7 @@ from scalediff.cascade.autoencoder_memory import FRAGMENTATION, band_bytes, cast
 from scalediff.cascade.borrowing import intercept_denoiser, restored_pipeline, sample_of, without_encoding
 from scalediff.cascade.pipeline import call_stage, cascade_of
 from scalediff.cascade.placement import bytes_of, check_placement, is_offloaded, weights_of
-from scalediff.cost.flops import fit_denoiser, passes_of_a_step, stages
+from scalediff.cost.flops import fit_denoiser, passes_of_a_step, set_attributes, stages
 from scalediff.cost.models import MODELS, TEXT_ENCODERS, built
 from scalediff.cost.tally import peak_bytes
 from scalediff.families import family_of
@@ -109,8 +109,10 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
     denoiser, vae = denoiser_of(pipe), pipe.vae
     weights["denoiser"] = weights.pop(next(name for name in ("unet", "transformer") if name in weights))
     args, kwargs, batch = _first_denoiser_call(pipe, arguments, size)
+    twin = meta_copy(denoiser)
+    set_attributes(twin, cascade_of(pipe).attributes(pipe, *size))
     with wrap_meta_errors(denoiser):
-        held = peak_bytes(functools.partial(meta_copy(denoiser), *args, **kwargs))
+        held = peak_bytes(functools.partial(twin, *args, **kwargs))
     halves = 2 if cascade_of(pipe).conditional and sample_of(args, kwargs).shape[0] == 2 * batch else 1
     in_parts = vae_bytes(vae, size, batch, tiled=True, joined=joined_sizes(pipe, size, batch))
     return Estimate(weights, held, halves, vae_bytes(vae, size, batch, tiled=False), in_parts)

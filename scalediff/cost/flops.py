@@ -7,7 +7,7 @@ Text encoders, filters and elementwise operations are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -136,7 +136,12 @@ def fit_denoiser(model: Model, denoiser: nn.Module, size: tuple[int, int]) -> No
     """Set the attributes of a denoiser that the cascade sets for a stage of (height, width) pixels."""
     cascade = _family(denoiser).cascade
     assert cascade is not None
-    for name, value in cascade.attributes(SimpleNamespace(vae_scale_factor=model.factor, transformer=denoiser), *size).items():
+    set_attributes(denoiser, cascade.attributes(SimpleNamespace(vae_scale_factor=model.factor, transformer=denoiser), *size))
+
+
+def set_attributes(denoiser: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """Set those attributes of a pipeline, by dotted names, that are its transformer's."""
+    for name, value in attributes.items():
         part, _, attribute = name.rpartition(".")
         if part == "transformer":
             setattr(denoiser, attribute, value)

@@ -14,6 +14,9 @@ from scalediff.cascade import fitting
 from scalediff.cascade.metadata import read_metadata
 from scalediff.command import drawing, loading, method_options, runs
 from scalediff.command.cli import main
+from scalediff.command.loading import SCHEDULERS
+from scalediff.cost.models import MODELS
+from scalediff.methods import method_names
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -220,3 +223,17 @@ def test_a_scheduler_of_trailing_steps(demo: Any) -> None:
     finally:
         demo.scheduler = config
     assert read_metadata(Path("a-moon-0.png"))["scheduler"] == "EulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(("command", "names"), [("plan", tuple(MODELS)), ("generate", (*method_names(), *SCHEDULERS))])
+@pytest.mark.parametrize("columns", [80, 100])
+def test_names_in_the_help_are_whole_and_lines_short(
+    command: str, names: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    words = {word.strip(",") for line in lines for word in line.split()}
+    assert set(names) <= words

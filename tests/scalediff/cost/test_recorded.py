@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import scalediff
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
+from scalediff.cascade.memory import estimate
+from scalediff.cascade.pipeline import pixels_per_latent
 from scalediff.cost.flops import attention_work
 from scalediff.cost.recorded import RecordedWork, recorded_work
 from tests.conftest import seeded
@@ -89,6 +91,17 @@ def test_passes_without_a_known_layout_are_not_counted() -> None:
         work._record_forward(pipe.transformer, (), pictures)
     with pytest.raises(NotImplementedError, match="ZImagePipeline cannot be counted: several pictures in one sequence are not supported"):
         work.tflops()
+
+
+def test_what_the_cascade_sets_in_a_denoiser_is_recorded_and_estimated() -> None:
+    """HiDream-I1 pads a picture that is not square to its longest sequence, here by a stage of 6 x 3 tokens, more than its own 16."""
+    pipe, call = ready("HiDream-I1")
+    width, height = (side * pixels_per_latent(pipe) for side in (6, 12))
+    assert estimate(pipe, call | {"prompt": "a boat"}, (height, width)).denoiser > 0
+    with recorded_work(pipe) as work:
+        scalediff.generate(pipe, "a boat", height=height, width=width, steps=1, call=call)
+    assert work.tflops() > 0
+    assert pipe.transformer.max_seq == 16
 
 
 def test_the_pipeline_is_given_back_and_tiles_are_counted(demo: Any) -> None:
