@@ -32,10 +32,11 @@ def pages(results: Results, found: Sequence[Plot]) -> dict[Path, str]:
 
 
 def quality(results: Results) -> list[str]:
-    """The main columns of `bench.quality`, a table for every CSV."""
-    several = len(results.quality) > 1
-    tables = [[*(["", f"{file}:", ""] if several else []), *summary(rows)] for file, rows in results.quality.items()]
-    return [line for lines in tables for line in lines] or [f"{NOT_YET}."]
+    """The main columns of `bench.quality`, a table for every CSV that has rows of all methods."""
+    tables = {file: lines for file, rows in results.quality.items() if (lines := summary(rows))}
+    if len(tables) > 1:
+        tables = {file: ["", f"{file}:", "", *lines] for file, lines in tables.items()}
+    return [line for lines in tables.values() for line in lines] or [f"{NOT_YET}."]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -125,6 +125,8 @@ def test_the_readme_has_the_table_of_quality(place: Path) -> None:
     assert problems() == []
     written(place, "quality-x.csv", drawn_by("direct", 5.31), drawn_by("npa", 2))
     assert problems()
+    other = {"switches/npa": {**drawn_by("npa", 3)["methods/npa"], "row": "switches/npa"}}
+    assert "csv:" not in readme(written(place, "quality-z.csv", other)), "a file without rows of all methods"
     text = readme(written(place, "quality-y.csv", drawn_by("npa", 3)))
     assert "quality-x.csv:\n\n| row |" in text
     assert "quality-y.csv:\n\n| row |" in text
