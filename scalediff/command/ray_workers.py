@@ -45,10 +45,8 @@ def generate_pictures(options: Namespace) -> None:
 
 
 def with_absolute_paths(options: Namespace) -> Namespace:
-    """The options with absolute paths: workers run in other folders. The model and the upsampler `demo` have none."""
+    """The options with absolute paths: workers run in other folders."""
     paths = {name: value.absolute() for name, value in vars(options).items() if isinstance(value, Path)}
-    if options.upsampler == Path("demo"):
-        del paths["upsampler"]
     model = str(Path(options.model).absolute()) if options.model != "demo" and Path(options.model).is_dir() else options.model
     return Namespace(**{**vars(options), **paths, "model": model})
 

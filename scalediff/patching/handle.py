@@ -158,7 +158,7 @@ class Handle:
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The process groups of `mesh=`: first that over whose ranks pictures above the native area are split by rows. Empty without."""
+        """The process groups of `mesh=`, first that whose ranks share out rows, at least in the autoencoder. Empty without."""
         return self._targets[0].groups
 
     @property

@@ -17,8 +17,9 @@ from scalediff.cost.models import MODELS, built
 
 diffusers = pytest.importorskip("diffusers")
 
-from tests.scalediff.cascade import split_ranks  # noqa: E402
-from tests.scalediff.cascade.split_ranks import CHANGED, SPLIT, STREAMED, WHOLE, arrays, autoencoder, computed, pictures  # noqa: E402
+from tests.scalediff.cascade import drawn_ranks, split_ranks  # noqa: E402
+from tests.scalediff.cascade.drawn_ranks import CHANGED, arrays  # noqa: E402
+from tests.scalediff.cascade.split_ranks import SPLIT, STREAMED, WHOLE, autoencoder, computed, pictures  # noqa: E402
 from tests.scalediff.patching import ranks  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
@@ -123,13 +124,13 @@ def assert_same_stages(found: list[tuple[Any, Tensor]], expected: list[tuple[Any
 
 def test_the_whole_cascade_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
     one, other = (found["drawn"] for found in two)
-    expected = arrays(split_ranks.draw_sdxl())
+    expected = arrays(drawn_ranks.draw_sdxl())
     assert_same_stages(one["SDXL"], expected)
     assert_same_stages(two[0]["drawn_in_halves"], expected)
     pipe = scalediff.load_demo().to(torch.float64)
-    assert_same_stages(one["demo"], arrays(split_ranks.draw_demo(pipe)))
+    assert_same_stages(one["demo"], arrays(drawn_ranks.draw_demo(pipe)))
     with scalediff.patch_model(pipe):
-        assert_same_stages(one["own call"], [split_ranks.call_demo(pipe)])
+        assert_same_stages(one["own call"], [drawn_ranks.call_demo(pipe)])
     assert len(one.pop("previews")) == 3
     assert other.pop("previews") == []
     for name in one:
@@ -144,7 +145,7 @@ ROUNDED = {"a larger picture": 16 * torch.finfo(torch.float32).eps}
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_ranks_change_a_picture_together(name: str, two: list[dict[str, Any]]) -> None:
-    assert_same_stages(two[0]["changed"][name], arrays(split_ranks.change(name)), ROUNDED.get(name, 1e-10))
+    assert_same_stages(two[0]["changed"][name], arrays(drawn_ranks.change(name)), ROUNDED.get(name, 1e-10))
     assert torch.equal(two[0]["changed"][name][-1][1], two[1]["changed"][name][-1][1])
 
 
@@ -175,8 +176,8 @@ def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
     found = ranks.run(4, cases, tmp_path, seconds=600)
     for name in SPLIT.keys() - {"odd rows"}:  # 6, of latents
         check_split(found[3]["split_rows"][name], name, 4)
-    expected = arrays(split_ranks.draw_sdxl())
+    expected = arrays(drawn_ranks.draw_sdxl())
     assert_same_stages(found[3]["drawn"]["SDXL"], expected)
     assert_same_stages(found[3]["drawn_in_halves"], expected)
     for name in CHANGED:
-        assert_same_stages(found[3]["changed"][name], arrays(split_ranks.change(name)), ROUNDED.get(name, 1e-10))
+        assert_same_stages(found[3]["changed"][name], arrays(drawn_ranks.change(name)), ROUNDED.get(name, 1e-10))

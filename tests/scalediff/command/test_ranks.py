@@ -152,16 +152,22 @@ def test_other_commands_run_in_one_process(
     assert f"scalediff {command} runs in one process; under torchrun, {advice}, got WORLD_SIZE=2" in capsys.readouterr().err
 
 
+def calls_of_one(monkeypatch: pytest.MonkeyPatch, function: str, *, saves: bool) -> list[dict[str, Any]]:
+    """The arguments by which one of several processes calls a function that draws, which does nothing."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(drawing, "process_group", nullcontext)
+    monkeypatch.setattr(drawing, "drawing_together", lambda options, pipe: nullcontext(saves))
+    monkeypatch.setattr(drawing, function, lambda *given, **how: calls.append(how))
+    monkeypatch.setattr(drawing, "print_result", lambda *what: None)
+    return calls
+
+
 @pytest.mark.parametrize("saves", [True, False])
 def test_processes_upscale_a_picture_together(
     saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of them saves it, and says what it draws and how far it is."""
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(drawing, "process_group", nullcontext)
-    monkeypatch.setattr(drawing, "drawing_together", lambda options, pipe: nullcontext(saves))
-    monkeypatch.setattr(drawing, "upscale", lambda pipe, image, prompt, **how: calls.append(how))
-    monkeypatch.setattr(drawing, "print_result", lambda *what: None)
+    calls = calls_of_one(monkeypatch, "upscale", saves=saves)
     monkeypatch.setenv("WORLD_SIZE", "2")
     picture = tmp_path / "moon.png"
     Image.new("RGB", (64, 64)).save(picture)
@@ -176,11 +182,7 @@ def test_processes_generate_a_picture_together(
     saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they upscale one."""
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(drawing, "process_group", nullcontext)
-    monkeypatch.setattr(drawing, "drawing_together", lambda options, pipe: nullcontext(saves))
-    monkeypatch.setattr(drawing, "generate", lambda pipe, prompt, **how: calls.append(how))
-    monkeypatch.setattr(drawing, "print_result", lambda *what: None)
+    calls = calls_of_one(monkeypatch, "generate", saves=saves)
     assert start(monkeypatch, 0 if saves else 1, 2, "a moon", "--split-picture", "--preview", "1", "--out", str(tmp_path / "out.png")) == 0
     assert [("on_stage" in how, how["on_step"] is not None) for how in calls] == [(saves, saves)]
     assert ("64 x 64 -> 96 x 96, seed 0" in capsys.readouterr().err) == saves

@@ -110,7 +110,7 @@ def test_workers_in_other_folders_have_absolute_paths(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     (tmp_path / "other").mkdir()
-    given = {"model": "demo", "upsampler": Path("demo"), "workdir": Path("demo"), "seed": [0]}
+    given = {"model": "demo", "upsampler": "demo", "workdir": Path("demo"), "seed": [0]}
     assert vars(with_absolute_paths(Namespace(**given))) == given | {"workdir": tmp_path / "demo"}
     other = vars(with_absolute_paths(Namespace(**given | {"model": "other", "upsampler": Path("a.pth")})))
     assert (other["model"], other["upsampler"]) == (str(tmp_path / "other"), tmp_path / "a.pth")

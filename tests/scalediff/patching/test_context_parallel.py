@@ -11,9 +11,7 @@ from torch import Tensor
 
 import scalediff
 from bench.models.zoo import WINDOW, ZOO
-from scalediff import Layout, Sequence
 from scalediff.families import FAMILIES
-from scalediff.patching.rows import pass_facts
 
 diffusers = pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 
@@ -278,18 +276,6 @@ def test_a_picture_is_split_for_its_run_alone(two: list[dict[str, Any]]) -> None
         assert "the digest of the weights is" in found["weights"]
 
 
-def test_what_a_split_run_cannot_have(demo: Any, tmp_path: Path) -> None:
-    size: dict[str, Any] = {"height": 128, "width": 64}
-    with pytest.raises(ValueError, match="mesh needs a generator in the same state on all ranks, and no workdir, got generator=None"):
-        scalediff.generate(demo, "a moon", **size, mesh="all")
-    with pytest.raises(ValueError, match="mesh needs a generator in the same state on all ranks, and no workdir"):
-        scalediff.generate(demo, "a moon", **size, mesh="all", generator=torch.Generator(), workdir=tmp_path)
-    with pytest.raises(ValueError, match="method='direct' does not support mesh"):
-        scalediff.generate(demo, "a moon", **size, mesh="all", method="direct")
-    with pytest.raises(RuntimeError, match="there is no process group"):
-        scalediff.generate(demo, "a moon", **size, mesh="all", generator=torch.Generator())
-
-
 def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
     for said in (found["refused_unets"] for found in two):
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 9 rows of tokens")
@@ -329,14 +315,6 @@ def test_ranks_that_differ_are_named(two: list[dict[str, Any]]) -> None:
         assert said["prompt"].startswith(contract + "encoder_hidden_states is (2, 6, 32) of torch.float64 with the checksum ")
         assert "the token layout is Layout(grid=(8, 6)" in said["size"]
         assert said["jitter"] == contract + "the jitter is alternate after 1 steps on rank 0 and alternate after 0 steps on rank 1"
-
-
-def test_facts_of_a_pass_include_tensors_in_dictionaries_and_lists() -> None:
-    facts = pass_facts(
-        Layout(GRID, (Sequence(GRID),)), "none", {"added": {"pictures": [torch.ones(2, dtype=torch.uint8)], "scale": 1.0}, "x": None}
-    )
-    assert list(facts) == ["the token layout", "the jitter", "added.pictures.0"]
-    assert facts["added.pictures.0"] == "(2,) of torch.uint8 with the checksum 2"
 
 
 # Longer runs

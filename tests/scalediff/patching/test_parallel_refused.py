@@ -1,8 +1,9 @@
-"""Context parallelism that a patched model does not support: the errors, which need no second process."""
+"""Context parallelism and `mesh=` that a patched model does not support, and what ranks compare: all that needs no second process."""
 
 from __future__ import annotations
 
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import scalediff
 from bench.models.zoo import WINDOW
 from scalediff import Layout, Sequence
+from scalediff.patching.rows import pass_facts
 
 pytest.importorskip("diffusers", reason="context parallelism is diffusers'")
 
@@ -69,3 +71,23 @@ def test_lengths_that_do_not_divide_are_named(grid: tuple[int, int], text: int) 
     message = f"ulysses_degree=2 splits .* equal parts, got {grid[0] * grid[1]} image and {text} text tokens"
     with scalediff.patch_model(model, window=WINDOW), pytest.raises(ValueError, match=message):
         output(model, inputs("FLUX.1", grid, text=text))
+
+
+def test_what_a_split_run_cannot_have(demo: Any, tmp_path: Path) -> None:
+    size: dict[str, Any] = {"height": 128, "width": 64}
+    with pytest.raises(ValueError, match="mesh needs a generator in the same state on all ranks, and no workdir, got generator=None"):
+        scalediff.generate(demo, "a moon", **size, mesh="all")
+    with pytest.raises(ValueError, match="mesh needs a generator in the same state on all ranks, and no workdir"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", generator=torch.Generator(), workdir=tmp_path)
+    with pytest.raises(ValueError, match="method='direct' does not support mesh"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", method="direct")
+    with pytest.raises(RuntimeError, match="there is no process group"):
+        scalediff.generate(demo, "a moon", **size, mesh="all", generator=torch.Generator())
+
+
+def test_facts_of_a_pass_include_tensors_in_dictionaries_and_lists() -> None:
+    facts = pass_facts(
+        Layout(GRID, (Sequence(GRID),)), "none", {"added": {"pictures": [torch.ones(2, dtype=torch.uint8)], "scale": 1.0}, "x": None}
+    )
+    assert list(facts) == ["the token layout", "the jitter", "added.pictures.0"]
+    assert facts["added.pictures.0"] == "(2,) of torch.uint8 with the checksum 2"
