@@ -12,9 +12,10 @@ import pytest
 from scalediff.web.gallery import Gallery
 
 Image = pytest.importorskip("PIL.Image")
+playwright = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright")
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-PATIENCE = 120_000  # milliseconds; two cores may be busy with other work
+PATIENCE = 300_000  # milliseconds; two cores may be busy with other work
 
 
 @pytest.fixture
@@ -52,13 +53,18 @@ def set_up(page: Any, *, prompt: str = "a full moon", size: tuple[int, int] = (7
 
 def status(page: Any, text: str) -> None:
     """Wait until the status line has this text."""
-    page.wait_for_function("text => document.querySelector('#sd-status').innerText.includes(text)", arg=text)
+    try:
+        page.wait_for_function("text => document.querySelector('#sd-status').innerText.includes(text)", arg=text)
+    except playwright.TimeoutError:
+        shown = page.inner_text("#sd-status"), page.locator("[data-testid=toast-text]").all_inner_texts()
+        pytest.fail(f"the status line must come to say {text!r}, it says {shown[0]!r}, with the messages {shown[1]}")
 
 
 def toast(page: Any) -> str:
-    """The text of the newest message, which is then closed."""
+    """The text of the message, which is then closed and has gone."""
     text = page.wait_for_selector("[data-testid=toast-text]").inner_text()
     page.click("[data-testid=toast-close]")
+    page.wait_for_selector("[data-testid=toast-text]", state="detached")
     return text
 
 
