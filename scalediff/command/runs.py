@@ -25,7 +25,7 @@ from scalediff.methods import METHODS
 from scalediff.settings import TILES, Settings
 
 # Arguments of `generate` that every method has; an upsampler is refused by those that enlarge no picture.
-SHARED = ("preset", "negative_prompt", "generator", "progress", "upsampler", "force")
+SHARED = ("preset", "negative_prompt", "call", "generator", "progress", "upsampler", "force")
 
 
 def target_size(pipe: Any, options: Namespace) -> tuple[int, int]:
