@@ -13,7 +13,7 @@ from scalediff.cascade.caches import check_no_caches
 from scalediff.cascade.changing import change_to_upscale
 from scalediff.cascade.checks import DRAWING_CHECKS, check_inputs, check_workdir
 from scalediff.cascade.fingerprint import fingerprint_run
-from scalediff.cascade.fitting import check_fit, check_possible
+from scalediff.cascade.fitting import Switches, check_fit, check_possible
 from scalediff.cascade.generators import Generators, fresh_generator
 from scalediff.cascade.holding import holds_pipeline
 from scalediff.cascade.keeping import Given
@@ -335,8 +335,8 @@ def _run_cascade(
     check_workdir(pipe, workdir, arguments["generator"], run_options.mesh)
     arguments = _complete_arguments(pipe, arguments, settings)
     if not force:
-        tiling, split, wrap = run_options.vae_tiling, run_options.split_guidance, wrap_of(pipe, settings)
-        check_fit(pipe, arguments, sizes[-1], vae_tiling=tiling, split_guidance=split, wrap=wrap)
+        switches = Switches(run_options.vae_tiling, run_options.split_guidance, wrap_of(pipe, settings))
+        check_fit(pipe, arguments, sizes[-1], switches)
     stages: list[Stage] = []
     folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, given))
 

@@ -7,7 +7,6 @@ A picture is one item: a prompt and a seed. Its PNG file holds its own record, s
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ import torch
 
 import scalediff
 from bench.quality.pictures import border, pipeline_facts
-from scalediff.cascade.metadata import read_metadata, save_png, temporary
+from scalediff.cascade.metadata import read_metadata, replacing, save_png
 from scalediff.cascade.pipeline import named_preset
 from scalediff.cascade.workdir import Workdir, digest
 from scalediff.methods import METHODS
@@ -79,7 +78,7 @@ def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, sh
         save_png(result.images[0], path, metadata=_record(item, task, shared, asdict(result.settings), seconds))
         drawn += 1
         print(f"{task.method}: {position} of {len(mine)}, {seconds:.2f} s", flush=True)
-    write_manifest(folder, items, shard=shard)
+    write_manifest(folder, items)
     return drawn
 
 
@@ -107,7 +106,7 @@ def _record(item: Item, task: Task, shared: Mapping[str, Any], settings: Mapping
     return {**own, "size": list(task.size), "settings": dict(settings), "seconds": round(seconds, 3), **known}
 
 
-def write_manifest(folder: Path, items: Sequence[Item], *, shard: tuple[int, int]) -> None:
+def write_manifest(folder: Path, items: Sequence[Item]) -> None:
     """Write the records of all items that are in the folder, in order.
 
     Several processes may do so at once. Each writes again until the manifest holds what the folder holds, so whichever is the last to
@@ -116,7 +115,6 @@ def write_manifest(folder: Path, items: Sequence[Item], *, shard: tuple[int, int
     written: list[str] = []
     while (there := [item.file for item in items if (folder / item.file).exists()]) != written:
         lines = [json.dumps(read_metadata(folder / file), ensure_ascii=False) + "\n" for file in there]
-        part = temporary(folder / f"{MANIFEST}.{shard[0]}-{shard[1]}")
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, folder / MANIFEST)
+        with replacing(folder / MANIFEST) as part:
+            part.write_text("".join(lines), encoding="utf-8")
         written = there

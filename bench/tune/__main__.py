@@ -160,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in run_here(what, shape, configs, options.seconds):
             print(json.dumps(row), flush=True)
         return
+    if options.device != "cuda":
+        parser.error("configurations of the kernel run on an sm_90 GPU, got --device cpu")
     deadline = time.monotonic() + 60 * options.minutes
     wanted = {candidate.name: candidate for name in options.shape for candidate in candidates(name)}
 

@@ -53,42 +53,44 @@ class Fit:
         return needs if self.available is None else f"{needs}; {format_gib(self.available)} are available"
 
 
-def fit_of(
-    pipe: Any,
-    arguments: Mapping[str, Any],
-    size: tuple[int, int],
-    *,
-    vae_tiling: bool | None = None,
-    split_guidance: bool = False,
-    wrap: tuple[bool, bool] = (False, False),
-) -> Fit:
+@dataclass(frozen=True)
+class Switches:
+    """The arguments of `generate` that change the memory of a run. Rows that wrap keep the autoencoder from running in bands."""
+
+    vae_tiling: bool | None = None
+    split_guidance: bool = False
+    wrap: tuple[bool, bool] = (False, False)
+
+
+def fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switches: Switches = Switches()) -> Fit:
     """Estimate whether a run fits into memory.
 
     Args:
         pipe: The pipeline.
         arguments: Arguments of the pipeline's call.
         size: (height, width) of the largest stage in pixels.
-        vae_tiling, split_guidance, wrap: As in `generate`. Rows that wrap keep the autoencoder from running in bands.
+        switches: Those of the run.
 
     Raises:
         ValueError: The pictures alone are larger than the device's memory.
         NotImplementedError: The memory cannot be estimated.
     """
     handle = handle_of(pipe)
-    if any(wrap) or (handle is not None and any(handle.wrap)):
-        with wrapped(padding_parts(pipe), wrap):
-            return _fit_of(pipe, arguments, size, vae_tiling, split_guidance)
-    return _fit_of(pipe, arguments, size, vae_tiling, split_guidance)
+    if any(switches.wrap) or (handle is not None and any(handle.wrap)):
+        with wrapped(padding_parts(pipe), switches.wrap):
+            return _fit_of(pipe, arguments, size, switches)
+    return _fit_of(pipe, arguments, size, switches)
 
 
-def _fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], vae_tiling: bool | None, split_guidance: bool) -> Fit:
+def _fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switches: Switches) -> Fit:
     """`fit_of`, with the axes that wrap at present."""
     check_possible(pipe, arguments, size)
     needs = estimate(pipe, arguments, size)
 
     def used_at(size: tuple[int, int]) -> dict[str, bool]:
         needed = is_tiled(pipe.vae) or needs_tiling(pipe, size, images_per_call(arguments))
-        return {"tiled": needed if vae_tiling is None else vae_tiling, "split": split_guidance, "offloaded": is_offloaded(pipe)}
+        tiled = needed if switches.vae_tiling is None else switches.vae_tiling
+        return {"tiled": tiled, "split": switches.split_guidance, "offloaded": is_offloaded(pipe)}
 
     used = used_at(size)
     peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
@@ -97,19 +99,11 @@ def _fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], vae_
     return Fit(peak, available, needs.advice(available, **used), fitting_size(pipe, arguments, size, available, used_at))
 
 
-def check_fit(
-    pipe: Any,
-    arguments: Mapping[str, Any],
-    size: tuple[int, int],
-    *,
-    vae_tiling: bool | None = None,
-    split_guidance: bool = False,
-    wrap: tuple[bool, bool] = (False, False),
-) -> None:
+def check_fit(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switches: Switches = Switches()) -> None:
     """Check that a run fits into the memory that is available, by estimate. A run whose memory cannot be estimated is not refused.
 
     Args:
-        pipe, arguments, size, vae_tiling, split_guidance, wrap: As in `fit_of`.
+        pipe, arguments, size, switches: As in `fit_of`.
 
     Raises:
         ValueError: It does not fit. The message says what it needs, what there is, and what would fit.
@@ -121,7 +115,7 @@ def check_fit(
     if _PLENTY * pixels + sum(weights_of(pipe).values()) + MARGIN <= available:
         return
     try:
-        fit = fit_of(pipe, arguments, size, vae_tiling=vae_tiling, split_guidance=split_guidance, wrap=wrap)
+        fit = fit_of(pipe, arguments, size, switches)
     except NotImplementedError:
         return
     if fit.advice:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,8 @@ def save_png(image: Any, path: Path, *, metadata: Mapping[str, Any]) -> None:
     info.add_itxt(_KEY, json.dumps(metadata, ensure_ascii=False))
     if metadata.get("prompt"):
         info.add_itxt("parameters", _parameters(image, metadata))
-    part = temporary(path)
-    try:
+    with replacing(path) as part:
         image.save(part, format="PNG", pnginfo=info)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -55,9 +54,46 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the temporary file of a file, which takes its place at the end; after an error it is removed, and the file stays as it was.
+
+    Temporary files of the same file that a killed process has left on this machine are removed.
+    """
+    _remove_stale(path)
+    part = temporary(path)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def temporary(path: Path) -> Path:
-    """The temporary name under which this process writes a file before renaming it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    """The temporary name under which this process writes a file before renaming it. Other machines may see the folder."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the temporary files of a file whose process, on this machine, has ended."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)\.part")
+    for file in path.parent.iterdir():
+        match = name.fullmatch(file.name)
+        if match and not _is_running(int(match[1])):
+            file.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process of this machine exists; True where that cannot be found out without harm, as on Windows."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _parameters(image: Any, metadata: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -153,9 +154,22 @@ def stage_sizes(
 
 
 def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Any:
-    """Run the unpatched call of a pipeline on copies of lists, because Z-Image's pipeline modifies a list of prompts."""
+    """Run the unpatched call of a pipeline on copies of lists, because Z-Image's pipeline modifies a list of prompts.
+
+    Raises:
+        ValueError: The pipeline pads prompts to the length of its tokenizer, which has none.
+    """
     copied = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
-    return original_call(pipe)(pipe, **copied)
+    try:
+        return original_call(pipe)(pipe, **copied)
+    except OverflowError as error:  # transformers has 10^30 in place of a length that a tokenizer's files do not give
+        endless = [name for name, part in pipe.components.items() if getattr(part, "model_max_length", 0) > sys.maxsize]
+        if not endless:
+            raise
+        raise ValueError(
+            f"{type(pipe).__name__} pads prompts to the length of its tokenizer, got {endless[0]}.model_max_length="
+            f"{getattr(pipe, endless[0]).model_max_length:.0e}: set it to the number of text tokens that the model was trained with"
+        ) from error
 
 
 def call_stage(pipe: Any, size: tuple[int, int], arguments: Mapping[str, Any]) -> Any:

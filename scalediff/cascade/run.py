@@ -37,7 +37,7 @@ from scalediff.cascade.progress import Progress
 from scalediff.cascade.ranks import largest_of_ranks
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, model_calls, recording_scheduler
-from scalediff.cascade.splitting import Split, split_autoencoder
+from scalediff.cascade.splitting import AutoencoderSplit, split_autoencoder
 from scalediff.cascade.stage import prepare_stage, scalar
 from scalediff.cascade.workdir import SavedStage
 from scalediff.patching.handle import Handle
@@ -87,7 +87,9 @@ def run(
 
 
 @contextmanager
-def _split_autoencoder(pipe: Any, handle: Handle | None, sizes: Sizes, settings: Settings, options: RunOptions) -> Iterator[Split | None]:
+def _split_autoencoder(
+    pipe: Any, handle: Handle | None, sizes: Sizes, settings: Settings, options: RunOptions
+) -> Iterator[AutoencoderSplit | None]:
     """Split the autoencoder over the ranks over which the denoiser is split, if it is; errors as in `split_autoencoder`.
 
     Ranks with other stages would wait for each other in different places, so stages and settings are compared here too.
@@ -117,7 +119,7 @@ class _Run:
         options: RunOptions,
         handle: Handle | None,
         given: Given | None,
-        split: Split | None,
+        split: AutoencoderSplit | None,
     ) -> None:
         self.pipe, self.arguments, self.sizes, self.settings, self.options, self.handle, self.given, self.split = (
             pipe, arguments, sizes, settings, options, handle, given, split,

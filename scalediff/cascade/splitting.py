@@ -51,7 +51,7 @@ def split_obstacle(vae: Any) -> str:
     return ""
 
 
-class Split:
+class AutoencoderSplit:
     """An autoencoder whose pictures are split by rows.
 
     Args:
@@ -87,17 +87,17 @@ class Split:
 
 
 @contextmanager
-def split_autoencoder(vae: Any, groups: tuple[Any, ...], native: tuple[int, int], options: Mapping[str, Any]) -> Iterator[Split]:
+def split_autoencoder(vae: Any, groups: tuple[Any, ...], native: tuple[int, int], options: Mapping[str, Any]) -> Iterator[AutoencoderSplit]:
     """Split the pictures of an autoencoder over the ranks of a group in this thread, if its layers allow it; it is restored on exit.
 
     Args:
-        vae, groups, native: As in `Split`.
+        vae, groups, native: As in `AutoencoderSplit`.
         options: Options of the run that all ranks must have, by name.
 
     Raises:
         ValueError: The ranks have different autoencoders or options.
     """
-    split = Split(vae, groups, native)
+    split = AutoencoderSplit(vae, groups, native)
     facts = {
         **{name: repr(value) for name, value in options.items()},
         "the autoencoder": f"{type(vae).__name__} {digest(dict(vae.config))}",

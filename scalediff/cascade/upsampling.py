@@ -52,11 +52,15 @@ def upsampled_picture(
 
 
 def _applied(upsampler: Upsampler, picture: Tensor, wrap: tuple[bool, bool]) -> Tensor:
-    """The enlarged picture. Along axes that wrap, the upsampler also sees some of the other side, which is cut off again."""
+    """The enlarged picture. Along axes that wrap, the upsampler also sees some of the other side, which is cut off again.
+
+    The noise of a network is that of the picture alone, and continues on the other side as the picture does.
+    """
     margins = [MARGIN if on else 0 for on in wrap]
+    noise = [upsampler.noise(picture)] if isinstance(upsampler, NetworkUpsampler) and upsampler.noise is not None else []
     for axis, margin in enumerate(margins):
-        picture = around(picture, axis, margin) if margin else picture
-    larger = _checked(upsampler, picture)
+        picture, *noise = [around(x, axis, margin) if margin else x for x in (picture, *noise)]
+    larger = _checked(upsampler, picture, *noise)
     for dim, margin in zip((-2, -1), margins, strict=True):
         factor, rest = divmod(larger.shape[dim], picture.shape[dim])
         if margin and rest:
@@ -67,8 +71,8 @@ def _applied(upsampler: Upsampler, picture: Tensor, wrap: tuple[bool, bool]) -> 
     return larger
 
 
-def _checked(upsampler: Upsampler, picture: Tensor) -> Tensor:
-    found: Any = upsampler(picture)
+def _checked(upsampler: Callable[..., Any], picture: Tensor, *noise: Tensor) -> Tensor:
+    found = upsampler(picture, *noise)
     if not isinstance(found, Tensor):
         raise TypeError(f"upsampler must return a tensor, got {type(found).__name__}")
     (batch, channels, y, x), shape = picture.shape, tuple(found.shape)
@@ -86,24 +90,29 @@ class NetworkUpsampler:
         factor: How much larger the picture becomes along an axis.
         tile: Pixels per side of a tile; None runs the network on the whole picture.
         fingerprint: A hash of the weights.
+        noise: Function from a picture to the noise `[B, C, y, x]` that the network also takes; None if it takes the picture alone.
     """
 
     network: Any
     factor: int
     tile: int | None = TILE
     fingerprint: str = ""
+    noise: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
-    def __call__(self, picture: Tensor) -> Tensor:
+    def __call__(self, picture: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The enlarged picture, with this noise in place of `noise(picture)`."""
         self.network.to(picture.device)
-        given, k = picture.float(), self.factor
+        if noise is None and self.noise is not None:
+            noise = self.noise(picture)
+        given, k = [x.float() for x in (picture, noise) if x is not None], self.factor
         (y, x), tile = picture.shape[-2:], self.tile or max(picture.shape[-2:])
-        whole = given.new_empty(*given.shape[:2], k * y, k * x)
+        whole = given[0].new_empty(*picture.shape[:2], k * y, k * x)
         for top in range(0, y, tile):
             for left in range(0, x, tile):
                 bottom, right = min(top + tile, y), min(left + tile, x)
                 y0, x0 = max(top - MARGIN, 0), max(left - MARGIN, 0)
-                seen = self.network(given[..., y0 : bottom + MARGIN, x0 : right + MARGIN])
+                seen = self.network(*(one[..., y0 : bottom + MARGIN, x0 : right + MARGIN] for one in given))
                 part = seen[..., k * (top - y0) : k * (bottom - y0), k * (left - x0) : k * (right - x0)]
                 whole[..., k * top : k * bottom, k * left : k * right] = part
         return whole.to(picture.dtype)
@@ -147,11 +156,11 @@ def load_upsampler(path: str | PathLike[str]) -> NetworkUpsampler:
 
 
 def _load_demo_upsampler() -> NetworkUpsampler:
-    from scalediff.demo.upsampler import WEIGHTS, SceneUpsampler
+    from scalediff.demo.upsampler import WEIGHTS, SceneUpsampler, noise_of
 
     network = SceneUpsampler()
     network.load_state_dict(_read_weights(WEIGHTS))
-    return NetworkUpsampler(network.eval(), 2, None, _hash(WEIGHTS))
+    return NetworkUpsampler(network.eval(), 2, None, _hash(WEIGHTS), noise_of)
 
 
 def _hash(file: Path) -> str:

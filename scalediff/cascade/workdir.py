@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalediff.cascade.metadata import save_png, temporary
+from scalediff.cascade.metadata import replacing, save_png
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ class Workdir:
             path.mkdir(parents=True, exist_ok=True)
             before = json.loads(run.read_text()) if run.exists() else None
             if before is None:
-                _write(run, lambda part: part.write_text(json.dumps(self._fingerprint, indent=2, ensure_ascii=False)))
+                with replacing(run) as part:
+                    part.write_text(json.dumps(self._fingerprint, indent=2, ensure_ascii=False))
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"workdir must be a writable folder, new or of this run, got {path}: {error}") from error
         if before is not None and before != self._fingerprint:
@@ -80,7 +80,8 @@ class Workdir:
             save_png(image, self._path / name, metadata=self._fingerprint | {"stage": index})
         content = {"latents": saved.latents.cpu(), "states": saved.states, "seconds": saved.seconds, "in_tiles": saved.in_tiles}
         content["trajectory"] = [x.cpu() for x in saved.trajectory]
-        _write(self._file(index), lambda part: torch.save(content, part))
+        with replacing(self._file(index)) as part:
+            torch.save(content, part)
 
     def _file(self, index: int) -> Path:
         return self._path / f"stage{index}.pt"
@@ -93,15 +94,6 @@ def _read(file: Path) -> SavedStage:
     except (OSError, RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} cannot be read as a saved stage: delete it to compute the stage again ({why})") from error
-
-
-def _write(path: Path, write: Any) -> None:
-    part = temporary(path)
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def fingerprint_weights(networks: Sequence[nn.Module]) -> str:

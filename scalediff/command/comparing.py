@@ -109,7 +109,7 @@ def draw_panel(pipe: Any, name: str, method: MethodOptions | None, job: Job, siz
         given["attention"] = "full"
     if method is not None:
         preset = replace(given["preset"], settings=replace(given["preset"].settings, wrap=None))
-        given = {one: given[one] for one in SHARED} | {"method": method, "preset": preset}
+        given = {one: given[one] for one in SHARED if one in given} | {"method": method, "preset": preset}
         if not hasattr(method, "upsampler"):
             given["upsampler"] = None
     if given["progress"]:

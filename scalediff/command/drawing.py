@@ -87,7 +87,7 @@ def prepare(options: Namespace, first: Job, *, several: bool) -> tuple[Any, Call
         facts = {"sizes": [f"{h}x{w}" for h, w in sizes]} if method == "scalediff" else method_facts(options.method, method)
         arguments = run_arguments(pipe, options, job, settings, upsampler, several=several)
         if method != "scalediff":
-            arguments = {name: arguments[name] for name in SHARED} | {"method": method}
+            arguments = {name: arguments[name] for name in SHARED if name in arguments} | {"method": method}
         if saves:
             print_status(f"{' -> '.join(f'{h} x {w}' for h, w in sizes)}, seed {job.seed}, {device_name(pipe)}")
             _generate_one(pipe, options, job, size, arguments, facts, settings)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from scalediff.cascade.changing import blank_arguments
-from scalediff.cascade.fitting import check_possible, describe_fit, fit_of
+from scalediff.cascade.fitting import Switches, check_possible, describe_fit, fit_of
 from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import guidance_argument, named_preset, native_size, wrap_of
 from scalediff.cascade.progress import Step
@@ -25,7 +25,7 @@ from scalediff.methods import METHODS
 from scalediff.settings import TILES, Settings
 
 # Arguments of `generate` that every method has; an upsampler is refused by those that enlarge no picture.
-SHARED = ("preset", "negative_prompt", "generator", "progress", "upsampler", "force")
+SHARED = ("preset", "negative_prompt", "call", "generator", "progress", "upsampler", "force")
 
 
 def target_size(pipe: Any, options: Namespace) -> tuple[int, int]:
@@ -104,8 +104,8 @@ def print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[i
         print_status(f"memory: no estimate for {options.method}, whose denoiser does not see the whole picture at once")
         return
     try:
-        how: dict[str, Any] = {"vae_tiling": vae_tiling(options), "split_guidance": options.low_memory or options.split_guidance}
-        fit = fit_of(pipe, arguments, size, **how, wrap=wrap_of(pipe, settings))
+        switches = Switches(vae_tiling(options), options.low_memory or options.split_guidance, wrap_of(pipe, settings))
+        fit = fit_of(pipe, arguments, size, switches)
     except NotImplementedError as why:
         print_status(f"memory: no estimate: {one_line(why)}")
         return

@@ -41,15 +41,19 @@ class SceneUpsampler(nn.Module):
         self.last = nn.Conv2d(width, 3 * 4, 3, padding=1)
 
     def forward(self, picture: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The doubled picture; with noise `[B, 4, y, x]`, by default of standard deviation `NOISE` and always the same for a size."""
-        if noise is None:
-            drawn = torch.randn(1, 4, *picture.shape[-2:], generator=torch.Generator().manual_seed(0))
-            noise = NOISE * drawn.expand(len(picture), -1, -1, -1)
+        """The doubled picture; with noise `[B, 4, y, x]`, by default `noise_of` the picture."""
+        noise = noise_of(picture) if noise is None else noise
         x = self.first(torch.cat([2 * picture - 1, noise.to(picture)], dim=1))
         for block in self.blocks:
             x = x + block(F.silu(x))
         larger = F.interpolate(picture, scale_factor=2, mode="bicubic") + F.pixel_shuffle(self.last(F.silu(x)), 2)
         return larger if self.training else larger.clamp(0, 1)
+
+
+def noise_of(picture: Tensor) -> Tensor:
+    """The noise `[B, 4, y, x]` in use for pictures `[B, 3, y, x]`: of standard deviation `NOISE`, always the same for a size."""
+    drawn = torch.randn(1, 4, *picture.shape[-2:], generator=torch.Generator().manual_seed(0))
+    return NOISE * drawn.expand(len(picture), -1, -1, -1)
 
 
 def energy_score(one: Tensor, two: Tensor, true: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from scalediff.patching.bands import Bands
 from scalediff.patching.context_parallel import RowSplit, check_not_parallel, check_row_split
 from scalediff.patching.halves import Halves, splits_batch_alone
 
-Split = Halves | Bands | RowSplit
+DenoiserSplit = Halves | Bands | RowSplit
 
 
-def split_over(mesh: Any, module: nn.Module, family: Family, parameters: Sequence[str]) -> Split:
+def split_over(mesh: Any, module: nn.Module, family: Family, parameters: Sequence[str]) -> DenoiserSplit:
     """Split a denoiser over a mesh; errors as in `Halves`, `Bands` and `RowSplit`."""
     if splits_batch_alone(mesh):
         check_not_parallel(module)

@@ -25,7 +25,7 @@ from scalediff.patching.interception import Pass, close_pass, current, open_pass
 from scalediff.patching.plan import AttentionPlan
 from scalediff.patching.report import Report, Row
 from scalediff.patching.rows import pass_facts
-from scalediff.patching.splits import Split, split_over
+from scalediff.patching.splits import DenoiserSplit, split_over
 from scalediff.patching.stack import CHECKPOINTING, in_checkpoint, in_compiled_function
 from scalediff.settings import Attention, Jitter
 from scalediff_kernels.distributed.groups import check_agreement
@@ -126,7 +126,7 @@ class Target:
         self.handle: Patch = None  # type: ignore[assignment]  # until the handle installs it
         self.family, self.native, self.options, self._parameters = family, native, options, parameters
         self.attention: Attention = "npa"
-        self._split: Split | None = None
+        self._split: DenoiserSplit | None = None
         self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
         self._rotation = family.rotation(denoiser) if options.text_rope else None
         self.offsets = Offsets(jitter, seed)

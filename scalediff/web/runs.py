@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from scalediff.cascade.describing import describe_run, describe_stage
-from scalediff.cascade.fitting import describe_fit, fit_of
+from scalediff.cascade.fitting import Switches, describe_fit, fit_of
 from scalediff.cascade.holding import held
 from scalediff.cascade.pipeline import call_pipeline, guidance_argument, named_preset, wrap_of
 from scalediff.cascade.progress import Step
@@ -148,8 +148,8 @@ class Run:
         self._put(Progress("Estimating the memory"))
         try:
             with held(self.pipe):
-                how: dict[str, Any] = {"vae_tiling": job.vae_tiling, "split_guidance": job.split_guidance}
-                fit = fit_of(self.pipe, self._arguments(), job.size, **how, wrap=wrap_of(self.pipe, job.settings))
+                switches = Switches(job.vae_tiling, job.split_guidance, wrap_of(self.pipe, job.settings))
+                fit = fit_of(self.pipe, self._arguments(), job.size, switches)
         except NotImplementedError as why:
             self._put(Progress(f"No estimate of the memory: {one_line(why)}"))
             return

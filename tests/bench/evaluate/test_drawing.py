@@ -171,5 +171,5 @@ def test_a_picture_that_is_finished_while_the_manifest_is_written_is_in_it(
         replace(part, target)
 
     monkeypatch.setattr(os, "replace", replace_after_the_other)
-    write_manifest(tmp_path, items, shard=(0, 2))
+    write_manifest(tmp_path, items)
     assert len(open_folder(tmp_path)) == 3

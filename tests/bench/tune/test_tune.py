@@ -78,6 +78,14 @@ def test_what_a_process_found(ended: Any, expected: Any, monkeypatch: pytest.Mon
     assert tune.in_a_process("time", tune.candidates("sdxl-32-4096")[:3], 0.3, limit=20) == expected
 
 
+def test_without_a_gpu_nothing_is_tried(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tune.main(["--device", "cpu", "--csv", str(tmp_path / "tune.csv")])
+    assert ended.value.code == 2
+    assert "error: configurations of the kernel run on an sm_90 GPU, got --device cpu" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_rows_of_candidates_that_hang_fail_and_are_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The command, with processes and device pretended: a row for every candidate."""
 

@@ -13,7 +13,9 @@ from scalediff.cascade.metadata import read_metadata
 from scalediff.command import comparing, loading
 from scalediff.command.cli import main
 from scalediff.command.pictures import side_by_side
+from scalediff.command.runs import SHARED
 from scalediff.methods import DiffuseHigh, Direct, MultiDiffusion
+from scalediff.settings import Preset, Settings
 
 Image = pytest.importorskip("PIL.Image")
 FAST = ["--steps", "1", "--size", "72", "--quiet"]
@@ -98,6 +100,22 @@ def test_work_that_cannot_be_counted_is_left_out(capsys: pytest.CaptureFixture[s
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_panel_of_a_tokenizer_without_a_length() -> None:
+    """Another method has the arguments of the pipeline's call too. Without them the tokenizer is named, also by ScaleDiff."""
+    from tests.scalediff.cascade.further_pipelines import ready
+
+    pipe, call = ready("PRX")
+    job, shared = comparing.Job("a moon", 0, Path("x.png")), dict.fromkeys(SHARED) | {"progress": False, "force": True}
+    shared["preset"] = Preset(Settings(steps=2), "the test")
+    panel = comparing.draw_panel(pipe, "direct", Direct(), job, (32, 32), {**shared, "call": call})
+    assert panel.result.images[0].size == (32, 32)
+    for name, method in (("direct", Direct()), ("scalediff", None)):
+        with pytest.raises(
+            ValueError, match=r"PRXPipeline pads prompts to .* its tokenizer, got tokenizer.model_max_length=1e\+30: set it to"
+        ):
+            comparing.draw_panel(pipe, name, method, job, (32, 32), shared)
 
 
 def test_many_pictures_are_in_rows_of_four() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from bench.quality.metrics import power_above
 from scalediff.cascade.upsampling import NetworkUpsampler, identify_upsampler, load_upsampler, upsampled_picture
 from scalediff.demo.scenes import HELD_OUT_SEED, render
-from scalediff.demo.upsampler import WEIGHTS, SceneUpsampler, energy_score, main
+from scalediff.demo.upsampler import WEIGHTS, SceneUpsampler, energy_score, main, noise_of
 from tests.conftest import seeded
 
 
@@ -39,6 +39,23 @@ def test_a_picture_is_doubled_alike_every_time_and_in_any_batch() -> None:
         assert (found.min() >= 0) & (found.max() <= 1)
         torch.testing.assert_close(network(x[1:]), found[1:])
         assert not torch.equal(network(x, torch.zeros(2, 4, 12, 20)), found)
+
+
+@pytest.mark.parametrize("wrap", [(False, True), (True, True)])
+def test_ends_meet_where_a_picture_wraps(wrap: tuple[bool, bool]) -> None:
+    """As the middle of many copies of the picture and of the noise that it has without wrapping."""
+    x, found = 2 * torch.rand(1, 3, 40, 48, generator=seeded()) - 1, load_upsampler("demo")
+    assert isinstance(found, NetworkUpsampler)
+    copies = [3 if on else 1 for on in wrap]
+    many = [one.repeat(1, 1, *copies) for one in (x / 2 + 0.5, noise_of(x))]
+    middle = 2 * found(*many) - 1
+    for dim, (n, count) in enumerate(zip((80, 96), copies, strict=True), start=2):
+        middle = middle.narrow(dim, count // 2 * n, n)
+    torch.testing.assert_close(upsampled_picture(x, (80, 96), found, wrap=wrap), middle, rtol=1e-5, atol=1e-5)
+    unwrapped = upsampled_picture(x, (80, 96), found)
+    inside = slice(24, -24) if wrap[0] else slice(None)
+    torch.testing.assert_close(unwrapped[..., inside, 24:-24], middle[..., inside, 24:-24], rtol=1e-5, atol=1e-5)
+    assert (unwrapped - middle).abs().max() > 1e-2, "the border shows without wrap"
 
 
 def test_the_weights_give_held_out_scenes_the_power_that_bicubic_lacks(demo: Any) -> None:
