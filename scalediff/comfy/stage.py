@@ -174,7 +174,8 @@ def encoded_at(vae: Any, picture: Tensor, size: Grid, count: int) -> Tensor:
     if len(picture) not in (1, count):
         raise ValueError(f"the picture must be one, or one for each of the {count} latents, got {len(picture)}")
     ratio = vae.spacial_compression_decode()
-    latents = _encoded(vae, picture_at(picture[..., :3].movedim(-1, 1), (size[0] * ratio, size[1] * ratio)), size)
+    resized = picture_at(picture[..., :3].movedim(-1, 1), (size[0] * ratio, size[1] * ratio)).clamp(0, 1)
+    latents = _encoded(vae, resized, size)
     return latents.expand(count, *latents.shape[1:])
 
 
