@@ -24,6 +24,7 @@ from scalediff.arguments import check_number, shown
 from scalediff.cascade.keeping import Given, strength_steps
 from scalediff.cascade.memory import images_per_call
 from scalediff.cascade.pipeline import Sizes, cascade_of, native_size, pixels_per_latent, size_multiple, stage_sizes, takes, wrap_of
+from scalediff.cascade.placement import is_offloaded
 from scalediff.patching.networks import changes_picture, original_call
 from scalediff.settings import Settings
 
@@ -38,6 +39,32 @@ def check_strength(name: str, value: Any) -> None:
     check_number(name, value)
     if not 0 < value <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {shown(name, value)}")
+
+
+def changing_pipeline(pipe: Any, *, with_mask: bool) -> Any:
+    """The image-to-image or inpainting pipeline with the components of a pipeline, or the pipeline itself where it is one already.
+
+    Args:
+        pipe: The pipeline.
+        with_mask: Whether it must take a mask.
+
+    Raises:
+        ValueError: diffusers has none for this model.
+    """
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+    if takes(pipe, "strength", *(("mask_image",) if with_mask else ())):
+        return pipe
+    offloaded_to = pipe._execution_device if is_offloaded(pipe) else None
+    maker = AutoPipelineForInpainting if with_mask else AutoPipelineForImage2Image
+    try:
+        made = maker.from_pipe(pipe)
+    except ValueError as error:
+        kind = "inpainting" if with_mask else "image-to-image"
+        raise ValueError(f"strength needs a model for which diffusers has an {kind} pipeline, got {type(pipe).__name__}") from error
+    if offloaded_to is not None:
+        made.enable_model_cpu_offload(device=offloaded_to)
+    return made
 
 
 def has_aspect_ratio(size: tuple[int, int], other: tuple[int, int]) -> bool:

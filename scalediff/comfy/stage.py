@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from scalediff.cascade.pictures import upsampled
+from scalediff.cascade.pictures import picture_at, upsampled
 from scalediff.families.grid import Grid
 from scalediff.settings import Settings
 from scalediff_kernels import guide_structure, mix_frequencies
@@ -107,18 +108,28 @@ def stage_steps(sigmas: Tensor, settings: Settings) -> int:
 
 
 def run_stage(
-    model: Any, vae: Any, latent: Mapping[str, Any], size: Grid, settings: Settings, sampling: Sampling, *, callback: Callback
+    model: Any,
+    vae: Any,
+    latent: Mapping[str, Any],
+    size: Grid,
+    settings: Settings,
+    sampling: Sampling,
+    *,
+    callback: Callback,
+    picture: Tensor | None = None,
 ) -> dict[str, Any]:
     """One stage above the native size.
 
     Args:
         model: ComfyUI's `ModelPatcher`; not changed.
         vae: ComfyUI's `VAE`.
-        latent: ComfyUI's latent of a finished picture: `samples` of `[B, C, y, x]` or `[B, C, 1, y, x]`, and what belongs to them.
+        latent: ComfyUI's latent of a finished picture: `samples` of `[B, C, y, x]` or `[B, C, 1, y, x]`, and what belongs to them. The
+            sampler keeps the reference where a `noise_mask` is zero.
         size: `(Y, X)` of the stage in latents.
         settings: `restart` and the switches of latent frequency mixing and structure guidance; the others are not used.
         sampling: Sampler, conditioning and seed.
         callback: Called after every step.
+        picture: `[B, height, width, 3]` in [0, 1], which the reference is where the latent's `noise_mask` is zero; None leaves it as it is.
 
     Returns:
         The latent of the larger picture, with the axes of the autoencoder's latents.
@@ -130,6 +141,9 @@ def run_stage(
     ScaleDiff, arXiv:2510.25818.
     """
     reference = make_reference(vae, latent["samples"], size, settings)
+    if picture is not None:
+        mask = mask_at(latent["noise_mask"], reference)
+        reference = mask * reference + (1 - mask) * encoded_at(vae, picture, size, len(reference)).to(reference)
     sigmas = sampling.sigmas(model)
     start = len(sigmas) - 1 - stage_steps(sigmas, settings)
     if settings.sg:
@@ -143,16 +157,48 @@ def make_reference(vae: Any, latents: Tensor, size: Grid, settings: Settings) ->
     picture = picture.flatten(0, -4).movedim(-1, 1)  # a video autoencoder returns [B, 1, height, width, 3]
     ratio = vae.spacial_compression_decode()
     enlarged = upsampled(picture, (size[0] * ratio, size[1] * ratio))
-    z_ru: Tensor = vae.encode(enlarged.movedim(1, -1)[..., :3])
-    if tuple(z_ru.shape[-2:]) != size:
-        raise ValueError(f"the VAE does not fit the model: it must have {ratio} pixels per latent, got {tuple(z_ru.shape[-2:])} for {size}")
-    if not z_ru.isfinite().all():
-        raise ValueError("the VAE overflows in 16 bit: start ComfyUI with --fp32-vae or --bf16-vae")
+    z_ru = _encoded(vae, enlarged, size)
     if not settings.lfm:
         return z_ru
     z_lu = upsampled(as_picture(latents).to(z_ru), size)
     mixed = mix_frequencies(as_picture(z_ru), z_lu, cutoff=_number(settings.lfm_cutoff), kind=settings.filter)
     return mixed.reshape(z_ru.shape)
+
+
+def encoded_at(vae: Any, picture: Tensor, size: Grid, count: int) -> Tensor:
+    """Latents of a size `(Y, X)` of `count` pictures, from ComfyUI's pictures `[B, height, width, 3]` in [0, 1].
+
+    Raises:
+        ValueError: There are neither one nor `count` pictures; as `run_stage`.
+    """
+    if len(picture) not in (1, count):
+        raise ValueError(f"the picture must be one, or one for each of the {count} latents, got {len(picture)}")
+    ratio = vae.spacial_compression_decode()
+    resized = picture_at(picture[..., :3].movedim(-1, 1), (size[0] * ratio, size[1] * ratio)).clamp(0, 1)
+    latents = _encoded(vae, resized, size)
+    return latents.expand(count, *latents.shape[1:])
+
+
+def _encoded(vae: Any, picture: Tensor, size: Grid) -> Tensor:
+    """Latents of pictures `[B, 3, height, width]` in [0, 1]."""
+    latents: Tensor = vae.encode(picture.movedim(1, -1)[..., :3])
+    if tuple(latents.shape[-2:]) != size:
+        ratio, found = vae.spacial_compression_decode(), tuple(latents.shape[-2:])
+        raise ValueError(f"the VAE does not fit the model: it must have {ratio} pixels per latent, got {found} for {size}")
+    if not latents.isfinite().all():
+        raise ValueError("the VAE overflows in 16 bit: start ComfyUI with --fp32-vae or --bf16-vae")
+    return latents
+
+
+def as_noise_mask(mask: Tensor) -> Tensor:
+    """ComfyUI's mask `[B, height, width]` in the form in which latents have it, `[B, 1, height, width]`."""
+    return mask.reshape(-1, 1, *mask.shape[-2:])
+
+
+def mask_at(noise_mask: Tensor, latents: Tensor) -> Tensor:
+    """The mask of a latent at the size of other latents, with their number of axes. ComfyUI's sampler resizes it in the same way."""
+    resized = F.interpolate(as_noise_mask(noise_mask).to(latents), size=latents.shape[-2:], mode="bilinear")
+    return resized.unsqueeze(2) if latents.ndim == 5 else resized
 
 
 def guided(model: Any, reference: Tensor, settings: Settings, *, restart: float) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from scalediff.cascade.changing import changing_pipeline
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.describing import describe_stage, device_name
 from scalediff.cascade.metadata import save_png
@@ -19,7 +20,7 @@ from scalediff.cascade.schedule import check_scheduler
 from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.comparing import FULL, compared, draw_panel, save_sheet
 from scalediff.command.jobs import plan_jobs, prompts_of
-from scalediff.command.loading import UsageError, changing_pipeline
+from scalediff.command.loading import UsageError
 from scalediff.command.method_options import chosen_method, method_facts, method_object
 from scalediff.command.pictures import open_picture
 from scalediff.command.ranks import check_one_process, check_together, drawing_together, own_jobs, process_group

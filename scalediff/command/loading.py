@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from scalediff.cascade.pipeline import takes
-from scalediff.cascade.placement import is_offloaded
 from scalediff.demo import load_demo
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,32 +86,6 @@ def load_model(
     pipe.to(dtype=_DTYPES[dtype])
     pipe.enable_model_cpu_offload(device=torch_device)
     return pipe
-
-
-def changing_pipeline(pipe: Any, *, with_mask: bool) -> Any:
-    """The image-to-image or inpainting pipeline with the components of a pipeline, or the pipeline itself where it is one already.
-
-    Args:
-        pipe: The pipeline.
-        with_mask: Whether it must take a mask.
-
-    Raises:
-        UsageError: diffusers has none for this model.
-    """
-    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
-
-    if takes(pipe, "strength", *(("mask_image",) if with_mask else ())):
-        return pipe
-    offloaded_to = pipe._execution_device if is_offloaded(pipe) else None
-    maker = AutoPipelineForInpainting if with_mask else AutoPipelineForImage2Image
-    try:
-        made = maker.from_pipe(pipe)
-    except ValueError as error:
-        kind = "inpainting" if with_mask else "image-to-image"
-        raise UsageError(f"--strength needs a model for which diffusers has an {kind} pipeline, got {type(pipe).__name__}") from error
-    if offloaded_to is not None:
-        made.enable_model_cpu_offload(device=offloaded_to)
-    return made
 
 
 def parse_device(name: str) -> torch.device:

@@ -51,6 +51,12 @@ def add_method(pipe: Any) -> dict[str, Any]:
     }
 
 
+def add_change(pipe: Any) -> dict[str, Any]:
+    """How much of an uploaded picture changes."""
+    empty = "0 to 1; empty: add detail to the picture"
+    return {"strength": gr.Textbox(default_values(pipe)["strength"], label="Strength", placeholder=empty, elem_id="sd-strength")}
+
+
 def add_sampling(pipe: Any) -> dict[str, Any]:
     """Preset, steps, guidance, and the settings that are seldom changed."""
     values, presets = default_values(pipe), list(cascade_of(pipe).presets(denoiser_of(pipe)))

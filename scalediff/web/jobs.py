@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
+from scalediff.cascade.changing import check_strength
 from scalediff.cascade.pipeline import named_preset, native_size, size_multiple, stage_sizes, wrap_of
 from scalediff.methods import method_names, method_title
 from scalediff.settings import TILES, Anchor, Attention, Jitter, PerStage, Settings, SizeConditioning
+from scalediff.web.uploads import check_mask
 from scalediff_kernels.lowpass.geometry import Kind
 
 TILING = {"if needed": None, "on": True, "off": False}
@@ -35,7 +37,7 @@ SETTINGS = (
 # The controls, in the order in which the page passes their values.
 FIELDS = (
     "prompt", "negative_prompt", "seed", "height", "width", "method", "preset", *SETTINGS, "sizes", "vae_tiling", "vae_attention",
-    "split_guidance", "force", "preview",
+    "split_guidance", "force", "preview", "strength",
 )  # fmt: skip
 
 
@@ -58,7 +60,8 @@ class Job:
         settings: The settings of the run.
         force: Run even if the memory is too small by estimate.
         preview: Show previews of the unfinished picture.
-        picture: A PIL picture to enlarge; None draws from the text alone.
+        picture: A PIL picture to enlarge or change; None draws from the text alone.
+        mask, strength: `mask_image` and `strength` of `upscale`.
         compare: Draw by direct inference and with full attention too.
     """
 
@@ -76,19 +79,22 @@ class Job:
     force: bool
     preview: bool
     picture: Any = None
+    mask: Any = None
+    strength: float | None = None
     compare: bool = False
 
 
-def job_of(pipe: Any, values: Mapping[str, Any], *, picture: Any = None, compare: bool = False) -> Job:
+def job_of(pipe: Any, values: Mapping[str, Any], *, picture: Any = None, mask: Any = None, compare: bool = False) -> Job:
     """The job that the controls describe.
 
     Args:
         pipe: The pipeline.
         values: The values of the controls, by the names in `FIELDS`.
-        picture, compare: As in `Job`.
+        picture, mask, compare: As in `Job`.
 
     Raises:
-        ValueError: A value is missing or out of range.
+        ValueError: A value is missing or out of range, or the mask does not fit the picture.
+        TypeError: The strength is more than one number.
     """
     prompt = str(values["prompt"] or "").strip()
     if not prompt:
@@ -96,7 +102,7 @@ def job_of(pipe: Any, values: Mapping[str, Any], *, picture: Any = None, compare
     if compare and (picture is not None or values["method"] != "scalediff"):
         raise ValueError("a comparison needs a picture drawn from text by the method scalediff")
     size = _integer("height", values["height"], least=1), _integer("width", values["width"], least=1)
-    sizes = parse_sizes(values["sizes"])
+    strength, sizes = _strength(values, picture, mask), parse_sizes(values["sizes"])
     preset = named_preset(pipe, values["preset"])
     settings = replace(preset.settings, **_settings(values))
     if picture is None:
@@ -116,6 +122,8 @@ def job_of(pipe: Any, values: Mapping[str, Any], *, picture: Any = None, compare
         force=bool(values["force"]),
         preview=bool(values["preview"]),
         picture=picture,
+        mask=mask,
+        strength=strength,
         compare=compare,
     )
 
@@ -123,7 +131,10 @@ def job_of(pipe: Any, values: Mapping[str, Any], *, picture: Any = None, compare
 def default_values(pipe: Any) -> dict[str, Any]:
     """The values of the controls when the page is opened: the default preset at four times the model's native size."""
     height, width = native_size(pipe)
-    rest = {"sizes": "", "vae_tiling": "if needed", "vae_attention": "full", "split_guidance": False, "force": False, "preview": True}
+    rest = {
+        "sizes": "", "vae_tiling": "if needed", "vae_attention": "full", "split_guidance": False, "force": False, "preview": True,
+        "strength": "",
+    }  # fmt: skip
     named = {"prompt": "", "negative_prompt": "", "seed": 0, "height": 4 * height, "width": 4 * width, "method": "scalediff"}
     return {**named, "preset": "default", **preset_values(pipe, "default"), **rest}
 
@@ -152,6 +163,7 @@ def values_of_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     values["vae_attention"] = vae.get("attention", "full")
     values["split_guidance"] = bool(metadata.get("split_guidance"))
     values["sizes"] = metadata.get("asked_sizes") or ""
+    values["strength"] = format_numbers(metadata.get("strength"))
     return values
 
 
@@ -229,6 +241,20 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
         "jitter": jitter,
         "wrap": _WRAPS[_chosen("wrap", values["wrap"])],
     }
+
+
+def _strength(values: Mapping[str, Any], picture: Any, mask: Any) -> float | None:
+    """The strength, after a check of everything that changes a picture."""
+    strength = parse_numbers("strength", values["strength"])
+    if strength is not None:
+        check_strength("strength", strength)
+    if picture is not None and values["method"] != "scalediff":
+        raise ValueError(f"a picture is enlarged by the method scalediff, got method={values['method']!r}")
+    if picture is None and (mask is not None or strength is not None):
+        raise ValueError(f"a mask and a strength change an uploaded picture, got {'a mask' if mask is not None else 'a strength'} alone")
+    if mask is not None:
+        check_mask(mask, picture)
+    return strength  # type: ignore[return-value]  # a single number, by its check
 
 
 def _integer(name: str, value: Any, *, least: int, most: int | None = None) -> int:

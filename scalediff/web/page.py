@@ -16,8 +16,8 @@ from scalediff.web import controls
 from scalediff.web.gallery import Gallery
 from scalediff.web.jobs import FIELDS, SETTINGS, Job, enlarged_size, job_of, preset_values, values_of_metadata
 from scalediff.web.runs import Cancelled, Run, one_line
-from scalediff.web.uploads import open_upload
-from scalediff.web.views import details_html, empty_html, gallery_html, preview_html, status_html, viewer_html
+from scalediff.web.uploads import check_mask, open_upload
+from scalediff.web.views import details_html, empty_html, gallery_html, preview_html, status_html, upload_html, viewer_html
 
 _EXPECTED = (ValueError, TypeError, NotImplementedError, RuntimeError, OSError)  # errors whose messages are for the user
 _HINT = "Draw a picture, or choose one below. Scroll to zoom, drag to move."
@@ -45,10 +45,11 @@ class Page:
         self.pipe, self.model, self.gallery = pipe, model, gallery
         self.runs: dict[str, Run] = {}
 
-    def job(self, values: Sequence[Any], picture: Any, compare: bool) -> Job:
-        """The job that the controls describe; an error is shown on the page."""
+    def job(self, values: Sequence[Any], picture: Any = None, mask: str | None = None, *, compare: bool = False) -> Job:
+        """The job that the controls describe, with an uploaded picture and the file of its mask; an error is shown on the page."""
         try:
-            return job_of(self.pipe, dict(zip(FIELDS, values, strict=True)), picture=picture, compare=compare)
+            given = dict(zip(FIELDS, values, strict=True))
+            return job_of(self.pipe, given, picture=picture, mask=_opened(mask), compare=compare)
         except _EXPECTED as error:
             raise _shown(error) from error
 
@@ -99,8 +100,8 @@ class Page:
             raise _shown(error) from error
         return [values.get(field, gr.skip()) for field in FIELDS]
 
-    def upload(self, path: str | None) -> tuple[Any, ...]:
-        """What follows from an uploaded file, or from None where it was taken away.
+    def upload(self, path: str | None, mask: str | None) -> tuple[Any, ...]:
+        """What follows from an uploaded file, or from None where it was taken away, beside the file of a mask.
 
         Returns:
             The picture, the height and width to enlarge it to, a view of it, the buttons that draw and compare, and what went wrong.
@@ -109,11 +110,26 @@ class Page:
         if path is not None:
             try:
                 picture = open_upload(Path(path))
-                size = enlarged_size(self.pipe, picture)
-                return picture, *size, preview_html(picture), gr.update(value="Enlarge"), gr.update(interactive=False), None
+                size, (view, failed) = enlarged_size(self.pipe, picture), self.upload_mask(mask, picture)
+                return picture, *size, view, gr.update(value="Enlarge"), gr.update(interactive=False), failed
             except _EXPECTED as error:
                 failed = one_line(error)
         return None, same, same, same, gr.update(value="Draw"), gr.update(interactive=True), failed
+
+    def upload_mask(self, path: str | None, picture: Any) -> tuple[Any, str | None]:
+        """A view of the uploaded picture with its mask, and what is wrong with the mask."""
+        try:
+            mask = _opened(path)
+            if picture is not None and mask is not None:
+                check_mask(mask, picture)
+        except _EXPECTED as error:
+            return gr.skip() if picture is None else upload_html(picture), one_line(error)
+        return gr.skip() if picture is None else upload_html(picture, mask), None
+
+
+def _opened(path: str | None) -> Any:
+    """An uploaded picture; None if there is none."""
+    return None if path is None else open_upload(Path(path))
 
 
 def _shown(error: BaseException | str) -> gr.Error:
@@ -155,7 +171,10 @@ def make_page(pipe: Any, *, model: str, gallery: Gallery) -> Any:
                     compare = gr.Button("Compare", min_width=80, elem_id="sd-compare")
                     cancel = gr.Button("Cancel", interactive=False, min_width=80, elem_id="sd-cancel")
                 with gr.Accordion("Enlarge a picture", open=False, elem_id="sd-enlarge"):
-                    file = gr.File(label="PNG, JPEG or WebP", height=110, elem_id="sd-file")
+                    with gr.Row():
+                        file = gr.File(label="PNG, JPEG or WebP", height=110, min_width=120, elem_id="sd-file")
+                        mask = gr.File(label="Mask: white changes", height=110, min_width=120, elem_id="sd-mask")
+                    fields |= controls.add_change(pipe)
                 with gr.Accordion("Method and switches", open=True):
                     fields |= controls.add_method(pipe)
                 with gr.Accordion("Sampling", open=False):
@@ -171,8 +190,8 @@ def make_page(pipe: Any, *, model: str, gallery: Gallery) -> Any:
         inputs = [fields[name] for name in FIELDS]
         buttons, outputs = [draw, compare, cancel], [status, viewer, details, pictures, shown, failed]
         runs = [
-            _on_run(page, draw, inputs, picture, outputs, buttons, compare=False),
-            _on_run(page, compare, inputs, picture, outputs, buttons, compare=True),
+            _on_run(page, draw, inputs, [picture, mask], outputs, buttons, compare=False),
+            _on_run(page, compare, inputs, [picture, mask], outputs, buttons, compare=True),
         ]
         _on_cancel(page, cancel, status, buttons, picture, runs)
         pictures.select(_picked(page), None, [viewer, details, shown, reuse], **_AT_ONCE)
@@ -180,7 +199,8 @@ def make_page(pipe: Any, *, model: str, gallery: Gallery) -> Any:
             drawn.then(lambda name: gr.update(visible=name is not None), shown, reuse, **_AT_ONCE)
         reuse.click(page.reuse, shown, inputs, **_AT_ONCE)
         uploaded = [picture, fields["height"], fields["width"], viewer, draw, compare, failed]
-        file.change(page.upload, file, uploaded, **_AT_ONCE).then(_report, failed, None, **_AT_ONCE)
+        file.change(page.upload, [file, mask], uploaded, **_AT_ONCE).then(_report, failed, None, **_AT_ONCE)
+        mask.change(page.upload_mask, [mask, picture], [viewer, failed], **_AT_ONCE).then(_report, failed, None, **_AT_ONCE)
         settings = [fields[name] for name in SETTINGS]
         fields["preset"].input(_preset_chosen(page), fields["preset"], settings, **_AT_ONCE)
         blocks.load(lambda: gallery_html(gallery), None, pictures, **_AT_ONCE)
@@ -189,21 +209,23 @@ def make_page(pipe: Any, *, model: str, gallery: Gallery) -> Any:
     return blocks
 
 
-def _on_run(page: Page, button: Any, inputs: list[Any], picture: Any, outputs: list[Any], buttons: list[Any], *, compare: bool) -> Any:
+def _on_run(
+    page: Page, button: Any, fields: list[Any], uploads: list[Any], outputs: list[Any], buttons: list[Any], *, compare: bool
+) -> Any:
     """Connect a button that draws: check, wait for the pipeline, draw, and give the buttons back."""
-    status = outputs[0]
+    status, inputs = outputs[0], [*fields, *uploads]
 
     def begin(*values: Any) -> tuple[Any, ...]:
-        page.job(values[:-1], values[-1], compare)
+        page.job(values[:-2], *values[-2:], compare=compare)
         text = "Waiting until the pipeline is free" if page.runs else "Starting"
         return status_html(text, 0.0), *(gr.update(interactive=on) for on in (False, False, True))
 
     def run(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from page.draw(page.job(values[:-1], values[-1], compare), str(request.session_hash))
+        yield from page.draw(page.job(values[:-2], *values[-2:], compare=compare), str(request.session_hash))
 
-    begun = button.click(begin, [*inputs, picture], [status, *buttons], **_AT_ONCE)
-    drawn = begun.success(run, [*inputs, picture], outputs, **_IN_TURN)
-    drawn.then(_ready, picture, buttons, **_AT_ONCE).then(_report, outputs[-1], None, **_AT_ONCE)
+    begun = button.click(begin, inputs, [status, *buttons], **_AT_ONCE)
+    drawn = begun.success(run, inputs, outputs, **_IN_TURN)
+    drawn.then(_ready, uploads[0], buttons, **_AT_ONCE).then(_report, outputs[-1], None, **_AT_ONCE)
     return drawn
 
 

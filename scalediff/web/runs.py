@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from scalediff.cascade.changing import changing_pipeline
 from scalediff.cascade.describing import describe_run, describe_stage
 from scalediff.cascade.fitting import Switches, describe_fit, fit_of
 from scalediff.cascade.holding import held
@@ -173,7 +174,9 @@ class Run:
         shared |= {"preset": preset, "sizes": job.sizes, "vae_tiling": job.vae_tiling, "vae_attention": job.vae_attention}
         shared |= {"split_guidance": job.split_guidance, "on_step": self._on_step(label)}
         if job.picture is not None:
-            return upscale(self.pipe, job.picture, job.prompt, height=height, width=width, **shared)
+            pipe = self.pipe if job.strength is None else changing_pipeline(self.pipe, with_mask=job.mask is not None)
+            shared |= {"mask_image": job.mask, "strength": job.strength}
+            return upscale(pipe, job.picture, job.prompt, height=height, width=width, **shared)
         return generate(self.pipe, job.prompt, height=height, width=width, **shared)
 
     def _draw_direct(self, name: str) -> None:
@@ -213,7 +216,9 @@ class Run:
         metadata["method"] = job.method
         if job.sizes is not None:
             metadata["asked_sizes"] = ", ".join(f"{height}x{width}" for height, width in job.sizes)
-        return metadata if job.picture is None else metadata | {"picture_size": f"{job.picture.height}x{job.picture.width}"}
+        sizes = {"picture_size": job.picture, "mask_size": job.mask}
+        metadata |= {name: f"{image.height}x{image.width}" for name, image in sizes.items() if image is not None}
+        return metadata if job.strength is None else metadata | {"strength": job.strength}
 
     def _on_step(self, label: str) -> Callable[[Step], None]:
         since = time.perf_counter()

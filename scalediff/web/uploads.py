@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from scalediff.cascade.changing import has_aspect_ratio
+
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26  # 8192 x 8192: as RGB 192 MiB
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_WHITE = 128  # the least grey level that is white in a mask, as in diffusers
 
 
 def open_upload(path: Path, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Any:
@@ -40,3 +43,21 @@ def open_upload(path: Path, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX
         raise ValueError(f"the file must be a picture in one of the formats {', '.join(_FORMATS)}, got none of these") from error
     except (OSError, SyntaxError, EOFError) as error:  # broken PNG files raise SyntaxError
         raise ValueError(f"the file must be a whole picture, got a broken one: {error}") from error
+
+
+def white_of(mask: Any) -> Any:
+    """A mask as a PIL picture of the levels 0 and 255."""
+    return mask.convert("L").point(lambda level: 255 if level >= _WHITE else 0)
+
+
+def check_mask(mask: Any, picture: Any) -> None:
+    """Check the mask of an uploaded picture, which is white where the picture is drawn anew.
+
+    Raises:
+        ValueError: It has another aspect ratio than the picture, or nothing in it is white.
+    """
+    if not has_aspect_ratio((mask.height, mask.width), (picture.height, picture.width)):
+        sizes = f"{picture.height} x {picture.width}, got {mask.height} x {mask.width}"
+        raise ValueError(f"the mask must have the aspect ratio of the picture, {sizes}")
+    if white_of(mask).getbbox() is None:
+        raise ValueError("the mask must be white where the picture is drawn anew, got a mask without white")

@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from scalediff.web.gallery import COMPANIONS, Gallery, as_jpeg
+from scalediff.web.uploads import white_of
 
 PREVIEW_SIDE = 1024  # pixels of a preview's longer side
 
@@ -27,8 +28,24 @@ def empty_html(text: str) -> str:
 
 def preview_html(image: Any) -> str:
     """The viewer with an unfinished picture, which is part of the HTML itself."""
+    return _inline_html("Preview of the unfinished picture", image)
+
+
+def upload_html(picture: Any, mask: Any = None) -> str:
+    """The viewer with an uploaded picture, which is pale where its mask draws it anew."""
+    from PIL import Image
+
+    shown = picture.copy()
+    shown.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    if mask is not None:
+        pale = Image.blend(shown, Image.new("RGB", shown.size, "white"), 0.7)
+        shown = Image.composite(pale, shown, white_of(mask).resize(shown.size))
+    return _inline_html("The uploaded picture", shown)
+
+
+def _inline_html(label: str, image: Any) -> str:
     data = base64.b64encode(as_jpeg(image, PREVIEW_SIDE)).decode()
-    return f'<div class="sd-stage"><img alt="Preview of the unfinished picture" src="data:image/jpeg;base64,{data}"></div>'
+    return f'<div class="sd-stage"><img alt="{label}" src="data:image/jpeg;base64,{data}"></div>'
 
 
 def viewer_html(gallery: Gallery, name: str) -> str:
@@ -60,6 +77,8 @@ def details_html(gallery: Gallery, name: str) -> str:
         "preset": metadata.get("preset"),
         "model": metadata.get("model"),
         "enlarged from": metadata.get("picture_size"),
+        "mask": metadata.get("mask_size"),
+        "strength": _number(metadata.get("strength")),
     }
     rows = [f"<div><dt>{escape(label)}</dt><dd>{escape(str(value))}</dd></div>" for label, value in facts.items() if value is not None]
     prompt = f'<div class="sd-wide"><dt>prompt</dt><dd>{escape(str(metadata.get("prompt")))}</dd></div>'

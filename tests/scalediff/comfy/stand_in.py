@@ -244,6 +244,17 @@ def prepare_noise(latent: Tensor, seed: int, noise_inds: list[int] | None = None
     return noise if noise_inds is None else noise[noise_inds]
 
 
+def reshaped_mask(noise_mask: Tensor | None, latent: Tensor) -> Tensor:
+    """Contract (comfy/utils.py): a mask of any size, one where the picture is drawn anew; with frames, it is taken for frames."""
+    if noise_mask is None:
+        return torch.ones(())
+    if latent.ndim == 5:
+        frames = noise_mask.reshape(1, 1, -1, *noise_mask.shape[-2:])
+        return F.interpolate(frames, latent.shape[2:], mode="trilinear")
+    mask = F.interpolate(noise_mask.reshape(-1, 1, *noise_mask.shape[-2:]), latent.shape[-2:], mode="bilinear")
+    return mask.repeat(-(-len(latent) // len(mask)), 1, 1, 1)[: len(latent)]
+
+
 def sample(
     model: ModelPatcher,
     noise: Tensor,
@@ -268,10 +279,11 @@ def sample(
     sampling = model.get_model_object("model_sampling")
     sigmas = KSampler(model, steps, None, sampler_name, scheduler, denoise, model.model_options).sigmas[start_step:]
     latent = model.model.process_latent_in(latent_image) if latent_image.count_nonzero() else latent_image
-    x = sampling.noise_scaling(float(sigmas[0]), noise, latent)
+    x, mask = sampling.noise_scaling(float(sigmas[0]), noise, latent), reshaped_mask(noise_mask, latent)
     with torch.no_grad():
         for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
             batch = sigma.expand(len(x))
+            x = x * mask + sampling.noise_scaling(float(sigma), noise, latent) * (1 - mask)
             guesses = []
             for cond in (positive, negative):
                 options = options_of(model) | {"sigmas": batch, "sample_sigmas": sigmas}
@@ -280,9 +292,7 @@ def sample(
             denoised = guesses[1] + cfg * (guesses[0] - guesses[1])
             for function in model.model_options.get("sampler_post_cfg_function", []):
                 denoised = function({"denoised": denoised, "sigma": batch, "input": x, "model": model.model})
-            if noise_mask is not None:  # of any size; one where the picture is drawn anew
-                mask = F.interpolate(noise_mask[:, None], latent.shape[-2:])
-                denoised = denoised * mask + latent * (1 - mask)
+            denoised = denoised * mask + latent * (1 - mask)
             callback(step, denoised, x, len(sigmas) - 1)
             x = x + (x - denoised) / sigma * (following - sigma)
     return model.model.process_latent_out(x)

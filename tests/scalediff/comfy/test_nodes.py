@@ -38,10 +38,10 @@ def defaults(name: str) -> dict[str, Any]:
 def node(name: str, **inputs: Any) -> Any:
     """Run a node with the given inputs, and what its widgets first show for the others."""
     cls = NODE_CLASS_MAPPINGS[name]
-    required = cls.INPUT_TYPES()["required"]
+    required, optional = cls.INPUT_TYPES()["required"], cls.INPUT_TYPES().get("optional", {})
     sampling = {"sampler_name": "euler", "scheduler": "simple", "positive": cond(1), "negative": cond(2)}
     given = {**defaults(name), **sampling, **inputs}
-    return getattr(cls(), cls.FUNCTION)(**{key: given[key] for key in required})
+    return getattr(cls(), cls.FUNCTION)(**{key: given[key] for key in required}, **{key: given[key] for key in optional if key in given})
 
 
 def model_of(host: StandIn, name: str) -> Any:
@@ -127,7 +127,7 @@ def test_the_base_picture_of_a_cascade_has_full_attention(host: StandIn) -> None
 def test_a_stage_of_a_model_that_is_not_patched_is_said(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     latent = {"samples": torch.randn(1, 4, 128, 128, generator=seeded(0))}
     model = model_of(host, "SDXL")
-    with pytest.raises(ValueError, match="scale must be larger than 1"):
+    with pytest.raises(ValueError, match="scale must be larger than 1 without a mask"):
         node("ScaleDiffUpscaleStage", model=model, vae=host.vae(), latent=latent, scale=1.0)
     expected = ["ScaleDiff: Upscale Stage: the model is not patched, so this stage runs full attention"]
     assert [record.message for record in caplog.records if record.message.startswith("ScaleDiff")] == expected
@@ -180,9 +180,12 @@ def test_the_report_says_what_happened(host: StandIn) -> None:
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
 def test_inputs_are_the_arguments_of_the_function(host: StandIn, name: str) -> None:
     cls = NODE_CLASS_MAPPINGS[name]
-    required = cls.INPUT_TYPES()["required"]
-    assert list(inspect.signature(getattr(cls(), cls.FUNCTION)).parameters) == list(required)
-    for kind, *options in required.values():
+    inputs = cls.INPUT_TYPES()
+    taken = {**inputs["required"], **inputs.get("optional", {})}
+    parameters = inspect.signature(getattr(cls(), cls.FUNCTION)).parameters
+    assert list(parameters) == list(taken)
+    assert [name for name, one in parameters.items() if one.default is not one.empty] == list(inputs.get("optional", {}))
+    for kind, *options in taken.values():
         assert isinstance(kind, list | tuple | str)
         if kind in ("INT", "FLOAT"):
             limits = options[0]
@@ -224,7 +227,7 @@ def test_errors_are_sentences(host: StandIn) -> None:
         node("ScaleDiffUpscaleStage", model=windowed, vae=vae, latent=small)
     with pytest.raises(ValueError, match=r"scale must make both sides of the latent multiples of 2, got scale=1\.3 for 16 x 16 latents"):
         node("ScaleDiffUpscaleStage", model=windowed, vae=vae, latent=latent, scale=1.3)
-    with pytest.raises(ValueError, match=r"scale must be larger than 1, got scale=1\.0"):
+    with pytest.raises(ValueError, match=r"scale must be larger than 1 without a mask, got scale=1\.0"):
         node("ScaleDiffUpscaleStage", model=windowed, vae=vae, latent=latent, scale=1.0)
     with pytest.raises(ValueError, match="height and width must be multiples of 16, got height=512, width=520"):
         node("ScaleDiffCascadeSampler", model=flux, vae=vae, width=520, height=512, **WINDOWS)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import scalediff
+from scalediff.cascade.changing import changing_pipeline
 from scalediff.cascade.metadata import read_metadata, save_png
 from scalediff.command import loading
 from scalediff.command.cli import main
-from scalediff.command.loading import UsageError, changing_pipeline
 from scalediff.command.pictures import side_by_side
 from tests.scalediff.cascade.test_pipelines import built
 
@@ -151,7 +151,7 @@ def test_upscale_changes_what_a_mask_leaves_free(tmp_path: Path, capsys: pytest.
 def test_a_strength_needs_a_pipeline_of_diffusers() -> None:
     pipe, _ = built("Lumina 2")
     for mask, kind in ((True, "inpainting"), (False, "image-to-image")):
-        with pytest.raises(UsageError, match=f"--strength needs a model for which diffusers has an {kind} pipeline, got Lumina2Pipeline"):
+        with pytest.raises(ValueError, match=f"strength needs a model for which diffusers has an {kind} pipeline, got Lumina2Pipeline"):
             changing_pipeline(pipe, with_mask=mask)
 
 

@@ -183,8 +183,9 @@ def test_wrong_input_is_a_message(page: Any) -> None:
     page.wait_for_selector("#sd-draw:enabled")
 
 
-def test_upload_a_broken_file_and_then_a_picture(page: Any, tmp_path: Path) -> None:
-    broken, good = tmp_path / "broken.png", tmp_path / "good.png"
+def test_upload_a_broken_file_and_then_a_picture_and_its_mask(page: Any, tmp_path: Path) -> None:
+    broken, good, black = (tmp_path / f"{name}.png" for name in ("broken", "good", "black"))
+    Image.new("L", (64, 48)).save(black)
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     Image.linear_gradient("L").resize((64, 48)).save(good)
     set_up(page)
@@ -197,7 +198,12 @@ def test_upload_a_broken_file_and_then_a_picture(page: Any, tmp_path: Path) -> N
     page.wait_for_function("document.querySelector('#sd-draw').innerText == 'Enlarge'")
     assert (page.input_value("#sd-height input"), page.input_value("#sd-width input")) == ("96", "128")
     assert page.is_disabled("#sd-compare")
+    page.set_input_files("#sd-mask input[type=file]", black)
+    assert "The mask must be white where the picture is drawn anew, got a mask without white" in toast(page)
+    page.click("#sd-mask [aria-label='Clear'], #sd-mask [aria-label='Remove this file']")
+    page.set_input_files("#sd-mask input[type=file]", good)
+    page.fill("#sd-strength textarea, #sd-strength input", "0.9")
     page.click("#sd-draw")
     status(page, "Finished")
     assert "64x48" not in page.inner_text("#sd-details")
-    assert "48x64" in page.inner_text("#sd-details")
+    assert "enlarged from\n48x64\nmask\n48x64\nstrength\n0.9" in page.inner_text("#sd-details")

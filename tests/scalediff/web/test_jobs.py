@@ -23,6 +23,7 @@ from scalediff.web.jobs import (
 from tests.scalediff.web.conftest import values
 
 Image = pytest.importorskip("PIL.Image")
+SQUARE = Image.new("RGB", (64, 64))
 
 
 def test_the_controls_have_every_setting_and_start_with_the_preset(demo: Any) -> None:
@@ -88,6 +89,23 @@ def test_only_text_and_scalediff_are_compared(demo: Any) -> None:
     for changes, picture in [({"method": "demofusion"}, None), ({}, Image.new("RGB", (64, 64)))]:
         with pytest.raises(ValueError, match="a comparison needs a picture drawn from text by the method scalediff"):
             job_of(demo, values(demo, **changes), picture=picture, compare=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "uploads", "message"),
+    [
+        ({"strength": "2"}, {"picture": SQUARE}, r"strength must lie in \(0, 1\], got strength=2.0"),
+        ({"strength": "0.5"}, {}, "a mask and a strength change an uploaded picture, got a strength alone"),
+        ({}, {"mask": SQUARE}, "a mask and a strength change an uploaded picture, got a mask alone"),
+        ({"method": "demofusion"}, {"picture": SQUARE}, "a picture is enlarged by the method scalediff, got method='demofusion'"),
+        ({}, {"picture": SQUARE, "mask": SQUARE}, "the mask must be white where the picture is drawn anew, got a mask without white"),
+    ],
+)
+def test_what_cannot_change_a_picture(demo: Any, changes: dict[str, Any], uploads: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        job_of(demo, values(demo, **changes), **uploads)
+    with pytest.raises(TypeError, match="strength must be a number"):
+        job_of(demo, values(demo, strength="0.5, 0.4"), picture=SQUARE)
 
 
 def test_numbers_and_sizes_are_read_as_they_are_written() -> None:

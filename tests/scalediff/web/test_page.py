@@ -102,15 +102,48 @@ def test_uploads(page: Page, tmp_path: Path) -> None:
     good, broken = tmp_path / "good.png", tmp_path / "broken.png"
     Image.new("RGB", (64, 48)).save(good)
     broken.write_bytes(b"nothing")
-    picture, height, width, viewer, draw, compare, failed = page.upload(str(good))
+    picture, height, width, viewer, draw, compare, failed = page.upload(str(good), None)
     assert (picture.size, height, width, failed) == ((64, 48), 96, 128, None)
     assert "data:image/jpeg;base64," in viewer
     assert (draw["value"], compare["interactive"]) == ("Enlarge", False)
-    picture, *_, draw, compare, failed = page.upload(str(broken))
+    picture, *_, draw, compare, failed = page.upload(str(broken), None)
     assert picture is None
     assert "got none of these" in failed
-    picture, *_, draw, compare, failed = page.upload(None)
+    picture, *_, draw, compare, failed = page.upload(None, None)
     assert (picture, draw["value"], compare["interactive"], failed) == (None, "Draw", True, None)
+
+
+def test_masks(page: Page, tmp_path: Path) -> None:
+    """Uploaded before or after the picture; one that does not fit is a message, at once and when the picture is drawn."""
+    picture, half, wide, black = (tmp_path / f"{name}.png" for name in ("picture", "half", "wide", "black"))
+    Image.new("RGB", (64, 64)).save(picture)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save(half)
+    Image.new("L", (64, 32), 255).save(wide)
+    Image.new("L", (64, 64), 127).save(black)
+    opened, *_, plain, _, _, failed = page.upload(str(picture), None)
+    assert failed is None
+    *_, view, _, _, failed = page.upload(str(picture), str(half))
+    assert (view, None) == page.upload_mask(str(half), opened)
+    assert failed is None
+    assert view != plain, "the mask is shown"
+    assert page.upload_mask(None, opened) == (plain, None)
+    assert page.upload_mask(str(half), None)[1] is None
+    given = listed(page, height=128, width=128, strength="0.5")
+    job = page.job(given, opened, str(half))
+    assert (job.mask.size, job.strength) == ((32, 32), 0.5)
+    for file, message in [
+        (wide, "the mask must have the aspect ratio of the picture, 64 x 64, got 32 x 64"),
+        (black, "the mask must be white where the picture is drawn anew, got a mask without white"),
+        (tmp_path, "the file must be"),
+    ]:
+        _, said = page.upload_mask(str(file), opened)
+        assert said is not None
+        assert said.startswith(message)
+        with pytest.raises(gr.Error) as raised:
+            page.job(given, opened, str(file))
+        assert raised.value.message.lower() == said.lower()
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "missing-1.png", "/etc/passwd"])

@@ -10,6 +10,7 @@ import pytest
 
 import scalediff
 from scalediff.cascade import fitting
+from scalediff.cascade.changing import changing_pipeline
 from scalediff.patching.networks import handle_of
 from scalediff.web import runs
 from scalediff.web.gallery import Gallery
@@ -21,8 +22,8 @@ from tests.scalediff.web.conftest import values
 Image = pytest.importorskip("PIL.Image")
 
 
-def run_of(pipe: Any, gallery: Gallery, *, picture: Any = None, compare: bool = False, **changes: Any) -> Run:
-    return Run(pipe, job_of(pipe, values(pipe, **changes), picture=picture, compare=compare), gallery, "demo")
+def run_of(pipe: Any, gallery: Gallery, *, picture: Any = None, mask: Any = None, compare: bool = False, **changes: Any) -> Run:
+    return Run(pipe, job_of(pipe, values(pipe, **changes), picture=picture, mask=mask, compare=compare), gallery, "demo")
 
 
 def test_the_picture_is_that_of_generate_and_has_its_metadata(demo: Any, gallery: Gallery) -> None:
@@ -68,6 +69,24 @@ def test_a_picture_is_enlarged(demo: Any, gallery: Gallery) -> None:
     expected = scalediff.upscale(demo, small, "a full moon", height=128, width=128, generator=seeded(), steps=2, restart=0.5)
     with Image.open(gallery.path(name)) as drawn:
         assert drawn.tobytes() == expected.images[0].tobytes()
+
+
+@pytest.mark.parametrize("strength", [None, 0.9])
+def test_a_part_of_a_picture_is_drawn_anew(demo: Any, gallery: Gallery, strength: float | None) -> None:
+    """By the pipeline itself, or by the inpainting pipeline with its components."""
+    small = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    mask = Image.linear_gradient("L").rotate(90).resize((32, 32))
+    uploads: dict[str, Any] = {"picture": small, "mask": mask}
+    run = run_of(demo, gallery, **uploads, height=128, width=128, strength="" if strength is None else str(strength))
+    name = list(run.progress())[-1].name
+    assert name is not None
+    metadata = gallery.metadata(name)
+    assert (metadata["picture_size"], metadata["mask_size"], metadata.get("strength")) == ("64x64", "32x32", strength)
+    pipe = demo if strength is None else changing_pipeline(demo, with_mask=True)
+    how: dict[str, Any] = {"height": 128, "width": 128, "steps": 2, "restart": 0.5, "generator": seeded()}
+    expected = scalediff.upscale(pipe, small, "a full moon", mask_image=mask, strength=strength, **how).images[0]
+    with Image.open(gallery.path(name)) as drawn:
+        assert drawn.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("method", ["scalediff", "multidiffusion"])

@@ -168,9 +168,10 @@ def test_a_control_does_not_take_a_path_or_an_address_instead_of_an_upload(serve
     file = next(one["id"] for one in config["components"] if one["type"] == "file")
     (change,) = [one["id"] for one in config["dependencies"] if [file, "change"] in [list(target) for target in one["targets"]]]
 
-    def send(path: Any, index: int = change) -> tuple[int, str]:
-        """The status, and what a client hears that names this path as its upload."""
-        data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}], "fn_index": index, "session_hash": "abc"}
+    def send(path: Any, index: int = change, mask: Any = None) -> tuple[int, str]:
+        """The status, and what a client hears that names these paths as its picture and its mask."""
+        files = [one and {"path": one, "meta": {"_type": "gradio.FileData"}} for one in (path, mask)]
+        data = {"data": files, "fn_index": index, "session_hash": "abc"}
         joined = ask(served[0], "/gradio_api/queue/join", method="POST", body=json.dumps(data).encode(), Content_Type="application/json")
         heard = ask(served[0], "/gradio_api/queue/data?session_hash=abc").read().decode() if joined.status == 200 else ""
         return joined.status, heard
@@ -191,6 +192,7 @@ def test_a_control_does_not_take_a_path_or_an_address_instead_of_an_upload(serve
     ):
         for index in (change, 0):
             assert send(path, index) == (403, ""), path
+        assert send(own, mask=path) == (403, ""), path
     link = Path(own).with_name("link.png")
     link.symlink_to(image)
     assert send(str(link)) == (403, "")
