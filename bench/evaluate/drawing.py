@@ -1,13 +1,11 @@
 """Draw a list of prompts by one method into a folder: every item once, over any number of processes, and again after an interruption.
 
 A picture is one item: a prompt and a seed. Its PNG file holds its own record, so that one rename finishes both, and what is there after a
-`kill -9` is complete. The manifest repeats the records of all files, one JSON object a line.
+`kill -9` is complete.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,13 +16,11 @@ import torch
 
 import scalediff
 from bench.quality.pictures import border, pipeline_facts
-from scalediff.cascade.metadata import read_metadata, save_png, temporary
+from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import named_preset
 from scalediff.cascade.workdir import Workdir, digest
 from scalediff.methods import METHODS
 
-METHOD_NAMES = ("scalediff", *METHODS)
-MANIFEST, RUN = "manifest.jsonl", "run.json"
 _SEEDS_APART = 1_000_000  # between the first seeds of two repetitions of a list
 
 
@@ -54,33 +50,31 @@ class Task:
 
 def items_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
     """All items of a list: for every seed S the prompts in order, where prompt number i is drawn with the seed S * 1000000 + i."""
-    return [Item(i, prompt, seed * _SEEDS_APART + i) for seed in seeds for i, prompt in enumerate(prompts)]
+    return [Item(i, prompt, seed * _SEEDS_APART + i) for seed in dict.fromkeys(seeds) for i, prompt in enumerate(prompts)]
 
 
 def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, shard: tuple[int, int] = (0, 1)) -> int:
-    """Draw the items of a shard that are not in the folder yet, and write the manifest; returns how many were drawn.
+    """Draw the items of a shard that are not in the folder yet; returns how many were drawn.
 
     Raises:
         ValueError: The folder belongs to another run: other prompts, seeds, size, settings or model.
     """
     shared = fingerprint(pipe, task, items)
     Workdir(folder, shared)
-    drawn, mine = 0, items[shard[0] :: shard[1]]
-    for position, item in enumerate(mine, 1):
-        path = folder / item.file
-        if path.exists():
-            continue
+    mine = items[shard[0] :: shard[1]]
+    missing = [item for item in mine if not (folder / item.file).exists()]
+    known = {name: shared[name] for name in ("method", "size", "model", "weights", "options", "scheduler", "dtype")}
+    for number, item in enumerate(missing, len(mine) - len(missing) + 1):
         since = time.perf_counter()
         result = scalediff.generate(
             pipe, item.prompt, height=task.size[0], width=task.size[1], preset=task.preset, method=task.method,
             generator=torch.Generator().manual_seed(item.seed), **task.given,
         )  # fmt: skip
         seconds = time.perf_counter() - since
-        save_png(result.images[0], path, metadata=_record(item, task, shared, asdict(result.settings), seconds))
-        drawn += 1
-        print(f"{task.method}: {position} of {len(mine)}, {seconds:.2f} s", flush=True)
-    write_manifest(folder, items, shard=shard)
-    return drawn
+        record = asdict(item) | known | {"settings": asdict(result.settings), "seconds": round(seconds, 3)}
+        save_png(result.images[0], folder / item.file, metadata=record)
+        print(f"{task.method}: {number} of {len(mine)}, {seconds:.2f} s", flush=True)
+    return len(missing)
 
 
 def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
@@ -99,24 +93,3 @@ def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "patch_border": border(pipe),
     }
-
-
-def _record(item: Item, task: Task, shared: Mapping[str, Any], settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    own = {"file": item.file, "prompt": item.prompt, "index": item.index, "seed": item.seed, "method": task.method}
-    known = {name: shared[name] for name in ("model", "weights", "options", "scheduler", "dtype")}
-    return {**own, "size": list(task.size), "settings": dict(settings), "seconds": round(seconds, 3), **known}
-
-
-def write_manifest(folder: Path, items: Sequence[Item], *, shard: tuple[int, int]) -> None:
-    """Write the records of all items that are in the folder, in order.
-
-    Several processes may do so at once. Each writes again until the manifest holds what the folder holds, so whichever is the last to
-    write has seen every picture that was finished before.
-    """
-    written: list[str] = []
-    while (there := [item.file for item in items if (folder / item.file).exists()]) != written:
-        lines = [json.dumps(read_metadata(folder / file), ensure_ascii=False) + "\n" for file in there]
-        part = temporary(folder / f"{MANIFEST}.{shard[0]}-{shard[1]}")
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, folder / MANIFEST)
-        written = there

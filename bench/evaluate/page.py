@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from bench.evaluate.distances import Interval
-from bench.evaluate.protocols import Protocol, described
 from bench.evaluate.scoring import REFERENCE, Score
 from bench.harness.facts import FACTS
 from bench.harness.rows import Row
 
+_DIFFERENCE = ("difference", "difference_low", "difference_high")
 FIELDS = (
-    "row", "folder", "statistic", "value", "low", "high", "baseline", "difference", "difference_low", "difference_high", "pictures",
-    "references", "protocol", "note", "command", *FACTS,
+    "row", "folder", "statistic", *Interval._fields, "baseline", *_DIFFERENCE, "pictures", "references", "protocol", "command", *FACTS,
 )  # fmt: skip
 # Heading, and what a good value is.
 STATISTICS = {
@@ -27,50 +26,43 @@ STATISTICS = {
 Scores = Mapping[str, Mapping[str, Score]]
 
 
-def records(scores: Scores, *, protocol: str, pictures: int, references: int, command: str) -> Iterable[Row]:
+def records(scores: Scores, *, protocol: str, pictures: int, references: int, command: str) -> Iterator[Row]:
     """A row for each folder and statistic."""
-    baseline = next(iter(scores))
     for folder, columns in scores.items():
         for statistic, one in columns.items():
-            gap = one.difference
+            numbers = one.value._asdict()
+            if one.difference is not None:
+                numbers |= dict(zip(_DIFFERENCE, one.difference, strict=True))
             yield {
-                "row": f"{folder}/{protocol}/{statistic}" if protocol else f"{folder}/{statistic}",
-                "folder": folder, "statistic": statistic, "value": _cell(one.value.value), "low": _cell(one.value.low),
-                "high": _cell(one.value.high), "baseline": baseline if gap else "", "difference": _cell(gap.value) if gap else "",
-                "difference_low": _cell(gap.low) if gap else "", "difference_high": _cell(gap.high) if gap else "",
+                "row": "/".join(filter(None, (folder, protocol, statistic))), "folder": folder, "statistic": statistic,
+                **{name: "" if math.isnan(number) else f"{number:.6g}" for name, number in numbers.items()},
+                "baseline": "" if one.difference is None else next(iter(scores)),
                 "pictures": str(references if folder == REFERENCE else pictures), "references": str(references),
-                "protocol": protocol, "note": one.note, "command": command,
+                "protocol": protocol, "command": command,
             }  # fmt: skip
 
 
-def page(scores: Scores, protocols: Mapping[str, Protocol], *, pictures: int, references: int, compared: str, notes: Sequence[str]) -> str:
-    """The page: a table of values, one of differences from the first folder, and what the protocol means."""
-    baseline, names = next(iter(scores)), [name for name in STATISTICS if any(name in columns for columns in scores.values())]
+def page(scores: Scores, *, pictures: int, references: int, compared: str, notes: Sequence[str]) -> str:
+    """The page: a table of values, one of differences from the first folder, and notes."""
+    names = [name for name in STATISTICS if any(name in columns for columns in scores.values())]
     headings = [f"{heading} ({good})" if good else heading for heading, good in (STATISTICS[name] for name in names)]
-    lines = [
-        f"{pictures} pictures a folder, {references or 'no'} reference pictures{compared}. In brackets: 95 % bootstrap over pictures.",
-        "",
-    ]
-    lines += _table(["folder", *headings], [[f, *(_shown(c[n].value) if n in c else "" for n in names)] for f, c in scores.items()])
-    gaps = {f: [_shown(c[n].difference) if n in c else "" for n in names] for f, c in scores.items() if f not in (baseline, REFERENCE)}
-    if gaps:
+    values = {folder: [_shown(columns[name].value) if name in columns else "" for name in names] for folder, columns in scores.items()}
+    lines = [f"{pictures} pictures a folder, {references or 'no'} reference pictures{compared}. In brackets: 95 % bootstrap over pictures."]
+    lines += ["", *_table(headings, values)]
+    baseline, *others = (folder for folder in scores if folder != REFERENCE)
+    if others:
+        gaps = {folder: [_shown(scores[folder][name].difference) if name in scores[folder] else "" for name in names] for folder in others}
         lines += ["", f"Differences from {baseline}, paired by prompt and seed:", ""]
-        lines += _table(["folder", *(STATISTICS[name][0] for name in names)], [[f, *cells] for f, cells in gaps.items()])
-    for name, protocol in protocols.items():
-        lines += ["", *described(name, protocol)]
+        lines += _table([STATISTICS[name][0] for name in names], gaps)
     return "\n".join([*lines, *(line for note in notes for line in ("", note)), ""])
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = "|".join(["---", *("--:" for _ in headings[1:])])
-    return [f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
+def _table(headings: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    rule = "|".join(["---", *("--:" for _ in headings)])
+    return [f"| folder | {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join([name, *row])} |" for name, row in rows.items())]
 
 
 def _shown(one: Interval | None) -> str:
     if one is None:
         return ""
     return f"{one.value:.4g}" + ("" if math.isnan(one.low) else f" [{one.low:.4g}, {one.high:.4g}]")
-
-
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
