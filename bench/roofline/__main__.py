@@ -1,8 +1,8 @@
 """Rank launch configurations for sm_90 without a GPU, by the disassembly of their main loops: `python -m bench.roofline --csv FILE`.
 
 Candidates of the warp-specialised kernel and of those in plain Triton go through one model: `bench/roofline/pipeline.py` simulates a
-multiprocessor, `bench/roofline/call.py` predicts the call. Ideas that were not built follow, and what the model says about published
-kernels (`bench/roofline/ideas.py`). docs/evidence/tuning.md shows the rows: `--doc` compiles nothing and writes its tables.
+multiprocessor, `bench/roofline/call.py` predicts the call. What the model says about published kernels follows
+(`bench/roofline/published.py`). docs/evidence/tuning.md shows the rows: `--doc` compiles nothing and writes its tables.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.attention import shapes
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import write_rows, write_text
-from bench.roofline import ideas
+from bench.roofline import published
 from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict
 from bench.roofline.loops import to_text
 from scalediff_kernels.neighborhood.config import Blocks, LaunchConfig, Pipeline, key_box, shared_memory
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 RESULT = ROOT / "bench" / "results" / "static-roofline-sm_90.csv"
 SHAPES: dict[str, tuple[str, Literal["image", "text"], str]] = {
-    ideas.FLUX: ("flux-image-4096", "image", ""),
-    ideas.TEXT: ("flux-4096", "image", "window"),
+    published.FLUX: ("flux-image-4096", "image", ""),
+    "FLUX 4096 px, text keys": ("flux-4096", "image", "window"),
     "FLUX 4096 px, text queries, window": ("flux-4096", "text", "window"),
     "FLUX 4096 px, text queries, global": ("flux-4096", "text", "global"),
-    ideas.SDXL: ("sdxl-64-4096", "image", ""),
+    published.SDXL: ("sdxl-64-4096", "image", ""),
     "SDXL 4096 px, 128^2": ("sdxl-32-4096", "image", ""),
 }
 PLAIN = [Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3)]
@@ -63,7 +63,6 @@ SHOWN = {
     "published": {
         "shape": "kernel", "form": "queries x keys, stages", **COSTS, "tflops": "TFLOP/s without the factor", "note": "published TFLOP/s",
     },
-    "ideas": {"shape": "shape", "note": "idea", **COSTS, "tflops": "predicted TFLOP/s"},
 }  # fmt: skip
 
 
@@ -121,8 +120,8 @@ def page(text: str) -> str:
     rows["spilled"] = rows["loop_spills"] + " + " + rows["spills"]
     rows["KB"] = [str(-(-int(shared or 0) // 1024)) for shared in rows["shared"]]
     rows["measured"] = "not measured yet"
-    kinds = rows["path"].map({"published": "published", "idea": "ideas"}).fillna("candidates")
-    text_columns = ("shape", "kernel", "queries x keys, stages", "note", "published TFLOP/s", "idea", "measured")
+    kinds = rows["path"].where(rows["path"] == "published", "candidates")
+    text_columns = ("shape", "kernel", "queries x keys, stages", "note", "published TFLOP/s", "measured")
     return fill(text, {
         name: table(rows[kinds == name][list(shown)].rename(columns=shown), text=text_columns) for name, shown in SHOWN.items()
     })  # fmt: skip
@@ -145,7 +144,7 @@ def main() -> None:
             found.append(dict.fromkeys(FIELDS, "") | row(name, case, config, useful))
             print(*(str(found[-1][field]) for field in FIELDS[:-1]), sep="\t", flush=True)
         rows += sorted(found, key=lambda r: (r["note"] not in ("", "shipped"), -float(r["tflops"] or 0)))
-    for other in ideas.rows(rows):
+    for other in published.rows(rows):
         rows.append(dict.fromkeys(FIELDS, "") | other)
         print(*(str(rows[-1][field]) for field in FIELDS[:-1]), sep="\t", flush=True)
     if options.csv:

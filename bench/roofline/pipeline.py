@@ -20,7 +20,7 @@ from math import inf
 from bench.roofline.loops import Step
 
 L2_BYTES = 24.0  # assumed, a multiprocessor and clock: 5.6 TB/s over 132 at 1.75 GHz
-LOAD_LATENCY = 600  # cycles; assumed, as the next two
+LOAD_LATENCY = 600  # cycles from a load to its data, beside those of its bytes; assumed, as the next two
 STORE_LATENCY = 700
 START = 1000  # of a program in plain Triton: launch, addresses, descriptors
 
@@ -40,8 +40,6 @@ class Schedule:
     query_bytes: float = 0  # of an actor
     finish: float = 0  # instructions of a warp after a tile
     l2: float = L2_BYTES  # bytes a clock
-    latency: float = LOAD_LATENCY  # cycles from a load to its data, beside those of its bytes
-    ahead: bool = True  # whether the producer loads keys one block ahead of values
 
     def cycles(self, blocks: int, tiles: int) -> float:
         """For `tiles` tiles of every actor, with `blocks` blocks of keys each.
@@ -156,18 +154,16 @@ class _Run:
                 self._load_next(part, end // self.blocks - 1)
 
     def _producer(self) -> Actor:
-        s = self.schedule
+        """Loads keys one block ahead of values."""
         for tile in range(self.tiles):
             first, end = tile * self.blocks, (tile + 1) * self.blocks
             yield from self._deliver("k", first)
             for n in range(first, end):
-                if s.ahead and n + 1 < end:
+                if n + 1 < end:
                     yield from self._deliver("k", n + 1)
                 yield from self._deliver("v", n)
                 if n == first:
                     yield from self._deliver_queries(tile)
-                if not s.ahead and n + 1 < end:
-                    yield from self._deliver("k", n + 1)
 
     def _deliver_queries(self, tile: int) -> Actor:
         for part in range(self.schedule.actors):
@@ -188,7 +184,7 @@ class _Run:
     def _load(self, size: float) -> float:
         """When a load that is issued now has arrived."""
         self.l2_free = max(self.now, self.l2_free) + size / self.schedule.l2
-        return self.l2_free + self.schedule.latency
+        return self.l2_free + LOAD_LATENCY
 
     def _load_next(self, part: int, tile: int) -> None:
         """Issue the next load of a program, unless its tile has no more blocks."""
