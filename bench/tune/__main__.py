@@ -8,14 +8,15 @@ time; then those of a shape are timed in one process, one after another. A candi
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from scalediff_kernels.testing import assert_within_budget
 
 CHECK_LIMIT, TIME_LIMIT = 60.0, 5.0  # seconds of a process that checks one candidate, and for each candidate that one times
 AT_ONCE = 8  # processes that check
+PROCESSES = get_context("spawn")
 LATE: Row = {"status": "skipped", "note": "no time was left"}
 SHAPES = {"flux-4096": "window", "sdxl-64-4096": "", "sdxl-32-4096": ""}
 SAME = ("machine", "commit", "torch", *VERSIONS)
@@ -124,42 +126,40 @@ def timed(candidate: Candidate, seconds: float) -> Row:
     return {f"{name}_ms": f"{value:.4g}" for name, value in timing._asdict().items()} | {"tflops": f"{rate:.4g}"}
 
 
-def in_a_process(what: str, candidates: Sequence[Candidate], seconds: float, *, limit: float) -> list[Row]:
-    """The columns that `check` or `timed` finds of each candidate of a shape; status and note where one fails or hangs."""
-    configs = json.dumps([candidate.config for candidate in candidates])
-    words = [sys.executable, "-m", "bench.tune", "--one", what, candidates[0].shape, configs, "--seconds", str(seconds)]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False)
-        printed, note = done.stdout, (done.stderr.strip().splitlines() or ["nothing was printed"])[-1][:160]
-    except subprocess.TimeoutExpired as stopped:
-        printed, note = (stopped.stdout or b"").decode(), f"stopped after {limit:.0f} s: it hangs, or is slow"
-    rows: list[Row] = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    rows += [{"status": "FAILED", "note": f"{what}: {note}"}] * (len(rows) < len(candidates))
+def in_a_process(measure: Callable[[Candidate], Row], candidates: Sequence[Candidate], *, limit: float) -> list[Row]:
+    """The columns that `check` or `timed` finds of each candidate, in a process of its own; status and note where one fails or hangs."""
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_send_rows, args=(sender, measure, candidates))
+    process.start()
+    sender.close()
+    rows, deadline = list[Row](), time.monotonic() + limit
+    with suppress(EOFError):  # the process has ended
+        while receiver.poll(max(0, deadline - time.monotonic())):
+            rows.append(receiver.recv())
+    hangs = process.is_alive() and time.monotonic() >= deadline
+    if hangs:
+        process.kill()
+    process.join()
+    if len(rows) < len(candidates):
+        why = f"stopped after {limit:.0f} s: it hangs, or is slow" if hangs else f"the process ended with {process.exitcode}"
+        rows.append({"status": "FAILED", "note": why})
     return rows + [{"status": "skipped", "note": "one before it ended the process"}] * (len(candidates) - len(rows))
 
 
-def run_here(what: str, shape: str, configs: str, seconds: float) -> Iterator[Row]:
-    """In a process of its own: check or time candidates."""
-    for values in json.loads(configs):
-        config = LaunchConfig._make(tuple(value) if isinstance(value, list) else value for value in values)
-        try:
-            yield check(Candidate(shape, config)) if what == "check" else timed(Candidate(shape, config), seconds)
-        except Exception as problem:
-            yield {"status": "FAILED", "note": f"{what}: {type(problem).__name__}: {first_line(problem)}"}
-
-
 @torch.no_grad()
+def _send_rows(sender: Connection, measure: Callable[[Candidate], Row], candidates: Sequence[Candidate]) -> None:
+    for candidate in candidates:
+        try:
+            sender.send(measure(candidate))
+        except Exception as problem:
+            sender.send({"status": "FAILED", "note": f"{type(problem).__name__}: {first_line(problem)}"})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("tune", __doc__.split("\n")[0], seconds=0.3)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--minutes", type=float, default=1.5, help="for all (default: %(default)s)")
-    parser.add_argument("--one", nargs=3, metavar=("WHAT", "SHAPE", "CONFIGS"), help="check or time candidates in this process")
     options = parser.parse_args(arguments)
-    if options.one:
-        what, shape, configs = options.one
-        for row in run_here(what, shape, configs, options.seconds):
-            print(json.dumps(row), flush=True)
-        return
     deadline = time.monotonic() + 60 * options.minutes
     wanted = {candidate.name: candidate for name in options.shape for candidate in candidates(name)}
 
@@ -167,13 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         todo = [candidate for name, candidate in wanted.items() if name not in finished]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             limit = min(CHECK_LIMIT, 60 * options.minutes)
-            checked = pool.map(lambda one: in_a_process("check", [one], options.seconds, limit=limit)[0], todo)
+            checked = pool.map(lambda one: in_a_process(check, [one], limit=limit)[0], todo)
             rows = dict(zip(todo, checked, strict=True))
         for shape in options.shape:
             right = [candidate for candidate, row in rows.items() if candidate.shape == shape and "status" not in row]
             left = min(TIME_LIMIT * (2 + len(right)), deadline - time.monotonic())
             if right:
-                times = in_a_process("time", right, options.seconds, limit=left) if left > TIME_LIMIT else [LATE] * len(right)
+                timing = partial(timed, seconds=options.seconds)
+                times = in_a_process(timing, right, limit=left) if left > TIME_LIMIT else [LATE] * len(right)
                 rows |= {candidate: rows[candidate] | found for candidate, found in zip(right, times, strict=True)}
             for candidate, row in rows.items():
                 if candidate.shape == shape:
