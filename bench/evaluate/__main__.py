@@ -19,6 +19,7 @@ from bench.evaluate.protocols import PROTOCOLS, described
 from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, score
 from bench.harness.command import keep_freed_memory, names_of, positive, shard
 from bench.harness.facts import facts
+from bench.harness.pages import require_pandas
 from bench.harness.rows import RowFile, write_text
 from scalediff.command.cli import parse_seeds, parse_size
 from scalediff.command.loading import UsageError, load_model, parse_device
@@ -55,6 +56,7 @@ def generate(options: argparse.Namespace) -> None:
 
 def score_folders(options: argparse.Namespace) -> None:
     """Score folders, print the page, and write it beside the CSV."""
+    require_pandas()
     folders = [open_folder(path) for path in options.folders]
     reference = None if options.reference is None else open_folder(options.reference)
     protocol = PROTOCOLS[options.protocol].with_crops(options.crops, options.crop_size) if options.protocol else None

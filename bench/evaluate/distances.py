@@ -49,6 +49,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float((a.mean - b.mean).square().sum() + spread)
 
 
+def frechet_statistic(a: Tensor, b: Tensor) -> Statistic:
+    """`frechet_distance` of the features of two sets, as a function of numbers of pictures of the first."""
+    target = moments(b)
+    return lambda chosen: frechet_distance(moments(a[chosen]), target)
+
+
 def kernel_distance(a: Tensor, b: Tensor) -> Statistic:
     """Unbiased squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3`, the KID of Inception's features.
 
@@ -105,6 +111,11 @@ def inception_score(logits: Tensor, *, splits: int) -> float:
         divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0.0)  # 0 log 0 is 0
         scores.append(divergence.sum(1).mean().exp())
     return float(torch.stack(scores).mean())
+
+
+def inception_statistic(logits: Tensor, *, splits: int) -> Statistic:
+    """`inception_score` as a function of numbers of pictures."""
+    return lambda chosen: inception_score(logits[chosen], splits=splits)
 
 
 class Interval(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from bench.evaluate.distances import Interval
 from bench.evaluate.scoring import REFERENCE, Score
 from bench.harness.facts import FACTS
+from bench.harness.pages import table
 from bench.harness.rows import Row
 
 _DIFFERENCE = ("difference", "difference_low", "difference_high")
@@ -44,22 +45,18 @@ def records(scores: Scores, *, protocol: str, pictures: int, references: int, co
 
 def page(scores: Scores, *, pictures: int, references: int, compared: str, notes: Sequence[str]) -> str:
     """The page: a table of values, one of differences from the first folder, and notes."""
-    names = [name for name in STATISTICS if any(name in columns for columns in scores.values())]
-    headings = [f"{heading} ({good})" if good else heading for heading, good in (STATISTICS[name] for name in names)]
-    values = {folder: [_shown(columns[name].value) if name in columns else "" for name in names] for folder, columns in scores.items()}
-    lines = [f"{pictures} pictures a folder, {references or 'no'} reference pictures{compared}. In brackets: 95 % bootstrap over pictures."]
-    lines += ["", *_table(headings, values)]
+    from pandas import DataFrame
+
+    headings = {name: f"{heading} ({good})" if good else heading for name, (heading, good) in STATISTICS.items()}
+    values = [{"folder": folder} | {headings[name]: _shown(one.value) for name, one in row.items()} for folder, row in scores.items()]
     baseline, *others = (folder for folder in scores if folder != REFERENCE)
-    if others:
-        gaps = {folder: [_shown(scores[folder][name].difference) if name in scores[folder] else "" for name in names] for folder in others}
+    gaps = [{"folder": folder} | {STATISTICS[name][0]: _shown(one.difference) for name, one in scores[folder].items()} for folder in others]
+    lines = [f"{pictures} pictures a folder, {references or 'no'} reference pictures{compared}. In brackets: 95 % bootstrap over pictures."]
+    lines += ["", *table(DataFrame(values, columns=["folder", *headings.values()]), text=["folder"])]
+    if gaps:
         lines += ["", f"Differences from {baseline}, paired by prompt and seed:", ""]
-        lines += _table([STATISTICS[name][0] for name in names], gaps)
+        lines += table(DataFrame(gaps, columns=["folder", *(heading for heading, _ in STATISTICS.values())]), text=["folder"])
     return "\n".join([*lines, *(line for note in notes for line in ("", note)), ""])
-
-
-def _table(headings: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
-    rule = "|".join(["---", *("--:" for _ in headings)])
-    return [f"| folder | {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join([name, *row])} |" for name, row in rows.items())]
 
 
 def _shown(one: Interval | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 
 import torch
@@ -100,10 +99,9 @@ def _statistics(measured: Measured, reference: Measured | None, options: Options
     for suffix in measured.features:
         if f"is{suffix}" in options.wanted:
             logits = torch.stack([one for _, one in measured.features[suffix]]).to(options.device)
-            found[f"is{suffix}"] = partial(_inception_score, logits, options.splits)
+            found[f"is{suffix}"] = distances.inception_statistic(logits, splits=options.splits)
         if f"fid{suffix}" in options.wanted:
-            ours, theirs = _features(measured, reference, suffix, options)
-            found[f"fid{suffix}"] = partial(_frechet_distance, ours, distances.moments(theirs))
+            found[f"fid{suffix}"] = distances.frechet_statistic(*_features(measured, reference, suffix, options))
         if f"kid{suffix}" in options.wanted:
             found[f"kid{suffix}"] = distances.kernel_distance(*_features(measured, reference, suffix, options))
     return found
@@ -136,11 +134,3 @@ def _sliced(ours: Mapping[int, list[Tensor]], theirs: Mapping[int, list[Tensor]]
     sets = [(torch.stack(ours[level]), torch.stack(theirs[level])) for level in sorted(ours, reverse=True)]
     levels = [sliced_distance(*patches, generator=generator, directions=_DIRECTIONS) for patches in sets]
     return {"swd": lambda chosen: fmean(level(chosen) for level in levels), "swd_fine": levels[0]}
-
-
-def _inception_score(logits: Tensor, splits: int, chosen: Tensor) -> float:
-    return distances.inception_score(logits[chosen], splits=splits)
-
-
-def _frechet_distance(features: Tensor, target: distances.Moments, chosen: Tensor) -> float:
-    return distances.frechet_distance(distances.moments(features[chosen]), target)
