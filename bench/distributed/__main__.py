@@ -72,7 +72,7 @@ def linear_work(size: int) -> float:
 @cache
 def attention_rate() -> float:
     """FLOP/s of the attention: what `bench.predictions` predicts for this layer on an H100."""
-    wanted = {"shape": "flux-4096", "rule": "window", "path": "warp-specialised", "kernel": "both"}
+    wanted = {"shape": "flux-4096", "rule": "window", "kernel": "both"}
     return next(1e12 * float(row["tflops"]) for row in read_records(RESULTS / "predicted-sm_90.csv") if wanted.items() <= row.items())
 
 

@@ -1,7 +1,7 @@
 """Rank launch configurations for sm_90 without a GPU, by the disassembly of their main loops: `python -m bench.roofline --csv FILE`.
 
-Candidates of the warp-specialised kernel and of those in plain Triton go through one model: `bench/roofline/pipeline.py` simulates a
-multiprocessor, `bench/roofline/call.py` predicts the call. What the model says about published kernels follows
+Candidates of the warp-specialised kernel go through one model: `bench/roofline/pipeline.py` simulates a multiprocessor,
+`bench/roofline/call.py` predicts the call. What the model says about published kernels follows
 (`bench/roofline/published.py`). docs/evidence/tuning.md shows the rows: `--doc` compiles nothing and writes its tables.
 """
 
@@ -18,9 +18,9 @@ from bench.harness.facts import ROOT
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import write_rows, write_text
 from bench.roofline import published
-from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict
+from bench.roofline.call import case_of, costs, efficiency, predict
 from bench.roofline.loops import to_text
-from scalediff_kernels.neighborhood.config import Blocks, LaunchConfig, Pipeline, key_box, shared_memory
+from scalediff_kernels.neighborhood.config import LaunchConfig, Pipeline, key_box, shared_memory
 
 if TYPE_CHECKING:
     from bench.compile.attention import Case
@@ -35,7 +35,6 @@ SHAPES: dict[str, tuple[str, Literal["image", "text"], str]] = {
     published.SDXL: ("sdxl-64-4096", "image", ""),
     "SDXL 4096 px, 128^2": ("sdxl-32-4096", "image", ""),
 }
-PLAIN = [Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3)]
 PIPELINES = {
     64: [
         *(Pipeline(128, 128, 3, 240, turns) for turns in (True, False)),
@@ -49,7 +48,7 @@ PIPELINES = {
     ],
 }
 FIELDS = (
-    "shape", "path", "queries", "keys", "num_warps", "num_stages", "ping_pong", "registers", "loop_spills", "spills", "shared", "actors",
+    "shape", "path", "queries", "keys", "num_stages", "ping_pong", "registers", "loop_spills", "spills", "shared", "consumers",
     "block_bytes", "matrix", "exponentials", "issue", "block", "tflops", "note", "loop",
 )  # fmt: skip
 COSTS = {
@@ -57,7 +56,7 @@ COSTS = {
 }  # fmt: skip
 SHOWN = {
     "candidates": {
-        "shape": "shape", "form": "queries x keys, stages", "kernel": "kernel", "registers": "registers", "spilled": "spills", "KB": "KB",
+        "shape": "shape", "form": "queries x keys, stages", "turns": "in turns", "registers": "registers", "spilled": "spills", "KB": "KB",
         **COSTS, "tflops": "predicted TFLOP/s", "measured": "measured", "note": "note",
     },
     "published": {
@@ -67,20 +66,13 @@ SHOWN = {
 
 
 def candidates(case: Case) -> Iterator[LaunchConfig]:
-    """What could be launched, the shipped configurations among them."""
-    shipped, plain = case.launch("sm_90").config, descriptor_config(case)
+    """What could be launched, the shipped configuration among them."""
+    shipped = case.launch("sm_90").config
     for p in PIPELINES[case.head_dim]:
+        box = (1, p.queries) if case.queries == "text" else (p.queries // 16, 16)
         parts = shipped.part_blocks * prod(shipped.key_box) // p.keys
-        changed = shipped._replace(query_box=_box(case, p.queries), key_box=key_box(case.window, p.keys), text_block=p.keys)
-        yield changed._replace(part_blocks=parts, num_stages=p.stages, registers=p.registers, ping_pong=p.ping_pong)
-    for b in PLAIN:
-        text = b.keys if case.text else plain.text_block
-        changed = plain._replace(query_box=_box(case, b.queries), key_box=key_box(case.window, b.keys), text_block=text)
-        yield changed._replace(num_warps=b.num_warps, num_stages=b.num_stages)
-
-
-def _box(case: Case, queries: int) -> tuple[int, int]:
-    return (1, queries) if case.queries == "text" else (queries // 16, 16)
+        changed = shipped._replace(query_box=box, key_box=key_box(case.window, p.keys), text_block=p.keys, part_blocks=parts)
+        yield changed._replace(num_stages=p.stages, registers=p.registers, ping_pong=p.ping_pong)
 
 
 def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, Any]:
@@ -89,7 +81,7 @@ def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, A
 
     facts: dict[str, Any] = {
         "shape": name, "path": config.path, "queries": prod(config.query_box), "keys": prod(config.key_box),
-        "num_warps": config.num_warps, "num_stages": config.num_stages, "ping_pong": config.ping_pong,
+        "num_stages": config.num_stages, "ping_pong": config.ping_pong,
     }  # fmt: skip
     launch: Launch = case.launch("sm_90", config)
     try:
@@ -97,16 +89,17 @@ def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, A
     except Exception as error:
         return facts | {"note": f"does not compile: {str(error).splitlines()[0][:60]}"}
     inside, wanted = sum(map(spills, binary.loops)), case.launch("sm_90").config
-    facts |= {"registers": config.registers or binary.registers, "loop_spills": inside, "spills": binary.spills - inside}
+    facts |= {"registers": config.registers, "loop_spills": inside, "spills": binary.spills - inside}
     facts |= {"shared": binary.shared, "note": "shipped" if config == wanted else ""}
     faults = {"does not fit": binary.shared > shared_memory("sm_90"), "serialised": any(map(serialised, binary.loops))}
     if any(faults.values()):
         return facts | {"note": ", ".join(fault for fault, found in faults.items() if found)}
     if inside:
         facts["note"] = "spills in the loop"
-    p = predict(launch, binary, case)
-    facts |= costs(p.schedule, efficiency(config.path, case.head_dim))
-    return facts | {"tflops": f"{useful / p.ms / 1e9:.0f}", "loop": to_text(p.schedule.loop)}
+    schedule, ms = predict(launch, binary, case)
+    return facts | costs(schedule, efficiency(case.head_dim)) | {
+        "tflops": f"{useful / ms / 1e9:.0f}", "loop": to_text(schedule.loop),
+    }  # fmt: skip
 
 
 def page(text: str) -> str:
@@ -115,13 +108,12 @@ def page(text: str) -> str:
 
     rows = read_csv(RESULT, dtype=str, keep_default_na=False)
     rows["form"] = rows["queries"] + " x " + rows["keys"] + ", " + rows["num_stages"]
-    turns = rows["ping_pong"].map({"True": ", in turns"}).fillna("")
-    rows["kernel"] = rows["path"].where(rows["path"] == "warp-specialised", rows["num_warps"] + " warps") + turns
+    rows["turns"] = rows["ping_pong"].map({"True": "yes", "False": "no"})
     rows["spilled"] = rows["loop_spills"] + " + " + rows["spills"]
     rows["KB"] = [str(-(-int(shared or 0) // 1024)) for shared in rows["shared"]]
     rows["measured"] = "not measured yet"
     kinds = rows["path"].where(rows["path"] == "published", "candidates")
-    text_columns = ("shape", "kernel", "queries x keys, stages", "note", "published TFLOP/s", "measured")
+    text_columns = ("shape", "kernel", "in turns", "queries x keys, stages", "note", "published TFLOP/s", "measured")
     return fill(text, {
         name: table(rows[kinds == name][list(shown)].rename(columns=shown), text=text_columns) for name, shown in SHOWN.items()
     })  # fmt: skip
