@@ -141,23 +141,27 @@ def _table_of(row: str) -> str:
 def summary(records: Rows) -> list[str]:
     """The README's table: the main columns of all methods."""
     rows = [row for key, row in records.items() if key.startswith("methods/")]
-    return _values(rows, columns=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops")) if rows else []
+    return _values(rows, names=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops")) if rows else []
 
 
-def _values(rows: Sequence[Row], *, columns: Sequence[str] = (*STATISTICS, *WORK)) -> list[str]:
+def _values(rows: Sequence[Row], *, names: Sequence[str] = (*STATISTICS, *WORK)) -> list[str]:
     from pandas import DataFrame
 
-    cells = DataFrame({"row": [label_of(row["row"]) for row in rows], "pictures": [row["n"] for row in rows]})
-    for name in columns:
+    cells = {"row": [label_of(row["row"]) for row in rows], "pictures": [row["n"] for row in rows]}
+    for name in names:
         heading, form = (STATISTICS | WORK)[name]
         if any(row.get(name) for row in rows):
-            with_error = name in ("one_disc", *PAIRED)
-            cells[heading] = [_cell(form, row.get(name, ""), row.get(f"{name}_se", "") if with_error else "") for row in rows]
-        if name == "swd" and len(columns) > len(STATISTICS) and any(row.get("swd_16") for row in rows):
-            sides = [side for level, side in LEVELS.items() if any(row.get(level) for row in rows)]
-            values = [[row.get(f"swd_{side}", "") for side in sides] for row in rows]
-            cells[f"SWD at {', '.join(map(str, sides))} px"] = [", ".join(f"{float(v):.0f}" if v else "-" for v in each) for each in values]
-    return table(cells, text=["row"])
+            cells[heading] = _column(rows, name, form, errors=name in ("one_disc", *PAIRED))
+        if name == "swd" and "spectrum" in names:  # in the table of all columns
+            cells |= _levels(rows)
+    return table(DataFrame(cells), text=["row"])
+
+
+def _levels(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """A column of SWD on the levels that were measured, if any was."""
+    sides = {level: str(side) for level, side in LEVELS.items() if any(row.get(level) for row in rows)}
+    by_level = zip(*(_column(rows, level, "{:.0f}", errors=False) for level in sides), strict=True)
+    return {f"SWD at {', '.join(sides.values())} px": [", ".join(values) for values in by_level]} if sides else {}
 
 
 def _gaps(rows: Sequence[Row]) -> list[str]:
@@ -168,19 +172,19 @@ def _gaps(rows: Sequence[Row]) -> list[str]:
     others = [row for row in rows if any(row.get(f"{name}_gap") for name in PAIRED)]
     if baseline is None or not others:
         return []
-    cells = DataFrame({"row": [label_of(row["row"]) for row in others]})
-    for name in PAIRED:
-        heading, form = STATISTICS[name]
-        signed = form.replace("{:+", "{:").replace("{:", "{:+")
-        cells[heading] = [_cell(signed, row.get(f"{name}_gap", ""), row.get(f"{name}_gap_se", "")) for row in others]
-    return [f"Differences from {label_of(baseline['row'])}, picture by picture:", "", *table(cells, text=["row"]), ""]
+    cells = {"row": [label_of(row["row"]) for row in others]}
+    for heading, form, name in ((*STATISTICS[name], name) for name in PAIRED):
+        cells[heading] = _column(others, f"{name}_gap", form.replace("{:+", "{:").replace("{:", "{:+"))
+    return [f"Differences from {label_of(baseline['row'])}, picture by picture:", "", *table(DataFrame(cells), text=["row"]), ""]
 
 
-def _cell(form: str, value: str, error: str) -> str:
-    """A value and its standard error, if it has one."""
-    if not value:
-        return "-"
-    return form.format(float(value)) + (f" ± {form.replace('+', '').format(float(error))}" if error else "")
+def _column(rows: Sequence[Row], name: str, form: str, *, errors: bool = True) -> list[str]:
+    """The values of a column of the CSV, with their standard errors where they have one."""
+
+    def cell(value: str, error: str) -> str:
+        return form.format(float(value)) + (f" ± {form.replace('+', '').format(float(error))}" if error and errors else "")
+
+    return [cell(row[name], row.get(f"{name}_se", "")) if row.get(name) else "-" for row in rows]
 
 
 def _measured_with(rows: Sequence[Row]) -> list[str]:
