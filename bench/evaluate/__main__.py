@@ -68,7 +68,7 @@ def score_folders(options: argparse.Namespace) -> None:
     clip = load_clip(options.clip, device) if "clip" in wanted else None
     csv = options.csv or folders[0].path.parent / "scores.csv"
     file = RowFile(csv, FIELDS, facts())
-    how = {"draws": options.bootstrap, "splits": options.splits, "kid_subset": options.kid_subset, "force": options.force}
+    how = {"draws": options.bootstrap, "splits": options.splits, "force": options.force}
     scores = score(folders, reference, Options(wanted, protocol, inception, clip, **how, device=device))
     counts = {"pictures": len(folders[0]), "references": len(reference) if reference else 0}
     for record in records(scores, protocol=options.protocol or "", command=options.typed, **counts):
@@ -132,7 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--crop-size", type=positive(int), help="pixels per side of a crop instead of the protocol's")
     scoring.add_argument("--bootstrap", type=_draws, default=100, help="draws of the bootstrap, 0 for none (default: %(default)s)")
     scoring.add_argument("--splits", type=positive(int), default=10, help="of the Inception score (default: %(default)s)")
-    scoring.add_argument("--kid-subset", type=positive(int), help="also KID as the mean over 100 subsets of so many rows")
     scoring.add_argument("--force", action="store_true", help="compute FID of fewer pictures than features")
     scoring.add_argument("--inception", type=Path, help="weights of InceptionV3 (default: torch hub's copy)")
     scoring.add_argument("--clip", help=f"folder or id of a CLIP model (default: {CLIP_MODEL} in the Hugging Face cache)")

@@ -86,20 +86,6 @@ def kernel_distance(a: Tensor, b: Tensor) -> Statistic:
     return distance
 
 
-def kernel_distance_of_subsets(a: Tensor, b: Tensor, *, size: int, subsets: int = 100) -> float:
-    """Mean of KID over random subsets of `size` rows of each side, drawn without replacement.
-
-    It estimates what `kernel_distance` of all rows does, with more noise, and is for comparison with published numbers.
-    """
-    generator, everything = torch.Generator().manual_seed(0), torch.arange(size)
-
-    def subset(features: Tensor) -> Tensor:
-        rows = features.flatten(0, 1)
-        return rows[torch.randperm(len(rows), generator=generator)[:size]][:, None]
-
-    return sum(kernel_distance(subset(a), subset(b))(everything) for _ in range(subsets)) / subsets
-
-
 def inception_score(logits: Tensor, *, splits: int) -> float:
     """`exp(mean KL(p(y | x), p(y)))` of `[N, K]` or `[N, C, K]` logits: the mean over `splits` consecutive parts, at most as many as rows.
 

@@ -36,7 +36,6 @@ class Options:
     clip: Clip | None = None
     draws: int = 100  # of the bootstrap
     splits: int = 10  # of the Inception score
-    kid_subset: int | None = None  # rows of a subset; None for no subsets
     force: bool = False  # compute FID of fewer pictures than features
     device: torch.device = CPU  # of the computations with features, in fp64
 

@@ -17,9 +17,9 @@ FIELDS = (
 )  # fmt: skip
 # Heading, and what a good value is.
 STATISTICS = {
-    "fid": ("FID", "lower"), "kid": ("KID", "lower"), "kid_subsets": ("KID of subsets", "lower"), "is": ("IS", "higher"),
+    "fid": ("FID", "lower"), "kid": ("KID", "lower"), "is": ("IS", "higher"),
     "fid_patch": ("FID of crops", "lower"), "kid_patch": ("KID of crops", "lower"),
-    "kid_patch_subsets": ("KID of crops, subsets", "lower"), "is_patch": ("IS of crops", "higher"), "clip": ("CLIP", "higher"),
+    "is_patch": ("IS of crops", "higher"), "clip": ("CLIP", "higher"),
     "swd": ("SWD", "lower"), "swd_fine": ("SWD, finest level", "lower"), "spectrum": ("spectrum", "lower"),
     "hf_ratio": ("HF ratio", "that of true pictures"), "seam": ("seam", "as its control"), "seam_control": ("seam control", ""),
     "discs": ("discs", "1 in a true picture"), "seconds": ("s per picture", "lower"),

@@ -50,7 +50,6 @@ def score(folders: Sequence[Folder], reference: Folder | None, options: Options)
         measured = measure(folder, compared, options)
         statistics = _statistics(measured, of_reference, options)
         values = {name: (statistic(torch.arange(len(folder))), replicated(statistic, draws)) for name, statistic in statistics.items()}
-        values |= {name: (value, torch.empty(0)) for name, value in _of_subsets(measured, of_reference, options).items()}
         gaps = {
             name: interval(value - first[name][0], by_draw - first[name][1]) for name, (value, by_draw) in values.items() if name in first
         }
@@ -76,10 +75,7 @@ def _check_wanted(folder: Folder, reference: Folder | None, options: Options) ->
     for suffix, (what, ours, theirs) in rows.items():
         if f"is{suffix}" in wanted and ours < options.splits:
             raise ValueError(f"IS needs at least one picture or crop for each of {options.splits} splits, got {ours}: pass --splits")
-        least, size = min(ours, theirs), options.kid_subset
-        if f"kid{suffix}" in wanted and size is not None and not 2 <= size <= least:
-            raise ValueError(f"a KID subset must have 2 to {least} {what}, those of the smaller side, got --kid-subset {size}")
-        if f"fid{suffix}" in wanted and options.inception and least < options.inception.features and not options.force:
+        if f"fid{suffix}" in wanted and options.inception and min(ours, theirs) < options.inception.features and not options.force:
             raise ValueError(
                 f"FID of {options.inception.features} features needs as many {what} on each side, got {ours} and {theirs}: its covariance "
                 f"would be singular and FID too large, by more the fewer there are. Leave fid{suffix} out of --statistics, or compute it "
@@ -105,19 +101,6 @@ def _statistics(measured: Measured, reference: Measured | None, options: Options
         if f"kid{suffix}" in options.wanted:
             found[f"kid{suffix}"] = distances.kernel_distance(*_features(measured, reference, suffix, options))
     return found
-
-
-def _of_subsets(measured: Measured, reference: Measured | None, options: Options) -> dict[str, float]:
-    """KID of subsets, where it is wanted."""
-    if options.kid_subset is None:
-        return {}
-    return {
-        f"kid{suffix}_subsets": distances.kernel_distance_of_subsets(
-            *_features(measured, reference, suffix, options), size=options.kid_subset
-        )
-        for suffix in measured.features
-        if f"kid{suffix}" in options.wanted
-    }
 
 
 def _features(measured: Measured, reference: Measured | None, suffix: str, options: Options) -> tuple[Tensor, Tensor]:

@@ -126,12 +126,6 @@ def test_kid_of_one_row_is_refused() -> None:
         kernel_distance(features(1), features(5))
 
 
-def test_kid_of_subsets_has_the_mean_of_all_rows() -> None:
-    a, b = features(60), features(50, seed=1, shift=0.5)
-    assert distances.kernel_distance_of_subsets(a, b, size=25, subsets=200) == pytest.approx(kid(a, b), rel=0.1)
-    assert distances.kernel_distance_of_subsets(b, b, size=50, subsets=3) == pytest.approx(kid(b, b))
-
-
 @pytest.mark.parametrize(("n", "crops", "splits"), [(40, 1, 1), (43, 1, 10), (12, 4, 5)])
 def test_is_is_that_of_numpy(n: int, crops: int, splits: int) -> None:
     logits = 3 * features(n, crops)
