@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from bench.tune import __main__ as tune
+from bench.tune.candidates import Candidate, check
 from scalediff_kernels.neighborhood.config import shared_memory
 
 
@@ -40,21 +41,21 @@ def test_most_candidates_fit_into_shared_memory() -> None:
         assert sum(size + 1024 <= shared_memory("sm_90") for size in sizes) >= 5
 
 
-def numbered(candidate: tune.Candidate) -> dict[str, str]:
+def numbered(candidate: Candidate) -> dict[str, str]:
     return {"error": str(candidate.config.num_stages)}
 
 
-def wrong(candidate: tune.Candidate) -> dict[str, str]:
+def wrong(candidate: Candidate) -> dict[str, str]:
     if candidate.config.num_stages == 4:
         raise RuntimeError("no")
     return numbered(candidate)
 
 
-def fatal(candidate: tune.Candidate) -> dict[str, str]:
+def fatal(candidate: Candidate) -> dict[str, str]:
     return numbered(candidate) if candidate.config.num_stages != 4 else os._exit(6)
 
 
-def hanging(candidate: tune.Candidate) -> dict[str, str]:
+def hanging(candidate: Candidate) -> dict[str, str]:
     return numbered(candidate) if candidate.config.num_stages != 4 else time.sleep(60)  # type: ignore[return-value]
 
 
@@ -73,15 +74,15 @@ SKIPPED = {"status": "skipped", "note": "one before it ended the process"}
 def test_what_a_process_found(measure: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "PROCESSES", multiprocessing.get_context("fork"))  # does not import torch again
     config = tune.candidates("flux-4096")[0].config
-    ones = [tune.Candidate("flux-4096", config._replace(num_stages=stages)) for stages in (2, 4, 3)]
+    ones = [Candidate("flux-4096", config._replace(num_stages=stages)) for stages in (2, 4, 3)]
     assert tune.in_a_process(measure, ones, limit=1) == expected
 
 
 def test_rows_of_candidates_that_hang_fail_and_are_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The command, with processes and device pretended: a row for every candidate."""
 
-    def in_a_process(measure: Any, ones: Sequence[tune.Candidate], *, limit: float) -> list[dict[str, str]]:
-        checks = measure is tune.check
+    def in_a_process(measure: Any, ones: Sequence[Candidate], *, limit: float) -> list[dict[str, str]]:
+        checks = measure is check
         rows = [{"error": "0.001"} if checks else {f"p{n}0_ms": "2" for n in (2, 5, 8)} | {"tflops": "600"} for _ in ones]
         if checks and ones[0].config.ping_pong is False:
             rows[0] = {"status": "FAILED", "note": "wrong"}
