@@ -57,7 +57,7 @@ COSTS = {
 SHOWN = {
     "candidates": {
         "shape": "shape", "form": "queries x keys, stages", "turns": "in turns", "registers": "registers", "spilled": "spills", "KB": "KB",
-        **COSTS, "tflops": "predicted TFLOP/s", "measured": "measured", "note": "note",
+        **COSTS, "tflops": "predicted TFLOP/s", "note": "note",
     },
     "published": {
         "shape": "kernel", "form": "queries x keys, stages", **COSTS, "tflops": "TFLOP/s without the factor", "note": "published TFLOP/s",
@@ -111,9 +111,8 @@ def page(text: str) -> str:
     rows["turns"] = rows["ping_pong"].map({"True": "yes", "False": "no"})
     rows["spilled"] = rows["loop_spills"] + " + " + rows["spills"]
     rows["KB"] = [str(-(-int(shared or 0) // 1024)) for shared in rows["shared"]]
-    rows["measured"] = "not measured yet"
     kinds = rows["path"].where(rows["path"] == "published", "candidates")
-    text_columns = ("shape", "kernel", "in turns", "queries x keys, stages", "note", "published TFLOP/s", "measured")
+    text_columns = ("shape", "kernel", "in turns", "queries x keys, stages", "note", "published TFLOP/s")
     return fill(text, {
         name: table(rows[kinds == name][list(shown)].rename(columns=shown), text=text_columns) for name, shown in SHOWN.items()
     })  # fmt: skip
