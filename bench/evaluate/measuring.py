@@ -73,7 +73,7 @@ def measure(folder: Folder, compared: tuple[int, int] | None, options: Options, 
     for number, file in enumerate(folder.files):
         picture = read_picture(file)
         if compared is not None:
-            image = _batch(ImageOps.fit(picture, compared[::-1], BICUBIC)).float() / 255
+            image = batch_of(ImageOps.fit(picture, compared[::-1], BICUBIC)).float() / 255
             _compare(found, image, number)
             if reference:
                 found.numbers["hf_ratio"].append(high_frequency_ratio(image))
@@ -81,11 +81,11 @@ def measure(folder: Folder, compared: tuple[int, int] | None, options: Options, 
             _measure_alone(found, picture, folder, number, options)
         if options.inception is not None:
             sizes = (options.inception.side, options.inception.side)
-            found.features[""].append(options.inception(_batch(picture.resize(sizes, BICUBIC))))
+            found.features[""].append(options.inception(batch_of(picture.resize(sizes, BICUBIC))))
             if options.crops and (options.crops.crops_reference or not reference):
                 crops = random_crops(picture, file.name, options.crops, count=len(folder), seed=number)
                 resized = [crop.resize(sizes, BICUBIC) for crop in crops] if options.crops.resized else crops
-                found.features["_patch"].append(options.inception(_batch(*resized)))
+                found.features["_patch"].append(options.inception(batch_of(*resized)))
     return found
 
 
@@ -100,7 +100,7 @@ def _compare(found: Measured, image: Tensor, number: int) -> None:
 
 def _measure_alone(found: Measured, picture: Image.Image, folder: Folder, number: int, options: Options) -> None:
     """What a generated picture shows without a reference."""
-    pixels, border = _batch(picture), folder.run.get("patch_border", 0)
+    pixels, border = batch_of(picture), folder.run.get("patch_border", 0)
     image = pixels.float() / 255
     found.numbers["hf_ratio"].append(high_frequency_ratio(image))
     if folder.run:
@@ -131,6 +131,6 @@ def random_crops(picture: Image.Image, name: str, protocol: Protocol, *, count: 
     return [picture.crop((x, y, x + side, y + side)) for y, x in places]
 
 
-def _batch(*pictures: Image.Image) -> Tensor:
+def batch_of(*pictures: Image.Image) -> Tensor:
     """`[B, 3, Y, X]` uint8."""
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from bench.evaluate import networks
 from bench.evaluate.folders import read_picture
-from bench.evaluate.measuring import _batch
+from bench.evaluate.measuring import batch_of
 from bench.evaluate.networks import INCEPTION_FILE, load_clip, load_inception
 from tests.bench.evaluate.pictures import picture
 
@@ -100,7 +100,7 @@ def test_clip_gives_the_cosines_of_its_embeddings(clip_folder: Path, tmp_path: P
     """Also of an oblong picture, whose centre square is what the model sees, and of a prompt longer than the model reads."""
     clip = load_clip(str(clip_folder), CPU)
     picture(0, (32, 64)).save(tmp_path / "a.png")
-    wide = _batch(read_picture(tmp_path / "a.png"))
+    wide = batch_of(read_picture(tmp_path / "a.png"))
     prompts = ["a fox", "word " * 40]
     both = clip(wide.expand(2, -1, -1, -1), prompts)
     assert torch.allclose(both[:1], clip(wide[:, :, :, 16:48], prompts[:1]), atol=1e-6)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bench.evaluate.folders import comparison_size, open_folder, read_picture
-from bench.evaluate.measuring import BICUBIC, Options, _batch, random_crops
+from bench.evaluate.measuring import BICUBIC, Options, batch_of, random_crops
 from bench.evaluate.networks import Inception
 from bench.evaluate.protocols import PROTOCOLS, described
 from bench.evaluate.scoring import NETWORK_STATISTICS, Score, score
@@ -30,12 +30,12 @@ def pictures_of(path: Path) -> list[Image.Image]:
 
 
 def images_of(path: Path) -> Tensor:
-    return _batch(*pictures_of(path)).float() / 255
+    return batch_of(*pictures_of(path)).float() / 255
 
 
 def features_of(pictures: Sequence[Image.Image]) -> np.ndarray:
     network = small_inception()
-    features = torch.cat([network(_batch(one.resize((32, 32), BICUBIC)))[0] for one in pictures])
+    features = torch.cat([network(batch_of(one.resize((32, 32), BICUBIC)))[0] for one in pictures])
     return features.double().numpy()
 
 
@@ -141,7 +141,7 @@ def test_smaller_and_oblong_references_are_compared_at_their_size(tmp_path: Path
     assert comparison_size((64, 48), true) == (40, 30)
     found = score([ours], true, Options(draws=0))["ours"]
     fitted = ([ImageOps.fit(one, (30, 40), BICUBIC) for one in pictures_of(folder.path)] for folder in (ours, true))
-    assert found["spectrum"].value.value == pytest.approx(spectrum(*(_batch(*images).float() / 255 for images in fitted)), rel=1e-5)
+    assert found["spectrum"].value.value == pytest.approx(spectrum(*(batch_of(*images).float() / 255 for images in fitted)), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
