@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that this machine does not have, and read the binaries: `python -m bench.compile --write`.
 
 What is compiled and which faults are looked for: `bench/compile/attention.py`, `bench/compile/lowpass.py`. Every launch is built by the
-library's own code on meta tensors.
+library's own code on meta tensors. Worker processes compile, one target each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,22 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_pandas()
         write_text(options.doc, page(options.doc.read_text()))
         return
-    broken, version = 0, ".".join(triton.__version__.split(".")[:2])
+    broken, version = False, ".".join(triton.__version__.split(".")[:2])
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        running = {kernels: [pool.submit(rows_of, kernels, target) for target in options.targets] for kernels in options.kernels}
-        for kernels, futures in running.items():
-            rows = list[dict[str, Any]]()
-            for target, future in zip(options.targets, futures, strict=True):
-                faulty = [row for row in future.result() if row["faults"]]
-                rows, broken = rows + future.result(), broken + len(faulty)
-                print(
-                    f"triton {triton.__version__} {kernels} {target}: {len(future.result())} kernels, {len(faulty)} with faults", flush=True
-                )
-                for found in faulty:
-                    print("  ", *(f"{key}={value}" for key, value in found.items() if key not in ("triton", "target")), flush=True)
+        for kernels in options.kernels:
+            rows: list[dict[str, Any]] = []
+            for target, found in zip(options.targets, pool.map(partial(rows_of, kernels), options.targets), strict=True):
+                faulty = [row for row in found if row["faults"]]
+                rows, broken = rows + found, broken or bool(faulty)
+                print(f"triton {triton.__version__} {kernels} {target}: {len(found)} kernels, {len(faulty)} with faults", flush=True)
+                for one in faulty:
+                    print("  ", *(f"{key}={value}" for key, value in one.items() if key not in ("triton", "target")), flush=True)
             if options.write:
                 write_rows(RESULTS / f"compile-{kernels}-{version}.csv", list(rows[0]), rows)
-    raise SystemExit(broken > 0)
+    raise SystemExit(broken)
 
 
 if __name__ == "__main__":

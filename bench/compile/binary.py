@@ -1,6 +1,6 @@
 """Compile a launch for a GPU that this machine does not have, and read the binary.
 
-Triton is given a target in place of a driver; the binary is disassembled with the tools in Triton's wheel.
+Triton is given a target in place of a driver, and asks it for nothing else; the binary is disassembled with the tools in Triton's wheel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import triton
 from triton import knobs
@@ -40,25 +41,14 @@ class Binary:
         return len(re.findall(pattern, self.code))
 
 
-class _Absent:
-    """Stands for the driver of a GPU that this machine does not have: Triton asks it for nothing but the target."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"{self.target.backend}-{self.target.arch}"  # compiled kernels are kept by device
-
-    def get_current_stream(self, device: object = None) -> int:
-        return 0
-
-
 def compile_launch(launch: Launch, target: str) -> Binary:
     """Compile for `target`, without running; the active driver is replaced for good, so do it in a process of its own."""
-    driver.set_active(_Absent(TARGETS[target]))
+    absent = SimpleNamespace(
+        get_current_target=lambda: TARGETS[target],
+        get_current_device=lambda: target,  # compiled kernels are kept by device
+        get_current_stream=lambda device=None: 0,
+    )
+    driver.set_active(absent)
     knobs.compilation.disable_line_info = True  # the same instructions in less time
     compiled = launch.kernel.warmup(grid=(launch.programs,), **launch.arguments)
     shared = compiled.metadata.shared

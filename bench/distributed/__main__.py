@@ -7,12 +7,12 @@ compare its counts with the messages of real processes. Times are a model on pap
 from __future__ import annotations
 
 from collections.abc import Sequence
-from csv import DictReader
 from functools import cache
 from typing import Any, NamedTuple
 
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill, page_parser, require_pandas, table, write_or_check
+from bench.harness.rows import RESULTS, read_records
 from scalediff_kernels.distributed.geometry import (
     gathered_bytes,
     halo_bytes,
@@ -25,7 +25,6 @@ from scalediff_kernels.distributed.geometry import (
 from scalediff_kernels.neighborhood.geometry import attention_flops, text_attention_flops
 
 PAGE = ROOT / "docs" / "guide" / "several-gpus.md"
-FLOPS, PREDICTED = (ROOT / "bench" / "results" / name for name in ("flops.csv", "predicted-sm_90.csv"))
 PIXELS = 16  # of a token
 LAYERS, HEADS, HEAD_DIM, TEXT, WINDOW, PATCH, ITEMSIZE = 57, 24, 128, 512, 64, 32, 2
 SIZES, RANKS = (4096, 8192, 16384), (2, 4, 8, 16, 32, 64)
@@ -53,39 +52,33 @@ def exchanged(size: int, ranks: int) -> Exchanged:
     return Exchanged(max(halos), max(gathered_bytes(rows=rows, groups=HEADS, **sides)), heads, gathered_text + merged)
 
 
-class Work(NamedTuple):
-    """FLOPs of a layer of one pass on one GPU."""
-
-    attention: float
-    linear: float
+@cache
+def attention_work(size: int) -> int:
+    """FLOPs of the attention of a layer of one pass."""
+    grid: Any = {"grid": (size // PIXELS, size // PIXELS), "window": (WINDOW, WINDOW), "heads": HEADS, "head_dim": HEAD_DIM, "text": TEXT}
+    return attention_flops(**grid) + text_attention_flops(**grid, patch=(PATCH, PATCH), rule="window")
 
 
 @cache
-def work(size: int) -> Work:
-    """Attention by the geometry; linear layers by the counts of `bench.flops`, which grow with the tokens by a constant each."""
-    grid = {"grid": (size // PIXELS, size // PIXELS), "window": (WINDOW, WINDOW), "heads": HEADS, "head_dim": HEAD_DIM, "text": TEXT}
-    attention = attention_flops(**grid) + text_attention_flops(**grid, patch=(PATCH, PATCH), rule="window")  # type: ignore[arg-type]
-    with FLOPS.open() as file:
-        counted = {
-            int(row["size"]): float(row["forward_linear"]) for row in DictReader(file) if (row["model"], row["method"]) == ("flux", "npa")
-        }
+def linear_work(size: int) -> float:
+    """FLOPs of the linear layers of a layer of one pass: by the counts of `bench.flops`, which grow with the tokens by a constant each."""
+    rows = [row for row in read_records(RESULTS / "flops.csv") if (row["model"], row["method"]) == ("flux", "npa")]
+    counted = {int(row["size"]): 1e12 * float(row["forward_linear"]) for row in rows}
     small, large = 4096, 8192
     a_pixel = (counted[large] - counted[small]) / (large**2 - small**2)
-    return Work(attention, 1e12 * (counted[small] + a_pixel * (size**2 - small**2)) / LAYERS)
+    return (counted[small] + a_pixel * (size**2 - small**2)) / LAYERS
 
 
 @cache
 def attention_rate() -> float:
     """FLOP/s of the attention: what `bench.predictions` predicts for this layer on an H100."""
-    with PREDICTED.open() as file:
-        rows = list(DictReader(file))
-    wanted = ("flux-4096", "window", "warp-specialised", "both")
-    return next(1e12 * float(row["tflops"]) for row in rows if (row["shape"], row["rule"], row["path"], row["kernel"]) == wanted)
+    wanted = {"shape": "flux-4096", "rule": "window", "kernel": "both"}
+    return next(1e12 * float(row["tflops"]) for row in read_records(RESULTS / "predicted-sm_90.csv") if wanted.items() <= row.items())
 
 
 def seconds(size: int, ranks: int, bandwidth: float) -> float:
     """Of a layer. Windows that need no halo are computed while rows are on their way; nothing else overlaps."""
-    attention, linear = work(size).attention / attention_rate() / ranks, work(size).linear / LINEAR_RATE / ranks
+    attention, linear = attention_work(size) / attention_rate() / ranks, linear_work(size) / LINEAR_RATE / ranks
     if ranks == 1:
         return attention + linear
     rows, found = split_rows(size // PIXELS, ranks), exchanged(size, ranks)
@@ -110,20 +103,20 @@ def tables() -> dict[str, list[str]]:
         return f"{count / 1e6:,.0f}" if count else "-"
 
     moved: list[dict[str, Any]] = []
-    predicted: list[dict[str, Any]] = []
-    for size in SIZES:
+    for size in SIZES[:2]:
         for ranks in RANKS:
             found = exchanged(size, ranks)
-            common = {"size": f"{size} px", "GPUs": ranks}
-            moved.append(
-                common | {
-                    "rows of a GPU": size // PIXELS // ranks, "halo, MB": mb(found.halo), "all keys and values, MB": mb(found.gathered),
-                    "heads, MB": mb(found.heads), "text, MB": mb(found.text), "halo / all": f"{found.halo / found.gathered:.2f}",
-                }
-            )  # fmt: skip
-            predicted.append(common | {name: f"{efficiency(size, ranks, bandwidth):.0%}" for name, bandwidth in LINKS.items()})
-    exact = table(DataFrame(moved[: 2 * len(RANKS)]), text=["size"])
-    return {"bytes": exact, "prediction": table(DataFrame(predicted), text=["size"])}
+            moved.append({
+                "size": f"{size} px", "GPUs": ranks, "rows of a GPU": size // PIXELS // ranks, "halo, MB": mb(found.halo),
+                "all keys and values, MB": mb(found.gathered), "heads, MB": mb(found.heads), "text, MB": mb(found.text),
+                "halo / all": f"{found.halo / found.gathered:.2f}",
+            })  # fmt: skip
+    predicted = [
+        {"size": f"{size} px", "GPUs": ranks} | {name: f"{efficiency(size, ranks, bandwidth):.0%}" for name, bandwidth in LINKS.items()}
+        for size in SIZES
+        for ranks in RANKS
+    ]
+    return {name: table(DataFrame(rows), text=["size"]) for name, rows in (("bytes", moved), ("prediction", predicted))}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,42 +9,44 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.evaluate.drawing import METHOD_NAMES, Task, draw_items, items_of
-from bench.evaluate.folders import common_size, open_folder, size_of
+from bench.evaluate.drawing import Task, draw_items, items_of
+from bench.evaluate.folders import comparison_size, open_folder, size_of
+from bench.evaluate.measuring import Options
 from bench.evaluate.networks import CLIP_MODEL, load_clip, load_inception
 from bench.evaluate.page import FIELDS, page, records
 from bench.evaluate.prompts import read_prompts
-from bench.evaluate.protocols import PROTOCOLS, described, protocol_named
-from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Options, score
+from bench.evaluate.protocols import PROTOCOLS, described
+from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, score
 from bench.harness.command import keep_freed_memory, names_of, positive, shard
 from bench.harness.facts import facts
+from bench.harness.pages import require_pandas
 from bench.harness.rows import RowFile, write_text
 from scalediff.command.cli import parse_seeds, parse_size
 from scalediff.command.loading import UsageError, load_model, parse_device
 from scalediff.command.ranks import device_name, place
+from scalediff.methods import method_names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    typed = shlex.join(["python", "-m", "bench.evaluate", *(sys.argv[1:] if arguments is None else arguments)])
+    options.typed = shlex.join(["python", "-m", "bench.evaluate", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        options.run(options, typed)
+        options.run(options)
     except (OSError, ValueError, TypeError, NotImplementedError, UsageError) as error:
         if os.environ.get("SCALEDIFF_DEBUG"):
             raise
         parser.error(str(error))
 
 
-def generate(options: argparse.Namespace, _: str) -> None:
+def generate(options: argparse.Namespace) -> None:
     """Draw the items of this process, method by method, into OUT/METHOD."""
     i, n = options.shard or place()[:2]
-    items = items_of(read_prompts(options.prompts, column=options.column), list(dict.fromkeys(options.seeds)))
+    items = items_of(read_prompts(options.prompts, column=options.column), options.seeds)
     keep_freed_memory()
     pipe = load_model(options.model, device=device_name(options), dtype=options.dtype, low_memory=options.low_memory)
     pipe.set_progress_bar_config(disable=True)
-    named = {"steps": options.steps, "guidance_scale": options.guidance_scale, "negative_prompt": options.negative_prompt}
-    named["upsampler"] = None if options.upsampler is None else str(options.upsampler)
+    named = {name: getattr(options, name) for name in ("steps", "guidance_scale", "negative_prompt", "upsampler")}
     given = {name: value for name, value in named.items() if value is not None}
     for method in options.methods:
         task = Task(options.model, method, options.size, options.preset, given)
@@ -52,27 +54,26 @@ def generate(options: argparse.Namespace, _: str) -> None:
         print(f"{method}: {drawn} pictures drawn, {len(items[i::n]) - drawn} were there", flush=True)
 
 
-def score_folders(options: argparse.Namespace, typed: str) -> None:
+def score_folders(options: argparse.Namespace) -> None:
     """Score folders, print the page, and write it beside the CSV."""
+    require_pandas()
     folders = [open_folder(path) for path in options.folders]
     reference = None if options.reference is None else open_folder(options.reference)
-    protocol = protocol_named(options.protocol, crops=options.crops, crop=options.crop_size) if options.protocol else None
+    protocol = PROTOCOLS[options.protocol].with_crops(options.crops, options.crop_size) if options.protocol else None
     if protocol is None and (options.crops is not None or options.crop_size is not None):
         raise ValueError("--crops and --crop-size change a protocol: pass --protocol, got none")
     wanted = options.statistics if options.statistics is not None else NETWORK_STATISTICS if protocol else ()
     device = parse_device(options.device)
-    if protocol is not None and any(name.endswith("_patch") for name in wanted):
-        protocol.crops_of(len(folders[0]))  # its error comes before networks are loaded
     inception = load_inception(options.inception, device) if set(INCEPTION_STATISTICS) & set(wanted) else None
     clip = load_clip(options.clip, device) if "clip" in wanted else None
-    what = Options(wanted, protocol, options.border, options.bootstrap, options.splits, options.kid_subset, options.force, device)
     csv = options.csv or folders[0].path.parent / "scores.csv"
     file = RowFile(csv, FIELDS, facts())
-    scores = score(folders, reference, what, inception=inception, clip=clip)
+    how = {"draws": options.bootstrap, "splits": options.splits, "force": options.force}
+    scores = score(folders, reference, Options(wanted, protocol, inception, clip, **how, device=device))
     counts = {"pictures": len(folders[0]), "references": len(reference) if reference else 0}
-    for record in records(scores, protocol=options.protocol or "", command=typed, **counts):
+    for record in records(scores, protocol=options.protocol or "", command=options.typed, **counts):
         file.add(record)
-    notes = []
+    notes = [described(options.protocol, protocol)] if protocol else []
     if protocol and reference and protocol.references not in (None, len(reference)):
         notes.append(f"The protocol has {protocol.references} reference pictures, here are {len(reference)}.")
     if options.force and {"fid", "fid_patch"} & set(wanted):
@@ -80,17 +81,16 @@ def score_folders(options: argparse.Namespace, typed: str) -> None:
     notes += [f"Network: {network.name}." for network in (inception, clip) if network is not None]
     compared = ""
     if reference is not None:
-        y, x = common_size(size_of(folders[0].files[0]), reference)
+        y, x = comparison_size(size_of(folders[0].files[0]), reference)
         compared = f"; spectra and SWD at {y} x {x}"
-    protocols = {options.protocol: protocol} if protocol else {}
-    text = page(scores, protocols, compared=compared, notes=notes, **counts)
+    text = page(scores, compared=compared, notes=notes, **counts)
     write_text(csv.with_suffix(".md"), text)
     print(text)
 
 
-def show_protocols(_: argparse.Namespace, __: str) -> None:
+def show_protocols(_: argparse.Namespace) -> None:
     """Print every protocol."""
-    print("\n\n".join("\n".join(described(name, protocol)) for name, protocol in PROTOCOLS.items()))
+    print("\n\n".join(described(name, protocol) for name, protocol in PROTOCOLS.items()))
 
 
 def _draws(text: str) -> int:
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.set_defaults(run=generate)
     drawing.add_argument("--prompts", type=Path, required=True, help="a text file with one prompt a line, a .csv or a .jsonl")
     drawing.add_argument("--column", default="prompt", help="the column of a .csv or .jsonl (default: %(default)s)")
-    drawing.add_argument("--methods", type=names_of(METHOD_NAMES), default=["scalediff"], help=f"of {','.join(METHOD_NAMES)}")
+    drawing.add_argument("--methods", type=names_of(method_names()), default=["scalediff"], help=f"of {','.join(method_names())}")
     drawing.add_argument("--seeds", type=parse_seeds, default=[0], help="repetitions of the list, such as 0,1 or 0-3 (default: 0)")
     drawing.add_argument("--size", type=parse_size, required=True, help="pixels per side, or HEIGHTxWIDTH")
     drawing.add_argument("--model", default="demo", help="demo, a pipeline folder, or a Hugging Face id (default: %(default)s)")
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--steps", type=positive(int), help="denoising steps instead of the preset's")
     drawing.add_argument("--guidance-scale", type=float, help="guidance scale instead of the preset's")
     drawing.add_argument("--negative-prompt", help="negative prompt instead of the preset's")
-    drawing.add_argument("--upsampler", type=Path, help="super-resolution network in place of bicubic, for methods that enlarge pictures")
+    drawing.add_argument("--upsampler", help="super-resolution network in place of bicubic, for methods that enlarge pictures")
     drawing.add_argument("--out", type=Path, required=True, help="folder; every method gets a folder in it")
     drawing.add_argument("--shard", type=shard, help="i/n: the part of this process (default: RANK and WORLD_SIZE)")
     drawing.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one, under torchrun its own)")
@@ -125,15 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     scoring.set_defaults(run=score_folders)
     scoring.add_argument("folders", type=Path, nargs="+", help="folders of pictures")
     scoring.add_argument("--reference", type=Path, help="real pictures, or pictures at the native size")
-    scoring.add_argument("--protocol", help=f"of {', '.join(PROTOCOLS)}; needs networks (default: statistics without networks)")
+    scoring.add_argument("--protocol", choices=PROTOCOLS, help="the crops; needs networks (default: statistics without networks)")
     which = f"of {','.join(NETWORK_STATISTICS)} (default: all, with a protocol)"
     scoring.add_argument("--statistics", type=names_of(NETWORK_STATISTICS), help=which)
     scoring.add_argument("--crops", type=positive(int), help="crops of each picture instead of the protocol's")
     scoring.add_argument("--crop-size", type=positive(int), help="pixels per side of a crop instead of the protocol's")
-    scoring.add_argument("--border", type=positive(int), help="pixels between borders of query patches (default: that of the run)")
     scoring.add_argument("--bootstrap", type=_draws, default=100, help="draws of the bootstrap, 0 for none (default: %(default)s)")
     scoring.add_argument("--splits", type=positive(int), default=10, help="of the Inception score (default: %(default)s)")
-    scoring.add_argument("--kid-subset", type=positive(int), help="also KID as the mean over 100 subsets of so many rows")
     scoring.add_argument("--force", action="store_true", help="compute FID of fewer pictures than features")
     scoring.add_argument("--inception", type=Path, help="weights of InceptionV3 (default: torch hub's copy)")
     scoring.add_argument("--clip", help=f"folder or id of a CLIP model (default: {CLIP_MODEL} in the Hugging Face cache)")

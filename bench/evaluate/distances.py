@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.quality.metrics import Statistic
+
 _ROWS = 256  # of a kernel matrix at a time
 
 
@@ -47,58 +49,41 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float((a.mean - b.mean).square().sum() + spread)
 
 
-class KernelSums(NamedTuple):
-    """The sums of the polynomial kernel that a weighted KID needs."""
-
-    between: Tensor  # [N, N] sums over the crops of two pictures; on the diagonal over pairs of different crops
-    cross: Tensor  # [N] mean over the crops of the reference, summed over the crops of a picture
-    reference: float  # mean over all pairs of different crops of the reference
-    crops: int  # C
+def frechet_statistic(a: Tensor, b: Tensor) -> Statistic:
+    """`frechet_distance` of the features of two sets, as a function of numbers of pictures of the first."""
+    target = moments(b)
+    return lambda chosen: frechet_distance(moments(a[chosen]), target)
 
 
-def kernel_sums(a: Tensor, b: Tensor) -> KernelSums:
-    """Sums for the features `[N, C, D]` of a set and `[M, B, D]` of its reference; ValueError if a side has fewer than two rows."""
-    rows_a, rows_b = a.flatten(0, 1).double(), b.flatten(0, 1).double()
-    if min(len(rows_a), len(rows_b)) < 2:
-        raise ValueError(f"KID needs at least 2 rows of features on each side, got {len(rows_a)} and {len(rows_b)}")
-    n, crops = a.shape[:2]
-    by_row = torch.cat([_kernel(part, rows_a).unflatten(1, (n, crops)).sum(2) for part in rows_a.split(_ROWS)])
-    between = by_row.unflatten(0, (n, crops)).sum(1)
-    between -= torch.diag(_self_kernel(rows_a).view(n, crops).sum(1))
-    cross = torch.cat([_kernel(part, rows_b).mean(1) for part in rows_a.split(_ROWS)]).view(n, crops).sum(1)
-    total = sum(float(_kernel(part, rows_b).sum()) for part in rows_b.split(_ROWS)) - float(_self_kernel(rows_b).sum())
-    return KernelSums(between, cross, total / (len(rows_b) * (len(rows_b) - 1)), crops)
-
-
-def kernel_distance(sums: KernelSums, weights: Tensor | None = None) -> float:
+def kernel_distance(a: Tensor, b: Tensor) -> Statistic:
     """Unbiased squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3`, the KID of Inception's features.
 
-    Args:
-        sums: From `kernel_sums`.
-        weights: `[N]` how often each picture counts, 1 when None. Two copies of one crop are no pair.
+    Of the features `[N, C, D]` of a set and `[M, B, D]` of its reference, as a function of numbers of pictures of the set. Two copies of
+    one crop are no pair.
+
+    Raises:
+        ValueError: A side has fewer than two rows.
 
     Binkowski et al., arXiv:1801.01401, section 4.
     """
-    w = torch.ones_like(sums.cross) if weights is None else weights.to(sums.cross)
-    pairs = w[:, None] * w
-    pairs.diagonal().copy_(w)
-    counts = torch.full_like(sums.between, float(sums.crops**2))
-    counts.diagonal().fill_(sums.crops * (sums.crops - 1))
-    own = (pairs * sums.between).sum() / (pairs * counts).sum()
-    return float(own + sums.reference - 2 * (w * sums.cross).sum() / (w.sum() * sums.crops))
+    n, crops = a.shape[:2]
+    rows_a, rows_b = a.flatten(0, 1).double(), b.flatten(0, 1).double()
+    if min(len(rows_a), len(rows_b)) < 2:
+        raise ValueError(f"KID needs at least 2 rows of features on each side, got {len(rows_a)} and {len(rows_b)}")
+    by_row = torch.cat([_kernel(part, rows_a).unflatten(1, (n, crops)).sum(2) for part in rows_a.split(_ROWS)])
+    between = by_row.unflatten(0, (n, crops)).sum(1)  # [N, N] over the crops of two pictures
+    between -= _self_kernel(rows_a).view(n, crops).sum(1).diag()  # on the diagonal over pairs of different crops
+    pairs = torch.full_like(between, crops**2) - crops * torch.eye(n).to(between)
+    cross = torch.cat([_kernel(part, rows_b).mean(1) for part in rows_a.split(_ROWS)]).view(n, crops).mean(1)
+    total = sum(float(_kernel(part, rows_b).sum()) for part in rows_b.split(_ROWS)) - float(_self_kernel(rows_b).sum())
+    of_reference = total / (len(rows_b) * (len(rows_b) - 1))
 
+    def distance(chosen: Tensor) -> float:
+        times = chosen.bincount(minlength=n).to(between)
+        weights = times[:, None] * times - (times.square() - times).diag()  # of a picture with itself: how often it was drawn
+        return float((weights * between).sum() / (weights * pairs).sum() + of_reference - 2 * (times @ cross) / times.sum())
 
-def kernel_distance_of_subsets(a: Tensor, b: Tensor, *, size: int, subsets: int, generator: torch.Generator) -> tuple[float, float]:
-    """Mean and standard deviation of KID over random subsets of `size` rows of each side, drawn without replacement.
-
-    The mean estimates what `kernel_distance` of all rows estimates, with more noise; it is for comparison with published numbers.
-    """
-    rows_a, rows_b, values = a.flatten(0, 1), b.flatten(0, 1), []
-    for _ in range(subsets):
-        chosen_a, chosen_b = (rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (rows_a, rows_b))
-        values.append(kernel_distance(kernel_sums(chosen_a[:, None], chosen_b[:, None])))
-    found = torch.tensor(values, dtype=torch.float64)
-    return float(found.mean()), float(found.std(correction=0))
+    return distance
 
 
 def inception_score(logits: Tensor, *, splits: int) -> float:
@@ -106,20 +91,25 @@ def inception_score(logits: Tensor, *, splits: int) -> float:
 
     Salimans et al., arXiv:1606.03498, section 4.
     """
-    rows, scores = logits.reshape(-1, logits.shape[-1]).double(), []
-    for part in torch.tensor_split(rows.log_softmax(1), splits):
-        marginal = part.logsumexp(0) - torch.tensor(float(len(part)), dtype=part.dtype, device=part.device).log()
+    scores = []
+    for part in logits.reshape(-1, logits.shape[-1]).double().log_softmax(1).tensor_split(splits):
+        marginal = part.exp().mean(0).log()
         divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0.0)  # 0 log 0 is 0
         scores.append(divergence.sum(1).mean().exp())
     return float(torch.stack(scores).mean())
+
+
+def inception_statistic(logits: Tensor, *, splits: int) -> Statistic:
+    """`inception_score` as a function of numbers of pictures."""
+    return lambda chosen: inception_score(logits[chosen], splits=splits)
 
 
 class Interval(NamedTuple):
     """A value, and a 95 % bootstrap interval of it; NaN without a bootstrap."""
 
     value: float
-    low: float
-    high: float
+    low: float = float("nan")
+    high: float = float("nan")
 
 
 def interval(value: float, replicates: Tensor) -> Interval:
@@ -129,7 +119,7 @@ def interval(value: float, replicates: Tensor) -> Interval:
     is taken out, so that the interval stands around the value.
     """
     if len(replicates) < 2:
-        return Interval(value, float("nan"), float("nan"))
+        return Interval(value)
     low, high = (replicates - replicates.mean()).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(value, value + low, value + high)
 

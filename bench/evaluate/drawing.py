@@ -22,8 +22,6 @@ from scalediff.cascade.pipeline import named_preset
 from scalediff.cascade.workdir import Workdir, digest
 from scalediff.methods import METHODS
 
-METHOD_NAMES = ("scalediff", *METHODS)
-MANIFEST, RUN = "manifest.jsonl", "run.json"
 _SEEDS_APART = 1_000_000  # between the first seeds of two repetitions of a list
 
 
@@ -53,7 +51,7 @@ class Task:
 
 def items_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
     """All items of a list: for every seed S the prompts in order, where prompt number i is drawn with the seed S * 1000000 + i."""
-    return [Item(i, prompt, seed * _SEEDS_APART + i) for seed in seeds for i, prompt in enumerate(prompts)]
+    return [Item(i, prompt, seed * _SEEDS_APART + i) for seed in dict.fromkeys(seeds) for i, prompt in enumerate(prompts)]
 
 
 def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, shard: tuple[int, int] = (0, 1)) -> int:
@@ -64,22 +62,21 @@ def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, sh
     """
     shared = fingerprint(pipe, task, items)
     Workdir(folder, shared)
-    drawn, mine = 0, items[shard[0] :: shard[1]]
-    for position, item in enumerate(mine, 1):
-        path = folder / item.file
-        if path.exists():
-            continue
+    mine = items[shard[0] :: shard[1]]
+    missing = [item for item in mine if not (folder / item.file).exists()]
+    known = {name: shared[name] for name in ("method", "size", "model", "weights", "options", "scheduler", "dtype")}
+    for number, item in enumerate(missing, len(mine) - len(missing) + 1):
         since = time.perf_counter()
         result = scalediff.generate(
             pipe, item.prompt, height=task.size[0], width=task.size[1], preset=task.preset, method=task.method,
             generator=torch.Generator().manual_seed(item.seed), **task.given,
         )  # fmt: skip
         seconds = time.perf_counter() - since
-        save_png(result.images[0], path, metadata=_record(item, task, shared, asdict(result.settings), seconds))
-        drawn += 1
-        print(f"{task.method}: {position} of {len(mine)}, {seconds:.2f} s", flush=True)
+        record = {"file": item.file} | asdict(item) | known | {"settings": asdict(result.settings), "seconds": round(seconds, 3)}
+        save_png(result.images[0], folder / item.file, metadata=record)
+        print(f"{task.method}: {number} of {len(mine)}, {seconds:.2f} s", flush=True)
     write_manifest(folder, items)
-    return drawn
+    return len(missing)
 
 
 def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
@@ -100,12 +97,6 @@ def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
     }
 
 
-def _record(item: Item, task: Task, shared: Mapping[str, Any], settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    own = {"file": item.file, "prompt": item.prompt, "index": item.index, "seed": item.seed, "method": task.method}
-    known = {name: shared[name] for name in ("model", "weights", "options", "scheduler", "dtype")}
-    return {**own, "size": list(task.size), "settings": dict(settings), "seconds": round(seconds, 3), **known}
-
-
 def write_manifest(folder: Path, items: Sequence[Item]) -> None:
     """Write the records of all items that are in the folder, in order.
 
@@ -115,6 +106,6 @@ def write_manifest(folder: Path, items: Sequence[Item]) -> None:
     written: list[str] = []
     while (there := [item.file for item in items if (folder / item.file).exists()]) != written:
         lines = [json.dumps(read_metadata(folder / file), ensure_ascii=False) + "\n" for file in there]
-        with replacing(folder / MANIFEST) as part:
+        with replacing(folder / "manifest.jsonl") as part:
             part.write_text("".join(lines), encoding="utf-8")
         written = there

@@ -20,29 +20,6 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def find_inception(path: Path | None) -> Path:
-    """The file with Inception's weights: `path`, or torch hub's copy when None.
-
-    Raises:
-        ValueError: There is no such file, or it holds other weights.
-    """
-    in_hub = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    where = path or in_hub
-    if not where.is_file():
-        raise ValueError(
-            "FID, KID and IS need the weights of InceptionV3 (2015-12-05), which this command does not download: fetch "
-            f"{INCEPTION_URL} and pass --inception PATH, or put it at {in_hub}; got no file at {where}"
-        )
-    with where.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(INCEPTION_SHA256):
-        raise ValueError(
-            f"the weights must be {INCEPTION_FILE}, whose SHA-256 begins with {INCEPTION_SHA256}, got {where} with {found[:8]}: "
-            "other weights give numbers that cannot be compared"
-        )
-    return where
-
-
 @dataclass
 class Inception:
     """torch-fidelity's InceptionV3 of 2015-12-05: pool3 features and logits without bias."""
@@ -61,12 +38,25 @@ class Inception:
 
 
 def load_inception(path: Path | None, device: torch.device) -> Inception:
-    """Load InceptionV3.
+    """Load InceptionV3 from a file with its weights: `path`, or torch hub's copy when None.
 
     Raises:
-        ValueError: As `find_inception`, or torch-fidelity is not installed.
+        ValueError: There is no such file, it holds other weights, or torch-fidelity is not installed.
     """
-    where = find_inception(path)
+    in_hub = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    where = path or in_hub
+    if not where.is_file():
+        raise ValueError(
+            "FID, KID and IS need the weights of InceptionV3 (2015-12-05), which this command does not download: fetch "
+            f"{INCEPTION_URL} and pass --inception PATH, or put it at {in_hub}; got no file at {where}"
+        )
+    with where.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(INCEPTION_SHA256):
+        raise ValueError(
+            f"the weights must be {INCEPTION_FILE}, whose SHA-256 begins with {INCEPTION_SHA256}, got {where} with {found[:8]}: "
+            "other weights give numbers that cannot be compared"
+        )
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except ImportError as error:

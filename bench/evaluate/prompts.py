@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,34 +14,20 @@ def read_prompts(path: Path, *, column: str = "prompt") -> list[str]:
     `.csv` and `.jsonl` files have the prompts in `column`; any other file has one prompt a line.
 
     Raises:
-        ValueError: The file is missing, has no prompts, lacks the column, or a record has no text there.
+        ValueError: The file is missing, has no prompts, or a record has no text in the column.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = list(io.StringIO(path.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the prompts must be a readable text file in UTF-8, got {path}: {error}") from error
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        if column not in (columns := reader.fieldnames or ()):
-            raise ValueError(f"{path} must have the column {column!r}, got {', '.join(columns) or 'no columns'}")
-        prompts = [_text(path, number, record[column]) for number, record in enumerate(reader, 1)]
-    elif path.suffix.lower() == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        prompts = [_text(path, number, _value(path, number, line, column)) for number, line in lines]
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        prompts = [line.strip() for line in lines if line.strip()]
     else:
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"the file must hold at least one prompt, got {path} with none")
+        try:
+            records = csv.DictReader(lines) if path.suffix.lower() == ".csv" else map(json.loads, filter(str.strip, lines))
+            prompts = [record[column].strip() for record in records]
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"every record of {path} must have a text in {column!r}, got one without: {error!r}") from error
+    if not all(prompts) or not prompts:
+        raise ValueError(f"the file must hold at least one prompt and no empty ones, got {path} with {len(prompts)}")
     return prompts
-
-
-def _value(path: Path, number: int, line: str, column: str) -> object:
-    with suppress(json.JSONDecodeError, KeyError, TypeError):
-        return json.loads(line)[column]
-    raise ValueError(f"line {number} of {path} must be a JSON object with the key {column!r}, got {line[:60]!r}")
-
-
-def _text(path: Path, number: int, prompt: object) -> str:
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"record {number} of {path} must have a text as prompt, got {prompt!r}")
-    return prompt.strip()

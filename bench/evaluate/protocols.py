@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 BASE = 1024  # pixels per side of the base models' native pictures
 
 _SINGULAR = "whole-image FID of fewer than 2,048 pictures: too large by an amount that falls with the number of pictures"
+_UNCROPPED = "whole-image columns: 299 pixels per side remain, so fine detail does not count"
 _WHOLE_REFERENCE = (
     "patch columns: crops of generated pictures against whole photos, so crops that look like complete pictures, with repeated small "
     "subjects, score better than true detail"
 )
-_UNCROPPED = "whole-image columns: 299 pixels per side remain, so fine detail does not count"
 _RESIZE = "the resize to 299 pixels (library, antialias): here it is Pillow's bicubic with antialias"
-_MOST = "most papers of this kind have 1,000 prompts of LAION-5B and as many of its photos"
 _CLIP = "the CLIP network"
-_CROPPED_ONE_SIDE = (_SINGULAR, _UNCROPPED, _WHOLE_REFERENCE)
+_MOST = "most papers of this kind have 1,000 prompts of LAION-5B and as many of its photos"
 
 
 @dataclass(frozen=True)
@@ -23,15 +22,19 @@ class Protocol:
     """One protocol; None for a number that is not established."""
 
     source: str  # the papers
-    crops: int | None  # of each picture; None too where `total` says it
-    crop: int | None  # pixels per side of a crop
-    crops_reference: bool  # whether the reference is cropped too; otherwise its whole pictures are the reference of the crops
-    references: int | None  # number of reference pictures
     data: str  # prompts and references
-    biases: tuple[str, ...]  # what the numbers reward or hide
     unknown: tuple[str, ...]  # what is not established about it
+    references: int | None = None  # number of reference pictures
+    crops: int | None = 10  # of each picture; None too where `total` says it
+    crop: int | None = BASE  # pixels per side of a crop
     total: int | None = None  # crops in all, spread evenly over the pictures
     resized: bool = True  # whether crops are resized to 299 pixels
+    crops_reference: bool = False  # whether the reference is cropped too; otherwise its whole pictures are the reference of the crops
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """What the numbers reward or hide."""
+        return (_SINGULAR, _UNCROPPED) if self.crops_reference else (_SINGULAR, _UNCROPPED, _WHOLE_REFERENCE)
 
     def crops_of(self, pictures: int) -> int:
         """Crops of each of so many pictures; where `total` is not a multiple of them, the next larger number.
@@ -45,72 +48,57 @@ class Protocol:
             raise ValueError(f"number and size of this protocol's crops are not established ({self.source}): pass --crops and --crop-size")
         return self.crops
 
+    def with_crops(self, crops: int | None, crop: int | None) -> Protocol:
+        """The protocol with so many crops of each picture, and of another size; None leaves its own."""
+        return replace(self, crops=crops or self.crops, total=None if crops else self.total, crop=crop or self.crop)
+
 
 PROTOCOLS = {
     "scalediff": Protocol(
-        "ScaleDiff, arXiv:2510.25818, Table 1: FID, KID, IS, FIDp, KIDp, ISp, CLIP", 10, BASE, False, 1000,
-        "1,000 pairs of LAION-5B: their captions are the prompts, their photos the reference", _CROPPED_ONE_SIDE,
-        ("the number of crops: here it is AccDiffusion's, whose protocol the paper follows", "which 1,000 pairs",
-         "KID's subset size", _RESIZE, _CLIP),
+        "ScaleDiff, arXiv:2510.25818, Table 1: FID, KID, IS, FIDp, KIDp, ISp, CLIP",
+        "1,000 pairs of LAION-5B: their captions are the prompts, their photos the reference",
+        ("the number of crops: here it is AccDiffusion's, whose protocol the paper follows", "which 1,000 pairs", "KID's subset size",
+         _RESIZE, _CLIP),
+        references=1000,
     ),
     "accdiffusion": Protocol(
-        "AccDiffusion, ECCV 2024 (v2: arXiv:2412.02099): FID, KID, IS; of crops FIDc, KIDc, ISc", 10, BASE, False, 10_000,
-        "LAION-5B; 10,000 reference photos", _CROPPED_ONE_SIDE,
-        ("the number of prompts, and which photos", _RESIZE),
+        "AccDiffusion, ECCV 2024 (v2: arXiv:2412.02099): FID, KID, IS; of crops FIDc, KIDc, ISc",
+        "LAION-5B; 10,000 reference photos", ("the number of prompts, and which photos", _RESIZE), references=10_000,
     ),
     "rectifiedhr": Protocol(
-        "RectifiedHR, arXiv:2503.02537: FID, KID, IS; of crops FIDc, KIDc, ISc; CLIP", 10, BASE, False, None,
-        _MOST, _CROPPED_ONE_SIDE, ("prompts and references", _RESIZE, _CLIP),
+        "RectifiedHR, arXiv:2503.02537: FID, KID, IS; of crops FIDc, KIDc, ISc; CLIP", _MOST, ("prompts and references", _RESIZE, _CLIP),
     ),
-    "freescale": Protocol(
-        "FreeScale, ICCV 2025: FID, KID, IS; of crops FIDc, KIDc", 10, BASE, False, None,
-        _MOST, _CROPPED_ONE_SIDE, ("prompts and references", _RESIZE),
-    ),
+    "freescale": Protocol("FreeScale, ICCV 2025: FID, KID, IS; of crops FIDc, KIDc", _MOST, ("prompts and references", _RESIZE)),
     "fam": Protocol(
-        "FAM Diffusion, CVPR 2025: FIDc and KIDc of 10 random crops", 10, BASE, False, None,
-        "real pictures", _CROPPED_ONE_SIDE, ("whether the reference is cropped: here it is not", _RESIZE),
+        "FAM Diffusion, CVPR 2025: FIDc and KIDc of 10 random crops", "real pictures",
+        ("whether the reference is cropped: here it is not", _RESIZE),
     ),
     "lsrna": Protocol(
-        "LSRNA, arXiv:2503.18446: FID and pFID", None, BASE, True, None,
-        'captions of OpenImages by BLIP-2; real pictures, ">3K"', (_SINGULAR, _UNCROPPED),
-        ('whether ">3K" is the number or the side of the real pictures', _RESIZE), total=50_000,
+        "LSRNA, arXiv:2503.18446: FID and pFID", 'captions of OpenImages by BLIP-2; real pictures, ">3K"',
+        ('whether ">3K" is the number or the side of the real pictures', _RESIZE), crops=None, total=50_000, crops_reference=True,
     ),
     "hiflow": Protocol(
-        "HiFlow, NeurIPS 2025: FID, IS; of local patches FIDp, ISp; CLIP", None, None, False, None,
-        "unknown", _CROPPED_ONE_SIDE, ("number and size of the patches", _RESIZE, _CLIP),
+        "HiFlow, NeurIPS 2025: FID, IS; of local patches FIDp, ISp; CLIP", "unknown", ("number and size of the patches", _RESIZE, _CLIP),
+        crops=None, crop=None,
     ),
     "pixelrush": Protocol(
-        "PixelRush, arXiv:2602.12769: FID and IS of crops without resize", None, 299, False, None,
-        "unknown", _CROPPED_ONE_SIDE, ("the number of crops", _RESIZE), resized=False,
+        "PixelRush, arXiv:2602.12769: FID and IS of crops without resize", "unknown", ("the number of crops", _RESIZE),
+        crops=None, crop=299, resized=False,
     ),
 }  # fmt: skip
 
 
-def protocol_named(name: str, *, crops: int | None = None, crop: int | None = None) -> Protocol:
-    """A protocol by its name; `crops` and `crop` replace its number of crops and their size.
-
-    Raises:
-        ValueError: There is no such protocol.
-    """
-    if name not in PROTOCOLS:
-        raise ValueError(f"the protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
-    found = PROTOCOLS[name]
-    if crops is not None:
-        found = replace(found, crops=crops, total=None)
-    return found if crop is None else replace(found, crop=crop)
-
-
-def described(name: str, protocol: Protocol) -> list[str]:
-    """Lines of Markdown: what a protocol does, its biases, and what is not established."""
+def described(name: str, protocol: Protocol) -> str:
+    """In Markdown: what a protocol does, its biases, and what is not established."""
     number = f"{protocol.total} in all" if protocol.total else f"{protocol.crops} of each picture" if protocol.crops else "number unknown"
     crop = f"{protocol.crop} x {protocol.crop} pixels" if protocol.crop else "size unknown"
     side = "crops of the reference pictures" if protocol.crops_reference else "whole reference pictures"
     resize = "resized to 299" if protocol.resized else "not resized"
-    return [
+    return "\n".join([
         f"Protocol `{name}`: {protocol.source}.",
         "",
         f"- crops: {number}, {crop}, at random places, {resize}, compared with {side}",
         f"- data: {protocol.data}; references: {protocol.references or 'number unknown'}",
         *(f"- biased: {bias}" for bias in protocol.biases),
         *(f"- not established: {one}" for one in protocol.unknown),
-    ]
+    ])  # fmt: skip

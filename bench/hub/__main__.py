@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.harness.command import positive
 from bench.hub.build import build
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the folder and print what is in it. Returns 0, or 2 for invalid input, with one line on stderr."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the folder and print what is in it."""
     parser = argparse.ArgumentParser(prog="python -m bench.hub", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new or an empty folder")
-    parser.add_argument("--version", type=int, default=1, metavar="N", help="version of the kernel (default: 1)")
-    parser.add_argument(
-        "--repo-id", metavar="OWNER/NAME", help="the repository that it will be published in, for build.toml and the README"
-    )
+    parser.add_argument("--version", type=positive(int), default=1, metavar="N", help="version of the kernel (default: 1)")
+    parser.add_argument("--repo-id", metavar="OWNER/NAME", help="the repository that it will be published in")
     options = parser.parse_args(arguments)
     try:
-        folders = build(options.out, version=options.version, repo_id=options.repo_id)
+        print(*build(options.out, version=options.version, repo_id=options.repo_id), sep="\n")
     except (ValueError, OSError) as error:
-        print(f"bench.hub: error: {error}", file=sys.stderr)
-        return 2
-    for folder in folders:
-        print(folder)
-    return 0
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

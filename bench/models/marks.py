@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from inspect import isfunction
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.harness.facts import ROOT
 
@@ -23,8 +22,7 @@ WHERE = ("network", "cascade")
 TASKS = ("text-to-image", "image-to-image", "inpainting", "upscale")
 
 
-@dataclass(frozen=True)
-class MarkedTest:
+class MarkedTest(NamedTuple):
     """A test with a mark."""
 
     file: str  # from the root of the repository
@@ -32,8 +30,7 @@ class MarkedTest:
     slow: bool  # all of its cases are left out of the default run
 
 
-@dataclass(frozen=True)
-class Composes:
+class Composes(NamedTuple):
     """A test of a feature on a patched `network` or in the `cascade`. `refused` says why, where it shows that an error is raised."""
 
     test: MarkedTest
@@ -43,8 +40,7 @@ class Composes:
     case: str = ""
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """A test that runs a task with a switch, for each of the families."""
 
     test: MarkedTest
@@ -69,25 +65,23 @@ def marks_of(function: Callable[..., Any], file: str) -> Iterator[Composes | Dra
     """The marks of one test, the uppermost first.
 
     Raises:
-        ValueError: A mark has other arguments than these classes, or names no place or task.
+        ValueError: A mark names no place or task.
+        TypeError: It has other arguments than these classes.
     """
     marks = getattr(function, "pytestmark", [])[::-1]
     test = MarkedTest(file, function.__name__, any(mark.name == "slow" for mark in marks))
     for mark in marks:
-        try:
-            if mark.name == "composes":
-                composes = Composes(test, *mark.args, **mark.kwargs)
-                _check("where", composes.where, WHERE)
-                yield composes
-            elif mark.name == "draws":
-                task, families = mark.args
-                _check("task", task, TASKS)
-                names = (one if isinstance(one, str) else one.values[0] for one in families)  # or of pytest.param
-                yield Draws(test, task, tuple(names), **mark.kwargs)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}, {test.name}: {error}") from error
+        if mark.name == "composes":
+            composes = Composes(test, *mark.args, **mark.kwargs)
+            _check(test, "where", composes.where, WHERE)
+            yield composes
+        elif mark.name == "draws":
+            task, families = mark.args
+            _check(test, "task", task, TASKS)
+            names = (one if isinstance(one, str) else one.values[0] for one in families)  # or of pytest.param
+            yield Draws(test, task, tuple(names), **mark.kwargs)
 
 
-def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+def _check(test: MarkedTest, name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {name}={value!r}")
+        raise ValueError(f"{test.file}, {test.name}: {name} must be one of {', '.join(known)}, got {name}={value!r}")

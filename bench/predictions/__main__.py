@@ -1,8 +1,7 @@
 """What the shipped kernels should reach on an H100, written down before any of them has run there: `python -m bench.predictions --write`.
 
-For every shape, what the table chooses and, for comparison, the descriptor path: by the model of `bench/roofline/call.py`. No GPU is
-needed. The kernel that averages the sums of text queries is left out. A measurement beside a prediction shows whether the model is right,
-and if not which term of it is wrong.
+For every shape, what the table chooses, by the model of `bench/roofline/call.py`. No GPU is needed. The kernel that averages the sums of
+text queries is left out. A measurement beside a prediction shows whether the model is right.
 """
 
 from __future__ import annotations
@@ -18,47 +17,38 @@ from bench.attention import shapes
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import RESULTS, write_rows, write_text
-from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict
+from bench.roofline.call import case_of, predict
 
 RESULT = RESULTS / "predicted-sm_90.csv"
 PAGE = ROOT / "docs" / "internals" / "kernels.md"
 SHAPES = ("flux-image-4096", "flux-4096", "flux-2048", "flux-8192", "sdxl-64-4096", "sdxl-32-4096", "lumina2-4096")
-FIELDS = (
-    "shape", "rule", "path", "kernel", "blocks", "registers", "programs", "a_multiprocessor", "key_blocks", "cycles", "useful_tflop", "ms",
-    "tflops",
-)  # fmt: skip
+FIELDS = ("shape", "rule", "kernel", "blocks", "useful_tflop", "ms", "tflops")
 SHOWN = {
-    "shape": "shape", "rule": "text rule", "path": "path", "kernel": "kernel", "blocks": "queries x keys, warps, stages",
-    "programs": "programs", "ms": "predicted ms", "tflops": "predicted TFLOP/s",
+    "shape": "shape", "rule": "text rule", "kernel": "kernel", "blocks": "queries x keys, stages", "ms": "predicted ms",
+    "tflops": "predicted TFLOP/s",
 }  # fmt: skip
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
-    """A row for the image kernel and one for the text kernel, by every rule and both paths; and the call, where there are two."""
+    """A row for the image kernel and one for the text kernel, by every rule; and the call, where there are two."""
     shape = shapes.SHAPES[name]
     for rule in shape.rules:
-        for path in ("warp-specialised", "descriptor"):
-            found = [_row(shape, "image", rule, path)]
-            if rule:
-                found.append(_row(shape, "text", rule, path))
-                found.append({"kernel": "both"} | {key: sum(row[key] for row in found) for key in ("useful_tflop", "ms")})
-            for row in found:
-                yield row | {"shape": name, "rule": rule, "path": path, "tflops": 1000 * row["useful_tflop"] / row["ms"]}
+        found = [_row(shape, "image", rule)]
+        if rule:
+            found.append(_row(shape, "text", rule))
+            found.append({"kernel": "both"} | {key: sum(row[key] for row in found) for key in ("useful_tflop", "ms")})
+        for row in found:
+            yield row | {"shape": name, "rule": rule, "tflops": 1000 * row["useful_tflop"] / row["ms"]}
 
 
-def _row(shape: shapes.Shape, queries: Literal["image", "text"], rule: str, path: str) -> dict[str, Any]:
+def _row(shape: shapes.Shape, queries: Literal["image", "text"], rule: str) -> dict[str, Any]:
     from bench.compile.binary import compile_launch
 
     case = case_of(shape, queries, rule)
-    launch = case.launch("sm_90", descriptor_config(case) if path == "descriptor" else None)
-    config, binary = launch.config, compile_launch(launch, "sm_90")
-    p = predict(launch, binary, case)
-    return {
-        "kernel": queries, "blocks": f"{prod(config.query_box)} x {prod(config.key_box)}, {config.num_warps}, {config.num_stages}",
-        "registers": config.registers or binary.registers, "programs": launch.programs, "a_multiprocessor": p.schedule.actors,
-        "key_blocks": p.key_blocks, "cycles": costs(p.schedule, efficiency(config.path, case.head_dim))["block"],
-        "useful_tflop": shape.flops(queries, rule) / 1e12, "ms": p.ms,
-    }  # fmt: skip
+    launch = case.launch("sm_90")
+    _, ms = predict(launch, compile_launch(launch, "sm_90"), case)
+    blocks = f"{prod(launch.config.query_box)} x {prod(launch.config.key_box)}, {launch.config.num_stages}"
+    return {"kernel": queries, "blocks": blocks, "useful_tflop": shape.flops(queries, rule) / 1e12, "ms": ms}
 
 
 def page() -> str:
@@ -66,7 +56,7 @@ def page() -> str:
     from pandas import read_csv
 
     found = read_csv(RESULT, dtype=str, keep_default_na=False)[list(SHOWN)].rename(columns=SHOWN)
-    return fill(PAGE.read_text(), {"predictions": table(found, text=list(SHOWN.values())[:5])})
+    return fill(PAGE.read_text(), {"predictions": table(found, text=list(SHOWN.values())[:4])})
 
 
 def main() -> None:

@@ -11,19 +11,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from bench.harness.command import names_of, positive, shard
 from bench.harness.facts import ROOT, facts, machine
 from bench.harness.pages import fill, has_pandas, require_pandas
 from bench.harness.rows import RESULTS, RowFile, read_rows, slug, write_text
 from bench.quality.measuring import Columns, Measured, differences, measure, native_rows, word_rows
-from bench.quality.metrics import seam_score
-from bench.quality.pictures import OTHER_SCENES, Gallery, border, quantised, write_sheet
+from bench.quality.pictures import OTHER_SCENES, Gallery, quantised, write_sheet
 from bench.quality.tables import BASELINE, DRAWINGS, FIELDS, ROW_NAMES, STATISTICS, TABLES, Table, sections
-from scalediff.cascade.pipeline import stage_sizes
 from scalediff.command.allocator import keep_freed_memory
 from scalediff.command.loading import UsageError, load_model
 from scalediff.demo.scenes import HELD_OUT_SEED, render
@@ -83,27 +78,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.csv = options.csv.resolve()
-    if options.sheet and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        parser.error(f"--sheet must be a .png or .jpg, got {options.sheet}")
-    if options.shard != (0, 1) and not options.draw:
-        parser.error("--shard is for --draw: all pictures of a row are measured together")
     try:
+        if options.shard != (0, 1) and not options.draw:
+            raise ValueError("--shard is for --draw: all pictures of a row are measured together")
         if options.model and options.csv.parent == RESULTS:
-            raise ValueError("the committed results are of the embedded model: name another file for --model")
-        file = RowFile(options.csv, FIELDS, {"model": str(options.model or "embedded"), **facts()}, order=ROW_NAMES)
-    except ValueError as error:
-        parser.error(f"--csv: {error}")
-    if options.doc:
-        require_pandas()
-        write_page(options.csv)
-        return
+            raise ValueError("the committed results are of the embedded model: name another --csv for --model")
+        if options.doc:
+            require_pandas()
+            write_page(options.csv)
+        else:
+            run(options)
+    except (ValueError, UsageError) as error:
+        parser.error(str(error))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draw and measure what the options ask for; every row is written and printed as it comes."""
+    file = RowFile(options.csv, FIELDS, {"model": str(options.model or "embedded"), **facts()}, order=ROW_NAMES)
     if not has_pandas():
         print("pandas is not installed: rows are written, the page is not", flush=True)
     keep_freed_memory()
-    try:
-        pipe = load_model(str(options.model or "demo"), device="cpu", dtype="fp32")
-    except UsageError as error:
-        parser.error(str(error))
+    pipe = load_model(str(options.model or "demo"), device="cpu", dtype="fp32")
     pipe.set_progress_bar_config(disable=True)
 
     def add(row: str, columns: Columns, command: str) -> None:
@@ -122,23 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = tuple(row for row in table.rows if not options.rows or row in options.rows)
         table = table._replace(rows=rows, n=options.n or table.n, size=options.size or table.size)
         command = f"--tables {name} --n {table.n}" + f" --size {table.size}" * bool(options.size) + " --bf16" * options.bf16
-        try:
-            _check_size(pipe, table.size)
-            gallery = Gallery(options.pictures, pipe, table.size, bf16=options.bf16)
-            gallery.draw_missing(table, options.shard)
-        except ValueError as error:
-            parser.error(str(error))
+        gallery = Gallery(options.pictures, pipe, table.size, bf16=options.bf16)
+        gallery.draw_missing(table, options.shard)
         if not options.draw:
             measure_table(gallery, table, lambda row, columns: add(f"{name}/{row}", columns, command), options.sheet)  # noqa: B023
-
-
-def _check_size(pipe: Any, size: int) -> None:
-    """Raise ValueError for sizes that cannot be drawn or measured."""
-    try:
-        stage_sizes(pipe, size, size)
-        seam_score(torch.zeros(1, 3, size, size), period=border(pipe))
-    except ValueError as error:
-        raise ValueError(f"--size {size}: {error}") from error
 
 
 if __name__ == "__main__":

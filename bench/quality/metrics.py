@@ -26,7 +26,6 @@ _BINOMIAL3 = (0.25, 0.5, 0.25)
 _BINOMIAL5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 _BAND = (0.02, 0.5)  # cycles per pixel: below it the window's own spectrum, above it the corners of the plane
-_HIGH_BAND = (0.25, 0.5)
 _CONTROLS = (0.75, 0.875, 0.9375, 1.0625, 1.125, 1.25)  # control periods over the period
 
 Statistic = Callable[[Tensor], float]  # of numbers of pictures, which may be in it more than once
@@ -56,11 +55,10 @@ def count_discs(images: Tensor, *, native: int = 64, edges: float | Tensor = _DI
     So a disc drawn at its native size in pixels counts as one drawn at its true size does, and a speck does not. With `FAINT_EDGES` of the
     hours of the scenes, discs that are dimmer than any true one count too. `[N]` int64.
     """
-    _check(images=images)
     luma = _blur(luminance(images)[:, None], _BINOMIAL3)[:, 0]
-    edge = torch.as_tensor(edges, dtype=luma.dtype, device=luma.device).expand(len(luma))[:, None]
+    edge = torch.as_tensor(edges, dtype=luma.dtype).expand(len(luma))[:, None]
     labels = _components(luma > edge[:, :, None]).flatten(1)
-    area = torch.zeros(labels.shape[0], labels.shape[1] + 1, device=labels.device)  # the first cell: outside every region
+    area = torch.zeros(labels.shape[0], labels.shape[1] + 1)  # the first cell: outside every region
     area.scatter_add_(1, labels, torch.ones_like(labels, dtype=area.dtype))
     peak = torch.zeros_like(area).scatter_reduce_(1, labels, luma.flatten(1).to(area.dtype), "amax")
     smallest = 0.25 * math.pi * (0.5 * _SMALLEST_RADIUS * native) ** 2
@@ -70,7 +68,7 @@ def count_discs(images: Tensor, *, native: int = 64, edges: float | Tensor = _DI
 def disc_columns(images: Tensor) -> Tensor:
     """`[N]` horizontal centre of what is bright as a disc, in picture sides; NaN where nothing is."""
     bright = (_blur(luminance(images)[:, None], _BINOMIAL3)[:, 0] > _DISC_EDGE).to(images.dtype).sum(1)
-    x = (torch.arange(images.shape[3], dtype=images.dtype, device=images.device) + 0.5) / images.shape[3]
+    x = (torch.arange(images.shape[3], dtype=images.dtype) + 0.5) / images.shape[3]
     return (bright * x).sum(1) / bright.sum(1)
 
 
@@ -86,14 +84,8 @@ def sliced_distances(a: Tensor, b: Tensor, *, generator: torch.Generator, direct
     the shorter side of the level in pixels, from the finest level to 16. Fine levels show texture, coarse ones layout; the coarsest is
     the low-pass residual. `generator` draws places and directions; the same state makes two calls comparable.
 
-    Raises:
-        ValueError: shapes disagree, or a side is below 16 pixels.
-
     Karras et al., arXiv:1710.10196, section 5; there each set is standardised by itself.
     """
-    _check(a=a, b=b)
-    if a.shape != b.shape or min(a.shape[2:]) < 16:
-        raise ValueError(f"a and b must be of one shape with sides of at least 16, got {tuple(a.shape)=}, {tuple(b.shape)=}")
     found = {}
     for level_a, level_b in zip(laplacian_pyramid(a), laplacian_pyramid(b), strict=True):
         y, x = (torch.randint(0, n - 6, (len(level_a), 128), generator=generator) for n in level_a.shape[2:])
@@ -140,25 +132,20 @@ def radial_power(images: Tensor) -> Tensor:
 
     It is that of the luma, its mean removed and a Hann window applied on both axes.
     """
-    _check(images=images)
     side = min(images.shape[2:])
-    frequency = _frequency(images.shape[2], images.shape[3]).to(images.device)
-    rings = (frequency * side).round().long().flatten()  # integer radius, in cycles per shorter side
+    rings = (_frequency(*images.shape[2:]) * side).round().long().flatten()  # integer radius, in cycles per shorter side
     kept = slice(math.ceil(_BAND[0] * side), math.floor(_BAND[1] * side) + 1)
-    sums = torch.zeros(len(images), int(rings.max()) + 1, dtype=torch.float64, device=images.device)
+    sums = torch.zeros(len(images), int(rings.max()) + 1, dtype=torch.float64)
     return (sums.index_add_(1, rings, _power(images).flatten(1)) / rings.bincount())[:, kept]
 
 
 def power_above(images: Tensor, *, frequency: float) -> Tensor:
     """`[N]` fp64 power of each picture from `frequency` to 0.5 cycles per pixel, as in `radial_power`."""
-    _check(images=images)
-    radius = _frequency(images.shape[2], images.shape[3]).to(images.device)
-    return _power(images)[:, (radius >= frequency) & (radius <= _BAND[1])].sum(1)
+    return _power_above(images, frequency)[0]
 
 
 def base_distance(images: Tensor, bases: Tensor) -> Tensor:
     """`[N]` PSNR in dB of pictures, shrunk to the size of the base pictures `[N, 3, y, x]` by the mean of each area, against them."""
-    _check(images=images, bases=bases)
     error = (F.interpolate(images, size=bases.shape[2:], mode="area") - bases).square().mean((1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()
 
@@ -168,10 +155,7 @@ def high_frequency_ratio(images: Tensor) -> float:
 
     Power as in `radial_power`. Smoothed pictures have a low ratio, noisy ones a high one; the truth lies between.
     """
-    _check(images=images)
-    frequency = _frequency(images.shape[2], images.shape[3]).to(images.device)
-    power = _power(images)
-    high, whole = (power[:, (low <= frequency) & (frequency <= top)].sum(1) for low, top in (_HIGH_BAND, _BAND))
+    high, whole = _power_above(images, 0.25, _BAND[0])
     return (high / whole.clamp(min=1e-30)).mean().item()
 
 
@@ -187,7 +171,6 @@ def seam_score(images: Tensor, *, period: int) -> dict[int, float]:
     Raises:
         ValueError: the period is below 16, or a side is below two of the longest control period.
     """
-    _check(images=images)
     controls = [round(period * factor) for factor in _CONTROLS]
     if period < 16 or min(images.shape[2:]) < 2 * max(controls):
         raise ValueError(f"the period must be at least 16 and the sides twice {max(controls)}, got {period=}, {tuple(images.shape)=}")
@@ -201,8 +184,8 @@ def _border_z(g: Tensor, period: int) -> float:
     reach = 3 * period // 2
     around = F.pad(g[:, None], (reach, reach), mode="replicate")[:, 0].unfold(1, 2 * reach + 1, 1)
     rest = g - around.median(2).values
-    phases = torch.arange(g.shape[1], device=g.device) % period
-    folded = torch.zeros(g.shape[0], period, dtype=g.dtype, device=g.device).index_add_(1, phases, rest) / phases.bincount()
+    phases = torch.arange(g.shape[1]) % period
+    folded = torch.zeros(g.shape[0], period, dtype=g.dtype).index_add_(1, phases, rest) / phases.bincount()
     centred = folded - folded.median(1, keepdim=True).values
     spread = 1.4826 * centred.abs().median(1).values
     return (centred[:, -1] / spread.clamp(min=1e-12)).mean().item()
@@ -215,7 +198,7 @@ def _components(mask: Tensor) -> Tensor:
     some log2 of their length instead of their length.
     """
     n, height, width = mask.shape
-    own = torch.arange(1, height * width + 1, dtype=torch.float64, device=mask.device).view(1, height, width)
+    own = torch.arange(1, height * width + 1, dtype=torch.float64).view(1, height, width)
     labels = own * mask
     while True:
         spread = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * mask
@@ -252,10 +235,15 @@ def patches_at(level: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return level.permute(0, 2, 3, 1)[picture, y[:, :, None, None] + reach[:, None], x[:, :, None, None] + reach].flatten(0, 1).movedim(3, 1)
 
 
+def _power_above(images: Tensor, *frequencies: float) -> list[Tensor]:
+    power, radius = _power(images), _frequency(*images.shape[2:])
+    return [power[:, (radius >= frequency) & (radius <= _BAND[1])].sum(1) for frequency in frequencies]
+
+
 def _power(images: Tensor) -> Tensor:
     """`[N, Y, X]` fp64 power of the windowed luma: smooth pictures fall to 1e-10 of their peak, below what fp32 resolves."""
     luma = luminance(images.double())
-    window_y, window_x = (torch.hann_window(n, periodic=False, dtype=luma.dtype, device=luma.device) for n in luma.shape[1:])
+    window_y, window_x = (torch.hann_window(n, periodic=False, dtype=luma.dtype) for n in luma.shape[1:])
     windowed = (luma - luma.mean((1, 2), keepdim=True)) * window_y[:, None] * window_x
     power: Tensor = torch.fft.fft2(windowed).abs().square()
     return power
@@ -265,9 +253,3 @@ def _frequency(height: int, width: int) -> Tensor:
     """`[Y, X]` distance from zero frequency, in cycles per pixel."""
     y, x = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.fftfreq(width, dtype=torch.float64)
     return torch.hypot(*torch.meshgrid(y, x, indexing="ij"))
-
-
-def _check(**images: Tensor) -> None:
-    for name, x in images.items():
-        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
-            raise ValueError(f"{name} must be [N, 3, Y, X], floating point and not empty, got {tuple(x.shape)} {x.dtype}")

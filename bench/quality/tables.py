@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bench.harness import facts
@@ -14,7 +15,7 @@ class Drawing(NamedTuple):
     """How the pictures of a row are made."""
 
     label: str  # for the tables
-    changes: Mapping[str, Any]  # of the embedded model's preset; of these, other methods take steps and guidance
+    changes: Mapping[str, Any] = MappingProxyType({})  # of the embedded model's preset; of these, other methods take steps and guidance
     method: str = "scalediff"  # as in `scalediff.generate`; empty for pictures that no model draws
     upsampler: str | None = None  # as there
 
@@ -34,57 +35,53 @@ class Table(NamedTuple):
         return range(self.first, self.first + self.n)
 
 
-_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "npa": ("NPA + LFM + SG", {}),
-    "no-lfm": ("NPA without LFM", {"lfm": False}),
-    "no-sg": ("NPA without SG", {"sg": False}),
-    "alone": ("NPA without both", {"lfm": False, "sg": False}),
-    "sg-0.5": ("NPA + LFM + SG with cutoff 0.5", {"sg_cutoff": 0.5}),
+_PARTS = {
+    "npa": Drawing("NPA + LFM + SG"),
+    "no-lfm": Drawing("NPA without LFM", {"lfm": False}),
+    "no-sg": Drawing("NPA without SG", {"sg": False}),
+    "alone": Drawing("NPA without both", {"lfm": False, "sg": False}),
+    "sg-0.5": Drawing("NPA + LFM + SG with cutoff 0.5", {"sg_cutoff": 0.5}),
 }
-_SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {  # each alone, beside the preset
-    "lfm-0.25": ("LFM cutoff 0.25", {"lfm_cutoff": 0.25}),
-    "sg-annealed": ("SG cutoff from 0.5 to 0.125", {"sg_cutoff_start": 0.5}),
-    "gaussian": ("Gaussian filter", {"filter": "gaussian"}),
-    "butterworth": ("Butterworth filter", {"filter": "butterworth"}),
-    "trajectory": ("SG to the base stage's trajectory", {"anchor": "trajectory"}),
-    "alternate": ("alternating patch grid", {"jitter": "alternate"}),
-    "two-thirds": ("guidance in the first two thirds", {"guidance_until": 2 / 3}),
-    "falling": ("restart 0.5 at 2x, 0.25 at 4x", {"restart": (0.5, 0.25)}),
-    "combined": (
+_PARTS_AT_07 = {f"{name}-restart-0.7": Drawing(one.label, {**one.changes, "restart": 0.7}) for name, one in _PARTS.items()}
+_SWITCHES = {  # each alone, beside the preset
+    "lfm-0.25": Drawing("LFM cutoff 0.25", {"lfm_cutoff": 0.25}),
+    "sg-annealed": Drawing("SG cutoff from 0.5 to 0.125", {"sg_cutoff_start": 0.5}),
+    "gaussian": Drawing("Gaussian filter", {"filter": "gaussian"}),
+    "butterworth": Drawing("Butterworth filter", {"filter": "butterworth"}),
+    "trajectory": Drawing("SG to the base stage's trajectory", {"anchor": "trajectory"}),
+    "alternate": Drawing("alternating patch grid", {"jitter": "alternate"}),
+    "two-thirds": Drawing("guidance in the first two thirds", {"guidance_until": 2 / 3}),
+    "falling": Drawing("restart 0.5 at 2x, 0.25 at 4x", {"restart": (0.5, 0.25)}),
+    "combined": Drawing(
         "restart 0.5 at 2x, 0.25 at 4x; SG cutoff from 0.5 to 0.125; Butterworth; guidance in the first two thirds",
         {"restart": (0.5, 0.25), "sg_cutoff_start": 0.5, "filter": "butterworth", "guidance_until": 2 / 3},
     ),
-}
-_UPSAMPLED: dict[str, tuple[str, dict[str, Any]]] = {  # by the embedded model's upsampler
-    "upsampler": ("", {}),
-    "upsampler-sg-0.5": (", SG cutoff 0.5", {"sg_cutoff": 0.5}),
+    "upsampler": Drawing("trained upsampler", upsampler="demo"),
+    "upsampler-sg-0.5": Drawing("trained upsampler, SG cutoff 0.5", {"sg_cutoff": 0.5}, upsampler="demo"),
+    "super-resolution-trained": Drawing("base picture, trained upsampler", method="super-resolution", upsampler="demo"),
 }
 _SWEEP = {
-    f"restart-{restart}-cutoff-{cutoff}": (
+    f"restart-{restart}-cutoff-{cutoff}": Drawing(
         f"restart {restart}, cutoffs {cutoff}", {"restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
     )
     for restart in (0.2, 0.3, 0.5)
     for cutoff in (0.125, 0.5)
-}  # fmt: skip
-_UNDRAWN = {"autoencoded": "true renders of other scenes, autoencoded", "true": "true renders of other scenes"}
-_OTHERS = tuple(name for name in METHODS if name != "hiflow")  # needs a flow model
+}
+_OTHERS = {name: Drawing(method_title(name), method=name) for name in METHODS if name != "hiflow"}  # which needs a flow model
+_BICUBIC = {"super-resolution": Drawing("base picture, bicubic", method="super-resolution")}
+_FULL = {"full": Drawing("full attention + LFM + SG", {"attention": "full"})}
+_UNDRAWN = {
+    "autoencoded": Drawing("true renders of other scenes, autoencoded", method=""),
+    "true": Drawing("true renders of other scenes", method=""),
+}
+DRAWINGS = _PARTS | _PARTS_AT_07 | _SWITCHES | _SWEEP | _OTHERS | _BICUBIC | _FULL | _UNDRAWN
 
-DRAWINGS = {name: Drawing(label, changes) for name, (label, changes) in (_PARTS | _SWITCHES | _SWEEP).items()}
-DRAWINGS |= {f"{name}-restart-0.7": Drawing(label, {**changes, "restart": 0.7}) for name, (label, changes) in _PARTS.items()}
-DRAWINGS |= {name: Drawing(method_title(name), {}, name) for name in _OTHERS}
-DRAWINGS["full"] = Drawing("full attention + LFM + SG", {"attention": "full"})
-DRAWINGS["super-resolution"] = Drawing("base picture, bicubic", {}, "super-resolution")
-DRAWINGS["super-resolution-trained"] = Drawing("base picture, trained upsampler", {}, "super-resolution", "demo")
-DRAWINGS |= {name: Drawing(f"trained upsampler{label}", changes, upsampler="demo") for name, (label, changes) in _UPSAMPLED.items()}
-DRAWINGS |= {name: Drawing(label, {}, "") for name, label in _UNDRAWN.items()}
-
-_PARTS_AT_07 = tuple(f"{name}-restart-0.7" for name in _PARTS)
 TABLES = {
     "methods": Table("All methods", (*_OTHERS, "full", "npa", *_UNDRAWN), 1000, 16, 256),
-    "parts": Table("The parts of the method, restart 0.7", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256),
-    "preset": Table("The parts of the method, restart of the preset", ("super-resolution", *_PARTS, *_UNDRAWN), 1000, 64, 256),
-    "large": Table("The parts of the method, restart 0.7, at 8x", ("super-resolution", *_PARTS_AT_07, *_UNDRAWN), 1000, 8, 512),
-    "switches": Table("A better default", ("npa", *_SWITCHES, *_UPSAMPLED, "super-resolution-trained"), 1000, 64, 256),
+    "parts": Table("The parts of the method, restart 0.7", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256),
+    "preset": Table("The parts of the method, restart of the preset", (*_BICUBIC, *_PARTS, *_UNDRAWN), 1000, 64, 256),
+    "large": Table("The parts of the method, restart 0.7, at 8x", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 8, 512),
+    "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 64, 256),
     "sweep": Table("Restart and cutoff", tuple(_SWEEP), 0, 8, 256),
 }
 BASELINE = ("npa", "npa-restart-0.7")
@@ -144,23 +141,27 @@ def _table_of(row: str) -> str:
 def summary(records: Rows) -> list[str]:
     """The README's table: the main columns of all methods."""
     rows = [row for key, row in records.items() if key.startswith("methods/")]
-    return _values(rows, columns=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops")) if rows else []
+    return _values(rows, names=("one_disc", "faint", "to_base", "swd", "above", "seconds", "all_gflops")) if rows else []
 
 
-def _values(rows: Sequence[Row], *, columns: Sequence[str] = (*STATISTICS, *WORK)) -> list[str]:
+def _values(rows: Sequence[Row], *, names: Sequence[str] = (*STATISTICS, *WORK)) -> list[str]:
     from pandas import DataFrame
 
-    cells = DataFrame({"row": [label_of(row["row"]) for row in rows], "pictures": [row["n"] for row in rows]})
-    for name in columns:
+    cells = {"row": [label_of(row["row"]) for row in rows], "pictures": [row["n"] for row in rows]}
+    for name in names:
         heading, form = (STATISTICS | WORK)[name]
         if any(row.get(name) for row in rows):
-            with_error = name in ("one_disc", *PAIRED)
-            cells[heading] = [_cell(form, row.get(name, ""), row.get(f"{name}_se", "") if with_error else "") for row in rows]
-        if name == "swd" and len(columns) > len(STATISTICS) and any(row.get("swd_16") for row in rows):
-            sides = [side for level, side in LEVELS.items() if any(row.get(level) for row in rows)]
-            values = [[row.get(f"swd_{side}", "") for side in sides] for row in rows]
-            cells[f"SWD at {', '.join(map(str, sides))} px"] = [", ".join(f"{float(v):.0f}" if v else "-" for v in each) for each in values]
-    return table(cells, text=["row"])
+            cells[heading] = _column(rows, name, form, errors=name in ("one_disc", *PAIRED))
+        if name == "swd" and "spectrum" in names:  # in the table of all columns
+            cells |= _levels(rows)
+    return table(DataFrame(cells), text=["row"])
+
+
+def _levels(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """A column of SWD on the levels that were measured, if any was."""
+    sides = {level: str(side) for level, side in LEVELS.items() if any(row.get(level) for row in rows)}
+    by_level = zip(*(_column(rows, level, "{:.0f}", errors=False) for level in sides), strict=True)
+    return {f"SWD at {', '.join(sides.values())} px": [", ".join(values) for values in by_level]} if sides else {}
 
 
 def _gaps(rows: Sequence[Row]) -> list[str]:
@@ -171,19 +172,19 @@ def _gaps(rows: Sequence[Row]) -> list[str]:
     others = [row for row in rows if any(row.get(f"{name}_gap") for name in PAIRED)]
     if baseline is None or not others:
         return []
-    cells = DataFrame({"row": [label_of(row["row"]) for row in others]})
-    for name in PAIRED:
-        heading, form = STATISTICS[name]
-        signed = form.replace("{:+", "{:").replace("{:", "{:+")
-        cells[heading] = [_cell(signed, row.get(f"{name}_gap", ""), row.get(f"{name}_gap_se", "")) for row in others]
-    return [f"Differences from {label_of(baseline['row'])}, picture by picture:", "", *table(cells, text=["row"]), ""]
+    cells = {"row": [label_of(row["row"]) for row in others]}
+    for heading, form, name in ((*STATISTICS[name], name) for name in PAIRED):
+        cells[heading] = _column(others, f"{name}_gap", form.replace("{:+", "{:").replace("{:", "{:+"))
+    return [f"Differences from {label_of(baseline['row'])}, picture by picture:", "", *table(DataFrame(cells), text=["row"]), ""]
 
 
-def _cell(form: str, value: str, error: str) -> str:
-    """A value and its standard error, if it has one."""
-    if not value:
-        return "-"
-    return form.format(float(value)) + (f" ± {form.replace('+', '').format(float(error))}" if error else "")
+def _column(rows: Sequence[Row], name: str, form: str, *, errors: bool = True) -> list[str]:
+    """The values of a column of the CSV, with their standard errors where they have one."""
+
+    def cell(value: str, error: str) -> str:
+        return form.format(float(value)) + (f" ± {form.replace('+', '').format(float(error))}" if error and errors else "")
+
+    return [cell(row[name], row.get(f"{name}_se", "")) if row.get(name) else "-" for row in rows]
 
 
 def _measured_with(rows: Sequence[Row]) -> list[str]:

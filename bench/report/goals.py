@@ -39,12 +39,12 @@ KERNEL = {
 
 
 class Answer(NamedTuple):
-    """What one group says about a goal: a number, or None and the reason; and the rows that the number comes from."""
+    """What one group says about a goal, and the rows that the number comes from."""
 
     group: Group
-    value: float | None
+    value: float
     note: str
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Goal:
     bound: float  # to reach
     unit: str  # after the number
     kind: Literal["attention", "cascade"]  # the benchmark
-    find: Callable[[Group], Answer | None]  # the answer of one group; None where it has no such rows
+    find: Callable[[Group], Answer | None]  # the answer of one group; None where rows are missing, skipped or failed
     most: bool = False  # the bound is not to be exceeded, instead of to be reached
     readme: bool = True  # shown in the README too
 
@@ -65,34 +65,23 @@ class Goal:
         return f"{'within' if self.most else 'at least'} {self.bound:g}{self.unit}"
 
     def answers(self, results: Results) -> list[Answer]:
-        """Every group with a number; without any, the last group that says why not, if one does."""
+        """Those of all groups that were measured on such a device."""
         groups: Iterable[Group] = getattr(results, self.kind)
         if self.device == "CPU":
             here = [group for group in groups if group.on_cpu]
         else:
             here = [group for group in groups if any(name in group.machine for name in self.device.split(" or "))]
-        every = [answer for group in here if (answer := self.find(group)) is not None]
-        return [answer for answer in every if answer.value is not None] or every[-1:]
+        return [answer for group in here if (answer := self.find(group)) is not None]
 
     def result_text(self, answer: Answer | None) -> str:
-        """The number and whether the goal is met, or why there is none."""
-        if answer is None or answer.value is None:
-            return answer.note if answer else NOT_YET
+        """The number, and whether the goal is met."""
+        if answer is None:
+            return NOT_YET
         digits = next(n for n in range(3, 18) if self._met(float(f"{answer.value:.{n}g}")) == self._met(answer.value))
         return f"{answer.value:.{digits}g}{self.unit}, {'met' if self._met(answer.value) else 'missed'} ({answer.note})"
 
     def _met(self, value: float) -> bool:
         return value <= self.bound if self.most else value >= self.bound
-
-
-def _untimed(group: Group, **sides: Iterable[Row]) -> Answer:
-    """Why there is no number: the first side without a timed row, what failed before what was skipped."""
-    name, rows = next((name, list(rows)) for name, rows in sides.items() if not any(row["status"] == "ok" for row in rows))
-    for row in rows:
-        if row["status"] in ("FAILED", "error"):
-            return Answer(group, None, f"{row['status']}, {name}: {row['note']}")
-    skipped = next((f"{name} skipped, {row['note']}" for row in rows if row["status"] == "skipped"), f"{name} has no time")
-    return Answer(group, None, f"{NOT_YET}: {skipped}")
 
 
 def _fastest(*sides: Iterable[Row]) -> tuple[str, list[Row]] | None:
@@ -114,14 +103,10 @@ def _calls(group: Group, task: str, providers: Sequence[str]) -> list[Row]:
     return [row for row in group.rows if row["provider"] in providers and row["row"] == f"{task}/{row['provider']}"]
 
 
-def _ratio(group: Group, **sides: list[Row]) -> Answer | None:
-    """How many times as long the second side takes as the first, each at its best."""
-    (ours, theirs), other = sides.values(), list(sides)[1]
-    if not ours or not theirs:
-        return Answer(group, None, f"{NOT_YET}: {other} was not run beside it") if ours else None
-    best = _fastest(ours, theirs)
-    if best is None:
-        return _untimed(group, **sides)
+def _ratio(group: Group, ours: Iterable[Row], theirs: Iterable[Row]) -> Answer | None:
+    """How many times as long the other side takes, each at its best."""
+    if (best := _fastest(ours, theirs)) is None:
+        return None
     column, (one, two) = best
     unit = column.rpartition("_")[2]
     how = two["provider"] if unit == "ms" else f"{column.removesuffix('_s')}; {one['compile']} for {two['compile']}"
@@ -132,17 +117,14 @@ def _ratio(group: Group, **sides: list[Row]) -> Answer | None:
 def quicker(model: str, other: str, group: Group) -> Answer | None:
     """How many times as long another method takes for a whole run at 4096 px, in what both were tried in: eager or compiled blocks."""
     runs, others = _runs(group, model, "npa"), _runs(group, model, other)
-    tried = [how for how in runs if how in others] or list(runs)
-    theirs = [others[how] for how in tried if how in others]
-    return _ratio(group, **{METHODS["npa"]: [runs[how] for how in tried], METHODS[other]: theirs})
+    tried = [how for how in runs if how in others]
+    return _ratio(group, [runs[how] for how in tried], [others[how] for how in tried])
 
 
 def over_floor(model: str, group: Group) -> Answer | None:
     """A whole run at 4096 px over the time of its useful FLOPs at the speed of a matrix product in the same process."""
-    runs = list(_runs(group, model, "npa").values())
-    best = _fastest(runs)
-    if best is None:
-        return _untimed(group, **{METHODS["npa"]: runs}) if runs else None
+    if (best := _fastest(_runs(group, model, "npa").values())) is None:
+        return None
     column, (row,) = best
     floor = float(row["useful_tflop"]) / float(row["matrix_tflops"])
     note = f"{row[column]} s {column.removesuffix('_s')}, floor {floor:.4g} s, {row['compile']}"
@@ -152,16 +134,15 @@ def over_floor(model: str, group: Group) -> Answer | None:
 def rate(task: str, group: Group) -> Answer | None:
     """Useful TFLOP/s of the kernel."""
     for row in _calls(group, task, ("triton",)):
-        if row["status"] != "ok":
-            return _untimed(group, **{"the kernel": [row]})
-        return Answer(group, float(row["tflops"]), f"{row['p50_ms']} ms, {row['matrix_percent']}% of a matrix product", (row,))
+        if row["status"] == "ok":
+            return Answer(group, float(row["tflops"]), f"{row['p50_ms']} ms, {row['matrix_percent']}% of a matrix product", (row,))
     return None
 
 
 def quicker_kernel(task: str, family: str, group: Group) -> Answer | None:
     """How many times as long the best of a family takes."""
     task = comparable(task, family)
-    return _ratio(group, **{"the kernel": _calls(group, task, ("triton",)), family: _calls(group, task, FAMILIES[family])})
+    return _ratio(group, _calls(group, task, ("triton",)), _calls(group, task, FAMILIES[family]))
 
 
 def comparable(task: str, family: str) -> str:
@@ -179,7 +160,7 @@ def as_dense(group: Group) -> Answer | None:
         if task == name or dense is None or dense["status"] == "skipped":
             continue
         if not ours["status"] == dense["status"] == "ok":
-            return _untimed(group, **{"windows by SDPA": [ours], "full attention by SDPA": [dense]})
+            return None
         ratio, faster = float(ours["tflops"]) / float(dense["tflops"]), float(dense["p50_ms"]) / float(ours["p50_ms"])
         one = f" (one window alone {float(ours['window_tflops']) / float(dense['tflops']):.2f})" if ours.get("window_tflops") else ""
         notes.append(f"{task.replace('/fp32', '')} {ratio:.2f}{one}, {faster:.2f}x as fast")

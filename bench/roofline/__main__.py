@@ -1,8 +1,8 @@
 """Rank launch configurations for sm_90 without a GPU, by the disassembly of their main loops: `python -m bench.roofline --csv FILE`.
 
-Candidates of the warp-specialised kernel and of those in plain Triton go through one model: `bench/roofline/pipeline.py` simulates a
-multiprocessor, `bench/roofline/call.py` predicts the call. Ideas that were not built follow, and what the model says about published
-kernels (`bench/roofline/ideas.py`). docs/evidence/tuning.md shows the rows: `--doc` compiles nothing and writes its tables.
+Candidates of the warp-specialised kernel go through one model: `bench/roofline/pipeline.py` simulates a multiprocessor,
+`bench/roofline/call.py` predicts the call. What the model says about published kernels follows
+(`bench/roofline/published.py`). docs/evidence/tuning.md shows the rows: `--doc` compiles nothing and writes its tables.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from bench.attention import shapes
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import write_rows, write_text
-from bench.roofline import ideas
-from bench.roofline.call import case_of, costs, descriptor_config, efficiency, predict
+from bench.roofline import published
+from bench.roofline.call import case_of, costs, efficiency, predict
 from bench.roofline.loops import to_text
-from scalediff_kernels.neighborhood.config import Blocks, LaunchConfig, Pipeline, key_box, shared_memory
+from scalediff_kernels.neighborhood.config import LaunchConfig, Pipeline, key_box, shared_memory
 
 if TYPE_CHECKING:
     from bench.compile.attention import Case
@@ -28,14 +28,13 @@ if TYPE_CHECKING:
 
 RESULT = ROOT / "bench" / "results" / "static-roofline-sm_90.csv"
 SHAPES: dict[str, tuple[str, Literal["image", "text"], str]] = {
-    ideas.FLUX: ("flux-image-4096", "image", ""),
-    ideas.TEXT: ("flux-4096", "image", "window"),
+    published.FLUX: ("flux-image-4096", "image", ""),
+    "FLUX 4096 px, text keys": ("flux-4096", "image", "window"),
     "FLUX 4096 px, text queries, window": ("flux-4096", "text", "window"),
     "FLUX 4096 px, text queries, global": ("flux-4096", "text", "global"),
-    ideas.SDXL: ("sdxl-64-4096", "image", ""),
+    published.SDXL: ("sdxl-64-4096", "image", ""),
     "SDXL 4096 px, 128^2": ("sdxl-32-4096", "image", ""),
 }
-PLAIN = [Blocks(128, 128, 8, 2), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3)]
 PIPELINES = {
     64: [
         *(Pipeline(128, 128, 3, 240, turns) for turns in (True, False)),
@@ -49,7 +48,7 @@ PIPELINES = {
     ],
 }
 FIELDS = (
-    "shape", "path", "queries", "keys", "num_warps", "num_stages", "ping_pong", "registers", "loop_spills", "spills", "shared", "actors",
+    "shape", "path", "queries", "keys", "num_stages", "ping_pong", "registers", "loop_spills", "spills", "shared", "consumers",
     "block_bytes", "matrix", "exponentials", "issue", "block", "tflops", "note", "loop",
 )  # fmt: skip
 COSTS = {
@@ -57,31 +56,23 @@ COSTS = {
 }  # fmt: skip
 SHOWN = {
     "candidates": {
-        "shape": "shape", "form": "queries x keys, stages", "kernel": "kernel", "registers": "registers", "spilled": "spills", "KB": "KB",
-        **COSTS, "tflops": "predicted TFLOP/s", "measured": "measured", "note": "note",
+        "shape": "shape", "form": "queries x keys, stages", "turns": "in turns", "registers": "registers", "spilled": "spills", "KB": "KB",
+        **COSTS, "tflops": "predicted TFLOP/s", "note": "note",
     },
     "published": {
         "shape": "kernel", "form": "queries x keys, stages", **COSTS, "tflops": "TFLOP/s without the factor", "note": "published TFLOP/s",
     },
-    "ideas": {"shape": "shape", "note": "idea", **COSTS, "tflops": "predicted TFLOP/s"},
 }  # fmt: skip
 
 
 def candidates(case: Case) -> Iterator[LaunchConfig]:
-    """What could be launched, the shipped configurations among them."""
-    shipped, plain = case.launch("sm_90").config, descriptor_config(case)
+    """What could be launched, the shipped configuration among them."""
+    shipped = case.launch("sm_90").config
     for p in PIPELINES[case.head_dim]:
+        box = (1, p.queries) if case.queries == "text" else (p.queries // 16, 16)
         parts = shipped.part_blocks * prod(shipped.key_box) // p.keys
-        changed = shipped._replace(query_box=_box(case, p.queries), key_box=key_box(case.window, p.keys), text_block=p.keys)
-        yield changed._replace(part_blocks=parts, num_stages=p.stages, registers=p.registers, ping_pong=p.ping_pong)
-    for b in PLAIN:
-        text = b.keys if case.text else plain.text_block
-        changed = plain._replace(query_box=_box(case, b.queries), key_box=key_box(case.window, b.keys), text_block=text)
-        yield changed._replace(num_warps=b.num_warps, num_stages=b.num_stages)
-
-
-def _box(case: Case, queries: int) -> tuple[int, int]:
-    return (1, queries) if case.queries == "text" else (queries // 16, 16)
+        changed = shipped._replace(query_box=box, key_box=key_box(case.window, p.keys), text_block=p.keys, part_blocks=parts)
+        yield changed._replace(num_stages=p.stages, registers=p.registers, ping_pong=p.ping_pong)
 
 
 def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, Any]:
@@ -90,7 +81,7 @@ def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, A
 
     facts: dict[str, Any] = {
         "shape": name, "path": config.path, "queries": prod(config.query_box), "keys": prod(config.key_box),
-        "num_warps": config.num_warps, "num_stages": config.num_stages, "ping_pong": config.ping_pong,
+        "num_stages": config.num_stages, "ping_pong": config.ping_pong,
     }  # fmt: skip
     launch: Launch = case.launch("sm_90", config)
     try:
@@ -98,16 +89,17 @@ def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, A
     except Exception as error:
         return facts | {"note": f"does not compile: {str(error).splitlines()[0][:60]}"}
     inside, wanted = sum(map(spills, binary.loops)), case.launch("sm_90").config
-    facts |= {"registers": config.registers or binary.registers, "loop_spills": inside, "spills": binary.spills - inside}
+    facts |= {"registers": config.registers, "loop_spills": inside, "spills": binary.spills - inside}
     facts |= {"shared": binary.shared, "note": "shipped" if config == wanted else ""}
     faults = {"does not fit": binary.shared > shared_memory("sm_90"), "serialised": any(map(serialised, binary.loops))}
     if any(faults.values()):
         return facts | {"note": ", ".join(fault for fault, found in faults.items() if found)}
     if inside:
         facts["note"] = "spills in the loop"
-    p = predict(launch, binary, case)
-    facts |= costs(p.schedule, efficiency(config.path, case.head_dim))
-    return facts | {"tflops": f"{useful / p.ms / 1e9:.0f}", "loop": to_text(p.schedule.loop)}
+    schedule, ms = predict(launch, binary, case)
+    return facts | costs(schedule, efficiency(case.head_dim)) | {
+        "tflops": f"{useful / ms / 1e9:.0f}", "loop": to_text(schedule.loop),
+    }  # fmt: skip
 
 
 def page(text: str) -> str:
@@ -116,13 +108,11 @@ def page(text: str) -> str:
 
     rows = read_csv(RESULT, dtype=str, keep_default_na=False)
     rows["form"] = rows["queries"] + " x " + rows["keys"] + ", " + rows["num_stages"]
-    turns = rows["ping_pong"].map({"True": ", in turns"}).fillna("")
-    rows["kernel"] = rows["path"].where(rows["path"] == "warp-specialised", rows["num_warps"] + " warps") + turns
+    rows["turns"] = rows["ping_pong"].map({"True": "yes", "False": "no"})
     rows["spilled"] = rows["loop_spills"] + " + " + rows["spills"]
     rows["KB"] = [str(-(-int(shared or 0) // 1024)) for shared in rows["shared"]]
-    rows["measured"] = "not measured yet"
-    kinds = rows["path"].map({"published": "published", "idea": "ideas"}).fillna("candidates")
-    text_columns = ("shape", "kernel", "queries x keys, stages", "note", "published TFLOP/s", "idea", "measured")
+    kinds = rows["path"].where(rows["path"] == "published", "candidates")
+    text_columns = ("shape", "kernel", "in turns", "queries x keys, stages", "note", "published TFLOP/s")
     return fill(text, {
         name: table(rows[kinds == name][list(shown)].rename(columns=shown), text=text_columns) for name, shown in SHOWN.items()
     })  # fmt: skip
@@ -145,7 +135,7 @@ def main() -> None:
             found.append(dict.fromkeys(FIELDS, "") | row(name, case, config, useful))
             print(*(str(found[-1][field]) for field in FIELDS[:-1]), sep="\t", flush=True)
         rows += sorted(found, key=lambda r: (r["note"] not in ("", "shipped"), -float(r["tflops"] or 0)))
-    for other in ideas.rows(rows):
+    for other in published.rows(rows):
         rows.append(dict.fromkeys(FIELDS, "") | other)
         print(*(str(rows[-1][field]) for field in FIELDS[:-1]), sep="\t", flush=True)
     if options.csv:

@@ -1,8 +1,7 @@
 """The main loop of a compiled kernel as the steps of a warp, read off the disassembly: what it issues, and what it waits for where.
 
 A step is an action and its amounts. `run`: cycles of issue slots, of the pipe of half rate and of the exponential unit, and of latency.
-`product`: cycles of the tensor cores. `wait`: products that may stay in flight. `acquire`, `release`: an mbarrier, by name. `load`: a block
-of keys and values, which a program in plain Triton issues itself.
+`product`: cycles of the tensor cores. `wait`: products that may stay in flight. `acquire`, `release`: an mbarrier, by name.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ class Step(NamedTuple):
     name: str = ""
 
 
-def steps(loop: Iterable[str], *, warps: int, specialised: bool, ping_pong: bool = False) -> tuple[Step, ...]:
-    """The steps of one pass of a loop; `warps` of each scheduler go through it together."""
+def steps(loop: Iterable[str], *, ping_pong: bool = False) -> tuple[Step, ...]:
+    """The steps of one pass of a consumer's loop, through which one warp of each scheduler goes."""
     turn = ["turn"] if ping_pong else []
     acquired, released = iter(["v", *turn, "k"]), iter([*turn, "k", "v"])
     found, run, flops = [Step("run", (0, 0, 0, 0))], [0.0] * 4, 0
@@ -42,25 +41,23 @@ def steps(loop: Iterable[str], *, warps: int, specialised: bool, ping_pong: bool
         name = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
         if name.startswith("MUFU") and not run[2]:  # a softmax takes its maxima first
             end()
-        run[0] += warps
-        run[1] += 2 * warps * bool(HALF_RATE.match(name))
-        run[2] += 32 * SCHEDULERS / EXPONENTIALS * warps * name.startswith("MUFU")
+        run[0] += 1
+        run[1] += 2 * bool(HALF_RATE.match(name))
+        run[2] += 32 * SCHEDULERS / EXPONENTIALS * name.startswith("MUFU")
         run[3] += LATENCY * bool(re.match(r"BAR\b|WARPGROUP\.DEPBAR|SYNCS\.PHASECHK", name)) + LATENCY / 2 * name.startswith("SHFL")
         if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
             if not flops:
                 end(Step("product", (0,)))
                 product = len(found) - 1
-            flops += 2 * prod(map(int, shape.groups())) * warps
+            flops += 2 * prod(map(int, shape.groups()))
             if "gsb0" in instruction:
                 found[product], flops = Step("product", (flops / MATRIX_FLOPS,)), 0
         elif name.startswith("WARPGROUP.DEPBAR"):
             end(Step("wait", (int(instruction.split("0x")[-1], 16),)))
         elif name.startswith("SYNCS.PHASECHK"):
-            end(Step("acquire", name=next(acquired) if specialised else "k"))
-        elif name.startswith("SYNCS.ARRIVE") and specialised:
+            end(Step("acquire", name=next(acquired)))
+        elif name.startswith("SYNCS.ARRIVE"):
             end(Step("release", name=next(released)))
-        elif name.startswith("UTMALDG") and Step("load") not in found:
-            end(Step("load"))
     end()
     return tuple(found[1:])
 

@@ -1,13 +1,12 @@
 """One multiprocessor of sm_90 that runs an attention loop: a simulation of events, which finds the steady state.
 
-Each *consumer* of the warp-specialised kernel, and each program of the kernels in plain Triton, goes through the steps of its loop
-(`bench/roofline/loops.py`). They share
+Each *consumer* of the warp-specialised kernel goes through the steps of its loop (`bench/roofline/loops.py`). They share
 
 - the tensor cores, which compute one product at a time, in the order in which they were issued;
 - the schedulers: issue slots, the pipe of half rate and the exponential unit, each divided fairly among those that need it;
 - L2, which delivers a number of bytes a clock, one load after another.
 
-A producer loads blocks into `stages` buffers as consumers release them. A program in plain Triton issues its loads itself.
+A producer loads blocks into `stages` buffers as consumers release them, keys one block ahead of values.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from math import inf
 from bench.roofline.loops import Step
 
 L2_BYTES = 24.0  # assumed, a multiprocessor and clock: 5.6 TB/s over 132 at 1.75 GHz
-LOAD_LATENCY = 600  # cycles; assumed, as the next two
+LOAD_LATENCY = 600  # cycles from a load to its data, beside those of its bytes; assumed, as the next
 STORE_LATENCY = 700
-START = 1000  # of a program in plain Triton: launch, addresses, descriptors
 
 Moment = Callable[[], float]  # when an actor goes on; infinity as long as nobody knows
 Actor = Iterator[Moment | tuple[float, ...]]  # what it waits for, or cycles of issue, half rate, exponentials
@@ -33,18 +31,15 @@ class Schedule:
     """What a multiprocessor runs."""
 
     loop: tuple[Step, ...]  # for one block of keys
-    actors: int  # consumers, or programs in plain Triton
-    specialised: bool  # whether a producer loads
+    consumers: int
     stages: int  # buffers of keys, and of values
     block_bytes: float  # of keys and values of a block
-    query_bytes: float = 0  # of an actor
+    query_bytes: float = 0  # of a consumer
     finish: float = 0  # instructions of a warp after a tile
     l2: float = L2_BYTES  # bytes a clock
-    latency: float = LOAD_LATENCY  # cycles from a load to its data, beside those of its bytes
-    ahead: bool = True  # whether the producer loads keys one block ahead of values
 
     def cycles(self, blocks: int, tiles: int) -> float:
-        """For `tiles` tiles of every actor, with `blocks` blocks of keys each.
+        """For `tiles` tiles of every consumer, with `blocks` blocks of keys each.
 
         Raises:
             RuntimeError: every actor waits for another.
@@ -52,7 +47,7 @@ class Schedule:
         return _Run(self, blocks, tiles).cycles()
 
     def block(self) -> float:
-        """Cycles between one block of keys of every actor and the next, in the steady state."""
+        """Cycles between one block of keys of every consumer and the next, in the steady state."""
         return (self.cycles(60, 1) - self.cycles(20, 1)) / 40
 
     def call(self, blocks: int, tiles: int) -> float:
@@ -76,10 +71,9 @@ class _Run:
     arrivals: defaultdict[tuple[object, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def cycles(self) -> float:
-        s = self.schedule
-        actors = [self._consumer(part) if s.specialised else self._program(part) for part in range(s.actors)]
         self._pass_turn(0)
-        waiting: dict[Actor, Moment] = dict.fromkeys([*actors, *([self._producer()] if s.specialised else [])], lambda: 0)
+        consumers = [self._consumer(part) for part in range(self.schedule.consumers)]
+        waiting: dict[Actor, Moment] = dict.fromkeys([*consumers, self._producer()], lambda: 0)
         working: dict[Actor, tuple[float, ...]] = {}
         while waiting or working:
             for actor in [actor for actor, moment in waiting.items() if moment() <= self.now]:
@@ -118,19 +112,9 @@ class _Run:
             yield self._when("q", part, tile)
             for steps in (before, *[loop] * (self.blocks - 1), after):
                 yield from self._steps(steps, part, (tile + 1) * self.blocks)
-            yield from self._finish()
+            yield (self.schedule.finish, 0, 0)
+            yield self._after(STORE_LATENCY)
             self._arrive("q empty", part, tile)
-
-    def _program(self, part: int) -> Actor:
-        for tile in range(self.tiles):
-            yield self._after(START)
-            yield self._after(self._load(self.schedule.query_bytes) - self.now)
-            for _ in range(self.schedule.stages - 1):
-                self._load_next(part, tile)
-            for _ in range(self.blocks):
-                yield from self._steps(self.schedule.loop, part, (tile + 1) * self.blocks)
-            yield from self._steps((Step("wait", (0,)),), part, 0)
-            yield from self._finish()
 
     def _steps(self, steps: Sequence[Step], part: int, end: int) -> Actor:
         """Go through steps once; blocks from `end` on are those of the next tile."""
@@ -145,32 +129,27 @@ class _Run:
             elif action == "wait":
                 yield self._after(flying[-1 - int(amounts[0])] - self.now)
             elif action == "acquire" and (n := self._next("acquire", name, part)) < (end if name == "k" else inf):
-                yield self._when(name, *self._owner(name, part), n)
+                yield self._when(name, *([part] if name == "turn" else []), n)
                 self._arrive("acquire", name, part)
             elif action == "release" and name == "turn":
-                self._pass_turn((part + 1) % self.schedule.actors)
+                self._pass_turn((part + 1) % self.schedule.consumers)
             elif action == "release":
                 self._arrive(f"{name} empty", self._next("release", name, part))
                 self._arrive("release", name, part)
-            elif action == "load":
-                self._load_next(part, end // self.blocks - 1)
 
     def _producer(self) -> Actor:
-        s = self.schedule
         for tile in range(self.tiles):
             first, end = tile * self.blocks, (tile + 1) * self.blocks
             yield from self._deliver("k", first)
             for n in range(first, end):
-                if s.ahead and n + 1 < end:
+                if n + 1 < end:
                     yield from self._deliver("k", n + 1)
                 yield from self._deliver("v", n)
                 if n == first:
                     yield from self._deliver_queries(tile)
-                if not s.ahead and n + 1 < end:
-                    yield from self._deliver("k", n + 1)
 
     def _deliver_queries(self, tile: int) -> Actor:
-        for part in range(self.schedule.actors):
+        for part in range(self.schedule.consumers):
             if tile:
                 yield self._when("q empty", part, tile - 1)
             self._arrive("q", part, tile, at=self._load(self.schedule.query_bytes))
@@ -178,31 +157,17 @@ class _Run:
     def _deliver(self, name: str, n: int) -> Actor:
         """Load keys or values as soon as all consumers have released the buffer."""
         if n >= self.schedule.stages:
-            yield self._when(f"{name} empty", n - self.schedule.stages, count=self.schedule.actors)
+            yield self._when(f"{name} empty", n - self.schedule.stages, count=self.schedule.consumers)
         self._arrive(name, n, at=self._load(self.schedule.block_bytes / 2))
-
-    def _finish(self) -> Actor:
-        yield (self.schedule.finish, 0, 0)
-        yield self._after(STORE_LATENCY)
 
     def _load(self, size: float) -> float:
         """When a load that is issued now has arrived."""
         self.l2_free = max(self.now, self.l2_free) + size / self.schedule.l2
-        return self.l2_free + self.schedule.latency
-
-    def _load_next(self, part: int, tile: int) -> None:
-        """Issue the next load of a program, unless its tile has no more blocks."""
-        n = self._next("loaded", part)
-        if n < (tile + 1) * self.blocks:
-            self._arrive("loaded", part)
-            self._arrive("k", part, n, at=self._load(self.schedule.block_bytes))
+        return self.l2_free + LOAD_LATENCY
 
     def _pass_turn(self, part: int) -> None:
         self._arrive("turn", part, self._next("turns", part))
         self._arrive("turns", part)
-
-    def _owner(self, name: str, part: int) -> tuple[int, ...]:
-        return (part,) if name == "turn" or not self.schedule.specialised else ()
 
     def _next(self, *key: object) -> int:
         """How often something has happened."""

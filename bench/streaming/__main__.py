@@ -21,19 +21,19 @@ from scalediff.cascade.borrowing import tiled
 from scalediff.cascade.streaming import streamed
 from scalediff.demo import load_demo, scenes
 
+HEADER = "| call | way | max difference | mean difference | seam score above controls | seconds |\n|---|---|--:|--:|--:|--:|"
+
 
 @contextmanager
 def in_tiles(vae: Any) -> Iterator[None]:
     """diffusers' own tiling."""
     vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.disable_tiling()
+    yield
+    vae.disable_tiling()
 
 
-def rows_of(vae: Any, picture: Tensor, *, elements: int) -> list[dict[str, Any]]:
-    """Decode and encode in one piece, in bands and in tiles."""
+def lines(vae: Any, picture: Tensor, *, elements: int) -> Iterator[str]:
+    """The table's rows: decode and encode in one piece, in bands and in tiles."""
     ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "one piece": nullcontext, "bands": partial(streamed, vae, elements=elements), "tiles": partial(in_tiles, vae),
     }  # fmt: skip
@@ -41,26 +41,22 @@ def rows_of(vae: Any, picture: Tensor, *, elements: int) -> list[dict[str, Any]]
     calls: dict[str, Callable[[], Tensor]] = {
         "decode": lambda: vae.decode(latents).sample, "encode": lambda: vae.encode(picture).latent_dist.mode(),
     }  # fmt: skip
-    rows = []
     for call, run in calls.items():
-        whole = torch.empty(0)
+        whole = run()
         for way, inside in ways.items():
             since = time.perf_counter()
             with inside():
                 made = run()
-            seconds = time.perf_counter() - since
-            whole = made if way == "one piece" else whole
-            off = (made - whole).double().abs()
-            seam = _seam(made, vae) if call == "decode" else None
-            rows.append({"call": call, "way": way, "max": off.max().item(), "mean": off.mean().item(), "seam": seam, "seconds": seconds})
-    return rows
+            seconds, off = time.perf_counter() - since, (made - whole).double().abs()
+            seam = f"{_seam(made, vae):.1f}" if call == "decode" else ""
+            yield f"| {call} | {way} | {off.max():.1e} | {off.mean():.1e} | {seam} | {seconds:.2f} |"
 
 
 def _seam(decoded: Tensor, vae: Any) -> float:
     """Steps at the borders of the tiles, which are three quarters of a tile apart, over those at other periods."""
     period = round(vae.tile_sample_min_size * (1 - vae.tile_overlap_factor))
-    scores = seam_score(decoded.clamp(-1, 1) / 2 + 0.5, period=period)
-    return scores[period] - max(score for other, score in scores.items() if other != period)
+    score, *controls = seam_score(decoded.clamp(-1, 1) / 2 + 0.5, period=period).values()
+    return score - max(controls)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,11 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vae.tile_latent_min_size = options.tile // 2 ** (len(vae.config.block_out_channels) - 1)
     picture = scenes.render(10_000, 1, options.size) * 2 - 1
     with torch.no_grad(), tiled(vae, on=False):
-        rows = rows_of(vae, picture, elements=options.elements)
-    print("| call | way | max difference | mean difference | seam score above controls | seconds |\n|---|---|--:|--:|--:|--:|")
-    for row in rows:
-        seam = "" if row["seam"] is None else f"{row['seam']:.1f}"
-        print(f"| {row['call']} | {row['way']} | {row['max']:.1e} | {row['mean']:.1e} | {seam} | {row['seconds']:.2f} |")
+        print(HEADER, *lines(vae, picture, elements=options.elements), sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,32 +8,22 @@ time; then those of a shape are timed in one process, one after another. A candi
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from math import prod
-from typing import Any, Literal
+from contextlib import suppress
+from functools import partial
+from multiprocessing import get_context
 
-import torch
-
-from bench.attention import shapes
-from bench.attention.providers import ours
 from bench.harness.command import Benchmark, parser_of, timed_line
-from bench.harness.device import first_line
 from bench.harness.facts import VERSIONS
 from bench.harness.rows import Row
-from bench.harness.timing import measure_in_turn
-from scalediff_kernels.neighborhood.config import LaunchConfig, Problem, key_box, launch_config
-from scalediff_kernels.testing import assert_within_budget
+from bench.tune.candidates import SHAPES, Candidate, candidates, check, send_rows, timed
 
 CHECK_LIMIT, TIME_LIMIT = 60.0, 5.0  # seconds of a process that checks one candidate, and for each candidate that one times
 AT_ONCE = 8  # processes that check
+PROCESSES = get_context("spawn")
 LATE: Row = {"status": "skipped", "note": "no time was left"}
-SHAPES = {"flux-4096": "window", "sdxl-64-4096": "", "sdxl-32-4096": ""}
 SAME = ("machine", "commit", "torch", *VERSIONS)
 FIELDS = (
     "row", "status", "shape", "queries", "keys", "stages", "registers", "ping_pong", "p20_ms", "p50_ms", "p80_ms", "tflops", "error",
@@ -41,125 +31,31 @@ FIELDS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A configuration for the image queries of a shape."""
-
-    shape: str
-    config: LaunchConfig
-
-    @property
-    def name(self) -> str:
-        c = self.config
-        turns = "turns" if c.ping_pong else "no turns"
-        return f"{self.shape}/{prod(c.query_box)} x {prod(c.key_box)}, {c.num_stages} stages, {c.registers} registers, {turns}"
-
-    def row(self) -> Row:
-        c = self.config
-        values = {"queries": prod(c.query_box), "keys": prod(c.key_box), "stages": c.num_stages, "registers": c.registers}
-        return {"shape": self.shape, "ping_pong": str(c.ping_pong)} | {name: str(value) for name, value in values.items()}
-
-
-def candidates(name: str) -> list[Candidate]:
-    """The table's configuration of a shape, and its neighbours."""
-    s = shapes.SHAPES[name]
-    problem = Problem(s.grid, s.window, s.patch, s.head_dim, s.dtype.itemsize, s.text, rope=s.text > 0)
-    first, half = launch_config(problem, "sm_90", "warp-specialised"), key_box(s.window, 64)
-    changes: list[dict[str, Any]] = [
-        {},
-        {"ping_pong": not first.ping_pong},
-        {"num_stages": first.num_stages - 1},
-        {"num_stages": first.num_stages + 1},
-        {"registers": 232},
-        {"key_box": half, "text_block": prod(half), "num_stages": 4},
-        {"query_box": (16, 16), "key_box": half, "text_block": prod(half), "num_stages": 4, "registers": 112, "ping_pong": False},
-        {"query_box": (12, 16), "key_box": half, "text_block": prod(half), "num_stages": 4, "registers": 160, "ping_pong": False},
-    ]
-    found = [first._replace(**change) for change in changes]
-    return [Candidate(name, config) for config in found if config.num_stages > 1]
-
-
-def calls(candidate: Candidate, shape: shapes.Shape) -> Iterator[tuple[Any, torch.Tensor, shapes.Inputs]]:
-    """The launch of a candidate, its output and its inputs, for two sets of inputs."""
-    from scalediff_kernels.neighborhood.launch import image_launch
-
-    for seed in (0, 1):
-        inputs = shapes.Task(candidate.shape, shape, shape.dtype, "cuda", SHAPES[candidate.shape]).inputs(seed)
-        q, k, v = inputs.image
-        out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
-        text_k, text_v = inputs.text[1:] if shape.text else (None, None)
-        how: dict[str, Any] = {"window": shape.window, "patch": shape.patch, "offset": (0, 0), "scale": shape.head_dim**-0.5}
-        yield image_launch(out, q, k, v, text_k, text_v, inputs.rope, **how, device="sm_90", config=candidate.config), out, inputs
-
-
-def check(candidate: Candidate) -> Row:
-    """Compile a candidate, and compare it with fp64 on a grid of six patches and eight heads: some tiles for every multiprocessor."""
-    full = shapes.SHAPES[candidate.shape]
-    small = replace(full, grid=(full.window[0], full.window[1] + full.patch[1]), heads=8, groups=0, batch=1)
-    launch, out, inputs = next(calls(candidate, small))
-    launch.run()
-    rope = inputs.rope and (inputs.rope[0].double(), inputs.rope[1].double())
-
-    def image_by(impl: Literal["reference", "sdpa"], dtype: torch.dtype) -> torch.Tensor:
-        q, k, v = (x.to(dtype) for x in inputs.sequences)
-        image: torch.Tensor = ours(impl).make(inputs.task).run(replace(inputs, sequences=(q, k, v), rope=rope))[0]
-        return image
-
-    exact, plain = image_by("reference", torch.float64), image_by("sdpa", small.dtype)
-    assert_within_budget(out, plain, exact)
-    errors = ((x.double() - exact).abs().max().item() for x in (out, plain))
-    return {name: f"{error:.3g}" for name, error in zip(("error", "eager_error"), errors, strict=True)}
-
-
-def timed(candidate: Candidate, seconds: float) -> Row:
-    """Time a candidate; its first result must be its last one, bit for bit."""
-    shape = shapes.SHAPES[candidate.shape]
-    found = list(calls(candidate, shape))
-    found[0][0].run()
-    first = found[0][1].clone()
-    timing = measure_in_turn([launch.run for launch, _, _ in found], "cuda", seconds=seconds)
-    if not (torch.equal(found[0][1], first) and first.isfinite().all()):
-        raise RuntimeError("its results differ from run to run, or are not finite")
-    rate = shape.flops("image") / timing.p50 / 1e9
-    return {f"{name}_ms": f"{value:.4g}" for name, value in timing._asdict().items()} | {"tflops": f"{rate:.4g}"}
-
-
-def in_a_process(what: str, candidates: Sequence[Candidate], seconds: float, *, limit: float) -> list[Row]:
-    """The columns that `check` or `timed` finds of each candidate of a shape; status and note where one fails or hangs."""
-    configs = json.dumps([candidate.config for candidate in candidates])
-    words = [sys.executable, "-m", "bench.tune", "--one", what, candidates[0].shape, configs, "--seconds", str(seconds)]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False)
-        printed, note = done.stdout, (done.stderr.strip().splitlines() or ["nothing was printed"])[-1][:160]
-    except subprocess.TimeoutExpired as stopped:
-        printed, note = (stopped.stdout or b"").decode(), f"stopped after {limit:.0f} s: it hangs, or is slow"
-    rows: list[Row] = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    rows += [{"status": "FAILED", "note": f"{what}: {note}"}] * (len(rows) < len(candidates))
+def in_a_process(measure: Callable[[Candidate], Row], candidates: Sequence[Candidate], *, limit: float) -> list[Row]:
+    """The columns that `check` or `timed` finds of each candidate, in a process of its own; status and note where one fails or hangs."""
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=send_rows, args=(sender, measure, candidates))
+    process.start()
+    sender.close()
+    rows, deadline = list[Row](), time.monotonic() + limit
+    with suppress(EOFError):  # the process has ended
+        while receiver.poll(max(0, deadline - time.monotonic())):
+            rows.append(receiver.recv())
+    hangs = process.is_alive() and time.monotonic() >= deadline
+    if hangs:
+        process.kill()
+    process.join()
+    if len(rows) < len(candidates):
+        why = f"stopped after {limit:.0f} s: it hangs, or is slow" if hangs else f"the process ended with {process.exitcode}"
+        rows.append({"status": "FAILED", "note": why})
     return rows + [{"status": "skipped", "note": "one before it ended the process"}] * (len(candidates) - len(rows))
 
 
-def run_here(what: str, shape: str, configs: str, seconds: float) -> Iterator[Row]:
-    """In a process of its own: check or time candidates."""
-    for values in json.loads(configs):
-        config = LaunchConfig._make(tuple(value) if isinstance(value, list) else value for value in values)
-        try:
-            yield check(Candidate(shape, config)) if what == "check" else timed(Candidate(shape, config), seconds)
-        except Exception as problem:
-            yield {"status": "FAILED", "note": f"{what}: {type(problem).__name__}: {first_line(problem)}"}
-
-
-@torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("tune", __doc__.split("\n")[0], seconds=0.3)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--minutes", type=float, default=1.5, help="for all (default: %(default)s)")
-    parser.add_argument("--one", nargs=3, metavar=("WHAT", "SHAPE", "CONFIGS"), help="check or time candidates in this process")
     options = parser.parse_args(arguments)
-    if options.one:
-        what, shape, configs = options.one
-        for row in run_here(what, shape, configs, options.seconds):
-            print(json.dumps(row), flush=True)
-        return
     if options.device != "cuda":
         parser.error("configurations of the kernel run on an sm_90 GPU, got --device cpu")
     deadline = time.monotonic() + 60 * options.minutes
@@ -169,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         todo = [candidate for name, candidate in wanted.items() if name not in finished]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             limit = min(CHECK_LIMIT, 60 * options.minutes)
-            checked = pool.map(lambda one: in_a_process("check", [one], options.seconds, limit=limit)[0], todo)
+            checked = pool.map(lambda one: in_a_process(check, [one], limit=limit)[0], todo)
             rows = dict(zip(todo, checked, strict=True))
         for shape in options.shape:
             right = [candidate for candidate, row in rows.items() if candidate.shape == shape and "status" not in row]
             left = min(TIME_LIMIT * (2 + len(right)), deadline - time.monotonic())
             if right:
-                times = in_a_process("time", right, options.seconds, limit=left) if left > TIME_LIMIT else [LATE] * len(right)
+                timing = partial(timed, seconds=options.seconds)
+                times = in_a_process(timing, right, limit=left) if left > TIME_LIMIT else [LATE] * len(right)
                 rows |= {candidate: rows[candidate] | found for candidate, found in zip(right, times, strict=True)}
             for candidate, row in rows.items():
                 if candidate.shape == shape:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from csv import DictReader
-
 import pytest
 
-from bench.distributed.__main__ import FLOPS, LAYERS, LINKS, PAGE, RANKS, SIZES, efficiency, exchanged, main, seconds, work
+from bench.distributed.__main__ import LAYERS, LINKS, PAGE, RANKS, SIZES, attention_work, efficiency, exchanged, linear_work, main, seconds
+from bench.harness.rows import RESULTS, read_records
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -18,12 +17,10 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_the_work_is_what_bench_flops_counts() -> None:
-    with FLOPS.open() as file:
-        rows = [row for row in DictReader(file) if (row["model"], row["method"]) == ("flux", "npa")]
-    for row in rows:
-        found = work(int(row["size"]))
-        assert found.attention * LAYERS / 1e12 == pytest.approx(float(row["forward_attention"]), rel=1e-6)
-        assert found.linear * LAYERS / 1e12 == pytest.approx(float(row["forward_linear"]), rel=1e-3)
+    for row in [row for row in read_records(RESULTS / "flops.csv") if (row["model"], row["method"]) == ("flux", "npa")]:
+        size = int(row["size"])
+        assert attention_work(size) * LAYERS / 1e12 == pytest.approx(float(row["forward_attention"]), rel=1e-6)
+        assert linear_work(size) * LAYERS / 1e12 == pytest.approx(float(row["forward_linear"]), rel=1e-3)
 
 
 def test_a_halo_is_less_than_all_keys_and_grows_no_faster_than_a_side() -> None:

@@ -11,7 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.evaluate.drawing import Item
 from bench.evaluate.networks import Inception
+from scalediff.cascade.metadata import save_png
+from scalediff.cascade.workdir import digest
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 48), *, blur: bool = False) -> Image.Image:
@@ -33,12 +36,10 @@ def plain_folder(path: Path, seeds: Sequence[int], size: tuple[int, int] = (48, 
 def generated_folder(path: Path, prompts: Sequence[str], size: tuple[int, int] = (48, 48), *, seed: int = 0, blur: bool = False) -> Path:
     """As `generate` leaves it."""
     path.mkdir(parents=True)
-    records = []
     for i, prompt in enumerate(prompts):
-        picture(i, size, blur=blur).save(path / f"{i}.png")
-        records.append({"file": f"{i}.png", "prompt": prompt, "seed": seed + i, "seconds": 1.0 + i})
-    (path / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (path / "run.json").write_text(json.dumps({"pictures": len(prompts), "model": "demo", "patch_border": 16}))
+        save_png(picture(i, size, blur=blur), path / Item(i, prompt, seed + i).file, metadata={"prompt": prompt, "seconds": 1.0 + i})
+    run = {"pictures": len(prompts), "model": "demo", "patch_border": 16, "prompts": digest(list(prompts))}
+    (path / "run.json").write_text(json.dumps(run))
     return path
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.evaluate import distances
-from bench.evaluate.distances import frechet_distance, inception_score, interval, kernel_distance, kernel_sums, moments
+from bench.evaluate.distances import frechet_distance, inception_score, interval, kernel_distance, moments
 from bench.quality.metrics import Statistic, replicated, resamples
 
 FEATURES = 6
@@ -42,6 +42,10 @@ def kid_by_numpy(a: np.ndarray, b: np.ndarray) -> float:
 
 def of_draws(statistic: Statistic, draws: list[Tensor], n: int) -> distances.Interval:
     return interval(statistic(torch.arange(n)), replicated(statistic, draws))
+
+
+def kid(a: Tensor, b: Tensor) -> float:
+    return kernel_distance(a, b)(torch.arange(len(a)))
 
 
 def flat(x: Tensor) -> np.ndarray:
@@ -79,7 +83,7 @@ def test_a_covariance_of_one_row_is_refused() -> None:
 @pytest.mark.parametrize(("n", "m", "crops", "others"), [(30, 30, 1, 1), (2, 40, 1, 1), (20, 10, 3, 1), (9, 12, 2, 4), (300, 280, 1, 1)])
 def test_kid_is_that_of_numpy(n: int, m: int, crops: int, others: int) -> None:
     a, b = features(n, crops), features(m, others, seed=1, shift=0.1)
-    assert kernel_distance(kernel_sums(a, b)) == pytest.approx(kid_by_numpy(flat(a), flat(b)), rel=1e-9, abs=1e-12)
+    assert kid(a, b) == pytest.approx(kid_by_numpy(flat(a), flat(b)), rel=1e-9, abs=1e-12)
 
 
 def test_weighted_kid_leaves_out_pairs_of_copies() -> None:
@@ -93,18 +97,16 @@ def test_weighted_kid_leaves_out_pairs_of_copies() -> None:
     own_b = ((other @ other.T / FEATURES + 1) ** 3 * (1 - np.eye(8))).sum() / (8 * 7)
     cross = ((rows[drawn] @ other.T / FEATURES + 1) ** 3).mean()
     expected = np.mean([kernel[i, j] for i, j in pairs]) + own_b - 2 * cross
-    weights = torch.tensor(drawn).bincount(minlength=5)
-    assert kernel_distance(kernel_sums(a, b), weights) == pytest.approx(float(expected), rel=1e-9)
+    assert kernel_distance(a, b)(torch.tensor(drawn)) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_kid_of_one_distribution_has_zero_in_its_interval_and_of_two_has_not() -> None:
     draws = resamples(200, 200)
 
-    def kid(shift: float) -> distances.Interval:
-        sums = kernel_sums(features(200), features(200, seed=1, shift=shift))
-        return of_draws(lambda chosen: kernel_distance(sums, chosen.bincount(minlength=200)), draws, 200)
+    def of(shift: float) -> distances.Interval:
+        return of_draws(kernel_distance(features(200), features(200, seed=1, shift=shift)), draws, 200)
 
-    same, other = kid(0.0), kid(1.0)
+    same, other = of(0.0), of(1.0)
     assert same.low < 0 < same.high
     assert other.low > 0
     assert other.low < other.value < other.high
@@ -115,22 +117,13 @@ def test_kid_of_one_set_with_itself_is_near_zero() -> None:
     a = features(400)
     kernel = (flat(a) @ flat(a).T / FEATURES + 1) ** 3
     off = (kernel.sum() - np.trace(kernel)) / (400 * 399)
-    assert kernel_distance(kernel_sums(a, a)) == pytest.approx(2 * (off - kernel.mean()), rel=1e-9)
-    assert abs(kernel_distance(kernel_sums(a, a))) < 0.1 * kernel_distance(kernel_sums(a, features(400, seed=1, shift=1.0)))
+    assert kid(a, a) == pytest.approx(2 * (off - kernel.mean()), rel=1e-9)
+    assert abs(kid(a, a)) < 0.1 * kid(a, features(400, seed=1, shift=1.0))
 
 
 def test_kid_of_one_row_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 rows of features on each side, got 1 and 5"):
-        kernel_sums(features(1), features(5))
-
-
-def test_kid_of_subsets_has_the_mean_of_all_rows() -> None:
-    a, b = features(60), features(50, seed=1, shift=0.5)
-    mean, std = distances.kernel_distance_of_subsets(a, b, size=25, subsets=200, generator=torch.Generator().manual_seed(0))
-    assert mean == pytest.approx(kernel_distance(kernel_sums(a, b)), abs=4 * std / math.sqrt(200))
-    whole, spread = distances.kernel_distance_of_subsets(b, b, size=50, subsets=3, generator=torch.Generator().manual_seed(0))
-    assert whole == pytest.approx(kernel_distance(kernel_sums(b, b)))
-    assert spread == pytest.approx(0, abs=1e-9)
+        kernel_distance(features(1), features(5))
 
 
 @pytest.mark.parametrize(("n", "crops", "splits"), [(40, 1, 1), (43, 1, 10), (12, 4, 5)])
@@ -167,12 +160,12 @@ def test_without_a_bootstrap_there_is_no_interval() -> None:
 
 
 def test_all_three_are_those_of_torch_fidelity() -> None:
-    fid, kid, isc = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "isc"))
+    fid, kid_of, isc = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "isc"))
     a, b = features(90), features(70, seed=1, shift=0.4)
     theirs = fid.fid_statistics_to_metric(*(fid.fid_features_to_statistics(x.flatten(0, 1)) for x in (a, b)), verbose=False)
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
     whole = {"kid_subsets": 1, "kid_subset_size": 70, "verbose": False}
-    theirs = kid.kid_features_to_metric(a[:70, 0], b[:, 0], **whole)
-    assert kernel_distance(kernel_sums(a[:70], b)) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    theirs = kid_of.kid_features_to_metric(a[:70, 0], b[:, 0], **whole)
+    assert kid(a[:70], b) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
     theirs = isc.isc_features_to_metric(a[:, 0], splits=10, shuffle=False)
     assert inception_score(a, splits=10) == pytest.approx(theirs["inception_score_mean"], rel=1e-9)

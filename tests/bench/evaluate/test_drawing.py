@@ -19,6 +19,7 @@ pytest.importorskip("diffusers")
 import scalediff
 from bench.evaluate.drawing import Task, draw_items, items_of, write_manifest
 from bench.evaluate.folders import open_folder
+from scalediff.cascade.metadata import read_metadata
 from scalediff.settings import Settings
 from tests.bench.evaluate.pictures import picture
 
@@ -52,8 +53,7 @@ def test_every_item_is_drawn_once_whatever_the_shards(pipe: Any, drawn: list[tup
         draw_items(pipe, TASK, items, tmp_path / "scalediff", shard=(i, shards))
     assert sorted(drawn) == sorted([(prompt, seed + i) for seed in (0, 3_000_000) for i, prompt in enumerate(PROMPTS)])
     folder = open_folder(tmp_path / "scalediff")
-    assert folder.prompts == PROMPTS * 2
-    assert folder.seeds == [0, 1, 2, 3_000_000, 3_000_001, 3_000_002]
+    assert [file.name for file in folder.files] == sorted(item.file for item in items)
 
 
 def test_a_finished_picture_is_not_drawn_again_and_its_record_is_complete(pipe: Any, drawn: list[tuple[str, int]], tmp_path: Path) -> None:
@@ -63,9 +63,9 @@ def test_a_finished_picture_is_not_drawn_again_and_its_record_is_complete(pipe: 
     drawn.clear()
     assert draw_items(pipe, TASK, items, tmp_path) == 1
     assert drawn == [(PROMPTS[1], 1)]
-    record = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[1])
-    assert {name: record[name] for name in ("file", "prompt", "index", "seed", "method", "size", "model")} == {
-        "file": "000001-1.png", "prompt": PROMPTS[1], "index": 1, "seed": 1, "method": "scalediff", "size": [96, 64], "model": "demo",
+    record = read_metadata(tmp_path / "000001-1.png")
+    assert {name: record[name] for name in ("prompt", "index", "seed", "method", "size", "model")} == {
+        "prompt": PROMPTS[1], "index": 1, "seed": 1, "method": "scalediff", "size": [96, 64], "model": "demo",
     }  # fmt: skip
     assert record["settings"]["steps"] == 2
     assert record["seconds"] >= 0
@@ -137,22 +137,21 @@ def test_after_a_kill_only_what_is_missing_is_drawn(pipe: Any, drawn: list[tuple
     assert process.exitcode == -signal.SIGKILL
     assert sorted(file.name for file in tmp_path.glob("[!.]*.png")) == ["000000-0.png", "000001-1.png"]
     assert list(tmp_path.glob(".*.part"))
-    with pytest.raises(ValueError, match="must hold all 3 pictures of its run, got 0: repeat the same generate command"):
+    with pytest.raises(ValueError, match="must hold all 3 pictures of its run, got 2: repeat the same generate command"):
         open_folder(tmp_path)
     draw_items(pipe, TASK, items_of(PROMPTS, [0]), tmp_path)
     assert drawn == [(PROMPTS[2], 2)]
-    assert open_folder(tmp_path).prompts == PROMPTS
+    assert len(open_folder(tmp_path)) == 3
 
 
-def test_half_a_file_and_a_lost_manifest_do_no_harm(pipe: Any, drawn: list[tuple[str, int]], tmp_path: Path) -> None:
+def test_half_a_file_does_no_harm(pipe: Any, drawn: list[tuple[str, int]], tmp_path: Path) -> None:
     items = items_of(PROMPTS, [0])
     draw_items(pipe, TASK, items, tmp_path)
     (tmp_path / items[2].file).rename(tmp_path / f".{items[2].file}.7.part")
-    (tmp_path / "manifest.jsonl").unlink()
     drawn.clear()
     draw_items(pipe, TASK, items, tmp_path)
     assert drawn == [(PROMPTS[2], 2)]
-    assert open_folder(tmp_path).prompts == PROMPTS
+    assert len(open_folder(tmp_path)) == 3
 
 
 def test_a_picture_that_is_finished_while_the_manifest_is_written_is_in_it(
@@ -172,4 +171,5 @@ def test_a_picture_that_is_finished_while_the_manifest_is_written_is_in_it(
 
     monkeypatch.setattr(os, "replace", replace_after_the_other)
     write_manifest(tmp_path, items)
-    assert len(open_folder(tmp_path)) == 3
+    records = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(record["file"], record["prompt"], record["seed"]) for record in records] == [(one.file, one.prompt, one.seed) for one in items]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from bench.evaluate.folders import check_comparable, open_folder, read_picture, size_of
+from bench.evaluate.folders import common_size, open_folder, read_picture, size_of
 from tests.bench.evaluate.pictures import generated_folder, picture, plain_folder
 
 PROMPTS = ["a fox", "an owl"]
 
 
-def test_a_generated_folder_has_prompts_seeds_and_seconds(tmp_path: Path) -> None:
+def test_a_generated_folder_has_its_run(tmp_path: Path) -> None:
     folder = open_folder(generated_folder(tmp_path / "a", PROMPTS, seed=5))
-    assert (folder.name, folder.prompts, folder.seeds, folder.seconds) == ("a", PROMPTS, [5, 6], [1.0, 2.0])
-    assert [file.name for file in folder.files] == ["0.png", "1.png"]
+    assert (folder.name, len(folder), folder.run["model"]) == ("a", 2, "demo")
+    assert [file.name for file in folder.files] == ["000000-5.png", "000001-6.png"]
 
 
 def test_a_plain_folder_has_its_pictures_in_order(tmp_path: Path) -> None:
@@ -26,7 +24,7 @@ def test_a_plain_folder_has_its_pictures_in_order(tmp_path: Path) -> None:
     (tmp_path / "a" / ".002.png.7.part").touch()
     folder = open_folder(tmp_path / "a")
     assert [file.name for file in folder.files] == ["001.png", "003.png"]
-    assert folder.prompts == []
+    assert folder.run == {}
 
 
 def test_a_picture_is_upright_and_in_colour(tmp_path: Path) -> None:
@@ -35,9 +33,8 @@ def test_a_picture_is_upright_and_in_colour(tmp_path: Path) -> None:
     picture(0, (20, 30)).save(tmp_path / "a.jpg", exif=turned)
     picture(0, (20, 30)).convert("L").save(tmp_path / "b.png")
     assert size_of(tmp_path / "a.jpg") == (30, 20)
-    assert read_picture(tmp_path / "a.jpg").shape == (3, 30, 20)
-    grey = read_picture(tmp_path / "b.png")
-    assert torch.equal(grey[0], grey[2])
+    assert read_picture(tmp_path / "a.jpg").size == (20, 30)
+    assert read_picture(tmp_path / "b.png").mode == "RGB"
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
@@ -49,22 +46,8 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
 
 def test_a_run_that_is_not_finished(tmp_path: Path) -> None:
     path = generated_folder(tmp_path / "a", PROMPTS)
-    lines = (path / "manifest.jsonl").read_text().splitlines()
-    (path / "manifest.jsonl").write_text(lines[0] + "\n")
+    (path / "000001-1.png").unlink()
     with pytest.raises(ValueError, match="must hold all 2 pictures of its run, got 1: repeat the same generate command"):
-        open_folder(path)
-    (path / "manifest.jsonl").unlink()
-    with pytest.raises(ValueError, match="must hold all 2 pictures of its run, got 0"):
-        open_folder(path)
-
-
-def test_a_manifest_without_its_pictures_or_that_is_none(tmp_path: Path) -> None:
-    path = generated_folder(tmp_path / "a", PROMPTS)
-    (path / "1.png").unlink()
-    with pytest.raises(ValueError, match=r"every picture of its manifest, got no 1.png \(1 missing\)"):
-        open_folder(path)
-    (path / "manifest.jsonl").write_text(json.dumps({"file": "0.png"}) + "\n")
-    with pytest.raises(ValueError, match=r"must be those that `generate` wrote, got .*KeyError"):
         open_folder(path)
 
 
@@ -83,28 +66,23 @@ def test_a_corrupted_picture_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_picture_of_another_size_in_a_folder(tmp_path: Path) -> None:
-    file = plain_folder(tmp_path / "a", [0]) / "000.png"
-    with pytest.raises(ValueError, match=r"must be 64 x 64, got 48 x 48 in .*000.png"):
-        read_picture(file, size=(64, 64))
+    path = plain_folder(tmp_path / "a", [0, 1])
+    picture(2, (64, 48)).save(path / "002.png")
+    with pytest.raises(ValueError, match=r"must be of one size, got 48 x 48 in .*001.png and 64 x 48 in .*002.png"):
+        common_size([open_folder(path)])
 
 
 def test_folders_that_do_not_match(tmp_path: Path) -> None:
     first = generated_folder(tmp_path / "first", PROMPTS)
     others = {
-        "as many pictures, got 2 in .*first and 3 in .*more": generated_folder(tmp_path / "more", [*PROMPTS, "a cat"]),
-        "the same prompts and seeds, got 1 different in": generated_folder(tmp_path / "prompts", ["a fox", "a cat"]),
-        "the same prompts and seeds, got 2 different in": generated_folder(tmp_path / "seeds", PROMPTS, seed=9),
-        "pictures of one size, got 48 x 48 in first, 64 x 48 in size": generated_folder(tmp_path / "size", PROMPTS, (64, 48)),
-        "must all have a manifest or none": plain_folder(tmp_path / "plain", [0, 1]),
-        "different names, which are their rows, got 'first' twice": generated_folder(tmp_path / "other" / "first", PROMPTS),
+        "of the same names, which pair them, got others in .*first and .*more": generated_folder(tmp_path / "more", [*PROMPTS, "a cat"]),
+        "of the same names, which pair them, got others in .*seeds": generated_folder(tmp_path / "seeds", PROMPTS, seed=9),
+        "of the same names, which pair them, got others in .*plain": plain_folder(tmp_path / "plain", [0, 1]),
+        "the same prompts, got others in .*first and .*prompts": generated_folder(tmp_path / "prompts", ["a fox", "a cat"]),
+        "of one size, got 48 x 48 in .* and 64 x 48 in": generated_folder(tmp_path / "size", PROMPTS, (64, 48)),
+        "different names, which are their rows, got first, first": generated_folder(tmp_path / "other" / "first", PROMPTS),
     }
-    check_comparable([open_folder(first), open_folder(generated_folder(tmp_path / "same", PROMPTS))])
+    assert common_size([open_folder(first), open_folder(generated_folder(tmp_path / "same", PROMPTS))]) == (48, 48)
     for message, other in others.items():
         with pytest.raises(ValueError, match=message):
-            check_comparable([open_folder(first), open_folder(other)])
-
-
-def test_plain_folders_match_by_file_name(tmp_path: Path) -> None:
-    first, second = plain_folder(tmp_path / "a", [0, 1]), plain_folder(tmp_path / "b", [0, 2])
-    with pytest.raises(ValueError, match="without a manifest must have the same file names"):
-        check_comparable([open_folder(first), open_folder(second)])
+            common_size([open_folder(first), open_folder(other)])

@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 
 from bench.evaluate import networks
 from bench.evaluate.folders import read_picture
-from bench.evaluate.networks import INCEPTION_FILE, find_inception, load_clip, load_inception
+from bench.evaluate.measuring import batch_of
+from bench.evaluate.networks import INCEPTION_FILE, load_clip, load_inception
 from tests.bench.evaluate.pictures import picture
 
 CPU = torch.device("cpu")
@@ -39,17 +40,10 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other.pth").write_bytes(b"weights")
     found = hashlib.sha256(b"weights").hexdigest()[:8]
     with pytest.raises(ValueError, match=f"SHA-256 begins with 6726825d, got .*other.pth with {found}: other weights"):
-        find_inception(tmp_path / "other.pth")
+        load_inception(tmp_path / "other.pth", CPU)
 
 
-def test_the_weights_of_torch_hub_are_found(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.parent.mkdir(parents=True)
-    hub.write_bytes(b"weights")
-    monkeypatch.setattr(networks, "INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest()[:8])
-    assert find_inception(None) == hub
-
-
-def test_without_torch_fidelity_there_is_a_sentence(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_torch_hub_are_found_and_need_torch_fidelity(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     hub.parent.mkdir(parents=True)
@@ -106,7 +100,7 @@ def test_clip_gives_the_cosines_of_its_embeddings(clip_folder: Path, tmp_path: P
     """Also of an oblong picture, whose centre square is what the model sees, and of a prompt longer than the model reads."""
     clip = load_clip(str(clip_folder), CPU)
     picture(0, (32, 64)).save(tmp_path / "a.png")
-    wide = read_picture(tmp_path / "a.png")[None]
+    wide = batch_of(read_picture(tmp_path / "a.png"))
     prompts = ["a fox", "word " * 40]
     both = clip(wide.expand(2, -1, -1, -1), prompts)
     assert torch.allclose(both[:1], clip(wide[:, :, :, 16:48], prompts[:1]), atol=1e-6)

@@ -31,13 +31,14 @@ def test_another_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "\n \n", "at least one prompt, got .*a.txt with none"),
-        ("a.csv", "TEXT,url\nan owl,x\n", "must have the column 'prompt', got TEXT, url"),
-        ("a.csv", "", "must have the column 'prompt', got no columns"),
-        ("a.csv", "id,prompt\n1\n", "record 1 of .*a.csv must have a text as prompt, got None"),
-        ("a.jsonl", "an owl\n", "line 1 of .*a.jsonl must be a JSON object with the key 'prompt', got 'an owl'"),
-        ("a.jsonl", '{"prompt": "x"}\n["an owl"]\n', "line 2 of .* must be a JSON object with the key 'prompt'"),
-        ("a.jsonl", '{"prompt": 3}\n', "record 1 of .* must have a text as prompt, got 3"),
+        ("a.txt", "\n \n", "at least one prompt and no empty ones, got .*a.txt with 0"),
+        ("a.csv", "TEXT,url\nan owl,x\n", "every record of .*a.csv must have a text in 'prompt', got one without: KeyError"),
+        ("a.csv", "", "at least one prompt"),
+        ("a.csv", "id,prompt\n1\n", "every record of .*a.csv must have a text in 'prompt'"),
+        ("a.csv", "id,prompt\n1, \n", "no empty ones, got .*a.csv with 1"),
+        ("a.jsonl", "an owl\n", "every record of .* must have a text in 'prompt', got one without: JSONDecodeError"),
+        ("a.jsonl", '{"prompt": "x"}\n["an owl"]\n', "every record of .* must have a text in 'prompt'"),
+        ("a.jsonl", '{"prompt": 3}\n', "every record of .* must have a text in 'prompt'"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:

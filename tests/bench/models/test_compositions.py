@@ -43,7 +43,6 @@ def test_marks_are_read_from_the_uppermost_on() -> None:
     [
         (pytest.mark.draws("outpainting", ["SD3"], switch="mask"), "task must be one of text-to-image, .* got task='outpainting'"),
         (pytest.mark.composes("LoRA", "pipeline"), "where must be one of network, cascade, got where='pipeline'"),
-        (pytest.mark.composes("LoRA", "cascade", why="no"), ".*unexpected keyword argument 'why'"),
     ],
 )
 def test_marks_that_cannot_be_read(mark: pytest.MarkDecorator, message: str) -> None:

@@ -204,8 +204,6 @@ def test_the_distance_to_the_base_is_the_psnr_of_means_of_areas(small: Tensor) -
     detail = torch.tensor([1.0, -1.0]).repeat(128).view(1, 1, 256, 1)  # falls out of the means
     assert (base_distance(large + 0.1 * detail, bases) > 99).all()
     torch.testing.assert_close(base_distance(large + 0.1, bases), torch.full((3,), 20.0))
-    with pytest.raises(ValueError, match=r"bases must be \[N, 3, Y, X\], floating point and not empty"):
-        base_distance(large, bases[0])
 
 
 @pytest.mark.parametrize("axis", [2, 3])
@@ -226,16 +224,9 @@ def test_seam_score_names_its_periods_and_passes_over_a_seam_elsewhere(large: Te
     assert seam_score(shifted, period=32)[32] < 3
 
 
-def test_what_is_refused() -> None:
-    images = torch.rand(2, 3, 64, 64, generator=rng())
-    with pytest.raises(ValueError, match=r"images must be \[N, 3, Y, X\], floating point and not empty, got \(3, 64, 64\)"):
-        count_discs(images[0])
-    with pytest.raises(ValueError, match=r"images must be .* got \(2, 3, 64, 64\) torch\.uint8"):
-        high_frequency_ratio(images.to(torch.uint8))
-    with pytest.raises(ValueError, match="a and b must be of one shape with sides of at least 16"):
-        swd(images, images[:1])
+def test_a_period_too_short_for_a_seam_score_is_refused() -> None:
     with pytest.raises(ValueError, match="period must be at least 16 and the sides twice 10, got period=8"):
-        seam_score(images, period=8)
+        seam_score(torch.rand(2, 3, 64, 64, generator=rng()), period=8)
 
 
 def test_the_disc_is_found_where_the_scene_has_it(small: Tensor) -> None:

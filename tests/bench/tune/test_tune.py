@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
-import subprocess
+import multiprocessing
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from bench.tune import __main__ as tune
+from bench.tune.candidates import Candidate, check
 from scalediff_kernels.neighborhood.config import shared_memory
 
 
@@ -28,20 +30,6 @@ def test_the_first_candidate_is_the_one_of_the_table_and_each_differs(name: str)
         assert changed == {field for field in changed if field not in ("path", "part_windows", "part_blocks", "num_warps")} != set()
 
 
-def test_a_candidate_comes_back_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails has a row that says so, and the next one is tried."""
-    ones = tune.candidates("flux-4096")
-
-    def check(candidate: tune.Candidate) -> dict[str, str]:
-        if candidate == ones[1]:
-            raise RuntimeError("no")
-        return {"error": str(ones.index(candidate))}
-
-    monkeypatch.setattr(tune, "check", check)
-    found = list(tune.run_here("check", "flux-4096", json.dumps([one.config for one in ones[:3]]), 0.3))
-    assert found == [{"error": "0"}, {"status": "FAILED", "note": "check: RuntimeError: no"}, {"error": "2"}]
-
-
 def test_most_candidates_fit_into_shared_memory() -> None:
     """Buffers of queries, keys and values; the others have rows that say so."""
     for name, width in (("flux-4096", 128), ("sdxl-64-4096", 64)):
@@ -53,29 +41,41 @@ def test_most_candidates_fit_into_shared_memory() -> None:
         assert sum(size + 1024 <= shared_memory("sm_90") for size in sizes) >= 5
 
 
-FAILED = {"status": "FAILED", "note": "time: stopped after 20 s: it hangs, or is slow"}
+def numbered(candidate: Candidate) -> dict[str, str]:
+    return {"error": str(candidate.config.num_stages)}
+
+
+def wrong(candidate: Candidate) -> dict[str, str]:
+    if candidate.config.num_stages == 4:
+        raise RuntimeError("no")
+    return numbered(candidate)
+
+
+def fatal(candidate: Candidate) -> dict[str, str]:
+    return numbered(candidate) if candidate.config.num_stages != 4 else os._exit(6)
+
+
+def hanging(candidate: Candidate) -> dict[str, str]:
+    return numbered(candidate) if candidate.config.num_stages != 4 else time.sleep(60)  # type: ignore[return-value]
+
+
 SKIPPED = {"status": "skipped", "note": "one before it ended the process"}
 
 
 @pytest.mark.parametrize(
-    ("ended", "expected"),
+    ("measure", "expected"),
     [
-        (subprocess.CompletedProcess([], 0, 'noise\n{"a": "1"}\n{"a": "2"}\n{"a": "3"}\n', ""), [{"a": "1"}, {"a": "2"}, {"a": "3"}]),
-        (subprocess.CompletedProcess([], -6, '{"a": "1"}\n', "an\nabort"), [{"a": "1"}, FAILED | {"note": "time: abort"}, SKIPPED]),
-        (subprocess.CompletedProcess([], -9, "", ""), [FAILED | {"note": "time: nothing was printed"}, SKIPPED, SKIPPED]),
-        (subprocess.TimeoutExpired("python", 20, b'{"a": "1"}\n'), [{"a": "1"}, FAILED, SKIPPED]),
-        (subprocess.TimeoutExpired("python", 20), [FAILED, SKIPPED, SKIPPED]),
+        (numbered, [{"error": "2"}, {"error": "4"}, {"error": "3"}]),
+        (wrong, [{"error": "2"}, {"status": "FAILED", "note": "RuntimeError: no"}, {"error": "3"}]),
+        (fatal, [{"error": "2"}, {"status": "FAILED", "note": "the process ended with 6"}, SKIPPED]),
+        (hanging, [{"error": "2"}, {"status": "FAILED", "note": "stopped after 1 s: it hangs, or is slow"}, SKIPPED]),
     ],
 )
-def test_what_a_process_found(ended: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(words: list[str], **_: Any) -> Any:
-        assert words[1:6] == ["-m", "bench.tune", "--one", "time", "sdxl-32-4096"]
-        if isinstance(ended, Exception):
-            raise ended
-        return ended
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert tune.in_a_process("time", tune.candidates("sdxl-32-4096")[:3], 0.3, limit=20) == expected
+def test_what_a_process_found(measure: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "PROCESSES", multiprocessing.get_context("fork"))  # does not import torch again
+    config = tune.candidates("flux-4096")[0].config
+    ones = [Candidate("flux-4096", config._replace(num_stages=stages)) for stages in (2, 4, 3)]
+    assert tune.in_a_process(measure, ones, limit=1) == expected
 
 
 def test_without_a_gpu_nothing_is_tried(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -89,10 +89,11 @@ def test_without_a_gpu_nothing_is_tried(capsys: pytest.CaptureFixture[str], tmp_
 def test_rows_of_candidates_that_hang_fail_and_are_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The command, with processes and device pretended: a row for every candidate."""
 
-    def in_a_process(what: str, ones: Sequence[tune.Candidate], seconds: float, *, limit: float) -> list[dict[str, str]]:
-        rows = [{"error": "0.001"} if what == "check" else {f"p{n}0_ms": "2" for n in (2, 5, 8)} | {"tflops": "600"} for _ in ones]
-        if what == "check" and ones[0].config.ping_pong is False:
-            rows[0] = {"status": "FAILED", "note": "check: wrong"}
+    def in_a_process(measure: Any, ones: Sequence[Candidate], *, limit: float) -> list[dict[str, str]]:
+        checks = measure is check
+        rows = [{"error": "0.001"} if checks else {f"p{n}0_ms": "2" for n in (2, 5, 8)} | {"tflops": "600"} for _ in ones]
+        if checks and ones[0].config.ping_pong is False:
+            rows[0] = {"status": "FAILED", "note": "wrong"}
         return rows
 
     monkeypatch.setattr(tune, "in_a_process", in_a_process)
@@ -106,4 +107,4 @@ def test_rows_of_candidates_that_hang_fail_and_are_late(monkeypatch: pytest.Monk
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows] == [one.name for one in tune.candidates("sdxl-64-4096")]
     assert {row["status"] for row in rows if row["ping_pong"] == "True"} == {"ok"}
-    assert {(row["status"], row["note"]) for row in rows if row["ping_pong"] == "False"} == {("FAILED", "check: wrong")}
+    assert {(row["status"], row["note"]) for row in rows if row["ping_pong"] == "False"} == {("FAILED", "wrong")}

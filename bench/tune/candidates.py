@@ -1,0 +1,117 @@
+"""Candidates for the table of launch configurations: those that are tried, and what is found of one on a GPU.
+
+They are in a module of their own because the command's processes import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+
+from bench.attention import shapes
+from bench.attention.providers import ours
+from bench.harness.device import first_line
+from bench.harness.rows import Row
+from bench.harness.timing import measure_in_turn
+from scalediff_kernels.neighborhood.config import LaunchConfig, Problem, key_box, launch_config
+from scalediff_kernels.testing import assert_within_budget
+
+SHAPES = {"flux-4096": "window", "sdxl-64-4096": "", "sdxl-32-4096": ""}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration for the image queries of a shape."""
+
+    shape: str
+    config: LaunchConfig
+
+    @property
+    def name(self) -> str:
+        c = self.config
+        turns = "turns" if c.ping_pong else "no turns"
+        return f"{self.shape}/{prod(c.query_box)} x {prod(c.key_box)}, {c.num_stages} stages, {c.registers} registers, {turns}"
+
+    def row(self) -> Row:
+        c = self.config
+        values = {"queries": prod(c.query_box), "keys": prod(c.key_box), "stages": c.num_stages, "registers": c.registers}
+        return {"shape": self.shape, "ping_pong": str(c.ping_pong)} | {name: str(value) for name, value in values.items()}
+
+
+def candidates(name: str) -> list[Candidate]:
+    """The table's configuration of a shape, and its neighbours."""
+    s = shapes.SHAPES[name]
+    problem = Problem(s.grid, s.window, s.patch, s.head_dim, s.dtype.itemsize, s.text, rope=s.text > 0)
+    first, half = launch_config(problem, "sm_90", "warp-specialised"), key_box(s.window, 64)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"ping_pong": not first.ping_pong},
+        {"num_stages": first.num_stages - 1},
+        {"num_stages": first.num_stages + 1},
+        {"registers": 232},
+        {"key_box": half, "text_block": prod(half), "num_stages": 4},
+        {"query_box": (16, 16), "key_box": half, "text_block": prod(half), "num_stages": 4, "registers": 112, "ping_pong": False},
+        {"query_box": (12, 16), "key_box": half, "text_block": prod(half), "num_stages": 4, "registers": 160, "ping_pong": False},
+    ]
+    found = [first._replace(**change) for change in changes]
+    return [Candidate(name, config) for config in found if config.num_stages > 1]
+
+
+def calls(candidate: Candidate, shape: shapes.Shape) -> Iterator[tuple[Any, torch.Tensor, shapes.Inputs]]:
+    """The launch of a candidate, its output and its inputs, for two sets of inputs."""
+    from scalediff_kernels.neighborhood.launch import image_launch
+
+    for seed in (0, 1):
+        inputs = shapes.Task(candidate.shape, shape, shape.dtype, "cuda", SHAPES[candidate.shape]).inputs(seed)
+        q, k, v = inputs.image
+        out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
+        text_k, text_v = inputs.text[1:] if shape.text else (None, None)
+        how: dict[str, Any] = {"window": shape.window, "patch": shape.patch, "offset": (0, 0), "scale": shape.head_dim**-0.5}
+        yield image_launch(out, q, k, v, text_k, text_v, inputs.rope, **how, device="sm_90", config=candidate.config), out, inputs
+
+
+def check(candidate: Candidate) -> Row:
+    """Compile a candidate, and compare it with fp64 on a grid of six patches and eight heads: some tiles for every multiprocessor."""
+    full = shapes.SHAPES[candidate.shape]
+    small = replace(full, grid=(full.window[0], full.window[1] + full.patch[1]), heads=8, groups=0, batch=1)
+    launch, out, inputs = next(calls(candidate, small))
+    launch.run()
+    rope = inputs.rope and (inputs.rope[0].double(), inputs.rope[1].double())
+
+    def image_by(impl: Literal["reference", "sdpa"], dtype: torch.dtype) -> torch.Tensor:
+        q, k, v = (x.to(dtype) for x in inputs.sequences)
+        image: torch.Tensor = ours(impl).make(inputs.task).run(replace(inputs, sequences=(q, k, v), rope=rope))[0]
+        return image
+
+    exact, plain = image_by("reference", torch.float64), image_by("sdpa", small.dtype)
+    assert_within_budget(out, plain, exact)
+    errors = ((x.double() - exact).abs().max().item() for x in (out, plain))
+    return {name: f"{error:.3g}" for name, error in zip(("error", "eager_error"), errors, strict=True)}
+
+
+def timed(candidate: Candidate, seconds: float) -> Row:
+    """Time a candidate; its first result must be its last one, bit for bit."""
+    shape = shapes.SHAPES[candidate.shape]
+    found = list(calls(candidate, shape))
+    found[0][0].run()
+    first = found[0][1].clone()
+    timing = measure_in_turn([launch.run for launch, _, _ in found], "cuda", seconds=seconds)
+    if not (torch.equal(found[0][1], first) and first.isfinite().all()):
+        raise RuntimeError("its results differ from run to run, or are not finite")
+    rate = shape.flops("image") / timing.p50 / 1e9
+    return {f"{name}_ms": f"{value:.4g}" for name, value in timing._asdict().items()} | {"tflops": f"{rate:.4g}"}
+
+
+@torch.no_grad()
+def send_rows(sender: Connection, measure: Callable[[Candidate], Row], candidates: Sequence[Candidate]) -> None:
+    """Measure candidates in a process of their own; one that raises has a row that says so."""
+    for candidate in candidates:
+        try:
+            sender.send(measure(candidate))
+        except Exception as problem:
+            sender.send({"status": "FAILED", "note": f"{type(problem).__name__}: {first_line(problem)}"})
