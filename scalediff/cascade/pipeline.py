@@ -172,10 +172,8 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def call_stage(pipe: Any, size: tuple[int, int], arguments: Mapping[str, Any]) -> Any:
+def call_stage(pipe: Any, size: tuple[int, int], arguments: Mapping[str, Any], *, wrap: tuple[bool, bool] = (False, False)) -> Any:
     """Run the unpatched call of a pipeline for a stage of (height, width) pixels, with the picture that it changes at this size."""
-    handle = handle_of(pipe)  # during a run it wraps as the run does
-    wrap = handle.wrap if handle is not None else (False, False)
     pictures = pictures_at(arguments, size, wrap=wrap) if changes_picture(type(pipe)) else {}
     with _attributes_set(pipe, cascade_of(pipe).attributes(pipe, *size)):
         return call_pipeline(pipe, {**arguments, **stage_arguments(pipe, size), **pictures})

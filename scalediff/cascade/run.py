@@ -235,10 +235,13 @@ class _Run:
             caches_of_stage(pipe, calls=calls, dropped=dropped),
             guidance_in_halves(pipe, unguided_from=unguided, split=self.options.split_guidance, guidance_scale=scale),
         ):
-            result = call_stage(pipe, size, {**self.arguments, **changes, **output})
+            result = self._call_stage(size, {**changes, **output})
         if not restarts and len(self.sizes) > 1:
             self.base_schedule_arguments = pipe.scheduler.schedule_arguments
         return result
+
+    def _call_stage(self, size: tuple[int, int], changes: Mapping[str, Any]) -> Any:
+        return call_stage(self.pipe, size, {**self.arguments, **changes}, wrap=wrap_of(self.pipe, self.settings))
 
     def _without_schedule(self) -> dict[str, None]:
         return {name: None for name in _SCHEDULE if name in self.arguments}
@@ -311,7 +314,7 @@ class _Run:
         if self.options.progress is not None:
             pipe.set_progress_bar_config(disable=True)
         try:
-            call_stage(pipe, self.base, {**self.arguments, "generator": fresh_generator(), **_LATENT})
+            self._call_stage(self.base, {"generator": fresh_generator(), **_LATENT})
         except ScheduleSet:
             pipe.maybe_free_model_hooks()
         pipe.scheduler = self.scheduler
@@ -327,4 +330,4 @@ class _Run:
             self.pipe.scheduler = resting_scheduler(self.pipe.scheduler, self.latents)
             changes |= {name: None for name in self.arguments if name == "callback_on_step_end"}
         start = start_arguments(self.pipe, self.latents, packed(self.pipe, self.latents))
-        return call_stage(self.pipe, size, {**self.arguments, **changes, **start})
+        return self._call_stage(size, {**changes, **start})

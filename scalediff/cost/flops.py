@@ -24,6 +24,8 @@ from scalediff.settings import Attention, Settings, plan_sizes
 from scalediff_kernels.neighborhood.api import TextQueries
 from scalediff_kernels.neighborhood.geometry import attention_flops, text_attention_flops
 
+LARGEST = 2**17  # pixels per side of a plan: the position ids of a larger picture take more than 1 GiB on the CPU
+
 
 @dataclass(frozen=True)
 class Work:
@@ -91,7 +93,8 @@ def count(name: str, size: tuple[int, int], *, attention: Attention = "npa") -> 
         steps = settings.steps if index == 0 else settings.stage_steps
         passes = steps * passes_of_a_step(model, settings)
         fit_denoiser(model, denoiser, (height, width))
-        inputs = model.inputs(height // model.factor, width // model.factor)
+        with torch.device("meta"):
+            inputs = model.inputs(height // model.factor, width // model.factor)
         how: Attention = attention if index else "full"  # also where the base is a little larger than the native area
         one = forward_work(denoiser, inputs, attention=how, native=model.native)
         after = sizes[index + 1] if index + 1 < len(sizes) else None
@@ -105,8 +108,10 @@ def stages(model: Model, denoiser: nn.Module, size: tuple[int, int]) -> tuple[Se
     """The settings of the default preset, and (height, width) in pixels of every stage up to a target.
 
     Raises:
-        ValueError: As `plan_sizes`, or the denoiser has no positions for the size.
+        ValueError: As `plan_sizes`; or a side is larger than `LARGEST`; or the denoiser has no positions for the size.
     """
+    if max(size) > LARGEST:
+        raise ValueError(f"a plan is for pictures of at most {LARGEST} x {LARGEST} pixels, got {size[0]} x {size[1]}")
     family = _family(denoiser)
     assert family.cascade is not None
     native = _native_grid(model, denoiser)

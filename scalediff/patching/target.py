@@ -200,8 +200,6 @@ class Target:
         if self._split is not None:
             facts = pass_facts(layout, self.offsets.place, arguments)
             check_agreement(self._split.groups, facts)
-            if isinstance(self._split, Halves):  # lengths of texts are those of its samples
-                layout = self.family.layout(module, self._split.own(arguments), self._read)
         if needs_equal_parts(module, self.family):
             check_equal_parts(module, layout)
         if self.attention == "full":
@@ -212,6 +210,8 @@ class Target:
             return AttentionPlan(layout, window=self.native), None, True
         if self._split is None:
             layout = gathered_layout(module, self.family, layout)
+        elif isinstance(self._split, Halves):  # lengths of texts are those of its samples
+            layout = self.family.layout(module, self._split.own(arguments), self._read)
         if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
             raise NotImplementedError(CHECKPOINTING)
         if torch.is_grad_enabled() and self.offsets.jitter != "none" and in_checkpoint():

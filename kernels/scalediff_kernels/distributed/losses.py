@@ -22,7 +22,8 @@ class LostRankError(RuntimeError):
     """A rank has ended or does not answer: the message names it, and the cause is the error of the backend."""
 
 
-_OTHERS = (LostRankError, NotImplementedError, torch.OutOfMemoryError)  # runtime errors that are no lost connection of a backend
+# Runtime errors that are no lost connection of a backend; a GPU reports the error of a kernel at a later call, such as a collective.
+_OTHERS = (LostRankError, NotImplementedError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @contextmanager

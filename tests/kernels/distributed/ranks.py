@@ -236,7 +236,7 @@ def failing() -> dict[str, str]:
     """What is raised where a collective or messages fail though no rank has ended, and of errors that are none of the connection."""
     said, world = dict[str, str](), distributed.group.WORLD
     failures = {"backend": (RuntimeError, ()), "peers": (RuntimeError, (1, 2)), "memory": (torch.OutOfMemoryError, ()),
-                "missing": (NotImplementedError, ())}  # fmt: skip
+                "missing": (NotImplementedError, ()), "kernel": (torch.AcceleratorError, ())}  # fmt: skip
     for name, (kind, peers) in failures.items():
         try:
             with losses.naming_losses(world, "gathering", peers=peers):

@@ -124,6 +124,7 @@ def test_a_failure_without_a_lost_rank_is_said_as_such(four: list[dict[str, Any]
         assert said["peers"].startswith(f"{lost} the connection to rank 1 or rank 2 while gathering")
         assert said["memory"] == "OutOfMemoryError timed out None"
         assert said["missing"] == "NotImplementedError timed out None"
+        assert said["kernel"] == "AcceleratorError timed out None"
 
 
 def test_without_processes() -> None:

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalediff
+from scalediff.cascade import pipeline
 from scalediff.cascade.checks import check_run
-from scalediff.cascade.pictures import around, picture_at, upsampled
+from scalediff.cascade.pictures import around, picture_at, pictures_at, upsampled
 from scalediff.cascade.pipeline import side_multiples, stage_sizes, wrap_of
 from scalediff.cascade.upsampling import upsampled_picture
 from scalediff.patching.networks import padding_parts
 from scalediff.settings import Settings
 from tests.conftest import seeded, state_of
+from tests.scalediff.cascade.changing_pipelines import changing
 from tests.scalediff.cascade.test_pipelines import built, picture
 
 diffusers = pytest.importorskip("diffusers", reason="whole pictures are drawn by diffusers' pipelines")
@@ -146,6 +148,21 @@ def test_upscale_wraps(sdxl: Any) -> None:
     assert not torch.allclose(first, plain)
     with pytest.raises(ValueError, match=r"a side that wraps must be a multiple of 2 pixels, got a picture of 8 x 9"):
         scalediff.upscale(pipe, picture(8, 9), None, **{**arguments, "height": 64, "width": 72}, wrap=X)
+
+
+@pytest.mark.parametrize("attention", ["npa", "full"])
+def test_a_changed_picture_wraps_in_every_stage(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, embeddings = changing("StableDiffusionXLImg2ImgPipeline")
+    wraps: list[Any] = []
+
+    def at_stage(arguments: Any, size: tuple[int, int], *, wrap: tuple[bool, bool]) -> dict[str, Any]:
+        wraps.append(wrap)
+        return pictures_at(arguments, size, wrap=wrap)
+
+    monkeypatch.setattr(pipeline, "pictures_at", at_stage)
+    arguments: dict[str, Any] = {"height": 16, "width": 16, "call": embeddings, **FAST, "strength": 0.5, "attention": attention}
+    scalediff.upscale(pipe, picture(16, 16), None, **arguments, force=True, wrap=X, generator=seeded())
+    assert wraps == [X, X]
 
 
 # resizing

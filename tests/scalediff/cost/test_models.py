@@ -145,6 +145,20 @@ def test_positions_that_a_model_does_not_have_are_refused() -> None:
         estimate_model("sd3.5-large", (4096, 4096))
 
 
+def test_a_plan_has_a_largest_size_and_needs_no_memory_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 131072 x 131072 pixels, FLUX.1's alone would take 16 GiB."""
+    for plan in (count, estimate_model):
+        with pytest.raises(ValueError, match="a plan is for pictures of at most 131072 x 131072 pixels, got 131088 x 1024"):
+            plan("flux", (131088, 1024))
+    seen = list[bool]()
+    monkeypatch.setattr(
+        flops, "forward_work", lambda denoiser, inputs, **_: seen.append(inputs["sample"].is_meta) or flops.Forward(1, 1, 1, 1)
+    )
+    monkeypatch.setattr(flops, "autoencoder_work", lambda *_, **__: 0.0)
+    count("sdxl", (2048, 2048))
+    assert seen == [True, True]
+
+
 def test_the_largest_size_that_fits() -> None:
     """It fits, and is not far below what does not."""
     options = {"tiled": True, "split": True, "offloaded": True}

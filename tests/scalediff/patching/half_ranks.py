@@ -12,8 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import scalediff
 from bench.models.zoo import WINDOW, ZOO
+from scalediff import Layout, Sequence
 from scalediff.patching.halves import Halves
 from scalediff.patching.patch_networks import patch_networks
+from tests.conftest import seeded
 from tests.scalediff.patching.ranks import GRID, build, built, draw, in_parallel, output
 from tests.scalediff.patching.row_ranks import UNET_GRID, unet_inputs
 
@@ -116,6 +118,32 @@ def own_network() -> dict[str, Any]:
     return found
 
 
+class Joint(nn.Module):
+    """A network of no known family: attention of texts, padded to the longest of the batch, and 4 x 4 tokens, or more rows."""
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        text = tokens.new_ones(len(tokens), tokens.shape[1], int(lengths.max()), tokens.shape[3])
+        x = torch.cat([text, tokens], dim=2)
+        return nn.functional.scaled_dot_product_attention(x, x, x)[:, :, text.shape[2] :]
+
+
+def ragged_halves() -> Tensor:
+    """A network whose length depends on the texts of its batch; first at its native size, where both ranks compute all of it."""
+    return joint([6, 3], init_device_mesh("cpu", (2,), mesh_dim_names=("guidance",)))
+
+
+def joint(lengths: list[int], mesh: Any = None) -> Tensor:
+    def layout(arguments: dict[str, Any]) -> Layout:
+        grid = (arguments["tokens"].shape[2] // 4, 4)
+        return Layout(grid, (Sequence(grid, text=int(arguments["lengths"].max())),))
+
+    model, tokens = Joint(), torch.randn(1, 1, 32, 8, generator=seeded()).repeat(len(lengths), 1, 1, 1)
+    with scalediff.patch_model(model, layout=layout, window=(4, 4), mesh=mesh), torch.no_grad():
+        model(tokens[:, :, :16], torch.tensor(lengths))
+        out: Tensor = model(tokens, torch.tensor(lengths))
+    return out
+
+
 def refused_halves() -> dict[str, str]:
     """What is raised where a batch cannot be halved."""
     said = dict[str, str]()
@@ -154,5 +182,5 @@ _KINDS = (
 HALVED = {f"{kind} in halves": functools.partial(halved, kind) for kind in _KINDS}
 CONTROLLED = {f"control, {guidance} halves": functools.partial(controlled, guidance) for guidance in (1, 2)}
 CASES: dict[str, Callable[[], Any]] = (
-    HALVED | CONTROLLED | {case.__name__: case for case in (drawn_in_halves, halved_control, own_network, refused_halves)}
+    HALVED | CONTROLLED | {case.__name__: case for case in (drawn_in_halves, halved_control, own_network, ragged_halves, refused_halves)}
 )

@@ -216,6 +216,11 @@ def test_halves_of_a_batch_give_what_one_process_gives(name: str, two: list[dict
     assert found["batches"] == [one, one, 2 * one]
 
 
+def test_halves_may_be_of_other_lengths_than_the_batch(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert_same(found["ragged_halves"], torch.cat([half_ranks.joint([6]), half_ranks.joint([3])]))
+
+
 def test_the_whole_cascade_in_halves_draws_the_same_picture(two: list[dict[str, Any]]) -> None:
     one, other = (found["drawn_in_halves"] for found in two)
     assert_same(one["latents"], ranks.draw(*ranks.built("SD3")))
