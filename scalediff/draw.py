@@ -334,9 +334,8 @@ def _run_cascade(
 ) -> Result:
     check_workdir(pipe, workdir, arguments["generator"], run_options.mesh)
     arguments = _complete_arguments(pipe, arguments, settings)
-    if not force:
-        tiling, split, wrap = run_options.vae_tiling, run_options.split_guidance, wrap_of(pipe, settings)
-        check_fit(pipe, arguments, sizes[-1], vae_tiling=tiling, split_guidance=split, wrap=wrap)
+    how = {name: getattr(run_options, name) for name in ("vae_tiling", "vae_attention", "split_guidance", "mesh")}
+    check_fit(pipe, arguments, sizes[-1], **how, attention=settings.attention, wrap=wrap_of(pipe, settings), force=force)
     stages: list[Stage] = []
     folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, given))
 
