@@ -43,8 +43,9 @@ def estimate_rank(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]
     denoiser = denoiser_of(pipe)
     twin = meta_copy(denoiser)
     set_attributes(twin, cascade_of(pipe).attributes(pipe, *size))
+    run = functools.partial(twin, *args, **kwargs)
     with wrap_meta_errors(denoiser):
-        held = band_peak(functools.partial(twin, *args, **kwargs), halo)
+        held = peak_bytes(run) if shares.rows == 1 else band_peak(run, halo)
     sample = sample_of(args, kwargs)
     held += 3 * shares.rows * sample.numel() * sample.element_size()  # the output, while it is gathered
     halves = base.halves if shares.samples == 1 else 1
