@@ -334,9 +334,9 @@ def _run_cascade(
 ) -> Result:
     check_workdir(pipe, workdir, arguments["generator"], run_options.mesh)
     arguments = _complete_arguments(pipe, arguments, settings)
-    if not force:
-        switches = Switches(run_options.vae_tiling, run_options.split_guidance, wrap_of(pipe, settings))
-        check_fit(pipe, arguments, sizes[-1], switches)
+    switches = Switches(run_options.vae_tiling, run_options.split_guidance, wrap_of(pipe, settings))
+    how = {"mesh": run_options.mesh, "attention": settings.attention, "vae_attention": run_options.vae_attention}
+    check_fit(pipe, arguments, sizes[-1], switches, **how, force=force)
     stages: list[Stage] = []
     folder = None if workdir is None else Workdir(Path(workdir), fingerprint_run(pipe, arguments, sizes, settings, run_options, given))
 

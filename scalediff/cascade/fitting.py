@@ -21,9 +21,13 @@ from scalediff.cascade.memory import (
 )
 from scalediff.cascade.pipeline import native_size, size_multiple
 from scalediff.cascade.placement import is_offloaded, weights_of
+from scalediff.cascade.rank_memory import estimate_rank, ranks_of_autoencoder
+from scalediff.cascade.ranks import on_all_ranks, ranks_of
 from scalediff.cost.flops import native_rules
 from scalediff.patching.circular import wrapped
 from scalediff.patching.networks import handle_of, padding_parts
+from scalediff.patching.splits import WHOLE, Shares
+from scalediff.settings import Attention
 
 _PICTURES = 4  # any way of decoding holds a picture about this many times, so the search begins where these fit
 _TRIES = 8
@@ -40,17 +44,21 @@ class Fit:
         available: Bytes that are available; None if not known.
         advice: What would reduce the need; empty if the run fits.
         size: (height, width) in pixels of about the same aspect ratio that would fit; None if the run fits or no size is known.
+        ranks: Number of ranks that draw the picture together, of which these are the numbers of one.
     """
 
     peak: int
     available: int | None
     advice: str = ""
     size: tuple[int, int] | None = None
+    ranks: int = 1
 
-    def describe(self) -> str:
-        """The need beside what is available, as a clause for messages."""
+    def describe(self, where: str = "") -> str:
+        """The need beside what is available, as a clause for messages; `where` says on which of several ranks."""
         needs = f"this run needs about {format_gib(self.peak)}"
-        return needs if self.available is None else f"{needs}; {format_gib(self.available)} are available"
+        if self.ranks > 1:
+            needs = f"each of {self.ranks} ranks needs at most about {format_gib(self.peak)}"
+        return needs if self.available is None else f"{needs}; {format_gib(self.available)} are available{where}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,9 @@ class Switches:
     wrap: tuple[bool, bool] = (False, False)
 
 
-def fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switches: Switches = Switches()) -> Fit:
+def fit_of(
+    pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switches: Switches = Switches(), *, shares: Shares = WHOLE
+) -> Fit:
     """Estimate whether a run fits into memory.
 
     Args:
@@ -70,6 +80,7 @@ def fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switc
         arguments: Arguments of the pipeline's call.
         size: (height, width) of the largest stage in pixels.
         switches: Those of the run.
+        shares: How ranks share the picture out; the estimate is then an upper bound, as in `estimate_rank`.
 
     Raises:
         ValueError: The pictures alone are larger than the device's memory.
@@ -78,51 +89,75 @@ def fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switc
     handle = handle_of(pipe)
     if any(switches.wrap) or (handle is not None and any(handle.wrap)):
         with wrapped(padding_parts(pipe), switches.wrap):
-            return _fit_of(pipe, arguments, size, switches)
-    return _fit_of(pipe, arguments, size, switches)
+            return _fit_of(pipe, arguments, size, switches, shares)
+    return _fit_of(pipe, arguments, size, switches, shares)
 
 
-def _fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switches: Switches) -> Fit:
+def _fit_of(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switches: Switches, shares: Shares) -> Fit:
     """`fit_of`, with the axes that wrap at present."""
     check_possible(pipe, arguments, size)
-    needs = estimate(pipe, arguments, size)
+    needs = _estimate(pipe, arguments, size, shares)
 
     def used_at(size: tuple[int, int]) -> dict[str, bool]:
-        needed = is_tiled(pipe.vae) or needs_tiling(pipe, size, images_per_call(arguments))
+        ranks = ranks_of_autoencoder(pipe, size, shares)
+        needed = is_tiled(pipe.vae) or needs_tiling(pipe, size, images_per_call(arguments), ranks=ranks)
         tiled = needed if switches.vae_tiling is None else switches.vae_tiling
         return {"tiled": tiled, "split": switches.split_guidance, "offloaded": is_offloaded(pipe)}
 
     used = used_at(size)
     peak, available = needs.peak(**used), available_bytes(pipe._execution_device)
     if available is None or peak <= available:
-        return Fit(peak, available)
-    return Fit(peak, available, needs.advice(available, **used), fitting_size(pipe, arguments, size, available, used_at))
+        return Fit(peak, available, ranks=shares.ranks)
+    fits = fitting_size(pipe, arguments, size, available, used_at, shares)
+    return Fit(peak, available, needs.advice(available, **used), fits, shares.ranks)
 
 
-def check_fit(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], switches: Switches = Switches()) -> None:
+def _estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int], shares: Shares) -> Estimate:
+    return estimate(pipe, arguments, size) if shares.ranks == 1 else estimate_rank(pipe, arguments, size, shares)
+
+
+def check_fit(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    size: tuple[int, int],
+    switches: Switches = Switches(),
+    *,
+    mesh: Any = None,
+    attention: Attention = "npa",
+    vae_attention: Attention = "full",
+    force: bool = False,
+) -> None:
     """Check that a run fits into the memory that is available, by estimate. A run whose memory cannot be estimated is not refused.
+
+    Ranks that draw together must all call it: if the run does not fit on one of them, all raise the same error.
 
     Args:
         pipe, arguments, size, switches: As in `fit_of`.
+        mesh, attention, vae_attention: As in `ranks_of`.
+        force: Whether this rank runs it all the same.
 
     Raises:
         ValueError: It does not fit. The message says what it needs, what there is, and what would fit.
     """
-    available = available_bytes(pipe._execution_device)
-    if available is None:
-        return
-    pixels = size[0] * size[1] * images_per_call(arguments)
-    if _PLENTY * pixels + sum(weights_of(pipe).values()) + MARGIN <= available:
-        return
-    try:
-        fit = fit_of(pipe, arguments, size, switches)
-    except NotImplementedError:
-        return
-    if fit.advice:
-        raise ValueError(
-            f"the run must fit into the memory of {pipe._execution_device}, got {size[0]} x {size[1]}: {fit.describe()}; {fit.advice}; "
-            f"{describe_fit(fit.size)}; force=True runs it all the same"
-        )
+    groups, shares = ranks_of(pipe, mesh, attention=attention, vae_attention=vae_attention)
+
+    def fit() -> Fit | None:
+        available = None if force else available_bytes(pipe._execution_device)
+        pixels = size[0] * size[1] * images_per_call(arguments)
+        if available is None or _PLENTY * pixels + sum(weights_of(pipe).values()) + MARGIN <= available:
+            return None
+        try:
+            return fit_of(pipe, arguments, size, switches, shares=shares)
+        except NotImplementedError:
+            return None
+
+    for rank, found in on_all_ranks(fit, groups, "comparing their memory").items():
+        if found is not None and found.advice:
+            where = f" on rank {rank}" if groups else ""
+            raise ValueError(
+                f"the run must fit into the memory of {pipe._execution_device}, got {size[0]} x {size[1]}: {found.describe(where)}; "
+                f"{found.advice}; {describe_fit(found.size)}; force=True runs it all the same"
+            )
 
 
 def check_possible(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> None:
@@ -152,6 +187,7 @@ def fitting_size(
     size: tuple[int, int],
     available: int,
     options: Callable[[tuple[int, int]], Mapping[str, bool]],
+    shares: Shares = WHOLE,
 ) -> tuple[int, int] | None:
     """The largest size of about the same aspect ratio whose run fits into memory, by estimate.
 
@@ -161,16 +197,17 @@ def fitting_size(
         size: (height, width) in pixels that does not fit.
         available: Bytes that are available.
         options: Function from a size to the options in use, as in `Estimate.peak`.
+        shares: How ranks share the picture out, which they can at the size that is returned.
 
     Returns:
         (height, width) in pixels, or None if no size of at least the native area fits, or if it is not known.
     """
 
     def needs(size: tuple[int, int]) -> tuple[Estimate, Mapping[str, bool]]:
-        return estimate(pipe, arguments, size), options(size)
+        return _estimate(pipe, arguments, size, shares), options(size)
 
-    pixels = _picture_bytes(pipe, arguments, (1, 1))
-    return _largest(size, available, needs, native=native_size(pipe), multiple=size_multiple(pipe), pixel_bytes=pixels)
+    pixels, multiple = _picture_bytes(pipe, arguments, (1, 1)), size_multiple(pipe) * shares.multiple
+    return _largest(size, available, needs, native=native_size(pipe), multiple=multiple, pixel_bytes=pixels)
 
 
 def fitting_model_size(name: str, size: tuple[int, int], available: int, options: Mapping[str, bool]) -> tuple[int, int] | None:

@@ -108,7 +108,7 @@ def estimate(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> 
     weights = weights_of(pipe)
     denoiser, vae = denoiser_of(pipe), pipe.vae
     weights["denoiser"] = weights.pop(next(name for name in ("unet", "transformer") if name in weights))
-    args, kwargs, batch = _first_denoiser_call(pipe, arguments, size)
+    args, kwargs, batch = first_denoiser_call(pipe, arguments, size)
     twin = meta_copy(denoiser)
     set_attributes(twin, cascade_of(pipe).attributes(pipe, *size))
     with wrap_meta_errors(denoiser):
@@ -267,7 +267,7 @@ class _DenoiserCalled(Exception):
     """Raised at the first call of the denoiser, with its arguments."""
 
 
-def _first_denoiser_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+def first_denoiser_call(pipe: Any, arguments: Mapping[str, Any], size: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any], int]:
     """The arguments of the pipeline's first denoiser call at a size, and the number of pictures in the call."""
     if len(networks_of(pipe)) > 1:
         raise NotImplementedError("the memory of a pipeline with a ControlNet cannot be estimated")

@@ -34,7 +34,7 @@ from scalediff.cascade.memory import images_per_call, joined_sizes, needs_tiling
 from scalediff.cascade.pictures import picture_at
 from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size, wrap_of
 from scalediff.cascade.progress import Progress
-from scalediff.cascade.ranks import largest_of_ranks
+from scalediff.cascade.ranks import check_stages, largest_of_ranks
 from scalediff.cascade.results import RunOptions, Stage
 from scalediff.cascade.schedule import Guidance, Watch, guided_scheduler, model_calls, recording_scheduler
 from scalediff.cascade.splitting import AutoencoderSplit, split_autoencoder
@@ -80,6 +80,8 @@ def run(
         borrowed(pipe, settings, options.vae_attention, mesh=options.mesh) as handle,
         _split_autoencoder(pipe, handle, sizes, settings, options) as split,
     ):
+        if handle is not None:
+            check_stages(pipe, handle, sizes, settings, restarts=restarts)
         jitter, calls = handle.jitter if handle is not None else "none", model_calls(pipe.scheduler, settings.steps)
         late = restarts + (given is not None and strength_steps(pipe, settings.steps, given.strength) < settings.steps)
         check_caches(pipe, settings, calls=calls, late=late, jitter=jitter, split_guidance=options.split_guidance)

@@ -51,6 +51,16 @@ def split_obstacle(vae: Any) -> str:
     return ""
 
 
+def has_bands(vae: Any, size: tuple[int, int], native: tuple[int, int], ranks: int) -> bool:
+    """Whether pictures of (height, width) pixels have equal bands of latents for ranks, and more than the native area."""
+    return size[0] % (ranks * _factor(vae)) == 0 and size[0] * size[1] > native[0] * native[1]
+
+
+def _factor(vae: Any) -> int:
+    """Pixels per latent along an axis."""
+    return 2 ** (len(vae.encoder.down_blocks) - 1) if hasattr(getattr(vae, "encoder", None), "down_blocks") else 1
+
+
 class AutoencoderSplit:
     """An autoencoder whose pictures are split by rows.
 
@@ -61,14 +71,13 @@ class AutoencoderSplit:
     """
 
     def __init__(self, vae: Any, groups: tuple[Any, ...], native: tuple[int, int]) -> None:
-        self.vae, self.group, self._groups, self._area = vae, groups[0], groups, native[0] * native[1]
-        self.factor = 2 ** (len(vae.encoder.down_blocks) - 1) if hasattr(getattr(vae, "encoder", None), "down_blocks") else 1
-        self.obstacle = split_obstacle(vae)
+        self.vae, self.group, self._groups, self._native = vae, groups[0], groups, native
+        self.factor, self.obstacle = _factor(vae), split_obstacle(vae)
 
     def ranks_at(self, height: int, width: int) -> int:
         """Number of ranks that share a picture of these pixels out; 1 where each computes all of it."""
         ranks = distributed.get_world_size(self.group)
-        return 1 if self.obstacle or height * width <= self._area or height % (ranks * self.factor) else ranks
+        return ranks if not self.obstacle and has_bands(self.vae, (height, width), self._native, ranks) else 1
 
     def run(self, forward: Callable[..., Tensor], pixels: int, x: Tensor, *args: Any) -> Tensor:
         """The result of an encoder or decoder, `[B, C, Y, X]`, of which a row or column is `pixels` of the picture's.

@@ -135,17 +135,18 @@ def upscale_pictures(options: Namespace) -> None:
     facts |= {name: value for name, value in changes.items() if value is not None}
     check_scheduler(pipe.scheduler)
     stage_sizes(pipe, height, width, wrap=wrap_of(pipe, settings))
-    print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
-    with process_group(options), drawing_together(options, pipe) as saves:
-        for job in jobs:
-            arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(jobs) > 1)
-            arguments |= {"mask_image": mask, "strength": options.strength, "height": height, "width": width}
-            if not saves:
-                upscale(pipe, image, job.prompt, **(arguments | SILENT))
-                continue
-            print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
-            with _stage_saver(pipe, options, job, facts) as (save, _):
-                print_result(upscale(pipe, image, job.prompt, **arguments, on_stage=save), options, job)
+    with process_group(options):
+        print_memory_estimate(pipe, options, jobs[0], (height, width), settings)
+        with drawing_together(options, pipe) as saves:
+            for job in jobs:
+                arguments = run_arguments(pipe, options, job, settings, upsampler, several=len(jobs) > 1)
+                arguments |= {"mask_image": mask, "strength": options.strength, "height": height, "width": width}
+                if not saves:
+                    upscale(pipe, image, job.prompt, **(arguments | SILENT))
+                    continue
+                print_status(f"{image.height} x {image.width} -> {height} x {width}, seed {job.seed}, {device_name(pipe)}")
+                with _stage_saver(pipe, options, job, facts) as (save, _):
+                    print_result(upscale(pipe, image, job.prompt, **arguments, on_stage=save), options, job)
 
 
 @contextmanager

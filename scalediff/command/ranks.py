@@ -95,12 +95,14 @@ def check_together(options: Namespace) -> None:
 
 @contextmanager
 def process_group(options: Namespace) -> Iterator[None]:
-    """The process group of all processes, with --split-picture.
+    """The process group of all processes, with --split-picture, for messages between their own GPUs.
 
     It is ended only if nothing failed: where a process is lost, some backends wait for it.
     """
     started = options.split_picture and not distributed.is_initialized()
     if started:
+        if (device := device_name(options)).startswith("cuda:"):
+            torch.cuda.set_device(device)
         distributed.init_process_group()
     yield
     if started:
@@ -113,7 +115,5 @@ def drawing_together(options: Namespace, pipe: Any) -> Iterator[bool]:
     if not options.split_picture:
         yield True
         return
-    if pipe._execution_device.type == "cuda":
-        torch.cuda.set_device(pipe._execution_device)
     with patch_model(pipe, mesh=distributed.group.WORLD):
         yield place().rank == 0

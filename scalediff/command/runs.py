@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from scalediff.cascade.changing import blank_arguments
 from scalediff.cascade.fitting import Switches, check_possible, describe_fit, fit_of
 from scalediff.cascade.metadata import save_png
 from scalediff.cascade.pipeline import guidance_argument, named_preset, native_size, wrap_of
 from scalediff.cascade.progress import Step
+from scalediff.cascade.ranks import on_all_ranks, ranks_of
 from scalediff.cascade.upsampling import Upsampler
 from scalediff.command.allocator import MEMORY_HEADROOM, keep_freed_memory
 from scalediff.command.loading import UsageError, load_model, one_line
@@ -88,6 +92,8 @@ def preview_path(job: Job) -> Path:
 def print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[int, int], settings: Settings) -> None:
     """Print the memory that the run needs, and refuse a run that does not fit; on a CPU with plenty, keep freed memory.
 
+    Processes that draw together do so alike, by the one with the least to spare.
+
     Methods whose denoiser never sees the whole picture need less, which is not estimated.
 
     Raises:
@@ -103,15 +109,22 @@ def print_memory_estimate(pipe: Any, options: Namespace, job: Job, size: tuple[i
         check_possible(pipe, arguments, size)
         print_status(f"memory: no estimate for {options.method}, whose denoiser does not see the whole picture at once")
         return
+    together = distributed.group.WORLD if getattr(options, "split_picture", False) else None  # `compare` has no such option
+    groups, shares = ranks_of(pipe, together, attention=settings.attention, vae_attention=options.vae_attention)
+    first = not groups or distributed.get_rank() == 0  # of those that draw together, one says it
+    switches = Switches(vae_tiling(options), options.low_memory or options.split_guidance, wrap_of(pipe, settings))
+    find_fit = functools.partial(fit_of, pipe, arguments, size, switches, shares=shares)
     try:
-        switches = Switches(vae_tiling(options), options.low_memory or options.split_guidance, wrap_of(pipe, settings))
-        fit = fit_of(pipe, arguments, size, switches)
+        fits = on_all_ranks(find_fit, groups, "comparing their memory")
     except NotImplementedError as why:
-        print_status(f"memory: no estimate: {one_line(why)}")
+        if first:
+            print_status(f"memory: no estimate: {one_line(why)}")
         return
-    described = f"{fit.describe()}; {fit.advice}" if fit.advice else fit.describe()
+    rank, fit = min(fits.items(), key=lambda item: math.inf if item[1].available is None else item[1].available - item[1].peak)
+    described = fit.describe(f" on rank {rank}" if groups else "") + (f"; {fit.advice}" if fit.advice else "")
     if fit.advice and not options.force:
         raise UsageError(f"{described}; {describe_fit(fit.size)}; --force runs it all the same")
-    print_status(f"memory: {described}")
+    if first:
+        print_status(f"memory: {described}")
     if fit.available is not None and pipe._execution_device.type == "cpu" and MEMORY_HEADROOM * fit.peak <= fit.available:
         keep_freed_memory()

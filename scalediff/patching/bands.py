@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from scalediff.families.grid import Grid
 from scalediff.patching.halves import GUIDANCE, Halves, with_output
+from scalediff.patching.rows import check_rows
+from scalediff.patching.stack import has_compiled_parts
 from scalediff_kernels.distributed.bands import convolve_band, gather_bands, normalise_band
 from scalediff_kernels.distributed.groups import group_of
 
@@ -33,6 +37,7 @@ class Bands:
         mesh: A process group, or a `DeviceMesh` of one dimension; or one of two, `("guidance", "rows")`, of which the first has two ranks.
             Each of them computes half of a batch of even size, such as that of classifier-free guidance.
         parameters: Names of the arguments of its `forward`.
+        levels: Number of its levels, of which each has half the rows of the one before.
 
     Attributes:
         group: The group over which rows are split.
@@ -43,17 +48,22 @@ class Bands:
         ValueError: As `group_of`; also if a mesh of two dimensions is another one.
     """
 
-    def __init__(self, mesh: Any, parameters: Sequence[str]) -> None:
-        self._parameters, self._halves = tuple(parameters), None
+    def __init__(self, mesh: Any, parameters: Sequence[str], levels: int) -> None:
+        self._parameters, self._levels, self._halves = tuple(parameters), levels, None
+        self._warned = False
         if isinstance(mesh, DeviceMesh) and mesh.ndim == 2:
             if mesh.mesh_dim_names != (GUIDANCE, "rows") or mesh.size(0) != 2:
-                raise ValueError(f"a mesh of two dimensions must have 2 ranks for guidance, and others for rows, got {mesh}")
+                raise ValueError(f"a mesh of two dimensions must be of 2 ranks for {GUIDANCE!r} and others for 'rows', got {mesh}")
             self._halves, mesh = Halves(mesh[GUIDANCE], parameters), mesh["rows"]
         self.group = group_of(mesh)
         self.groups = (self.group,) if self._halves is None else (self.group, *self._halves.groups)
 
     def undo(self, module: nn.Module) -> None:
         """Nothing remains after a pass."""
+
+    def check_grid(self, grid: Grid) -> None:
+        """Check that pictures of this token grid can be split; errors as in `check_rows`."""
+        check_rows(grid[0], distributed.get_world_size(self.group), levels=self._levels)
 
     def run(self, module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a method with this rank's band of the latents, which are its first argument; the result is that of the whole picture.
@@ -64,14 +74,29 @@ class Bands:
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         _check_parts(module, given)
         if self._halves is not None:
-            return self._halves.run(module, functools.partial(self._run_band, method), (), given)
-        return self._run_band(method, **given)
+            return self._halves.run(module, functools.partial(self._run_band, module, method), (), given)
+        return self._run_band(module, method, **given)
 
-    def _run_band(self, method: Callable[..., Any], **given: Any) -> Any:
+    def _run_band(self, module: nn.Module, method: Callable[..., Any], /, **given: Any) -> Any:
         given |= {name: self._band(given.get(name)) for name in (self._parameters[0], *_RESIDUALS) if name in given}
-        with over_ranks(self.group):
+        alone = distributed.get_world_size(self.group) == 1  # its band is the picture, of any number of rows
+        with over_ranks(None if alone else self.group), self._uncompiled(module):
             result = method(**given)
         return with_output(result, lambda out: gather_bands(out, self.group))
+
+    def _uncompiled(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Run what is compiled as it was before: a message between any two layers leaves nothing to a graph; with a warning, once."""
+        if not has_compiled_parts(module):
+            return nullcontext()
+        if not self._warned:
+            self._warned = True
+            name = type(module).__name__
+            warnings.warn(
+                f"scalediff: the compiled parts of {name} run uncompiled where mesh= splits its rows: its layers exchange rows",
+                stacklevel=2,
+            )
+        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
 
     def _band(self, value: Any) -> Any:
         """This rank's rows of latents, or of residuals, which have the rows of any level."""

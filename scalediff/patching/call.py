@@ -50,6 +50,10 @@ class Call:
                 self._exact = self.rotation.tables(self.grid, native, self.window, self.patch, self.offset)
         self.text_rope = self._exact  # on the device and in the dtype of the last call
         self.share = None if group is None else RowShare(sequence, group)  # this rank's, if the rows are split over ranks
+        if self.share is not None:
+            self._attend_uncompiled = torch.compiler.disable(
+                self._attend_over_ranks, reason="ranks exchange rows: leave out fullgraph=True"
+            )
         held = sequence if self.share is None else self.share.with_all_text
         spans = held.spans(len(held.real) or 1)
         around = int(wrap[0]), int(wrap[1])
@@ -94,7 +98,8 @@ class Call:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Attention of queries `[B, S, H, D]` to keys and values `[B, S, G, D]`; the output is zero at padding."""
         if self.share is not None:
-            return self._attend_over_ranks(self.share, q, k, v, scale)
+            out: Tensor = self._attend_uncompiled(self.share, q, k, v, scale)
+            return out
         parts = self._parts()
         if parts is None:
             return self._attend(q, k, v, scale)

@@ -14,7 +14,8 @@ from torch import distributed, nn
 
 from scalediff.families import FAMILIES
 from scalediff.families.base import Family
-from scalediff.families.grid import Layout
+from scalediff.families.grid import Grid, Layout
+from scalediff.patching.rows import check_rows
 from scalediff.patching.stack import in_forward
 from scalediff.patching.subclass import ATTRIBUTE
 from scalediff_kernels.distributed.groups import group_of
@@ -92,9 +93,10 @@ def check_equal_parts(module: nn.Module, layout: Layout) -> None:
     degree = _configuration(module).ulysses_degree
     for sequence in layout.sequences:
         if (sequence.area % degree or sequence.text % degree) and not in_forward(module):  # inside, these are the tokens of one rank
+            text = f" and {sequence.text} text" if sequence.text else ""
             raise ValueError(
-                f"ulysses_degree={degree} splits image and text into equal parts, got {sequence.area} image and {sequence.text} text "
-                f"tokens: choose another size or text length, or ContextParallelConfig(ulysses_anything=True)"
+                f"ulysses_degree={degree} splits image and text into equal parts, got {sequence.area} image{text} tokens: choose another "
+                f"size or text length, or ContextParallelConfig(ulysses_anything=True)"
             )
 
 
@@ -113,7 +115,7 @@ class RowSplit:
         mesh: A process group of all processes, or a `DeviceMesh` of one dimension over them.
 
     Raises:
-        ValueError: The model is parallel already.
+        ValueError: The model is parallel already, or there is one rank alone.
         TypeError: `mesh` is neither a group nor a mesh.
         RuntimeError: There is no process group.
         NotImplementedError: The family is not one of those that can be split, the mesh does not have all processes, or there is no
@@ -131,6 +133,10 @@ class RowSplit:
         ranks = distributed.get_world_size(self.group)
         uneven = module.config.num_attention_heads % ranks != 0  # heads are padded, up to the native area alone
         module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven))
+
+    def check_grid(self, grid: Grid) -> None:
+        """Check that pictures of this token grid can be split; errors as in `check_rows`."""
+        check_rows(grid[0], distributed.get_world_size(self.group))
 
     def undo(self, module: Any) -> None:
         """Remove the split."""
@@ -174,6 +180,8 @@ def check_row_split(module: Any, family: Family, mesh: Any) -> Any:
     check_not_parallel(module)
     if ranks != world:
         raise NotImplementedError(f"mesh= must have all processes, got {ranks} of {world}")
+    if ranks == 1:
+        raise ValueError(f"mesh= must have at least 2 ranks to split {name}, got 1")
     if torch.accelerator.device_count() == 0:
         raise NotImplementedError("mesh= needs an accelerator, as diffusers' context parallelism does: got none")
     return group

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from scalediff.families.grid import Grid
 from scalediff_kernels.distributed.groups import all_gather, group_of
 
 GUIDANCE = "guidance"  # the name of a dimension of a mesh
@@ -50,6 +51,9 @@ class Halves:
 
     def undo(self, module: nn.Module) -> None:
         """Nothing remains after a pass."""
+
+    def check_grid(self, grid: Grid) -> None:
+        """Pictures of any token grid can be split: their rows are not."""
 
     def run(self, module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a method with this rank's half of every argument; the result is that of the whole batch.

@@ -19,6 +19,7 @@ from scalediff.families.grid import Grid
 from scalediff.patching.circular import NO_WRAP, Wrap, check_convolutions, set_wrap
 from scalediff.patching.entry import denoiser_methods
 from scalediff.patching.report import Report, Row
+from scalediff.patching.splits import Shares
 from scalediff.patching.subclass import ATTRIBUTE, patch_class, restore_class
 from scalediff.patching.target import Options, Target
 from scalediff.settings import Attention, Jitter
@@ -141,6 +142,10 @@ class Handle:
         """
         return self._targets[0].check(*args, **inputs)
 
+    def check_grid(self, grid: Grid, *, in_windows: bool) -> None:
+        """Check that the ranks, if there are any, can share out a pass of the denoiser with this token grid; as in `Target.check_grid`."""
+        self._targets[0].check_grid(grid, in_windows=in_windows)
+
     def restart_jitter(self) -> None:
         """Restart the sequence of patch grid offsets, so that repeating a run repeats its offsets."""
         for target in self._targets:
@@ -160,6 +165,11 @@ class Handle:
     def groups(self) -> tuple[Any, ...]:
         """The process groups of `mesh=`, first that whose ranks share out rows, at least in the autoencoder. Empty without."""
         return self._targets[0].groups
+
+    @property
+    def shares(self) -> Shares:
+        """Into how many parts the ranks of `mesh=` split a pass above the native area."""
+        return self._targets[0].shares
 
     @property
     def model(self) -> Any:

@@ -19,6 +19,21 @@ from scalediff.families.grid import Layout, Sequence, split_sizes
 from scalediff_kernels.distributed.groups import all_gather, group_of
 
 
+def check_rows(rows: int, ranks: int, *, levels: int = 1) -> None:
+    """Check that ranks can have equal numbers of the rows of tokens, at each of some levels, which have half the rows of the one before.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    multiple = ranks << (levels - 1)
+    if rows % multiple and ranks > 1:
+        several = f" at each of {levels} levels" if levels > 1 else ""
+        raise ValueError(
+            f"{ranks} ranks split a picture into equal bands of rows{several}, got {rows} rows of tokens: choose a height with a multiple "
+            f"of {multiple} rows, or another number of ranks"
+        )
+
+
 class RowShare:
     """This rank's part of one kind of sequence.
 
@@ -39,11 +54,7 @@ class RowShare:
         self.group, self.side = group_of(group), sequence.side
         self._rank, ranks = distributed.get_rank(self.group), distributed.get_world_size(self.group)
         rows, columns = sequence.grid
-        if rows % ranks:
-            raise ValueError(
-                f"{ranks} ranks split a picture into equal bands of rows, got {rows} rows of tokens: choose a height of which "
-                f"{ranks} ranks have equal numbers of rows, or another number of ranks"
-            )
+        check_rows(rows, ranks)
         self.rows = (rows // ranks,) * ranks
         self.area = self.rows[0] * columns
         self._texts = split_sizes(sequence.text, ranks)

@@ -40,7 +40,13 @@ def in_forward(module: nn.Module) -> bool:
     return any(names.get("self") is module or names.get("module") is module for names in running)
 
 
-def in_compiled_function() -> bool:
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Whether a module or a part of it is compiled."""
+    parts = module.modules()
+    return _in_compiled_function() or any(getattr(p, "_compiled_call_impl", None) is not None or hasattr(p, "_orig_mod") for p in parts)
+
+
+def _in_compiled_function() -> bool:
     """Whether the caller runs inside a function that torch.compile has wrapped."""
     wrappers = (frame.f_code for frame in frames(sys._getframe(1)) if frame.f_code.co_name == "compile_wrapper")
     return any(code.co_filename.endswith("_dynamo/eval_frame.py") for code in wrappers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.families.base import Family, Reader
-from scalediff.families.grid import Grid, Layout, UnknownLayout
+from scalediff.families.grid import Grid, Layout, Sequence, UnknownLayout
 from scalediff.patching.account import Account
 from scalediff.patching.caches import check_jitter, check_ranks, empty_caches
 from scalediff.patching.call import Call
@@ -22,11 +21,12 @@ from scalediff.patching.circular import NO_WRAP, Wrap
 from scalediff.patching.context_parallel import RowSplit, check_equal_parts, gathered_layout, is_parallel, needs_equal_parts
 from scalediff.patching.halves import Halves
 from scalediff.patching.interception import Pass, close_pass, current, open_pass
+from scalediff.patching.offsets import Offsets
 from scalediff.patching.plan import AttentionPlan
 from scalediff.patching.report import Report, Row
 from scalediff.patching.rows import pass_facts
-from scalediff.patching.splits import DenoiserSplit, split_over
-from scalediff.patching.stack import CHECKPOINTING, in_checkpoint, in_compiled_function
+from scalediff.patching.splits import DenoiserSplit, Shares, shares_of, split_over
+from scalediff.patching.stack import CHECKPOINTING, has_compiled_parts, in_checkpoint
 from scalediff.settings import Attention, Jitter
 from scalediff_kernels.distributed.groups import check_agreement
 from scalediff_kernels.neighborhood.api import Impl, TextQueries
@@ -51,48 +51,6 @@ class Patch(Protocol):
     def model(self) -> Any: ...
 
     def remove(self) -> None: ...
-
-
-class Offsets:
-    """The offset of the patch grid, as a fraction of a patch: one offset per step.
-
-    Passes with the same input tensor belong to one step. The conditional and the unconditional pass of a step must use the same grid,
-    because guidance would amplify any difference between them.
-    """
-
-    def __init__(self, jitter: Jitter, seed: int) -> None:
-        self.jitter, self._seed = jitter, seed
-        self.restart()
-
-    def restart(self) -> None:
-        """Start the sequence of offsets again."""
-        self._random = random.Random(self._seed)
-        self._last_input: tuple[weakref.ref[Tensor], int] | None = None
-        self._fraction = (0.0, 0.0)
-        self._steps = 0
-
-    @property
-    def place(self) -> str:
-        """The place in the sequence, to compare with other ranks."""
-        return f"{self.jitter} after {self._steps} steps"
-
-    @property
-    def at_start(self) -> bool:
-        """Whether no step has had an offset yet."""
-        return self._steps == 0
-
-    def next(self, model_input: Tensor) -> tuple[float, float]:
-        """The offset `(Y, X)` of a pass with this input."""
-        version = 0 if model_input.is_inference() else model_input._version
-        last = self._last_input
-        if self.jitter != "none" and (last is None or last[0]() is not model_input or last[1] != version):
-            self._last_input = weakref.ref(model_input), version
-            if self.jitter == "random":
-                self._fraction = self._random.random(), self._random.random()
-            else:
-                self._fraction = (0.5, 0.5) if self._steps % 2 else (0.0, 0.0)
-            self._steps += 1
-        return self._fraction
 
 
 class Target:
@@ -127,6 +85,7 @@ class Target:
         self.family, self.native, self.options, self._parameters = family, native, options, parameters
         self.attention: Attention = "npa"
         self._split: DenoiserSplit | None = None
+        self.shares = Shares()
         self.account = Account(denoiser, family, native, prefix=prefix, strict=strict)
         self._rotation = family.rotation(denoiser) if options.text_rope else None
         self.offsets = Offsets(jitter, seed)
@@ -150,6 +109,7 @@ class Target:
         """Split the denoiser's tokens or batch over the ranks of a mesh; errors as in `splits.split_over`."""
         module = self.module()
         assert module is not None
+        self.shares = shares_of(mesh, module, self.family)
         self._split = split_over(mesh, module, self.family, self._parameters)
 
     def undo_split(self) -> None:
@@ -157,6 +117,23 @@ class Target:
         module, split, self._split = self.module(), self._split, None
         if split is not None and module is not None:
             split.undo(module)
+
+    def check_grid(self, grid: Grid, *, in_windows: bool) -> None:
+        """Check that the ranks over which the denoiser is split, if any, can share out a pass with this token grid.
+
+        Args:
+            grid: Token grid `(Y, X)` at the finest level.
+            in_windows: Whether attention is computed in windows if the grid is above the native area.
+
+        Raises:
+            ValueError: They cannot have equal parts.
+        """
+        module = self.module()
+        assert module is not None
+        if self._split is not None and in_windows and grid[0] * grid[1] > self.native[0] * self.native[1]:
+            self._split.check_grid(grid)
+        if needs_equal_parts(module, self.family):
+            check_equal_parts(module, Layout(grid, (Sequence(grid),)))
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
         """Open a pass for a forward above the native area; None if the forward needs no interception."""
@@ -205,7 +182,7 @@ class Target:
         if self.attention == "full":
             return None
         if layout.grid[0] * layout.grid[1] <= self.native[0] * self.native[1]:
-            if self.account.layout_is_checked or _has_compiled_parts(module):
+            if self.account.layout_is_checked or has_compiled_parts(module):  # it would be compiled for itself
                 return None
             return AttentionPlan(layout, window=self.native), None, True
         if self._split is None:
@@ -311,12 +288,6 @@ _active: weakref.WeakSet[Target] = weakref.WeakSet()
 def any_active() -> bool:
     """Whether any model in the process is patched."""
     return len(_active) > 0
-
-
-def _has_compiled_parts(module: nn.Module) -> bool:
-    """Whether the module or a part of it is compiled. A pass that only observes would be compiled for itself."""
-    parts = module.modules()
-    return in_compiled_function() or any(getattr(p, "_compiled_call_impl", None) is not None or hasattr(p, "_orig_mod") for p in parts)
 
 
 @contextlib.contextmanager

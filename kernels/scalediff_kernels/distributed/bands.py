@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from scalediff_kernels.distributed.groups import all_gather
 from scalediff_kernels.distributed.losses import naming_losses
 
-_ELEMENTS = 2**26  # of a picture that a norm copies at once
+NORM_ELEMENTS = 2**26  # of a picture that a norm copies at once
 
 
 def convolve_band(
@@ -76,7 +76,7 @@ def normalise_band(
     """
     cast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
     wide, grouped = torch.promote_types(x.dtype, torch.float32), x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, -1)
-    at_once = max(1, num_groups * _ELEMENTS // x.numel())  # groups, whose copies in fp32 are in memory together
+    at_once = max(1, num_groups * NORM_ELEMENTS // x.numel())  # groups, whose copies in fp32 are in memory together
     found = [torch.var_mean(part.to(wide), (2, 3), correction=0) for part in grouped.split(at_once, dim=1)]
     variance, mean = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     mean, variance = merge_statistics(mean, variance, group)

@@ -67,6 +67,26 @@ def broadcast(value: Any, group: Any) -> Any:
     return found[0]
 
 
+def gather_by_rank(value: Any, groups: tuple[Any, ...], doing: str) -> dict[int, Any]:
+    """The value of every rank of a mesh, any object, by its number among all processes.
+
+    Args:
+        value: This rank's.
+        groups: The process groups of all dimensions of the mesh.
+        doing: What this rank does meanwhile, for the message of an error.
+
+    Raises:
+        LostRankError: A rank has ended: the message names it.
+    """
+    found = {distributed.get_rank(): value}
+    for group in groups:  # after each, a rank has the values of all ranks of one more dimension
+        parts: list[Any] = [None] * distributed.get_world_size(group)
+        with naming_losses(group, doing):
+            distributed.all_gather_object(parts, found, group=group)
+        found = {rank: theirs for part in parts for rank, theirs in part.items()}
+    return dict(sorted(found.items()))
+
+
 def check_agreement(group: Any, facts: Mapping[str, str]) -> None:
     """Check that all ranks of a group or mesh pass the same facts. All ranks must call it; every rank raises the same error.
 
@@ -78,15 +98,10 @@ def check_agreement(group: Any, facts: Mapping[str, str]) -> None:
         ValueError: A rank has others. The message names the first rank that differs from the first of all, and how.
         LostRankError: A rank has ended: the message names it.
     """
-    found = {distributed.get_rank(): dict(facts)}
-    for one in group if isinstance(group, tuple) else (group,):  # after each, a rank has the facts of all ranks of one more dimension
-        parts: list[Any] = [None] * distributed.get_world_size(one)
-        with naming_losses(one, "comparing what all ranks must agree on"):
-            distributed.all_gather_object(parts, found, group=one)
-        found = {rank: theirs for part in parts for rank, theirs in part.items()}
+    found = gather_by_rank(dict(facts), group if isinstance(group, tuple) else (group,), "comparing what all ranks must agree on")
     start = min(found)
     first = found[start]
-    for rank, other in sorted(found.items(), key=lambda item: item[0]):
+    for rank, other in found.items():
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
             differences = "; ".join(f"{name} is {first.get(name)} on rank {start} and {other.get(name)} on rank {rank}" for name in names)

@@ -165,12 +165,12 @@ def split_rows() -> dict[str, Any]:
 
 def rounded() -> dict[str, tuple[Tensor, Tensor]]:
     """In lower precision, in which norms copy a few channels at a time."""
-    found, bands._ELEMENTS = {}, 2**8
+    found, bands.NORM_ELEMENTS = {}, 2**8
     for dtype in (torch.float32, torch.bfloat16):
         vae = autoencoder().to(dtype)
         with split_autoencoder(vae, (distributed.group.WORLD,), NATIVE, {}):
             found[str(dtype)] = computed(vae, pictures(vae, (48, 20)))
-    bands._ELEMENTS = 2**26
+    bands.NORM_ELEMENTS = 2**26
     return found
 
 

@@ -137,12 +137,16 @@ def test_a_run_that_does_not_fit_is_refused(demo: Any, monkeypatch: pytest.Monke
     check_fit(demo, ARGUMENTS, (height, width))
 
 
+DEFAULTS = (None, "npa", "full")
+
+
 def test_every_run_is_checked_before_it_starts(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At its last size, with its switches, by every method that sees the picture as a whole; `force` turns the check off."""
 
-    def refuse(pipe: Any, arguments: Any, size: tuple[int, int], switches: Any = None) -> None:
+    def refuse(pipe: Any, arguments: Any, size: tuple[int, int], switches: Any = None, *, force: bool = False, **ranks: Any) -> None:
         assert arguments["prompt"] == "a moon"
-        raise ValueError(f"too large: {size}, {switches}")
+        if not force:
+            raise ValueError(f"too large: {size}, {switches}")
 
     monkeypatch.setattr(draw, "check_fit", refuse)
     monkeypatch.setattr(draw, "run", lambda *args, **kwargs: pytest.fail("drawn"))

@@ -13,11 +13,14 @@ from torch import Tensor
 
 import scalediff
 from scalediff.cascade.autoencoder_memory import band_bytes, vae_bytes
+from scalediff.cascade.memory import estimate
+from scalediff.cascade.rank_memory import estimate_rank
 from scalediff.cost.models import MODELS, built
+from scalediff.patching.splits import Shares
 
 diffusers = pytest.importorskip("diffusers")
 
-from tests.scalediff.cascade import drawn_ranks, split_ranks  # noqa: E402
+from tests.scalediff.cascade import drawn_ranks, refused_ranks, split_ranks  # noqa: E402
 from tests.scalediff.cascade.drawn_ranks import CHANGED, arrays  # noqa: E402
 from tests.scalediff.cascade.split_ranks import SPLIT, STREAMED, WHOLE, autoencoder, computed, pictures  # noqa: E402
 from tests.scalediff.patching import ranks  # noqa: E402
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes computed."""
-    return ranks.run(2, split_ranks.CASES, tmp_path_factory.mktemp("two"), seconds=600)
+    return ranks.run(2, split_ranks.CASES | refused_ranks.CASES, tmp_path_factory.mktemp("two"), seconds=600)
 
 
 def assert_same(out: Tensor, expected: Tensor, relative: float = 1e-10) -> None:
@@ -156,6 +159,38 @@ def test_a_run_that_cannot_be_resumed_or_repeated_by_all_ranks(two: list[dict[st
         assert found["with_workdir"]["workdir"].endswith("and workdir='here'")
         assert found["with_workdir"]["upscale"].endswith("and workdir='here'")
         assert found["with_workdir"]["generator"] == contract + "generator=None and workdir=None"
+
+
+def test_stages_that_ranks_cannot_share_out_are_refused_before_anything_is_drawn(two: list[dict[str, Any]]) -> None:
+    uneven = "has tokens of 4 x 4 pixels: 2 ranks split a picture into equal bands of rows at each of 2 levels, got 26 rows of tokens"
+    for said in (found["uneven_stages"] for found in two):
+        assert said.keys() == {"last", "middle"}
+        assert said["last"].startswith(f"stage 2/2, 104 x 64, {uneven}: choose a height with a multiple of 4 rows, or another number")
+        assert said["middle"].startswith(f"stage 2/3, 104 x 104, {uneven}")
+
+
+def test_too_little_memory_of_one_rank_is_refused_on_all(two: list[dict[str, Any]]) -> None:
+    needs = r"each of 2 ranks needs at most about \d\.\d GiB; 0\.0 GiB are available on rank 1; it needs .*"
+    for said in (found["little_memory"] for found in two):
+        for name in ("refused", "forced on another"):
+            assert re.fullmatch(f"the run must fit into the memory of cpu, got 128 x 64: {needs}; force=True runs it .*", said[name])
+        assert re.fullmatch(f"{needs}; --force runs it all the same", said["command"])
+        assert said["impossible"].startswith("rank 1: the picture must fit into the memory of cpu, 0.0 GiB, got 128 x 64")
+
+
+def test_a_rank_needs_at_most_what_is_estimated(demo: Any, two: list[dict[str, Any]]) -> None:
+    """And half of what one process needs, within a third."""
+    arguments, size = refused_ranks.ARGUMENTS, refused_ranks.LARGE
+    bound, whole = estimate_rank(demo, arguments, size, Shares(2, 1, 2, 4)), estimate(demo, arguments, size)
+    for found in two:
+        assert 0.7 * bound.denoiser < found["memory_of_a_band"] <= bound.denoiser
+    assert bound.denoiser < 0.7 * whole.denoiser
+    assert (bound.vae, bound.weights) == (band_bytes(demo.vae, size, 1, 2), whole.weights)
+    native = estimate(demo, arguments, (64, 64)).denoiser
+    assert estimate_rank(demo, arguments, (128, 64), Shares(16, 1, 16, 32)).denoiser == native, "every rank draws the base stage"
+    halves = estimate_rank(demo, arguments, size, Shares(1, 2, 2, 1))
+    assert halves.denoiser == pytest.approx(whole.denoiser / 2, rel=0.2)
+    assert halves.halves == 1
 
 
 def test_a_band_needs_a_fraction_of_the_memory() -> None:

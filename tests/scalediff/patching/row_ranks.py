@@ -177,6 +177,16 @@ def out_of_memory(end: Callable[[], None]) -> None:
     latents_of_demo(pipe, mesh=distributed.group.WORLD)
 
 
+def compiled_unet() -> dict[str, Any]:
+    """A compiled U-Net whose rows are split, the number of its graphs, and what is said of them."""
+    model, graphs = ZOO["SD1.5"].build().double(), list[Any]()
+    model.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)  # type: ignore[func-returns-value]
+    with warnings.catch_warnings(record=True) as said, scalediff.patch_model(model, window=WINDOW, mesh=distributed.group.WORLD):
+        warnings.simplefilter("always")
+        above = [output(model, unet_inputs("SD1.5", UNET_GRID)) for _ in range(2)]
+    return {"above": above, "graphs": len(graphs), "said": [str(one.message) for one in said if "scalediff" in str(one.message)]}
+
+
 def drawn_demo(mesh: Any) -> Tensor:
     pipe = scalediff.load_demo().to(torch.float64)
     with scalediff.patch_model(pipe, mesh=mesh):
@@ -314,5 +324,8 @@ UNETS = {
     f"{kind} by rows, {guidance} halves": functools.partial(unet_by_rows, kind, guidance)
     for kind, guidance in (("SD1.5", 1), ("SDXL", 1), ("SDXL", 2), ("U-Net without text", 1))
 }
-OTHERS = (refused_by_rows, patched_again, missing_pictures, drawn_by_rows, odd_heads, refused_unets, demo_by_rows, generated_by_rows)
+OTHERS = (
+    refused_by_rows, patched_again, missing_pictures, drawn_by_rows, odd_heads, refused_unets, compiled_unet, demo_by_rows,
+    generated_by_rows,
+)  # fmt: skip
 CASES: dict[str, Callable[[], Any]] = BY_ROWS | UNETS | {case.__name__: case for case in OTHERS}

@@ -62,16 +62,13 @@ def test_two_processes_give_what_one_gives(name: str, two: list[dict[str, Any]])
 
 
 def test_families_with_a_plan_are_those_that_are_supported() -> None:
-    planned = {name for name in (family.denoiser for family in FAMILIES.values() if not family.refusal) if plan_of(name)}
+    known = [family.denoiser for family in FAMILIES.values() if not family.refusal]
+    planned = {name for name in known if getattr(getattr(diffusers, name, None), "_cp_plan", None)}
     assert (
         planned
         == {family.denoiser for family in FAMILIES.values() if family.context_parallel}
         == {ZOO[kind].kind for kind in ranks.PLANNED}
     )
-
-
-def plan_of(name: str) -> Any:
-    return getattr(getattr(diffusers, name, None), "_cp_plan", None)
 
 
 def test_masks_of_the_text_are_gathered(two: list[dict[str, Any]]) -> None:
@@ -284,12 +281,19 @@ def test_a_picture_is_split_for_its_run_alone(two: list[dict[str, Any]]) -> None
 def test_what_a_split_unet_cannot_take(two: list[dict[str, Any]]) -> None:
     for said in (found["refused_unets"] for found in two):
         assert said["rows"].startswith("2 ranks split a picture into equal bands of rows, got 9 rows of tokens")
-        assert said["mesh"].startswith("a mesh of two dimensions must have 2 ranks for guidance, and others for rows, got")
+        assert said["mesh"].startswith("a mesh of two dimensions must be of 2 ranks for 'guidance' and others for 'rows', got DeviceMesh")
         assert said["FreeU"] == "mesh= does not split FreeU's Fourier transforms: call disable_freeu()"
         assert said["masks"] == "mesh= does not split the masks of an IP-Adapter, got ip_adapter_masks"
         assert said["tokens"].startswith("mesh= does not split full attention of a U-Net: image and text have the same number of tokens")
         assert said["PAG"].startswith("a mesh with guidance halves the batch, which perturbed-attention guidance needs whole")
         assert "runs full attention" in said["own"]
+
+
+def test_a_compiled_unet_runs_uncompiled_where_its_rows_are_split(two: list[dict[str, Any]]) -> None:
+    found, expected = two[0]["compiled_unet"], two[0]["SD1.5 by rows, 1 halves"]["above"]
+    assert all(torch.equal(out, expected) for out in found["above"])
+    assert found["graphs"] == 0
+    assert ["compiled parts of UNet2DConditionModel run uncompiled" in said for said in found["said"]] == [True]
 
 
 def test_a_split_model_can_be_patched_again(two: list[dict[str, Any]]) -> None:
