@@ -110,7 +110,9 @@ def test_the_whole_cascade_draws_the_same_picture(two: list[dict[str, Any]]) -> 
     assert_same(one["latents"], ranks.draw(*ranks.built("FLUX")))
     assert torch.equal(one["latents"], other["latents"])
     assert one["refused"] == other["refused"]
-    assert one["refused"].startswith("ulysses_degree=2 splits image and text into equal parts, got 15 image and 6 text tokens")
+    assert one["refused"].startswith(
+        "stage 1/3, 20 x 12, has tokens of 4 x 4 pixels: ulysses_degree=2 splits image and text into equal parts"
+    )
 
 
 def test_an_unknown_layout_runs_full_attention_and_says_so(two: list[dict[str, Any]]) -> None:
