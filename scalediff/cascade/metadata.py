@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the temporary file of a file, which takes its place at the end; after an error it is removed, and the file stays as it was.
 
-    Temporary files of the same file that a killed process has left on this machine are removed.
+    On Linux, temporary files of the same file are removed whose process has ended, if their process numbers are those of this system.
     """
-    _remove_stale(path)
+    with suppress(PermissionError):  # of the folder, or of another user's file
+        _remove_stale(path)
     part = temporary(path)
     try:
         yield part
@@ -71,22 +73,35 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def temporary(path: Path) -> Path:
     """The temporary name under which this process writes a file before renaming it. Other machines may see the folder."""
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{_system()}-{os.getpid()}.part")
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the temporary files of a file whose process, on this machine, has ended."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)\.part")
+    """Remove the temporary files of a file whose process, among those that have a number here, has ended."""
+    if not _numbering():
+        return
+    name = re.compile(rf"\.{re.escape(path.name)}\.{_system()}-(\d+)\.part")
     for file in path.parent.iterdir():
         match = name.fullmatch(file.name)
         if match and not _is_running(int(match[1])):
             file.unlink(missing_ok=True)
 
 
+def _system() -> str:
+    """A short hash of where this process has its number. Machines may have the same name, and containers the name of their machine."""
+    return hashlib.sha256(f"{platform.node()} {_numbering()}".encode()).hexdigest()[:12]
+
+
+def _numbering() -> str:
+    """What names the set of processes in which a number is unique: the start of the kernel, and the namespace; empty where none is told."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _is_running(pid: int) -> bool:
-    """Whether a process of this machine exists; True where that cannot be found out without harm, as on Windows."""
-    if os.name != "posix":
-        return True
+    """Whether a process with this number exists, of any user."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -201,10 +201,9 @@ def parse_numbers(name: str, text: Any) -> PerStage | None:
 
 
 def format_numbers(value: Any) -> str:
-    """The text that `parse_numbers` reads."""
-    if value is None:
-        return ""
-    return ", ".join(f"{number:g}" for number in value) if isinstance(value, list | tuple) else f"{value:g}"
+    """The text from which `parse_numbers` reads the same numbers."""
+    numbers = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    return ", ".join(str(number).removesuffix(".0") for number in numbers)
 
 
 def parse_sizes(text: Any) -> list[tuple[int, int]] | None:

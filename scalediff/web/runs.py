@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scalediff.cascade.changing import changing_pipeline
+from scalediff.cascade.changing import blank_arguments, changing_pipeline
 from scalediff.cascade.describing import describe_run, describe_stage
 from scalediff.cascade.fitting import Switches, describe_fit, fit_of
 from scalediff.cascade.holding import held
@@ -120,23 +120,31 @@ class Run:
             self.ended.set()
 
     def _draw(self) -> None:
-        self._check_memory()
+        pipe = self._pipeline()
+        self._check_memory(pipe)
         name = self.gallery.new_name(self.job.prompt, self.job.seed)
         try:
             label = method_label(self.job.method)
-            result = self._run_method(self.job, label)
+            result = self._run_method(pipe, self.job, label)
             seconds = sum(stage.seconds for stage in result.stages)
             self._save(result, name, label, seconds)
             if self.job.compare:
                 full = replace(self.job, settings=replace(self.job.settings, attention="full"), compare=False)
-                result = self._run_method(full, COMPANIONS["full"].capitalize())
+                result = self._run_method(pipe, full, COMPANIONS["full"].capitalize())
                 seconds = sum(stage.seconds for stage in result.stages)
                 self._save(result, _companion(name, "full"), COMPANIONS["full"], seconds, shows=name)
                 self._draw_direct(name)
         finally:
             self.gallery.drop(name)
 
-    def _check_memory(self) -> None:
+    def _pipeline(self) -> Any:
+        """The pipeline that draws the job: with a strength, one that changes pictures and has the same components."""
+        if self.job.strength is None:
+            return self.pipe
+        with held(self.pipe):
+            return changing_pipeline(self.pipe, with_mask=self.job.mask is not None)
+
+    def _check_memory(self, pipe: Any) -> None:
         """Refuse a run that does not fit into memory by estimate. Methods whose denoiser sees a part at a time need less than that.
 
         Raises:
@@ -148,9 +156,9 @@ class Run:
             return  # a picture that the device could not even hold is refused by `generate`
         self._put(Progress("Estimating the memory"))
         try:
-            with held(self.pipe):
-                switches = Switches(job.vae_tiling, job.split_guidance, wrap_of(self.pipe, job.settings))
-                fit = fit_of(self.pipe, self._arguments(), job.size, switches)
+            with held(pipe):
+                switches = Switches(job.vae_tiling, job.split_guidance, wrap_of(pipe, job.settings))
+                fit = fit_of(pipe, {**self._arguments(), **blank_arguments(pipe)}, job.size, switches)
         except NotImplementedError as why:
             self._put(Progress(f"No estimate of the memory: {one_line(why)}"))
             return
@@ -163,21 +171,20 @@ class Run:
         own = {"prompt": job.prompt, **guidance_argument(self.pipe, job.settings.guidance_scale), "num_inference_steps": job.settings.steps}
         return own if job.negative_prompt is None else {**own, "negative_prompt": job.negative_prompt}
 
-    def _run_method(self, job: Job, label: str) -> Result:
-        preset = replace(named_preset(self.pipe, job.preset), settings=job.settings)
+    def _run_method(self, pipe: Any, job: Job, label: str) -> Result:
+        preset = replace(named_preset(pipe, job.preset), settings=job.settings)
         height, width = job.size
         shared: dict[str, Any] = {"negative_prompt": job.negative_prompt, "generator": torch.Generator().manual_seed(job.seed)}
         shared["force"] = True  # `_check_memory` has refused what does not fit
         if job.method != "scalediff":
             call = {"callback_on_step_end": self._step_callback(label)}
-            return generate(self.pipe, job.prompt, height=height, width=width, preset=preset, method=job.method, call=call, **shared)
+            return generate(pipe, job.prompt, height=height, width=width, preset=preset, method=job.method, call=call, **shared)
         shared |= {"preset": preset, "sizes": job.sizes, "vae_tiling": job.vae_tiling, "vae_attention": job.vae_attention}
         shared |= {"split_guidance": job.split_guidance, "on_step": self._on_step(label)}
         if job.picture is not None:
-            pipe = self.pipe if job.strength is None else changing_pipeline(self.pipe, with_mask=job.mask is not None)
             shared |= {"mask_image": job.mask, "strength": job.strength}
             return upscale(pipe, job.picture, job.prompt, height=height, width=width, **shared)
-        return generate(self.pipe, job.prompt, height=height, width=width, **shared)
+        return generate(pipe, job.prompt, height=height, width=width, **shared)
 
     def _draw_direct(self, name: str) -> None:
         """Direct inference: the pipeline's own call at the target size."""
@@ -195,7 +202,8 @@ class Run:
 
     def _save(self, result: Result, name: str, kind: str, seconds: float, *, shows: str | None = None) -> None:
         last = result.stages[-1]
-        metadata = self._describe(replace(self.job, settings=last.settings)) | describe_stage(last)
+        settings = replace(last.settings, restart=self.job.settings.restart)  # a strength may have taken its place in the run
+        metadata = self._describe(replace(self.job, settings=settings)) | describe_stage(last)
         metadata |= {"seconds": round(seconds, 3), "kind": kind, "stages": [describe_stage(stage) for stage in result.stages]}
         self.gallery.save(result.images[0], name, metadata)
         self._put(Progress(f"{kind[0].upper()}{kind[1:]} is finished", 1.0, name=shows or name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 from scalediff.cascade import metadata
 from scalediff.cascade.metadata import replacing, temporary
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell which processes have numbers of one set")
+
 
 def ended_process() -> int:
     """The number of a process that has ended."""
@@ -21,38 +22,71 @@ def ended_process() -> int:
     return process.pid
 
 
-@pytest.mark.skipif(os.name != "posix", reason="other systems do not tell whether a process runs")
-def test_what_ended_processes_of_this_machine_left_of_a_file_is_removed(tmp_path: Path) -> None:
-    here, ended = platform.node(), ended_process()
-    stale = f".moon.png.{here}-{ended}.part"
+def part_of(file: Path, pid: int) -> Path:
+    """The temporary file of another process of this system."""
+    return Path(str(temporary(file)).replace(f"-{os.getpid()}.part", f"-{pid}.part"))
+
+
+@on_linux
+def test_what_ended_processes_of_this_system_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    file, ended = tmp_path / "moon.png", ended_process()
+    stale = part_of(file, ended)
     kept = {
-        f".moon.png.{here}-{os.getppid()}.part",
-        f".moon.png.{here}-1.part",  # of another user
-        f".moon.png.another-machine-{ended}.part",
-        f".moon.preview.png.{here}-{ended}.part",
-        f".moon.png.{here}-x.part",
+        part_of(file, os.getppid()),
+        part_of(file, 1),  # of another user
+        part_of(tmp_path / "moon.preview.png", ended),
+        tmp_path / f".moon.png.another-machine-{ended}.part",
+        stale.with_name(stale.name.replace(str(ended), "x")),
     }
-    for name in (stale, *kept):
-        (tmp_path / name).touch()
-    with replacing(tmp_path / "moon.png") as part:
+    for one in (stale, *kept):
+        one.touch()
+    with replacing(file) as part:
         part.write_text("a picture")
-    assert {file.name for file in tmp_path.iterdir()} == {"moon.png", *kept}
-    assert (tmp_path / "moon.png").read_text() == "a picture"
+    assert set(tmp_path.iterdir()) == {file, *kept}
+    assert file.read_text() == "a picture"
+
+
+@on_linux
+@pytest.mark.parametrize("numbering", ["another start of the kernel", "another container", ""])
+def test_the_files_of_other_systems_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbering: str) -> None:
+    """Also if the machine has the same name, so that only the numbers of processes tell that it is another one; or if they do not."""
+    file = tmp_path / "moon.png"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(metadata, "_numbering", lambda: numbering)
+        theirs = part_of(file, ended_process())
+        theirs.touch()
+        with replacing(file) as part:
+            part.write_text("a picture")
+        assert theirs.exists() == (numbering == "")
+        theirs.touch()
+    with replacing(file) as part:
+        part.write_text("a picture")
+    assert theirs.exists()
+
+
+@on_linux
+def test_a_file_that_must_not_be_removed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another user's in a folder such as /tmp."""
+    file = tmp_path / "moon.png"
+    stale = part_of(file, ended_process())
+    stale.touch()
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == stale:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with replacing(file) as part:
+        part.write_text("a picture")
+    assert file.read_text() == "a picture"
 
 
 def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "moon.png"
     file.write_text("a picture")
-    with pytest.raises(FileNotFoundError), replacing(file) as part:
-        os.replace(tmp_path / "missing", part)
-    assert [one.name for one in tmp_path.iterdir()] == ["moon.png"]
+    with pytest.raises(TypeError, match="write"), replacing(file) as part, part.open("w") as half:
+        half.writelines(["half a", None])  # type: ignore[list-item]
+    assert list(tmp_path.iterdir()) == [file]
     assert file.read_text() == "a picture"
-
-
-def test_nothing_is_removed_where_processes_cannot_be_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = temporary(tmp_path / "moon.png").with_name(f".moon.png.{platform.node()}-{ended_process()}.part")
-    left.touch()
-    monkeypatch.setattr(metadata.os, "name", "nt")
-    assert metadata._is_running(1)
-    metadata._remove_stale(tmp_path / "moon.png")
-    assert left.exists()

@@ -109,7 +109,7 @@ def test_what_cannot_change_a_picture(demo: Any, changes: dict[str, Any], upload
 
 
 def test_numbers_and_sizes_are_read_as_they_are_written() -> None:
-    for value in (0.4, (0.4, 0.3), None):
+    for value in (0.4, (0.4, 0.3), 1 / 3, 1, None):
         assert parse_numbers("restart", format_numbers(value)) == value
     assert parse_sizes(" 64X48,128x96 ") == [(64, 48), (128, 96)]
     assert parse_sizes("") is None

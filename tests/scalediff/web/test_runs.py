@@ -11,15 +11,17 @@ import pytest
 import scalediff
 from scalediff.cascade import fitting
 from scalediff.cascade.changing import changing_pipeline
+from scalediff.cascade.memory import estimate
 from scalediff.patching.networks import handle_of
 from scalediff.web import runs
 from scalediff.web.gallery import Gallery
-from scalediff.web.jobs import job_of
+from scalediff.web.jobs import job_of, values_of_metadata
 from scalediff.web.runs import Cancelled, Progress, Run, format_seconds
 from tests.conftest import seeded
 from tests.scalediff.web.conftest import values
 
 Image = pytest.importorskip("PIL.Image")
+SQUARE = Image.new("RGB", (64, 64), "white")
 
 
 def run_of(pipe: Any, gallery: Gallery, *, picture: Any = None, mask: Any = None, compare: bool = False, **changes: Any) -> Run:
@@ -87,6 +89,32 @@ def test_a_part_of_a_picture_is_drawn_anew(demo: Any, gallery: Gallery, strength
     expected = scalediff.upscale(pipe, small, "a full moon", mask_image=mask, strength=strength, **how).images[0]
     with Image.open(gallery.path(name)) as drawn:
         assert drawn.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("mask", "kind"), [(None, "Img2Img"), (SQUARE, "Inpaint")])
+def test_the_memory_is_that_of_the_pipeline_that_draws(
+    demo: Any, gallery: Gallery, monkeypatch: pytest.MonkeyPatch, mask: Any, kind: str
+) -> None:
+    def refuse(pipe: Any, arguments: Any, size: tuple[int, int], switches: Any) -> None:
+        estimate(pipe, {**arguments, "num_inference_steps": 1}, size)
+        raise ValueError(f"{type(pipe).__name__}, {size}, {sorted(arguments)}")
+
+    monkeypatch.setattr(runs, "fit_of", refuse)
+    run = run_of(demo, gallery, picture=SQUARE, mask=mask, height=128, width=128, strength="0.9")
+    with pytest.raises(ValueError, match=rf"{kind}Pipeline, \(128, 128\), .*'image'.*'strength'"):
+        list(run.progress())
+
+
+def test_a_strength_leaves_the_restart_of_the_controls(demo: Any, gallery: Gallery) -> None:
+    """The stages of a picture above the native size run the strength, and the values of the controls draw the same picture again."""
+    changes = {"height": 128, "width": 128, "steps": 4, "strength": "0.25"}
+    run = run_of(demo, gallery, picture=Image.new("RGB", (128, 128)), **changes)
+    name = list(run.progress())[-1].name
+    assert name is not None
+    metadata = gallery.metadata(name)
+    assert metadata["steps"] == 1
+    again = values_of_metadata(metadata)
+    assert {one: again[one] for one in (*changes, "restart")} == {**changes, "restart": "0.5"}
 
 
 @pytest.mark.parametrize("method", ["scalediff", "multidiffusion"])
