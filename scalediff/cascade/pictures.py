@@ -30,6 +30,16 @@ def upsampled(x: Tensor, size: Sequence[int], *, wrap: tuple[bool, bool] = (Fals
     return out
 
 
+def upright_rgb(image: Any) -> Any:
+    """A PIL picture as RGB of 8 bits, rotated upright by its EXIF data. Pillow itself cuts grey levels of 16 bits off at 255."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        upright = upright.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+    return upright.convert("RGB")
+
+
 def around(x: Tensor, axis: int, margin: int) -> Tensor:
     """A picture `[B, C, Y, X]` with `margin` pixels of the other side at both ends of an axis, 0 or 1."""
     places = torch.arange(-margin, x.shape[axis - 2] + margin, device=x.device) % x.shape[axis - 2]

@@ -55,16 +55,17 @@ class Sampling:
     def run(self, model: Any, latent: Mapping[str, Any], *, start: int, callback: Callback) -> Tensor:
         """Add noise to the `samples` of a latent at a step of the schedule, and denoise them from there to the end.
 
-        As ComfyUI's own sampler nodes do, it keeps to the latent's `noise_mask` and `batch_index`, if there are any.
+        As ComfyUI's own sampler nodes do, it keeps to the latent's `noise_mask` and `batch_index`, if there are any. Of latents with an
+        axis for frames, ComfyUI would take several masks for those of the frames, so it gets them in the latents' shape.
         """
         import comfy.sample
         import comfy.utils
 
-        samples = latent["samples"]
+        samples, mask = latent["samples"], latent.get("noise_mask")
         noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
         sampled: Tensor = comfy.sample.sample(
             model, noise, self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive, self.negative, samples, denoise=1.0,
-            start_step=start, force_full_denoise=True, noise_mask=latent.get("noise_mask"), callback=callback,
+            start_step=start, force_full_denoise=True, noise_mask=None if mask is None else mask_at(mask, samples), callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=self.seed,
         )  # fmt: skip
         return sampled
@@ -135,7 +136,8 @@ def run_stage(
         The latent of the larger picture, with the axes of the autoencoder's latents.
 
     Raises:
-        ValueError: The autoencoder overflows or has another number of pixels per latent than it says.
+        ValueError: The autoencoder overflows or has another number of pixels per latent than it says; the latents have neither one mask
+            nor one each, or the picture is neither one nor one each.
         NotImplementedError: The model's noise is of a kind that structure guidance does not support.
 
     ScaleDiff, arXiv:2510.25818.
@@ -180,8 +182,8 @@ def encoded_at(vae: Any, picture: Tensor, size: Grid, count: int) -> Tensor:
 
 
 def _encoded(vae: Any, picture: Tensor, size: Grid) -> Tensor:
-    """Latents of pictures `[B, 3, height, width]` in [0, 1]."""
-    latents: Tensor = vae.encode(picture.movedim(1, -1)[..., :3])
+    """Latents of pictures `[B, 3, height, width]` in [0, 1], one at a time: a video autoencoder takes a batch for the frames of one."""
+    latents = torch.cat([vae.encode(one[None, ..., :3]) for one in picture.movedim(1, -1)])
     if tuple(latents.shape[-2:]) != size:
         ratio, found = vae.spacial_compression_decode(), tuple(latents.shape[-2:])
         raise ValueError(f"the VAE does not fit the model: it must have {ratio} pixels per latent, got {found} for {size}")
@@ -196,8 +198,15 @@ def as_noise_mask(mask: Tensor) -> Tensor:
 
 
 def mask_at(noise_mask: Tensor, latents: Tensor) -> Tensor:
-    """The mask of a latent at the size of other latents, with their number of axes. ComfyUI's sampler resizes it in the same way."""
-    resized = F.interpolate(as_noise_mask(noise_mask).to(latents), size=latents.shape[-2:], mode="bilinear")
+    """The mask of a latent, one for each of other latents and at their size, with their number of axes; resized as ComfyUI does it.
+
+    Raises:
+        ValueError: There are neither one mask nor as many as latents.
+    """
+    masks, count = as_noise_mask(noise_mask), len(latents)
+    if len(masks) not in (1, count):
+        raise ValueError(f"the mask must be one, or one for each of the {count} latents, got {len(masks)}")
+    resized = F.interpolate(masks.to(latents), size=latents.shape[-2:], mode="bilinear").expand(count, -1, -1, -1)
     return resized.unsqueeze(2) if latents.ndim == 5 else resized
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scalediff.cascade.metadata import temporary
+from scalediff.cascade.pictures import upright_rgb
 
 
 def check_writable(path: Path) -> None:
@@ -33,11 +34,11 @@ def open_picture(path: Path) -> Any:
     Raises:
         ValueError: The file is missing or is not a picture.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"the picture must be an existing file, got {path}") from error
     except (UnidentifiedImageError, OSError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scalediff.cascade.changing import has_aspect_ratio
+from scalediff.cascade.pictures import upright_rgb
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26  # 8192 x 8192: as RGB 192 MiB
@@ -24,7 +25,7 @@ def open_upload(path: Path, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX
     Raises:
         ValueError: The file is no picture of a known format, is broken, or is too large.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"a picture file must have at most {max_bytes / 2**20:g} MiB, got {size / 2**20:.1f} MiB")
@@ -36,7 +37,7 @@ def open_upload(path: Path, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX
                     f"a picture must have at most {max_pixels / 1e6:.1f} million pixels, got {height} x {width}, "
                     f"{width * height / 1e6:.1f} million"
                 )
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return upright_rgb(image)
     except Image.DecompressionBombError as error:  # raised by Pillow itself while it reads the header
         raise ValueError(f"a picture must have at most {max_pixels / 1e6:.1f} million pixels: {error}") from error
     except UnidentifiedImageError as error:  # its message has the file's path on the server

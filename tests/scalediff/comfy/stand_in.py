@@ -249,7 +249,7 @@ def reshaped_mask(noise_mask: Tensor | None, latent: Tensor) -> Tensor:
     if noise_mask is None:
         return torch.ones(())
     if latent.ndim == 5:
-        frames = noise_mask.reshape(1, 1, -1, *noise_mask.shape[-2:])
+        frames = noise_mask if noise_mask.ndim == 5 else noise_mask.reshape(1, 1, -1, *noise_mask.shape[-2:])
         return F.interpolate(frames, latent.shape[2:], mode="trilinear")
     mask = F.interpolate(noise_mask.reshape(-1, 1, *noise_mask.shape[-2:]), latent.shape[-2:], mode="bilinear")
     return mask.repeat(-(-len(latent) // len(mask)), 1, 1, 1)[: len(latent)]
@@ -299,7 +299,8 @@ def sample(
 
 
 class VAE:
-    """Contract (comfy/sd.py): pictures `[B, height, width, 3]` in [0, 1]; latents unscaled; video autoencoders have an axis for frames."""
+    """Contract (comfy/sd.py): pictures `[B, height, width, 3]` in [0, 1]; latents unscaled; video autoencoders have an axis for frames,
+    and take pictures for the frames of one video."""
 
     def __init__(self, channels: int = 4, ratio: int = 8, *, frames: bool = False) -> None:
         rng = torch.Generator().manual_seed(7)
@@ -317,6 +318,7 @@ class VAE:
 
     def encode(self, pixels: Tensor) -> Tensor:
         self.calls.append("encode")
+        assert not self.frames or len(pixels) == 1, "pictures, not the frames of a video"
         small = F.avg_pool2d(pixels.movedim(-1, 1), self.ratio)
         latents = torch.einsum("br...,cr->bc...", (small - 0.5) / 0.1, self.mix)
         return latents[:, :, None] if self.frames else latents

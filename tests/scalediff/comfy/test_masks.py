@@ -73,6 +73,22 @@ def test_what_is_kept_comes_from_a_picture_at_the_size_of_the_stage(host: StandI
         assert apart(halves(without["samples"])[0], halves(expected)[0]) > 1e-2
 
 
+@pytest.mark.parametrize("name", ["FLUX", "Qwen-Image"])
+def test_every_picture_of_a_batch_has_its_mask(host: StandIn, name: str) -> None:
+    """One that keeps the left half, and one that keeps all: what is kept of both comes from the picture."""
+    frames = host.specimen(name).frames
+    model, vae, photo = model_of(host, name), host.vae(frames=frames), picture((64, 64))
+    model.model.latent_format.latent_dimensions = 2 + frames
+    masks = torch.cat([left_kept(), torch.zeros_like(left_kept())])
+    (windowed,) = node("ScaleDiffPatchModel", model=model, **WINDOWS)
+    latent = {"samples": torch.randn(2, 4, *((1,) if frames else ()), 16, 16, generator=seeded(0))}
+    (out,) = node("ScaleDiffUpscaleStage", model=windowed, vae=vae, latent=latent, mask=masks, picture=photo, **STAGE)
+    expected = encoded_at(vae, photo, (32, 32), 2)
+    left, right = (zip(*parts, strict=True) for parts in zip(halves(out["samples"]), halves(expected), strict=True))
+    assert [apart(*one) < 1e-5 for one in left] == [True, True]
+    assert [apart(*one) < 1e-5 for one in right] == [False, True]
+
+
 def test_the_cascade_changes_a_part_of_a_picture(host: StandIn) -> None:
     """As ComfyUI's sampler on the encoded picture and then the stages; a strength of a half runs half of the base stage's steps."""
     model, vae, photo = model_of(host, "FLUX"), host.vae(), picture((180, 180))
@@ -104,6 +120,11 @@ def test_what_does_not_fit_is_an_error(host: StandIn) -> None:
         ("ScaleDiffUpscaleStage", {**stage, "mask": left_kept((64, 32))}, "the mask must have the aspect ratio of 16 x 16, got 64 x 32"),
         ("ScaleDiffCascadeSampler", {**cascade, "mask": mask}, "mask and strength change a picture, got no picture beside a mask"),
         ("ScaleDiffCascadeSampler", {**cascade, "strength": 0.5}, "got no picture beside strength=0.5"),
+        (
+            "ScaleDiffCascadeSampler",
+            {**cascade, "mask": mask.expand(3, -1, -1), "picture": photo, "batch_size": 2},
+            "the mask must be one, or one for each of the 2 latents, got 3",
+        ),
         (
             "ScaleDiffCascadeSampler",
             {**cascade, "picture": picture((64, 32))},

@@ -104,6 +104,9 @@ def test_only_text_and_scalediff_are_compared(demo: Any) -> None:
 def test_what_cannot_change_a_picture(demo: Any, changes: dict[str, Any], uploads: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         job_of(demo, values(demo, **changes), **uploads)
+
+
+def test_a_strength_is_one_number(demo: Any) -> None:
     with pytest.raises(TypeError, match="strength must be a number"):
         job_of(demo, values(demo, strength="0.5, 0.4"), picture=SQUARE)
 

@@ -8,9 +8,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from scalediff.web.uploads import open_upload
+from scalediff.command.pictures import open_picture
+from scalediff.web.uploads import open_upload, white_of
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -77,3 +79,12 @@ def test_pictures_are_read_upright_and_in_colour(tmp_path: Path) -> None:
         assert (open_upload(tmp_path / "a").size, open_upload(tmp_path / "a").mode) == ((24, 16), "RGB")
     (tmp_path / "a").write_bytes(encoded(SMALL, "JPEG", exif=turned))
     assert open_upload(tmp_path / "a").size == (16, 24)
+
+
+def test_grey_levels_of_16_bits_are_not_cut_off(tmp_path: Path) -> None:
+    """Also by the command; of a mask, all but black would be white."""
+    levels = np.array([[0, 127 * 257, 128 * 257, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    for read in (open_upload, open_picture):
+        assert np.asarray(read(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 127, 128, 255]
+    assert np.asarray(white_of(open_upload(tmp_path / "a.png"))).tolist() == [[0, 0, 255, 255]]
