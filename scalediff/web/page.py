@@ -170,10 +170,9 @@ def make_page(pipe: Any, *, model: str, gallery: Gallery) -> Any:
                     draw = gr.Button("Draw", variant="primary", min_width=80, elem_id="sd-draw")
                     compare = gr.Button("Compare", min_width=80, elem_id="sd-compare")
                     cancel = gr.Button("Cancel", interactive=False, min_width=80, elem_id="sd-cancel")
-                with gr.Accordion("Enlarge a picture", open=False, elem_id="sd-enlarge"):
-                    with gr.Row():
-                        file = gr.File(label="PNG, JPEG or WebP", height=110, min_width=120, elem_id="sd-file")
-                        mask = gr.File(label="Mask: white changes", height=110, min_width=120, elem_id="sd-mask")
+                with gr.Accordion("Enlarge or change a picture", open=False, elem_id="sd-enlarge"):
+                    file = gr.File(label="PNG, JPEG or WebP", height=110, elem_id="sd-file")
+                    mask = gr.File(label="Mask: white changes", height=110, elem_id="sd-mask")
                     fields |= controls.add_change(pipe)
                 with gr.Accordion("Method and switches", open=True):
                     fields |= controls.add_method(pipe)

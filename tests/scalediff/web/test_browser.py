@@ -189,7 +189,7 @@ def test_upload_a_broken_file_and_then_a_picture_and_its_mask(page: Any, tmp_pat
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     Image.linear_gradient("L").resize((64, 48)).save(good)
     set_up(page)
-    page.click("button:has-text('Enlarge a picture')")
+    page.click("button:has-text('Enlarge or change a picture')")
     page.set_input_files("#sd-file input[type=file]", broken)
     assert "The file must be a picture in one of the formats PNG, JPEG, WEBP, got none of these" in toast(page)
     assert page.inner_text("#sd-draw") == "Draw"
