@@ -132,7 +132,9 @@ def command_parser() -> argparse.ArgumentParser:
         help="under torchrun: the processes draw every picture together, each a band of rows (default: they share the pictures out)",
     )
     generate.add_argument(
-        "--ray", action="store_true", help="workers on the GPUs of all machines that Ray has joined draw the pictures, every picture by one worker"
+        "--ray",
+        action="store_true",
+        help="workers on the GPUs of all machines that Ray has joined draw the pictures, every picture by one worker",
     )
     generate.add_argument(
         "--option",
