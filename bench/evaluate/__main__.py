@@ -63,6 +63,8 @@ def score_folders(options: argparse.Namespace) -> None:
     if protocol is None and (options.crops is not None or options.crop_size is not None):
         raise ValueError("--crops and --crop-size change a protocol: pass --protocol, got none")
     wanted = options.statistics if options.statistics is not None else NETWORK_STATISTICS if protocol else ()
+    if protocol is not None and any(name.endswith("_patch") for name in wanted):
+        protocol.crops_of(len(folders[0]))  # its error comes before networks are loaded
     device = parse_device(options.device)
     inception = load_inception(options.inception, device) if set(INCEPTION_STATISTICS) & set(wanted) else None
     clip = load_clip(options.clip, device) if "clip" in wanted else None

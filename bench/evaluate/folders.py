@@ -35,16 +35,21 @@ def open_folder(path: Path) -> Folder:
     """The pictures of a folder.
 
     Raises:
-        ValueError: The folder is missing or empty, or its run is not finished.
+        ValueError: The folder is missing or empty, or does not hold the pictures of its run.
     """
     if not path.is_dir():
         raise ValueError(f"pictures must be in an existing folder, got {path}")
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
     if not files:
         raise ValueError(f"the folder must hold pictures ({', '.join(SUFFIXES)}), got {path} with none")
-    run = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
-    if len(files) != run.get("pictures", len(files)):
+    try:
+        run = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path / 'run.json'} must be the one that `generate` wrote, got {error}") from error
+    if len(files) < run.get("pictures", 0):
         raise ValueError(f"{path} must hold all {run['pictures']} pictures of its run, got {len(files)}: repeat the same generate command")
+    if len(files) > run.get("pictures", len(files)):
+        raise ValueError(f"{path} must hold no other pictures than the {run['pictures']} of its run, got {len(files)}")
     return Folder(path, files, run)
 
 
@@ -61,10 +66,11 @@ def common_size(folders: Sequence[Folder]) -> tuple[int, int]:
         if [file.stem for file in folder.files] != [file.stem for file in first.files]:
             raise ValueError(f"folders must have pictures of the same names, which pair them, got others in {first.path} and {folder.path}")
         if folder.run.get("prompts") != first.run.get("prompts"):
-            raise ValueError(f"folders must have the same prompts, got others in {first.path} and {folder.path}")
+            raise ValueError(f"folders must be of the same prompts, or all without run.json, got others in {first.path} and {folder.path}")
     sizes = {size_of(file): file for folder in folders for file in folder.files}
     if len(sizes) > 1:
-        raise ValueError(f"all pictures must be of one size, got {' and '.join(f'{y} x {x} in {file}' for (y, x), file in sizes.items())}")
+        two = " and ".join(f"{y} x {x} in {file}" for (y, x), file in list(sizes.items())[:2])
+        raise ValueError(f"all pictures must be of one size, got {two}")
     return next(iter(sizes))
 
 

@@ -23,11 +23,14 @@ def read_prompts(path: Path, *, column: str = "prompt") -> list[str]:
     if path.suffix.lower() not in (".csv", ".jsonl"):
         prompts = [line.strip() for line in lines if line.strip()]
     else:
+        prompts = []
         try:
-            records = csv.DictReader(lines) if path.suffix.lower() == ".csv" else map(json.loads, filter(str.strip, lines))
-            prompts = [record[column].strip() for record in records]
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"every record of {path} must have a text in {column!r}, got one without: {error!r}") from error
+            for record in csv.DictReader(lines) if path.suffix.lower() == ".csv" else map(json.loads, filter(str.strip, lines)):
+                prompts.append(record[column].strip())
+        except (AttributeError, KeyError, TypeError, csv.Error, json.JSONDecodeError) as error:
+            where = f"record {len(prompts) + 1} of {path}"
+            raise ValueError(f"{where} must have a text in {column!r}, the column of --column, got {error!r}") from error
     if not all(prompts) or not prompts:
-        raise ValueError(f"the file must hold at least one prompt and no empty ones, got {path} with {len(prompts)}")
+        got = f"{len(prompts)} prompts in {path}, {prompts.count('')} of them empty"
+        raise ValueError(f"the file must hold at least one prompt and no empty ones, got {got}")
     return prompts

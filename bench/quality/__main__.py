@@ -12,12 +12,15 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from bench.harness.command import names_of, positive, shard
 from bench.harness.facts import ROOT, facts, machine
 from bench.harness.pages import fill, has_pandas, require_pandas
 from bench.harness.rows import RESULTS, RowFile, read_rows, slug, write_text
 from bench.quality.measuring import Columns, Measured, differences, measure, native_rows, word_rows
-from bench.quality.pictures import OTHER_SCENES, Gallery, quantised, write_sheet
+from bench.quality.metrics import seam_score
+from bench.quality.pictures import OTHER_SCENES, Gallery, border, quantised, write_sheet
 from bench.quality.tables import BASELINE, DRAWINGS, FIELDS, ROW_NAMES, STATISTICS, TABLES, Table, sections
 from scalediff.command.allocator import keep_freed_memory
 from scalediff.command.loading import UsageError, load_model
@@ -79,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.csv = options.csv.resolve()
     try:
+        if options.sheet and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise ValueError(f"--sheet must be a .png or .jpg, got {options.sheet}")
         if options.shard != (0, 1) and not options.draw:
             raise ValueError("--shard is for --draw: all pictures of a row are measured together")
         if options.model and options.csv.parent == RESULTS:
@@ -117,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
         rows = tuple(row for row in table.rows if not options.rows or row in options.rows)
         table = table._replace(rows=rows, n=options.n or table.n, size=options.size or table.size)
         command = f"--tables {name} --n {table.n}" + f" --size {table.size}" * bool(options.size) + " --bf16" * options.bf16
+        seam_score(torch.zeros(1, 3, table.size, table.size), period=border(pipe))  # a size that is too small, before anything is drawn
         gallery = Gallery(options.pictures, pipe, table.size, bf16=options.bf16)
         gallery.draw_missing(table, options.shard)
         if not options.draw:

@@ -39,10 +39,10 @@ KERNEL = {
 
 
 class Answer(NamedTuple):
-    """What one group says about a goal, and the rows that the number comes from."""
+    """What one group says about a goal, and the rows that say so. Without a number the note says why there is none."""
 
     group: Group
-    value: float
+    value: float | None
     note: str
     rows: tuple[Row, ...]
 
@@ -56,7 +56,7 @@ class Goal:
     bound: float  # to reach
     unit: str  # after the number
     kind: Literal["attention", "cascade"]  # the benchmark
-    find: Callable[[Group], Answer | None]  # the answer of one group; None where rows are missing, skipped or failed
+    find: Callable[[Group], Answer | None]  # the answer of one group; None where rows are missing
     most: bool = False  # the bound is not to be exceeded, instead of to be reached
     readme: bool = True  # shown in the README too
 
@@ -65,23 +65,31 @@ class Goal:
         return f"{'within' if self.most else 'at least'} {self.bound:g}{self.unit}"
 
     def answers(self, results: Results) -> list[Answer]:
-        """Those of all groups that were measured on such a device."""
+        """Of groups that were measured on such a device, every one with a number; without any, the last that says why not."""
         groups: Iterable[Group] = getattr(results, self.kind)
         if self.device == "CPU":
             here = [group for group in groups if group.on_cpu]
         else:
             here = [group for group in groups if any(name in group.machine for name in self.device.split(" or "))]
-        return [answer for group in here if (answer := self.find(group)) is not None]
+        found = [answer for group in here if (answer := self.find(group)) is not None]
+        return [answer for answer in found if answer.value is not None] or found[-1:]
 
     def result_text(self, answer: Answer | None) -> str:
-        """The number, and whether the goal is met."""
-        if answer is None:
-            return NOT_YET
+        """The number and whether the goal is met, or why there is none."""
+        if answer is None or answer.value is None:
+            return answer.note if answer else NOT_YET
         digits = next(n for n in range(3, 18) if self._met(float(f"{answer.value:.{n}g}")) == self._met(answer.value))
         return f"{answer.value:.{digits}g}{self.unit}, {'met' if self._met(answer.value) else 'missed'} ({answer.note})"
 
     def _met(self, value: float) -> bool:
         return value <= self.bound if self.most else value >= self.bound
+
+
+def _untimed(group: Group, *sides: Iterable[Row]) -> Answer | None:
+    """Why there is no number: of the first side without a time a row that failed, or else one that was skipped."""
+    side = next((rows for rows in sides if all(row["status"] != "ok" for row in rows)), ())
+    row = min(side, key=lambda row: row["status"] == "skipped", default=None)
+    return None if row is None else Answer(group, None, f"{row['status']}: {row['note']} ({row['row']})", (row,))
 
 
 def _fastest(*sides: Iterable[Row]) -> tuple[str, list[Row]] | None:
@@ -106,7 +114,7 @@ def _calls(group: Group, task: str, providers: Sequence[str]) -> list[Row]:
 def _ratio(group: Group, ours: Iterable[Row], theirs: Iterable[Row]) -> Answer | None:
     """How many times as long the other side takes, each at its best."""
     if (best := _fastest(ours, theirs)) is None:
-        return None
+        return _untimed(group, ours, theirs)
     column, (one, two) = best
     unit = column.rpartition("_")[2]
     how = two["provider"] if unit == "ms" else f"{column.removesuffix('_s')}; {one['compile']} for {two['compile']}"
@@ -123,8 +131,9 @@ def quicker(model: str, other: str, group: Group) -> Answer | None:
 
 def over_floor(model: str, group: Group) -> Answer | None:
     """A whole run at 4096 px over the time of its useful FLOPs at the speed of a matrix product in the same process."""
-    if (best := _fastest(_runs(group, model, "npa").values())) is None:
-        return None
+    runs = _runs(group, model, "npa").values()
+    if (best := _fastest(runs)) is None:
+        return _untimed(group, runs)
     column, (row,) = best
     floor = float(row["useful_tflop"]) / float(row["matrix_tflops"])
     note = f"{row[column]} s {column.removesuffix('_s')}, floor {floor:.4g} s, {row['compile']}"
@@ -134,8 +143,9 @@ def over_floor(model: str, group: Group) -> Answer | None:
 def rate(task: str, group: Group) -> Answer | None:
     """Useful TFLOP/s of the kernel."""
     for row in _calls(group, task, ("triton",)):
-        if row["status"] == "ok":
-            return Answer(group, float(row["tflops"]), f"{row['p50_ms']} ms, {row['matrix_percent']}% of a matrix product", (row,))
+        if row["status"] != "ok":
+            return _untimed(group, [row])
+        return Answer(group, float(row["tflops"]), f"{row['p50_ms']} ms, {row['matrix_percent']}% of a matrix product", (row,))
     return None
 
 
@@ -160,7 +170,7 @@ def as_dense(group: Group) -> Answer | None:
         if task == name or dense is None or dense["status"] == "skipped":
             continue
         if not ours["status"] == dense["status"] == "ok":
-            return None
+            return _untimed(group, [ours], [dense])
         ratio, faster = float(ours["tflops"]) / float(dense["tflops"]), float(dense["p50_ms"]) / float(ours["p50_ms"])
         one = f" (one window alone {float(ours['window_tflops']) / float(dense['tflops']):.2f})" if ours.get("window_tflops") else ""
         notes.append(f"{task.replace('/fp32', '')} {ratio:.2f}{one}, {faster:.2f}x as fast")

@@ -19,7 +19,7 @@ _FAR = 10  # percent between composed and measured from which a note says so
 
 
 def goals(results: Results, *, readme: bool = False) -> list[str]:
-    """Every goal with its number or why there is none, and the source of the numbers; in the README its own selection."""
+    """Every goal with its number or why there is none, and the source of either; in the README its own selection."""
     lines, sources = [], dict[tuple[str, str], tuple[Group, list[Row]]]()
     for goal in (goal for goal in GOALS if goal.readme or not readme):
         answers = goal.answers(results)

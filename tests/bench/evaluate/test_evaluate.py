@@ -98,6 +98,7 @@ def test_what_is_wrong_is_one_sentence(folders: Path, capsys: pytest.CaptureFixt
         "argument --bootstrap: must be 0 or at least 2, got -3": ("score", sharp, "--bootstrap=-3"),
         "Is a directory": ("score", sharp, "--csv", true),
         "argument --statistics: must be of fid, .*clip, got lpips": ("score", sharp, "--statistics", "fid,lpips"),
+        "number and size of this protocol's crops are not established": ("score", sharp, "--reference", true, "--protocol", "hiflow"),
         "pictures must be in an existing folder, got .*none": ("score", folders / "none"),
         "folders must have pictures of the same names, which pair them, got others in": ("score", sharp, true),
         "argument --methods: must be of scalediff, .*, got magic": (*drawing, "--size", 128, "--methods", "magic"),

@@ -51,6 +51,16 @@ def test_a_run_that_is_not_finished(tmp_path: Path) -> None:
         open_folder(path)
 
 
+def test_a_run_with_another_picture_or_with_a_damaged_record(tmp_path: Path) -> None:
+    path = generated_folder(tmp_path / "a", PROMPTS)
+    picture(0).save(path / "sheet.png")
+    with pytest.raises(ValueError, match="must hold no other pictures than the 2 of its run, got 3"):
+        open_folder(path)
+    (path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json must be the one that `generate` wrote, got Expecting"):
+        open_folder(path)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
 def test_a_corrupted_picture_is_named(tmp_path: Path, damage: str) -> None:
     file = plain_folder(tmp_path / "a", [0]) / "000.png"
@@ -78,7 +88,7 @@ def test_folders_that_do_not_match(tmp_path: Path) -> None:
         "of the same names, which pair them, got others in .*first and .*more": generated_folder(tmp_path / "more", [*PROMPTS, "a cat"]),
         "of the same names, which pair them, got others in .*seeds": generated_folder(tmp_path / "seeds", PROMPTS, seed=9),
         "of the same names, which pair them, got others in .*plain": plain_folder(tmp_path / "plain", [0, 1]),
-        "the same prompts, got others in .*first and .*prompts": generated_folder(tmp_path / "prompts", ["a fox", "a cat"]),
+        "the same prompts, or all .*, got others in .*first and .*prompts": generated_folder(tmp_path / "prompts", ["a fox", "a cat"]),
         "of one size, got 48 x 48 in .* and 64 x 48 in": generated_folder(tmp_path / "size", PROMPTS, (64, 48)),
         "different names, which are their rows, got first, first": generated_folder(tmp_path / "other" / "first", PROMPTS),
     }

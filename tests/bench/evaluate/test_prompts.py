@@ -31,14 +31,14 @@ def test_another_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "\n \n", "at least one prompt and no empty ones, got .*a.txt with 0"),
-        ("a.csv", "TEXT,url\nan owl,x\n", "every record of .*a.csv must have a text in 'prompt', got one without: KeyError"),
+        ("a.txt", "\n \n", "at least one prompt and no empty ones, got 0 prompts in .*a.txt"),
+        ("a.csv", "TEXT,url\nan owl,x\n", "record 1 of .*a.csv must have a text in 'prompt', the column of --column, got KeyError"),
         ("a.csv", "", "at least one prompt"),
-        ("a.csv", "id,prompt\n1\n", "every record of .*a.csv must have a text in 'prompt'"),
-        ("a.csv", "id,prompt\n1, \n", "no empty ones, got .*a.csv with 1"),
-        ("a.jsonl", "an owl\n", "every record of .* must have a text in 'prompt', got one without: JSONDecodeError"),
-        ("a.jsonl", '{"prompt": "x"}\n["an owl"]\n', "every record of .* must have a text in 'prompt'"),
-        ("a.jsonl", '{"prompt": 3}\n', "every record of .* must have a text in 'prompt'"),
+        ("a.csv", "id,prompt\n1\n", "record 1 of .*a.csv must have a text in 'prompt'"),
+        ("a.csv", "id,prompt\n1, \n", "no empty ones, got 1 prompts in .*a.csv, 1 of them empty"),
+        ("a.jsonl", "an owl\n", "record 1 of .* must have a text in 'prompt', .*, got JSONDecodeError"),
+        ("a.jsonl", '{"prompt": "x"}\n["an owl"]\n', "record 2 of .* must have a text in 'prompt'"),
+        ("a.jsonl", '{"prompt": 3}\n', "record 1 of .* must have a text in 'prompt'"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:

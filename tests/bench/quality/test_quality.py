@@ -228,6 +228,8 @@ def test_words_are_counted(demo: Any) -> None:
         (["--n", "0"], "argument --n: must be positive and finite, got 0"),
         (["--native", "-1"], "argument --native: must be positive and finite, got -1"),
         (["--words", "0"], "argument --words: must be positive and finite, got 0"),
+        (["--sheet", "sheet.svg"], "--sheet must be a .png or .jpg, got sheet.svg"),
+        (["--size", "64"], "the period must be at least 16 and the sides twice 40"),
         (["--shard", "2/2"], "must be i/n with i from 0 to n - 1, got 2/2"),
         (["--shard", "0/2"], "--shard is for --draw"),
         (["--doc", "--native", "4"], "not allowed with argument"),
