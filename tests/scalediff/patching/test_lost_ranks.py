@@ -1,4 +1,4 @@
-"""A rank that ends in the middle of a pass, or runs out of memory: the others end too, with errors that name it."""
+"""A rank that ends in the middle of a pass, runs out of memory, hangs or fails: the others end too, with errors that name it."""
 
 from __future__ import annotations
 
@@ -35,3 +35,10 @@ def test_a_rank_that_is_out_of_memory_says_so_and_is_named(tmp_path: Path) -> No
     assert [error for error, _ in said.values()] == [LostRankError, torch.OutOfMemoryError]
     assert said[0][1].startswith("rank 0 lost the connection to rank 1 while ")
     assert said[1][1].startswith("stage 2/2, 128 x 64, ran out of memory on cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "error"), [("hangs", TimeoutError), ("fails", torch.multiprocessing.ProcessRaisedException)])
+def test_a_process_that_hangs_or_fails_ends_the_test(case: str, error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(error, match="did not finish" if case == "hangs" else "this process fails"):
+        ranks.run(2, {case: ranks.CASES[case]}, tmp_path, seconds=20)
