@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -166,24 +168,43 @@ def run(problem: Problem, target: str | None, inputs: tuple[Tensor, ...] | None 
 
 
 def expected(problem: Problem, *, exact: bool) -> tuple[Tensor, Tensor | None]:
-    """The reference in fp64, or plain torch in the dtype itself, rounding at every operation."""
-    tensors = [x.double() if exact else x for x in problem.inputs()]
-    if exact and problem.text:
-        rope = problem.tables()
-        double = None if rope is None else (rope[0].double(), rope[1].double())
-        return joint_neighborhood_patch_attention_reference(*tensors, **problem.arguments, text_rope=double, text_queries=problem.rule)
+    """The reference in fp64, or plain torch in the dtype itself, rounding at every operation.
+
+    The rounding of few sums is a matter of luck, which differs between CPUs. So plain torch sums the scores in several orders, and the
+    least exact result counts.
+    """
+    truth = _in_fp64(problem)
     if exact:
+        return truth
+    images, texts = zip(*(eager(problem, *problem.inputs(), channels=order) for order in channel_orders(problem.dim)), strict=True)
+    return least_exact(images, truth[0]), None if truth[1] is None else least_exact(texts, truth[1])
+
+
+def channel_orders(dim: int) -> list[Tensor]:
+    return [torch.randperm(dim, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(16)]
+
+
+def least_exact(results: Iterable[Tensor], truth: Tensor) -> Tensor:
+    return max(results, key=lambda result: (result.double() - truth).abs().max().item())
+
+
+def _in_fp64(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    tensors, rope = [x.double() for x in problem.inputs()], problem.tables()
+    if not problem.text:
         return neighborhood_patch_attention_reference(*tensors, **problem.arguments), None
-    return eager(problem, *tensors)
+    double = None if rope is None else (rope[0].double(), rope[1].double())
+    return joint_neighborhood_patch_attention_reference(*tensors, **problem.arguments, text_rope=double, text_queries=problem.rule)
 
 
-def eager(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> tuple[Tensor, Tensor | None]:
-    scale, repeat = problem.arguments["scale"], problem.heads // problem.groups
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, channels: Tensor) -> Tensor:
+    """Attention that rounds at every operation, with the products of a score summed in the order of `channels`."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q[..., channels], k[..., channels]).mul(scale).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (x.repeat_interleave(repeat, dim=2) for x in (k, v))
-        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(scale).softmax(-1)
-        return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+def eager(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *text: Tensor, channels: Tensor) -> tuple[Tensor, Tensor | None]:
+    attend = partial(plain_attention, scale=problem.arguments["scale"], channels=channels)
 
     def turn(x: Tensor, i: int, j: int) -> Tensor:
         rope = problem.tables()

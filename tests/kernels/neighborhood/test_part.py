@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from scalediff_kernels.neighborhood.reference import attend, rotate_pairs
 from scalediff_kernels.testing import assert_within_budget
 from tests.kernels.gluon_emulator import run as emulate
 from tests.kernels.neighborhood import pipelines, problems
-from tests.kernels.neighborhood.problems import GPU, TARGETS, Problem, expected, run
+from tests.kernels.neighborhood.problems import GPU, TARGETS, Problem, channel_orders, expected, least_exact, plain_attention, run
 
 Pair = tuple[int, int]
 
@@ -51,24 +53,26 @@ class Part:
         self.problem = replace(problem, grid=grid, offset=offset)
 
     def windowed_text(self, *, exact: bool) -> Tensor | None:
-        """The mean over the part's windows: the definition in fp64, or plain torch in the dtype itself."""
+        """The mean over the part's windows: the definition in fp64, or plain torch as in `problems.expected`."""
         if self.whole.rule != "window":
             return None
-        _, k, v, text_q, text_k, text_v = (x.double() if exact else x for x in self.whole.inputs())
+        scale, inputs = self.whole.arguments["scale"], self.whole.inputs()
+        truth = self._mean(partial(attend, scale=scale), *(x.double() for x in inputs))
+        if exact:
+            return truth
+        orders = channel_orders(self.whole.dim)
+        return least_exact((self._mean(partial(plain_attention, scale=scale, channels=order), *inputs) for order in orders), truth)
+
+    def _mean(
+        self, attend: Callable[..., Tensor], _: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor
+    ) -> Tensor:
         outs = []
         for i, y in enumerate(self.spans[0]):
             for j, x in enumerate(self.spans[1]):
                 keys, values = (z[:, y.key_start : y.key_stop, x.key_start : x.key_stop].flatten(1, 2) for z in (k, v))
                 rotated_q, rotated_k = (rotate_pairs(z, self.tables, i, j) for z in (text_q, text_k))
-                both = torch.cat([rotated_k, keys], 1), torch.cat([text_v, values], 1)
-                outs.append((attend if exact else plain)(rotated_q, *both, self.whole.arguments["scale"]))
+                outs.append(attend(rotated_q, torch.cat([rotated_k, keys], 1), torch.cat([text_v, values], 1)))
         return torch.stack(outs).mean(0)
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention that rounds at every operation."""
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    return torch.einsum("bhqk,bkhd->bqhd", torch.einsum("bqhd,bkhd->bhqk", q, k).mul(scale).softmax(-1), v)
 
 
 def draw(seed: int, problem: Problem) -> Part:
