@@ -206,6 +206,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ["generate", "x", "--preview", "0"],
         ["generate", "x", "--seed", "9" * 30],
         ["generate", "x", "--size", "big"],
+        ["generate", "x", "--seed", "0-99999999999"],
+        ["plan", "--memory", "1e300"],
         ["generate", "x", "--size", "12x"],
         ["paint"],
         [],
