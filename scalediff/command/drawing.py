@@ -169,6 +169,7 @@ def _stage_saver(pipe: Any, options: Namespace, job: Job, facts: Mapping[str, An
     try:
         yield save, written
     except KeyboardInterrupt:
+        written += [preview_path(job)] if preview_path(job).exists() else []
         print_status("interrupted; files written: " + (", ".join(map(str, written)) or "none"))
         raise
     preview_path(job).unlink(missing_ok=True)

@@ -238,9 +238,9 @@ def test_ctrl_c_keeps_finished_stages_and_says_where(
         return forward(sample, *args, **kwargs)
 
     monkeypatch.setattr(demo.unet, "forward", interrupted)
-    assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), *FAST]) == 130
-    assert files(tmp_path) == ["x.stage1-64x64.png"]
-    assert f"interrupted; files written: {tmp_path / 'x.stage1-64x64.png'}" in capsys.readouterr().err
+    assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), "--preview", "1", *FAST]) == 130
+    assert files(tmp_path) == ["x.preview.png", "x.stage1-64x64.png"]
+    assert f"interrupted; files written: {tmp_path / 'x.stage1-64x64.png'}, {tmp_path / 'x.preview.png'}" in capsys.readouterr().err
     assert torch.nn.functional.scaled_dot_product_attention.__module__ != "scalediff.patching.interception"
 
 
