@@ -39,7 +39,7 @@ def settings_of(file: str) -> dict[str, Any]:
 
 
 def test_every_prompt_with_every_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "more.txt").write_text("a sun\n\n  a moon \n")
+    (tmp_path / "more.txt").write_text("\ufeffa sun\n\n  a moon \n", encoding="utf-8")  # as some editors begin a file
     assert main(["generate", "a moon", "--prompts", "more.txt", "--seed", "3,5-6", "--json", *FAST, "--size", "72"]) == 0
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(one["prompt"], one["seed"]) for one in told] == [(p, s) for p in ("a moon", "a sun", "a moon") for s in (3, 5, 6)]
