@@ -31,6 +31,7 @@ DRAWING: list[tuple[str, Any, type[Exception], str]] = [
     ("call", [1], TypeError, "call must be a mapping from names to values, got call=[1]"),
     ("call", {3: 1}, TypeError, "call must be a mapping from names to values, got call={3: 1}"),
     ("call", {"colour": 1}, ValueError, "call must hold arguments of the call of StableDiffusionPipeline, got colour=1"),
+    ("call", {"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt must be at least 1, got num_images_per_prompt=0"),
     ("call", {"height": 1}, ValueError, "call must not hold arguments of generate or upscale, or those that each stage sets, got height"),
     ("call", {"negative_prompt": None}, ValueError, "call must not hold arguments of generate or upscale"),
     ("generator", 3, TypeError, "generator must be a torch.Generator or a list of them, got generator=3"),
