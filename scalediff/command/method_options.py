@@ -35,7 +35,9 @@ def chosen_method(options: Namespace) -> str | MethodOptions:
         if options.option:
             raise UsageError(f"--option is for methods other than scalediff, which has options by name, got {options.option[0]}")
         return "scalediff"
-    if given := options_of_scalediff(options):
+    given = options_of_scalediff(options)
+    given += ["--upsampler"] * (options.upsampler is not None and not hasattr(METHODS[options.method].options, "upsampler"))
+    if given:
         raise UsageError(f"--method {options.method} does not support {', '.join(given)}")
     return method_object(options.method, options.option)
 
@@ -56,6 +58,8 @@ def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
         option = option.replace("-", "_")
         if not is_pair:
             raise UsageError(f"--option must be NAME=VALUE, got {pair!r}")
+        if option == "upsampler" and hasattr(METHODS[name].options, option):
+            raise UsageError(f"the upsampler of --method {name} is that of --upsampler, got --option {pair}")
         if option not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
             raise UsageError(f"--method {name} {has}, got --option {pair}")
