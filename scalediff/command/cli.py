@@ -174,7 +174,7 @@ def command_parser() -> argparse.ArgumentParser:
     upscale.add_argument("file", type=Path, metavar="FILE", help="a picture in any format that Pillow reads")
     upscale.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     upscale.add_argument(
-        "--size", type=parse_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: twice its size)"
+        "--size", type=parse_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: about twice its size)"
     )
     upscale.add_argument("--mask", type=Path, metavar="FILE", help="a picture, white where FILE may change and black where it is kept")
     upscale.add_argument(
