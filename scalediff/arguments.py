@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -40,9 +41,11 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Check for a real number; True and False are none."""
+    """Check for a finite real number; True and False are none."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise wrong_type(name, "a number", value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {shown(name, value)}")
 
 
 def check_boolean(name: str, value: Any) -> None:

@@ -218,7 +218,7 @@ def upscale(
             and keeps its detail: the stages above its size, or the last one, run the share `strength`. When None, the picture stands
             in place of the base stage, and every stage above it runs its share `restart`.
         sizes: (height, width) of every stage in pixels; the first must be larger than the picture, or is the base stage where one
-            redraws the picture. When None, each stage doubles the size.
+            redraws the picture. When None, those of the stages of `generate` that are larger than the picture.
         restart: Share of the steps that every stage runs. The larger it is, the more the picture changes.
         negative_prompt, call, generator, preset, steps, guidance_scale, attention, lfm, sg, lfm_cutoff, sg_cutoff: As in `generate`.
         wrap: As in `generate`. The picture should already continue on the other side.

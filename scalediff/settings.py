@@ -95,8 +95,6 @@ class Settings:
             object.__setattr__(self, "wrap", tuple(self.wrap))  # JSON gives lists
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got steps={self.steps}")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale must be finite, got guidance_scale={self.guidance_scale}")
         for name in _PER_STAGE:
             value = getattr(self, name)
             if value is None and name == "sg_cutoff_start":

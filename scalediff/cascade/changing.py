@@ -17,12 +17,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from scalediff.arguments import check_number, shown
+from scalediff.arguments import check_number, shown, wrong_type
 from scalediff.cascade.keeping import Given, strength_steps
 from scalediff.cascade.memory import images_per_call
+from scalediff.cascade.pictures import rgb
 from scalediff.cascade.pipeline import Sizes, cascade_of, native_size, pixels_per_latent, size_multiple, stage_sizes, takes, wrap_of
 from scalediff.cascade.placement import is_offloaded
 from scalediff.patching.networks import changes_picture, original_call
@@ -111,7 +113,7 @@ def _pictures(pipe: Any, image: Any) -> Tensor:
     """
     given = image if isinstance(image, list | tuple) else [image]
     if all(hasattr(one, "convert") for one in given):
-        image = [one.convert("RGB") for one in given]
+        image = [rgb(one) for one in given]
     pictures: Tensor = pipe.image_processor.preprocess(image)
     if pictures.ndim != 4 or pictures.shape[1] != 3:
         raise ValueError(f"image must be pictures with three channels above the native size, got {tuple(pictures.shape)=}")
@@ -119,11 +121,22 @@ def _pictures(pipe: Any, image: Any) -> Tensor:
 
 
 def _masks(mask_image: Any) -> Tensor:
-    """Masks of zeros and ones `[B, 1, height, width]`, from anything that diffusers takes as a mask."""
+    """Masks of zeros and ones `[B, 1, height, width]`, from anything that diffusers takes as a mask.
+
+    Raises:
+        TypeError: It is no mask, or an empty list.
+        ValueError: A mask has several channels, or levels of more than 16 bits.
+    """
     from diffusers.image_processor import VaeImageProcessor
 
     how = {"do_resize": False, "do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
-    found: Tensor = VaeImageProcessor(**how).preprocess(mask_image)
+    masks = mask_image if isinstance(mask_image, list) else [mask_image]
+    if not masks or not all(hasattr(one, "convert") or isinstance(one, np.ndarray | Tensor) for one in masks):
+        raise wrong_type("mask_image", "a PIL picture, an array or a tensor, or a list of at least one", mask_image)
+    masks = [rgb(one) if hasattr(one, "convert") else one for one in masks]
+    found: Tensor = VaeImageProcessor(**how).preprocess(masks if isinstance(mask_image, list) else masks[0])
+    if found.ndim != 4 or found.shape[1] != 1:
+        raise ValueError(f"mask_image must have one channel, got {tuple(found.shape)=}")
     return found.float()
 
 
@@ -279,7 +292,7 @@ def change_to_upscale(
         stages = planned if redraws else _sizes_above(planned, own)
     if strength is not None and not redraws:
         settings = replace(settings, restart=strength)
-    picture = pipe.image_processor.preprocess([picture.convert("RGB") for picture in images], **near)
+    picture = pipe.image_processor.preprocess([rgb(picture) for picture in images], **near)
     base, of_base = (stages[0], strength) if redraws else (planned[0], None)
     given, changes = given_picture(pipe, arguments, picture, mask_image, own, base=base, strength=of_base)
     return {**arguments, **changes}, stages, settings, given

@@ -130,6 +130,8 @@ def check_inputs(
     for name, value in (call or {}).items():
         if not _takes(pipe, name):
             raise ValueError(f"call must hold arguments of the call of {type(pipe).__name__}, got {shown(name, value)}")
+    if "num_images_per_prompt" in given:
+        check_positive("num_images_per_prompt", given["num_images_per_prompt"])
     if prompt is None and not any(name.startswith("prompt_embeds") for name in given):
         raise ValueError("prompt must be given, or its embeddings in call, got prompt=None")
     if isinstance(prompt, list) and isinstance(negative_prompt, list) and len(prompt) != len(negative_prompt):

@@ -42,15 +42,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is missing, is not a picture, or has no metadata of scalediff.
     """
-    from PIL import Image
+    from PIL.PngImagePlugin import PngImageFile
 
     try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {})[_KEY]
-        metadata: dict[str, Any] = json.loads(text)
+        with PngImageFile(path) as image:  # Image.open refuses large pictures, of which nothing is decoded here
+            metadata: dict[str, Any] = json.loads(image.info[_KEY])
     except KeyError:
         raise ValueError(f"the file must be a picture written by scalediff, got {path}, which has no scalediff metadata") from None
-    except (OSError, Image.DecompressionBombError, json.JSONDecodeError) as error:
+    except (OSError, SyntaxError, json.JSONDecodeError) as error:  # SyntaxError of a file of another format
         raise ValueError(f"the file must be a picture written by scalediff, got {path}: {error}") from error
     return metadata
 

@@ -30,14 +30,24 @@ def upsampled(x: Tensor, size: Sequence[int], *, wrap: tuple[bool, bool] = (Fals
     return out
 
 
+def rgb(image: Any) -> Any:
+    """A PIL picture as RGB of 8 bits. Pillow itself cuts grey levels of more bits off at 255.
+
+    Raises:
+        ValueError: The picture has levels of 32 bits or fractions, of which it does not say what is white.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"a picture must have levels of 8 or 16 bits, got {image.mode=!r}")
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+    return image.convert("RGB")
+
+
 def upright_rgb(image: Any) -> Any:
-    """A PIL picture as RGB of 8 bits, rotated upright by its EXIF data. Pillow itself cuts grey levels of 16 bits off at 255."""
+    """As `rgb`, rotated upright by the picture's EXIF data."""
     from PIL import ImageOps
 
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        upright = upright.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
-    return upright.convert("RGB")
+    return rgb(ImageOps.exif_transpose(image))
 
 
 def around(x: Tensor, axis: int, margin: int) -> Tensor:

@@ -23,6 +23,8 @@ from scalediff.methods import method_names
 from scalediff.settings import TILES
 from scalediff_kernels.distributed.losses import LostRankError
 
+_MOST_SEEDS = 1_000_000  # of one command
+
 
 def parse_size(text: str) -> tuple[int, int]:
     """Parse (height, width) in pixels: `N` or `HxW`."""
@@ -51,7 +53,10 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or match[1]) >= 2**63:
             raise argparse.ArgumentTypeError(f"seeds must be N, N-M, or a comma-separated list of these, in [0, 2^63), got {text!r}")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        more = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if more.stop - more.start > _MOST_SEEDS - len(seeds):
+            raise argparse.ArgumentTypeError(f"seeds must be at most {_MOST_SEEDS} numbers, got {text!r}")
+        seeds += more
     return seeds
 
 
@@ -77,7 +82,7 @@ def _gib(text: str) -> float:
         size = float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be a number of GiB, got {text!r}") from error
-    if not 0 < size < math.inf:
+    if not 0 < size * 2**30 < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number of GiB, got {text!r}")
     return size
 
@@ -169,7 +174,7 @@ def command_parser() -> argparse.ArgumentParser:
     upscale.add_argument("file", type=Path, metavar="FILE", help="a picture in any format that Pillow reads")
     upscale.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     upscale.add_argument(
-        "--size", type=parse_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: twice its size)"
+        "--size", type=parse_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: about twice its size)"
     )
     upscale.add_argument("--mask", type=Path, metavar="FILE", help="a picture, white where FILE may change and black where it is kept")
     upscale.add_argument(

@@ -17,7 +17,7 @@ from scalediff.cascade.pipeline import stage_sizes, wrap_of
 from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, one_line
-from scalediff.command.method_options import method_facts, method_object
+from scalediff.command.method_options import method_facts, method_object, option_names, options_of_scalediff
 from scalediff.command.pictures import side_by_side
 from scalediff.command.ranks import check_one_process
 from scalediff.command.reporting import Job, picture_metadata, print_status
@@ -67,6 +67,9 @@ def compare_methods(options: Namespace) -> None:
     unsupported = [f"--{name}" for name in _UNSUPPORTED if getattr(options, name) is not None]
     if unsupported:
         raise UsageError(f"`scalediff compare` does not support {', '.join(unsupported)}")
+    without_effect = [name for name in options_of_scalediff(options) if name != "--low-memory"]  # which also offloads the model
+    if without_effect and not {"scalediff", FULL} & set(options.methods):
+        raise UsageError(f"{', '.join(without_effect)} needs scalediff or {FULL} among --methods, got {','.join(options.methods)}")
     check_one_process("compare")
     jobs, methods = plan_jobs(options, prompts_of(options)), _methods(options)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
@@ -149,7 +152,7 @@ def _methods(options: Namespace) -> dict[str, MethodOptions | None]:
         if not dot or "=" in name:
             raise UsageError(f"--option must be METHOD.NAME=VALUE, got {pair!r}")
         if name not in pairs or name not in METHODS:
-            named = ", ".join(one for one in pairs if one in METHODS) or "none"
+            named = ", ".join(one for one in pairs if one in METHODS and option_names(one)) or "none"
             raise UsageError(f"--option is for methods of --methods that have options, {named}, got {pair!r}")
         pairs[name].append(rest)
     return {name: method_object(name, some) if name in METHODS else None for name, some in pairs.items()}

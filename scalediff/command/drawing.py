@@ -14,7 +14,7 @@ from scalediff.cascade.changing import changing_pipeline
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.describing import describe_stage, device_name
 from scalediff.cascade.metadata import save_png
-from scalediff.cascade.pipeline import stage_sizes, wrap_of
+from scalediff.cascade.pipeline import enlarged_size, stage_sizes, wrap_of
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import check_scheduler
 from scalediff.cascade.upsampling import resolve_upsampler
@@ -129,7 +129,7 @@ def upscale_pictures(options: Namespace) -> None:
     if options.strength is not None:
         pipe = changing_pipeline(pipe, with_mask=mask is not None)
     settings = resolve_settings(pipe, options)
-    height, width = options.size or (2 * image.height, 2 * image.width)
+    height, width = options.size or enlarged_size(pipe, image)
     changes = {"mask": options.mask and options.mask.name, "strength": options.strength}
     facts = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
     facts |= {name: value for name, value in changes.items() if value is not None}
@@ -169,6 +169,7 @@ def _stage_saver(pipe: Any, options: Namespace, job: Job, facts: Mapping[str, An
     try:
         yield save, written
     except KeyboardInterrupt:
+        written += [preview_path(job)] if preview_path(job).exists() else []
         print_status("interrupted; files written: " + (", ".join(map(str, written)) or "none"))
         raise
     preview_path(job).unlink(missing_ok=True)

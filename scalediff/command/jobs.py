@@ -17,7 +17,7 @@ def prompts_of(options: Namespace) -> list[str]:
     prompts = list(options.prompt)
     if options.prompts is not None:
         try:
-            prompts += [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
+            prompts += [line.strip() for line in options.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompts must be a text file with one prompt per line, got {options.prompts}: {error}") from error
     if not prompts:

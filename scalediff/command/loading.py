@@ -26,6 +26,7 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+_FLOW = ("flow-euler", "flow-heun")
 
 
 class UsageError(Exception):
@@ -46,7 +47,7 @@ def load_model(
         low_memory: On a GPU, keep each component on the device only while it is in use.
 
     Raises:
-        UsageError: diffusers is missing, or the model or device does not exist.
+        UsageError: diffusers is missing, the model or device does not exist, or the scheduler is for flow models and the model is none.
         torch.OutOfMemoryError: The weights do not fit on the device.
     """
     try:
@@ -71,6 +72,9 @@ def load_model(
             f"--model must be demo, a pipeline folder or the id of an accessible model, got {name!r}: {one_line(error)}"
         ) from error
     if scheduler is not None or spacing is not None:
+        prediction = pipe.scheduler.config.get("prediction_type", "flow_prediction")
+        if scheduler in _FLOW and prediction != "flow_prediction":
+            raise UsageError(f"--scheduler {scheduler} is for flow models, got {name} with {prediction=}")
         kind = getattr(diffusers, SCHEDULERS[scheduler]) if scheduler is not None else type(pipe.scheduler)
         options: dict[str, Any] = {"timestep_spacing": spacing} if spacing is not None else {}
         if scheduler == "pndm":

@@ -35,30 +35,42 @@ def chosen_method(options: Namespace) -> str | MethodOptions:
         if options.option:
             raise UsageError(f"--option is for methods other than scalediff, which has options by name, got {options.option[0]}")
         return "scalediff"
+    given = options_of_scalediff(options)
+    given += ["--upsampler"] * (options.upsampler is not None and not hasattr(METHODS[options.method].options, "upsampler"))
+    if given:
+        raise UsageError(f"--method {options.method} does not support {', '.join(given)}")
+    return method_object(options.method, options.option)
+
+
+def options_of_scalediff(options: Namespace) -> list[str]:
+    """The options of a command line that ScaleDiff alone has."""
     given = [name for name in SETTING_OPTIONS if name not in _SETTINGS_OF_ALL and getattr(options, name) is not None]
     given += [name for name, absent in _RUN_OPTIONS.items() if getattr(options, name) != absent]
-    if given:
-        raise UsageError(
-            f"--method {options.method} does not support {', '.join('--' + _OPTIONS.get(name, name).replace('_', '-') for name in given)}"
-        )
-    return method_object(options.method, options.option)
+    return ["--" + _OPTIONS.get(name, name).replace("_", "-") for name in given]
 
 
 def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
     """The options object of a method from texts `NAME=VALUE`; raises as `chosen_method`."""
-    known = [one.name for one in fields(METHODS[name].options) if one.name != "upsampler"]
+    known = option_names(name)
     values: dict[str, Any] = {}
     for pair in pairs:
         option, is_pair, text = pair.partition("=")
         option = option.replace("-", "_")
         if not is_pair:
             raise UsageError(f"--option must be NAME=VALUE, got {pair!r}")
+        if option == "upsampler" and hasattr(METHODS[name].options, option):
+            raise UsageError(f"the upsampler of --method {name} is that of --upsampler, got --option {pair}")
         if option not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
             raise UsageError(f"--method {name} {has}, got --option {pair}")
         values[option] = _parse(text)
     options: MethodOptions = METHODS[name].options(**values)
     return options
+
+
+def option_names(method: str) -> list[str]:
+    """The names of a method's options for --option; its upsampler is that of --upsampler."""
+    return [one.name for one in fields(METHODS[method].options) if one.name != "upsampler"]
 
 
 def method_facts(name: str, method: MethodOptions) -> dict[str, Any]:

@@ -32,16 +32,16 @@ def open_picture(path: Path) -> Any:
     """Load a picture as RGB, rotated upright by its EXIF data.
 
     Raises:
-        ValueError: The file is missing or is not a picture.
+        ValueError: The file is missing, is not a picture, or has more pixels than Pillow opens or levels of more than 16 bits.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             return upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"the picture must be an existing file, got {path}") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the file must be a picture that Pillow reads, got {path}: {error}") from error
 
 

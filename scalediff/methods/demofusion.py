@@ -69,7 +69,7 @@ class DemoFusion:
         check_boolean("jitter", self.jitter)
         if not isinstance(self.cosine_scale, tuple | list) or not all(isinstance(one, Real) for one in self.cosine_scale):
             raise wrong_type("cosine_scale", "three non-negative exponents", self.cosine_scale)
-        if len(self.cosine_scale) != 3 or min(self.cosine_scale) < 0:
+        if len(self.cosine_scale) != 3 or not all(0 <= one < math.inf for one in self.cosine_scale):
             raise ValueError(f"cosine_scale must be three non-negative exponents, got cosine_scale={self.cosine_scale}")
         if not self.blur_std > 0:
             raise ValueError(f"blur_std must be positive, got blur_std={self.blur_std}")

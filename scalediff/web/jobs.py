@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from scalediff.cascade.changing import check_strength
-from scalediff.cascade.pipeline import named_preset, native_size, size_multiple, stage_sizes, wrap_of
+from scalediff.cascade.pipeline import named_preset, native_size, stage_sizes, wrap_of
 from scalediff.methods import method_names, method_title
 from scalediff.settings import TILES, Anchor, Attention, Jitter, PerStage, Settings, SizeConditioning
 from scalediff.web.uploads import check_mask
@@ -165,23 +165,6 @@ def values_of_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     values["sizes"] = metadata.get("asked_sizes") or ""
     values["strength"] = format_numbers(metadata.get("strength"))
     return values
-
-
-def enlarged_size(pipe: Any, picture: Any) -> tuple[int, int]:
-    """About twice the (height, width) of a PIL picture, or the model's native area if that is more; in multiples of the model's.
-
-    Near that size it is the one whose aspect ratio is nearest to the picture's.
-    """
-    multiple, native = size_multiple(pipe), math.prod(native_size(pipe))
-    factor = max(2.0, math.sqrt(native / (picture.height * picture.width)))
-    sizes = []
-    for y in range(1, math.ceil(1.25 * factor * picture.height / multiple) + 1):
-        height = y * multiple
-        width = max(1, round(height * picture.width / picture.height / multiple)) * multiple
-        distortion = abs(math.log(height * picture.width / (width * picture.height)))
-        if height * width >= 0.8 * factor**2 * picture.height * picture.width and height * width >= native:
-            sizes.append((round(distortion, 2), abs(height - factor * picture.height), height, width))
-    return min(sizes)[2:]
 
 
 def parse_numbers(name: str, text: Any) -> PerStage | None:

@@ -11,10 +11,10 @@ from typing import Any
 import gradio as gr
 
 from scalediff.cascade.describing import device_name
-from scalediff.cascade.pipeline import native_size
+from scalediff.cascade.pipeline import enlarged_size, native_size
 from scalediff.web import controls
 from scalediff.web.gallery import Gallery
-from scalediff.web.jobs import FIELDS, SETTINGS, Job, enlarged_size, job_of, preset_values, values_of_metadata
+from scalediff.web.jobs import FIELDS, SETTINGS, Job, job_of, preset_values, values_of_metadata
 from scalediff.web.runs import Cancelled, Run, one_line
 from scalediff.web.uploads import check_mask, open_upload
 from scalediff.web.views import details_html, empty_html, gallery_html, preview_html, status_html, upload_html, viewer_html

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ DRAWING: list[tuple[str, Any, type[Exception], str]] = [
     ("call", [1], TypeError, "call must be a mapping from names to values, got call=[1]"),
     ("call", {3: 1}, TypeError, "call must be a mapping from names to values, got call={3: 1}"),
     ("call", {"colour": 1}, ValueError, "call must hold arguments of the call of StableDiffusionPipeline, got colour=1"),
+    ("call", {"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt must be at least 1, got num_images_per_prompt=0"),
     ("call", {"height": 1}, ValueError, "call must not hold arguments of generate or upscale, or those that each stage sets, got height"),
     ("call", {"negative_prompt": None}, ValueError, "call must not hold arguments of generate or upscale"),
     ("generator", 3, TypeError, "generator must be a torch.Generator or a list of them, got generator=3"),
@@ -104,17 +106,21 @@ OBJECTS: list[tuple[Any, str, Any, type[Exception], str]] = [
     (DiffuseHigh, "restart", "0.3", TypeError, "restart must be a number, got restart='0.3'"),
     (DiffuseHigh, "guided", None, TypeError, "guided must be a number, got guided=None"),
     (DiffuseHigh, "guidance_scale", "10", TypeError, "guidance_scale must be a number, got guidance_scale='10'"),
+    (DiffuseHigh, "guidance_scale", math.inf, ValueError, "guidance_scale must be finite, got guidance_scale=inf"),
+    (DiffuseHigh, "sharpness", math.nan, ValueError, "sharpness must be finite, got sharpness=nan"),
     (DiffuseHigh, "upsampler", 3, TypeError, "upsampler must be a function, got upsampler=3"),
     (HiFlow, "alpha", ("1",), TypeError, "alpha must be a number, got alpha='1'"),
     (HiFlow, "proportional", 1, TypeError, "proportional must be True or False, got proportional=1"),
     (HiFlow, "dynamic_shifting", None, TypeError, "dynamic_shifting must be True or False, got dynamic_shifting=None"),
     (HiFlow, "rope_scale", "10", TypeError, "rope_scale must be a number, got rope_scale='10'"),
+    (ScaleCrafter, "dilation", math.inf, ValueError, "dilation must be finite, got dilation=inf"),
     (ScaleCrafter, "dilated", "0.6", TypeError, "dilated must be a number, got dilated='0.6'"),
     (ScaleCrafter, "progressive", 1, TypeError, "progressive must be True or False, got progressive=1"),
     (AccDiffusion, "threshold", "0.3", TypeError, "threshold must be a number, got threshold='0.3'"),
     (AccDiffusion, "local_guidance_scale", "7", TypeError, "local_guidance_scale must be a number, got local_guidance_scale='7'"),
     (DemoFusion, "view_batch", "4", TypeError, "view_batch must be an integer, got view_batch='4'"),
     (DemoFusion, "cosine_scale", 3, TypeError, "cosine_scale must be three non-negative exponents, got cosine_scale=3"),
+    (DemoFusion, "cosine_scale", (math.nan, 1, 1), ValueError, "cosine_scale must be three non-negative exponents, got cosine_scale=(nan,"),
     (DemoFusion, "blur_std", "1", TypeError, "blur_std must be a number, got blur_std='1'"),
     (DemoFusion, "jitter", None, TypeError, "jitter must be True or False, got jitter=None"),
 ]

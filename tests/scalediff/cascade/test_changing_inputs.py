@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import scalediff
 from bench.models.zoo import WINDOW, ZOO
@@ -69,6 +70,10 @@ def upscale(pipeline: Built, picture: Any = SMALL, **more: Any) -> scalediff.Res
             ValueError,
             "mask_image must hold one picture, or one for each prompt, for 1 pictures, got 2",
         ),
+        ({"mask_image": "mask.png"}, TypeError, "mask_image must be a PIL picture, an array or a tensor, or a list of at least one, got"),
+        ({"mask_image": []}, TypeError, r"mask_image must be a PIL picture, .* got mask_image=\[\]"),
+        ({"mask_image": torch.ones(1, 2, 16, 16)}, ValueError, "mask_image must have one channel, got .*shape.*2, 16, 16"),
+        ({"picture": Image.new("F", (16, 16))}, ValueError, "a picture must have levels of 8 or 16 bits, got image.mode='F'"),
         (
             {"call": {"strength": 0.5}},
             ValueError,
@@ -79,6 +84,16 @@ def upscale(pipeline: Built, picture: Any = SMALL, **more: Any) -> scalediff.Res
 def test_upscale_refuses(inpainting: Built, more: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         upscale(inpainting, **{"picture": SMALL} | more)
+
+
+def test_grey_levels_of_16_bits_are_not_cut_off(inpainting: Built) -> None:
+    """Neither of the picture nor of the mask, of which all but black would be white."""
+    grey = np.tile(np.linspace(0, 200, 16, dtype=np.uint16), (16, 1))
+    drawn = [
+        upscale(inpainting, Image.fromarray(levels), mask_image=Image.fromarray(levels)).images[0]
+        for levels in (grey.astype(np.uint8), grey * 257)
+    ]
+    assert np.array_equal(*map(np.asarray, drawn))
 
 
 def test_a_strength_needs_a_pipeline_that_has_one(from_text: Built) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scalediff.cascade import metadata
-from scalediff.cascade.metadata import replacing, temporary
+from scalediff.cascade.metadata import read_metadata, replacing, save_png, temporary
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell which processes have numbers of one set")
 
@@ -90,3 +90,12 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         half.writelines(["half a", None])  # type: ignore[list-item]
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_text() == "a picture"
+
+
+def test_the_metadata_of_a_picture_that_is_too_large_for_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    save_png(image.new("RGB", (16, 16)), tmp_path / "x.png", metadata={"prompt": "a moon"})
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 8)
+    with pytest.raises(image.DecompressionBombError):
+        image.open(tmp_path / "x.png")
+    assert read_metadata(tmp_path / "x.png") == {"prompt": "a moon"}

@@ -177,6 +177,7 @@ def test_a_pipeline_that_changes_pictures_is_offloaded_as_the_one_it_is_made_fro
         (["--steps", "0"], "steps must be at least 1"),
         (["--lfm-cutoff", "0.01"], "at least one coarse pixel, got cutoff=0.01"),
         (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or the id of an accessible model, got 'no/such/folder'"),
+        (["--scheduler", "flow-euler"], "--scheduler flow-euler is for flow models, got demo with prediction='v_prediction'"),
         (["--device", "tpu9"], "--device must be a device of this machine, got 'tpu9'"),
         (["--device", "meta"], "--device must be a device of this machine, got 'meta'"),
         (["--out", "missing/folder/x.png"], "existing, writable folder, got missing/folder/x.png"),
@@ -205,6 +206,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ["generate", "x", "--sizes", "64,big"],
         ["generate", "x", "--preview", "0"],
         ["generate", "x", "--seed", "9" * 30],
+        ["generate", "x", "--seed", "0-99999999999"],
+        ["plan", "--memory", "1e300"],
         ["generate", "x", "--size", "big"],
         ["generate", "x", "--size", "12x"],
         ["paint"],
@@ -235,9 +238,9 @@ def test_ctrl_c_keeps_finished_stages_and_says_where(
         return forward(sample, *args, **kwargs)
 
     monkeypatch.setattr(demo.unet, "forward", interrupted)
-    assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), *FAST]) == 130
-    assert files(tmp_path) == ["x.stage1-64x64.png"]
-    assert f"interrupted; files written: {tmp_path / 'x.stage1-64x64.png'}" in capsys.readouterr().err
+    assert main(["generate", "a moon", "--out", str(tmp_path / "x.png"), "--preview", "1", *FAST]) == 130
+    assert files(tmp_path) == ["x.preview.png", "x.stage1-64x64.png"]
+    assert f"interrupted; files written: {tmp_path / 'x.stage1-64x64.png'}, {tmp_path / 'x.preview.png'}" in capsys.readouterr().err
     assert torch.nn.functional.scaled_dot_product_attention.__module__ != "scalediff.patching.interception"
 
 

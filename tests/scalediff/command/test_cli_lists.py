@@ -39,7 +39,7 @@ def settings_of(file: str) -> dict[str, Any]:
 
 
 def test_every_prompt_with_every_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "more.txt").write_text("a sun\n\n  a moon \n")
+    (tmp_path / "more.txt").write_text("\ufeffa sun\n\n  a moon \n", encoding="utf-8")  # as some editors begin a file
     assert main(["generate", "a moon", "--prompts", "more.txt", "--seed", "3,5-6", "--json", *FAST, "--size", "72"]) == 0
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(one["prompt"], one["seed"]) for one in told] == [(p, s) for p in ("a moon", "a sun", "a moon") for s in (3, 5, 6)]
@@ -237,3 +237,10 @@ def test_names_in_the_help_are_whole_and_lines_short(
     assert max(map(len, lines)) <= columns
     words = {word.strip(",") for line in lines for word in line.split()}
     assert set(names) <= words
+
+
+def test_a_picture_of_any_size_is_enlarged_about_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twice 50 x 101 are no multiples of 8."""
+    Image.new("RGB", (101, 50), (20, 30, 60)).save(tmp_path / "photo.png")
+    assert main(["upscale", "photo.png", "a moon", "--steps", "1", "--out", "x.png", "--quiet"]) == 0
+    assert "50 x 101 -> 96 x 192" in capsys.readouterr().err

@@ -48,6 +48,11 @@ def test_stages_of_a_method_are_saved(tmp_path: Path) -> None:
             ["--method", "multidiffusion", "--option", "blur_std=1"],
             "--method multidiffusion has the options stride, view_batch, got --option blur_std=1",
         ),
+        (
+            ["--method", "super-resolution", "--option", "upsampler=demo"],
+            "the upsampler of --method super-resolution is that of --upsampler, got --option upsampler=demo",
+        ),
+        (["--method", "direct", "--upsampler", "demo"], "--method direct does not support --upsampler"),
         (["--method", "demofusion", "--option", "jitter"], "--option must be NAME=VALUE, got 'jitter'"),
         (["--method", "demofusion", "--option", "blur-std=-1"], "blur_std must be positive, got blur_std=-1"),
         (["--method", "demofusion", "--option", "jitter=some"], "jitter must be True or False, got jitter='some'"),
@@ -62,7 +67,7 @@ def test_stages_of_a_method_are_saved(tmp_path: Path) -> None:
             ["--method", "direct", "--compare"],
             "--compare is for --method scalediff; `scalediff compare` draws any methods, got --method direct",
         ),
-        (["--method", "direct", "--upsampler", "none.pth"], "upsampler must be an existing file, got none.pth"),
+        (["--method", "super-resolution", "--upsampler", "none.pth"], "upsampler must be an existing file, got none.pth"),
     ],
 )
 def test_what_a_method_does_not_have(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from scalediff.cascade.pipeline import named_preset
+from scalediff.cascade.pipeline import enlarged_size, named_preset
 from scalediff.settings import Settings
 from scalediff.web.jobs import (
     FIELDS,
     SETTINGS,
     default_values,
-    enlarged_size,
     format_numbers,
     job_of,
     parse_numbers,

@@ -88,3 +88,20 @@ def test_grey_levels_of_16_bits_are_not_cut_off(tmp_path: Path) -> None:
     for read in (open_upload, open_picture):
         assert np.asarray(read(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 127, 128, 255]
     assert np.asarray(white_of(open_upload(tmp_path / "a.png"))).tolist() == [[0, 0, 255, 255]]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_levels_of_32_bits_are_refused(tmp_path: Path, mode: str) -> None:
+    """Pillow would make them white or black."""
+    Image.new(mode, (4, 4), 1).save(tmp_path / "a.tif")
+    with pytest.raises(
+        ValueError, match=rf"Pillow reads, got .*a.tif: a picture must have levels of 8 or 16 bits, got image.mode='{mode}'"
+    ):
+        open_picture(tmp_path / "a.tif")
+
+
+def test_more_pixels_than_pillow_opens_are_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SMALL.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    with pytest.raises(ValueError, match=r"the file must be a picture that Pillow reads, got .*a.png: Image size \(384 pixels\) exceeds"):
+        open_picture(tmp_path / "a.png")
