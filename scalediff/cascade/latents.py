@@ -28,6 +28,17 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     return image
 
 
+def decode_finite(pipe: Any, latents: Tensor) -> Tensor:
+    """Decode the latents of a stage as `decode`.
+
+    Raises:
+        ValueError: They have values that are not finite: the denoiser overflowed.
+    """
+    if not latents.isfinite().all():
+        raise ValueError(f"the denoiser overflows in {latents.dtype}: use a smaller guidance scale, or a dtype of a wider range")
+    return decode(pipe, latents)
+
+
 def encode(pipe: Any, image: Tensor) -> Tensor:
     """Encode pictures `[B, 3, height, width]` in [-1, 1] to latents `[B, C, Y, X]`, the mode (mean) of the posterior.
 

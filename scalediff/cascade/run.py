@@ -29,7 +29,7 @@ from scalediff.cascade.checks import check_run
 from scalediff.cascade.fitting import check_possible
 from scalediff.cascade.generators import fresh_generator, set_states, states_of
 from scalediff.cascade.keeping import Given, ScheduleSet, resting_scheduler, start_arguments, stopping_scheduler, strength_steps
-from scalediff.cascade.latents import decode, encode, packed, to_pil_images, unpacked
+from scalediff.cascade.latents import decode, decode_finite, encode, packed, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, joined_sizes, needs_tiling, out_of_memory
 from scalediff.cascade.pictures import picture_at
 from scalediff.cascade.pipeline import Sizes, call_stage, cascade_of, native_size, wrap_of
@@ -168,7 +168,7 @@ class _Run:
         """Run one stage, save it in the workdir and report it."""
         since = time.perf_counter()
         self.latents = unpacked(self.pipe, self._call_pipeline(index, size, _LATENT)[0], size)
-        self.decoded = decode(self.pipe, self.latents)
+        self.decoded = decode_finite(self.pipe, self.latents)
         if self.options.on_stage is None:
             return
         images, seconds = to_pil_images(self.pipe, self.decoded), time.perf_counter() - since

@@ -31,22 +31,20 @@ def make_reference(
 ) -> Tensor:
     """The clean reference of a stage `[B, C, Y, X]`: upsampled in RGB, with the low frequencies of the upsampled latents."""
     wrap = settings.wrap or (False, False)
-    z_ru = encode_finite(pipe, upsampled_picture(decoded, size, upsampler, wrap=wrap), latents).to(latents.dtype)
+    z_ru = encode_finite(pipe, upsampled_picture(decoded, size, upsampler, wrap=wrap)).to(latents.dtype)
     if not settings.lfm:
         return z_ru
     z_lu = upsampled(latents, z_ru.shape[-2:], wrap=wrap)
     return mix_frequencies(z_ru, z_lu, cutoff=scalar(settings.lfm_cutoff), kind=settings.filter, wrap=wrap)
 
 
-def encode_finite(pipe: Any, picture: Tensor, source: Tensor) -> Tensor:
-    """Encode pictures as `encode`; `source` are the latents that the picture was decoded from.
+def encode_finite(pipe: Any, picture: Tensor) -> Tensor:
+    """Encode pictures as `encode`.
 
     Raises:
-        ValueError: The autoencoder overflows, or the denoiser did in the stage before.
+        ValueError: The autoencoder overflows.
     """
     latents = encode(pipe, picture)
-    if not source.isfinite().all():
-        raise ValueError(f"the denoiser overflows in {source.dtype}: use a smaller guidance scale, or a dtype of a wider range")
     if not latents.isfinite().all():
         raise ValueError(f"the autoencoder overflows in {pipe.vae.dtype}: load the pipeline in bfloat16 or float32")
     return latents

@@ -69,7 +69,7 @@ def compare_methods(options: Namespace) -> None:
         raise UsageError(f"`scalediff compare` does not support {', '.join(unsupported)}")
     without_effect = [name for name in options_of_scalediff(options) if name != "--low-memory"]  # which also offloads the model
     if without_effect and not {"scalediff", FULL} & set(options.methods):
-        raise UsageError(f"{', '.join(without_effect)} needs scalediff or {FULL} among --methods, got {','.join(options.methods)}")
+        raise UsageError(f"{', '.join(without_effect)} must be with scalediff or {FULL} in --methods, got {','.join(options.methods)}")
     check_one_process("compare")
     jobs, methods = plan_jobs(options, prompts_of(options)), _methods(options)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)

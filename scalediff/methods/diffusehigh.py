@@ -140,7 +140,7 @@ def diffusehigh(
                 picture = upsampled_picture(run.decoded.clamp(-1, 1), pixels, options.upsampler).float()
                 picture = sharpened(picture, std=drawn_stds(arguments["generator"]), amount=options.sharpness)
                 change = _keep_approximation(pipe, approximation(picture), guided=guided)
-                reference = encode_finite(pipe, picture, run.latents).to(run.latents.dtype)
+                reference = encode_finite(pipe, picture).to(run.latents.dtype)
                 scale = _guidance_scale(pipe, arguments, options)
                 run.restart(reference, last_steps=last_steps, change=change, guidance_scale=scale, changes=conditioning)
     return run.stages

@@ -167,7 +167,7 @@ def hiflow(
             with run.stage() as pixels, _extrapolated(pipe, pixels, options):
                 picture = upsampled_picture(run.decoded.clamp(-1, 1), pixels, options.upsampler)
                 picture = sharpened(picture, std=drawn_stds(arguments["generator"]), amount=options.sharpness)
-                reference = encode_finite(pipe, picture, run.latents).to(run.latents.dtype)
+                reference = encode_finite(pipe, picture).to(run.latents.dtype)
                 last_steps = tail_steps(run.steps, _of_stage(options.restart, number))
                 change = _follow(trajectory, options, number, first=run.steps - last_steps, steps=last_steps)
                 run.restart(reference, last_steps=last_steps, change=change, guidance_scale=_guidance_scale(pipe, options, number))

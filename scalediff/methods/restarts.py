@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalediff.cascade.latents import decode, packed, unpacked
+from scalediff.cascade.latents import decode_finite, packed, unpacked
 from scalediff.cascade.pipeline import cascade_of, guidance_argument
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import Change, Guidance, Watch, check_scheduler, guided_scheduler, recording_scheduler
@@ -129,7 +129,7 @@ class Restarts:
         index, of = len(self.stages) + 1, len(self._sizes)
         size = self._sizes[index - 1]
         self.latents = running.generate_latents(self._pipe, arguments, size)
-        self.decoded = decode(self._pipe, self.latents)
+        self.decoded = decode_finite(self._pipe, self.latents)
         stage = running.finished(
             self._pipe, arguments, self.latents, size, self._settings, index=index, of=of, since=self._since, decoded=self.decoded
         )

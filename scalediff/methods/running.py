@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scalediff.cascade.borrowing import intercept_denoiser, is_tiled, restored_pipeline, tiled
 from scalediff.cascade.generators import fresh_generator
-from scalediff.cascade.latents import decode, to_pil_images, unpacked
+from scalediff.cascade.latents import decode_finite, to_pil_images, unpacked
 from scalediff.cascade.memory import images_per_call, joined_sizes, needs_tiling, out_of_memory
 from scalediff.cascade.pipeline import call_stage, cascade_of, guidance_argument, takes_size_conditioning
 from scalediff.cascade.progress import show_pipeline_bar
@@ -152,12 +152,13 @@ def finished(
     """Make the `Stage` of latents, decoded here unless `decoded` has their pictures. `since` is the time at which the stage started.
 
     Raises:
+        ValueError: The latents have values that are not finite.
         torch.OutOfMemoryError: The device ran out of memory. The message names the stage and what would fit.
     """
     steps = arguments["num_inference_steps"]
     if decoded is None:
         with in_tiles_if_needed(pipe, arguments, size, f"stage {index} of {of}"):
-            decoded = decode(pipe, latents)
+            decoded = decode_finite(pipe, latents)
     images = to_pil_images(pipe, decoded)
     seconds = time.perf_counter() - since
     return Stage(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from scalediff.arguments import check_callable, optional
-from scalediff.cascade.latents import decode
+from scalediff.cascade.latents import decode_finite
 from scalediff.cascade.pipeline import stage_sizes
 from scalediff.cascade.results import Stage
 from scalediff.cascade.upsampling import Upsampler, upsampled_picture
@@ -85,7 +85,7 @@ def super_resolution(
         running.show_progress(pipe, progress, index=1, of=of, size=base)
         latents = running.generate_latents(pipe, arguments, base)
         with running.in_tiles_if_needed(pipe, arguments, base, f"stage 1 of {of}"):
-            picture = decode(pipe, latents)
+            picture = decode_finite(pipe, latents)
         finish(picture, base, since, arguments["num_inference_steps"])
         if above and not getattr(pipe, "interrupt", False):  # diffusers' flag, set by a callback
             since = time.perf_counter()

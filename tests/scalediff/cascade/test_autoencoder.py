@@ -43,13 +43,12 @@ def test_an_overflowing_autoencoder_is_named(demo: Any, monkeypatch: pytest.Monk
         generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5)
 
 
-def test_an_overflowing_denoiser_is_named(demo: Any) -> None:
-    """And not the autoencoder, which makes a picture of what it is given."""
-    with (
-        pytest.raises(ValueError, match=r"the denoiser overflows in torch.float32: use a smaller guidance scale, or a dtype of a wider r"),
-        pytest.warns(RuntimeWarning, match="invalid value"),
-    ):
-        generate(demo, PROMPT, height=128, width=128, generator=seeded(), steps=2, restart=0.5, guidance_scale=1e30)
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("method", ["scalediff", "direct", "diffusehigh", "super-resolution"])
+def test_an_overflowing_denoiser_is_named(method: str, size: int, demo: Any) -> None:
+    """In the base stage, also where that is the only one; and not the autoencoder, which makes a picture of what it is given."""
+    with pytest.raises(ValueError, match=r"the denoiser overflows in torch.float32: use a smaller guidance scale, or a dtype of a wider r"):
+        generate(demo, PROMPT, height=size, width=size, method=method, generator=seeded(), steps=2, guidance_scale=1e30)
 
 
 def test_an_fp16_autoencoder_that_would_overflow_runs_in_fp32(demo: Any) -> None:

@@ -66,7 +66,7 @@ def test_a_panel_that_does_not_wrap_says_so(tmp_path: Path) -> None:
         ),
         (
             ["--methods", "direct,diffusehigh", "--restart", "0.5", "--tile", "x"],
-            "--restart, --tile needs scalediff or full-attention among --methods, got direct,diffusehigh",
+            "--restart, --tile must be with scalediff or full-attention in --methods, got direct,diffusehigh",
         ),
         (["--methods", "hiflow"], "HiFlow needs a flow model with FlowMatchEulerDiscreteScheduler, got DDIMScheduler"),
     ],
