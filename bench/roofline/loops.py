@@ -7,7 +7,7 @@ A step is an action and its amounts. `run`: cycles of issue slots, of the pipe o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
@@ -72,9 +72,8 @@ def to_text(loop: Iterable[Step]) -> str:
 
 
 def from_text(text: str) -> tuple[Step, ...]:
-    def parsed() -> Iterator[Step]:
-        for action, *words in map(str.split, text.split("; ")):
-            named = action in ("acquire", "release")
-            yield Step(action, name=words[0]) if named else Step(action, tuple(map(float, words)))
-
-    return tuple(parsed())
+    found = []
+    for action, *words in map(str.split, text.split("; ")):
+        named = action in ("acquire", "release")
+        found.append(Step(action, name=words[0]) if named else Step(action, tuple(map(float, words))))
+    return tuple(found)
