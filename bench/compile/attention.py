@@ -28,6 +28,8 @@ FEW = 24  # loads and stores of spilled registers outside the main loops, once a
 PIPELINED = ("products", "wait 1", "exponentials", "wait 0")  # the softmax of a block runs beside P V of the block before
 REPEATED = 1.5  # exponentials a score: one, and one a row and key block, which the four threads of a row compute alike
 
+CASE = ("queries", "dtype", "head_dim", "layout", "window", "text")  # columns of a row: attributes of the case and of its configuration
+CONFIG = {"path": "path", "query_box": "query_box", "key_box": "key_box", "warps": "num_warps", "stages": "num_stages"}
 KEYS = {"queries": "queries", "dtype": "dtype", "head_dim": "D", "text": "text"}  # columns of the page's table, and their headings
 SHOWN = "window == '64x64' and text in ('0', '512') and layout == 'contiguous'"  # rows of the page's table: the paper's windows
 
@@ -65,16 +67,6 @@ class Case:
         if self.queries == "image":
             return image_launch(torch.empty_like(q), q, k, v, text_k, text_v, rope, **arguments)
         return text_launch(torch.empty_like(text_q), text_q, k, v, text_k, text_v, rope, **arguments)
-
-    def facts(self, launch: Launch) -> dict[str, Any]:
-        """Columns of a row."""
-        config = launch.config
-        return {
-            "queries": self.queries, "dtype": str(self.dtype).removeprefix("torch."), "head_dim": self.head_dim, "layout": self.layout,
-            "window": "x".join(map(str, self.window)), "text": self.text, "path": config.path,
-            "query_box": "x".join(map(str, config.query_box)), "key_box": "x".join(map(str, config.key_box)),
-            "warps": launch.arguments["num_warps"], "stages": config.num_stages,
-        }  # fmt: skip
 
     def _known(self, target: str) -> bool:
         """Whether docs/evidence/compiled.md names the fault as known and not gated."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import triton
@@ -20,6 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from bench.harness.device import first_line
 from scalediff_kernels._launch import Launch
 
 TARGETS = {
@@ -130,18 +131,26 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def rows_of(kernels: str, target: str) -> list[dict[str, Any]]:
-    """A row for every case of `bench/compile/KERNELS.py`, compiled for one target. A compiler that fails is a result as well."""
-    return [_row(case, target) for case in import_module(f"bench.compile.{kernels}").cases(target)]
+    """A row for every case of `bench/compile/KERNELS.py`, compiled for one target."""
+    module = import_module(f"bench.compile.{kernels}")
+    return [_row(case, module, target) for case in module.cases(target)]
 
 
-def _row(case: Any, target: str) -> dict[str, Any]:
+def _row(case: Any, module: ModuleType, target: str) -> dict[str, Any]:
+    """A compiler that fails is a result as well."""
     launch = case.launch(target)
-    facts: dict[str, Any] = {"triton": triton.__version__, "target": target} | case.facts(launch)
+    facts = {"triton": triton.__version__, "target": target} | {name: _cell(getattr(case, name)) for name in module.CASE}
+    facts |= {name: _cell(getattr(launch.config, attribute)) for name, attribute in module.CONFIG.items()}
     try:
         binary = compile_launch(launch, target)
     except Exception as error:
-        return facts | {"registers": "", "spills": "", "shared": "", "faults": f"does not compile: {str(error).splitlines()[0][:80]}"}
+        return facts | {"registers": "", "spills": "", "shared": "", "faults": f"does not compile: {first_line(error)[:80]}"}
     faults = case.faults(target, launch, binary)
     if launch.then is not None and (after := compile_launch(launch.then, target)).spills:
         faults.append(f"{after.spills} spills in the kernel after it")
     return facts | {"registers": binary.registers, "spills": binary.spills, "shared": binary.shared, "faults": "; ".join(faults)}
+
+
+def _cell(value: Any) -> str:
+    """Of a pair of numbers, a dtype, or anything else."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")

@@ -18,7 +18,7 @@ from bench.attention.providers import ours
 from bench.harness.device import first_line
 from bench.harness.rows import Row
 from bench.harness.timing import measure_in_turn
-from scalediff_kernels.neighborhood.config import LaunchConfig, Problem, key_box, launch_config
+from scalediff_kernels.neighborhood.config import LaunchConfig, Pipeline, Problem, key_box, launch_config
 from scalediff_kernels.testing import assert_within_budget
 
 SHAPES = {"flux-4096": "window", "sdxl-64-4096": "", "sdxl-32-4096": ""}
@@ -32,15 +32,18 @@ class Candidate:
     config: LaunchConfig
 
     @property
-    def name(self) -> str:
+    def entry(self) -> Pipeline:
+        """As in the table."""
         c = self.config
-        turns = "turns" if c.ping_pong else "no turns"
-        return f"{self.shape}/{prod(c.query_box)} x {prod(c.key_box)}, {c.num_stages} stages, {c.registers} registers, {turns}"
+        return Pipeline(prod(c.query_box), prod(c.key_box), c.num_stages, c.registers, c.ping_pong)
+
+    @property
+    def name(self) -> str:
+        queries, keys, stages, registers, ping_pong = self.entry
+        return f"{self.shape}/{queries} x {keys}, {stages} stages, {registers} registers, {'turns' if ping_pong else 'no turns'}"
 
     def row(self) -> Row:
-        c = self.config
-        values = {"queries": prod(c.query_box), "keys": prod(c.key_box), "stages": c.num_stages, "registers": c.registers}
-        return {"shape": self.shape, "ping_pong": str(c.ping_pong)} | {name: str(value) for name, value in values.items()}
+        return {"shape": self.shape} | {name: str(value) for name, value in self.entry._asdict().items()}
 
 
 def candidates(name: str) -> list[Candidate]:
