@@ -47,8 +47,6 @@ class Ready(NamedTuple):
 
 @dataclass
 class Provider:
-    """One implementation."""
-
     name: str
     make: Callable[[Task], Ready]
     function: Literal["window", "full", "views"] = "window"
@@ -105,8 +103,7 @@ def second_choice(task: Task) -> Ready:
     return first._replace(run=plain(first.run))
 
 
-def ours(impl: Literal["triton", "sdpa", "reference"]) -> Provider:
-    """One of the library's implementations."""
+def ours(impl: Literal["triton", "sdpa"]) -> Provider:
 
     def make(task: Task) -> Ready:
         how: dict[str, Any] = {"window": task.shape.window, "patch": task.shape.patch, "impl": impl}

@@ -75,7 +75,6 @@ class Case:
         return self.queries == "text" and prod(self.window) < 16
 
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
-        """What is wrong with a binary."""
         if launch.config.path == "warp-specialised":
             return self._pipeline_faults(target, launch, binary)
         config, nvidia, descriptors = launch.config, target.startswith("sm_"), launch.config.path == "descriptor"

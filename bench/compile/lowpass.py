@@ -39,8 +39,6 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile."""
-
     side: Side
     layout: str
     dtype: torch.dtype = torch.float32
@@ -65,7 +63,6 @@ class Case:
         return separable_launch(torch.empty_like(x), [coarse], [0.5], axes, "up", pictures, weights, device=device)
 
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
-        """What is wrong with a binary."""
         spilled = sum(map(spills, binary.loops)) if binary.loops else binary.spills
         amd, neighbours = target.startswith("gfx"), self.layout not in ("packed", "odd")
         product = "v_mfma" if amd else r"\b(?:HMMA|HGMMA|UTC\w*MMA)\S*TF32"

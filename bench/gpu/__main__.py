@@ -41,8 +41,6 @@ COPY = "In a copy of the tree without git: --commit $(git rev-parse --short HEAD
 
 
 class Outcome(NamedTuple):
-    """How a part ended."""
-
     status: str  # done, failed, stopped, skipped, did not fit, or done before
     note: str
     seconds: float = 0.0

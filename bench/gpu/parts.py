@@ -25,8 +25,6 @@ GRACE = 10.0  # seconds between asking a process to end and killing it
 
 @dataclass(frozen=True)
 class Part:
-    """One command."""
-
     name: str  # on the command line
     title: str  # for people
     limit: float  # seconds; what earlier parts left of theirs is added, up to as many again
@@ -105,7 +103,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def typed(command: Sequence[str]) -> str:
-    """A command as it can be typed."""
     return f"python3 {shlex.join(command)}"
 
 

@@ -83,7 +83,6 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the folder and print what is in it."""
     parser = argparse.ArgumentParser(prog="python -m bench.hub", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new or an empty folder")
     parser.add_argument("--version", type=positive(int), default=1, metavar="N", help="version of the kernel (default: 1)")

@@ -65,8 +65,6 @@ SHOWN = {
 
 
 class Published(NamedTuple):
-    """A kernel of others."""
-
     name: str
     head_dim: int
     shape: str  # of the shipped candidate whose loop it is

@@ -60,8 +60,6 @@ class Schedule:
 
 @dataclass
 class _Run:
-    """One run of the simulation."""
-
     schedule: Schedule
     blocks: int
     tiles: int

@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from bench.attention import shapes
-from bench.attention.providers import ours
+from bench.attention.gate import truth
 from bench.harness.device import first_line
 from bench.harness.rows import Row
 from bench.harness.timing import measure_in_turn
 from scalediff_kernels.neighborhood.config import LaunchConfig, Pipeline, Problem, key_box, launch_config
-from scalediff_kernels.testing import assert_within_budget
 
 SHAPES = {"flux-4096": "window", "sdxl-64-4096": "", "sdxl-32-4096": ""}
 
@@ -79,22 +78,13 @@ def calls(candidate: Candidate, shape: shapes.Shape) -> Iterator[tuple[Any, torc
 
 
 def check(candidate: Candidate) -> Row:
-    """Compile a candidate, and compare it with fp64 on a grid of six patches and eight heads: some tiles for every multiprocessor."""
+    """Compile a candidate, and put it through the gate on a grid of six patches and eight heads: some tiles for every multiprocessor."""
     full = shapes.SHAPES[candidate.shape]
     small = replace(full, grid=(full.window[0], full.window[1] + full.patch[1]), heads=8, groups=0, batch=1)
     launch, out, inputs = next(calls(candidate, small))
     launch.run()
-    rope = inputs.rope and (inputs.rope[0].double(), inputs.rope[1].double())
-
-    def image_by(impl: Literal["reference", "sdpa"], dtype: torch.dtype) -> torch.Tensor:
-        q, k, v = (x.to(dtype) for x in inputs.sequences)
-        image: torch.Tensor = ours(impl).make(inputs.task).run(replace(inputs, sequences=(q, k, v), rope=rope))[0]
-        return image
-
-    exact, plain = image_by("reference", torch.float64), image_by("sdpa", small.dtype)
-    assert_within_budget(out, plain, exact)
-    errors = ((x.double() - exact).abs().max().item() for x in (out, plain))
-    return {name: f"{error:.3g}" for name, error in zip(("error", "eager_error"), errors, strict=True)}
+    error, eager = truth(inputs, "window").image.check("image", out.flatten(1, 2))
+    return {"error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
 
 
 def timed(candidate: Candidate, seconds: float) -> Row:
