@@ -17,10 +17,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.attention import sdpa
-from bench.attention.providers import Provider, Ready, image_and_text, no_second_choice, ours, scores_refusal, second_choice, tiled_flops
+from bench.attention import providers, sdpa
+from bench.attention.providers import Provider, Ready, image_and_text, scores_refusal
 from bench.attention.shapes import Inputs, Pair, Task
-from scalediff_kernels.neighborhood.config import block_config
 
 BLOCK = 128  # tokens of a block of FlexAttention's mask, its own default
 TILES = [(1 << i, BLOCK >> i) for i in range(1, 7)]
@@ -164,9 +163,9 @@ _ONE_TEXT, _OWN_TEXT = ("", "global"), ("", "window")  # not rotated for every w
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        ours("triton"),
-        Provider("triton-plain", second_choice, unavailable=no_second_choice, work=partial(tiled_flops, choose=block_config)),
-        ours("sdpa"),
+        Provider("triton", partial(providers.ours, impl="triton"), unavailable=providers.no_triton, work=providers.tiled_flops),
+        Provider("triton-plain", providers.second_choice, unavailable=providers.no_second_choice, work=providers.plain_flops),
+        Provider("sdpa", partial(providers.ours, impl="sdpa")),
         *_named("gather", sdpa.gather, ("", "cudnn", "flash"), work=sdpa.padded_flops),
         *_named("windows", partial(sdpa.gather, beforehand=True), ("cudnn", "flash"), work=sdpa.padded_flops),
         *_named("loop", sdpa.loop, ("", "cudnn")),

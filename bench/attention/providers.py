@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
@@ -99,20 +100,17 @@ def second_choice(task: Task) -> Ready:
     from scalediff_kernels.neighborhood import launch
 
     plain = patch.object(launch, "launch_config", lambda problem, device, _: config.block_config(problem, device))
-    first = ours("triton").make(task)
+    first = ours(task, impl="triton")
     return first._replace(run=plain(first.run))
 
 
-def ours(impl: Literal["triton", "sdpa"]) -> Provider:
-
-    def make(task: Task) -> Ready:
-        how: dict[str, Any] = {"window": task.shape.window, "patch": task.shape.patch, "impl": impl}
-        if not task.rule:
-            return Ready(lambda inputs: (neighborhood_patch_attention(*inputs.image, **how), None))
-        how["text_queries"] = task.rule
-        return Ready(lambda inputs: joint_neighborhood_patch_attention(*inputs.image, *inputs.text, text_rope=inputs.rope, **how))
-
-    return Provider(impl, make, unavailable=no_triton, work=tiled_flops) if impl == "triton" else Provider(impl, make)
+def ours(task: Task, *, impl: Literal["triton", "sdpa"]) -> Ready:
+    """One of the library's implementations."""
+    how: dict[str, Any] = {"window": task.shape.window, "patch": task.shape.patch, "impl": impl}
+    if not task.rule:
+        return Ready(lambda inputs: (neighborhood_patch_attention(*inputs.image, **how), None))
+    how["text_queries"] = task.rule
+    return Ready(lambda inputs: joint_neighborhood_patch_attention(*inputs.image, *inputs.text, text_rope=inputs.rope, **how))
 
 
 def tiled_flops(
@@ -134,6 +132,9 @@ def tiled_flops(
             rows = _round_up(s.text, chosen.query_box[1]) * (1 if whole else prod(map(len, task.spans)))
         total += 4 * s.batch * s.heads * width * rows * keys
     return total
+
+
+plain_flops = partial(tiled_flops, choose=config.block_config)  # of the kernels in plain Triton
 
 
 def _round_up(n: int, to: int) -> int:

@@ -19,10 +19,10 @@ from bench.compile.attention import Case
 from bench.compile.binary import compile_launch, serialised, spills
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import RESULTS, write_rows, write_text
-from bench.roofline.call import FINISH, PEAK_TFLOPS, case_of, costs, efficiency, predict, slowed
+from bench.roofline.call import FINISH, PEAK_TFLOPS, case_of, costs, efficiency, predict, reconfigured, slowed
 from bench.roofline.loops import from_text, to_text
 from bench.roofline.pipeline import Schedule
-from scalediff_kernels.neighborhood.config import WARPGROUP_ROWS, LaunchConfig, Pipeline, key_box, shared_memory
+from scalediff_kernels.neighborhood.config import WARPGROUP_ROWS, LaunchConfig, Pipeline, shared_memory
 
 RESULT = RESULTS / "static-roofline-sm_90.csv"
 FLUX, SDXL = "FLUX 4096 px", "SDXL 4096 px, 256^2"
@@ -34,7 +34,7 @@ SHAPES: dict[str, tuple[str, Literal["image", "text"], str]] = {
     SDXL: ("sdxl-64-4096", "image", ""),
     "SDXL 4096 px, 128^2": ("sdxl-32-4096", "image", ""),
 }
-PIPELINES = {
+PIPELINES = {  # candidates by head dim, what is shipped among them
     64: [
         *(Pipeline(128, 128, 3, 240, turns) for turns in (True, False)),
         *(Pipeline(256, 64, stages, 112, False) for stages in (2, 4)),
@@ -79,16 +79,6 @@ PUBLISHED = (
     Published("FlashAttention 3", 128, FLUX, 176, 648, 638, {"stages": 2, "block_bytes": 45_056.0}),
     Published("FlashAttention 3", 64, SDXL, 192, 497, 476, {"stages": 2, "block_bytes": 49_152.0, "consumers": 3}),
 )
-
-
-def candidates(case: Case) -> Iterator[LaunchConfig]:
-    """What could be launched, the shipped configuration among them."""
-    shipped = case.launch("sm_90").config
-    for p in PIPELINES[case.head_dim]:
-        box = (1, p.queries) if case.queries == "text" else (p.queries // 16, 16)
-        parts = shipped.part_blocks * prod(shipped.key_box) // p.keys
-        changed = shipped._replace(query_box=box, key_box=key_box(case.window, p.keys), text_block=p.keys, part_blocks=parts)
-        yield changed._replace(num_stages=p.stages, registers=p.registers, ping_pong=p.ping_pong)
 
 
 def row(name: str, case: Case, config: LaunchConfig, useful: int) -> dict[str, Any]:
@@ -170,7 +160,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, (shape, queries, rule) in SHAPES.items():
         case, useful = case_of(shapes.SHAPES[shape], queries, rule), shapes.SHAPES[shape].flops(queries, rule)
-        found = [printed(row(name, case, config, useful)) for config in candidates(case)]
+        found = [printed(row(name, case, reconfigured(case, entry), useful)) for entry in PIPELINES[case.head_dim]]
         rows += sorted(found, key=lambda r: (r["note"] not in ("", "shipped"), -float(r["tflops"] or 0)))
     rows += [printed(row) for row in published(rows)]
     if options.csv:

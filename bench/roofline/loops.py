@@ -28,7 +28,7 @@ def steps(loop: Iterable[str], *, ping_pong: bool = False) -> tuple[Step, ...]:
     """The steps of one pass of a consumer's loop, through which one warp of each scheduler goes."""
     turn = ["turn"] if ping_pong else []
     acquired, released = iter(["v", *turn, "k"]), iter([*turn, "k", "v"])
-    found, run, flops = [Step("run", (0, 0, 0, 0))], [0.0] * 4, 0
+    found, run, flops = list[Step](), [0.0] * 4, 0
 
     def end(*step: Step) -> None:
         """End a run of instructions, which is not empty, with a step."""
@@ -59,7 +59,7 @@ def steps(loop: Iterable[str], *, ping_pong: bool = False) -> tuple[Step, ...]:
         elif name.startswith("SYNCS.ARRIVE"):
             end(Step("release", name=next(released)))
     end()
-    return tuple(found[1:])
+    return tuple(found)
 
 
 def cycles(loop: Iterable[Step], action: str, resource: int = 0) -> float:

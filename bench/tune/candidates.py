@@ -18,7 +18,8 @@ from bench.attention.gate import truth
 from bench.harness.device import first_line
 from bench.harness.rows import Row
 from bench.harness.timing import measure_in_turn
-from scalediff_kernels.neighborhood.config import LaunchConfig, Pipeline, Problem, key_box, launch_config
+from bench.roofline.call import case_of, reconfigured
+from scalediff_kernels.neighborhood.config import LaunchConfig, Pipeline
 
 SHAPES = {"flux-4096": "window", "sdxl-64-4096": "", "sdxl-32-4096": ""}
 
@@ -47,21 +48,19 @@ class Candidate:
 
 def candidates(name: str) -> list[Candidate]:
     """The table's configuration of a shape, and its neighbours."""
-    s = shapes.SHAPES[name]
-    problem = Problem(s.grid, s.window, s.patch, s.head_dim, s.dtype.itemsize, s.text, rope=s.text > 0)
-    first, half = launch_config(problem, "sm_90", "warp-specialised"), key_box(s.window, 64)
-    changes: list[dict[str, Any]] = [
-        {},
-        {"ping_pong": not first.ping_pong},
-        {"num_stages": first.num_stages - 1},
-        {"num_stages": first.num_stages + 1},
-        {"registers": 232},
-        {"key_box": half, "text_block": prod(half), "num_stages": 4},
-        {"query_box": (16, 16), "key_box": half, "text_block": prod(half), "num_stages": 4, "registers": 112, "ping_pong": False},
-        {"query_box": (12, 16), "key_box": half, "text_block": prod(half), "num_stages": 4, "registers": 160, "ping_pong": False},
+    case = case_of(shapes.SHAPES[name], "image", SHAPES[name])
+    first = Candidate(name, case.launch("sm_90").config).entry
+    entries = [
+        first,
+        first._replace(ping_pong=not first.ping_pong),
+        first._replace(stages=first.stages - 1),
+        first._replace(stages=first.stages + 1),
+        first._replace(registers=232),
+        first._replace(keys=64, stages=4),
+        Pipeline(256, 64, 4, 112, ping_pong=False),
+        Pipeline(192, 64, 4, 160, ping_pong=False),
     ]
-    found = [first._replace(**change) for change in changes]
-    return [Candidate(name, config) for config in found if config.num_stages > 1]
+    return [Candidate(name, reconfigured(case, entry)) for entry in entries if entry.stages > 1]
 
 
 def calls(candidate: Candidate, shape: shapes.Shape) -> Iterator[tuple[Any, torch.Tensor, shapes.Inputs]]:
