@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import nullcontext
 from functools import cache, partial
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.attention import compiled
 from bench.attention.compiled import PROVIDERS
@@ -78,14 +79,12 @@ class Bench:
         row |= {} if ready.setup_ms is None else {"setup_ms": f"{ready.setup_ms:.4g}"}
         if provider.function not in self._truths:
             self._truths[provider.function] = truth(self._sets[0], provider.function)
+        seen = SeenBackends()
         # What our code and the loop leave unwritten is NaN.
-        unwritten = poisoned_memory() if provider.name in (*OURS, "loop") else nullcontext()
-        with unwritten, profile(activities=[ProfilerActivity.CPU]) as trace:
+        with poisoned_memory() if provider.name in (*OURS, "loop") else nullcontext(), nullcontext() if ready.backend else seen:
             result = ready.run(laid[0])
-        found = [re.search(r"_scaled_dot_product_\w*?(cudnn|flash|efficient)", event.name) for event in trace.events()]
-        backends = dict.fromkeys(match[1] for match in found if match)
         error, eager = self._truths[provider.function].check(ready.unlay(result))
-        row |= {"backend": ready.backend or " and ".join(backends), "error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
+        row |= {"backend": ready.backend or " and ".join(seen.names), "error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
         return row, [partial(ready.run, x) for x in laid]
 
     def _numbers(self, provider: Provider, timing: Timing, beside: Timing | None) -> Row:
@@ -102,17 +101,24 @@ class Bench:
         return row | {name: f"{100 * value:.3g}" for name, value in percents.items()}
 
 
+class SeenBackends(TorchDispatchMode):
+    """Records which SDPA backends run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: dict[str, None] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if match := re.search(r"_scaled_dot_product_\w*?(cudnn|flash|efficient)", str(function)):
+            self.names[match[1]] = None
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    cpu, quick = options.device == "cpu", options.quick
-    shapes = options.shape or ((CPU_QUICK if quick else CPU_SHAPES) if cpu else (QUICK if quick else SHAPES))
-    dtypes = options.dtype or (["fp32"] if cpu else [] if quick else ["bf16", "fp16"])
-    names = list(
-        dict.fromkeys(options.provider or (compiled.CPU if cpu else compiled.QUICK if quick else PROVIDERS))
-    )  # also those that refuse
-    picked = list(tasks(list(dict.fromkeys(shapes)), [DTYPES[name] for name in dict.fromkeys(dtypes)], options.device))
+    picked, names = _picked(options)
     ceiling = cache(lambda dtype: ceilings(options.device, dtype, seconds=options.seconds))
 
     def measure(finished: Set[str]) -> Iterator[tuple[str, Row]]:
@@ -137,6 +143,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], help="default: bf16 fp16; on a CPU fp32")
     parser.add_argument("--quick", action="store_true", help="few shapes and providers, each shape in its model's dtype")
     return parser
+
+
+def _picked(options: argparse.Namespace) -> tuple[list[Task], list[str]]:
+    """Tasks and providers; on a GPU also providers that refuse, so that their rows say so."""
+    cpu, quick = options.device == "cpu", options.quick
+    shapes = options.shape or ((CPU_QUICK if quick else CPU_SHAPES) if cpu else (QUICK if quick else SHAPES))
+    names = options.provider or (compiled.CPU if cpu else compiled.QUICK if quick else PROVIDERS)
+    names_of_dtypes = options.dtype or (["fp32"] if cpu else [] if quick else ["bf16", "fp16"])
+    dtypes = [DTYPES[name] for name in dict.fromkeys(names_of_dtypes)]
+    return list(tasks(list(dict.fromkeys(shapes)), dtypes, options.device)), list(dict.fromkeys(names))
 
 
 if __name__ == "__main__":

@@ -133,15 +133,13 @@ def sections(found: DataFrame) -> list[str]:
 def _table(rows: DataFrame, title: str, prefix: str, *, cross: bool) -> list[str]:
     from pandas import DataFrame
 
-    labels = rows["method"].map(lambda method: METHODS[method].label)
+    labels, whole = rows["method"].map(lambda method: METHODS[method].label), rows[f"tflops_{prefix}"]
+    numbers = {heading: rows[f"{prefix}_{part}"] for part, heading in PARTS.items() if part != "cross" or cross}
+    numbers |= ({"autoencoder": rows["vae"]} if prefix == "run" else {}) | {"all": whole}
     cells = {title: labels.str.removeprefix("cascade, ") if prefix == "forward" else labels, "size": rows["size"]}
-    cells |= {heading: rows[f"{prefix}_{part}"] for part, heading in PARTS.items() if part != "cross" or cross}
-    cells |= {"autoencoder": rows["vae"]} if prefix == "run" else {}
-    whole = rows[f"tflops_{prefix}"]
-    frame = DataFrame(cells | {"all": whole})
-    frame = frame.assign(**{heading: frame[heading].map("{:,.1f}".format) for heading in frame.columns[2:]})
-    npa = rows["size"].map(whole[rows["method"] == "npa"].set_axis(rows["size"][rows["method"] == "npa"]))
-    return table(frame.assign(**{"x NPA": (whole / npa).map("{:.2f}".format)}), text=[title])
+    cells |= {heading: column.map("{:,.1f}".format) for heading, column in numbers.items()}
+    npa = rows[rows["method"] == "npa"].set_index("size")[f"tflops_{prefix}"]
+    return table(DataFrame(cells | {"x NPA": (whole / rows["size"].map(npa)).map("{:.2f}".format)}), text=[title])
 
 
 def comma_separated(found: DataFrame) -> str:

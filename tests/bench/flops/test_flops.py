@@ -150,7 +150,7 @@ def test_views_cover_the_picture() -> None:
 
 def test_rows_are_printed_as_csv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("bench.flops.__main__.Counter", counter)
-    monkeypatch.setattr(flops, "MODELS", ["lumina-next", "flux"])
+    monkeypatch.setattr(flops, "MODELS", {name: MODELS[name] for name in ("lumina-next", "flux")})
     monkeypatch.setattr(flops, "SIZES", (2048,))
     main([])
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
