@@ -57,7 +57,7 @@ class Shape:
 
 
 def _shape(row: Row) -> Shape:
-    """A row of shapes.csv; patches are half as large as windows."""
+    """A row of shapes.csv, with sizes in tokens, Y x X; patches are half as large as windows."""
     sizes: dict[str, Any] = {name: tuple(map(int, row[name].split("x"))) for name in ("grid", "window")}
     sizes |= {name: int(row[name]) for name in ("heads", "head_dim", "batch", "text", "groups")}
     return Shape(**sizes, patch=(sizes["window"][0] // 2, sizes["window"][1] // 2), dtype=DTYPES[row["dtype"]])

@@ -23,7 +23,7 @@ NAME = "scalediff-kernels"
 SOURCE = ROOT / "kernels" / PACKAGE
 BACKENDS = ("cuda", "rocm", "xpu", "cpu")
 TEMPLATES = Path(__file__).parent / "templates"
-_NAMESPACE_FILE = "_ops.py"  # the builder's own in torch-ext, and one for each backend in build, with the functions of the builder's
+_NAMESPACE_FILE = "_ops.py"  # of the operators: kernel-builder writes its own into torch-ext; build has one for each backend
 
 
 def relative_imports(text: str, folders: int) -> str:
