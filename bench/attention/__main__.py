@@ -132,7 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def line(row: Row) -> str:
-    """For a terminal."""
     rates = f"{row['tflops']} TFLOP/s, {row['matrix_percent']}% of a matrix product, {row['copy_percent']}% of a copy"
     return timed_line(row, rates, row["backend"], f"ms by kernel: {row['kernels_ms']}" if row["kernels_ms"] else "")
 

@@ -17,8 +17,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.attention import sdpa
-from bench.attention.providers import Provider, Ready, image_and_text, ours, scores_refusal, second_choice
+from bench.attention import providers, sdpa
+from bench.attention.providers import Provider, Ready, image_and_text, scores_refusal
 from bench.attention.shapes import Inputs, Pair, Task
 
 BLOCK = 128  # tokens of a block of FlexAttention's mask, its own default
@@ -163,7 +163,9 @@ _ONE_TEXT, _OWN_TEXT = ("", "global"), ("", "window")  # not rotated for every w
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        *(ours("triton"), second_choice(), ours("sdpa")),
+        Provider("triton", partial(providers.ours, impl="triton"), unavailable=providers.no_triton, work=providers.tiled_flops),
+        Provider("triton-plain", providers.second_choice, unavailable=providers.no_second_choice, work=providers.plain_flops),
+        Provider("sdpa", partial(providers.ours, impl="sdpa")),
         *_named("gather", sdpa.gather, ("", "cudnn", "flash"), work=sdpa.padded_flops),
         *_named("windows", partial(sdpa.gather, beforehand=True), ("cudnn", "flash"), work=sdpa.padded_flops),
         *_named("loop", sdpa.loop, ("", "cudnn")),

@@ -24,8 +24,6 @@ CHUNK = 2**29  # bytes of fp64 keys at a time
 
 
 class Outputs(NamedTuple):
-    """A provider's result."""
-
     image: Tensor  # [B, tokens, H, D], or the tokens of one view after the other
     text: Tensor | None  # [B, T, H, D]
 

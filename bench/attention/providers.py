@@ -48,8 +48,6 @@ class Ready(NamedTuple):
 
 @dataclass
 class Provider:
-    """One implementation."""
-
     name: str
     make: Callable[[Task], Ready]
     function: Literal["window", "full", "views"] = "window"
@@ -73,12 +71,7 @@ class Provider:
     def prepare(self, task: Task) -> Ready:
         """Allow the backend alone around every call: once a call, however many windows it loops over."""
         ready = self.make(task)
-
-        def run(laid: Any) -> Any:
-            with sdpa_kernel(BACKENDS[self.backend]):
-                return ready.run(laid)
-
-        return ready._replace(run=run) if self.backend else ready
+        return ready._replace(run=sdpa_kernel(BACKENDS[self.backend])(ready.run)) if self.backend else ready
 
 
 def scores_refusal(task: Task) -> str:
@@ -96,41 +89,28 @@ def no_triton(task: Task) -> str:
     return (device_refusal(torch.device(task.device)) or "") if has_triton() else "the triton package is not installed"
 
 
-def second_choice() -> Provider:
+def no_second_choice(task: Task) -> str:
+    """Why the kernels in plain Triton cannot run a task here as a second choice; empty where they can."""
+    first = device_name(torch.device(task.device)) != "sm_90"
+    return no_triton(task) or ("the kernels in plain Triton are the first choice here: see triton" if first else "")
+
+
+def second_choice(task: Task) -> Ready:
     """The kernels in plain Triton, on devices for which the table of launch configurations has another kernel first."""
+    from scalediff_kernels.neighborhood import launch
 
-    def unavailable(task: Task) -> str:
-        if refusal := no_triton(task):
-            return refusal
-        return (
-            "" if device_name(torch.device(task.device)) == "sm_90" else "the kernels in plain Triton are the first choice here: see triton"
-        )
-
-    def make(task: Task) -> Ready:
-        from scalediff_kernels.neighborhood import launch
-
-        first = ours("triton").make(task)
-
-        def run(inputs: Inputs) -> Any:
-            with patch.object(launch, "launch_config", lambda problem, device, _: config.block_config(problem, device)):
-                return first.run(inputs)
-
-        return first._replace(run=run)
-
-    return Provider("triton-plain", make, unavailable=unavailable, work=partial(tiled_flops, choose=config.block_config))
+    plain = patch.object(launch, "launch_config", lambda problem, device, _: config.block_config(problem, device))
+    first = ours(task, impl="triton")
+    return first._replace(run=plain(first.run))
 
 
-def ours(impl: Literal["triton", "sdpa", "reference"]) -> Provider:
+def ours(task: Task, *, impl: Literal["triton", "sdpa"]) -> Ready:
     """One of the library's implementations."""
-
-    def make(task: Task) -> Ready:
-        how: dict[str, Any] = {"window": task.shape.window, "patch": task.shape.patch, "impl": impl}
-        if not task.rule:
-            return Ready(lambda inputs: (neighborhood_patch_attention(*inputs.image, **how), None))
-        how["text_queries"] = task.rule
-        return Ready(lambda inputs: joint_neighborhood_patch_attention(*inputs.image, *inputs.text, text_rope=inputs.rope, **how))
-
-    return Provider(impl, make, unavailable=no_triton, work=tiled_flops) if impl == "triton" else Provider(impl, make)
+    how: dict[str, Any] = {"window": task.shape.window, "patch": task.shape.patch, "impl": impl}
+    if not task.rule:
+        return Ready(lambda inputs: (neighborhood_patch_attention(*inputs.image, **how), None))
+    how["text_queries"] = task.rule
+    return Ready(lambda inputs: joint_neighborhood_patch_attention(*inputs.image, *inputs.text, text_rope=inputs.rope, **how))
 
 
 def tiled_flops(
@@ -152,6 +132,9 @@ def tiled_flops(
             rows = _round_up(s.text, chosen.query_box[1]) * (1 if whole else prod(map(len, task.spans)))
         total += 4 * s.batch * s.heads * width * rows * keys
     return total
+
+
+plain_flops = partial(tiled_flops, choose=config.block_config)  # of the kernels in plain Triton
 
 
 def _round_up(n: int, to: int) -> int:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from bench.harness.rows import Row, read_records
 from scalediff_kernels.neighborhood.geometry import PatchWindow, attention_flops, text_attention_flops, windows
 
 Pair = tuple[int, int]
@@ -54,32 +56,18 @@ class Shape:
         return attention_flops(**how) if queries == "image" else text_attention_flops(**how, patch=self.patch, rule=rule)
 
 
-def _square(side: int, window: int, heads: int, head_dim: int, *, batch: int = 1, text: int = 0, groups: int = 0) -> Shape:
-    """In bf16, with patches of half a window."""
-    return Shape((side, side), (window, window), (window // 2, window // 2), heads, head_dim, batch, text, groups)
+def _shape(row: Row) -> Shape:
+    """A row of shapes.csv, with sizes in tokens, Y x X; patches are half as large as windows."""
+    sizes: dict[str, Any] = {name: tuple(map(int, row[name].split("x"))) for name in ("grid", "window")}
+    sizes |= {name: int(row[name]) for name in ("heads", "head_dim", "batch", "text", "groups")}
+    return Shape(**sizes, patch=(sizes["window"][0] // 2, sizes["window"][1] // 2), dtype=DTYPES[row["dtype"]])
 
 
-def _unet(side: int, window: int, heads: int, head_dim: int) -> Shape:
-    return replace(_square(side, window, heads, head_dim, batch=2), dtype=torch.float16)
-
-
-SHAPES: dict[str, Shape] = {
-    **{f"flux-{px}": _square(px // 16, 64, 24, 128, text=512) for px in (2048, 4096, 8192)},
-    "flux-image-4096": _square(256, 64, 24, 128),  # without text, as published figures of other kernels have it
-    "flux-uhd": replace(_square(0, 64, 24, 128, text=512), grid=(135, 240)),  # 2160 x 3840 px: no patch divides the grid
-    **{f"sdxl-64-{px}": _unet(px // 16, 64, 10, 64) for px in (2048, 4096, 8192)},
-    **{f"sdxl-32-{px}": _unet(px // 32, 32, 20, 64) for px in (2048, 4096, 8192)},
-    "sdxl-64-uhd": replace(_unet(0, 64, 10, 64), grid=(135, 240)),
-    "sdxl-32-uhd": replace(_unet(0, 32, 20, 64), grid=(68, 120)),
-    **{f"sd15-64-{px}": _unet(px // 8, 64, 8, 40) for px in (2048, 4096)},
-    **{f"sd15-32-{px}": _unet(px // 16, 32, 8, 80) for px in (2048, 4096)},
-    "lumina-next-4096": _square(256, 64, 32, 72, batch=2, groups=8),  # its text has attention of its own
-    "lumina2-4096": _square(256, 64, 24, 96, batch=2, groups=8, text=256),
-}
-_CPU = {"cpu-32": (32, 16, 8, 0), "cpu-64": (64, 32, 8, 0), "cpu-128": (128, 32, 4, 0), "cpu-64-text": (64, 32, 8, 64)}
-CPU_SHAPES = {
-    name: replace(_square(side, window, heads, 64, text=text), dtype=torch.float32) for name, (side, window, heads, text) in _CPU.items()
-}
+# `flux-image` has no text, as in published figures of other kernels; Lumina-Next's text has attention of its own. No patch divides a grid
+# of `uhd`, 2160 x 3840 px.
+_ALL = {row["name"]: _shape(row) for row in read_records(Path(__file__).with_name("shapes.csv"))}
+CPU_SHAPES = {name: shape for name, shape in _ALL.items() if name.startswith("cpu-")}
+SHAPES = {name: shape for name, shape in _ALL.items() if name not in CPU_SHAPES}
 QUICK = ("flux-4096", "flux-image-4096", "sdxl-64-4096", "sdxl-32-4096")
 CPU_QUICK = ("cpu-32", "cpu-64")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,7 +19,9 @@ from scalediff_kernels.lowpass.op import picture_size
 from scalediff_kernels.lowpass.operators import LowPass, Side
 from scalediff_kernels.neighborhood.config import shared_memory
 
-KEYS = {name: name for name in ("side", "kind", "dtype", "layout", "pictures")}  # columns of the page's table
+CASE = ("side", "kind", "dtype", "layout", "pictures")  # columns of a row: attributes of the case and of its configuration
+CONFIG = {"tile": "tile", "channels": "channels", "steps": "steps", "warps": "num_warps", "stages": "num_stages"}
+KEYS = {name: name for name in CASE}  # columns of the page's table
 SHOWN = ""  # all rows
 
 FEW = 24  # loads and stores of spilled registers, once per step of the outer loop
@@ -38,8 +39,6 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile."""
-
     side: Side
     layout: str
     dtype: torch.dtype = torch.float32
@@ -63,17 +62,7 @@ class Case:
             return separable_launch(coarse, pictures, weights, axes, "down", reference, [1.0] * len(reference), device=device)
         return separable_launch(torch.empty_like(x), [coarse], [0.5], axes, "up", pictures, weights, device=device)
 
-    def facts(self, launch: Launch) -> dict[str, Any]:
-        """Columns of a row."""
-        config = launch.config
-        return {
-            "side": self.side, "kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "layout": self.layout,
-            "pictures": self.pictures, "tile": "x".join(map(str, config.tile)), "channels": config.channels,
-            "steps": "x".join(map(str, config.steps)), "warps": config.num_warps, "stages": config.num_stages,
-        }  # fmt: skip
-
     def faults(self, target: str, launch: Launch, binary: Binary) -> list[str]:
-        """What is wrong with a binary."""
         spilled = sum(map(spills, binary.loops)) if binary.loops else binary.spills
         amd, neighbours = target.startswith("gfx"), self.layout not in ("packed", "odd")
         product = "v_mfma" if amd else r"\b(?:HMMA|HGMMA|UTC\w*MMA)\S*TF32"

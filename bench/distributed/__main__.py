@@ -8,20 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill, page_parser, require_pandas, table, write_or_check
 from bench.harness.rows import RESULTS, read_records
-from scalediff_kernels.distributed.geometry import (
-    gathered_bytes,
-    halo_bytes,
-    head_exchange_bytes,
-    owned_rows,
-    sections,
-    split_rows,
-    text_bytes,
-)
+from scalediff_kernels.distributed import geometry
 from scalediff_kernels.neighborhood.geometry import attention_flops, text_attention_flops
 
 PAGE = ROOT / "docs" / "guide" / "several-gpus.md"
@@ -44,12 +37,12 @@ class Exchanged(NamedTuple):
 
 def exchanged(size: int, ranks: int) -> Exchanged:
     """Of a square picture of `size` pixels, by halos, by gathering all keys and values, and by exchanging heads; and of the text."""
-    rows, sides = split_rows(size // PIXELS, ranks), {"columns": size // PIXELS, "head_dim": HEAD_DIM, "itemsize": ITEMSIZE}
+    rows, sides = geometry.split_rows(size // PIXELS, ranks), {"columns": size // PIXELS, "head_dim": HEAD_DIM, "itemsize": ITEMSIZE}
     gathered_text = 3 * (TEXT - TEXT // ranks) * HEADS * HEAD_DIM * ITEMSIZE
-    merged = text_bytes(ranks=ranks, text=TEXT, heads=HEADS, head_dim=HEAD_DIM, itemsize=ITEMSIZE, rule="window")
-    halos = halo_bytes(rows=rows, window=WINDOW, patch=PATCH, groups=HEADS, **sides)
-    heads = 0 if HEADS % ranks else max(head_exchange_bytes(rows=rows, heads=HEADS, **sides))
-    return Exchanged(max(halos), max(gathered_bytes(rows=rows, groups=HEADS, **sides)), heads, gathered_text + merged)
+    merged = geometry.text_bytes(ranks=ranks, text=TEXT, heads=HEADS, head_dim=HEAD_DIM, itemsize=ITEMSIZE, rule="window")
+    halos = geometry.halo_bytes(rows=rows, window=WINDOW, patch=PATCH, groups=HEADS, **sides)
+    heads = 0 if HEADS % ranks else max(geometry.head_exchange_bytes(rows=rows, heads=HEADS, **sides))
+    return Exchanged(max(halos), max(geometry.gathered_bytes(rows=rows, groups=HEADS, **sides)), heads, gathered_text + merged)
 
 
 @cache
@@ -81,10 +74,10 @@ def seconds(size: int, ranks: int, bandwidth: float) -> float:
     attention, linear = attention_work(size) / attention_rate() / ranks, linear_work(size) / LINEAR_RATE / ranks
     if ranks == 1:
         return attention + linear
-    rows, found = split_rows(size // PIXELS, ranks), exchanged(size, ranks)
+    rows, found = geometry.split_rows(size // PIXELS, ranks), exchanged(size, ranks)
     hidden = min(
-        sum(section.queries.size for section in sections(rows, rank, WINDOW, PATCH, 0)[0]) / own.size
-        for rank, own in enumerate(owned_rows(rows))
+        sum(section.queries.size for section in geometry.sections(rows, rank, WINDOW, PATCH, 0)[0]) / own.size
+        for rank, own in enumerate(geometry.owned_rows(rows))
     )
     waits = max(0.0, found.halo / bandwidth - hidden * attention) + found.text / bandwidth + ROUNDS * LATENCY
     return attention + linear + waits
@@ -103,18 +96,16 @@ def tables() -> dict[str, list[str]]:
         return f"{count / 1e6:,.0f}" if count else "-"
 
     moved: list[dict[str, Any]] = []
-    for size in SIZES[:2]:
-        for ranks in RANKS:
-            found = exchanged(size, ranks)
-            moved.append({
-                "size": f"{size} px", "GPUs": ranks, "rows of a GPU": size // PIXELS // ranks, "halo, MB": mb(found.halo),
-                "all keys and values, MB": mb(found.gathered), "heads, MB": mb(found.heads), "text, MB": mb(found.text),
-                "halo / all": f"{found.halo / found.gathered:.2f}",
-            })  # fmt: skip
+    for size, ranks in product(SIZES[:2], RANKS):
+        found = exchanged(size, ranks)
+        moved.append({
+            "size": f"{size} px", "GPUs": ranks, "rows of a GPU": size // PIXELS // ranks, "halo, MB": mb(found.halo),
+            "all keys and values, MB": mb(found.gathered), "heads, MB": mb(found.heads), "text, MB": mb(found.text),
+            "halo / all": f"{found.halo / found.gathered:.2f}",
+        })  # fmt: skip
     predicted = [
         {"size": f"{size} px", "GPUs": ranks} | {name: f"{efficiency(size, ranks, bandwidth):.0%}" for name, bandwidth in LINKS.items()}
-        for size in SIZES
-        for ranks in RANKS
+        for size, ranks in product(SIZES, RANKS)
     ]
     return {name: table(DataFrame(rows), text=["size"]) for name, rows in (("bytes", moved), ("prediction", predicted))}
 

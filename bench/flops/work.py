@@ -27,8 +27,6 @@ Above = Literal["full", "window", "global", "views", "phases"]
 
 
 class StagePlan(NamedTuple):
-    """One stage of a run."""
-
     side: int  # pixels
     steps: int
     passes: int  # of the denoiser in all steps, those of guidance included

@@ -41,8 +41,6 @@ COPY = "In a copy of the tree without git: --commit $(git rev-parse --short HEAD
 
 
 class Outcome(NamedTuple):
-    """How a part ended."""
-
     status: str  # done, failed, stopped, skipped, did not fit, or done before
     note: str
     seconds: float = 0.0
@@ -109,18 +107,17 @@ def results(out: Path, machine: str, commit: str) -> list[str]:
     found = read(out)
     attention_rows, cascade_rows = ([g for g in kind if g.facts["commit"] == commit] for kind in (found.attention, found.cascade))
     found = found._replace(attention=attention_rows, cascade=cascade_rows)
-    goals = []
-    for goal in (goal for goal in GOALS if goal.device != "CPU"):
-        here = replace(goal, device=machine)
-        answers = [here.result_text(answer) for answer in here.answers(found)]
-        goals += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers or [here.result_text(None)]]
     lines = []
     quick = {task.row_name("") for task in shapes.tasks(list(shapes.QUICK), None, "cuda")}
     for row in read_records(out / f"attention-{slug(machine)}.csv"):
         if row["commit"] == commit and row["status"] == "ok" and row["row"].rpartition("/")[0] in quick:
             each = f" ({row['kernels_ms']})" if row.get("kernels_ms") and row["provider"] == "triton" else ""
             lines.append(f"{row['row']}: {row['p50_ms']} ms, {row['tflops']} TFLOP/s{each}")
-    return [*lines, *goals]
+    for goal in (goal for goal in GOALS if goal.device != "CPU"):
+        here = replace(goal, device=machine)
+        answers = [here.result_text(answer) for answer in here.answers(found)] or [here.result_text(None)]
+        lines += [f"{goal.what}: {answer}; {goal.goal} on {goal.device}" for answer in answers]
+    return lines
 
 
 def summary(outcomes: Mapping[str, Outcome], out: Path, machine: str, commit: str, end: Sequence[str]) -> list[str]:
@@ -146,12 +143,18 @@ def listed(parts: Sequence[Part], minutes: float) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _parser()
+    names = [part.name for part in PARTS]
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.split("\n")[0], epilog=f"{CARRY} {COPY}")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=f"of {', '.join(names)}, in that order")
+    parser.add_argument("--tune", dest="only", action="store_const", const=["pipeline", "tune"], help="as --only pipeline tune")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of CSVs and gpu.log (default: runs/gpu)")
+    parser.add_argument("--list", action="store_true", help="print the parts and how long they are, run none")
+    parser.add_argument("--commit", help="of a copy of the tree without git")
     options = parser.parse_args(arguments)
     if not 60 * options.minutes > gpu_parts.GRACE:
         parser.error(f"--minutes must be more than the {gpu_parts.GRACE:.0f} s in which a part is ended, got {options.minutes}")
-    names = ["pipeline", "tune"] if options.tune else options.only
-    parts = [part for part in PARTS if not names or part.name in names]
+    parts = [part for part in PARTS if part.name in options.only]
     if options.list:
         print("\n".join(listed(parts, options.minutes)))
         return
@@ -179,18 +182,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end += [f"failed: {', '.join(failed)}; all that they printed is in {out / 'gpu.log'}"] if failed else []
     print("", *summary(run.outcomes, out, measured_with["machine"], measured_with["commit"], end), sep="\n", flush=True)
     raise SystemExit(1 if failed else 0)
-
-
-def _parser() -> argparse.ArgumentParser:
-    names = [part.name for part in PARTS]
-    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.split("\n")[0], epilog=f"{CARRY} {COPY}")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}, in that order")
-    parser.add_argument("--tune", action="store_true", help="as --only pipeline tune")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of CSVs and gpu.log (default: runs/gpu)")
-    parser.add_argument("--list", action="store_true", help="print the parts and how long they are, run none")
-    parser.add_argument("--commit", help="of a copy of the tree without git")
-    return parser
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _commit() -> str:
 
     if shutil.which("git") is None:
         return "unknown"
-    changed = git("status", "--porcelain", "--", "scalediff", "kernels", "bench/*.py")
+    changed = git("status", "--porcelain", "--", "scalediff", "kernels", "bench", ":!bench/results")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 

@@ -10,6 +10,8 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
+from itertools import chain
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -59,12 +61,12 @@ def in_module(self: nn.Module, processor: Processor, *tensors: Any, **options: A
     return processor(self, *tensors, **options)
 
 
-def attention_calls(name: str, grid: tuple[int, int], text: int) -> Iterator[Pair]:
+def attention_calls(name: str) -> Iterator[Pair]:
     """A call that is taken, cut and joined without computing a window, against nothing; other calls against torch's own."""
     spec, draw = ZOO[name], Draw()
-    model = spec.build()
-    q, k, v = (draw(1, 2, grid[0] * grid[1] + spec.text, 16) for _ in range(3))
-    other = draw(1, 2, text, 16)
+    model, grid = spec.build(), GRIDS["above"]
+    q, k, v = (draw(1, 2, prod(grid) + spec.text, 16) for _ in range(3))
+    other = draw(1, 2, 7, 16)
     module = next(part for part in model.modules() if hasattr(part, "set_processor") and hasattr(part, "processor"))
     hooked, bare = Processor(lambda *tensors, **options: F.scaled_dot_product_attention(*tensors, **options)), Processor(SDPA)
     image: Any = {"neighborhood_patch_attention": lambda q, *_, **__: q}
@@ -105,12 +107,11 @@ def measured(finished: Set[str]) -> Iterator[tuple[str, Row]]:
     """A row for every pair that is not finished; exits with a message where a call costs more than LIMIT."""
     warnings.filterwarnings("ignore", message="scalediff: .* causal")  # the refused call is what is timed
     slow = []
-    for pairs in (*(attention_calls(name, (8, 8), 7) for name in MODELS), forwards()):
-        for name, ours, bare in pairs:
-            if name not in finished:
-                row = differences(ours, bare)
-                yield name, row
-                slow += [name] if name in CALLED and float(row["p50_us"]) > LIMIT else []
+    for name, ours, bare in chain(*map(attention_calls, MODELS), forwards()):
+        if name not in finished:
+            row = differences(ours, bare)
+            yield name, row
+            slow += [name] if name in CALLED and float(row["p50_us"]) > LIMIT else []
     if slow:
         raise SystemExit(f"over {LIMIT} microseconds: {', '.join(slow)}")
 
@@ -124,7 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def line(row: Row) -> str:
-    """A row for people, on a terminal."""
     return f"{row['row']:36} {row['p50_us']} us  ({row['p20_us']} - {row['p80_us']})"
 
 

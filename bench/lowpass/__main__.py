@@ -11,30 +11,34 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.harness import command
 from bench.harness.command import Benchmark, parser_of, timed_line
+from bench.harness.facts import ROOT, VERSIONS
 from bench.harness.gated import Candidate, GateFailed, measured
-from bench.harness.pages import require_pandas
+from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import RESULTS, Row, read_rows, write_text
 from bench.harness.timing import Call, Timing, measure_in_turn, sets_of_inputs
-from bench.lowpass import page
 from bench.lowpass.cases import FEATURES, IMPLEMENTATIONS, LATENTS, Case, Implementation, Operation, Pictures
 from scalediff_kernels.testing import assert_within_budget, poisoned_memory
 
+SAME = ("machine", "threads", "commit", "torch", *VERSIONS, "torchvision", "kornia", "memory")
 FIELDS = (
     "row", "status", "case", "dtype", "layout", "operation", "implementation", "p20_ms", "p50_ms", "p80_ms", "megabytes", "copy_ms",
-    "peak_megabytes", "launches", "error", "eager_error", "sets", "note", "seconds", "command", *page.FACTS,
+    "peak_megabytes", "launches", "error", "eager_error", "sets", "note", "seconds", "command", *SAME,
 )  # fmt: skip
+PAGE = ROOT / "docs" / "evidence" / "filters-measured.md"
+SHOWN = ("torch", "triton", "python", "cuda", "cudnn", "torchvision", "kornia")  # versions on the page
 
 
 def row_name(case: Case, implementation: Implementation) -> str:
@@ -47,9 +51,12 @@ class Bench:
     def __init__(self, case: Case, device: str, *, seconds: float) -> None:
         self.case, self.device, self.seconds = case, device, seconds
         self.sets = sets_of_inputs(case.bytes, device)  # of what every operation reads, one picture of each set
-        self._pictures: list[Pictures] = []
         self._truths: dict[str, tuple[Tensor, Tensor]] = {}
         self._copy_ms: dict[int, float] = {}
+
+    @cached_property
+    def _pictures(self) -> list[Pictures]:
+        return self.case.pictures(self.device, self.sets)
 
     def measured(self, implementations: Sequence[Implementation]) -> Iterator[Row]:
         """A row for each, all of one operation; on a CPU beside the copy of as many bytes."""
@@ -64,7 +71,6 @@ class Bench:
         return Candidate(row, partial(self._prepare, one), partial(self._numbers, one.operation.passes), absent)
 
     def _prepare(self, one: Implementation) -> tuple[Row, list[Call]]:
-        self._pictures = self._pictures or self.case.pictures(self.device, self.sets)
         calls = one.prepare([one.operation.tensors(pictures) for pictures in self._pictures])
         return self._gate(one, calls[0]), calls
 
@@ -113,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.doc:
         require_pandas()
         try:
-            write_text(options.doc, page.markdown(committed()))
+            write_text(options.doc, markdown(committed()))
         except ValueError as error:
             parser.error(str(error))
         return
@@ -134,11 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     wanted = {row_name(case, one): one.name == "scalediff" for case in cases for one in IMPLEMENTATIONS}
     facts = {"memory": "kept" if options.device == "cpu" and command.keep_freed_memory() else ""}  # that the process has freed
-    Benchmark("lowpass", FIELDS, page.FACTS, line).run(parser, options, arguments, wanted=wanted, measure=measure, own_facts=facts)
+    Benchmark("lowpass", FIELDS, SAME, line).run(parser, options, arguments, wanted=wanted, measure=measure, own_facts=facts)
 
 
 def line(row: Row) -> str:
-    """For a terminal."""
     return timed_line(row, f"{100 * float(row['copy_ms']) / float(row['p50_ms']):.0f}% of a copy" if row["copy_ms"] else "")
 
 
@@ -153,6 +158,44 @@ def committed() -> dict[str, list[Row]]:
     """The committed rows by device; raises ValueError for a CSV that is not of this benchmark."""
     tables = {path.stem: list(read_rows(path, FIELDS).values()) for path in sorted(RESULTS.glob("lowpass-*.csv"))}
     return {name: rows for name, rows in tables.items() if rows}
+
+
+def markdown(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
+    """docs/evidence/filters-measured.md with its tables, a section for each device, from the rows of every device."""
+    from pandas import DataFrame
+
+    lines: list[str] = []
+    for records in tables.values():
+        lines += [f"## {records[0]['machine']}", ""]
+        for _, group in DataFrame(records).groupby(list(SAME), sort=False):
+            first, commands = group.iloc[0], " and ".join(f"`{command}`" for command in group["command"].unique())
+            versions = [f"{name} {first[name]}" for name in SHOWN if first[name] not in ("", "absent")] + [first["card"]]
+            lines += [f"{commands}: {', '.join(filter(None, versions))},", f"{first['threads']} threads, commit {first['commit']}.", ""]
+            lines += [*_table(group), ""]
+            skipped = group[group["status"] == "skipped"].groupby(["implementation", "note"], sort=False).size()
+            for (name, note), count in skipped.items():
+                lines += [f"Skipped: {name}: {note} ({count} rows).", ""]
+    return fill(PAGE.read_text(), {"tables": lines[:-1]})
+
+
+def _table(group: Any) -> list[str]:
+    from pandas import to_numeric
+
+    rows, ok, of = group[group["status"] != "skipped"], group["status"] == "ok", ["case", "dtype", "layout", "operation"]
+    times = to_numeric(rows["p50_ms"].where(ok))
+    eager = rows.assign(eager=times)[rows["implementation"] == "eager"][[*of, "eager"]]
+    ratio = rows.merge(eager, how="left", on=of)["eager"].set_axis(rows.index) / times
+    cells = rows[["operation", "implementation"]].assign(
+        ms=(rows["p50_ms"] + " (" + rows["p20_ms"] + " - " + rows["p80_ms"] + ")").where(ok, rows["status"] + ": " + rows["note"]),
+        MB=rows["megabytes"].where(ok, ""),
+        **{"of copy": (100 * to_numeric(rows["copy_ms"]) / times).map("{:.0f}%".format).where(ok, "")},
+        launches=rows["launches"].replace("", "-").where(ok, ""),
+        x=ratio.map("{:.2f}".format).replace("nan", "-").where(ok, ""),
+        error=rows["error"].replace("", "-").where(ok, ""),
+    )
+    layouts = rows["layout"].map({"channels last": ", channels last"}).fillna("")
+    cells.insert(0, "case", rows["case"] + ", " + rows["dtype"] + layouts)
+    return table(cells, text=("case", "operation", "implementation"))
 
 
 if __name__ == "__main__":

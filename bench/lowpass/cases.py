@@ -31,8 +31,6 @@ Prepare = Callable[[Sequence[Pictures]], list[Call]]
 
 @dataclass(frozen=True)
 class Case:
-    """Pictures of one shape."""
-
     name: str
     shape: tuple[int, int, int, int]
     dtype: torch.dtype = torch.float32
@@ -40,13 +38,11 @@ class Case:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Its columns."""
         layout = "channels last" if self.channels_last else "planes"
         return {"case": self.name, "dtype": str(self.dtype).removeprefix("torch."), "layout": layout}
 
     @property
     def bytes(self) -> int:
-        """Of one picture."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def pictures(self, device: str, sets: int) -> list[Pictures]:
@@ -137,8 +133,6 @@ def compiled(function: Callable[..., Tensor]) -> Prepare:
 
 
 class Operation(NamedTuple):
-    """What is computed."""
-
     name: str
     takes: tuple[int, ...]  # of x, model output and reference
     passes: int  # pictures read or written
@@ -151,8 +145,6 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of an operation."""
-
     operation: Operation
     name: str
     prepare: Prepare  # makes the calls for some sets of tensors; what it does itself is not timed

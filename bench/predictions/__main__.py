@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from bench.attention import shapes
+from bench.compile.binary import compile_launch
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import RESULTS, write_rows, write_text
@@ -42,8 +43,6 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _row(shape: shapes.Shape, queries: Literal["image", "text"], rule: str) -> dict[str, Any]:
-    from bench.compile.binary import compile_launch
-
     case = case_of(shape, queries, rule)
     launch = case.launch("sm_90")
     _, ms = predict(launch, compile_launch(launch, "sm_90"), case)

@@ -19,11 +19,9 @@ import shutil
 import site
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +54,9 @@ runpy.run_module("bench.gpu", run_name="__main__")
 
 def copy_tree(tree: Path) -> None:
     """Copy the files of the last commit, without git."""
-    tree.mkdir(exist_ok=True)
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
-    with tarfile.open(fileobj=BytesIO(archive)) as files:
-        files.extractall(tree, filter="data")
+    with tempfile.NamedTemporaryFile(suffix=".tar") as archive:
+        subprocess.run(["git", "archive", "--output", archive.name, "HEAD"], cwd=ROOT, check=True)
+        shutil.unpack_archive(archive.name, tree, filter="data")
 
 
 def link_packages(folder: Path) -> None:

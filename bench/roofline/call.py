@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from bench.attention.shapes import Shape
+from bench.compile.attention import Case
+from bench.compile.binary import Binary
 from bench.roofline.loops import SCHEDULERS, cycles, steps
 from bench.roofline.pipeline import Schedule
-from scalediff_kernels.neighborhood.config import MULTIPROCESSORS, WARPGROUP_ROWS
-
-if TYPE_CHECKING:  # both need Triton
-    from bench.compile.attention import Case
-    from bench.compile.binary import Binary
-    from scalediff_kernels._launch import Launch
+from scalediff_kernels._launch import Launch
+from scalediff_kernels.neighborhood.config import MULTIPROCESSORS, WARPGROUP_ROWS, LaunchConfig, Pipeline, key_box
 
 CLOCK, PEAK_TFLOPS = 1.83e9, 989.5
 FINISH, ROTATE = 3, 8  # instructions for each of a thread's elements: to divide and store the result, to rotate a query; assumed
@@ -58,11 +56,18 @@ def predict(launch: Launch, binary: Binary, case: Case) -> tuple[Schedule, float
     return schedule, 1000 * slowed(schedule, share).call(min(blocks, config.part_blocks or blocks), tiles) / CLOCK / share
 
 
-def case_of(shape: Shape, queries: Literal["image", "text"] = "image", rule: str = "") -> Case:
+def case_of(shape: Shape, queries: Literal["image", "text"], rule: str) -> Case:
     """A benchmark's shape as a kernel to compile. Under the rule "global" text queries have one window over the grid."""
-    from bench.compile.attention import Case
-
     if queries == "text" and rule == "global":
         shape = replace(shape, window=shape.grid, patch=shape.grid)
     sizes = (shape.grid, shape.window, shape.patch, shape.heads, shape.batch)
     return Case(shape.head_dim, shape.dtype, shape.text, queries, *sizes)
+
+
+def reconfigured(case: Case, entry: Pipeline) -> LaunchConfig:
+    """The shipped configuration of a case with another entry of the table."""
+    shipped: LaunchConfig = case.launch("sm_90").config
+    box = (1, entry.queries) if case.queries == "text" else (entry.queries // 16, 16)
+    parts = shipped.part_blocks * prod(shipped.key_box) // entry.keys
+    changed = shipped._replace(query_box=box, key_box=key_box(case.window, entry.keys), text_block=entry.keys, part_blocks=parts)
+    return changed._replace(num_stages=entry.stages, registers=entry.registers, ping_pong=entry.ping_pong)

@@ -7,7 +7,7 @@ A step is an action and its amounts. `run`: cycles of issue slots, of the pipe o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ def steps(loop: Iterable[str], *, ping_pong: bool = False) -> tuple[Step, ...]:
     """The steps of one pass of a consumer's loop, through which one warp of each scheduler goes."""
     turn = ["turn"] if ping_pong else []
     acquired, released = iter(["v", *turn, "k"]), iter([*turn, "k", "v"])
-    found, run, flops = [Step("run", (0, 0, 0, 0))], [0.0] * 4, 0
+    found, run, flops = list[Step](), [0.0] * 4, 0
 
     def end(*step: Step) -> None:
         """End a run of instructions, which is not empty, with a step."""
@@ -59,7 +59,7 @@ def steps(loop: Iterable[str], *, ping_pong: bool = False) -> tuple[Step, ...]:
         elif name.startswith("SYNCS.ARRIVE"):
             end(Step("release", name=next(released)))
     end()
-    return tuple(found[1:])
+    return tuple(found)
 
 
 def cycles(loop: Iterable[Step], action: str, resource: int = 0) -> float:
@@ -72,9 +72,8 @@ def to_text(loop: Iterable[Step]) -> str:
 
 
 def from_text(text: str) -> tuple[Step, ...]:
-    def parsed() -> Iterator[Step]:
-        for action, *words in map(str.split, text.split("; ")):
-            named = action in ("acquire", "release")
-            yield Step(action, name=words[0]) if named else Step(action, tuple(map(float, words)))
-
-    return tuple(parsed())
+    found = []
+    for action, *words in map(str.split, text.split("; ")):
+        named = action in ("acquire", "release")
+        found.append(Step(action, name=words[0]) if named else Step(action, tuple(map(float, words))))
+    return tuple(found)

@@ -11,7 +11,7 @@ A producer loads blocks into `stages` buffers as consumers release them, keys on
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -60,18 +60,16 @@ class Schedule:
 
 @dataclass
 class _Run:
-    """One run of the simulation."""
-
     schedule: Schedule
     blocks: int
     tiles: int
     now: float = 0
     matrix_free: float = 0  # when the tensor cores have nothing left to do
     l2_free: float = 0
-    arrivals: defaultdict[tuple[object, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
+    events: defaultdict[tuple[object, ...], list[float]] = field(default_factory=lambda: defaultdict(list))  # when each happens
 
     def cycles(self) -> float:
-        self._pass_turn(0)
+        self._happens("turn", 0)
         consumers = [self._consumer(part) for part in range(self.schedule.consumers)]
         waiting: dict[Actor, Moment] = dict.fromkeys([*consumers, self._producer()], lambda: 0)
         working: dict[Actor, tuple[float, ...]] = {}
@@ -108,17 +106,18 @@ class _Run:
         softmax = loop[first + 1 : second]
         before = (Step("acquire", name="k"), scores, Step("wait", (0,)), *softmax)
         after = (Step("acquire", name="v"), values, Step("wait", (0,)), Step("release", name="v"))
+        acquired = Counter[str]()
         for tile in range(self.tiles):
-            yield self._when("q", part, tile)
+            yield self._when(tile, ("q", part))
             for steps in (before, *[loop] * (self.blocks - 1), after):
-                yield from self._steps(steps, part, (tile + 1) * self.blocks)
+                yield from self._steps(steps, part, acquired, (tile + 1) * self.blocks)
             yield (self.schedule.finish, 0, 0)
             yield self._after(STORE_LATENCY)
-            self._arrive("q empty", part, tile)
+            self._happens("q empty", part)
 
-    def _steps(self, steps: Sequence[Step], part: int, end: int) -> Actor:
+    def _steps(self, steps: Sequence[Step], part: int, acquired: Counter[str], end: int) -> Actor:
         """Go through steps once; blocks from `end` on are those of the next tile."""
-        flying = self.arrivals["product", part]
+        flying = self.events["product", part]
         for action, amounts, name in steps:
             if action == "run":
                 yield amounts[:3]
@@ -128,14 +127,13 @@ class _Run:
                 flying.append(self.matrix_free)
             elif action == "wait":
                 yield self._after(flying[-1 - int(amounts[0])] - self.now)
-            elif action == "acquire" and (n := self._next("acquire", name, part)) < (end if name == "k" else inf):
-                yield self._when(name, *([part] if name == "turn" else []), n)
-                self._arrive("acquire", name, part)
+            elif action == "acquire" and acquired[name] < (end if name == "k" else inf):
+                yield self._when(acquired[name], (name, part) if name == "turn" else (name,))
+                acquired[name] += 1
             elif action == "release" and name == "turn":
-                self._pass_turn((part + 1) % self.schedule.consumers)
+                self._happens("turn", (part + 1) % self.schedule.consumers)
             elif action == "release":
-                self._arrive(f"{name} empty", self._next("release", name, part))
-                self._arrive("release", name, part)
+                self._happens(f"{name} empty", part)
 
     def _producer(self) -> Actor:
         for tile in range(self.tiles):
@@ -151,33 +149,27 @@ class _Run:
     def _deliver_queries(self, tile: int) -> Actor:
         for part in range(self.schedule.consumers):
             if tile:
-                yield self._when("q empty", part, tile - 1)
-            self._arrive("q", part, tile, at=self._load(self.schedule.query_bytes))
+                yield self._when(tile - 1, ("q empty", part))
+            self._happens("q", part, at=self._load(self.schedule.query_bytes))
 
     def _deliver(self, name: str, n: int) -> Actor:
         """Load keys or values as soon as all consumers have released the buffer."""
         if n >= self.schedule.stages:
-            yield self._when(f"{name} empty", n - self.schedule.stages, count=self.schedule.consumers)
-        self._arrive(name, n, at=self._load(self.schedule.block_bytes / 2))
+            yield self._when(n - self.schedule.stages, *((f"{name} empty", part) for part in range(self.schedule.consumers)))
+        self._happens(name, at=self._load(self.schedule.block_bytes / 2))
 
     def _load(self, size: float) -> float:
         """When a load that is issued now has arrived."""
         self.l2_free = max(self.now, self.l2_free) + size / self.schedule.l2
         return self.l2_free + LOAD_LATENCY
 
-    def _pass_turn(self, part: int) -> None:
-        self._arrive("turn", part, self._next("turns", part))
-        self._arrive("turns", part)
+    def _happens(self, *event: object, at: float | None = None) -> None:
+        self.events[event].append(self.now if at is None else at)
 
-    def _next(self, *key: object) -> int:
-        """How often something has happened."""
-        return len(self.arrivals.get(key, ()))
-
-    def _arrive(self, *key: object, at: float | None = None) -> None:
-        self.arrivals[key].append(self.now if at is None else at)
-
-    def _when(self, *key: object, count: int = 1) -> Moment:
-        return lambda: max(self.arrivals[key]) if len(self.arrivals[key]) >= count else inf
+    def _when(self, n: int, *events: tuple[object, ...]) -> Moment:
+        """When all of these events have happened `n` times, and once more."""
+        times = [self.events[event] for event in events]
+        return lambda: max(found[n] if n < len(found) else inf for found in times)
 
     def _after(self, cycles: float) -> Moment:
         moment = self.now + cycles
@@ -187,12 +179,12 @@ class _Run:
 def fair_rates(working: Mapping[Actor, tuple[float, ...]]) -> dict[Actor, float]:
     """How fast each goes, 1 being its speed alone: all alike, until something is used up by those that need it."""
     use = {actor: [part / max(work) for part in work] for actor, work in working.items()}
-    rates, growing, free = dict.fromkeys(use, 0.0), set(use), [1.0, 1.0, 1.0]
+    rates, growing, free = dict.fromkeys(use, 0.0), list(use), [1.0, 1.0, 1.0]
     while growing:
         sums = [sum(use[actor][i] for actor in growing) for i in range(3)]
         more = min([1 - max(rates[actor] for actor in growing), *(f / s for f, s in zip(free, sums, strict=True) if s)])
         free = [f - more * s for f, s in zip(free, sums, strict=True)]
         for actor in growing:
             rates[actor] += more
-        growing = {a for a in growing if rates[a] < 1 - 1e-12 and not any(f < 1e-12 and u for f, u in zip(free, use[a], strict=True))}
+        growing = [a for a in growing if rates[a] < 1 - 1e-12 and not any(f < 1e-12 and u for f, u in zip(free, use[a], strict=True))]
     return rates

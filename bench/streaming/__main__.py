@@ -26,7 +26,6 @@ HEADER = "| call | way | max difference | mean difference | seam score above con
 
 @contextmanager
 def in_tiles(vae: Any) -> Iterator[None]:
-    """diffusers' own tiling."""
     vae.enable_tiling()
     yield
     vae.disable_tiling()

@@ -65,18 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         todo = [candidate for name, candidate in wanted.items() if name not in finished]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             limit = min(CHECK_LIMIT, 60 * options.minutes)
-            checked = pool.map(lambda one: in_a_process(check, [one], limit=limit)[0], todo)
-            rows = dict(zip(todo, checked, strict=True))
+            rows = dict(zip(todo, pool.map(lambda one: in_a_process(check, [one], limit=limit)[0], todo), strict=True))
         for shape in options.shape:
-            right = [candidate for candidate, row in rows.items() if candidate.shape == shape and "status" not in row]
+            mine = {candidate: row for candidate, row in rows.items() if candidate.shape == shape}
+            right = [candidate for candidate, row in mine.items() if "status" not in row]
             left = min(TIME_LIMIT * (2 + len(right)), deadline - time.monotonic())
-            if right:
-                timing = partial(timed, seconds=options.seconds)
-                times = in_a_process(timing, right, limit=left) if left > TIME_LIMIT else [LATE] * len(right)
-                rows |= {candidate: rows[candidate] | found for candidate, found in zip(right, times, strict=True)}
-            for candidate, row in rows.items():
-                if candidate.shape == shape:
-                    yield candidate.name, {"status": "ok", "note": ""} | candidate.row() | row
+            timing = partial(timed, seconds=options.seconds)
+            times = in_a_process(timing, right, limit=left) if right and left > TIME_LIMIT else [LATE] * len(right)
+            found = dict(zip(right, times, strict=True))
+            for candidate, row in mine.items():
+                yield candidate.name, {"status": "ok", "note": ""} | candidate.row() | row | found.get(candidate, {})
 
     table = {candidates(name)[0].name for name in options.shape}
     Benchmark("tune", FIELDS, SAME, line).run(parser, options, arguments, wanted={name: name in table for name in wanted}, measure=measure)

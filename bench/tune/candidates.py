@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from bench.attention import shapes
-from bench.attention.providers import ours
+from bench.attention.gate import truth
 from bench.harness.device import first_line
 from bench.harness.rows import Row
 from bench.harness.timing import measure_in_turn
-from scalediff_kernels.neighborhood.config import LaunchConfig, Problem, key_box, launch_config
-from scalediff_kernels.testing import assert_within_budget
+from bench.roofline.call import case_of, reconfigured
+from scalediff_kernels.neighborhood.config import LaunchConfig, Pipeline
 
 SHAPES = {"flux-4096": "window", "sdxl-64-4096": "", "sdxl-32-4096": ""}
 
@@ -32,34 +32,35 @@ class Candidate:
     config: LaunchConfig
 
     @property
-    def name(self) -> str:
+    def entry(self) -> Pipeline:
+        """As in the table."""
         c = self.config
-        turns = "turns" if c.ping_pong else "no turns"
-        return f"{self.shape}/{prod(c.query_box)} x {prod(c.key_box)}, {c.num_stages} stages, {c.registers} registers, {turns}"
+        return Pipeline(prod(c.query_box), prod(c.key_box), c.num_stages, c.registers, c.ping_pong)
+
+    @property
+    def name(self) -> str:
+        queries, keys, stages, registers, ping_pong = self.entry
+        return f"{self.shape}/{queries} x {keys}, {stages} stages, {registers} registers, {'turns' if ping_pong else 'no turns'}"
 
     def row(self) -> Row:
-        c = self.config
-        values = {"queries": prod(c.query_box), "keys": prod(c.key_box), "stages": c.num_stages, "registers": c.registers}
-        return {"shape": self.shape, "ping_pong": str(c.ping_pong)} | {name: str(value) for name, value in values.items()}
+        return {"shape": self.shape} | {name: str(value) for name, value in self.entry._asdict().items()}
 
 
 def candidates(name: str) -> list[Candidate]:
     """The table's configuration of a shape, and its neighbours."""
-    s = shapes.SHAPES[name]
-    problem = Problem(s.grid, s.window, s.patch, s.head_dim, s.dtype.itemsize, s.text, rope=s.text > 0)
-    first, half = launch_config(problem, "sm_90", "warp-specialised"), key_box(s.window, 64)
-    changes: list[dict[str, Any]] = [
-        {},
-        {"ping_pong": not first.ping_pong},
-        {"num_stages": first.num_stages - 1},
-        {"num_stages": first.num_stages + 1},
-        {"registers": 232},
-        {"key_box": half, "text_block": prod(half), "num_stages": 4},
-        {"query_box": (16, 16), "key_box": half, "text_block": prod(half), "num_stages": 4, "registers": 112, "ping_pong": False},
-        {"query_box": (12, 16), "key_box": half, "text_block": prod(half), "num_stages": 4, "registers": 160, "ping_pong": False},
+    case = case_of(shapes.SHAPES[name], "image", SHAPES[name])
+    first = Candidate(name, case.launch("sm_90").config).entry
+    entries = [
+        first,
+        first._replace(ping_pong=not first.ping_pong),
+        first._replace(stages=first.stages - 1),
+        first._replace(stages=first.stages + 1),
+        first._replace(registers=232),
+        first._replace(keys=64, stages=4),
+        Pipeline(256, 64, 4, 112, ping_pong=False),
+        Pipeline(192, 64, 4, 160, ping_pong=False),
     ]
-    found = [first._replace(**change) for change in changes]
-    return [Candidate(name, config) for config in found if config.num_stages > 1]
+    return [Candidate(name, reconfigured(case, entry)) for entry in entries if entry.stages > 1]
 
 
 def calls(candidate: Candidate, shape: shapes.Shape) -> Iterator[tuple[Any, torch.Tensor, shapes.Inputs]]:
@@ -76,22 +77,13 @@ def calls(candidate: Candidate, shape: shapes.Shape) -> Iterator[tuple[Any, torc
 
 
 def check(candidate: Candidate) -> Row:
-    """Compile a candidate, and compare it with fp64 on a grid of six patches and eight heads: some tiles for every multiprocessor."""
+    """Compile a candidate, and put it through the gate on a grid of six patches and eight heads: some tiles for every multiprocessor."""
     full = shapes.SHAPES[candidate.shape]
     small = replace(full, grid=(full.window[0], full.window[1] + full.patch[1]), heads=8, groups=0, batch=1)
     launch, out, inputs = next(calls(candidate, small))
     launch.run()
-    rope = inputs.rope and (inputs.rope[0].double(), inputs.rope[1].double())
-
-    def image_by(impl: Literal["reference", "sdpa"], dtype: torch.dtype) -> torch.Tensor:
-        q, k, v = (x.to(dtype) for x in inputs.sequences)
-        image: torch.Tensor = ours(impl).make(inputs.task).run(replace(inputs, sequences=(q, k, v), rope=rope))[0]
-        return image
-
-    exact, plain = image_by("reference", torch.float64), image_by("sdpa", small.dtype)
-    assert_within_budget(out, plain, exact)
-    errors = ((x.double() - exact).abs().max().item() for x in (out, plain))
-    return {name: f"{error:.3g}" for name, error in zip(("error", "eager_error"), errors, strict=True)}
+    error, eager = truth(inputs, "window").image.check("image", out.flatten(1, 2))
+    return {"error": f"{error:.3g}", "eager_error": f"{eager:.3g}"}
 
 
 def timed(candidate: Candidate, seconds: float) -> Row:

@@ -11,10 +11,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from bench.compile import lowpass as compile_lowpass
-from bench.compile.__main__ import committed, main, page
+from bench.compile.__main__ import KERNELS, committed, main, page
 from bench.compile.attention import Case
 from bench.compile.binary import Binary, exponentials, main_loops, serialised
-from bench.compile.rows import KERNELS
 from bench.harness.facts import ROOT
 from bench.predictions import __main__ as predictions
 

@@ -18,8 +18,7 @@ import diffusers
 
 from bench.attention.shapes import view_starts
 from bench.flops import __main__ as flops
-from bench.flops.__main__ import comma_separated, main, sections
-from bench.flops.count import MODELS, Counter, Row
+from bench.flops.__main__ import MODELS, Counter, Row, comma_separated, main, sections
 from bench.harness.pages import fill
 from scalediff.cost.flops import _attention_flops, _count_flops, attention_work, count, layer_work
 from scalediff.patch import patch_model
@@ -150,8 +149,8 @@ def test_views_cover_the_picture() -> None:
 
 
 def test_rows_are_printed_as_csv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("bench.flops.count.Counter", counter)
-    monkeypatch.setattr(flops, "MODELS", ["lumina-next", "flux"])
+    monkeypatch.setattr("bench.flops.__main__.Counter", counter)
+    monkeypatch.setattr(flops, "MODELS", {name: MODELS[name] for name in ("lumina-next", "flux")})
     monkeypatch.setattr(flops, "SIZES", (2048,))
     main([])
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
@@ -170,7 +169,7 @@ def test_a_size_that_a_model_cannot_draw_is_refused() -> None:
 def test_written_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RESULTS": tmp_path / "flops.csv", "DOC": tmp_path / "flops.md", "SIZES": (2048,)}.items():
         monkeypatch.setattr(flops, name, value)
-    monkeypatch.setattr("bench.flops.count.Counter", counter)
+    monkeypatch.setattr("bench.flops.__main__.Counter", counter)
     monkeypatch.setattr(flops, "MODELS", {"lumina-next": MODELS["lumina-next"]})
     flops.DOC.write_text("<!-- begin tables -->\n<!-- end tables -->\n")
     main(["--write"])

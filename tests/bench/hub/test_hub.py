@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import scalediff_kernels
-from bench.hub.__main__ import main
-from bench.hub.build import BACKENDS, build, package_files, relative_imports
+from bench.hub.__main__ import BACKENDS, build, main, package_files, relative_imports
 from scalediff_kernels.testing import attention_inputs
 
 

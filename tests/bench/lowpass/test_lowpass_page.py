@@ -7,14 +7,13 @@ from pathlib import Path
 
 from bench.harness.facts import ROOT, is_commit
 from bench.lowpass import __main__ as lowpass
-from bench.lowpass import page as lowpass_page
 from bench.lowpass.cases import LATENTS, Case
 
 
 def test_the_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
-    assert (ROOT / "docs" / "evidence" / "filters-measured.md").read_text() == lowpass_page.markdown(lowpass.committed())
+    assert (ROOT / "docs" / "evidence" / "filters-measured.md").read_text() == lowpass.markdown(lowpass.committed())
     lowpass.main(["--doc", str(tmp_path / "page.md")])
-    assert (tmp_path / "page.md").read_text() == lowpass_page.markdown(lowpass.committed())
+    assert (tmp_path / "page.md").read_text() == lowpass.markdown(lowpass.committed())
 
 
 def test_committed_rows_are_named_and_say_what_came_of_them() -> None:
@@ -36,22 +35,22 @@ def test_what_has_no_package_is_told_once_and_what_failed_in_its_row() -> None:
     absent = {"p50_ms": "", "status": "skipped", "note": "the kornia package is not installed"}
     records = [row for case in cases for row in (_row(case, "eager"), _row(case, "kornia gaussian_blur2d", **absent))]
     failed = _row(cases[0], "scalediff", p50_ms="", status="FAILED", note="error 1 exceeds the budget")
-    text = lowpass_page.markdown({"cpu": [*records, failed]})
+    text = lowpass.markdown({"cpu": [*records, failed]})
     assert text.count("kornia") == 2
     assert "Skipped: kornia gaussian_blur2d: the kornia package is not installed (2 rows)." in text
     assert "| low pass | scalediff | FAILED: error 1 exceeds the budget |" in text
 
 
 def test_rows_without_an_eager_time_have_no_ratio() -> None:
-    alone = lowpass_page.markdown({"cpu": [_row(LATENTS[0], "scalediff"), _row(LATENTS[0], "eager", p50_ms="", status="error", note="no")]})
+    alone = lowpass.markdown({"cpu": [_row(LATENTS[0], "scalediff"), _row(LATENTS[0], "eager", p50_ms="", status="error", note="no")]})
     assert "| scalediff | 2 (1 - 3) | 4 | 50% | - | - | - |" in alone
 
 
 def test_rows_that_were_measured_otherwise_have_a_table_of_their_own() -> None:
     gpu = _row(LATENTS[0], "eager", cuda="12.8", cudnn="91002", card="driver 570, 700 W", torch="2.11.0", seconds="0.2", command="run")
-    assert "`run`: torch 2.11.0, cuda 12.8, cudnn 91002, driver 570, 700 W," in lowpass_page.markdown({"gpu": [gpu]})
+    assert "`run`: torch 2.11.0, cuda 12.8, cudnn 91002, driver 570, 700 W," in lowpass.markdown({"gpu": [gpu]})
     two = [_row(LATENTS[0], "eager", commit="a"), _row(LATENTS[0], "scalediff", commit="b"), _row(LATENTS[1], "eager", commit="a")]
-    text = lowpass_page.markdown({"cpu": two})
+    text = lowpass.markdown({"cpu": two})
     assert text.count("| case |") == 2
     assert text.count("## CPU") == 1
     assert "| scalediff | 2 (1 - 3) | 4 | 50% | - | - | - |" in text, "no ratio to what was measured otherwise"

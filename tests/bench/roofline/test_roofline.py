@@ -11,13 +11,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+from bench.harness.facts import ROOT
 from bench.roofline import __main__ as roofline
-from bench.roofline import published
 from bench.roofline.call import PEAK_TFLOPS, costs, efficiency
 from bench.roofline.loops import Step, cycles, from_text, steps, to_text
 from bench.roofline.pipeline import Schedule, fair_rates
 
-DOC = roofline.ROOT / "docs" / "evidence" / "tuning.md"
+DOC = ROOT / "docs" / "evidence" / "tuning.md"
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, "
 HGMMA = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24"
 
@@ -124,7 +124,7 @@ def test_the_committed_rows_are_those_of_the_model() -> None:
     shipped = [row for row in rows() if row["note"] == "shipped"]
     assert [row["shape"] for row in shipped] == list(roofline.SHAPES)
     for row in shipped[::2]:
-        s = published.schedule(row)
+        s = roofline.schedule_of(row)
         found = costs(s, efficiency(64 if row["shape"].startswith("SDXL") else 128))
         for column in ("matrix", "exponentials", "issue", "block"):
             assert float(row[column]) == pytest.approx(found[column], abs=1.5)
@@ -149,7 +149,7 @@ def test_products_are_counted_as_they_are_executed() -> None:
 
 
 def test_the_factors_are_those_of_published_kernels() -> None:
-    for row, one in zip([row for row in rows() if row["path"] == "published"], published.PUBLISHED, strict=True):
+    for row, one in zip([row for row in rows() if row["path"] == "published"], roofline.PUBLISHED, strict=True):
         assert float(row["tflops"]) * efficiency(one.head_dim) == pytest.approx(one.tflops, rel=0.01)
 
 
