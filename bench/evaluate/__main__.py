@@ -11,12 +11,11 @@ from pathlib import Path
 
 from bench.evaluate.drawing import Task, draw_items, items_of
 from bench.evaluate.folders import comparison_size, open_folder, size_of
-from bench.evaluate.measuring import Options
 from bench.evaluate.networks import CLIP_MODEL, load_clip, load_inception
 from bench.evaluate.page import FIELDS, page, records
 from bench.evaluate.prompts import read_prompts
 from bench.evaluate.protocols import PROTOCOLS, described
-from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, score
+from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Options, score
 from bench.harness.command import keep_freed_memory, names_of, positive, shard
 from bench.harness.facts import facts
 from bench.harness.pages import require_pandas
