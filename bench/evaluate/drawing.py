@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 import scalediff
-from bench.quality.pictures import border, pipeline_facts
+from bench.quality.pictures import border
+from scalediff.cascade.fingerprint import fingerprint_pipeline
 from scalediff.cascade.metadata import read_metadata, replacing, save_png
 from scalediff.cascade.pipeline import named_preset
 from scalediff.cascade.workdir import Workdir, digest
@@ -82,7 +83,7 @@ def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, sh
 def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
     """Everything that determines the pictures of a folder, on one machine."""
     return {
-        **pipeline_facts(pipe),
+        **fingerprint_pipeline(pipe),
         "pictures": len(items),
         "prompts": digest([item.prompt for item in items]),
         "seeds": digest([item.seed for item in items]),
