@@ -43,7 +43,7 @@ class Specimen:
 
     def inputs(self, draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
         """Arguments of the forward pass for a token grid and a batch."""
-        return {name: make(draw, grid, batch) for name, make in self.arguments.items()}
+        return inputs.made(self.arguments, draw, grid, batch)
 
     def run(self, model: nn.Module, grid: tuple[int, int], *, batch: int = 1, seed: int = 0, **changes: Any) -> Tensor:
         """The model's output; of a ControlNet all residuals in a row."""
