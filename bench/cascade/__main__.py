@@ -60,7 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def line(row: Mapping[str, str]) -> str:
-    """A row for people, on a terminal."""
     numbers = [f"{name} {row[name]}" for name in PRINTED if row[name]]
     return f"{row['row']}: " + ", ".join(filter(None, [row["status"], *numbers, row["note"]]))
 

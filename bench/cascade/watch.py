@@ -53,7 +53,6 @@ class Clock:
             torch.cuda.synchronize()
 
     def timed(self, call: Callable[[], Any]) -> float:
-        """Seconds of a call."""
         self.wait()
         begin = self.mark()
         call()
@@ -123,7 +122,6 @@ class Watch:
         self.stages: list[StageTimes] = []  # that have ended
 
     def begin(self) -> None:
-        """A stage begins."""
         self._clock.wait()
         self._memory.reset()
         self._begun, self._marks, self._backends = self._clock.mark(), list[Any](), list[str]()  # when it began and its steps ended

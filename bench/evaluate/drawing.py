@@ -55,10 +55,8 @@ class Task:
 def read_prompts(path: Path, *, column: str = "prompt") -> list[str]:
     """The prompts of a file, in its order; surrounding blanks and empty lines are left out.
 
-    `.csv` and `.jsonl` files have the prompts in `column`; any other file has one prompt a line.
-
-    Raises:
-        ValueError: The file is missing, has no prompts, or a record has no text in the column.
+    `.csv` and `.jsonl` files have the prompts in `column`; any other file has one prompt a line. ValueError where the file is missing, has
+    no prompts, or a record has no text in the column.
     """
     try:
         lines = list(io.StringIO(path.read_text(encoding="utf-8-sig")))
@@ -88,8 +86,7 @@ def items_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
 def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, shard: tuple[int, int] = (0, 1)) -> int:
     """Draw the items of a shard that are not in the folder yet, and write the manifest; returns how many were drawn.
 
-    Raises:
-        ValueError: The folder belongs to another run: other prompts, seeds, size, settings or model.
+    ValueError where the folder belongs to another run: other prompts, seeds, size, settings or model.
     """
     shared = fingerprint(pipe, task, items)
     Workdir(folder, shared)

@@ -32,11 +32,7 @@ class Protocol:
     crops_reference: bool = False  # whether the reference is cropped too; otherwise its whole pictures are the reference of the crops
 
     def crops_of(self, pictures: int) -> int:
-        """Crops of each of so many pictures; where `total` is not a multiple of them, the next larger number.
-
-        Raises:
-            ValueError: The number is not established.
-        """
+        """Crops of each of so many pictures, rounded up where `total` says how many in all; ValueError where it is not established."""
         if self.total is not None:
             return -(-self.total // pictures)
         if self.crops is None or self.crop is None:

@@ -40,8 +40,6 @@ _DIRECTIONS = 128
 
 @dataclass(frozen=True)
 class Options:
-    """What to score."""
-
     wanted: Sequence[str] = ()  # of NETWORK_STATISTICS
     protocol: Protocol | None = None  # says which crops; the statistics of crops need it
     inception: Inception | None = None  # where its statistics are wanted, as the next
@@ -68,9 +66,8 @@ class Score:
 def score(folders: Sequence[Folder], reference: Folder | None, options: Options) -> dict[str, dict[str, Score]]:
     """Scores by folder and statistic; those of the reference itself, where its pictures are as large, under `REFERENCE`.
 
-    Raises:
-        ValueError: The folders cannot be compared, a picture is unreadable or too small, a statistic lacks its reference or prompts, or FID
-            would be of fewer pictures than features.
+    ValueError where folders cannot be compared, a picture is unreadable or too small, a statistic lacks its reference or prompts, or FID
+    would be of fewer pictures than features.
     """
     size = common_size(folders)
     compared = None if reference is None else comparison_size(size, reference)
@@ -152,15 +149,10 @@ def _sliced(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[st
 def measure(folder: Folder, compared: tuple[int, int] | None, options: Options, *, reference: bool = False) -> dict[str, Tensor]:
     """Measure generated pictures, or those of the reference, which may be of any sizes; of these the HF ratio as they are compared.
 
-    Spectra and patches are those at the (height, width) `compared`; None without a reference.
-
-    Returns:
-        By name `[N]` fp64 of each statistic that is a mean over pictures, and what the others are made of: `controls`, `[N, 6]` seam scores
-        at the control periods; `radial`, `[N, R]` power spectra; `patches SIDE`, `[N, P, 3, 7, 7]` of a level, the finest first;
-        `features` `[N, C, D]` and `logits` `[N, C, K]` of whole pictures, where C is 1, and with the suffix `_patch` of crops.
-
-    Raises:
-        ValueError: A picture is unreadable, or smaller than a crop.
+    By name `[N]` fp64 of each statistic that is a mean over pictures, and what the others are made of: `controls`, `[N, 6]` seam scores at
+    the control periods; `features` `[N, C, D]` and `logits` `[N, C, K]` of whole pictures, where C is 1, and with the suffix `_patch` of
+    crops. With a reference, at the (height, width) `compared`: `radial`, `[N, R]` power spectra; `patches SIDE`, `[N, P, 3, 7, 7]` of each
+    level, the finest first. ValueError where a picture is unreadable, or smaller than a crop.
     """
     found = []
     for number, file in enumerate(folder.files):
@@ -215,11 +207,7 @@ def _number(value: float | Tensor) -> Tensor:
 
 
 def random_crops(picture: Image.Image, name: str, protocol: Protocol, *, count: int, seed: int) -> list[Image.Image]:
-    """The crops that a protocol takes from one of `count` pictures, at places drawn uniformly with the seed.
-
-    Raises:
-        ValueError: The picture is smaller than a crop, or the protocol's crops are not established.
-    """
+    """The crops that a protocol takes from one of `count` pictures, at places drawn uniformly with the seed; raises as `measure`."""
     each, side = protocol.crops_of(count), protocol.crop or 0
     if min(picture.size) < side:
         raise ValueError(f"a picture must be as large as a crop, {side} x {side}, got {picture.height} x {picture.width} in {name}")

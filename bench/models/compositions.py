@@ -65,8 +65,6 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
 
 
 class MarkedTest(NamedTuple):
-    """A test with a mark."""
-
     file: str  # from the root of the repository
     name: str
     slow: bool  # all of its cases are left out of the default run

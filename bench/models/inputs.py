@@ -17,8 +17,6 @@ Grid = tuple[int, int]
 
 
 class Draw:
-    """Random tensors of one seed."""
-
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 

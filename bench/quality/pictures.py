@@ -37,8 +37,6 @@ _BASE = "-base"
 
 
 class Pictures(NamedTuple):
-    """The pictures of one row."""
-
     images: Tensor  # [N, 3, Y, X] in [0, 1]
     bases: Tensor | None = None  # [N, 3, y, x], the picture of the native stage that each began with; None for methods without one
     seconds: Sequence[float] = ()  # CPU seconds of each; empty where nothing was drawn
@@ -63,11 +61,7 @@ class Gallery:
                     self.draw(row, scene)
 
     def draw(self, row: str, scene: int) -> None:
-        """Draw one picture and save it, after the base picture of its run.
-
-        Raises:
-            ValueError: The folder has pictures of another model, other settings or other versions.
-        """
+        """Draw one picture and save it, after the base picture of its run; ValueError where the folder's pictures are of another run."""
         drawing, path = DRAWINGS[row], self._file(row, scene)
         settings = replace(preset(self.pipe), **drawing.changes)
         used = repr(settings) if drawing.method == "scalediff" else f"{settings.steps} steps, guidance {settings.guidance_scale}"

@@ -59,11 +59,7 @@ class Results(NamedTuple):
 
 
 def read(folder: Path) -> Results:
-    """All results in a folder.
-
-    Raises:
-        ValueError: a CSV has no column `row`, or a row twice.
-    """
+    """All results in a folder; ValueError where a CSV has no column `row`, or a row twice."""
     files = {kind: {path.name: read_rows(path) for path in sorted(folder.glob(f"{kind}-*.csv"))} for kind in Results._fields}
 
     def groups(kind: str) -> list[Group]:
