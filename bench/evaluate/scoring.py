@@ -75,15 +75,12 @@ def score(folders: Sequence[Folder], reference: Folder | None, options: Options)
         raise ValueError(f"pictures and reference must have sides of at least {SMALLEST}, got {compared[0]} x {compared[1]} in common")
     _check_wanted(folders[0], reference, options)
     of_reference = None if reference is None else measure(reference, compared, options, reference=True)
-    draws = metrics.resamples(len(folders[0]), options.draws)
+    every, draws = torch.arange(len(folders[0])), metrics.resamples(len(folders[0]), options.draws)
     found: dict[str, dict[str, Score]] = {}
     first: dict[str, tuple[float, Tensor]] = {}
     for folder in folders:
-        measured = measure(folder, compared, options)
-        statistics = _statistics(measured, of_reference, options)
-        values = {
-            name: (statistic(torch.arange(len(folder))), metrics.replicated(statistic, draws)) for name, statistic in statistics.items()
-        }
+        statistics = _statistics(measure(folder, compared, options), of_reference, options)
+        values = {name: (statistic(every), metrics.replicated(statistic, draws)) for name, statistic in statistics.items()}
         gaps = {
             name: interval(value - first[name][0], by_draw - first[name][1]) for name, (value, by_draw) in values.items() if name in first
         }
