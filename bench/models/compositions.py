@@ -24,44 +24,29 @@ from bench.harness.pages import fill
 PAGE = ROOT / "docs" / "guide" / "composition.md"
 WHERE = ("network", "cascade")
 TASKS = ("text-to-image", "image-to-image", "inpainting", "upscale")
-# What people combine, and the reason of each cell that has no test.
-FEATURES: Mapping[str, Mapping[str, str]] = {
-    "torch.compile": {},
+# What people combine, in the order of the page; and by feature the reasons of cells that have no test.
+_FEATURES = (
+    "torch.compile", "export", "attention backends", "attention slicing", "LoRA", "few-step LoRA", "IP-Adapter", "ControlNet", "offloading",
+    "layerwise casting", "quantised weights", "half precision", "context parallelism", "threads", "saving", "gradients", "VAE tiling",
+    "prompt embeddings", "callbacks", "custom timesteps or sigmas", "doubled batch of guidance", "perturbed-attention guidance", "guiders",
+    "CFG++", "image-to-image", "inpainting", "pictures that wrap", "FirstBlockCache", "MagCache", "TaylorSeerCache",
+    "PyramidAttentionBroadcast", "FasterCache", "SeaCache", "TextKVCache", "cache-dit",
+)  # fmt: skip
+_REASONS: Mapping[str, Mapping[str, str]] = {
     "export": {"cascade": "a graph is of one size, and a run is a loop of pipeline calls"},
-    "attention backends": {},
-    "attention slicing": {},
-    "LoRA": {},
     "few-step LoRA": {"network": "a LoRA as any other: the few steps are those of the loop around the network"},
-    "IP-Adapter": {},
-    "ControlNet": {},
-    "offloading": {},
-    "layerwise casting": {},
-    "quantised weights": {},
-    "half precision": {},
-    "context parallelism": {},
-    "threads": {},
-    "saving": {},
     "gradients": {"cascade": "a run computes no gradients, as diffusers' pipelines"},
     "VAE tiling": {"network": "the network has no autoencoder"},
     "prompt embeddings": {"network": "a network takes nothing else"},
     "callbacks": {"network": "the pipeline calls them between passes"},
     "custom timesteps or sigmas": {"network": "the scheduler's, which the network does not see"},
-    "doubled batch of guidance": {},
-    "perturbed-attention guidance": {},
     "guiders": {"network": "they combine the outputs of passes"},
     "CFG++": dict.fromkeys(WHERE, "diffusers 0.42 has no pipeline or scheduler for it"),
     "image-to-image": {"network": "the network computes as for text-to-image"},
     "inpainting": {"network": "the network computes as for text-to-image"},
-    "pictures that wrap": {},
-    "FirstBlockCache": {},
-    "MagCache": {},
-    "TaylorSeerCache": {},
-    "PyramidAttentionBroadcast": {},
-    "FasterCache": {},
     "SeaCache": {"cascade": "pipelines of pictures do not tell it the step, without which it skips nothing"},
-    "TextKVCache": {},
-    "cache-dit": {},
 }
+FEATURES = {feature: _REASONS.get(feature, {}) for feature in _FEATURES}
 
 
 class MarkedTest(NamedTuple):
