@@ -36,13 +36,9 @@ def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> M
     """
     found = _statistics(pipe, pictures, truth, first_scene)
     n, draws = len(truth), metrics.resamples(len(truth), DRAWS)
-    columns: Columns = {"n": n, "size": truth.shape[-1]}
-    replicates: dict[str, Tensor] = {}
-    for name, statistic in found.items():
-        columns[name] = statistic(torch.arange(n))
-        if not name.startswith("swd_"):
-            replicates[name] = metrics.replicated(statistic, draws)
-            columns[f"{name}_se"] = float(replicates[name].std())
+    columns: Columns = {"n": n, "size": truth.shape[-1], **{name: statistic(torch.arange(n)) for name, statistic in found.items()}}
+    replicates = {name: metrics.replicated(statistic, draws) for name, statistic in found.items() if not name.startswith("swd_")}
+    columns |= {f"{name}_se": float(values.std()) for name, values in replicates.items()}
     if pictures.seconds:
         columns["seconds"] = statistics.median(pictures.seconds)
     if pictures.gflops is not None:
@@ -52,12 +48,9 @@ def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> M
 
 def differences(row: Measured, baseline: Measured) -> Columns:
     """The differences of a row's statistics from those of the baseline, with the standard errors of paired pictures."""
-    columns: Columns = {}
-    for name in PAIRED:
-        if name in row.columns and name in baseline.columns:
-            columns[f"{name}_gap"] = row.columns[name] - baseline.columns[name]
-            columns[f"{name}_gap_se"] = float((row.replicates[name] - baseline.replicates[name]).std())
-    return columns
+    both = [name for name in PAIRED if name in row.columns and name in baseline.columns]
+    gaps = {f"{name}_gap": row.columns[name] - baseline.columns[name] for name in both}
+    return gaps | {f"{name}_gap_se": float((row.replicates[name] - baseline.replicates[name]).std()) for name in both}
 
 
 def _statistics(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> dict[str, Statistic]:
