@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -25,6 +24,7 @@ from bench.evaluate.networks import Clip, Inception
 from bench.evaluate.protocols import Protocol
 from bench.quality import metrics
 from bench.quality.metrics import Statistic, mean_of
+from bench.quality.pictures import batch_of
 from scalediff.cascade.metadata import read_metadata
 
 INCEPTION_STATISTICS = ("fid", "kid", "is", "fid_patch", "kid_patch", "is_patch")
@@ -212,8 +212,3 @@ def random_crops(picture: Image.Image, name: str, protocol: Protocol, *, count: 
     sizes = (picture.height, picture.width)
     places = [[int(torch.randint(n - side + 1, (1,), generator=generator)) for n in sizes] for _ in range(each)]
     return [picture.crop((x, y, x + side, y + side)) for y, x in places]
-
-
-def batch_of(*pictures: Image.Image) -> Tensor:
-    """`[B, 3, Y, X]` uint8."""
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -93,8 +93,8 @@ class Gallery:
         bases = [file.with_stem(file.stem + _BASE) for file in files]
         counted = [record["gflops"] for record in map(read_metadata, sorted(files[0].parent.glob("*[0-9].png"))) if "gflops" in record]
         return Pictures(
-            torch.stack([_read(file) for file in files]),
-            torch.stack([_read(file) for file in bases]) if bases[0].exists() else None,
+            _as_floats(map(Image.open, files)),
+            _as_floats(map(Image.open, bases)) if bases[0].exists() else None,
             [record["seconds"] for record in records],
             tuple(counted[0]) if counted else None,
         )
@@ -122,11 +122,11 @@ def native_pictures(pipe: Any, prompts: Sequence[str]) -> Tensor:
     """`[N, 3, y, x]` pictures of native size, drawn four at a time; picture i has the seed i."""
     settings, side = preset(pipe), native_size(pipe)[0]
     options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale, "height": side, "width": side}
-    found: list[Tensor] = []
+    found: list[Image.Image] = []
     for i in range(0, len(prompts), 4):
         generators = [torch.Generator().manual_seed(seed) for seed in range(i, min(i + 4, len(prompts)))]
-        found += map(_to_tensor, pipe(list(prompts[i : i + 4]), generator=generators, **options).images)
-    return torch.stack(found)
+        found += pipe(list(prompts[i : i + 4]), generator=generators, **options).images
+    return _as_floats(found)
 
 
 def border(pipe: Any) -> int:
@@ -146,13 +146,13 @@ def _autoencoded(pipe: Any, images: Tensor) -> Tensor:
     return quantised((torch.cat(restored) / 2 + 0.5).clamp(0, 1))
 
 
-def _read(file: Path) -> Tensor:
-    with Image.open(file) as picture:
-        return _to_tensor(picture)
+def batch_of(*pictures: Image.Image) -> Tensor:
+    """`[B, 3, Y, X]` uint8."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+def _as_floats(pictures: Iterable[Image.Image]) -> Tensor:
+    return batch_of(*pictures).contiguous() / 255
 
 
 def write_sheet(path: Path, rows: Mapping[str, Tensor]) -> None:
