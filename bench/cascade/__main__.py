@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 
 import torch
 
@@ -32,14 +33,12 @@ LIMITS = {"cuda": 120.0, "cpu": 210.0}
 
 
 def measured_rows(units: Sequence[Unit], options: argparse.Namespace) -> Iterator[tuple[str, Row]]:
-    """Measure one unit after the other, all of one model together."""
+    """Measure one unit after the other; those of one model follow each other."""
     matrix_tflops = cache(lambda dtype: ceilings(options.device, dtype).matrix_tflops)
-    for model in dict.fromkeys(unit.model for unit in units):
-        how = {"limit": options.limit, "steps": options.steps, "view_batch": options.view_batch}
+    how = {"limit": options.limit, "steps": options.steps, "view_batch": options.view_batch}
+    for model, group in groupby(units, key=lambda unit: unit.model):
         bench = Bench(model, options.device, matrix_tflops, **how)
-        for unit in (unit for unit in units if unit.model == model):
-            for row in bench.rows(unit):
-                yield unit.name, row
+        yield from ((unit.name, row) for unit in group for row in bench.rows(unit))
         del bench
         forget(options.device)
 
@@ -60,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def line(row: Mapping[str, str]) -> str:
-    """A row for people, on a terminal."""
     numbers = [f"{name} {row[name]}" for name in PRINTED if row[name]]
     return f"{row['row']}: " + ", ".join(filter(None, [row["status"], *numbers, row["note"]]))
 

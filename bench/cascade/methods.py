@@ -26,8 +26,6 @@ from scalediff_kernels.neighborhood.api import Impl, TextQueries
 
 @dataclass(frozen=True)
 class Method:
-    """One way of drawing above the native size."""
-
     name: str  # on the command line and in rows
     kind: Literal["direct", "views", "phases", "cascade"]  # all steps at the target, whole or in views; DemoFusion; or ScaleDiff's stages
     attention: Literal["npa", "full"] = "full"  # of a cascade above its base stage

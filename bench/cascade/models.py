@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-import scalediff
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
+from scalediff import load_demo
 from scalediff.cost.models import MODELS
 from scalediff.families.grid import Grid
 
 SEED = 0
-PROMPT = "a full moon over snowy mountains at night"
+_PROMPT = {"prompt": "a full moon over snowy mountains at night"}
 Made = tuple[Any, dict[str, Any]]  # a pipeline, and the arguments of its call that say what to draw
 _NO_TEXT = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
 _NO_POINTWISE = {"use_quant_conv": False, "use_post_quant_conv": False}
@@ -32,8 +32,6 @@ _SMALL_AUTOENCODER = {"norm_num_groups": 4, "sample_size": 16, "latent_channels"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its pipeline."""
-
     title: str  # for people
     sizes: tuple[int, ...]  # pixels per side that are measured by default
     dtype: torch.dtype  # of weights and latents
@@ -107,10 +105,6 @@ def _flux(device: str, *, small: bool = False) -> Made:
     return diffusers.FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **_NO_TEXT), texts
 
 
-def _demo(device: str) -> Made:
-    return scalediff.load_demo().to(device), {"prompt": PROMPT}
-
-
 def _small_inputs(name: str, tokens: int, y: int, x: int) -> dict[str, Any]:
     """`tokens` latents along an axis make a token."""
     with torch.device("cpu"):
@@ -128,7 +122,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "flux": Subject("FLUX.1-dev, random weights", (2048, 4096), _BF16, _flux, MODELS["flux"].inputs, head_dim=128),
     "sdxl-small": Subject("a small random SDXL", (16, 32), _F32, partial(_sdxl, small=True), _SDXL_INPUTS, window=WINDOW, small=True),
     "flux-small": Subject("a small random FLUX", (32, 64), _F32, partial(_flux, small=True), _FLUX_INPUTS, window=WINDOW, small=True),
-    "demo": Subject("the embedded model", (128, 256), _F32, _demo, _demo_inputs, small=True),
+    "demo": Subject("the embedded model", (128, 256), _F32, lambda device: (load_demo().to(device), _PROMPT), _demo_inputs, small=True),
 }
 TRUE = tuple(name for name, subject in SUBJECTS.items() if not subject.small)
 SMALL = tuple(name for name, subject in SUBJECTS.items() if subject.small)

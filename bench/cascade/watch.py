@@ -28,7 +28,6 @@ from scalediff.cascade import schedule
 from scalediff.cascade import stage as cascade
 from scalediff.patching import call
 from scalediff.patching.networks import denoiser_of
-from scalediff_kernels import mix_frequencies
 from scalediff_kernels.neighborhood import windowed_sdpa
 
 
@@ -53,7 +52,6 @@ class Clock:
             torch.cuda.synchronize()
 
     def timed(self, call: Callable[[], Any]) -> float:
-        """Seconds of a call."""
         self.wait()
         begin = self.mark()
         call()
@@ -123,7 +121,6 @@ class Watch:
         self.stages: list[StageTimes] = []  # that have ended
 
     def begin(self) -> None:
-        """A stage begins."""
         self._clock.wait()
         self._memory.reset()
         self._begun, self._marks, self._backends = self._clock.mark(), list[Any](), list[str]()  # when it began and its steps ended
@@ -147,22 +144,17 @@ class Watch:
     def over(self, pipe: Any) -> Iterator[None]:
         """The first stage begins, and what the pipeline calls inside is timed; afterwards it is as it was."""
         denoiser = denoiser_of(pipe)
-        replaced: list[tuple[Any, str, Any]] = [
-            (cascade, "mix_frequencies", self._timed("mixing", mix_frequencies)),
-            (schedule, "_guided", self._timed("guidance", schedule._guided)),
-        ]
+        parts = [(cascade, "mix_frequencies", "mixing"), (schedule, "_guided", "guidance")]
+        parts += [(pipe.vae, name, name) for name in ("encode", "decode")]
+        replaced: list[tuple[Any, str, Any]] = [(owner, name, functools.partial(self._timed, part)) for owner, name, part in parts]
         if self._deep:
-            replaced.append((F, "scaled_dot_product_attention", self._attention(F.scaled_dot_product_attention)))
-            replaced += [(module, "_sdpa", self._attention(module._sdpa)) for module in (windowed_sdpa, cascade_authors)]
-            replaced.append((call.Call, "attend", self._windows(call.Call.attend)))
+            attention = [(F, "scaled_dot_product_attention"), (windowed_sdpa, "_sdpa"), (cascade_authors, "_sdpa")]
+            replaced += [(owner, name, self._attention) for owner, name in attention] + [(call.Call, "attend", self._windows)]
         with ExitStack() as undo:
             undo.callback(denoiser.register_forward_pre_hook(lambda *_: self._enter("denoiser")).remove)
             undo.callback(denoiser.register_forward_hook(lambda *_: self._leave()).remove)
-            for name in ("encode", "decode"):
-                pipe.vae.__dict__[name] = self._timed(name, getattr(pipe.vae, name))
-                undo.callback(pipe.vae.__dict__.pop, name)
-            for owner, name, instead in replaced:
-                undo.enter_context(mock.patch.object(owner, name, instead))
+            for owner, name, timed in replaced:
+                undo.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
             self.begin()
             yield
 

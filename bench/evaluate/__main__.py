@@ -9,14 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.evaluate.drawing import Task, draw_items, items_of
+from bench.evaluate.drawing import Task, draw_items, items_of, read_prompts
 from bench.evaluate.folders import comparison_size, open_folder, size_of
-from bench.evaluate.measuring import Options
 from bench.evaluate.networks import CLIP_MODEL, load_clip, load_inception
 from bench.evaluate.page import FIELDS, page, records
-from bench.evaluate.prompts import read_prompts
 from bench.evaluate.protocols import PROTOCOLS, described
-from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, score
+from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Options, score
 from bench.harness.command import keep_freed_memory, names_of, positive, shard
 from bench.harness.facts import facts
 from bench.harness.pages import require_pandas
@@ -90,11 +88,6 @@ def score_folders(options: argparse.Namespace) -> None:
     print(text)
 
 
-def show_protocols(_: argparse.Namespace) -> None:
-    """Print every protocol."""
-    print("\n\n".join(described(name, protocol) for name, protocol in PROTOCOLS.items()))
-
-
 def _draws(text: str) -> int:
     if not text.isdecimal() or text == "1":
         raise argparse.ArgumentTypeError(f"must be 0 or at least 2, got {text}")
@@ -139,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--clip", help=f"folder or id of a CLIP model (default: {CLIP_MODEL} in the Hugging Face cache)")
     scoring.add_argument("--device", default="auto", help="of the networks, and of the computations with features in fp64")
     scoring.add_argument("--csv", type=Path, help="results; the page is beside it (default: scores.csv beside the first folder)")
-    commands.add_parser("protocols", help="print the protocols").set_defaults(run=show_protocols)
+    every = "\n\n".join(described(name, protocol) for name, protocol in PROTOCOLS.items())
+    commands.add_parser("protocols", help="print the protocols").set_defaults(run=lambda _: print(every))
     return parser
 
 

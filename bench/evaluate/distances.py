@@ -59,10 +59,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> Statistic:
     """Unbiased squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3`, the KID of Inception's features.
 
     Of the features `[N, C, D]` of a set and `[M, B, D]` of its reference, as a function of numbers of pictures of the set. Two copies of
-    one crop are no pair.
-
-    Raises:
-        ValueError: A side has fewer than two rows.
+    one crop are no pair. ValueError where a side has fewer than two rows.
 
     Binkowski et al., arXiv:1801.01401, section 4.
     """

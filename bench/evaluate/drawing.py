@@ -6,6 +6,8 @@ A picture is one item: a prompt and a seed. Its PNG file holds its own record, s
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 
 import scalediff
-from bench.quality.pictures import border, pipeline_facts
+from bench.quality.pictures import border
+from scalediff.cascade.fingerprint import fingerprint_pipeline
 from scalediff.cascade.metadata import read_metadata, replacing, save_png
 from scalediff.cascade.pipeline import named_preset
 from scalediff.cascade.workdir import Workdir, digest
@@ -49,6 +52,32 @@ class Task:
     given: Mapping[str, Any]  # further arguments of `scalediff.generate`
 
 
+def read_prompts(path: Path, *, column: str = "prompt") -> list[str]:
+    """The prompts of a file, in its order; surrounding blanks and empty lines are left out.
+
+    `.csv` and `.jsonl` files have the prompts in `column`; any other file has one prompt a line. ValueError where the file is missing, has
+    no prompts, or a record has no text in the column.
+    """
+    try:
+        lines = list(io.StringIO(path.read_text(encoding="utf-8-sig")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompts must be a readable text file in UTF-8, got {path}: {error}") from error
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        prompts = [line.strip() for line in lines if line.strip()]
+    else:
+        prompts = []
+        try:
+            for record in csv.DictReader(lines) if path.suffix.lower() == ".csv" else map(json.loads, filter(str.strip, lines)):
+                prompts.append(record[column].strip())
+        except (AttributeError, KeyError, TypeError, csv.Error, json.JSONDecodeError) as error:
+            where = f"record {len(prompts) + 1} of {path}"
+            raise ValueError(f"{where} must have a text in {column!r}, the column of --column, got {error!r}") from error
+    if not all(prompts) or not prompts:
+        got = f"{len(prompts)} prompts in {path}, {prompts.count('')} of them empty"
+        raise ValueError(f"the file must hold at least one prompt and no empty ones, got {got}")
+    return prompts
+
+
 def items_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
     """All items of a list: for every seed S the prompts in order, where prompt number i is drawn with the seed S * 1000000 + i."""
     return [Item(i, prompt, seed * _SEEDS_APART + i) for seed in dict.fromkeys(seeds) for i, prompt in enumerate(prompts)]
@@ -57,8 +86,7 @@ def items_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
 def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, shard: tuple[int, int] = (0, 1)) -> int:
     """Draw the items of a shard that are not in the folder yet, and write the manifest; returns how many were drawn.
 
-    Raises:
-        ValueError: The folder belongs to another run: other prompts, seeds, size, settings or model.
+    ValueError where the folder belongs to another run: other prompts, seeds, size, settings or model.
     """
     shared = fingerprint(pipe, task, items)
     Workdir(folder, shared)
@@ -82,7 +110,7 @@ def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, sh
 def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
     """Everything that determines the pictures of a folder, on one machine."""
     return {
-        **pipeline_facts(pipe),
+        **fingerprint_pipeline(pipe),
         "pictures": len(items),
         "prompts": digest([item.prompt for item in items]),
         "seeds": digest([item.seed for item in items]),

@@ -17,10 +17,10 @@ _ORIENTATION = 0x0112  # in EXIF; from 5 on with height and width exchanged
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures of one kind."""
+    """Pictures in the order of their names."""
 
     path: Path
-    files: list[Path]  # by name
+    files: list[Path]
     run: dict[str, Any]  # what `generate` wrote about the run; empty for pictures of other software
 
     @property
@@ -32,11 +32,7 @@ class Folder:
 
 
 def open_folder(path: Path) -> Folder:
-    """The pictures of a folder.
-
-    Raises:
-        ValueError: The folder is missing or empty, or does not hold the pictures of its run.
-    """
+    """The pictures of a folder; ValueError where it is missing or empty, or does not hold the pictures of its run."""
     if not path.is_dir():
         raise ValueError(f"pictures must be in an existing folder, got {path}")
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
@@ -54,11 +50,7 @@ def open_folder(path: Path) -> Folder:
 
 
 def common_size(folders: Sequence[Folder]) -> tuple[int, int]:
-    """The (height, width) of all pictures of folders that can be scored side by side.
-
-    Raises:
-        ValueError: They cannot: names of folders are the same, or names of pictures, prompts or sizes differ.
-    """
+    """The (height, width) of all pictures; ValueError where folders have the same name, or names of pictures, prompts or sizes differ."""
     first, names = folders[0], [folder.name for folder in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"folders need different names, which are their rows, got {', '.join(names)}")
@@ -87,11 +79,7 @@ def size_of(file: Path) -> tuple[int, int]:
 
 
 def read_picture(file: Path) -> Image.Image:
-    """A picture in RGB, turned upright by its EXIF data.
-
-    Raises:
-        ValueError: The file cannot be read as a picture.
-    """
+    """A picture in RGB, turned upright by its EXIF data; ValueError where the file cannot be read as a picture."""
     with _opened(file) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 

@@ -40,8 +40,7 @@ class Inception:
 def load_inception(path: Path | None, device: torch.device) -> Inception:
     """Load InceptionV3 from a file with its weights: `path`, or torch hub's copy when None.
 
-    Raises:
-        ValueError: There is no such file, it holds other weights, or torch-fidelity is not installed.
+    ValueError where there is no such file, it holds other weights, or torch-fidelity is not installed.
     """
     in_hub = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     where = path or in_hub
@@ -93,11 +92,7 @@ class Clip:
 
 
 def load_clip(name: str | None, device: torch.device) -> Clip:
-    """Load a CLIP model: a folder, or the id of a model in the Hugging Face cache; `CLIP_MODEL` when None.
-
-    Raises:
-        ValueError: The model is not on this machine.
-    """
+    """Load a CLIP model: a folder or an id in the Hugging Face cache, `CLIP_MODEL` when None; ValueError where it is not there."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers import CLIPModel, CLIPTokenizer
 

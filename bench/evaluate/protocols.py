@@ -31,17 +31,8 @@ class Protocol:
     resized: bool = True  # whether crops are resized to 299 pixels
     crops_reference: bool = False  # whether the reference is cropped too; otherwise its whole pictures are the reference of the crops
 
-    @property
-    def biases(self) -> tuple[str, ...]:
-        """What the numbers reward or hide."""
-        return (_SINGULAR, _UNCROPPED) if self.crops_reference else (_SINGULAR, _UNCROPPED, _WHOLE_REFERENCE)
-
     def crops_of(self, pictures: int) -> int:
-        """Crops of each of so many pictures; where `total` is not a multiple of them, the next larger number.
-
-        Raises:
-            ValueError: The number is not established.
-        """
+        """Crops of each of so many pictures, rounded up where `total` says how many in all; ValueError where it is not established."""
         if self.total is not None:
             return -(-self.total // pictures)
         if self.crops is None or self.crop is None:
@@ -94,11 +85,12 @@ def described(name: str, protocol: Protocol) -> str:
     crop = f"{protocol.crop} x {protocol.crop} pixels" if protocol.crop else "size unknown"
     side = "crops of the reference pictures" if protocol.crops_reference else "whole reference pictures"
     resize = "resized to 299" if protocol.resized else "not resized"
+    biases = [_SINGULAR, _UNCROPPED] + [_WHOLE_REFERENCE] * (not protocol.crops_reference)
     return "\n".join([
         f"Protocol `{name}`: {protocol.source}.",
         "",
         f"- crops: {number}, {crop}, at random places, {resize}, compared with {side}",
         f"- data: {protocol.data}; references: {protocol.references or 'number unknown'}",
-        *(f"- biased: {bias}" for bias in protocol.biases),
+        *(f"- biased: {bias}" for bias in biases),
         *(f"- not established: {one}" for one in protocol.unknown),
     ])  # fmt: skip

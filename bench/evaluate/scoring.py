@@ -1,25 +1,58 @@
-"""The statistics of folders of pictures, with bootstrap intervals, and their paired differences from the first folder."""
+"""The statistics of folders of pictures, with bootstrap intervals, and their paired differences from the first folder.
+
+Every picture is read once, and all that the statistics need of it is kept.
+
+Legend: N pictures, C crops, D features, K classes, P patches, R rings of a spectrum.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bench.evaluate import distances
 from bench.evaluate.distances import Interval, interval
-from bench.evaluate.folders import Folder, common_size, comparison_size
-from bench.evaluate.measuring import Measured, Options, measure
-from bench.quality.metrics import Statistic, mean_of, replicated, resamples, sliced_distance, spectrum_distance
+from bench.evaluate.folders import Folder, common_size, comparison_size, read_picture
+from bench.evaluate.networks import Clip, Inception
+from bench.evaluate.protocols import Protocol
+from bench.quality import metrics
+from bench.quality.metrics import Statistic, mean_of
+from bench.quality.pictures import batch_of
+from scalediff.cascade.metadata import read_metadata
 
 INCEPTION_STATISTICS = ("fid", "kid", "is", "fid_patch", "kid_patch", "is_patch")
 NETWORK_STATISTICS = (*INCEPTION_STATISTICS, "clip")
 REFERENCE = "(reference)"
 SMALLEST = 16  # pixels per side that spectra and pyramids need
+PATCHES = 128  # of each level of each picture
+DEMO = "demo"  # the model whose pictures have discs to count
+BICUBIC = Image.Resampling.BICUBIC
+CPU = torch.device("cpu")
 _DIRECTIONS = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    wanted: Sequence[str] = ()  # of NETWORK_STATISTICS
+    protocol: Protocol | None = None  # says which crops; the statistics of crops need it
+    inception: Inception | None = None  # where its statistics are wanted, as the next
+    clip: Clip | None = None
+    draws: int = 100  # of the bootstrap
+    splits: int = 10  # of the Inception score
+    force: bool = False  # compute FID of fewer pictures than features
+    device: torch.device = CPU  # of the computations with features, in fp64
+
+    @property
+    def crops(self) -> Protocol | None:
+        """The protocol, where statistics of crops are wanted."""
+        return self.protocol if any(name.endswith("_patch") for name in self.wanted) else None
 
 
 @dataclass(frozen=True)
@@ -33,9 +66,8 @@ class Score:
 def score(folders: Sequence[Folder], reference: Folder | None, options: Options) -> dict[str, dict[str, Score]]:
     """Scores by folder and statistic; those of the reference itself, where its pictures are as large, under `REFERENCE`.
 
-    Raises:
-        ValueError: The folders cannot be compared, a picture is unreadable or too small, a statistic lacks its reference or prompts, or FID
-            would be of fewer pictures than features.
+    ValueError where folders cannot be compared, a picture is unreadable or too small, a statistic lacks its reference or prompts, or FID
+    would be of fewer pictures than features.
     """
     size = common_size(folders)
     compared = None if reference is None else comparison_size(size, reference)
@@ -43,20 +75,19 @@ def score(folders: Sequence[Folder], reference: Folder | None, options: Options)
         raise ValueError(f"pictures and reference must have sides of at least {SMALLEST}, got {compared[0]} x {compared[1]} in common")
     _check_wanted(folders[0], reference, options)
     of_reference = None if reference is None else measure(reference, compared, options, reference=True)
-    draws = resamples(len(folders[0]), options.draws)
+    every, draws = torch.arange(len(folders[0])), metrics.resamples(len(folders[0]), options.draws)
     found: dict[str, dict[str, Score]] = {}
     first: dict[str, tuple[float, Tensor]] = {}
     for folder in folders:
-        measured = measure(folder, compared, options)
-        statistics = _statistics(measured, of_reference, options)
-        values = {name: (statistic(torch.arange(len(folder))), replicated(statistic, draws)) for name, statistic in statistics.items()}
+        statistics = _statistics(measure(folder, compared, options), of_reference, options)
+        values = {name: (statistic(every), metrics.replicated(statistic, draws)) for name, statistic in statistics.items()}
         gaps = {
             name: interval(value - first[name][0], by_draw - first[name][1]) for name, (value, by_draw) in values.items() if name in first
         }
         found[folder.name] = {name: Score(interval(*both), gaps.get(name)) for name, both in values.items()}
         first = first or values
     if of_reference is not None and compared == size:  # what the HF ratio should be
-        found[REFERENCE] = {"hf_ratio": Score(Interval(fmean(of_reference.numbers["hf_ratio"])))}
+        found[REFERENCE] = {"hf_ratio": Score(Interval(float(of_reference["hf_ratio"].mean())))}
     return found
 
 
@@ -83,37 +114,101 @@ def _check_wanted(folder: Folder, reference: Folder | None, options: Options) ->
             )
 
 
-def _statistics(measured: Measured, reference: Measured | None, options: Options) -> dict[str, Statistic]:
+def _statistics(measured: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None, options: Options) -> dict[str, Statistic]:
     """Of the pictures with the numbers that it is given; FID and KID beside the reference."""
-    found = {name: mean_of(torch.tensor(values, dtype=torch.float64)) for name, values in measured.numbers.items()}
-    if measured.controls:
-        controls = torch.stack(measured.controls)
-        found["seam_control"] = lambda chosen: float(controls[chosen].mean(0).max())
+    found = {name: mean_of(values) for name, values in measured.items() if values.ndim == 1}
+    if "controls" in measured:
+        found["seam_control"] = lambda chosen: float(measured["controls"][chosen].mean(0).max())
     if reference is not None:
-        found["spectrum"] = spectrum_distance(torch.stack(measured.radial), torch.stack(reference.radial))
-        found |= _sliced(measured.patches, reference.patches)
-    for suffix in measured.features:
+        found["spectrum"] = metrics.spectrum_distance(measured["radial"], reference["radial"])
+        found |= _sliced(measured, reference)
+    for suffix in ("", "_patch"):
         if f"is{suffix}" in options.wanted:
-            logits = torch.stack([one for _, one in measured.features[suffix]]).to(options.device)
+            logits = measured[f"logits{suffix}"].to(options.device)
             found[f"is{suffix}"] = distances.inception_statistic(logits, splits=options.splits)
-        if f"fid{suffix}" in options.wanted:
-            found[f"fid{suffix}"] = distances.frechet_statistic(*_features(measured, reference, suffix, options))
-        if f"kid{suffix}" in options.wanted:
-            found[f"kid{suffix}"] = distances.kernel_distance(*_features(measured, reference, suffix, options))
+        for name, statistic in (("fid", distances.frechet_statistic), ("kid", distances.kernel_distance)):
+            if f"{name}{suffix}" in options.wanted:
+                assert reference is not None
+                ours = measured[f"features{suffix}"]
+                theirs = reference.get(f"features{suffix}", reference["features"])  # for crops its crops, or its whole pictures
+                found[f"{name}{suffix}"] = statistic(ours.to(options.device), theirs.to(options.device))
     return found
 
 
-def _features(measured: Measured, reference: Measured | None, suffix: str, options: Options) -> tuple[Tensor, Tensor]:
-    """`[N, C, D]` of the pictures, and what they are compared with: for crops the reference's crops, or its whole pictures."""
-    assert reference is not None
-    sides = measured.features[suffix], reference.features.get(suffix) or reference.features[""]
-    ours, theirs = (torch.stack([features for features, _ in side]).to(options.device) for side in sides)
-    return ours, theirs
-
-
-def _sliced(ours: Mapping[int, list[Tensor]], theirs: Mapping[int, list[Tensor]]) -> dict[str, Statistic]:
+def _sliced(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Statistic]:
     """As `bench.quality.metrics.sliced_distances`: the mean over the levels, and the finest level."""
     generator = torch.Generator().manual_seed(0)
-    sets = [(torch.stack(ours[level]), torch.stack(theirs[level])) for level in sorted(ours, reverse=True)]
-    levels = [sliced_distance(*patches, generator=generator, directions=_DIRECTIONS) for patches in sets]
+    names = [name for name in ours if name.startswith("patches")]
+    levels = [metrics.sliced_distance(ours[name], theirs[name], generator=generator, directions=_DIRECTIONS) for name in names]
     return {"swd": lambda chosen: fmean(level(chosen) for level in levels), "swd_fine": levels[0]}
+
+
+def measure(folder: Folder, compared: tuple[int, int] | None, options: Options, *, reference: bool = False) -> dict[str, Tensor]:
+    """Measure generated pictures, or those of the reference, which may be of any sizes; of these the HF ratio as they are compared.
+
+    By name `[N]` fp64 of each statistic that is a mean over pictures, and what the others are made of: `controls`, `[N, 6]` seam scores at
+    the control periods; `features` `[N, C, D]` and `logits` `[N, C, K]` of whole pictures, where C is 1, and with the suffix `_patch` of
+    crops. With a reference, at the (height, width) `compared`: `radial`, `[N, R]` power spectra; `patches SIDE`, `[N, P, 3, 7, 7]` of each
+    level, the finest first. ValueError where a picture is unreadable, or smaller than a crop.
+    """
+    found = []
+    for number, file in enumerate(folder.files):
+        picture = read_picture(file)
+        one = {} if reference else _measure_alone(picture, file, folder.run, options)
+        if compared is not None:
+            image = batch_of(ImageOps.fit(picture, compared[::-1], BICUBIC)).float() / 255
+            one |= _compare(image, number)
+            if reference:
+                one["hf_ratio"] = _number(metrics.high_frequency_ratio(image))
+        if options.inception is not None:
+            sizes = (options.inception.side, options.inception.side)
+            one["features"], one["logits"] = options.inception(batch_of(picture.resize(sizes, BICUBIC)))
+            if options.crops and (options.crops.crops_reference or not reference):
+                crops = random_crops(picture, file.name, options.crops, count=len(folder), seed=number)
+                resized = [crop.resize(sizes, BICUBIC) for crop in crops] if options.crops.resized else crops
+                one["features_patch"], one["logits_patch"] = options.inception(batch_of(*resized))
+        found.append(one)
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+
+def _compare(image: Tensor, number: int) -> dict[str, Tensor]:
+    """Spectrum and patches. Picture number i of every folder has its patches at the same places."""
+    found = {"radial": metrics.radial_power(image)[0]}
+    generator = torch.Generator().manual_seed(number)
+    for level in metrics.laplacian_pyramid(image):
+        y, x = (torch.randint(0, n - 6, (1, PATCHES), generator=generator) for n in level.shape[2:])
+        found[f"patches {min(level.shape[2:])}"] = metrics.patches_at(level, y, x)
+    return found
+
+
+def _measure_alone(picture: Image.Image, file: Path, run: Mapping[str, Any], options: Options) -> dict[str, Tensor]:
+    """What a generated picture shows without a reference."""
+    pixels, border = batch_of(picture), run.get("patch_border", 0)
+    image = pixels.float() / 255
+    found = {"hf_ratio": _number(metrics.high_frequency_ratio(image))}
+    if run:
+        record = read_metadata(file)
+        found["seconds"] = _number(record["seconds"])
+        if options.clip is not None:
+            found["clip"] = _number(100 * max(float(options.clip(pixels, [record["prompt"]])[0]), 0.0))
+    if run.get("model") == DEMO:
+        found["discs"] = _number(metrics.count_discs(image)[0])
+    if border >= 16 and min(picture.size) >= 2 * round(1.25 * border):  # what a seam score needs
+        found["seam"], *controls = map(_number, metrics.seam_score(image, period=border).values())
+        found["controls"] = torch.stack(controls)
+    return found
+
+
+def _number(value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def random_crops(picture: Image.Image, name: str, protocol: Protocol, *, count: int, seed: int) -> list[Image.Image]:
+    """The crops that a protocol takes from one of `count` pictures, at places drawn uniformly with the seed; raises as `measure`."""
+    each, side = protocol.crops_of(count), protocol.crop or 0
+    if min(picture.size) < side:
+        raise ValueError(f"a picture must be as large as a crop, {side} x {side}, got {picture.height} x {picture.width} in {name}")
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (picture.height, picture.width)
+    places = [[int(torch.randint(n - side + 1, (1,), generator=generator)) for n in sizes] for _ in range(each)]
+    return [picture.crop((x, y, x + side, y + side)) for y, x in places]

@@ -152,5 +152,4 @@ class Benchmark:
         raise SystemExit(f"rows of scalediff failed: {', '.join(failed)}" if failed else 0)
 
     def _rows(self, rows: Mapping[str, Row], name: str) -> dict[str, Row]:
-        """Those of one unit."""
         return {key: row for key, row in rows.items() if key == name or (self.last and key.startswith(f"{name}/"))}

@@ -47,11 +47,7 @@ def table(frame: DataFrame, *, text: Collection[str]) -> list[str]:
 
 
 def fill(page: str, blocks: Mapping[str, Sequence[str]]) -> str:
-    """The page with these lines between the marks of every block.
-
-    Raises:
-        ValueError: the page lacks a mark.
-    """
+    """The page with these lines between the marks of every block; ValueError where it lacks a mark."""
     for name, lines in blocks.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         before, found, rest = page.partition(begin)

@@ -43,13 +43,9 @@ def measure_in_turn(calls: Sequence[Call], device: str, *, seconds: float = 1.0)
 
 
 def measure_together(entrants: Sequence[Sequence[Call]], device: str, *, seconds: float = 1.0) -> list[Timing | Exception]:
-    """Time several calls, each on its sets of inputs in turn; returns what one raised in place of its timing.
+    """Time several calls, each on its sets of inputs in turn, in `seconds` for all together; an exception in place of its timing.
 
     On a CPU in rounds of one run of each, so that other work on the machine slows all of them alike; on a GPU one after the other.
-
-    Args:
-        entrants: For each the call on every set of inputs.
-        seconds: For all of them together.
     """
     if device == "cpu":
         return _in_rounds(entrants, seconds)

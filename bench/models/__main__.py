@@ -65,10 +65,8 @@ def _native(family: Family, model: nn.Module) -> str:
 
 def refused() -> list[str]:
     """One item for every reason."""
-    names: dict[str, list[str]] = {}
-    for name, family in sorted(FAMILIES.items()):
-        names.setdefault(family.refusal, []).append(f"`{name}`")
-    return [f"- {reason}: {', '.join(names[reason])}" for reason in sorted(filter(None, names))]
+    reasons = sorted({family.refusal for family in FAMILIES.values()} - {""})
+    return [f"- {reason}: {', '.join(f'`{name}`' for name in sorted(FAMILIES) if FAMILIES[name].refusal == reason)}" for reason in reasons]
 
 
 def unlisted() -> list[str]:
@@ -98,30 +96,23 @@ def changing() -> list[str]:
 
 
 def page() -> str:
-    """docs/guide/models.md with its tables from the installed diffusers.
-
-    Raises:
-        RuntimeError: the installed diffusers lacks a listed class, or modules that should be patched are not reached.
-    """
+    """docs/guide/models.md; RuntimeError where diffusers lacks a listed class, or modules that should be patched are not reached."""
     from pandas import DataFrame
 
     if gone := sorted(name for name in FAMILIES if not hasattr(diffusers, name)):
         raise RuntimeError(f"the installed diffusers {package_version('diffusers')} no longer has {', '.join(gone)}")
     known = DataFrame([row(name, specimen) for name, specimen in ZOO.items()])
-    others = ", ".join(f"`{name}`" for name in unlisted())
-    return fill(
-        PAGE.read_text(),
-        {"known": table(known, text=known.columns), "changing": changing(), "refused": refused(), "unlisted": [f"{others}."]},
-    )
+    others = [", ".join(f"`{name}`" for name in unlisted()) + "."]
+    tables = {"known": table(known, text=known.columns), "changing": changing(), "refused": refused(), "unlisted": others}
+    return fill(PAGE.read_text(), tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = page_parser("models", __doc__.split("\n")[0], "the tables of docs/guide/models.md and docs/guide/composition.md")
     options = parser.parse_args(arguments)
     require_pandas()
-    write_or_check(
-        {PAGE: page(), compositions.PAGE: compositions.page()}, check=not options.write, command="python -m bench.models --write"
-    )
+    pages = {PAGE: page(), compositions.PAGE: compositions.page()}
+    write_or_check(pages, check=not options.write, command="python -m bench.models --write")
 
 
 if __name__ == "__main__":

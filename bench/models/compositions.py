@@ -1,68 +1,121 @@
-"""docs/guide/composition.md: which test shows what people combine with scalediff, by feature and by family, task and switch."""
+"""docs/guide/composition.md: which test shows what people combine with scalediff, by feature and by family, task and switch.
+
+The marks `composes` and `draws` of the tests say what a test shows.
+
+    @pytest.mark.composes("LoRA", "cascade")                           the test shows a feature on a patched network, or in the cascade
+    @pytest.mark.composes("attention slicing", "network", refused="why")                the test shows that it raises an error
+    @pytest.mark.composes("guiders", "cascade", case="HunyuanImage 2.1")                only this parameter of the test shows it
+    @pytest.mark.draws("upscale", PICTURES, switch="mask")              the test runs a task with a switch, for each of these families
+
+Files of tests that have such marks are imported, so what they import must be installed: `pip install -e ".[diffusers,test]"`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from inspect import isfunction
+from typing import Any, NamedTuple
 
 from bench.harness.facts import ROOT
 from bench.harness.pages import fill
-from bench.models.marks import TASKS, WHERE, Composes, Draws, read_marks
 
 PAGE = ROOT / "docs" / "guide" / "composition.md"
-# What people combine, and the reason of each cell that has no test.
-FEATURES: Mapping[str, Mapping[str, str]] = {
-    "torch.compile": {},
+WHERE = ("network", "cascade")
+TASKS = ("text-to-image", "image-to-image", "inpainting", "upscale")
+# What people combine, in the order of the page; and by feature the reasons of cells that have no test.
+_FEATURES = (
+    "torch.compile", "export", "attention backends", "attention slicing", "LoRA", "few-step LoRA", "IP-Adapter", "ControlNet", "offloading",
+    "layerwise casting", "quantised weights", "half precision", "context parallelism", "threads", "saving", "gradients", "VAE tiling",
+    "prompt embeddings", "callbacks", "custom timesteps or sigmas", "doubled batch of guidance", "perturbed-attention guidance", "guiders",
+    "CFG++", "image-to-image", "inpainting", "pictures that wrap", "FirstBlockCache", "MagCache", "TaylorSeerCache",
+    "PyramidAttentionBroadcast", "FasterCache", "SeaCache", "TextKVCache", "cache-dit",
+)  # fmt: skip
+_REASONS: Mapping[str, Mapping[str, str]] = {
     "export": {"cascade": "a graph is of one size, and a run is a loop of pipeline calls"},
-    "attention backends": {},
-    "attention slicing": {},
-    "LoRA": {},
     "few-step LoRA": {"network": "a LoRA as any other: the few steps are those of the loop around the network"},
-    "IP-Adapter": {},
-    "ControlNet": {},
-    "offloading": {},
-    "layerwise casting": {},
-    "quantised weights": {},
-    "half precision": {},
-    "context parallelism": {},
-    "threads": {},
-    "saving": {},
     "gradients": {"cascade": "a run computes no gradients, as diffusers' pipelines"},
     "VAE tiling": {"network": "the network has no autoencoder"},
     "prompt embeddings": {"network": "a network takes nothing else"},
     "callbacks": {"network": "the pipeline calls them between passes"},
     "custom timesteps or sigmas": {"network": "the scheduler's, which the network does not see"},
-    "doubled batch of guidance": {},
-    "perturbed-attention guidance": {},
     "guiders": {"network": "they combine the outputs of passes"},
     "CFG++": dict.fromkeys(WHERE, "diffusers 0.42 has no pipeline or scheduler for it"),
     "image-to-image": {"network": "the network computes as for text-to-image"},
     "inpainting": {"network": "the network computes as for text-to-image"},
-    "pictures that wrap": {},
-    "FirstBlockCache": {},
-    "MagCache": {},
-    "TaylorSeerCache": {},
-    "PyramidAttentionBroadcast": {},
-    "FasterCache": {},
     "SeaCache": {"cascade": "pipelines of pictures do not tell it the step, without which it skips nothing"},
-    "TextKVCache": {},
-    "cache-dit": {},
 }
+FEATURES = {feature: _REASONS.get(feature, {}) for feature in _FEATURES}
+
+
+class MarkedTest(NamedTuple):
+    file: str  # from the root of the repository
+    name: str
+    slow: bool  # all of its cases are left out of the default run
+
+
+class Composes(NamedTuple):
+    """A test of a feature on a patched `network` or in the `cascade`. `refused` says why, where it shows that an error is raised."""
+
+    test: MarkedTest
+    feature: str
+    where: str
+    refused: str = ""
+    case: str = ""
+
+
+class Draws(NamedTuple):
+    """A test that runs a task with a switch, for each of the families."""
+
+    test: MarkedTest
+    task: str
+    families: tuple[str, ...]
+    switch: str
+
+
+def read_marks() -> tuple[list[Composes], list[Draws]]:
+    """All marks of the tests, in the order of their files and lines; raises as `marks_of`."""
+    found: list[Composes | Draws] = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if re.search(r"mark\.(composes|draws)\(", path.read_text()):
+            file = path.relative_to(ROOT)
+            module = import_module(".".join(file.with_suffix("").parts))
+            tests = [function for function in vars(module).values() if isfunction(function) and function.__module__ == module.__name__]
+            found += [mark for test in tests for mark in marks_of(test, str(file))]
+    return [mark for mark in found if isinstance(mark, Composes)], [mark for mark in found if isinstance(mark, Draws)]
+
+
+def marks_of(function: Callable[..., Any], file: str) -> Iterator[Composes | Draws]:
+    """The marks of one test, the uppermost first; ValueError where one names no place or task, TypeError for other arguments."""
+    marks = getattr(function, "pytestmark", [])[::-1]
+    test = MarkedTest(file, function.__name__, any(mark.name == "slow" for mark in marks))
+    for mark in marks:
+        if mark.name == "composes":
+            composes = Composes(test, *mark.args, **mark.kwargs)
+            _check(test, "where", composes.where, WHERE)
+            yield composes
+        elif mark.name == "draws":
+            task, families = mark.args
+            _check(test, "task", task, TASKS)
+            names = (one if isinstance(one, str) else one.values[0] for one in families)  # or of pytest.param
+            yield Draws(test, task, tuple(names), **mark.kwargs)
+
+
+def _check(test: MarkedTest, name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{test.file}, {test.name}: {name} must be one of {', '.join(known)}, got {name}={value!r}")
 
 
 def page() -> str:
-    """The page with its tables from the tests.
-
-    Raises:
-        ValueError: A mark cannot be read or names an unknown feature, or a cell has neither a test nor a reason, or both.
-    """
+    """The page; ValueError for a mark that cannot be read, an unknown feature, and a cell that has not either a test or a reason."""
     composes, draws = read_marks()
-    return fill(
-        PAGE.read_text(), {"features": feature_table(composes, FEATURES), "families": family_table(draws), "tests": switch_table(draws)}
-    )
+    tables = {"features": feature_table(composes, FEATURES), "families": family_table(draws), "tests": switch_table(draws)}
+    return fill(PAGE.read_text(), tables)
 
 
 def feature_table(composes: Sequence[Composes], features: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """One row a feature; raises as `page`."""
+    """One row a feature."""
     for mark in composes:
         if mark.feature not in features:
             raise ValueError(f"{mark.test.file}: the feature must be a row of FEATURES, got {mark.feature!r}")

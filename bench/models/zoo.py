@@ -20,8 +20,6 @@ _UNINITIALISED = ("pad_token",)  # parameters whose values a class leaves as the
 
 @dataclass(frozen=True)
 class Specimen:
-    """One small model."""
-
     kind: str  # its class in diffusers
     config: dict[str, Any]  # arguments of the class
     arguments: Arguments  # how each argument of the forward pass is made
@@ -42,8 +40,7 @@ class Specimen:
         return model
 
     def inputs(self, draw: Draw, grid: tuple[int, int], batch: int) -> dict[str, Any]:
-        """Arguments of the forward pass for a token grid and a batch."""
-        return {name: make(draw, grid, batch) for name, make in self.arguments.items()}
+        return inputs.made(self.arguments, draw, grid, batch)
 
     def run(self, model: nn.Module, grid: tuple[int, int], *, batch: int = 1, seed: int = 0, **changes: Any) -> Tensor:
         """The model's output; of a ControlNet all residuals in a row."""

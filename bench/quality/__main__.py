@@ -88,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError("--shard is for --draw: all pictures of a row are measured together")
         if options.model and options.csv.parent == RESULTS:
             raise ValueError("the committed results are of the embedded model: name another --csv for --model")
+        rows = dict.fromkeys(row for name in options.tables for row in TABLES[name].rows)
+        if lacking := [row for row in options.rows or () if row not in rows]:
+            raise ValueError(f"--rows of --tables {','.join(options.tables)} must be of {', '.join(rows)}, got {', '.join(lacking)}")
         if options.doc:
             require_pandas()
             write_page(options.csv)

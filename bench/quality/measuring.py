@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,13 +36,9 @@ def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> M
     """
     found = _statistics(pipe, pictures, truth, first_scene)
     n, draws = len(truth), metrics.resamples(len(truth), DRAWS)
-    columns: Columns = {"n": n, "size": truth.shape[-1]}
-    replicates: dict[str, Tensor] = {}
-    for name, statistic in found.items():
-        columns[name] = statistic(torch.arange(n))
-        if not name.startswith("swd_"):
-            replicates[name] = metrics.replicated(statistic, draws)
-            columns[f"{name}_se"] = float(replicates[name].std())
+    columns: Columns = {"n": n, "size": truth.shape[-1], **{name: statistic(torch.arange(n)) for name, statistic in found.items()}}
+    replicates = {name: metrics.replicated(statistic, draws) for name, statistic in found.items() if not name.startswith("swd_")}
+    columns |= {f"{name}_se": float(values.std()) for name, values in replicates.items()}
     if pictures.seconds:
         columns["seconds"] = statistics.median(pictures.seconds)
     if pictures.gflops is not None:
@@ -52,12 +48,9 @@ def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> M
 
 def differences(row: Measured, baseline: Measured) -> Columns:
     """The differences of a row's statistics from those of the baseline, with the standard errors of paired pictures."""
-    columns: Columns = {}
-    for name in PAIRED:
-        if name in row.columns and name in baseline.columns:
-            columns[f"{name}_gap"] = row.columns[name] - baseline.columns[name]
-            columns[f"{name}_gap_se"] = float((row.replicates[name] - baseline.replicates[name]).std())
-    return columns
+    both = [name for name in PAIRED if name in row.columns and name in baseline.columns]
+    gaps = {f"{name}_gap": row.columns[name] - baseline.columns[name] for name in both}
+    return gaps | {f"{name}_gap_se": float((row.replicates[name] - baseline.replicates[name]).std()) for name in both}
 
 
 def _statistics(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> dict[str, Statistic]:
@@ -89,12 +82,10 @@ def native_rows(pipe: Any, *, n: int) -> dict[str, Columns]:
     """Discs in `n` pictures drawn at native size, and in 512 true renders, which shows how good the detector is."""
     prompts = [caption(describe(HELD_OUT_SEED + i)) for i in range(n)]
     side = native_size(pipe)[0]
-    rows = {"native": native_pictures(pipe, prompts, seed=0), "native-true": render(OTHER_SCENES, 512, side)}
-    counted = {row: metrics.count_discs(images, native=side).double() for row, images in rows.items()}
-    return {
-        row: {"n": len(d), "size": side, "one_disc": float((d == 1).double().mean()), "discs": float(d.mean())}
-        for row, d in counted.items()
-    }
+    rows = {"native": native_pictures(pipe, prompts), "native-true": render(OTHER_SCENES, 512, side)}
+    discs = {row: metrics.count_discs(images, native=side).double() for row, images in rows.items()}
+    ones = {row: (count == 1).double() for row, count in discs.items()}
+    return {row: {"n": len(d), "size": side, "one_disc": float(ones[row].mean()), "discs": float(d.mean())} for row, d in discs.items()}
 
 
 def word_rows(pipe: Any, *, n: int) -> dict[str, Columns]:
@@ -106,14 +97,11 @@ def word_rows(pipe: Any, *, n: int) -> dict[str, Columns]:
     side = native_size(pipe)[0]
     wanted = [(hour, place) for hour in TIMES for place in PLACES for _ in range(n)]
     prompts = [f"a {'moon' if t == 'night' else 'sun'} {PHRASES[p][0]} over hills {PHRASES[t][0]}" for t, p in wanted]
-    drawn = native_pictures(pipe, prompts, seed=0)
+    drawn = native_pictures(pipe, prompts)
     true, scenes = render(OTHER_SCENES, 256, side), [describe(OTHER_SCENES + i) for i in range(256)]
     sky = torch.stack([metrics.sky_colors(true[[scene.time == hour for scene in scenes]]).mean(0) for hour in TIMES])
     hours = [TIMES[int(i)] for i in torch.cdist(metrics.sky_colors(drawn), sky).argmin(1)]
     places = [PLACES[min(2, int(3 * x))] if x == x else "none" for x in metrics.disc_columns(drawn).tolist()]
-    shares = {"hour": _share(hours, [hour for hour, _ in wanted]), "place": _share(places, [place for _, place in wanted])}
-    return {"words": {"n": len(wanted), "size": side, **shares}}
-
-
-def _share(seen: Sequence[str], wanted: Sequence[str]) -> float:
-    return statistics.mean(a == b for a, b in zip(seen, wanted, strict=True))
+    hour_shown = statistics.mean(seen == hour for seen, (hour, _) in zip(hours, wanted, strict=True))
+    place_shown = statistics.mean(seen == place for seen, (_, place) in zip(places, wanted, strict=True))
+    return {"words": {"n": len(wanted), "size": side, "hour": hour_shown, "place": place_shown}}

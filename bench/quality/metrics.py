@@ -166,10 +166,7 @@ def seam_score(images: Tensor, *, period: int) -> dict[int, float]:
     averaged over x modulo the period. The score is the value at the border (between pixels kP - 1 and kP), less the median of
     all phases, over 1.4826 times their median absolute deviation; it is averaged over the pictures and both axes. A seam
     stands out of the same score at control periods, 0.75 to 1.25 of the period, by 3 or more. Returns scores by period: the
-    period itself first, then the controls.
-
-    Raises:
-        ValueError: the period is below 16, or a side is below two of the longest control period.
+    period itself first, then the controls. ValueError where the period is below 16, or a side below two of the longest control period.
     """
     controls = [round(period * factor) for factor in _CONTROLS]
     if period < 16 or min(images.shape[2:]) < 2 * max(controls):

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +23,11 @@ from torch.utils._pytree import tree_map_only
 
 import scalediff
 from bench.quality.tables import DRAWINGS, Table, label_of
+from scalediff.cascade.fingerprint import fingerprint_pipeline
 from scalediff.cascade.metadata import read_metadata, save_png
 from scalediff.cascade.pipeline import native_size, preset
 from scalediff.cascade.upsampling import identify_upsampler, resolve_upsampler
-from scalediff.cascade.workdir import Workdir, digest, fingerprint_weights
+from scalediff.cascade.workdir import Workdir
 from scalediff.cost.recorded import recorded_work
 from scalediff.demo.scenes import HELD_OUT_SEED, caption, describe, render
 from scalediff.families.grid import patch_of
@@ -37,8 +37,6 @@ _BASE = "-base"
 
 
 class Pictures(NamedTuple):
-    """The pictures of one row."""
-
     images: Tensor  # [N, 3, Y, X] in [0, 1]
     bases: Tensor | None = None  # [N, 3, y, x], the picture of the native stage that each began with; None for methods without one
     seconds: Sequence[float] = ()  # CPU seconds of each; empty where nothing was drawn
@@ -53,7 +51,7 @@ class Gallery:
 
     def __init__(self, root: Path, pipe: Any, size: int, *, bf16: bool = False) -> None:
         self.pipe, self.size, self._bf16, self._root = pipe, size, bf16, root / f"{size}{'-bf16' * bf16}"
-        self._shared = {**pipeline_facts(pipe), "size": size}
+        self._shared = {**fingerprint_pipeline(pipe), "size": size}
 
     def draw_missing(self, table: Table, share: tuple[int, int]) -> None:
         """Draw the pictures of a table that are not there, scene by scene and all rows in turn; of the share `(i, n)` every n-th scene."""
@@ -63,11 +61,7 @@ class Gallery:
                     self.draw(row, scene)
 
     def draw(self, row: str, scene: int) -> None:
-        """Draw one picture and save it, after the base picture of its run.
-
-        Raises:
-            ValueError: The folder has pictures of another model, other settings or other versions.
-        """
+        """Draw one picture and save it, after the base picture of its run; ValueError where the folder's pictures are of another run."""
         drawing, path = DRAWINGS[row], self._file(row, scene)
         settings = replace(preset(self.pipe), **drawing.changes)
         used = repr(settings) if drawing.method == "scalediff" else f"{settings.steps} steps, guidance {settings.guidance_scale}"
@@ -99,8 +93,8 @@ class Gallery:
         bases = [file.with_stem(file.stem + _BASE) for file in files]
         counted = [record["gflops"] for record in map(read_metadata, sorted(files[0].parent.glob("*[0-9].png"))) if "gflops" in record]
         return Pictures(
-            torch.stack([_read(file) for file in files]),
-            torch.stack([_read(file) for file in bases]) if bases[0].exists() else None,
+            _as_floats(map(Image.open, files)),
+            _as_floats(map(Image.open, bases)) if bases[0].exists() else None,
             [record["seconds"] for record in records],
             tuple(counted[0]) if counted else None,
         )
@@ -118,33 +112,21 @@ def _mixed_precision(denoiser: nn.Module) -> Iterator[None]:
         autocast.__exit__(None, None, None)
         return tree_map_only(Tensor, Tensor.float, output)
 
-    hooks = (
-        denoiser.register_forward_pre_hook(lambda *_: autocast.__enter__() and None),
-        denoiser.register_forward_hook(leave, always_call=True),
-    )
-    try:
+    with ExitStack() as undo:
+        undo.callback(denoiser.register_forward_pre_hook(lambda *_: autocast.__enter__() and None).remove)
+        undo.callback(denoiser.register_forward_hook(leave, always_call=True).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def native_pictures(pipe: Any, prompts: Sequence[str], *, seed: int) -> Tensor:
-    """`[N, 3, y, x]` pictures of native size, drawn four at a time; picture i has the seed `seed + i`."""
+def native_pictures(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    """`[N, 3, y, x]` pictures of native size, drawn four at a time; picture i has the seed i."""
     settings, side = preset(pipe), native_size(pipe)[0]
     options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale, "height": side, "width": side}
-    found: list[Tensor] = []
+    found: list[Image.Image] = []
     for i in range(0, len(prompts), 4):
-        generators = [torch.Generator().manual_seed(seed + j) for j in range(i, min(i + 4, len(prompts)))]
-        found += map(_to_tensor, pipe(list(prompts[i : i + 4]), generator=generators, **options).images)
-    return torch.stack(found)
-
-
-def pipeline_facts(pipe: Any) -> dict[str, Any]:
-    """What determines the pictures of a pipeline, on one machine."""
-    weights = fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)])
-    scheduler = f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}"
-    return {"weights": weights, "scheduler": scheduler, "versions": [torch.__version__, version("diffusers")]}
+        generators = [torch.Generator().manual_seed(seed) for seed in range(i, min(i + 4, len(prompts)))]
+        found += pipe(list(prompts[i : i + 4]), generator=generators, **options).images
+    return _as_floats(found)
 
 
 def border(pipe: Any) -> int:
@@ -164,19 +146,19 @@ def _autoencoded(pipe: Any, images: Tensor) -> Tensor:
     return quantised((torch.cat(restored) / 2 + 0.5).clamp(0, 1))
 
 
-def _read(file: Path) -> Tensor:
-    with Image.open(file) as picture:
-        return _to_tensor(picture)
+def batch_of(*pictures: Image.Image) -> Tensor:
+    """`[B, 3, Y, X]` uint8."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+def _as_floats(pictures: Iterable[Image.Image]) -> Tensor:
+    return batch_of(*pictures).contiguous() / 255
 
 
-def write_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = 6) -> None:
-    """A contact sheet: one labelled row of pictures per method."""
+def write_sheet(path: Path, rows: Mapping[str, Tensor]) -> None:
+    """A contact sheet: one labelled row of at most six pictures per method."""
     size, header = next(iter(rows.values())).shape[-1], 14
-    count = min(columns, max(len(images) for images in rows.values()))
+    count = min(6, max(len(images) for images in rows.values()))
     sheet = Image.new("RGB", (count * (size + 2) - 2, len(rows) * (size + header)), "white")
     pen = ImageDraw.Draw(sheet)
     for top, (name, images) in zip(range(0, sheet.height, size + header), rows.items(), strict=True):

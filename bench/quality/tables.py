@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -127,15 +128,11 @@ def sections(*results: Rows) -> list[str]:
     """A section for every group of rows, in it the tables of every machine's results, and what each row was measured with."""
     lines: list[str] = []
     for name, title in _TITLES.items():
-        found = [rows for records in results if (rows := [row for key, row in records.items() if _table_of(key) == name])]
+        found = [rows for records in results if (rows := [row for key, row in records.items() if re.split("[/-]", key)[0] == name])]
         lines += [f"## {title}", ""] if found else []
         for rows in found:
             lines += [*_values(rows), "", *_gaps(rows), *_measured_with(rows)]
     return lines[:-1] or ["Not measured yet."]
-
-
-def _table_of(row: str) -> str:
-    return row.partition("/")[0].partition("-")[0]
 
 
 def summary(records: Rows) -> list[str]:

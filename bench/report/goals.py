@@ -49,8 +49,6 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the table."""
-
     device: str  # parts of the machine's name, joined by "or", or "CPU"
     what: str  # is measured
     bound: float  # to reach

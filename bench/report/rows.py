@@ -59,17 +59,11 @@ class Results(NamedTuple):
 
 
 def read(folder: Path) -> Results:
-    """All results in a folder.
-
-    Raises:
-        ValueError: a CSV has no column `row`, or a row twice.
-    """
+    """All results in a folder; ValueError where a CSV has no column `row`, or a row twice."""
     files = {kind: {path.name: read_rows(path) for path in sorted(folder.glob(f"{kind}-*.csv"))} for kind in Results._fields}
-
-    def groups(kind: str) -> list[Group]:
-        return [group for name, rows in files[kind].items() for group in _grouped(name, rows.values())]
-
-    return Results(groups("attention"), groups("cascade"), groups("gpu"), files["quality"])
+    quality = files.pop("quality")
+    groups = {kind: [group for name, rows in named.items() for group in _grouped(name, rows.values())] for kind, named in files.items()}
+    return Results(**groups, quality=quality)
 
 
 def _grouped(file: str, rows: Iterable[Row]) -> list[Group]:

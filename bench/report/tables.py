@@ -96,15 +96,10 @@ def shares(group: Group) -> DataFrame:
 def _in_order(frame: DataFrame) -> DataFrame:
     """Models as they come; small sizes first; methods in one order; eager before compiled."""
     place = {method: index for index, method in enumerate(METHODS)}
-
-    def key(column: Series[Any]) -> Any:
-        if column.name == "model":
-            return factorize(column)[0]
-        if column.name == "method":
-            return column.map(place).fillna(len(place))
-        return column.astype(int) if column.name == "size" else column != "eager"
-
-    return frame.sort_values(RUN, key=key, kind="stable").reset_index(drop=True)
+    method = frame["method"].map(place).fillna(len(place))
+    numbered = {"model": factorize(frame["model"])[0], "size": frame["size"].astype(int), "compile": frame["compile"] != "eager"}
+    keys = frame.assign(**numbered, method=method).sort_values(RUN, kind="stable")
+    return frame.loc[keys.index].reset_index(drop=True)
 
 
 def _heading(group: Group, groups: Sequence[Group]) -> list[str]:

@@ -21,6 +21,15 @@ from scalediff.patching.networks import denoiser_of, handle_of
 from scalediff.settings import Settings
 
 
+def fingerprint_pipeline(pipe: Any) -> dict[str, Any]:
+    """What determines a pipeline's results on one machine, whatever it is called with: weights, scheduler and versions."""
+    return {
+        "weights": fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)]),
+        "versions": [torch.__version__, version("diffusers")],
+        "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
+    }
+
+
 def fingerprint_run(
     pipe: Any,
     arguments: Mapping[str, Any],
@@ -44,10 +53,8 @@ def fingerprint_run(
         "call": digest({name: value for name, value in arguments.items() if name not in named}),
         "picture": None if given is None else _digest_picture(given),
         "model": f"{type(denoiser).__name__} {digest(dict(denoiser.config))}",
-        "weights": fingerprint_weights([part for part in pipe.components.values() if isinstance(part, nn.Module)]),
+        **fingerprint_pipeline(pipe),
         "patched": None if handle is None else [list(handle.window), handle.jitter, digest(asdict(handle.options))],
-        "versions": [torch.__version__, version("diffusers")],
-        "scheduler": f"{type(pipe.scheduler).__name__} {digest(dict(pipe.scheduler.config))}",
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "vae": [run_options.vae_tiling, run_options.vae_attention, is_tiled(pipe.vae)],
         "split_guidance": run_options.split_guidance,

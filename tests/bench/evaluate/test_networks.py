@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 from bench.evaluate import networks
 from bench.evaluate.folders import read_picture
-from bench.evaluate.measuring import batch_of
 from bench.evaluate.networks import INCEPTION_FILE, load_clip, load_inception
+from bench.quality.pictures import batch_of
 from tests.bench.evaluate.pictures import picture
 
 CPU = torch.device("cpu")

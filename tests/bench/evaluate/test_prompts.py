@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.evaluate.prompts import read_prompts
+from bench.evaluate.drawing import read_prompts
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bench.evaluate.folders import comparison_size, open_folder, read_picture
-from bench.evaluate.measuring import BICUBIC, Options, batch_of, random_crops
 from bench.evaluate.networks import Inception
 from bench.evaluate.protocols import PROTOCOLS, described
-from bench.evaluate.scoring import NETWORK_STATISTICS, Score, score
+from bench.evaluate.scoring import BICUBIC, NETWORK_STATISTICS, Options, Score, random_crops, score
 from bench.quality.metrics import high_frequency_ratio, radial_power, seam_score, sliced_distances, spectrum_distance
+from bench.quality.pictures import batch_of
 from tests.bench.evaluate.pictures import RedMeansRed, generated_folder, picture, plain_folder, small_inception
 from tests.bench.evaluate.test_distances import fid_by_numpy, kid_by_numpy
 

@@ -10,8 +10,19 @@ import pytest
 pytest.importorskip("diffusers", reason="the marked tests import it")
 
 from bench.harness.facts import ROOT
-from bench.models.compositions import FEATURES, PAGE, family_table, feature_table, page, switch_table
-from bench.models.marks import Composes, Draws, MarkedTest, marks_of, read_marks
+from bench.models.compositions import (
+    FEATURES,
+    PAGE,
+    Composes,
+    Draws,
+    MarkedTest,
+    family_table,
+    feature_table,
+    marks_of,
+    page,
+    read_marks,
+    switch_table,
+)
 
 TEST = MarkedTest("tests/test_a.py", "test_a", slow=False)
 

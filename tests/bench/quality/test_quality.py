@@ -225,6 +225,8 @@ def test_words_are_counted(demo: Any) -> None:
     [
         (["--tables", "magic"], "got magic"),
         (["--rows", "magic"], "got magic"),
+        (["--tables", "sweep", "--rows", "npa"], "--rows of --tables sweep must be of restart-0.2-cutoff-0.125, "),
+        (["--rows", "npa,sg-0.5,alone"], "autoencoded, true, got sg-0.5, alone"),
         (["--n", "0"], "argument --n: must be positive and finite, got 0"),
         (["--native", "-1"], "argument --native: must be positive and finite, got -1"),
         (["--words", "0"], "argument --words: must be positive and finite, got 0"),
