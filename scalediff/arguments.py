@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -44,7 +44,7 @@ def check_number(name: str, value: Any) -> None:
     """Check for a finite real number; True and False are none."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise wrong_type(name, "a number", value)
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # type: ignore[operator]  # false for NaN as well
         raise ValueError(f"{name} must be finite, got {shown(name, value)}")
 
 

@@ -90,6 +90,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path, sdist: Path)
         tracked = {line.removeprefix("kernels/") for line in listed.stdout.splitlines()}
         assert {name for name in names if ".dist-info/" not in name} == tracked
     assert {path.name for path in sdist.iterdir()} >= {"scalediff", "kernels", "tests", "bench", "pyproject.toml", "README.md", "PKG-INFO"}
+    assert all((sdist / "bench" / name).is_file() for name in ("gpu/parts.toml", "attention/shapes.csv", "hub/templates/_ops.py.template"))
 
 
 @pytest.mark.slow

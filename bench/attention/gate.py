@@ -62,8 +62,8 @@ class Truth(NamedTuple):
         return max(error for error, _ in errors), max(eager for _, eager in errors)
 
 
-def truth(inputs: Inputs, function: str) -> Truth:
-    """Of `"window"`, `"full"` or `"views"` attention."""
+def truth(inputs: Inputs, function: str, *, whole: bool = False) -> Truth:
+    """Of `"window"`, `"full"` or `"views"` attention. `whole`: of windows every query, for small grids."""
     task, (q, k, v), text = inputs.task, inputs.sequences, None
     if function == "views":
         return Truth(_views(inputs), None)
@@ -71,7 +71,7 @@ def truth(inputs: Inputs, function: str) -> Truth:
         tokens = _draw(task.shape.text, TEXT, inputs)
         text = Sample(tokens, *_attend(q[:, tokens], k, v, inputs))
     if function == "window":
-        image, averaged = _windows(inputs)
+        image, averaged = _windows(inputs, whole=whole)
         return Truth(image, averaged or text)
     tokens = _draw(prod(task.shape.grid), WHOLE, inputs)
     return Truth(Sample(tokens, *_attend(q[:, task.shape.text + tokens], k, v, inputs)), text)
@@ -92,12 +92,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Te
     return exact, eager
 
 
-def _windows(inputs: Inputs) -> tuple[Sample, Sample | None]:
+def _windows(inputs: Inputs, *, whole: bool) -> tuple[Sample, Sample | None]:
     """Image patch by patch, and by the rule "window" the text of every window, averaged in fp32 or better."""
     task, (q, k, v), (text_q, text_k, text_v) = inputs.task, inputs.image, inputs.text
     rope = None if inputs.rope is None else (inputs.rope[0].double(), inputs.rope[1].double())
     pairs = [(i, j) for i in range(len(task.spans[0])) for j in range(len(task.spans[1]))]
-    checked = set(_draw(len(pairs), PATCHES, inputs).tolist())
+    checked = set(_draw(len(pairs), len(pairs) if whole else PATCHES, inputs).tolist())
     tokens = _draw(task.shape.text, TEXT, inputs) if task.rule == "window" else None
     grid = torch.arange(prod(task.shape.grid), device=q.device).view(task.shape.grid)
     places, images, texts = [], [], []
@@ -110,7 +110,7 @@ def _windows(inputs: Inputs) -> tuple[Sample, Sample | None]:
             texts.append(_attend(rotate_pairs(text_q[:, tokens].double(), rope, i, j), keys, values, inputs))
         if n in checked:
             area = grid[y0:y1, x0:x1]
-            if n not in (0, len(pairs) - 1):  # corners and a sample
+            if not whole and n not in (0, len(pairs) - 1):  # corners and a sample
                 drawn = area.flatten()[_draw(area.numel(), QUERIES, inputs, seed=int(area[0, 0]))]
                 area = torch.cat([area[[0, 0, -1, -1], [0, -1, 0, -1]], drawn]).unique()
             places.append(area.flatten())

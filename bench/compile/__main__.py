@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import triton
 
-from bench.compile import attention, lowpass
-from bench.compile.binary import TARGETS, rows_of
+from bench.compile.binary import TARGETS
+from bench.compile.rows import KERNELS, rows_of
 from bench.harness.pages import fill, require_pandas, table
 from bench.harness.rows import RESULTS, write_rows, write_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-KERNELS: dict[str, Any] = {"attention": attention, "lowpass": lowpass}
 
 
 def committed(kernels: str) -> dict[str, DataFrame]:

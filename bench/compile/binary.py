@@ -10,17 +10,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from bench.harness.device import first_line
 from scalediff_kernels._launch import Launch
 
 TARGETS = {
@@ -86,8 +83,8 @@ def main_loops(code: str) -> list[list[str]]:
             if back and back[1] in labels:
                 spans.append((labels[back[1]], len(instructions)))
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    product = r"\b(?:HGMMA|HMMA|UTCHMMA)\b"
-    product = product if re.search(product, code) else r"\bFFMA\b"
+    tensor_cores = r"\b(?:HGMMA|HMMA|UTCHMMA)\b"
+    product = tensor_cores if re.search(tensor_cores, code) else r"\bFFMA\b"
 
     def share(loop: list[str]) -> float:
         return sum(bool(re.search(product, i)) for i in loop) / len(loop)
@@ -128,29 +125,3 @@ def exponentials(loop: Iterable[str], num_warps: int) -> int:
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def rows_of(kernels: str, target: str) -> list[dict[str, Any]]:
-    """A row for every case of `bench/compile/KERNELS.py`, compiled for one target."""
-    module = import_module(f"bench.compile.{kernels}")
-    return [_row(case, module, target) for case in module.cases(target)]
-
-
-def _row(case: Any, module: ModuleType, target: str) -> dict[str, Any]:
-    """A compiler that fails is a result as well."""
-    launch = case.launch(target)
-    facts = {"triton": triton.__version__, "target": target} | {name: _cell(getattr(case, name)) for name in module.CASE}
-    facts |= {name: _cell(getattr(launch.config, attribute)) for name, attribute in module.CONFIG.items()}
-    try:
-        binary = compile_launch(launch, target)
-    except Exception as error:
-        return facts | {"registers": "", "spills": "", "shared": "", "faults": f"does not compile: {first_line(error)[:80]}"}
-    faults = case.faults(target, launch, binary)
-    if launch.then is not None and (after := compile_launch(launch.then, target)).spills:
-        faults.append(f"{after.spills} spills in the kernel after it")
-    return facts | {"registers": binary.registers, "spills": binary.spills, "shared": binary.shared, "faults": "; ".join(faults)}
-
-
-def _cell(value: Any) -> str:
-    """Of a pair of numbers, a dtype, or anything else."""
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")

@@ -66,7 +66,8 @@ def _native(family: Family, model: nn.Module) -> str:
 def refused() -> list[str]:
     """One item for every reason."""
     reasons = sorted({family.refusal for family in FAMILIES.values()} - {""})
-    return [f"- {reason}: {', '.join(f'`{name}`' for name in sorted(FAMILIES) if FAMILIES[name].refusal == reason)}" for reason in reasons]
+    names = {reason: [f"`{name}`" for name in sorted(FAMILIES) if FAMILIES[name].refusal == reason] for reason in reasons}
+    return [f"- {reason}: {', '.join(names[reason])}" for reason in reasons]
 
 
 def unlisted() -> list[str]:

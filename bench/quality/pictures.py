@@ -93,8 +93,8 @@ class Gallery:
         bases = [file.with_stem(file.stem + _BASE) for file in files]
         counted = [record["gflops"] for record in map(read_metadata, sorted(files[0].parent.glob("*[0-9].png"))) if "gflops" in record]
         return Pictures(
-            _as_floats(map(Image.open, files)),
-            _as_floats(map(Image.open, bases)) if bases[0].exists() else None,
+            _as_floats(map(_read, files)),
+            _as_floats(map(_read, bases)) if bases[0].exists() else None,
             [record["seconds"] for record in records],
             tuple(counted[0]) if counted else None,
         )
@@ -144,6 +144,11 @@ def quantised(images: Tensor) -> Tensor:
 def _autoencoded(pipe: Any, images: Tensor) -> Tensor:
     restored = [pipe.vae.decode(pipe.vae.encode(part * 2 - 1).latent_dist.mode()).sample for part in images.split(4)]
     return quantised((torch.cat(restored) / 2 + 0.5).clamp(0, 1))
+
+
+def _read(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        return picture.copy()
 
 
 def batch_of(*pictures: Image.Image) -> Tensor:

@@ -3,6 +3,7 @@
 Candidates of the warp-specialised kernel go through one model: `bench/roofline/pipeline.py` simulates a multiprocessor,
 `bench/roofline/call.py` predicts the call. Rows of published kernels follow, on which the model is calibrated: a candidate's loop with
 other amounts of work, which nobody has to compile. docs/evidence/tuning.md shows the rows: `--doc` compiles nothing and writes its tables.
+Triton must be installed for both.
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ def decode_finite(pipe: Any, latents: Tensor) -> Tensor:
         ValueError: They have values that are not finite: the denoiser overflowed.
     """
     if not latents.isfinite().all():
-        raise ValueError(f"the denoiser overflows in {latents.dtype}: use a smaller guidance scale, or a dtype of a wider range")
+        raise ValueError(
+            f"the latents of a stage must be finite, got NaN or infinity in {latents.dtype}: the denoiser overflows; "
+            "use a smaller guidance scale, or bfloat16 or float32 in place of float16"
+        )
     return decode(pipe, latents)
 
 

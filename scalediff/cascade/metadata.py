@@ -45,8 +45,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     from PIL.PngImagePlugin import PngImageFile
 
     try:
-        with PngImageFile(path) as image:  # Image.open refuses large pictures, of which nothing is decoded here
-            metadata: dict[str, Any] = json.loads(image.info[_KEY])
+        with PngImageFile(path) as image:  # Image.open refuses large pictures
+            text = image.info if _KEY in image.info else image.text  # which reads the pixels, and the text behind them
+            metadata: dict[str, Any] = json.loads(text[_KEY])
     except KeyError:
         raise ValueError(f"the file must be a picture written by scalediff, got {path}, which has no scalediff metadata") from None
     except (OSError, SyntaxError, json.JSONDecodeError) as error:  # SyntaxError of a file of another format

@@ -37,7 +37,7 @@ def rgb(image: Any) -> Any:
         ValueError: The picture has levels of 32 bits or fractions, of which it does not say what is white.
     """
     if image.mode in ("I", "F"):
-        raise ValueError(f"a picture must have levels of 8 or 16 bits, got {image.mode=!r}")
+        raise ValueError(f"a picture must have levels of 8 bits, or of 16 bits in mode I;16: convert it first, got {image.mode=!r}")
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
     return image.convert("RGB")

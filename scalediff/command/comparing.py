@@ -153,7 +153,7 @@ def _methods(options: Namespace) -> dict[str, MethodOptions | None]:
             raise UsageError(f"--option must be METHOD.NAME=VALUE, got {pair!r}")
         if name not in pairs or name not in METHODS:
             named = ", ".join(one for one in pairs if one in METHODS and option_names(one)) or "none"
-            raise UsageError(f"--option is for methods of --methods that have options, {named}, got {pair!r}")
+            raise UsageError(f"--option is for methods of --methods that have options ({named}), got {pair!r}")
         pairs[name].append(rest)
     return {name: method_object(name, some) if name in METHODS else None for name, some in pairs.items()}
 

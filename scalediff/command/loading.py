@@ -72,9 +72,9 @@ def load_model(
             f"--model must be demo, a pipeline folder or the id of an accessible model, got {name!r}: {one_line(error)}"
         ) from error
     if scheduler is not None or spacing is not None:
-        prediction = pipe.scheduler.config.get("prediction_type", "flow_prediction")
-        if scheduler in _FLOW and prediction != "flow_prediction":
-            raise UsageError(f"--scheduler {scheduler} is for flow models, got {name} with {prediction=}")
+        prediction_type = pipe.scheduler.config.get("prediction_type", "flow_prediction")
+        if scheduler in _FLOW and prediction_type != "flow_prediction":
+            raise UsageError(f"--scheduler {scheduler} is for flow models, got {name} with {prediction_type=}")
         kind = getattr(diffusers, SCHEDULERS[scheduler]) if scheduler is not None else type(pipe.scheduler)
         options: dict[str, Any] = {"timestep_spacing": spacing} if spacing is not None else {}
         if scheduler == "pndm":

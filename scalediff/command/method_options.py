@@ -36,7 +36,8 @@ def chosen_method(options: Namespace) -> str | MethodOptions:
             raise UsageError(f"--option is for methods other than scalediff, which has options by name, got {options.option[0]}")
         return "scalediff"
     given = options_of_scalediff(options)
-    given += ["--upsampler"] * (options.upsampler is not None and not hasattr(METHODS[options.method].options, "upsampler"))
+    if options.upsampler is not None and not hasattr(METHODS[options.method].options, "upsampler"):
+        given.append("--upsampler")
     if given:
         raise UsageError(f"--method {options.method} does not support {', '.join(given)}")
     return method_object(options.method, options.option)
@@ -59,7 +60,7 @@ def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
         if not is_pair:
             raise UsageError(f"--option must be NAME=VALUE, got {pair!r}")
         if option == "upsampler" and hasattr(METHODS[name].options, option):
-            raise UsageError(f"the upsampler of --method {name} is that of --upsampler, got --option {pair}")
+            raise UsageError(f"--method {name} takes its upsampler from --upsampler, got --option {pair}")
         if option not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
             raise UsageError(f"--method {name} {has}, got --option {pair}")
@@ -69,7 +70,7 @@ def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
 
 
 def option_names(method: str) -> list[str]:
-    """The names of a method's options for --option; its upsampler is that of --upsampler."""
+    """The names of a method's options for --option; its upsampler has an option of its own, --upsampler."""
     return [one.name for one in fields(METHODS[method].options) if one.name != "upsampler"]
 
 

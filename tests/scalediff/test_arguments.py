@@ -107,6 +107,7 @@ OBJECTS: list[tuple[Any, str, Any, type[Exception], str]] = [
     (DiffuseHigh, "guided", None, TypeError, "guided must be a number, got guided=None"),
     (DiffuseHigh, "guidance_scale", "10", TypeError, "guidance_scale must be a number, got guidance_scale='10'"),
     (DiffuseHigh, "guidance_scale", math.inf, ValueError, "guidance_scale must be finite, got guidance_scale=inf"),
+    (DiffuseHigh, "sharpness", 10**400, ValueError, "sharpness must be finite, got sharpness=1000"),
     (DiffuseHigh, "sharpness", math.nan, ValueError, "sharpness must be finite, got sharpness=nan"),
     (DiffuseHigh, "upsampler", 3, TypeError, "upsampler must be a function, got upsampler=3"),
     (HiFlow, "alpha", ("1",), TypeError, "alpha must be a number, got alpha='1'"),

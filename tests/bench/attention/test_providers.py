@@ -166,7 +166,9 @@ def test_the_gate_looks_at_every_patch() -> None:
             whole = (i, j) in ((0, 0), (3, 3))
             assert int(inside.sum()) == 144 if whole else 32 <= int(inside.sum()) <= 36
             assert {(int(a) % 12, int(b) % 12) for a, b in zip(y[inside], x[inside], strict=True)} >= {(0, 0), (0, 11), (11, 0), (11, 11)}
-    many = truth(Task("many", Shape((40, 40), (2, 2), (2, 2), 1, 8), torch.float32, "cpu").inputs(0), "window").image.tokens
+    inputs = Task("many", Shape((40, 40), (2, 2), (2, 2), 1, 8), torch.float32, "cpu").inputs(0)
+    many, every = (truth(inputs, "window", whole=whole).image.tokens for whole in (False, True))
+    assert every.sort().values.tolist() == list(range(1600))
     assert len(many) == 256 * 4
     assert {0, 1599} <= set(many.tolist())
 

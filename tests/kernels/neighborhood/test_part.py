@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -57,21 +57,20 @@ class Part:
         if self.whole.rule != "window":
             return None
         scale, inputs = self.whole.arguments["scale"], self.whole.inputs()
-        truth = self._mean(partial(attend, scale=scale), *(x.double() for x in inputs))
+        truth = self._mean(partial(attend, scale=scale), [x.double() for x in inputs])
         if exact:
             return truth
         orders = channel_orders(self.whole.dim)
-        return least_exact((self._mean(partial(plain_attention, scale=scale, channels=order), *inputs) for order in orders), truth)
+        return least_exact((self._mean(partial(plain_attention, scale=scale, channels=order), inputs) for order in orders), truth)
 
-    def _mean(
-        self, attend: Callable[..., Tensor], _: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor
-    ) -> Tensor:
+    def _mean(self, attention: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        _, k, v, text_q, text_k, text_v = inputs
         outs = []
         for i, y in enumerate(self.spans[0]):
             for j, x in enumerate(self.spans[1]):
                 keys, values = (z[:, y.key_start : y.key_stop, x.key_start : x.key_stop].flatten(1, 2) for z in (k, v))
                 rotated_q, rotated_k = (rotate_pairs(z, self.tables, i, j) for z in (text_q, text_k))
-                outs.append(attend(rotated_q, torch.cat([rotated_k, keys], 1), torch.cat([text_v, values], 1)))
+                outs.append(attention(rotated_q, torch.cat([rotated_k, keys], 1), torch.cat([text_v, values], 1)))
         return torch.stack(outs).mean(0)
 
 

@@ -73,7 +73,11 @@ def upscale(pipeline: Built, picture: Any = SMALL, **more: Any) -> scalediff.Res
         ({"mask_image": "mask.png"}, TypeError, "mask_image must be a PIL picture, an array or a tensor, or a list of at least one, got"),
         ({"mask_image": []}, TypeError, r"mask_image must be a PIL picture, .* got mask_image=\[\]"),
         ({"mask_image": torch.ones(1, 2, 16, 16)}, ValueError, "mask_image must have one channel, got .*shape.*2, 16, 16"),
-        ({"picture": Image.new("F", (16, 16))}, ValueError, "a picture must have levels of 8 or 16 bits, got image.mode='F'"),
+        (
+            {"picture": Image.new("F", (16, 16))},
+            ValueError,
+            "a picture must have levels of 8 bits, or .* first, got image.mode='F'",
+        ),
         (
             {"call": {"strength": 0.5}},
             ValueError,

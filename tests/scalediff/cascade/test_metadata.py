@@ -99,3 +99,20 @@ def test_the_metadata_of_a_picture_that_is_too_large_for_pillow(tmp_path: Path, 
     with pytest.raises(image.DecompressionBombError):
         image.open(tmp_path / "x.png")
     assert read_metadata(tmp_path / "x.png") == {"prompt": "a moon"}
+
+
+def test_metadata_behind_the_pixels_is_found(tmp_path: Path) -> None:
+    """Where other software writes it."""
+    image = pytest.importorskip("PIL.Image")
+    save_png(image.new("RGB", (16, 16)), tmp_path / "x.png", metadata={"prompt": "a moon"})
+    data = (tmp_path / "x.png").read_bytes()
+    chunks, at = list[bytes](), 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        chunks.append(data[at:end])
+        at = end
+    texts = [chunk for chunk in chunks if chunk[4:8] in (b"tEXt", b"iTXt", b"zTXt")]
+    assert texts
+    others = [chunk for chunk in chunks if chunk not in texts]
+    (tmp_path / "x.png").write_bytes(data[:8] + b"".join([*others[:-1], *texts, others[-1]]))
+    assert read_metadata(tmp_path / "x.png") == {"prompt": "a moon"}

@@ -177,7 +177,7 @@ def test_a_pipeline_that_changes_pictures_is_offloaded_as_the_one_it_is_made_fro
         (["--steps", "0"], "steps must be at least 1"),
         (["--lfm-cutoff", "0.01"], "at least one coarse pixel, got cutoff=0.01"),
         (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or the id of an accessible model, got 'no/such/folder'"),
-        (["--scheduler", "flow-euler"], "--scheduler flow-euler is for flow models, got demo with prediction='v_prediction'"),
+        (["--scheduler", "flow-euler"], "--scheduler flow-euler is for flow models, got demo with prediction_type='v_prediction'"),
         (["--device", "tpu9"], "--device must be a device of this machine, got 'tpu9'"),
         (["--device", "meta"], "--device must be a device of this machine, got 'meta'"),
         (["--out", "missing/folder/x.png"], "existing, writable folder, got missing/folder/x.png"),

@@ -62,7 +62,7 @@ def test_a_panel_that_does_not_wrap_says_so(tmp_path: Path) -> None:
         (["--methods", "direct", "--option", "direct.stride=8"], "--method direct has no options, got --option stride=8"),
         (
             ["--methods", "direct,scalediff", "--option", "demofusion.stride=8"],
-            "--option is for methods of --methods that have options, none, got 'demofusion.stride=8'",
+            "--option is for methods of --methods that have options (none), got 'demofusion.stride=8'",
         ),
         (
             ["--methods", "direct,diffusehigh", "--restart", "0.5", "--tile", "x"],

@@ -50,7 +50,7 @@ def test_stages_of_a_method_are_saved(tmp_path: Path) -> None:
         ),
         (
             ["--method", "super-resolution", "--option", "upsampler=demo"],
-            "the upsampler of --method super-resolution is that of --upsampler, got --option upsampler=demo",
+            "--method super-resolution takes its upsampler from --upsampler, got --option upsampler=demo",
         ),
         (["--method", "direct", "--upsampler", "demo"], "--method direct does not support --upsampler"),
         (["--method", "demofusion", "--option", "jitter"], "--option must be NAME=VALUE, got 'jitter'"),
