@@ -1,9 +1,9 @@
-"""Peak memory of a computation on the meta device, in bytes of live tensors."""
+"""Peak memory of a computation on the meta device, in bytes of live tensors, and its FLOPs."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -129,6 +129,26 @@ class OneDevice(TorchDispatchMode):
         leaves = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
         args, kwargs = _on_one_device(function, args, kwargs or {}, leaves)
         return function(*args, **kwargs)
+
+
+class Flops(OneDevice):
+    """Counts the FLOPs of every operator beside that, by torch's formulas.
+
+    `formulas` are those of `torch.utils.flop_counter`, whose own mode also counts them for every module and takes as long as the run.
+    """
+
+    def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
+        super().__init__()
+        self._formulas = formulas
+        self.by_operator: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        operator = function._overloadpacket
+        if operator in self._formulas:
+            flops = self._formulas[operator](*args, **kwargs or {}, out_val=out)
+            self.by_operator[str(operator)] = self.by_operator.get(str(operator), 0) + flops
+        return out
 
 
 def _on_one_device(function: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> tuple[Any, dict[str, Any]]:
