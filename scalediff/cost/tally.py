@@ -52,7 +52,7 @@ class KnownResults(TorchDispatchMode):
         if key in self._known:
             return tree_map_only(Tensor, _like, self._known[key])
         out = function(*args, **kwargs)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = _tensors((args, kwargs))
         if inputs and not function._schema.is_mutable and _all_new(tree_leaves(out), inputs):
             self._known[key] = tree_map_only(Tensor, _like, out)
         return out
@@ -67,6 +67,14 @@ def _signature(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((name, _signature(part)) for name, part in value.items())
     return type(value), value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors among the arguments or results of an operator, which may be in lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [x for part in parts for x in _tensors(part)]
 
 
 def _all_new(outputs: list[Any], inputs: list[Tensor]) -> bool:
@@ -94,14 +102,13 @@ class _Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        leaves = _tensors((args, kwargs))
         for tensor in leaves:
             self._count(tensor.untyped_storage(), is_new=False)  # inputs such as weights, because the result may be a view of them
         args, kwargs = _on_one_device(function, args, kwargs, leaves)
         out = function(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), is_new=True)
+        for tensor in _tensors(out):
+            self._count(tensor.untyped_storage(), is_new=True)
         return out
 
     def _count(self, storage: torch.UntypedStorage, *, is_new: bool) -> None:
@@ -126,8 +133,7 @@ class OneDevice(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
-        args, kwargs = _on_one_device(function, args, kwargs or {}, leaves)
+        args, kwargs = _on_one_device(function, args, kwargs or {}, _tensors((args, kwargs or {})))
         return function(*args, **kwargs)
 
 
