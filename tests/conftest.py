@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 
 torch.set_num_threads(1)  # the models are small: threads cost more than they bring, above all beside other work
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def pytest_collection_finish() -> None:
