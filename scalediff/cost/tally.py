@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -149,12 +150,21 @@ class Flops(OneDevice):
         self.by_operator: dict[str, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, operator = kwargs or {}, function._overloadpacket
+        if operator not in self._formulas and _is_composite(function):
+            with self:
+                return function.decompose(*args, **kwargs)
         out = super().__torch_dispatch__(function, types, args, kwargs)
-        operator = function._overloadpacket
         if operator in self._formulas:
-            flops = self._formulas[operator](*args, **kwargs or {}, out_val=out)
+            flops = self._formulas[operator](*args, **kwargs, out_val=out)
             self.by_operator[str(operator)] = self.by_operator.get(str(operator), 0) + flops
         return out
+
+
+@functools.cache
+def _is_composite(function: Any) -> bool:
+    """Whether an operator is written in others, which a mode sees in its place unless `torch.inference_mode` is on."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
 
 
 def _on_one_device(function: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> tuple[Any, dict[str, Any]]:

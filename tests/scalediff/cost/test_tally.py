@@ -132,7 +132,8 @@ def test_an_operator_that_is_known_is_not_run_again() -> None:
     assert ran == ["zeros.default"] * 2, "of the CPU"
 
 
-def test_flops_are_those_of_the_counter_of_torch() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_flops_are_those_of_the_counter_of_torch(mode: Callable[[], Any]) -> None:
     """Of products, a convolution and attention, each of them twice."""
 
     def run(x: Tensor) -> Tensor:
@@ -141,9 +142,9 @@ def test_flops_are_those_of_the_counter_of_torch() -> None:
             x = F.pad(F.scaled_dot_product_attention(x[None], x[None], x[None])[0], (0, 1, 0, 1))
         return x
 
-    with torch.no_grad(), FlopCounterMode(display=False) as expected:
+    with mode(), FlopCounterMode(display=False) as expected:
         run(torch.ones(2, 6, 6, device="meta"))
-    with torch.no_grad(), KnownResults(), Flops(flop_registry) as counted:
+    with mode(), KnownResults(), Flops(flop_registry) as counted:
         run(torch.ones(2, 6, 6, device="meta"))
     assert counted.by_operator == {str(operator): flops for operator, flops in expected.get_flop_counts()["Global"].items()}
     assert counted.by_operator.keys() == {"aten.addmm", "aten.bmm", "aten.convolution"}
