@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scalediff.cost.models import MODELS, Model, built
-from scalediff.cost.tally import FusedAttention, KnownResults, OneDevice
+from scalediff.cost.tally import Flops, FusedAttention, KnownResults
 from scalediff.families import family_of
 from scalediff.families.base import Family, Reader
 from scalediff.families.grid import Grid, patch_of, window_of
@@ -275,13 +275,12 @@ def _on_meta(value: Any) -> Any:
 
 
 def _count_flops(run: Callable[[], Any]) -> dict[str, float]:
-    """TFLOPs by operator, from torch's FLOP counter."""
-    from torch.utils.flop_counter import FlopCounterMode  # this import loads Triton, so it is not at the top
+    """TFLOPs by operator, from torch's formulas."""
+    from torch.utils.flop_counter import flop_registry  # this import loads Triton, so it is not at the top
 
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), KnownResults(), OneDevice(), counter:
+    with torch.no_grad(), KnownResults(), Flops(flop_registry) as counted:
         run()
-    return {str(op): flops / 1e12 for op, flops in counter.get_flop_counts()["Global"].items()}
+    return {operator: flops / 1e12 for operator, flops in counted.by_operator.items()}
 
 
 def _attention_flops(parts: dict[str, float]) -> float:

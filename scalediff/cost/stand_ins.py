@@ -1,4 +1,4 @@
-"""Methods of networks that do not run on the meta device, and what replaces them there: results of the same shapes by the same work.
+"""Methods of networks that do not run on the meta device alone, and what replaces them there: results of the same shapes by the same work.
 
 In a mixture of experts no values say which expert gets which token, so every expert gets as many. The FLOPs are those of any other choice,
 because an expert computes each of its tokens alike, and each token has the same number of experts.
@@ -55,10 +55,18 @@ def _ernie_positions(layer: Any, ids: Tensor) -> Tensor:
     return torch.empty(*ids.shape[:-1], 1, sum(layer.axes_dim), dtype=torch.float32, device=ids.device)
 
 
+def _chroma_block(block: Any, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """A block of Chroma, which multiplies the mask of every pair of tokens: a product that nothing reads, not computed on the CPU."""
+    mask = None if attention_mask is None else attention_mask.to("meta")
+    return type(block).forward(block, *args, attention_mask=mask, **kwargs)
+
+
 # By class name: the method, and what replaces it.
 _STAND_INS: Mapping[str, tuple[str, Any]] = {
     "MOEFeedForwardSwiGLU": ("moe_infer", _hidream_experts),
     "HiDreamImageTransformer2DModel": ("unpatchify", _hidream_latents),
     "SwiGLUExperts": ("forward", _nucleus_experts),
     "ErnieImageEmbedND3": ("forward", _ernie_positions),
+    "ChromaTransformerBlock": ("forward", _chroma_block),
+    "ChromaSingleTransformerBlock": ("forward", _chroma_block),
 }

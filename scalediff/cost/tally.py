@@ -1,9 +1,10 @@
-"""Peak memory of a computation on the meta device, in bytes of live tensors."""
+"""Peak memory of a computation on the meta device, in bytes of live tensors, and its FLOPs."""
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class KnownResults(TorchDispatchMode):
         if key in self._known:
             return tree_map_only(Tensor, _like, self._known[key])
         out = function(*args, **kwargs)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = _tensors((args, kwargs))
         if inputs and not function._schema.is_mutable and _all_new(tree_leaves(out), inputs):
             self._known[key] = tree_map_only(Tensor, _like, out)
         return out
@@ -67,6 +68,14 @@ def _signature(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((name, _signature(part)) for name, part in value.items())
     return type(value), value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors among the arguments or results of an operator, which may be in lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [x for part in parts for x in _tensors(part)]
 
 
 def _all_new(outputs: list[Any], inputs: list[Tensor]) -> bool:
@@ -94,14 +103,13 @@ class _Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        leaves = _tensors((args, kwargs))
         for tensor in leaves:
             self._count(tensor.untyped_storage(), is_new=False)  # inputs such as weights, because the result may be a view of them
         args, kwargs = _on_one_device(function, args, kwargs, leaves)
         out = function(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), is_new=True)
+        for tensor in _tensors(out):
+            self._count(tensor.untyped_storage(), is_new=True)
         return out
 
     def _count(self, storage: torch.UntypedStorage, *, is_new: bool) -> None:
@@ -126,9 +134,37 @@ class OneDevice(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
-        args, kwargs = _on_one_device(function, args, kwargs or {}, leaves)
+        args, kwargs = _on_one_device(function, args, kwargs or {}, _tensors((args, kwargs or {})))
         return function(*args, **kwargs)
+
+
+class Flops(OneDevice):
+    """Counts the FLOPs of every operator beside that, by torch's formulas.
+
+    `formulas` are those of `torch.utils.flop_counter`, whose own mode also counts them for every module and takes as long as the run.
+    """
+
+    def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
+        super().__init__()
+        self._formulas = formulas
+        self.by_operator: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, operator = kwargs or {}, function._overloadpacket
+        if operator not in self._formulas and _is_composite(function):
+            with self:
+                return function.decompose(*args, **kwargs)
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        if operator in self._formulas:
+            flops = self._formulas[operator](*args, **kwargs, out_val=out)
+            self.by_operator[str(operator)] = self.by_operator.get(str(operator), 0) + flops
+        return out
+
+
+@functools.cache
+def _is_composite(function: Any) -> bool:
+    """Whether an operator is written in others, which a mode sees in its place unless `torch.inference_mode` is on."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
 
 
 def _on_one_device(function: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> tuple[Any, dict[str, Any]]:

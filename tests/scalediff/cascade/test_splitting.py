@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes computed."""
-    return ranks.run(2, split_ranks.CASES | refused_ranks.CASES, tmp_path_factory.mktemp("two"), seconds=600)
+    return ranks.run(2, split_ranks.CASES | refused_ranks.CASES, tmp_path_factory.mktemp("two"))
 
 
 def assert_same(out: Tensor, expected: Tensor, relative: float = 1e-10) -> None:
@@ -208,7 +208,7 @@ def test_a_band_needs_a_fraction_of_the_memory() -> None:
 def test_four_processes_give_what_one_gives(tmp_path: Path) -> None:
     names = "split_rows", "drawn", "drawn_in_halves", "changed"
     cases = {name: split_ranks.CASES[name] for name in names}
-    found = ranks.run(4, cases, tmp_path, seconds=600)
+    found = ranks.run(4, cases, tmp_path)
     for name in SPLIT.keys() - {"odd rows"}:  # 6, of latents
         check_split(found[3]["split_rows"][name], name, 4)
     expected = arrays(drawn_ranks.draw_sdxl())

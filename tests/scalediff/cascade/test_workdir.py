@@ -18,6 +18,7 @@ import torch
 import scalediff
 from scalediff.cascade.metadata import read_metadata
 from scalediff.cascade.workdir import digest
+from scalediff.command.cli import main
 from tests.conftest import seeded
 
 PROMPT = "a full moon over snowy mountains at night"
@@ -176,10 +177,9 @@ def test_a_digest_tells_tensors_apart() -> None:
 @pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     """kill -9 in the middle of the last stage; the same command again gives the file of an uninterrupted one."""
-    command = [sys.executable, "-m", "scalediff.command.cli", "generate", "a moon", "--size", "256", "--steps", "12", "--quiet"]
-    subprocess.run([*command, "--out", str(tmp_path / "whole.png")], check=True, cwd=ROOT)
-    resumed = [*command, "--out", str(tmp_path / "again.png"), "--workdir", str(tmp_path / "run")]
-    running = subprocess.Popen(resumed, cwd=ROOT)
+    drawn = ["generate", "a moon", "--size", "256", "--steps", "12", "--quiet"]
+    resumed = [*drawn, "--out", str(tmp_path / "again.png"), "--workdir", str(tmp_path / "run")]
+    running = subprocess.Popen([sys.executable, "-m", "scalediff.command.cli", *resumed], cwd=ROOT)
     while not (tmp_path / "run" / "stage2.pt").exists():
         assert running.poll() is None
         time.sleep(0.05)
@@ -187,7 +187,8 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     assert running.wait() == -signal.SIGKILL
     assert not (tmp_path / "again.png").exists()
     assert "stage3.pt" not in files(tmp_path / "run")
-    subprocess.run(resumed, check=True, cwd=ROOT)
+    assert main(resumed) == 0
+    assert main([*drawn, "--out", str(tmp_path / "whole.png")]) == 0
     image = pytest.importorskip("PIL.Image")
     with image.open(tmp_path / "whole.png") as whole, image.open(tmp_path / "again.png") as again:
         assert whole.tobytes() == again.tobytes()

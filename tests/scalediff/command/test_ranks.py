@@ -109,7 +109,7 @@ def test_a_killed_process_ends_a_picture_of_torchrun(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as raised:
         torchrun(2, str(tmp_path / "draw.py"), "generate", "a moon", *FAST, "--split-picture", "--out", str(tmp_path / "moon.png"))
     killed = float((tmp_path / "killed").read_text())
-    assert time.time() - killed < 30
+    assert time.time() - killed < 120
     assert re.search(
         r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9", raised.value.stderr
     )  # torchrun ends the others, maybe before they say it
@@ -138,7 +138,7 @@ def torchrun(processes: int, *what: str) -> subprocess.CompletedProcess[str]:
     """Run processes of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *what]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=240, env=environment)
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.mark.parametrize("command", ["upscale", "compare"])

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench.models.inputs import Draw
 from bench.models.zoo import WINDOW, ZOO
@@ -16,6 +18,7 @@ from scalediff.cost import flops
 from scalediff.cost.flops import _attention_flops, _count_flops, _on_meta, attention_work, count, fit_denoiser, native_rules
 from scalediff.cost.models import MODELS, TEXT_ENCODERS, built
 from scalediff.cost.stand_ins import runnable_on_meta
+from scalediff.cost.tally import OneDevice
 from scalediff.families import family_of
 from scalediff.patch import patch_model
 from scalediff.settings import Attention
@@ -84,6 +87,24 @@ def test_experts_are_counted_as_they_run(name: str) -> None:
     ran = layers_work(model, drawn)
     assert layers_work(runnable_on_meta(model.to("meta")), of_meta(sized)) == pytest.approx(ran, rel=1e-12)
     assert ran != pytest.approx(layers_work(specimen.build(), drawn), rel=1e-3), "the experts are counted"
+
+
+def test_masks_of_pairs_of_tokens_are_not_computed() -> None:
+    """Those of Chroma at 4096 pixels have 4 GiB; the mask of single tokens keeps its values."""
+    model, inputs = runnable_on_meta(ZOO["Chroma"].build().to("meta")), of_meta(ZOO["Chroma"])
+    tokens = inputs["img_ids"].shape[0] + inputs["txt_ids"].shape[0]
+    sizes = list[tuple[str, int]]()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            sizes.extend((x.device.type, x.numel()) for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dtype == torch.bool)
+            return out
+
+    with torch.no_grad(), OneDevice(), Watch():
+        model(**inputs, attention_mask=torch.ones(1, tokens, dtype=torch.bool))
+    assert ("meta", tokens**2) in sizes
+    assert max(size for device, size in sizes if device == "cpu") <= tokens
 
 
 def layers_work(model: Any, inputs: dict[str, Any]) -> float:

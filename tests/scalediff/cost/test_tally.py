@@ -1,4 +1,4 @@
-"""The tally of live bytes against sums by hand: `x` is given, [10, 10] in fp32, 400 bytes."""
+"""FLOPs against torch's own count, and the tally of live bytes against sums by hand: `x` is given, [10, 10] in fp32, 400 bytes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from scalediff.cost.tally import KnownResults, peak_bytes
+from scalediff.cost.tally import Flops, KnownResults, peak_bytes
 from tests.scalediff.cost.real_peaks import real_peak_of
 
 
@@ -129,3 +130,21 @@ def test_an_operator_that_is_known_is_not_run_again() -> None:
     assert turned.stride() == (1, 6)
     run(lambda x: torch.zeros(3), lambda x: torch.zeros(3))
     assert ran == ["zeros.default"] * 2, "of the CPU"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_flops_are_those_of_the_counter_of_torch(mode: Callable[[], Any]) -> None:
+    """Of products, a convolution and attention, each of them twice."""
+
+    def run(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = F.conv2d(F.linear(x, x[0], x[0, 0])[:, None], x[:, None, :2, :2])[0] @ x[:, :5, :5]
+            x = F.pad(F.scaled_dot_product_attention(x[None], x[None], x[None])[0], (0, 1, 0, 1))
+        return x
+
+    with mode(), FlopCounterMode(display=False) as expected:
+        run(torch.ones(2, 6, 6, device="meta"))
+    with mode(), KnownResults(), Flops(flop_registry) as counted:
+        run(torch.ones(2, 6, 6, device="meta"))
+    assert counted.by_operator == {str(operator): flops for operator, flops in expected.get_flop_counts()["Global"].items()}
+    assert counted.by_operator.keys() == {"aten.addmm", "aten.bmm", "aten.convolution"}

@@ -33,7 +33,7 @@ IMPORTED = (
 )  # fmt: skip
 
 
-def run(world: int, cases: Mapping[str, Callable[[], Any]], folder: Path, *, seconds: float = 180) -> list[dict[str, Any]]:
+def run(world: int, cases: Mapping[str, Callable[[], Any]], folder: Path, *, seconds: float = 600) -> list[dict[str, Any]]:
     """What the cases return in each of `world` processes, by name; errors as in `processes.run`."""
     found: list[dict[str, Any]] = processes.run(functools.partial(_work, dict(cases)), world, folder, imported=IMPORTED, seconds=seconds)
     return found

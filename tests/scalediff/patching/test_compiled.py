@@ -123,18 +123,18 @@ def test_a_graph_serves_the_next_patch() -> None:
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Raises inside when the time is over: a compiler lost in symbols does not come back."""
+    """Raises inside after seconds of the processor's time: a compiler lost in symbols does not come back."""
 
     def over(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -159,7 +159,7 @@ def test_a_run_wraps_in_its_thread_alone(unet: nn.Module) -> None:
                 second.result(timeout=0.05)
             order.append("first")
             mine = plain()
-        theirs = second.result(timeout=10)
+        theirs = second.result(timeout=120)
         set_wrap([conv], X)
         assert torch.equal(pool.submit(plain).result(), mine), "a patched model wraps in all threads"
         with wrapped([conv], X):

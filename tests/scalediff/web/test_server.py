@@ -25,7 +25,7 @@ Served = tuple[str, Gallery]
 
 def ask(address: str, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str) -> http.client.HTTPResponse:
     """One request, with the path as it stands here: no client tidies it up."""
-    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
     connection.request(method, path, body=body, headers={name.replace("_", "-"): value for name, value in headers.items()})
     return connection.getresponse()
 
