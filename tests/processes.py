@@ -46,12 +46,12 @@ def said_of_a_loss(
 ) -> dict[int, tuple[type[Exception], str]]:
     """What `work` raises when process 1 calls the function that it is given, which ends it by SIGKILL, or ends with another exit code.
 
-    All others must end with an error within 120 s of that, before a collective that waits for the process fails by its own limit.
+    All others must end with an error within 30 s of that, before a collective that waits for the process fails by its own limit.
     """
     started = start(functools.partial(_until_lost, work, folder), world, folder, imported=imported)
     try:
         started.processes[1].join(300)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 30
         for process in started.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         assert [process.exitcode for process in started.processes] == [code if i == 1 else 1 for i in range(world)]

@@ -109,7 +109,7 @@ def test_a_killed_process_ends_a_picture_of_torchrun(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as raised:
         torchrun(2, str(tmp_path / "draw.py"), "generate", "a moon", *FAST, "--split-picture", "--out", str(tmp_path / "moon.png"))
     killed = float((tmp_path / "killed").read_text())
-    assert time.time() - killed < 120
+    assert time.time() - killed < 30
     assert re.search(
         r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9", raised.value.stderr
     )  # torchrun ends the others, maybe before they say it
