@@ -23,6 +23,7 @@ from scalediff.settings import TILES
 from scalediff_kernels.distributed.losses import LostRankError
 
 _MOST_SEEDS = 1_000_000  # of one command
+_DOUBLING = "from the native area on, each twice the one before"
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -80,7 +81,9 @@ def command_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several pictures")
     generate.add_argument("--prompts", type=values.path, metavar="FILE", help="text file with further prompts, one per line")
-    generate.add_argument("--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
+    generate.add_argument(
+        "--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: the last of --sizes, or 4x the model's native size)"
+    )
     generate.add_argument(
         "--compare", action="store_true", help="also generate by direct inference and with full attention, and save all side by side"
     )
@@ -109,7 +112,7 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="an option of --method; docs/guide/methods.md lists them",
     )
-    _add_run_options(generate)
+    _add_run_options(generate, sizes=_DOUBLING)
 
     compare = subparsers.add_parser(
         "compare",
@@ -119,7 +122,9 @@ def command_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several sheets")
     compare.add_argument("--prompts", type=values.path, metavar="FILE", help="text file with further prompts, one per line")
-    compare.add_argument("--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
+    compare.add_argument(
+        "--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: the last of --sizes, or 4x the model's native size)"
+    )
     compare.add_argument(
         "--methods", type=_methods, default=["direct", "scalediff"], metavar="NAME,...",
         help=f"of {', '.join(COMPARABLE)} (default: direct,scalediff)",
@@ -127,7 +132,7 @@ def command_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="an option of a method; docs/guide/methods.md lists them"
     )
-    _add_run_options(compare)
+    _add_run_options(compare, sizes=_DOUBLING)
 
     upscale = subparsers.add_parser(
         "upscale", help="upscale a picture", description="Upscale a picture and add detail. Every finished stage is saved."
@@ -135,7 +140,10 @@ def command_parser() -> argparse.ArgumentParser:
     upscale.add_argument("file", type=values.path, metavar="FILE", help="a picture in any format that Pillow reads")
     upscale.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     upscale.add_argument(
-        "--size", type=parse_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: about twice its size)"
+        "--size",
+        type=parse_size,
+        metavar="N|HxW",
+        help="size in pixels, with the picture's aspect ratio (default: the last of --sizes, or about twice the picture's)",
     )
     upscale.add_argument(
         "--mask", type=values.path, metavar="FILE", help="a picture, white where FILE may change and black where it is kept"
@@ -144,7 +152,7 @@ def command_parser() -> argparse.ArgumentParser:
         "--strength", type=float, metavar="S", help="change the picture: share of the schedule that is run on it, in (0, 1]"
     )
     upscale.add_argument("--split-picture", action="store_true", help="under torchrun: the processes draw together, each a band of rows")
-    _add_run_options(upscale)
+    _add_run_options(upscale, sizes="those of generate that are larger than the picture; all, where --strength redraws it at native size")
 
     plan = subparsers.add_parser(
         "plan",
@@ -200,8 +208,8 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="timestep spacing of the scheduler")
 
 
-def _add_run_options(command: argparse.ArgumentParser) -> None:
-    """Add the options that `generate` and `upscale` have in common."""
+def _add_run_options(command: argparse.ArgumentParser, *, sizes: str) -> None:
+    """Add the options that `generate` and `upscale` have in common; `sizes` says which stages there are without --sizes."""
     command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid in the picture")
     _add_model_options(command)
     command.add_argument(
@@ -216,7 +224,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="save every stage here; after an interruption, the same command resumes the run",
     )
-    command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="size of every stage (default: each stage doubles the size)")
+    command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help=f"size of every stage (default: {sizes})")
     command.add_argument(
         "--upsampler",
         type=values.upsampler,

@@ -112,6 +112,16 @@ def test_every_switch_has_an_option() -> None:
     assert set(method_options.SETTING_OPTIONS) == set(told), "an option for each"
 
 
+@pytest.mark.parametrize("command", ["generate", "compare", "upscale"])
+def test_without_a_size_the_last_stage_is_the_target(command: str, tmp_path: Path) -> None:
+    Image.new("RGB", (72, 72), (20, 30, 60)).save(tmp_path / "photo.png")
+    subject = ["photo.png", "a moon"] if command == "upscale" else ["a moon"]
+    sizes = "80,104" if command == "upscale" else "64,104"
+    assert main([command, *subject, "--sizes", sizes, "--steps", "2", "--restart", "0.5", "--out", "x.png", "--quiet"]) == 0
+    with Image.open("x.scalediff.png" if command == "compare" else "x.png") as image:
+        assert image.size == (104, 104)
+
+
 def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
     keep = runs.save_png
