@@ -64,6 +64,8 @@ def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
         if option not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
             raise UsageError(f"--method {name} {has}, got --option {pair}")
+        if option in values:
+            raise UsageError(f"--option {option} of --method {name} must be given once, got {pair} as well")
         values[option] = _parse(text)
     options: MethodOptions = METHODS[name].options(**values)
     return options
