@@ -21,7 +21,7 @@ from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.comparing import FULL, compared, draw_panel, save_sheet
 from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError
-from scalediff.command.method_options import chosen_method, method_facts, method_object
+from scalediff.command.method_options import check_effects, chosen_method, method_facts, method_object
 from scalediff.command.pictures import open_picture
 from scalediff.command.ranks import check_one_process, check_together, drawing_together, own_jobs, process_group
 from scalediff.command.reporting import Job, picture_metadata, print_result, print_status
@@ -59,6 +59,7 @@ def plan_pictures(options: Namespace) -> list[Job]:
     """All pictures of `scalediff generate`; options that do not fit together raise an error."""
     planned = plan_jobs(options, prompts_of(options))
     check_together(options)
+    check_effects(options)
     if options.compare and chosen_method(options) != "scalediff":
         raise UsageError(f"--compare is for --method scalediff; `scalediff compare` draws any methods, got --method {options.method}")
     return planned
@@ -121,6 +122,7 @@ def upscale_pictures(options: Namespace) -> None:
     if not options.split_picture:
         check_one_process("upscale", "--split-picture draws every picture together")
     check_together(options)
+    check_effects(options)
     jobs = plan_jobs(options, [options.prompt], name=options.file.stem)
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
         raise UsageError(f"--out must not be the input picture, got {options.file}")
