@@ -175,6 +175,7 @@ def test_a_pipeline_that_changes_pictures_is_offloaded_as_the_one_it_is_made_fro
         (["--restart", "0"], "restart must lie in (0, 1], got restart=0.0"),
         (["--guidance-scale", "nan"], "guidance_scale must be finite"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "1001"], "steps must be at most 1000, the number of timesteps of this DDIMScheduler, got steps=1001"),
         (["--lfm-cutoff", "0.01"], "at least one coarse pixel, got cutoff=0.01"),
         (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or the id of an accessible model, got 'no/such/folder'"),
         (["--scheduler", "flow-euler"], "--scheduler flow-euler is for flow models, got demo with prediction_type='v_prediction'"),
