@@ -24,7 +24,7 @@ from torch import Tensor
 from scalediff.arguments import check_number, shown, wrong_type
 from scalediff.cascade.keeping import Given, strength_steps
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pictures import rgb
+from scalediff.cascade.pictures import BEHIND_MASK, rgb
 from scalediff.cascade.pipeline import (
     Sizes,
     cascade_of,
@@ -143,7 +143,7 @@ def _masks(mask_image: Any) -> Tensor:
     masks = mask_image if isinstance(mask_image, list) else [mask_image]
     if not masks or not all(hasattr(one, "convert") or isinstance(one, np.ndarray | Tensor) for one in masks):
         raise wrong_type("mask_image", "a PIL picture, an array or a tensor, or a list of at least one", mask_image)
-    masks = [rgb(one) if hasattr(one, "convert") else one for one in masks]
+    masks = [rgb(one, behind=BEHIND_MASK) if hasattr(one, "convert") else one for one in masks]
     found: Tensor = VaeImageProcessor(**how).preprocess(masks if isinstance(mask_image, list) else masks[0])
     if found.ndim != 4 or found.shape[1] != 1:
         raise ValueError(f"mask_image must have one channel, got {tuple(found.shape)=}")

@@ -146,7 +146,7 @@ def command_parser() -> argparse.ArgumentParser:
         help="size in pixels, with the picture's aspect ratio (default: the last of --sizes, or about twice the picture's)",
     )
     upscale.add_argument(
-        "--mask", type=values.path, metavar="FILE", help="a picture, white where FILE may change and black where it is kept"
+        "--mask", type=values.path, metavar="FILE", help="a picture, white where FILE may change, black or transparent where it is kept"
     )
     upscale.add_argument(
         "--strength", type=float, metavar="S", help="change the picture: share of the schedule that is run on it, in (0, 1]"

@@ -14,6 +14,7 @@ from scalediff.cascade.changing import changing_pipeline
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.describing import describe_stage, device_name
 from scalediff.cascade.metadata import save_png
+from scalediff.cascade.pictures import BEHIND_MASK
 from scalediff.cascade.pipeline import enlarged_size, stage_sizes, wrap_of
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import check_scheduler
@@ -127,7 +128,7 @@ def upscale_pictures(options: Namespace) -> None:
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
         raise UsageError(f"--out must not be the input picture, got {options.file}")
     image = open_picture(options.file)
-    mask = None if options.mask is None else open_picture(options.mask)
+    mask = None if options.mask is None else open_picture(options.mask, behind=BEHIND_MASK)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     if options.strength is not None:
         pipe = changing_pipeline(pipe, with_mask=mask is not None)

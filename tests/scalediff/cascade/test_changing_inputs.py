@@ -100,6 +100,19 @@ def test_grey_levels_of_16_bits_are_not_cut_off(inpainting: Built) -> None:
     assert np.array_equal(*map(np.asarray, drawn))
 
 
+def test_what_is_transparent_in_a_mask_is_kept_and_in_a_picture_white(inpainting: Built) -> None:
+    """Whatever colour is hidden there, which for Pillow alone would be the picture."""
+    clear, half = Image.new("RGBA", (16, 16), (255, 255, 255, 0)), right_half((16, 16)).convert("L")
+    drawn = [
+        upscale(inpainting, picture, mask_image=mask).images[0]
+        for picture, mask in (
+            (Image.new("RGB", (16, 16), "white"), half),
+            (Image.new("RGBA", (16, 16), (200, 0, 0, 0)), Image.composite(Image.new("RGBA", (16, 16), "white"), clear, half)),
+        )
+    ]
+    assert np.array_equal(*map(np.asarray, drawn))
+
+
 def test_a_strength_needs_a_pipeline_that_has_one(from_text: Built) -> None:
     with pytest.raises(
         ValueError,
