@@ -205,13 +205,14 @@ def upscale(
 
     Args:
         pipe: A diffusers pipeline as in `generate`, or an image-to-image or inpainting pipeline of the same families.
-        image: A PIL picture, or a list of pictures of the same size, one per prompt.
+        image: A PIL picture, or a list of pictures of the same size, one per prompt. What is transparent becomes white. A rotation in
+            EXIF data is not applied: diffusers' `load_image` and Pillow's `ImageOps.exif_transpose` do that.
         prompt: What the picture shows: a prompt, or a list of them; None if `call` holds prompt embeddings.
         height, width: Target size in pixels, with the picture's aspect ratio. It must be larger than the picture; with a mask or a
             strength it may have the same size.
         mask_image: White where the picture may change and black where it is kept, as in diffusers: a PIL picture, an array or a tensor,
             or a list of them, one per prompt; any size with the picture's aspect ratio. What is kept comes from the picture at the size
-            of every stage. Any pipeline can have a mask; None changes the whole picture.
+            of every stage. What is transparent is kept. Any pipeline can have a mask; None changes the whole picture.
         strength: Share of the schedule that is run on the picture, in (0, 1], as in diffusers, for image-to-image and inpainting
             pipelines. If it is above `restart`, or the picture has at most the native area, a base stage redraws the picture at the
             native size with this strength, and every other stage runs its share `restart`. Otherwise the picture is larger than native

@@ -106,7 +106,7 @@ def patch_model(
         text: Text tokens in the same softmax as the image: `("prefix" | "suffix", T)`, where T is a number of tokens or the name of
             the argument `[B, T, C]` that holds them. Text may have queries or be among the keys only.
         window: Key/value window in tokens `(Y, X)` at the finest level. It also defines the native area. The model's native
-            token grid when None.
+            token grid when None. A side that a pipeline's call leaves out is the model's own, whatever the window.
         text_queries: What text queries attend to in joint attention: `"window"` (the authors' rule) or `"global"`, as in
             `scalediff_kernels.joint_neighborhood_patch_attention`.
         text_rope: Rotate text for each window, if the family is known and has rotary positions (the authors' rule). A

@@ -24,8 +24,18 @@ from torch import Tensor
 from scalediff.arguments import check_number, shown, wrong_type
 from scalediff.cascade.keeping import Given, strength_steps
 from scalediff.cascade.memory import images_per_call
-from scalediff.cascade.pictures import rgb
-from scalediff.cascade.pipeline import Sizes, cascade_of, native_size, pixels_per_latent, size_multiple, stage_sizes, takes, wrap_of
+from scalediff.cascade.pictures import BEHIND_MASK, rgb
+from scalediff.cascade.pipeline import (
+    Sizes,
+    cascade_of,
+    default_size,
+    native_size,
+    pixels_per_latent,
+    size_multiple,
+    stage_sizes,
+    takes,
+    wrap_of,
+)  # fmt: skip
 from scalediff.cascade.placement import is_offloaded
 from scalediff.patching.networks import changes_picture, original_call
 from scalediff.settings import Settings
@@ -75,13 +85,13 @@ def has_aspect_ratio(size: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def called_size(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """The (height, width) in pixels that a call of the pipeline draws: those of its arguments, or else the picture's or the native ones.
+    """The (height, width) in pixels that a call of the pipeline draws: those of its arguments, or else the picture's or the model's.
 
     diffusers' image-to-image pipelines of SD and SDXL have no size argument, and Z-Image's and those with a ControlNet for a U-Net take
     the picture's size when they are given none.
     """
     height, width = (arguments.get(side) if takes(pipe, side) else None for side in ("height", "width"))
-    default = native_size(pipe)
+    default = default_size(pipe)
     if changes_picture(type(pipe)) and _draws_size_of_picture(pipe) and not (height and width):
         multiple = size_multiple(pipe)
         default = tuple(max(side // multiple, 1) * multiple for side in _size_of(pipe, arguments.get("image")))  # type: ignore[assignment]
@@ -133,7 +143,7 @@ def _masks(mask_image: Any) -> Tensor:
     masks = mask_image if isinstance(mask_image, list) else [mask_image]
     if not masks or not all(hasattr(one, "convert") or isinstance(one, np.ndarray | Tensor) for one in masks):
         raise wrong_type("mask_image", "a PIL picture, an array or a tensor, or a list of at least one", mask_image)
-    masks = [rgb(one) if hasattr(one, "convert") else one for one in masks]
+    masks = [rgb(one, behind=BEHIND_MASK) if hasattr(one, "convert") else one for one in masks]
     found: Tensor = VaeImageProcessor(**how).preprocess(masks if isinstance(mask_image, list) else masks[0])
     if found.ndim != 4 or found.shape[1] != 1:
         raise ValueError(f"mask_image must have one channel, got {tuple(found.shape)=}")

@@ -42,7 +42,7 @@ from scalediff.cascade.pipeline import (
     takes_size_conditioning,
     wrap_of,
 )  # fmt: skip
-from scalediff.cascade.schedule import check_scheduler, repeats_first_step, schedule_length
+from scalediff.cascade.schedule import check_scheduler, check_steps, repeats_first_step, schedule_length
 from scalediff.cascade.upsampling import check_upsampler
 from scalediff.patching.circular import check_convolutions
 from scalediff.patching.networks import changes_picture, denoiser_of, family_in_use, handle_of, original_call, padding_parts
@@ -177,6 +177,8 @@ def check_run(pipe: Any, arguments: Mapping[str, Any], sizes: Sizes, settings: S
         custom = schedule_length(arguments)
         if custom not in (None, settings.steps):
             raise ValueError(f"steps must be the length of the custom timesteps or sigmas, {custom}, got steps={settings.steps}")
+        if custom is None:
+            check_steps(pipe.scheduler, settings.steps)
         control = arguments.get("control_image")
         if any(isinstance(one, Tensor) for one in (control if isinstance(control, list) else [control])):
             raise ValueError("control_image must be a PIL picture, because it is resized for each stage, got a tensor")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+BEHIND_MASK = "black"  # what is transparent in a mask is kept, whatever colour the file hides there
+
 
 def upsampled(x: Tensor, size: Sequence[int], *, wrap: tuple[bool, bool] = (False, False), antialias: bool = False) -> Tensor:
     """Bicubic resizing of latents or pictures `[B, C, y, x]` to a size `(Y, X)`, which crosses the border along axes that wrap."""
@@ -30,24 +32,31 @@ def upsampled(x: Tensor, size: Sequence[int], *, wrap: tuple[bool, bool] = (Fals
     return out
 
 
-def rgb(image: Any) -> Any:
-    """A PIL picture as RGB of 8 bits. Pillow itself cuts grey levels of more bits off at 255.
+def rgb(image: Any, *, behind: str = "white") -> Any:
+    """A PIL picture as RGB of 8 bits, with a colour behind what is transparent.
+
+    Pillow itself shows the colours that a transparent file hides, and cuts grey levels of more bits off at 255.
 
     Raises:
         ValueError: The picture has levels of 32 bits or fractions, of which it does not say what is white.
     """
+    from PIL import Image
+
     if image.mode in ("I", "F"):
         raise ValueError(f"a picture must have levels of 8 bits, or of 16 bits in mode I;16: convert it first, got {image.mode=!r}")
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+        image.info.pop("transparency", None)  # a level of 16 bits, which 8 do not tell from its neighbours
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def upright_rgb(image: Any) -> Any:
-    """As `rgb`, rotated upright by the picture's EXIF data."""
+def upright_rgb(image: Any, *, behind: str = "white") -> Any:
+    """As `rgb`, rotated upright by the picture's EXIF data; the first one of an animation."""
     from PIL import ImageOps
 
-    return rgb(ImageOps.exif_transpose(image))
+    return rgb(ImageOps.exif_transpose(image), behind=behind)
 
 
 def around(x: Tensor, axis: int, margin: int) -> Tensor:

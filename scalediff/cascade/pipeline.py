@@ -15,6 +15,7 @@ from torch import nn
 from scalediff.cascade.pictures import pictures_at
 from scalediff.families import FAMILIES
 from scalediff.families.base import Cascade, Family
+from scalediff.families.grid import Grid
 from scalediff.patching.networks import (
     changes_picture,
     denoiser_of,
@@ -78,12 +79,23 @@ def native_size(pipe: Any) -> tuple[int, int]:
         ValueError: As `family_with_cascade`, or the pipeline is not patched and its denoiser does not tell its native size.
     """
     denoiser, handle = denoiser_of(pipe), handle_of(pipe)
-    family, cascade = family_with_cascade(denoiser)
+    family, _ = family_with_cascade(denoiser)
     window = handle.window if handle is not None else family.native_grid(denoiser)
     if window is None:
         raise ValueError(f"{type(denoiser).__name__} does not tell its native size: patch_model(pipe, window=(Y, X)) first, in tokens")
-    pixels = cascade.patch * pixels_per_latent(pipe)
-    return window[0] * pixels, window[1] * pixels
+    return _size_of_tokens(pipe, window)
+
+
+def default_size(pipe: Any) -> tuple[int, int]:
+    """(height, width) in pixels that a call without a size draws: the trained size, or `native_size` if the denoiser does not tell."""
+    trained = family_with_cascade(denoiser_of(pipe))[0].native_grid(denoiser_of(pipe))
+    return native_size(pipe) if trained is None else _size_of_tokens(pipe, trained)
+
+
+def _size_of_tokens(pipe: Any, grid: Grid) -> tuple[int, int]:
+    """(height, width) in pixels of a token grid `(Y, X)`."""
+    pixels = cascade_of(pipe).patch * pixels_per_latent(pipe)
+    return grid[0] * pixels, grid[1] * pixels
 
 
 def pixels_per_latent(pipe: Any) -> int:

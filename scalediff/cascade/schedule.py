@@ -179,6 +179,19 @@ def check_scheduler(scheduler: Any) -> None:
         raise NotImplementedError(f"structure guidance supports {', '.join(sorted(known_predictions))} with {name}, got {prediction=}")
 
 
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Check that a schedule has a timestep for each of its steps. Above that some schedulers raise, and others repeat timesteps.
+
+    Raises:
+        ValueError: The model has fewer timesteps than `steps`, or LCM's own schedule has. A flow has one for any number of steps.
+    """
+    if _is_flow(scheduler):
+        return
+    most = min(scheduler.config.num_train_timesteps, scheduler.config.get("original_inference_steps", math.inf))
+    if steps > most:
+        raise ValueError(f"steps must be at most {most}, the number of timesteps of this {type(scheduler).__name__}, got {steps=}")
+
+
 def _guided(guide: GuidedStep, guidance: Guidance, sample: Tensor, output: Tensor, level: NoiseLevel, gamma: float) -> Tensor:
     """The guided model output, in the form of the steps."""
     assert guidance.reference is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from scalediff.cascade.describing import package_version
-from scalediff.command import commands, comparing, drawing, ray_workers
+from scalediff.command import commands, comparing, drawing, ray_workers, values
 from scalediff.command.comparing import COMPARABLE
 from scalediff.command.loading import SCHEDULERS, UsageError, one_line
 from scalediff.command.workers import PicturesFailedError
@@ -24,6 +23,7 @@ from scalediff.settings import TILES
 from scalediff_kernels.distributed.losses import LostRankError
 
 _MOST_SEEDS = 1_000_000  # of one command
+_DOUBLING = "from the native area on, each twice the one before"
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -60,44 +60,6 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _per_stage(text: str) -> float | tuple[float, ...]:
-    """Parse a number, or a comma-separated list with one number for each stage above the native size."""
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a number, or a comma-separated list with one number for each stage, got {text!r}"
-        ) from error
-    return numbers if len(numbers) > 1 else numbers[0]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def _gib(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number of GiB, got {text!r}") from error
-    if not 0 < size * 2**30 < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number of GiB, got {text!r}")
-    return size
-
-
-def _upsampler(text: str) -> str | Path:
-    """Parse `demo`, which is no file, or the path of a file."""
-    return text if text == "demo" else Path(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"a port must be an integer in [0, 65535], got {text!r}")
-    return int(text)
-
-
 class _Help(argparse.HelpFormatter):
     """Help whose lines do not break within a name such as `super-resolution`."""
 
@@ -118,8 +80,10 @@ def command_parser() -> argparse.ArgumentParser:
         "generate", help="generate pictures", description="Generate a picture for every prompt and seed. Every finished stage is saved."
     )
     generate.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several pictures")
-    generate.add_argument("--prompts", type=Path, metavar="FILE", help="text file with further prompts, one per line")
-    generate.add_argument("--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
+    generate.add_argument("--prompts", type=values.path, metavar="FILE", help="text file with further prompts, one per line")
+    generate.add_argument(
+        "--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: the last of --sizes, or 4x the model's native size)"
+    )
     generate.add_argument(
         "--compare", action="store_true", help="also generate by direct inference and with full attention, and save all side by side"
     )
@@ -148,7 +112,7 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="an option of --method; docs/guide/methods.md lists them",
     )
-    _add_run_options(generate)
+    _add_run_options(generate, sizes=_DOUBLING)
 
     compare = subparsers.add_parser(
         "compare",
@@ -157,8 +121,10 @@ def command_parser() -> argparse.ArgumentParser:
         "ScaleDiff apply to scalediff and full-attention; steps and guidance scale to all.",
     )
     compare.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to show in the picture; several prompts give several sheets")
-    compare.add_argument("--prompts", type=Path, metavar="FILE", help="text file with further prompts, one per line")
-    compare.add_argument("--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: 4x the model's native size)")
+    compare.add_argument("--prompts", type=values.path, metavar="FILE", help="text file with further prompts, one per line")
+    compare.add_argument(
+        "--size", type=parse_size, metavar="N|HxW", help="size in pixels (default: the last of --sizes, or 4x the model's native size)"
+    )
     compare.add_argument(
         "--methods", type=_methods, default=["direct", "scalediff"], metavar="NAME,...",
         help=f"of {', '.join(COMPARABLE)} (default: direct,scalediff)",
@@ -166,22 +132,27 @@ def command_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="an option of a method; docs/guide/methods.md lists them"
     )
-    _add_run_options(compare)
+    _add_run_options(compare, sizes=_DOUBLING)
 
     upscale = subparsers.add_parser(
         "upscale", help="upscale a picture", description="Upscale a picture and add detail. Every finished stage is saved."
     )
-    upscale.add_argument("file", type=Path, metavar="FILE", help="a picture in any format that Pillow reads")
+    upscale.add_argument("file", type=values.path, metavar="FILE", help="a picture in any format that Pillow reads")
     upscale.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     upscale.add_argument(
-        "--size", type=parse_size, metavar="N|HxW", help="size in pixels, with the picture's aspect ratio (default: about twice its size)"
+        "--size",
+        type=parse_size,
+        metavar="N|HxW",
+        help="size in pixels, with the picture's aspect ratio (default: the last of --sizes, or about twice the picture's)",
     )
-    upscale.add_argument("--mask", type=Path, metavar="FILE", help="a picture, white where FILE may change and black where it is kept")
+    upscale.add_argument(
+        "--mask", type=values.path, metavar="FILE", help="a picture, white where FILE may change, black or transparent where it is kept"
+    )
     upscale.add_argument(
         "--strength", type=float, metavar="S", help="change the picture: share of the schedule that is run on it, in (0, 1]"
     )
     upscale.add_argument("--split-picture", action="store_true", help="under torchrun: the processes draw together, each a band of rows")
-    _add_run_options(upscale)
+    _add_run_options(upscale, sizes="those of generate that are larger than the picture; all, where --strength redraws it at native size")
 
     plan = subparsers.add_parser(
         "plan",
@@ -193,7 +164,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--size", type=parse_size, metavar="N|HxW", default=(4096, 4096), help="size in pixels (default: 4096)")
     plan.add_argument("--attention", choices=("npa", "full"), default="npa", help="attention above the native size")
-    plan.add_argument("--memory", type=_gib, metavar="GIB", help="memory of the GPU in GiB (default: that of this machine's, if any)")
+    plan.add_argument("--memory", type=values.gib, metavar="GIB", help="memory of the GPU in GiB (default: that of this machine's, if any)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     subparsers.add_parser(
@@ -207,16 +178,16 @@ def command_parser() -> argparse.ArgumentParser:
     web.add_argument("--low-memory", action="store_true", help="CPU offload of components not in use")
     web.add_argument(
         "--out",
-        type=Path,
+        type=values.path,
         metavar="FOLDER",
         default=Path("scalediff-pictures"),
         help="folder of the pictures (default: scalediff-pictures)",
     )
     web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one of this machine (default: 127.0.0.1)")
-    web.add_argument("--port", type=_port, default=7860, metavar="N", help="port to listen on; 0 is any free one (default: 7860)")
+    web.add_argument("--port", type=values.port, default=7860, metavar="N", help="port to listen on; 0 is any free one (default: 7860)")
 
     info = subparsers.add_parser("info", help="print the metadata of a picture", description="Print a picture's metadata as JSON.")
-    info.add_argument("file", type=Path, metavar="FILE", help="a picture written by scalediff")
+    info.add_argument("file", type=values.path, metavar="FILE", help="a picture written by scalediff")
     for command in subparsers.choices.values():
         command.formatter_class = _Help
     return parser
@@ -237,27 +208,30 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--timestep-spacing", choices=("leading", "linspace", "trailing"), help="timestep spacing of the scheduler")
 
 
-def _add_run_options(command: argparse.ArgumentParser) -> None:
-    """Add the options that `generate` and `upscale` have in common."""
+def _add_run_options(command: argparse.ArgumentParser, *, sizes: str) -> None:
+    """Add the options that `generate` and `upscale` have in common; `sizes` says which stages there are without --sizes."""
     command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid in the picture")
     _add_model_options(command)
     command.add_argument(
         "--seed", type=parse_seeds, default=[0], metavar="N|N-M|N,M", help="random seeds; each one gives a picture (default: 0)"
     )
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="PNG file or folder (default: current folder; file names from prompt and seed)"
+        "--out", type=values.path, metavar="FILE", help="PNG file or folder (default: current folder; file names from prompt and seed)"
     )
     command.add_argument(
-        "--workdir", type=Path, metavar="FOLDER", help="save every stage here; after an interruption, the same command resumes the run"
+        "--workdir",
+        type=values.path,
+        metavar="FOLDER",
+        help="save every stage here; after an interruption, the same command resumes the run",
     )
-    command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help="size of every stage (default: each stage doubles the size)")
+    command.add_argument("--sizes", type=_sizes, metavar="HxW,...", help=f"size of every stage (default: {sizes})")
     command.add_argument(
         "--upsampler",
-        type=_upsampler,
+        type=values.upsampler,
         metavar="FILE",
         help="super-resolution network (.safetensors, .pth) that enlarges the stages' pictures; demo is that of the embedded model",
     )
-    command.add_argument("--preview", type=_positive, metavar="N", help="write a preview file at every N-th step")
+    command.add_argument("--preview", type=values.positive, metavar="N", help="write a preview file at every N-th step")
     command.add_argument(
         "--quiet", action="store_true", help="hide the progress bar, or the line for each stage where stderr is no terminal"
     )
@@ -277,17 +251,19 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     )
     method.add_argument("--preset", default="default", help="default, paper, turbo or lightning; `scalediff models` lists them")
     method.add_argument("--steps", type=int, help="steps of the whole schedule")
-    method.add_argument("--restart", type=_per_stage, metavar="R", help="share of the steps that a high-resolution stage runs, in (0, 1]")
+    method.add_argument(
+        "--restart", type=values.per_stage, metavar="R", help="share of the steps that a high-resolution stage runs, in (0, 1]"
+    )
     method.add_argument("--guidance-scale", type=float, metavar="S", help="scale of classifier-free guidance")
-    method.add_argument("--guidance-until", type=_per_stage, metavar="R", help="share of those steps that use guidance, in [0, 1]")
+    method.add_argument("--guidance-until", type=values.per_stage, metavar="R", help="share of those steps that use guidance, in [0, 1]")
     method.add_argument("--attention", choices=("npa", "full"), help="neighborhood patch attention, or full attention")
     method.add_argument("--jitter", choices=("none", "alternate", "random"), help="how the patch grid moves from step to step")
     method.add_argument("--lfm", action=argparse.BooleanOptionalAction, help="latent frequency mixing")
     method.add_argument("--sg", action=argparse.BooleanOptionalAction, help="structure guidance")
-    method.add_argument("--lfm-cutoff", type=_per_stage, metavar="C", help="cutoff of --lfm as a fraction of Nyquist, in (0, 1]")
-    method.add_argument("--sg-cutoff", type=_per_stage, metavar="C", help="cutoff of --sg as a fraction of Nyquist, in (0, 1]")
+    method.add_argument("--lfm-cutoff", type=values.per_stage, metavar="C", help="cutoff of --lfm as a fraction of Nyquist, in (0, 1]")
+    method.add_argument("--sg-cutoff", type=values.per_stage, metavar="C", help="cutoff of --sg as a fraction of Nyquist, in (0, 1]")
     method.add_argument(
-        "--sg-cutoff-start", type=_per_stage, metavar="C", help="--sg-cutoff at the first step of a stage (default: constant)"
+        "--sg-cutoff-start", type=values.per_stage, metavar="C", help="--sg-cutoff at the first step of a stage (default: constant)"
     )
     method.add_argument("--filter", choices=("resize", "gaussian", "butterworth"), help="low-pass filter of --lfm and --sg")
     method.add_argument("--anchor", choices=("picture", "trajectory"), help="target of structure guidance")

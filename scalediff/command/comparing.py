@@ -17,7 +17,7 @@ from scalediff.cascade.pipeline import stage_sizes, wrap_of
 from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, one_line
-from scalediff.command.method_options import method_facts, method_object, option_names, options_of_scalediff
+from scalediff.command.method_options import check_effects, method_facts, method_object, option_names, options_of_scalediff
 from scalediff.command.pictures import side_by_side
 from scalediff.command.ranks import check_one_process
 from scalediff.command.reporting import Job, picture_metadata, print_status
@@ -71,6 +71,7 @@ def compare_methods(options: Namespace) -> None:
     if without_effect and not {"scalediff", FULL} & set(options.methods):
         raise UsageError(f"{', '.join(without_effect)} must be with scalediff or {FULL} in --methods, got {','.join(options.methods)}")
     check_one_process("compare")
+    check_effects(options)
     jobs, methods = plan_jobs(options, prompts_of(options)), _methods(options)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     settings, size = resolve_settings(pipe, options), target_size(pipe, options)

@@ -14,6 +14,7 @@ from scalediff.cascade.changing import changing_pipeline
 from scalediff.cascade.checks import check_run
 from scalediff.cascade.describing import describe_stage, device_name
 from scalediff.cascade.metadata import save_png
+from scalediff.cascade.pictures import BEHIND_MASK
 from scalediff.cascade.pipeline import enlarged_size, stage_sizes, wrap_of
 from scalediff.cascade.results import Stage
 from scalediff.cascade.schedule import check_scheduler
@@ -21,13 +22,14 @@ from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.comparing import FULL, compared, draw_panel, save_sheet
 from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError
-from scalediff.command.method_options import chosen_method, method_facts, method_object
+from scalediff.command.method_options import check_effects, chosen_method, method_facts, method_object
 from scalediff.command.pictures import open_picture
 from scalediff.command.ranks import check_one_process, check_together, drawing_together, own_jobs, process_group
 from scalediff.command.reporting import Job, picture_metadata, print_result, print_status
 from scalediff.command.runs import (
     SHARED,
     load_pipeline,
+    named_size,
     preview_path,
     print_memory_estimate,
     resolve_settings,
@@ -58,6 +60,7 @@ def plan_pictures(options: Namespace) -> list[Job]:
     """All pictures of `scalediff generate`; options that do not fit together raise an error."""
     planned = plan_jobs(options, prompts_of(options))
     check_together(options)
+    check_effects(options)
     if options.compare and chosen_method(options) != "scalediff":
         raise UsageError(f"--compare is for --method scalediff; `scalediff compare` draws any methods, got --method {options.method}")
     return planned
@@ -120,16 +123,17 @@ def upscale_pictures(options: Namespace) -> None:
     if not options.split_picture:
         check_one_process("upscale", "--split-picture draws every picture together")
     check_together(options)
+    check_effects(options)
     jobs = plan_jobs(options, [options.prompt], name=options.file.stem)
     if any(job.out.resolve() == options.file.resolve() for job in jobs):
         raise UsageError(f"--out must not be the input picture, got {options.file}")
     image = open_picture(options.file)
-    mask = None if options.mask is None else open_picture(options.mask)
+    mask = None if options.mask is None else open_picture(options.mask, behind=BEHIND_MASK)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     if options.strength is not None:
         pipe = changing_pipeline(pipe, with_mask=mask is not None)
     settings = resolve_settings(pipe, options)
-    height, width = options.size or enlarged_size(pipe, image)
+    height, width = named_size(options) or enlarged_size(pipe, image)
     changes = {"mask": options.mask and options.mask.name, "strength": options.strength}
     facts = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
     facts |= {name: value for name, value in changes.items() if value is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,8 @@ from pathlib import Path
 from scalediff.command.loading import UsageError
 from scalediff.command.pictures import check_writable
 from scalediff.command.reporting import Job, print_status
+
+_SLUG_BYTES = 144  # file systems allow 255 in a name, which also has the seed, the stage and an ending
 
 
 def prompts_of(options: Namespace) -> list[str]:
@@ -45,4 +47,7 @@ def plan_jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> lis
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+    """The start of a prompt as a file name: letters of any script, their marks and digits, and a hyphen for everything between them."""
+    text = unicodedata.normalize("NFC", prompt.lower())
+    words = "".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in text).split()
+    return "-".join(words)[:48].encode()[:_SLUG_BYTES].decode(errors="ignore") or "picture"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,6 +21,15 @@ _OPTIONS = {"wrap": "tile"}  # options that have another name than their setting
 _RUN_OPTIONS = {"sizes": None, "workdir": None, "preview": None, "vae_tiling": None, "vae_attention": "full", "split_guidance": False,
                 "low_memory": False}  # fmt: skip
 _SETTINGS_OF_ALL = {"steps", "guidance_scale"}
+# Settings that others, with these values, leave without effect.
+_WITHOUT_EFFECT: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("lfm_cutoff", {"lfm": False}),
+    ("sg_cutoff", {"sg": False}),
+    ("sg_cutoff_start", {"sg": False}),
+    ("anchor", {"sg": False}),
+    ("filter", {"lfm": False, "sg": False}),
+    ("jitter", {"attention": "full"}),
+)
 _WORDS = {"none": None, "true": True, "on": True, "false": False, "off": False}
 
 
@@ -43,11 +52,28 @@ def chosen_method(options: Namespace) -> str | MethodOptions:
     return method_object(options.method, options.option)
 
 
+def check_effects(options: Namespace) -> None:
+    """Check that every setting of a command line has an effect beside the others.
+
+    Raises:
+        UsageError: One has none.
+    """
+    for name, others in _WITHOUT_EFFECT:
+        if getattr(options, name) is not None and all(getattr(options, other) == value for other, value in others.items()):
+            named = [_option_of(f"no_{other}") if value is False else f"{_option_of(other)} {value}" for other, value in others.items()]
+            raise UsageError(f"{_option_of(name)} has no effect with {' and '.join(named)}: leave it out, got {getattr(options, name)}")
+
+
 def options_of_scalediff(options: Namespace) -> list[str]:
     """The options of a command line that ScaleDiff alone has."""
     given = [name for name in SETTING_OPTIONS if name not in _SETTINGS_OF_ALL and getattr(options, name) is not None]
     given += [name for name, absent in _RUN_OPTIONS.items() if getattr(options, name) != absent]
-    return ["--" + _OPTIONS.get(name, name).replace("_", "-") for name in given]
+    return [_option_of(name) for name in given]
+
+
+def _option_of(name: str) -> str:
+    """The option of a setting."""
+    return "--" + _OPTIONS.get(name, name).replace("_", "-")
 
 
 def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
@@ -64,6 +90,8 @@ def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
         if option not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
             raise UsageError(f"--method {name} {has}, got --option {pair}")
+        if option in values:
+            raise UsageError(f"--option {option} of --method {name} must be given once, got {pair} as well")
         values[option] = _parse(text)
     options: MethodOptions = METHODS[name].options(**values)
     return options

@@ -28,8 +28,8 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"the output must be a file, got the folder {path}")
 
 
-def open_picture(path: Path) -> Any:
-    """Load a picture as RGB, rotated upright by its EXIF data.
+def open_picture(path: Path, *, behind: str = "white") -> Any:
+    """Load a picture as RGB, rotated upright by its EXIF data, with a colour behind what is transparent; the first of an animation.
 
     Raises:
         ValueError: The file is missing, is not a picture, or has more pixels than Pillow opens or levels of more than 16 bits.
@@ -38,7 +38,7 @@ def open_picture(path: Path) -> Any:
 
     try:
         with Image.open(path) as image:
-            return upright_rgb(image)
+            return upright_rgb(image, behind=behind)
     except FileNotFoundError as error:
         raise ValueError(f"the picture must be an existing file, got {path}") from error
     except (OSError, ValueError, Image.DecompressionBombError) as error:

@@ -33,9 +33,15 @@ SHARED = ("preset", "negative_prompt", "call", "generator", "progress", "upsampl
 
 
 def target_size(pipe: Any, options: Namespace) -> tuple[int, int]:
-    """(height, width) of --size; four times the native size without it."""
+    """(height, width) of the last stage that the options name; four times the native size without any."""
     native = native_size(pipe)
-    return options.size or (4 * native[0], 4 * native[1])
+    return named_size(options) or (4 * native[0], 4 * native[1])
+
+
+def named_size(options: Namespace) -> tuple[int, int] | None:
+    """(height, width) of --size, or else of the last of --sizes; None without both."""
+    size: tuple[int, int] | None = options.size or (options.sizes[-1] if options.sizes else None)
+    return size
 
 
 def load_pipeline(options: Namespace) -> Any:

@@ -48,14 +48,18 @@ def resolve_controlnet(pipe: Any, controlnet: Any) -> Any:
     """The ControlNet for a pipeline's U-Net: the given one, or loaded from its folder to the pipeline's device and dtype.
 
     Raises:
-        ValueError: Its text width or its pixels per latent are not the U-Net's.
+        ValueError: The folder holds none; its text width or its pixels per latent are not the U-Net's.
         TypeError: It is neither a ControlNet nor a folder.
     """
     unet: Any = denoiser_of(pipe)
     if isinstance(controlnet, str | PathLike):
         from diffusers import ControlNetModel
 
-        controlnet = ControlNetModel.from_pretrained(controlnet, torch_dtype=unet.dtype, local_files_only=True).to(pipe._execution_device)
+        try:
+            loaded = ControlNetModel.from_pretrained(controlnet, torch_dtype=unet.dtype, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"controlnet must be the folder of a ControlNetModel, got {str(controlnet)!r}: {error}") from error
+        controlnet = loaded.to(pipe._execution_device)
     if not hasattr(controlnet, "controlnet_cond_embedding"):
         raise TypeError(f"controlnet must be a ControlNetModel of diffusers or the folder of one, got {type(controlnet).__name__}")
     width, own = controlnet.config.cross_attention_dim, unet.config.cross_attention_dim

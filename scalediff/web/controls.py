@@ -75,7 +75,9 @@ def add_sampling(pipe: Any) -> dict[str, Any]:
         conditioning = _choice(values, "size_conditioning", "Size conditioning")
         wrap = _choice(values, "wrap", "Seamless along")
     sizes = gr.Textbox(
-        values["sizes"], label="Size of every stage", placeholder="64x64, 128x128, 256x256; empty: each stage doubles the size"
+        values["sizes"],
+        label="Size of every stage",
+        placeholder="64x64, 128x128, 256x256; empty: each is twice the one before, of an uploaded picture those larger than it",
     )
     return {
         "negative_prompt": negative, "preset": preset, "steps": steps, "guidance_scale": guidance_scale, "guidance_until": guidance_until,

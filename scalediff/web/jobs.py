@@ -55,7 +55,7 @@ class Job:
         prompt, seed, method, vae_tiling, vae_attention, split_guidance: As in `generate`.
         negative_prompt: As in `generate`; None if it is empty.
         size: (height, width) in pixels.
-        sizes: The size of every stage in pixels; None doubles the size.
+        sizes: The size of every stage in pixels; None as in `generate` and `upscale`.
         preset: The name of the preset.
         settings: The settings of the run.
         force: Run even if the memory is too small by estimate.

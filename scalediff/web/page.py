@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from scalediff.cascade.describing import device_name
+from scalediff.cascade.pictures import BEHIND_MASK
 from scalediff.cascade.pipeline import enlarged_size, native_size
 from scalediff.web import controls
 from scalediff.web.gallery import Gallery
@@ -49,7 +50,7 @@ class Page:
         """The job that the controls describe, with an uploaded picture and the file of its mask; an error is shown on the page."""
         try:
             given = dict(zip(FIELDS, values, strict=True))
-            return job_of(self.pipe, given, picture=picture, mask=_opened(mask), compare=compare)
+            return job_of(self.pipe, given, picture=picture, mask=_opened_mask(mask), compare=compare)
         except _EXPECTED as error:
             raise _shown(error) from error
 
@@ -119,7 +120,7 @@ class Page:
     def upload_mask(self, path: str | None, picture: Any) -> tuple[Any, str | None]:
         """A view of the uploaded picture with its mask, and what is wrong with the mask."""
         try:
-            mask = _opened(path)
+            mask = _opened_mask(path)
             if picture is not None and mask is not None:
                 check_mask(mask, picture)
         except _EXPECTED as error:
@@ -127,9 +128,9 @@ class Page:
         return gr.skip() if picture is None else upload_html(picture, mask), None
 
 
-def _opened(path: str | None) -> Any:
-    """An uploaded picture; None if there is none."""
-    return None if path is None else open_upload(Path(path))
+def _opened_mask(path: str | None) -> Any:
+    """An uploaded mask; None if there is none."""
+    return None if path is None else open_upload(Path(path), behind=BEHIND_MASK)
 
 
 def _shown(error: BaseException | str) -> gr.Error:

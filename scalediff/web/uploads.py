@@ -14,11 +14,12 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 _WHITE = 128  # the least grey level that is white in a mask, as in diffusers
 
 
-def open_upload(path: Path, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Any:
-    """Load an uploaded picture as RGB, rotated upright by its EXIF data.
+def open_upload(path: Path, *, behind: str = "white", max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Any:
+    """Load an uploaded picture as RGB, rotated upright by its EXIF data; the first one of an animation.
 
     Args:
         path: The file.
+        behind: Colour behind what is transparent.
         max_bytes: Largest file.
         max_pixels: Largest picture, height times width, by the header of the file.
 
@@ -37,7 +38,7 @@ def open_upload(path: Path, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX
                     f"a picture must have at most {max_pixels / 1e6:.1f} million pixels, got {height} x {width}, "
                     f"{width * height / 1e6:.1f} million"
                 )
-            return upright_rgb(image)
+            return upright_rgb(image, behind=behind)
     except Image.DecompressionBombError as error:  # raised by Pillow itself while it reads the header
         raise ValueError(f"a picture must have at most {max_pixels / 1e6:.1f} million pixels: {error}") from error
     except UnidentifiedImageError as error:  # its message has the file's path on the server

@@ -130,6 +130,12 @@ def test_patched_pipeline_at_native_size_is_the_pipeline(demo: Any) -> None:
     assert torch.equal(draw(), before)
 
 
+def test_a_side_that_a_patched_call_leaves_out_is_the_pipelines_own_and_not_the_windows(demo: Any) -> None:
+    with scalediff.patch_model(demo, window=(8, 8)):
+        sizes = [demo(PROMPT, num_inference_steps=1, **side).images[0].size for side in ({"height": 128}, {"width": 96}, {})]
+    assert sizes == [(64, 128), (96, 64), (64, 64)]
+
+
 def test_stages_are_reported_as_they_end(demo: Any) -> None:
     seen: list[Stage] = []
     result = generate(demo, PROMPT, height=256, width=192, generator=seeded(), on_stage=seen.append, **FAST)  # type: ignore[arg-type]

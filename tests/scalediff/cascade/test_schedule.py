@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalediff.cascade.schedule import Guidance, first_calls, guided_scheduler, model_calls
+from scalediff.cascade.schedule import Guidance, check_steps, first_calls, guided_scheduler, model_calls
 from scalediff_kernels import low_pass
 from tests.conftest import seeded
 
@@ -194,3 +194,16 @@ def test_model_calls_are_counted(name: str) -> None:
     assert [first_calls(scheduler, steps) for steps in (0, 1, 3)] == {
         "DDIMScheduler": [0, 1, 3], "HeunDiscreteScheduler": [0, 2, 6], "PNDMScheduler": [0, 2, 4],
     }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_schedule_has_no_more_steps_than_timesteps(name: str) -> None:
+    """Those of diffusers raise there, or repeat a timestep."""
+    scheduler, most = make(name, "epsilon"), 50 if name == "LCMScheduler" else 1000
+    check_steps(scheduler, most)
+    with pytest.raises(ValueError, match=f"steps must be at most {most}, the number of timesteps of this {name}, got steps={most + 1}"):
+        check_steps(scheduler, most + 1)
+
+
+def test_a_flow_has_any_number_of_steps() -> None:
+    check_steps(diffusers.FlowMatchEulerDiscreteScheduler(), 1001)

@@ -128,12 +128,12 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_upscale_changes_what_a_mask_leaves_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a strength by an inpainting pipeline, whose base stage is one more file; the left half is that of the photo, up to the VAE."""
+    """With a strength, a base stage is one more file; the left half, transparent in the mask, is that of the photo, up to the VAE."""
     source, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(source)
     white = Image.new("L", (64, 64), 255)
     white.paste(0, (0, 0, 32, 64))
-    white.save(mask)
+    Image.merge("LA", (Image.new("L", (64, 64), 255), white)).save(mask)
     run = ["upscale", str(source), "a moon", "--steps", "2", "--restart", "0.5", "--size", "96", "--quiet", "--mask", str(mask)]
     assert main([*run, "--out", str(tmp_path / "kept.png")]) == 0
     assert main([*run, "--strength", "1", "--out", str(tmp_path / "changed.png"), "--negative-prompt", "blur"]) == 0
@@ -175,6 +175,7 @@ def test_a_pipeline_that_changes_pictures_is_offloaded_as_the_one_it_is_made_fro
         (["--restart", "0"], "restart must lie in (0, 1], got restart=0.0"),
         (["--guidance-scale", "nan"], "guidance_scale must be finite"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "1001"], "steps must be at most 1000, the number of timesteps of this DDIMScheduler, got steps=1001"),
         (["--lfm-cutoff", "0.01"], "at least one coarse pixel, got cutoff=0.01"),
         (["--model", "no/such/folder"], "--model must be demo, a pipeline folder or the id of an accessible model, got 'no/such/folder'"),
         (["--scheduler", "flow-euler"], "--scheduler flow-euler is for flow models, got demo with prediction_type='v_prediction'"),

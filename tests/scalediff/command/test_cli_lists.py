@@ -88,28 +88,39 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments
 
 
 def test_the_line_goes_before_the_preset() -> None:
-    assert main(["generate", "a moon", "--preset", "paper", "--steps", "5", "--size", "96", "--quiet"]) == 0
+    off = ["--no-lfm", "--attention", "full"]
+    assert main(["generate", "a moon", "--preset", "paper", "--steps", "5", "--size", "96", "--quiet", *off]) == 0
     told = settings_of("a-moon-0.png")
     assert (told["steps"], told["guidance_scale"], told["restart"]) == (5, 7.5, 0.4)
+    assert (told["lfm"], told["sg"], told["attention"]) == (False, True, "full")
     assert read_metadata(Path("a-moon-0.png"))["preset"] == "paper"
 
 
 def test_every_switch_has_an_option() -> None:
     chosen = {
         "restart": [0.5, 0.25], "guidance_until": 0.5, "sg_cutoff_start": [0.5, 0.25], "filter": "butterworth", "anchor": "trajectory",
-        "jitter": "alternate", "attention": "full", "lfm_cutoff": 0.25, "sg_cutoff": [0.125, 0.25], "guidance_scale": 2.0,
+        "jitter": "alternate", "attention": "npa", "lfm_cutoff": 0.25, "sg_cutoff": [0.125, 0.25], "guidance_scale": 2.0,
     }  # fmt: skip
     line = []
     for name, value in chosen.items():
         line += ["--" + name.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     assert (
-        main(["generate", "a moon", "--steps", "4", "--size", "128", "--sizes", "64,96,128", "--no-lfm", "--quiet", "--tile", "x", *line])
-        == 0
+        main(["generate", "a moon", "--steps", "4", "--size", "128", "--sizes", "64,96,128", "--lfm", "--quiet", "--tile", "x", *line]) == 0
     )
     told = settings_of("a-moon-0.png")
     assert {name: told[name] for name in chosen} == chosen
-    assert (told["lfm"], told["wrap"]) == (False, [False, True])
+    assert (told["lfm"], told["wrap"]) == (True, [False, True])
     assert set(method_options.SETTING_OPTIONS) == set(told), "an option for each"
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "upscale"])
+def test_without_a_size_the_last_stage_is_the_target(command: str, tmp_path: Path) -> None:
+    Image.new("RGB", (72, 72), (20, 30, 60)).save(tmp_path / "photo.png")
+    subject = ["photo.png", "a moon"] if command == "upscale" else ["a moon"]
+    sizes = "80,104" if command == "upscale" else "64,104"
+    assert main([command, *subject, "--sizes", sizes, "--steps", "2", "--restart", "0.5", "--out", "x.png", "--quiet"]) == 0
+    with Image.open("x.scalediff.png" if command == "compare" else "x.png") as image:
+        assert image.size == (104, 104)
 
 
 def test_previews_are_shown_and_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,10 @@ def test_stages_of_a_method_are_saved(tmp_path: Path) -> None:
         ),
         (["--method", "direct", "--upsampler", "demo"], "--method direct does not support --upsampler"),
         (["--method", "demofusion", "--option", "jitter"], "--option must be NAME=VALUE, got 'jitter'"),
+        (
+            ["--method", "demofusion", "--option", "blur_std=1", "--option", "blur-std=0.5"],
+            "--option blur_std of --method demofusion must be given once, got blur-std=0.5 as well",
+        ),
         (["--method", "demofusion", "--option", "blur-std=-1"], "blur_std must be positive, got blur_std=-1"),
         (["--method", "demofusion", "--option", "jitter=some"], "jitter must be True or False, got jitter='some'"),
         (["--option", "stride=8"], "--option is for methods other than scalediff, which has options by name, got stride=8"),

@@ -239,6 +239,7 @@ def test_a_controlnet_for_another_model_is_refused(demo: Any) -> None:
     from diffusers import ControlNetModel
 
     for controlnet, error, message in (
+        ("nofolder", ValueError, "controlnet must be the folder of a ControlNetModel, got 'nofolder': nofolder does not"),
         (nn.Linear(1, 1), TypeError, "controlnet must be a ControlNetModel of diffusers or the folder of one, got Linear"),
         (
             ControlNetModel.from_unet(demo.unet),

@@ -115,13 +115,14 @@ def test_uploads(page: Page, tmp_path: Path) -> None:
 
 def test_masks(page: Page, tmp_path: Path) -> None:
     """Uploaded before or after the picture; one that does not fit is a message, at once and when the picture is drawn."""
-    picture, half, wide, black = (tmp_path / f"{name}.png" for name in ("picture", "half", "wide", "black"))
+    picture, half, wide, black, clear = (tmp_path / f"{name}.png" for name in ("picture", "half", "wide", "black", "clear"))
     Image.new("RGB", (64, 64)).save(picture)
     mask = Image.new("L", (32, 32))
     mask.paste(255, (16, 0, 32, 32))
     mask.save(half)
     Image.new("L", (64, 32), 255).save(wide)
     Image.new("L", (64, 64), 127).save(black)
+    Image.new("LA", (64, 64), (255, 0)).save(clear)
     opened, *_, plain, _, _, failed = page.upload(str(picture), None)
     assert failed is None
     *_, view, _, _, failed = page.upload(str(picture), str(half))
@@ -136,6 +137,7 @@ def test_masks(page: Page, tmp_path: Path) -> None:
     for file, message in [
         (wide, "the mask must have the aspect ratio of the picture, 64 x 64, got 32 x 64"),
         (black, "the mask must be white where the picture is drawn anew, got a mask without white"),
+        (clear, "the mask must be white where the picture is drawn anew, got a mask without white"),
         (tmp_path, "the file must be"),
     ]:
         _, said = page.upload_mask(str(file), opened)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scalediff.cascade.pictures import BEHIND_MASK
 from scalediff.command.pictures import open_picture
 from scalediff.web.uploads import open_upload, white_of
 
@@ -79,6 +80,26 @@ def test_pictures_are_read_upright_and_in_colour(tmp_path: Path) -> None:
         assert (open_upload(tmp_path / "a").size, open_upload(tmp_path / "a").mode) == ((24, 16), "RGB")
     (tmp_path / "a").write_bytes(encoded(SMALL, "JPEG", exif=turned))
     assert open_upload(tmp_path / "a").size == (16, 24)
+
+
+def test_what_is_transparent_is_white_in_a_picture_and_black_in_a_mask(tmp_path: Path) -> None:
+    """Whatever colour the file hides there; a half is mixed. Also where one colour or palette entry is transparent."""
+    hidden = Image.new("RGBA", (3, 1), (0, 200, 255, 0))
+    hidden.putpixel((1, 0), (255, 255, 255, 51))
+    hidden.putpixel((2, 0), (10, 20, 30, 255))
+    hidden.save(tmp_path / "a.png")
+    for read in (open_upload, open_picture):
+        assert np.asarray(read(tmp_path / "a.png"))[0].tolist() == [[255] * 3, [255] * 3, [10, 20, 30]]
+        assert np.asarray(read(tmp_path / "a.png", behind=BEHIND_MASK))[0].tolist() == [[0] * 3, [51] * 3, [10, 20, 30]]
+    red = Image.new("RGB", (1, 1), "red")
+    for image, color in ((red, (255, 0, 0)), (red.quantize(2), red.quantize(2).getpixel((0, 0))), (Image.new("L", (1, 1), 7), 7)):
+        image.save(tmp_path / "a.png", transparency=color)
+        assert open_upload(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_animation_is_its_first_picture(tmp_path: Path) -> None:
+    SMALL.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", SMALL.size, "blue")])
+    assert open_picture(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_grey_levels_of_16_bits_are_not_cut_off(tmp_path: Path) -> None:
