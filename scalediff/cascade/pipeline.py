@@ -165,17 +165,17 @@ def stage_sizes(
     return [(int(y), int(x)) for y, x in given]
 
 
-def enlarged_size(pipe: Any, picture: Any) -> tuple[int, int]:
-    """About twice the (height, width) of a PIL picture, or the model's native area if that is more; in multiples of the model's.
+def enlarged_size(pipe: Any, picture: Any, wrap: tuple[bool, bool] = (False, False)) -> tuple[int, int]:
+    """About twice the (height, width) of a PIL picture, or the model's native area if that is more; in multiples of `side_multiples`.
 
     Near that size it is the one whose aspect ratio is nearest to the picture's.
     """
-    multiple, native = size_multiple(pipe), math.prod(native_size(pipe))
+    (rows, columns), native = side_multiples(pipe, wrap), math.prod(native_size(pipe))
     factor = max(2.0, math.sqrt(native / (picture.height * picture.width)))
     sizes = []
-    for y in range(1, math.ceil(1.25 * factor * picture.height / multiple) + 1):
-        height = y * multiple
-        width = max(1, round(height * picture.width / picture.height / multiple)) * multiple
+    for y in range(1, math.ceil(1.25 * factor * picture.height / rows) + 1):
+        height = y * rows
+        width = max(1, round(height * picture.width / picture.height / columns)) * columns
         distortion = abs(math.log(height * picture.width / (width * picture.height)))
         if height * width >= 0.8 * factor**2 * picture.height * picture.width and height * width >= native:
             sizes.append((round(distortion, 2), abs(height - factor * picture.height), height, width))

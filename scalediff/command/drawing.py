@@ -133,7 +133,7 @@ def upscale_pictures(options: Namespace) -> None:
     if options.strength is not None:
         pipe = changing_pipeline(pipe, with_mask=mask is not None)
     settings = resolve_settings(pipe, options)
-    height, width = named_size(options) or enlarged_size(pipe, image)
+    height, width = named_size(options) or enlarged_size(pipe, image, wrap_of(pipe, settings))
     changes = {"mask": options.mask and options.mask.name, "strength": options.strength}
     facts = {"picture": options.file.name, "picture_size": f"{image.height}x{image.width}"}
     facts |= {name: value for name, value in changes.items() if value is not None}

@@ -139,6 +139,14 @@ def test_the_size_to_enlarge_to_has_the_shape_of_the_picture(demo: Any, size: tu
     assert enlarged_size(demo, Image.new("RGB", size[::-1])) == expected
 
 
+def test_the_size_of_a_picture_that_wraps_has_whole_tokens_at_every_level(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = demo.unet.config
+    levels = {"block_out_channels": (32, 32, 32, 32)}  # of which the last has tokens of 8 latents, 32 pixels
+    monkeypatch.setattr(demo.unet, "_internal_dict", type(config)({**config, **levels}))
+    picture = Image.new("RGB", (90, 64))
+    assert [enlarged_size(demo, picture, wrap)[1] % 32 for wrap in ((False, False), (False, True))] == [8, 0]
+
+
 @pytest.mark.parametrize("size", [(8, 900), (1, 1), (900, 8), (333, 7)])
 def test_any_picture_has_a_size_to_enlarge_to(demo: Any, size: tuple[int, int]) -> None:
     height, width = enlarged_size(demo, Image.new("RGB", size[::-1]))
