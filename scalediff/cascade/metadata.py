@@ -45,7 +45,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     from PIL.PngImagePlugin import PngImageFile
 
     try:
-        with PngImageFile(path) as image:  # Image.open refuses large pictures
+        image = PngImageFile(path)  # Image.open refuses large pictures
+        with image:
             text = image.info if _KEY in image.info else image.text  # which reads the pixels, and the text behind them
             metadata: dict[str, Any] = json.loads(text[_KEY])
     except KeyError:
