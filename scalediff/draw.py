@@ -128,7 +128,7 @@ def generate(
     Raises:
         ValueError: A size or setting is out of range, the run does not fit into the available memory by estimate and is not forced, the
             picture alone is larger than the device's memory, the pipeline belongs to no known family, the workdir belongs to another
-            run, or a feature cache was made for another number of steps.
+            run, a feature cache was made for another number of steps, or the latents of a stage are not finite.
         TypeError: The pipeline is not a text-to-image pipeline, or an argument is of the wrong type.
         NotImplementedError: The pipeline's scheduler is not supported, or the method does not support the model; a feature cache or
             perturbed-attention guidance does not allow these settings, as in docs/guide/composition.md.
@@ -232,7 +232,7 @@ def upscale(
         ValueError: As `generate`; also if the target is smaller than the picture, or as large without a mask or a strength; if target or
             mask has another aspect ratio than the picture; if the strength is out of range, less than one step, or given to a
             text-to-image pipeline; or if a base stage must keep a mask and the pipeline is not for inpainting.
-        TypeError: As `generate`; also if `image` is not a PIL picture or a list of them.
+        TypeError: As `generate`; also if `image` is not a PIL picture or a list of them, or `mask_image` is no mask.
         NotImplementedError: As `generate`; also if the pipeline changes pictures in a way that the cascade does not support.
         RuntimeError: As `generate`.
         torch.OutOfMemoryError: As `generate`.
