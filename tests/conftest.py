@@ -1,4 +1,4 @@
-"""Shared fixtures: the embedded model, loaded once and handed out unpatched."""
+"""Shared fixtures: the embedded model, as it is and with fewer channels, loaded once and handed out unpatched."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)  # the models are small: threads cost more than they bring, above all beside other work
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job: what tests start would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
@@ -125,20 +128,41 @@ def _autoencoders_are_counted_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def _demo() -> Any:
+def _loaded(**networks: Any) -> Any:
     pytest.importorskip("diffusers", reason="the picture-making path needs diffusers")
     pipe = scalediff.load_demo()
     pipe.set_progress_bar_config(disable=True)
+    for name, channels in networks.items():
+        network = getattr(pipe, name)
+        torch.manual_seed(0)
+        setattr(pipe, name, type(network).from_config({**network.config, **channels}).eval())
     pipe("", num_inference_steps=1, output_type="latent", generator=seeded())  # the first call adds attributes to the pipeline
     return pipe
 
 
+@pytest.fixture(scope="session")
+def _demo() -> Any:
+    unet, vae = {"block_out_channels": (16, 32)}, {"block_out_channels": (8, 16, 16), "norm_num_groups": 4}
+    return _loaded(unet=unet, vae=vae)
+
+
 @pytest.fixture
 def demo(_demo: Any) -> Iterator[Any]:
-    """The embedded pipeline; unpatched again after the test."""
+    """The embedded pipeline with a quarter of the channels and random weights, which take less time; unpatched again after the test."""
     yield _demo
     scalediff.unpatch_model(_demo)
+
+
+@pytest.fixture(scope="session")
+def _trained_demo() -> Any:
+    return _loaded()
+
+
+@pytest.fixture
+def trained_demo(_trained_demo: Any) -> Iterator[Any]:
+    """The embedded pipeline as it is, for what pictures show and what is counted by hand; unpatched again after the test."""
+    yield _trained_demo
+    scalediff.unpatch_model(_trained_demo)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -47,7 +48,8 @@ def load_model(
         low_memory: On a GPU, keep each component on the device only while it is in use.
 
     Raises:
-        UsageError: diffusers is missing, the model or device does not exist, or the scheduler is for flow models and the model is none.
+        UsageError: diffusers is missing, the model or device does not exist, the scheduler is for flow models and the model is none, or it
+            has no `timestep_spacing`.
         torch.OutOfMemoryError: The weights do not fit on the device.
     """
     try:
@@ -76,6 +78,8 @@ def load_model(
         if scheduler in _FLOW and prediction_type != "flow_prediction":
             raise UsageError(f"--scheduler {scheduler} is for flow models, got {name} with {prediction_type=}")
         kind = getattr(diffusers, SCHEDULERS[scheduler]) if scheduler is not None else type(pipe.scheduler)
+        if spacing is not None and "timestep_spacing" not in inspect.signature(kind).parameters:
+            raise UsageError(f"{kind.__name__} has no timestep spacing, got --timestep-spacing {spacing}")
         options: dict[str, Any] = {"timestep_spacing": spacing} if spacing is not None else {}
         if scheduler == "pndm":
             options["skip_prk_steps"] = True  # as Stable Diffusion has it; high-resolution stages need it

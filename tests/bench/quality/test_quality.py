@@ -129,7 +129,7 @@ def test_a_row_has_its_upsampler_and_pictures_without_it_are_refused(tmp_path: P
         Gallery(tmp_path, demo, 128).draw("upsampler", 1001)
 
 
-def test_a_drawn_picture_has_its_base_and_the_work_of_its_run(tmp_path: Path, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drawn_picture_has_its_base_and_the_work_of_its_run(tmp_path: Path, trained_demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by hand: three modules at 16 x 16 tokens with 2 heads, four at 8 x 8 with 4 heads (D = 32), twice for guidance."""
 
     def one_pass(scale: int, *, npa: bool) -> int:
@@ -140,7 +140,7 @@ def test_a_drawn_picture_has_its_base_and_the_work_of_its_run(tmp_path: Path, de
         few = {"steps": 2, "restart": 0.5, "attention": attention}
         monkeypatch.setitem(DRAWINGS, attention, Drawing(attention, few))
     for row, bf16 in (("npa", False), ("full", False), ("npa", True)):
-        gallery = Gallery(tmp_path, demo, 128, bf16=bf16)
+        gallery = Gallery(tmp_path, trained_demo, 128, bf16=bf16)
         gallery.draw(row, 1000)
         found = gallery.read(row, [1000])
         assert found.bases is not None
@@ -150,7 +150,7 @@ def test_a_drawn_picture_has_its_base_and_the_work_of_its_run(tmp_path: Path, de
         assert 1e9 * found.gflops[0] == pytest.approx(4 * one_pass(1, npa=False) + 2 * one_pass(2, npa=row == "npa"))
         assert found.gflops[1] > found.gflops[0]
         assert found.seconds[0] > 0
-    exact, mixed = (Gallery(tmp_path, demo, 128, bf16=bf16).read("npa", [1000]).images for bf16 in (False, True))
+    exact, mixed = (Gallery(tmp_path, trained_demo, 128, bf16=bf16).read("npa", [1000]).images for bf16 in (False, True))
     assert 0 < (exact - mixed).abs().mean() < 2**-8  # a rounding of the denoiser's products; the error of its output is one of them
 
 

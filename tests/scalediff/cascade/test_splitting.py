@@ -178,17 +178,17 @@ def test_too_little_memory_of_one_rank_is_refused_on_all(two: list[dict[str, Any
         assert said["impossible"].startswith("rank 1: the picture must fit into the memory of cpu, 0.0 GiB, got 128 x 64")
 
 
-def test_a_rank_needs_at_most_what_is_estimated(demo: Any, two: list[dict[str, Any]]) -> None:
+def test_a_rank_needs_at_most_what_is_estimated(trained_demo: Any, two: list[dict[str, Any]]) -> None:
     """And half of what one process needs, within a third."""
     arguments, size = refused_ranks.ARGUMENTS, refused_ranks.LARGE
-    bound, whole = estimate_rank(demo, arguments, size, Shares(2, 1, 2, 4)), estimate(demo, arguments, size)
+    bound, whole = estimate_rank(trained_demo, arguments, size, Shares(2, 1, 2, 4)), estimate(trained_demo, arguments, size)
     for found in two:
         assert 0.7 * bound.denoiser < found["memory_of_a_band"] <= bound.denoiser
     assert bound.denoiser < 0.7 * whole.denoiser
-    assert (bound.vae, bound.weights) == (band_bytes(demo.vae, size, 1, 2), whole.weights)
-    native = estimate(demo, arguments, (64, 64)).denoiser
-    assert estimate_rank(demo, arguments, (128, 64), Shares(16, 1, 16, 32)).denoiser == native, "every rank draws the base stage"
-    halves = estimate_rank(demo, arguments, size, Shares(1, 2, 2, 1))
+    assert (bound.vae, bound.weights) == (band_bytes(trained_demo.vae, size, 1, 2), whole.weights)
+    native = estimate(trained_demo, arguments, (64, 64)).denoiser
+    assert estimate_rank(trained_demo, arguments, (128, 64), Shares(16, 1, 16, 32)).denoiser == native, "every rank draws the base stage"
+    halves = estimate_rank(trained_demo, arguments, size, Shares(1, 2, 2, 1))
     assert halves.denoiser == pytest.approx(whole.denoiser / 2, rel=0.2)
     assert halves.halves == 1
 

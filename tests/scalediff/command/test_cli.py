@@ -127,8 +127,11 @@ def test_upscale_enlarges_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert source.read_bytes() == before
 
 
-def test_upscale_changes_what_a_mask_leaves_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_upscale_changes_what_a_mask_leaves_free(
+    tmp_path: Path, trained_demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a strength, a base stage is one more file; the left half, transparent in the mask, is that of the photo, up to the VAE."""
+    monkeypatch.setattr(loading, "load_demo", lambda: trained_demo)
     source, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(source)
     white = Image.new("L", (64, 64), 255)

@@ -226,8 +226,10 @@ def test_pndm_is_that_of_stable_diffusion(demo: Any) -> None:
     assert read_metadata(Path("a-moon-0.png"))["scheduler"] == "PNDMScheduler"
 
 
-def test_a_scheduler_of_trailing_steps(demo: Any) -> None:
+def test_a_scheduler_of_trailing_steps(demo: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = demo.scheduler
+    assert main(["generate", "a moon", "--scheduler", "dpm++-single", "--timestep-spacing", "trailing", *FAST]) == 2
+    assert "DPMSolverSinglestepScheduler has no timestep spacing, got --timestep-spacing trailing" in capsys.readouterr().err
     try:
         assert main(["generate", "a moon", "--scheduler", "euler", "--timestep-spacing", "trailing", *FAST]) == 0
         assert demo.scheduler.config.timestep_spacing == "trailing"

@@ -24,33 +24,33 @@ def test_the_model_is_small_and_says_how_it_was_made() -> None:
     assert {"device", "torch", "python"} <= set(log["machine"])
 
 
-def test_held_out_pictures_survive_the_autoencoder(demo: Any) -> None:
+def test_held_out_pictures_survive_the_autoencoder(trained_demo: Any) -> None:
     pictures = render(HELD_OUT_SEED, 32, 64)
     with torch.no_grad():
-        restored = demo.vae.decode(demo.vae.encode(pictures * 2 - 1).latent_dist.mean).sample / 2 + 0.5
+        restored = trained_demo.vae.decode(trained_demo.vae.encode(pictures * 2 - 1).latent_dist.mean).sample / 2 + 0.5
     psnr = -10 * (restored - pictures).square().mean(dim=(1, 2, 3)).log10()
     assert psnr.mean() >= 30
 
 
-def test_the_architecture_is_sdxl_in_small(demo: Any) -> None:
+def test_the_architecture_is_sdxl_in_small(trained_demo: Any) -> None:
     grids = set()
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         grids.add(args[0].shape[1])
 
-    removers = [m.register_forward_pre_hook(note) for n, m in demo.unet.named_modules() if n.endswith("attn1")]
+    removers = [m.register_forward_pre_hook(note) for n, m in trained_demo.unet.named_modules() if n.endswith("attn1")]
     with torch.no_grad():
-        demo.unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 24, 64))
+        trained_demo.unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 24, 64))
     for remover in removers:
         remover.remove()
     assert grids == {256, 64}, "self-attention at two levels"
-    assert demo.vae_scale_factor == 4
+    assert trained_demo.vae_scale_factor == 4
 
 
-def test_unknown_words_are_no_error(demo: Any) -> None:
-    ids = demo.tokenizer("a Moon, zqx über 42 hills", padding="max_length", max_length=24, truncation=True).input_ids
+def test_unknown_words_are_no_error(trained_demo: Any) -> None:
+    ids = trained_demo.tokenizer("a Moon, zqx über 42 hills", padding="max_length", max_length=24, truncation=True).input_ids
     assert len(ids) == 24
-    assert demo.tokenizer.tokenize("moon over hills") == ["moon</w>", "over</w>", "hills</w>"]
+    assert trained_demo.tokenizer.tokenize("moon over hills") == ["moon</w>", "over</w>", "hills</w>"]
 
 
 def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
@@ -92,18 +92,18 @@ def test_training_end_to_end_on_a_handful_of_scenes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_native_samples_show_exactly_one_disc(demo: Any) -> None:
+def test_native_samples_show_exactly_one_disc(trained_demo: Any) -> None:
     from bench.quality.measuring import native_rows
 
-    drawn, true = native_rows(demo, n=64).values()
+    drawn, true = native_rows(trained_demo, n=64).values()
     assert drawn["one_disc"] >= 0.9
     assert true["one_disc"] >= 0.99
 
 
 @pytest.mark.slow
-def test_pictures_show_the_hour_and_the_place_of_their_words(demo: Any) -> None:
+def test_pictures_show_the_hour_and_the_place_of_their_words(trained_demo: Any) -> None:
     from bench.quality.measuring import word_rows
 
-    (heeded,) = word_rows(demo, n=4).values()
+    (heeded,) = word_rows(trained_demo, n=4).values()
     assert heeded["hour"] >= 0.9
     assert heeded["place"] >= 0.75  # chance is a third

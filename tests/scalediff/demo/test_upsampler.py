@@ -58,7 +58,7 @@ def test_ends_meet_where_a_picture_wraps(wrap: tuple[bool, bool]) -> None:
     assert (unwrapped - middle).abs().max() > 1e-2, "the border shows without wrap"
 
 
-def test_the_weights_give_held_out_scenes_the_power_that_bicubic_lacks(demo: Any) -> None:
+def test_the_weights_give_held_out_scenes_the_power_that_bicubic_lacks(trained_demo: Any) -> None:
     """Above the Nyquist frequency of the decoded picture, at both sizes that the cascade doubles; nearer to the truth by 6 dB at least."""
     found = load_upsampler("demo")
     assert isinstance(found, NetworkUpsampler)
@@ -67,7 +67,7 @@ def test_the_weights_give_held_out_scenes_the_power_that_bicubic_lacks(demo: Any
     for size in (64, 128):
         small, true = render(HELD_OUT_SEED, 4, size), render(HELD_OUT_SEED, 4, 2 * size)
         with torch.no_grad():
-            decoded = demo.vae.decode(demo.vae.encode(2 * small - 1).latent_dist.mode()).sample
+            decoded = trained_demo.vae.decode(trained_demo.vae.encode(2 * small - 1).latent_dist.mode()).sample
 
         def lack(enlarged: Tensor, true: Tensor = true) -> float:
             power = (power_above((x / 2 + 0.5).clamp(0, 1), frequency=0.25).sum() for x in (enlarged, 2 * true - 1))
