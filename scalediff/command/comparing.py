@@ -17,7 +17,7 @@ from scalediff.cascade.pipeline import stage_sizes, wrap_of
 from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, one_line
-from scalediff.command.method_options import check_effects, method_facts, method_objects, options_of_scalediff
+from scalediff.command.method_options import check_effects, check_upsampler_effect, method_facts, method_objects, options_of_scalediff
 from scalediff.command.pictures import side_by_side
 from scalediff.command.ranks import check_one_process
 from scalediff.command.reporting import Job, picture_metadata, print_status
@@ -73,6 +73,7 @@ def compare_methods(options: Namespace) -> None:
     check_one_process("compare")
     check_effects(options)
     jobs, methods = plan_jobs(options, prompts_of(options)), method_objects(options.methods, options.option)
+    check_upsampler_effect(methods, options.upsampler)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     settings, size = resolve_settings(pipe, options), target_size(pipe, options)
     sizes = stage_sizes(pipe, *size, options.sizes, wrap=wrap_of(pipe, settings))

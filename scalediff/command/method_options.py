@@ -114,6 +114,12 @@ def method_objects(methods: Sequence[str], pairs: Sequence[str]) -> dict[str, Me
     return {name: method_object(name, some) if name in METHODS else None for name, some in own.items()}
 
 
+def check_upsampler_effect(methods: Mapping[str, MethodOptions | None], upsampler: Any) -> None:
+    """Check that the upsampler has an effect: of several methods, those that enlarge pictures take it. UsageError where none does."""
+    if upsampler is not None and not any(method is None or hasattr(method, "upsampler") for method in methods.values()):
+        raise UsageError(f"--upsampler must be with a method that enlarges pictures in --methods, got {','.join(methods)}")
+
+
 def option_names(method: str) -> list[str]:
     """The names of a method's options for --option; its upsampler has an option of its own, --upsampler."""
     return [one.name for one in fields(METHODS[method].options) if one.name != "upsampler"]

@@ -68,6 +68,10 @@ def test_a_panel_that_does_not_wrap_says_so(tmp_path: Path) -> None:
             ["--methods", "direct,diffusehigh", "--restart", "0.5", "--tile", "x"],
             "--restart, --tile must be with scalediff or full-attention in --methods, got direct,diffusehigh",
         ),
+        (
+            ["--methods", "direct,demofusion", "--upsampler", "demo"],
+            "--upsampler must be with a method that enlarges pictures in --methods, got direct,demofusion",
+        ),
         (["--methods", "hiflow"], "HiFlow needs a flow model with FlowMatchEulerDiscreteScheduler, got DDIMScheduler"),
     ],
 )
