@@ -95,7 +95,7 @@ class _FirstPassError(Exception):
 
 
 def prepared(pipe: Any, task: Task, item: Item) -> Task:
-    """The task with its ControlNet loaded, after its run was begun and stopped at the denoiser's first pass.
+    """The task with its ControlNet loaded, after a run without it was begun, and stopped at the denoiser's first pass.
 
     Raises:
         ValueError, TypeError, NotImplementedError, ImportError: As `scalediff.generate`, before anything is drawn.
@@ -104,15 +104,15 @@ def prepared(pipe: Any, task: Task, item: Item) -> Task:
     def stop(*_: Any) -> None:
         raise _FirstPassError
 
+    controlnet = getattr(task.options, "controlnet", None)
+    plain = task if controlnet is None else replace(task, options=replace(task.options, controlnet=None))
     hook = denoiser_of(pipe).register_forward_pre_hook(stop)
     try:
         with suppress(_FirstPassError):
-            _generate(pipe, task, item)
+            _generate(pipe, plain, item)
     finally:
         hook.remove()
-    if getattr(task.options, "controlnet", None) is None:
-        return task
-    return replace(task, options=replace(task.options, controlnet=resolve_controlnet(pipe, task.options.controlnet)))
+    return task if controlnet is None else replace(task, options=replace(task.options, controlnet=resolve_controlnet(pipe, controlnet)))
 
 
 def _generate(pipe: Any, task: Task, item: Item) -> Result:
