@@ -145,9 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--negative-prompt", help="negative prompt instead of the preset's")
     drawing.add_argument(
         "--upsampler", type=values.upsampler,
-        help="super-resolution network (.safetensors, .pth, or demo) in place of bicubic, for those of --methods that enlarge pictures",
+        help="super-resolution network (.safetensors, .pth, or demo) in place of bicubic, for those of --methods that enlarge pictures; "
+        "refused if none does",
     )  # fmt: skip
-    drawing.add_argument("--size-conditioning", choices=["target", "native"], help="what ScaleDiff tells SDXL as the picture's size")
+    drawing.add_argument("--size-conditioning", choices=["target", "native"], help="what scalediff tells SDXL as the picture's size")
     drawing.add_argument(
         "--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="an option of a method; docs/guide/methods.md lists them"
     )

@@ -131,7 +131,7 @@ def _draw_until_killed(folder: Path) -> None:
 
 
 @pytest.mark.slow  # a process of its own
-def test_after_a_kill_only_what_is_missing_is_drawn(pipe: Any, drawn: list[tuple[str, int]], tmp_path: Path) -> None:
+def test_after_a_kill_only_what_is_missing_is_drawn(trained_demo: Any, drawn: list[tuple[str, int]], tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_draw_until_killed, args=(tmp_path,))
     process.start()
     process.join(120)
@@ -140,7 +140,7 @@ def test_after_a_kill_only_what_is_missing_is_drawn(pipe: Any, drawn: list[tuple
     assert list(tmp_path.glob(".*.part"))
     with pytest.raises(ValueError, match="must hold all 3 pictures of its run, got 2: repeat the same generate command"):
         open_folder(tmp_path)
-    draw_items(pipe, TASK, items_of(PROMPTS, [0]), tmp_path)
+    draw_items(trained_demo, TASK, items_of(PROMPTS, [0]), tmp_path)
     assert drawn == [(PROMPTS[2], 2)]
     assert len(open_folder(tmp_path)) == 3
 

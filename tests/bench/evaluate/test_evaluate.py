@@ -62,6 +62,14 @@ def test_without_a_network_rows_and_page_are_written(folders: Path, capsys: pyte
     assert f"{float(row['value']):.3g}" in page
 
 
+def test_folders_of_one_name_are_rows_of_their_own(folders: Path) -> None:
+    generated_folder(folders / "flux" / "sharp", PROMPTS, blur=True)
+    main(["score", str(folders / "sharp"), str(folders / "flux" / "sharp"), "--bootstrap", "0"])
+    rows = rows_of(folders / "scores.csv")
+    assert {row["folder"]: row["baseline"] for row in rows.values()} == {f"{folders.name}/sharp": "", "flux/sharp": f"{folders.name}/sharp"}
+    assert float(rows["flux/sharp/hf_ratio"]["difference"]) < 0
+
+
 def test_a_protocol_with_its_networks(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(command, "load_inception", lambda path, device: small_inception())
     monkeypatch.setattr(command, "load_clip", lambda name, device: RedMeansRed())
@@ -141,9 +149,9 @@ def test_an_output_that_nobody_reads_ends_the_command(monkeypatch: pytest.Monkey
 
 
 def test_the_commands_of_the_guide_are_valid() -> None:
-    page = (ROOT / "docs" / "guide" / "evaluate.md").read_text().replace("\\\n", " ")
-    typed = re.findall(r"^ *(?:python|torchrun --nproc-per-node \d+) -m bench\.evaluate (.*)$", page, flags=re.MULTILINE)
-    assert len(typed) >= 7
+    pages = "".join((ROOT / "docs" / "guide" / name).read_text() for name in ("evaluate.md", "method.md")).replace("\\\n", " ")
+    typed = re.findall(r"^ *(?:python|torchrun --nproc-per-node \d+) -m bench\.evaluate (.*)$", pages, flags=re.MULTILINE)
+    assert len(typed) >= 11
     for arguments in typed:
         _parser().parse_args(shlex.split(arguments))
 
