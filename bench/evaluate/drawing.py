@@ -56,7 +56,7 @@ class Task:
     size: tuple[int, int]  # (height, width) in pixels
     preset: Preset
     given: Mapping[str, Any]  # further arguments of `scalediff.generate`
-    options: MethodOptions | None = None  # of the method; None for ScaleDiff
+    options: MethodOptions = None  # of the method; None for ScaleDiff
 
 
 def read_prompts(path: Path, *, column: str = "prompt") -> list[str]:
