@@ -20,11 +20,11 @@ import scalediff
 from bench.evaluate.drawing import Task, draw_items, items_of, write_manifest
 from bench.evaluate.folders import open_folder
 from scalediff.cascade.metadata import read_metadata
-from scalediff.settings import Settings
+from scalediff.settings import Preset, Settings
 from tests.bench.evaluate.pictures import picture
 
 PROMPTS = ["a sun over hills", "a moon over hills", "a sun"]
-TASK = Task("demo", "scalediff", (96, 64), "default", {"steps": 2})
+TASK = Task("demo", "scalediff", (96, 64), Preset(Settings(), "the test"), {"steps": 2})
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def changed(**parts: Any) -> Task:
         (changed(size=(64, 96)), PROMPTS, [0], "size"),
         (changed(given={"steps": 3}), PROMPTS, [0], "given"),
         (changed(method="demofusion"), PROMPTS, [0], "method"),
+        (changed(preset=Preset(Settings(size_conditioning="native"), "the test")), PROMPTS, [0], "preset"),
     ],
 )
 def test_another_run_in_the_folder_is_refused(
