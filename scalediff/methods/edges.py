@@ -76,7 +76,7 @@ def resolve_controlnet(pipe: Any, controlnet: Any) -> Any:
         controlnet = loaded.to(pipe._execution_device)
     if not hasattr(controlnet, "controlnet_cond_embedding"):
         raise TypeError(f"controlnet must be a ControlNetModel of diffusers, or the folder or id of one, got {type(controlnet).__name__}")
-    width, own = controlnet.config.cross_attention_dim, unet.config.cross_attention_dim
+    width, own = controlnet.config.cross_attention_dim, unet.config.get("cross_attention_dim")
     if width != own:
         raise ValueError(f"controlnet must be made for this U-Net, whose text has {own} channels, got cross_attention_dim={width}")
     factor, pixels = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1), pixels_per_latent(pipe)
