@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from scalediff.demo.scenes import luminance
 
-WORKING = 128  # pixels of the shorter side that every picture is resampled to
+WORKING = 128  # pixels of the shorter side that every picture is reduced to
 PATCH = 16  # pixels per side, an eighth of the working size
 STRIDE = 8  # between patches
 REACH = 12  # in pixels: of places nearer than this to a better one, along both axes, only the better one counts
@@ -23,7 +23,7 @@ STRAIGHT = 0.2  # share of the gradient's energy across its main direction, belo
 def repetition(images: Tensor) -> Tensor:
     """Mean number of other places in each picture `[N, 3, Y, X]` in [0, 1] that look like one of its patches; `[N]` fp64.
 
-    The luma is resampled to a shorter side of 128 (triangle filter with antialias) and its gradient taken by central differences: a
+    The luma is reduced to a shorter side of 128 (triangle filter with antialias) and its gradient taken by central differences: a
     picture is a smooth shade first, and shades alone would correlate everywhere. Patches of 16 x 16 lie on a grid of 8 pixels. Left out
     are flat patches, and those whose edges all have one direction, as an edge looks like itself along its whole length (smaller eigenvalue
     of the structure tensor below 0.2 of the trace). A patch is compared with all places by zero-mean normalised cross-correlation of both
@@ -32,12 +32,15 @@ def repetition(images: Tensor) -> Tensor:
 
     It sees copies of about the same size, orientation and contrast, and not those that are mirrored, turned, scaled or drawn anew with
     other outlines. Subjects that repeat rightly (windows, bricks, stars) count too, so compare with the same prompts at the native size.
+    ValueError where a side is below 128.
     """
+    if min(images.shape[2:]) < WORKING:
+        raise ValueError(f"pictures must have sides of at least {WORKING} for their repetition, got {tuple(images.shape)=}")
     return torch.stack([_repetition_of(luma) for luma in luminance(images)])
 
 
 def _repetition_of(luma: Tensor) -> Tensor:
-    sizes = [max(WORKING, round(WORKING * n / min(luma.shape))) for n in luma.shape]
+    sizes = [round(WORKING * n / min(luma.shape)) for n in luma.shape]
     small = F.interpolate(luma[None, None], sizes, mode="bilinear", antialias=True)[0, 0].double()
     field = torch.stack(torch.gradient(small))
     field = field - field.mean((1, 2), keepdim=True)
@@ -69,7 +72,8 @@ def _peaks(correlation: Tensor) -> Tensor:
     largest = correlation
     for _ in range(2):  # along each axis; in one dimension torch has a faster pooling than in two
         largest = F.max_pool1d(largest.mT.contiguous(), 2 * REACH + 1, 1, REACH)
-    return ((correlation > ALIKE) & (correlation == largest)).sum((1, 2))
+    peaks = (correlation > ALIKE) & (correlation == largest)
+    return peaks.sum((1, 2))
 
 
 def _box(values: Tensor) -> Tensor:

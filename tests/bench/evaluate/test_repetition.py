@@ -117,3 +117,8 @@ def test_pictures_of_a_batch_and_of_any_shape_are_counted_one_by_one() -> None:
     oblong = torch.cat([with_subjects(3), torch.full((1, 3, 256, 300), 0.5)], 3)
     assert value(oblong) == pytest.approx(2, rel=0.25)
     assert value(oblong.mT) == pytest.approx(2, rel=0.25)
+
+
+def test_pictures_below_the_working_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sides of at least 128 for their repetition, got .*\(1, 3, 127, 300\)"):
+        repetition(torch.zeros(1, 3, 127, 300))
