@@ -64,7 +64,8 @@ def _is_distinct(field: Tensor, deviation: Tensor) -> Tensor:
     """`[K, L]`: whether the patch at a place is neither flat nor has edges of one direction alone."""
     yy, xx, yx = _box(torch.stack([field[0] ** 2, field[1] ** 2, field[0] * field[1]]))
     smaller = (yy + xx) / 2 - torch.hypot((yy - xx) / 2, yx)
-    return (deviation >= FLAT) & (smaller >= STRAIGHT * (yy + xx))
+    distinct: Tensor = (deviation >= FLAT) & (smaller >= STRAIGHT * (yy + xx))
+    return distinct
 
 
 def _peaks(correlation: Tensor) -> Tensor:
@@ -72,8 +73,7 @@ def _peaks(correlation: Tensor) -> Tensor:
     largest = correlation
     for _ in range(2):  # along each axis; in one dimension torch has a faster pooling than in two
         largest = F.max_pool1d(largest.mT.contiguous(), 2 * REACH + 1, 1, REACH)
-    peaks = (correlation > ALIKE) & (correlation == largest)
-    return peaks.sum((1, 2))
+    return ((correlation > ALIKE) & (correlation == largest)).sum((1, 2))
 
 
 def _box(values: Tensor) -> Tensor:
