@@ -45,8 +45,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_without_a_network_rows_and_page_are_written(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["score", *(str(folders / name) for name in ("sharp", "smooth")), "--reference", str(folders / "true"), "--bootstrap", "20"])
     rows = rows_of(folders / "scores.csv")
-    names = ["seconds", "hf_ratio", "discs", "seam", "seam_control", "spectrum", "swd", "swd_fine"]
-    assert set(rows) == {"(reference)/hf_ratio", *(f"{folder}/{name}" for folder in ("sharp", "smooth") for name in names)}
+    names = ["seconds", "hf_ratio", "sharpness", "discs", "seam", "seam_control", "spectrum", "swd", "swd_fine"]
+    of_reference = {"(reference)/hf_ratio", "(reference)/sharpness"}
+    assert set(rows) == of_reference | {*(f"{folder}/{name}" for folder in ("sharp", "smooth") for name in names)}
     assert float(rows["(reference)/hf_ratio"]["value"]) == pytest.approx(float(rows["sharp/hf_ratio"]["value"]), rel=0.2)
     assert rows["(reference)/hf_ratio"]["pictures"] == "8"
     row = rows["smooth/spectrum"]
