@@ -95,7 +95,7 @@ def test_training_end_to_end_on_a_handful_of_scenes(tmp_path: Path) -> None:
 def test_native_samples_show_exactly_one_disc(trained_demo: Any) -> None:
     from bench.quality.measuring import native_rows
 
-    drawn, true = native_rows(trained_demo, n=64).values()
+    drawn, true = native_rows(trained_demo, n=32).values()
     assert drawn["one_disc"] >= 0.9
     assert true["one_disc"] >= 0.99
 
@@ -104,6 +104,6 @@ def test_native_samples_show_exactly_one_disc(trained_demo: Any) -> None:
 def test_pictures_show_the_hour_and_the_place_of_their_words(trained_demo: Any) -> None:
     from bench.quality.measuring import word_rows
 
-    (heeded,) = word_rows(trained_demo, n=4).values()
+    (heeded,) = word_rows(trained_demo, n=2).values()
     assert heeded["hour"] >= 0.9
     assert heeded["place"] >= 0.75  # chance is a third

@@ -196,7 +196,8 @@ def test_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
     x = vit(GRID)[0][0].float()
     with torch.no_grad(), scalediff.patch_model(model, text=("prefix", 1)):
         expected, exported = model(x), torch.export.export(model, (x,))
-    package = _inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))  # type: ignore[arg-type]
+    quickly = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    package = _inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"), inductor_configs=quickly)  # type: ignore[arg-type]
     out = _inductor.aoti_load_package(package)(x)
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
