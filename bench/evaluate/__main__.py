@@ -6,11 +6,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bench.evaluate.drawing import Task, draw_items, items_of, read_prompts
-from bench.evaluate.folders import comparison_size, open_folder, size_of
+from bench.evaluate.drawing import Task, draw_items, fingerprint, items_of, prepared, read_prompts
+from bench.evaluate.folders import comparison_size, open_folder, open_folders, size_of
 from bench.evaluate.networks import CLIP_MODEL, load_clip, load_inception
 from bench.evaluate.page import FIELDS, page, records
 from bench.evaluate.protocols import PROTOCOLS, described
@@ -19,10 +21,15 @@ from bench.harness.command import keep_freed_memory, names_of, positive, shard
 from bench.harness.facts import facts
 from bench.harness.pages import require_pandas
 from bench.harness.rows import RowFile, write_text
+from scalediff.cascade.pipeline import named_preset
+from scalediff.cascade.upsampling import Upsampler, resolve_upsampler
+from scalediff.cascade.workdir import Workdir
+from scalediff.command import values
 from scalediff.command.cli import parse_seeds, parse_size
-from scalediff.command.loading import UsageError, load_model, parse_device
+from scalediff.command.loading import UsageError, load_model, one_line, parse_device
+from scalediff.command.method_options import check_upsampler_effect, method_objects
 from scalediff.command.ranks import device_name, place
-from scalediff.methods import method_names
+from scalediff.methods import MethodOptions, method_names, resolve_method
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,31 +38,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.typed = shlex.join(["python", "-m", "bench.evaluate", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         options.run(options)
-    except (OSError, ValueError, TypeError, NotImplementedError, UsageError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        raise SystemExit(141) from None
+    except (OSError, ValueError, TypeError, NotImplementedError, ImportError, UsageError) as error:
         if os.environ.get("SCALEDIFF_DEBUG"):
             raise
-        parser.error(str(error))
+        parser.error(one_line(error))
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Draw the items of this process, method by method, into OUT/METHOD."""
+    """Draw the items of this process, method by method, into OUT/METHOD. Every method and folder is checked before."""
     i, n = options.shard or place()[:2]
     items = items_of(read_prompts(options.prompts, column=options.column), options.seeds)
+    methods = method_objects(options.methods, options.option)
+    check_upsampler_effect(methods, options.upsampler)
+    if options.size_conditioning is not None and "scalediff" not in methods:
+        raise UsageError(f"--size-conditioning must be with scalediff in --methods, got {','.join(methods)}")
     keep_freed_memory()
+    upsampler = resolve_upsampler(options.upsampler)
     pipe = load_model(options.model, device=device_name(options), dtype=options.dtype, low_memory=options.low_memory)
     pipe.set_progress_bar_config(disable=True)
-    named = {name: getattr(options, name) for name in ("steps", "guidance_scale", "negative_prompt", "upsampler")}
+    tasks = [prepared(pipe, task, items[0]) for task in _tasks(pipe, options, methods, upsampler)]
+    folders = {options.out / task.method: task for task in tasks}
+    for folder in sorted(folders, key=lambda folder: not folder.exists()):  # new folders last: one of another run ends the command
+        Workdir(folder, fingerprint(pipe, folders[folder], items))
+    for folder, task in folders.items():
+        drawn = draw_items(pipe, task, items, folder, shard=(i, n))
+        print(f"{task.method}: {drawn} pictures drawn, {len(items[i::n]) - drawn} were there", flush=True)
+
+
+def _tasks(
+    pipe: Any, options: argparse.Namespace, methods: Mapping[str, MethodOptions | None], upsampler: Upsampler | None
+) -> Iterator[Task]:
+    """A task for every method. As in `scalediff compare`, a method leaves out what it does not have."""
+    preset = named_preset(pipe, options.preset)
+    changes = {} if options.size_conditioning is None else {"size_conditioning": options.size_conditioning}
+    named = {name: getattr(options, name) for name in ("steps", "guidance_scale", "negative_prompt")}
     given = {name: value for name, value in named.items() if value is not None}
-    for method in options.methods:
-        task = Task(options.model, method, options.size, options.preset, given)
-        drawn = draw_items(pipe, task, items, options.out / method, shard=(i, n))
-        print(f"{method}: {drawn} pictures drawn, {len(items[i::n]) - drawn} were there", flush=True)
+    for name, method in methods.items():
+        if method is None:
+            changed = replace(preset, settings=replace(preset.settings, **changes))
+            yield Task(options.model, name, options.size, changed, given | ({"upsampler": upsampler} if upsampler else {}))
+        else:
+            with_upsampler = resolve_method(method, upsampler if hasattr(method, "upsampler") else None)
+            yield Task(options.model, name, options.size, preset, given, with_upsampler)
 
 
 def score_folders(options: argparse.Namespace) -> None:
     """Score folders, print the page, and write it beside the CSV."""
     require_pandas()
-    folders = [open_folder(path) for path in options.folders]
+    folders = open_folders(options.folders)
     reference = None if options.reference is None else open_folder(options.reference)
     protocol = PROTOCOLS[options.protocol].with_crops(options.crops, options.crop_size) if options.protocol else None
     if protocol is None and (options.crops is not None or options.crop_size is not None):
@@ -109,7 +143,15 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--steps", type=positive(int), help="denoising steps instead of the preset's")
     drawing.add_argument("--guidance-scale", type=float, help="guidance scale instead of the preset's")
     drawing.add_argument("--negative-prompt", help="negative prompt instead of the preset's")
-    drawing.add_argument("--upsampler", help="super-resolution network in place of bicubic, for methods that enlarge pictures")
+    drawing.add_argument(
+        "--upsampler", type=values.upsampler,
+        help="super-resolution network (.safetensors, .pth, or demo) in place of bicubic, for those of --methods that enlarge pictures; "
+        "refused if none does",
+    )  # fmt: skip
+    drawing.add_argument("--size-conditioning", choices=["target", "native"], help="what scalediff tells SDXL as the picture's size")
+    drawing.add_argument(
+        "--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="an option of a method; docs/guide/methods.md lists them"
+    )
     drawing.add_argument("--out", type=Path, required=True, help="folder; every method gets a folder in it")
     drawing.add_argument("--shard", type=shard, help="i/n: the part of this process (default: RANK and WORLD_SIZE)")
     drawing.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one, under torchrun its own)")

@@ -11,7 +11,8 @@ import io
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ import scalediff
 from bench.quality.pictures import border
 from scalediff.cascade.fingerprint import fingerprint_pipeline
 from scalediff.cascade.metadata import read_metadata, replacing, save_png
-from scalediff.cascade.pipeline import named_preset
+from scalediff.cascade.upsampling import identify_upsampler
 from scalediff.cascade.workdir import Workdir, digest
-from scalediff.methods import METHODS
+from scalediff.command.method_options import method_facts
+from scalediff.draw import Result
+from scalediff.methods import MethodOptions
+from scalediff.methods.edges import resolve_controlnet
+from scalediff.patching.networks import denoiser_of
+from scalediff.settings import Preset
 
 _SEEDS_APART = 1_000_000  # between the first seeds of two repetitions of a list
 
@@ -48,8 +54,9 @@ class Task:
     model: str  # its name, as the caller gave it
     method: str
     size: tuple[int, int]  # (height, width) in pixels
-    preset: str  # of the model's family
+    preset: Preset
     given: Mapping[str, Any]  # further arguments of `scalediff.generate`
+    options: MethodOptions = None  # of the method; None for ScaleDiff
 
 
 def read_prompts(path: Path, *, column: str = "prompt") -> list[str]:
@@ -83,6 +90,38 @@ def items_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
     return [Item(i, prompt, seed * _SEEDS_APART + i) for seed in dict.fromkeys(seeds) for i, prompt in enumerate(prompts)]
 
 
+class _FirstPassError(Exception):
+    """The denoiser was called."""
+
+
+def prepared(pipe: Any, task: Task, item: Item) -> Task:
+    """The task with its ControlNet loaded, after a run without it was begun, and stopped at the denoiser's first pass.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, ImportError: As `scalediff.generate`, before anything is drawn.
+    """
+
+    def stop(*_: Any) -> None:
+        raise _FirstPassError
+
+    controlnet = getattr(task.options, "controlnet", None)
+    plain = task if controlnet is None else replace(task, options=replace(task.options, controlnet=None))
+    hook = denoiser_of(pipe).register_forward_pre_hook(stop)
+    try:
+        with suppress(_FirstPassError):
+            _generate(pipe, plain, item)
+    finally:
+        hook.remove()
+    return task if controlnet is None else replace(task, options=replace(task.options, controlnet=resolve_controlnet(pipe, controlnet)))
+
+
+def _generate(pipe: Any, task: Task, item: Item) -> Result:
+    return scalediff.generate(
+        pipe, item.prompt, height=task.size[0], width=task.size[1], preset=task.preset, method=task.options or "scalediff",
+        generator=torch.Generator().manual_seed(item.seed), **task.given,
+    )  # fmt: skip
+
+
 def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, shard: tuple[int, int] = (0, 1)) -> int:
     """Draw the items of a shard that are not in the folder yet, and write the manifest; returns how many were drawn.
 
@@ -92,13 +131,10 @@ def draw_items(pipe: Any, task: Task, items: Sequence[Item], folder: Path, *, sh
     Workdir(folder, shared)
     mine = items[shard[0] :: shard[1]]
     missing = [item for item in mine if not (folder / item.file).exists()]
-    known = {name: shared[name] for name in ("method", "size", "model", "weights", "options", "scheduler", "dtype")}
+    known = {name: shared[name] for name in ("method", "size", "model", "weights", "options", "given", "scheduler", "dtype")}
     for number, item in enumerate(missing, len(mine) - len(missing) + 1):
         since = time.perf_counter()
-        result = scalediff.generate(
-            pipe, item.prompt, height=task.size[0], width=task.size[1], preset=task.preset, method=task.method,
-            generator=torch.Generator().manual_seed(item.seed), **task.given,
-        )  # fmt: skip
+        result = _generate(pipe, task, item)
         seconds = time.perf_counter() - since
         record = {"file": item.file} | asdict(item) | known | {"settings": asdict(result.settings), "seconds": round(seconds, 3)}
         save_png(result.images[0], folder / item.file, metadata=record)
@@ -116,10 +152,10 @@ def fingerprint(pipe: Any, task: Task, items: Sequence[Item]) -> dict[str, Any]:
         "seeds": digest([item.seed for item in items]),
         "model": task.model,
         "method": task.method,
-        "options": repr(METHODS[task.method].options()) if task.method in METHODS else "",
+        "options": {} if task.options is None else method_facts(task.method, task.options)["options"],
         "size": list(task.size),
-        "preset": [task.preset, repr(named_preset(pipe, task.preset))],
-        "given": dict(task.given),
+        "preset": repr(task.preset),
+        "given": {name: identify_upsampler(value) if name == "upsampler" else value for name, value in task.given.items()},
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "patch_border": border(pipe),
     }

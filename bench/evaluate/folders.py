@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,7 @@ class Folder:
     path: Path
     files: list[Path]
     run: dict[str, Any]  # what `generate` wrote about the run; empty for pictures of other software
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+    name: str  # of its rows
 
     def __len__(self) -> int:
         return len(self.files)
@@ -46,15 +44,26 @@ def open_folder(path: Path) -> Folder:
         raise ValueError(f"{path} must hold all {run['pictures']} pictures of its run, got {len(files)}: repeat the same generate command")
     if len(files) > run.get("pictures", len(files)):
         raise ValueError(f"{path} must hold no other pictures than the {run['pictures']} of its run, got {len(files)}")
-    return Folder(path, files, run)
+    return Folder(path, files, run, path.name)
+
+
+def open_folders(paths: Sequence[Path]) -> list[Folder]:
+    """Folders to compare, named by the last parts of their paths, as many as tell them apart; ValueError where one is named twice."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"folders must be different, each is a row, got {', '.join(map(str, paths))}")
+    folders, parts = [open_folder(path) for path in paths], [Path(os.path.abspath(path)).parts for path in paths]
+    count = next(n for n in range(1, max(map(len, parts)) + 1) if len({part[-n:] for part in parts}) == len(parts))
+    return [replace(folder, name="/".join(part[-count:])) for folder, part in zip(folders, parts, strict=True)]
 
 
 def common_size(folders: Sequence[Folder]) -> tuple[int, int]:
-    """The (height, width) of all pictures; ValueError where folders have the same name, or names of pictures, prompts or sizes differ."""
-    first, names = folders[0], [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"folders need different names, which are their rows, got {', '.join(names)}")
+    """The (height, width) of all pictures; ValueError where numbers or names of pictures, prompts or sizes differ."""
+    first = folders[0]
     for folder in folders[1:]:
+        if len(folder) != len(first):
+            raise ValueError(
+                f"folders must have as many pictures, which are paired, got {len(first)} in {first.path} and {len(folder)} in {folder.path}"
+            )
         if [file.stem for file in folder.files] != [file.stem for file in first.files]:
             raise ValueError(f"folders must have pictures of the same names, which pair them, got others in {first.path} and {folder.path}")
         if folder.run.get("prompts") != first.run.get("prompts"):

@@ -93,9 +93,11 @@ class Clip:
 
 def load_clip(name: str | None, device: torch.device) -> Clip:
     """Load a CLIP model: a folder or an id in the Hugging Face cache, `CLIP_MODEL` when None; ValueError where it is not there."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from transformers import CLIPModel, CLIPTokenizer
-
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from transformers import CLIPModel, CLIPTokenizer
+    except ImportError as error:
+        raise ValueError(f'the CLIP score needs transformers: pip install "scalediff[diffusers]" ({error})') from error
     chosen = name or CLIP_MODEL
     try:
         model = CLIPModel.from_pretrained(chosen, local_files_only=True)

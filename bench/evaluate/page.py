@@ -21,7 +21,8 @@ STATISTICS = {
     "fid_patch": ("FID of crops", "lower"), "kid_patch": ("KID of crops", "lower"),
     "is_patch": ("IS of crops", "higher"), "clip": ("CLIP", "higher"),
     "swd": ("SWD", "lower"), "swd_fine": ("SWD, finest level", "lower"), "spectrum": ("spectrum", "lower"),
-    "hf_ratio": ("HF ratio", "that of true pictures"), "seam": ("seam", "as its control"), "seam_control": ("seam control", ""),
+    "hf_ratio": ("HF ratio", "that of true pictures"), "sharpness": ("sharpness", "that of true pictures"),
+    "repetition": ("repetition", "lower"), "seam": ("seam", "as its control"), "seam_control": ("seam control", ""),
     "discs": ("discs", "1 in a true picture"), "seconds": ("s per picture", "lower"),
 }  # fmt: skip
 Scores = Mapping[str, Mapping[str, Score]]

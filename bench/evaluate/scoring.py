@@ -22,6 +22,7 @@ from bench.evaluate.distances import Interval, interval
 from bench.evaluate.folders import Folder, common_size, comparison_size, read_picture
 from bench.evaluate.networks import Clip, Inception
 from bench.evaluate.protocols import Protocol
+from bench.evaluate.repetition import WORKING, repetition
 from bench.quality import metrics
 from bench.quality.metrics import Statistic, mean_of
 from bench.quality.pictures import batch_of
@@ -64,7 +65,7 @@ class Score:
 
 
 def score(folders: Sequence[Folder], reference: Folder | None, options: Options) -> dict[str, dict[str, Score]]:
-    """Scores by folder and statistic; those of the reference itself, where its pictures are as large, under `REFERENCE`.
+    """Scores by folder and statistic; under `REFERENCE` the repetition of the reference, and its HF ratio and sharpness at the same size.
 
     ValueError where folders cannot be compared, a picture is unreadable or too small, a statistic lacks its reference or prompts, or FID
     would be of fewer pictures than features.
@@ -86,8 +87,10 @@ def score(folders: Sequence[Folder], reference: Folder | None, options: Options)
         }
         found[folder.name] = {name: Score(interval(*both), gaps.get(name)) for name, both in values.items()}
         first = first or values
-    if of_reference is not None and compared == size:  # what the HF ratio should be
-        found[REFERENCE] = {"hf_ratio": Score(Interval(float(of_reference["hf_ratio"].mean())))}
+    if of_reference is not None:  # what the numbers should be; all but the repetition depend on the size
+        shown = {"repetition", *(("hf_ratio", "sharpness") if compared == size else ())} & of_reference.keys()
+        if shown:
+            found[REFERENCE] = {name: Score(Interval(float(of_reference[name].mean()))) for name in sorted(shown)}
     return found
 
 
@@ -144,7 +147,7 @@ def _sliced(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[st
 
 
 def measure(folder: Folder, compared: tuple[int, int] | None, options: Options, *, reference: bool = False) -> dict[str, Tensor]:
-    """Measure generated pictures, or those of the reference, which may be of any sizes; of these the HF ratio as they are compared.
+    """Measure generated pictures, or those of the reference, of any sizes; of these `_alone` as they are compared.
 
     By name `[N]` fp64 of each statistic that is a mean over pictures, and what the others are made of: `controls`, `[N, 6]` seam scores at
     the control periods; `features` `[N, C, D]` and `logits` `[N, C, K]` of whole pictures, where C is 1, and with the suffix `_patch` of
@@ -159,7 +162,7 @@ def measure(folder: Folder, compared: tuple[int, int] | None, options: Options, 
             image = batch_of(ImageOps.fit(picture, compared[::-1], BICUBIC)).float() / 255
             one |= _compare(image, number)
             if reference:
-                one["hf_ratio"] = _number(metrics.high_frequency_ratio(image))
+                one |= _alone(image)
         if options.inception is not None:
             sizes = (options.inception.side, options.inception.side)
             one["features"], one["logits"] = options.inception(batch_of(picture.resize(sizes, BICUBIC)))
@@ -185,7 +188,7 @@ def _measure_alone(picture: Image.Image, file: Path, run: Mapping[str, Any], opt
     """What a generated picture shows without a reference."""
     pixels, border = batch_of(picture), run.get("patch_border", 0)
     image = pixels.float() / 255
-    found = {"hf_ratio": _number(metrics.high_frequency_ratio(image))}
+    found = _alone(image)
     if run:
         record = read_metadata(file)
         found["seconds"] = _number(record["seconds"])
@@ -197,6 +200,12 @@ def _measure_alone(picture: Image.Image, file: Path, run: Mapping[str, Any], opt
         found["seam"], *controls = map(_number, metrics.seam_score(image, period=border).values())
         found["controls"] = torch.stack(controls)
     return found
+
+
+def _alone(image: Tensor) -> dict[str, Tensor]:
+    """What any picture shows, true ones too."""
+    found = {"hf_ratio": _number(metrics.high_frequency_ratio(image)), "sharpness": _number(metrics.sharpness(image))}
+    return found | ({"repetition": repetition(image)[0]} if min(image.shape[2:]) >= WORKING else {})
 
 
 def _number(value: float | Tensor) -> Tensor:

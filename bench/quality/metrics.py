@@ -159,6 +159,16 @@ def high_frequency_ratio(images: Tensor) -> float:
     return (high / whole.clamp(min=1e-30)).mean().item()
 
 
+def sharpness(images: Tensor) -> float:
+    """Variance of the Laplacian (four neighbours less four times the pixel) of the luma in each picture, averaged over the pictures.
+
+    It is of the pixels as they are: the same scene in more pixels has a smaller variance. Noise is sharp too.
+    """
+    luma = luminance(images.double())
+    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * luma[:, 1:-1, 1:-1]
+    return laplacian.var((1, 2), correction=0).mean().item()
+
+
 def seam_score(images: Tensor, *, period: int) -> dict[int, float]:
     """How much steeper pictures are at multiples of a period than elsewhere, in robust standard deviations.
 

@@ -17,7 +17,7 @@ from scalediff.cascade.pipeline import stage_sizes, wrap_of
 from scalediff.cascade.upsampling import resolve_upsampler
 from scalediff.command.jobs import plan_jobs, prompts_of
 from scalediff.command.loading import UsageError, one_line
-from scalediff.command.method_options import check_effects, method_facts, method_object, option_names, options_of_scalediff
+from scalediff.command.method_options import check_effects, check_upsampler_effect, method_facts, method_objects, options_of_scalediff
 from scalediff.command.pictures import side_by_side
 from scalediff.command.ranks import check_one_process
 from scalediff.command.reporting import Job, picture_metadata, print_status
@@ -72,7 +72,8 @@ def compare_methods(options: Namespace) -> None:
         raise UsageError(f"{', '.join(without_effect)} must be with scalediff or {FULL} in --methods, got {','.join(options.methods)}")
     check_one_process("compare")
     check_effects(options)
-    jobs, methods = plan_jobs(options, prompts_of(options)), _methods(options)
+    jobs, methods = plan_jobs(options, prompts_of(options)), method_objects(options.methods, options.option)
+    check_upsampler_effect(methods, options.upsampler)
     pipe, upsampler = load_pipeline(options), resolve_upsampler(options.upsampler)
     settings, size = resolve_settings(pipe, options), target_size(pipe, options)
     sizes = stage_sizes(pipe, *size, options.sizes, wrap=wrap_of(pipe, settings))
@@ -143,20 +144,6 @@ def save_sheet(pipe: Any, options: Namespace, job: Job, panels: Sequence[Panel],
     shown = [{"title": panel.title, **panel.facts, **_measured(panel)} for panel in panels]
     save_png(sheet, path, metadata=picture_metadata(pipe, options, job, settings) | {"kind": "comparison", "panels": shown})
     print_status(f"{path}: {' | '.join(label.replace(chr(10), ' ') for label in labels)}")
-
-
-def _methods(options: Namespace) -> dict[str, MethodOptions | None]:
-    """The options object of every method of --methods, with --option NAME.OPTION=VALUE."""
-    pairs: dict[str, list[str]] = {name: [] for name in options.methods}
-    for pair in options.option:
-        name, dot, rest = pair.partition(".")
-        if not dot or "=" in name:
-            raise UsageError(f"--option must be METHOD.NAME=VALUE, got {pair!r}")
-        if name not in pairs or name not in METHODS:
-            named = ", ".join(one for one in pairs if one in METHODS and option_names(one)) or "none"
-            raise UsageError(f"--option is for methods of --methods that have options ({named}), got {pair!r}")
-        pairs[name].append(rest)
-    return {name: method_object(name, some) if name in METHODS else None for name, some in pairs.items()}
 
 
 def _measured(panel: Panel) -> dict[str, Any]:

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
+
 from scalediff.cascade.upsampling import identify_upsampler
+from scalediff.cascade.workdir import fingerprint_weights
 from scalediff.command.loading import UsageError
 from scalediff.methods import METHODS, MethodOptions
 
@@ -97,6 +100,26 @@ def method_object(name: str, pairs: Sequence[str]) -> MethodOptions:
     return options
 
 
+def method_objects(methods: Sequence[str], pairs: Sequence[str]) -> dict[str, MethodOptions | None]:
+    """The options object of every method of --methods, from texts `METHOD.NAME=VALUE`; None for ScaleDiff. Raises as `chosen_method`."""
+    own: dict[str, list[str]] = {name: [] for name in methods}
+    for pair in pairs:
+        name, dot, rest = pair.partition(".")
+        if not dot or "=" in name:
+            raise UsageError(f"--option must be METHOD.NAME=VALUE, got {pair!r}")
+        if name not in own or name not in METHODS:
+            named = ", ".join(one for one in own if one in METHODS and option_names(one)) or "none"
+            raise UsageError(f"--option is for methods of --methods that have options ({named}), got {pair!r}")
+        own[name].append(rest)
+    return {name: method_object(name, some) if name in METHODS else None for name, some in own.items()}
+
+
+def check_upsampler_effect(methods: Mapping[str, MethodOptions | None], upsampler: Any) -> None:
+    """Check that the upsampler has an effect: of several methods, those that enlarge pictures take it. UsageError where none does."""
+    if upsampler is not None and not any(method is None or hasattr(method, "upsampler") for method in methods.values()):
+        raise UsageError(f"--upsampler must be with a method that enlarges pictures in --methods, got {','.join(methods)}")
+
+
 def option_names(method: str) -> list[str]:
     """The names of a method's options for --option; its upsampler has an option of its own, --upsampler."""
     return [one.name for one in fields(METHODS[method].options) if one.name != "upsampler"]
@@ -107,6 +130,8 @@ def method_facts(name: str, method: MethodOptions) -> dict[str, Any]:
     values = {one.name: getattr(method, one.name) for one in fields(method)}
     if "upsampler" in values:
         values["upsampler"] = identify_upsampler(method.upsampler)
+    if isinstance(values.get("controlnet"), nn.Module):
+        values["controlnet"] = fingerprint_weights([method.controlnet])
     return {"method": name, "options": values}
 
 

@@ -125,6 +125,10 @@ def accdiffusion(
         if grid[0] % k or grid[1] % k:
             factor = k * pixels_per_latent(pipe)
             raise ValueError(f"phases must be multiples of {factor} pixels, one token of the coarsest level, got {grid=} in latents")
+    for phase, pixels in enumerate(phase_sizes(pipe, *size)[1:], 2):
+        plain = Canvas.of(pipe, pixels, phase, options, None)
+        if any(side % k for side in (*plain.window, *plain.stride)):
+            raise ValueError(f"stride must be a multiple of {k} latents, one token of the coarsest level, got stride={plain.stride[0]}")
     controlnet = None if options.controlnet is None else resolve_controlnet(pipe, options.controlnet)
     last: list[Stage] = []  # the phase before
 
@@ -180,10 +184,7 @@ class PromptedCanvas(Canvas):
     @classmethod
     def on(cls, plain: Canvas, pipe: Any, arguments: Mapping[str, Any], masks: Tensor, *, coarse: int) -> PromptedCanvas:
         """The canvas of a phase for the masks `[T, Y, X]` of tokens, with `coarse` latents per token of their level along an axis."""
-        window, stride = plain.window, plain.stride
-        if any(side % coarse for side in (*window, *stride)):
-            raise ValueError(f"stride must be a multiple of {coarse} latents, one token of the coarsest level, got stride={stride[0]}")
-        size, window, stride = ((sides[0] // coarse, sides[1] // coarse) for sides in (plain.size, window, stride))
+        size, window, stride = ((y // coarse, x // coarse) for y, x in (plain.size, plain.window, plain.stride))
         grid = replace(plain, size=size, window=window, stride=stride)
         where, (y, x) = grid.jittered(), grid.margin
         enlarged = F.pad(F.interpolate(masks[None], size=size, mode="nearest")[0], (x, x, y, y))

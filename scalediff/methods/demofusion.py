@@ -170,6 +170,8 @@ def run_phases(
     arguments = running.complete_arguments(pipe, arguments, settings)
     if len(sizes) > 1:
         _check(pipe, arguments, name)
+        for phase, pixels in enumerate(sizes[1:], start=2):
+            Canvas.of(pipe, pixels, phase, options, None)  # for its checks
     steps, stages, conditioning = arguments["num_inference_steps"], list[Stage](), running.size_conditioning(pipe, arguments, size)
     jitter: torch.Generator | None = None
     latents = base = torch.empty(0)

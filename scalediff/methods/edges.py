@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,14 @@ from torch.nn import functional as F
 from scalediff.cascade.pipeline import pixels_per_latent
 from scalediff.families.grid import Grid
 from scalediff.patching.networks import denoiser_of
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError('the edges for a ControlNet need OpenCV: pip install "scalediff[controlnet]"') from error
+    return cv2
 
 
 def find_edges(picture: NDArray[np.uint8], spread: float) -> NDArray[np.uint8]:
@@ -36,10 +45,7 @@ def find_edges(picture: NDArray[np.uint8], spread: float) -> NDArray[np.uint8]:
     Raises:
         ImportError: OpenCV is not installed.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError('the edges for a ControlNet need OpenCV: pip install "scalediff[controlnet]"') from error
+    cv2 = _opencv()
     median = float(np.median(picture))
     return np.asarray(cv2.Canny(picture, max(0.0, (1 - spread) * median), min(255.0, (1 + spread) * median)), np.uint8)
 
@@ -47,10 +53,14 @@ def find_edges(picture: NDArray[np.uint8], spread: float) -> NDArray[np.uint8]:
 def resolve_controlnet(pipe: Any, controlnet: Any) -> Any:
     """The ControlNet for a pipeline's U-Net: the given one, or loaded from its folder to the pipeline's device and dtype.
 
+    Nothing is downloaded: an id is looked for in the Hugging Face cache.
+
     Raises:
-        ValueError: The folder holds none; its text width or its pixels per latent are not the U-Net's.
-        TypeError: It is neither a ControlNet nor a folder.
+        ValueError: There is none in the folder or under the id; its text width or its pixels per latent are not the U-Net's.
+        TypeError: It is neither a ControlNet nor a folder or an id.
+        ImportError: OpenCV, which finds its edges, is not installed.
     """
+    _opencv()
     unet: Any = denoiser_of(pipe)
     if isinstance(controlnet, str | PathLike):
         from diffusers import ControlNetModel
@@ -58,11 +68,15 @@ def resolve_controlnet(pipe: Any, controlnet: Any) -> Any:
         try:
             loaded = ControlNetModel.from_pretrained(controlnet, torch_dtype=unet.dtype, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"controlnet must be the folder of a ControlNetModel, got {str(controlnet)!r}: {error}") from error
+            why = f": {str(error).splitlines()[0]}" if Path(controlnet).is_dir() else ""
+            raise ValueError(
+                "controlnet must be the folder of a ControlNetModel of diffusers for this model, or the id of one that `hf download` has "
+                f"fetched, got {str(controlnet)!r}{why}"
+            ) from error
         controlnet = loaded.to(pipe._execution_device)
     if not hasattr(controlnet, "controlnet_cond_embedding"):
-        raise TypeError(f"controlnet must be a ControlNetModel of diffusers or the folder of one, got {type(controlnet).__name__}")
-    width, own = controlnet.config.cross_attention_dim, unet.config.cross_attention_dim
+        raise TypeError(f"controlnet must be a ControlNetModel of diffusers, or the folder or id of one, got {type(controlnet).__name__}")
+    width, own = controlnet.config.cross_attention_dim, unet.config.get("cross_attention_dim")
     if width != own:
         raise ValueError(f"controlnet must be made for this U-Net, whose text has {own} channels, got cross_attention_dim={width}")
     factor, pixels = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1), pixels_per_latent(pipe)

@@ -84,9 +84,10 @@ def scalecrafter(
     of noise-damped guidance is the first of these with factor 2. The authors publish these lists for SDXL at 2048 and 4096 pixels; for
     other U-Nets and sizes they are our reading of them.
 
-    Differences from the authors' code: dispersion, which their configurations for SDXL have off, is not implemented; the weak pass
-    computes only the unconditional half, which is all that is used of it. Without classifier-free guidance nothing is damped. Steps and
-    guidance come from the preset. The autoencoder runs in parts where it would not fit.
+    Differences from the authors' code: dispersion, which their configurations for SDXL have off, is not implemented, and nor is FreeU,
+    which their scripts turn on; the weak pass computes only the unconditional half, which is all that is used of it. Without classifier-
+    free guidance nothing is damped. Steps and guidance, 5 in their scripts, come from the preset. The autoencoder runs in parts where it
+    would not fit.
 
     Args:
         pipe: A text-to-image pipeline with a U-Net. Its state is restored afterwards.

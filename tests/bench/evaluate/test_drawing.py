@@ -20,11 +20,11 @@ import scalediff
 from bench.evaluate.drawing import Task, draw_items, items_of, write_manifest
 from bench.evaluate.folders import open_folder
 from scalediff.cascade.metadata import read_metadata
-from scalediff.settings import Settings
+from scalediff.settings import Preset, Settings
 from tests.bench.evaluate.pictures import picture
 
 PROMPTS = ["a sun over hills", "a moon over hills", "a sun"]
-TASK = Task("demo", "scalediff", (96, 64), "default", {"steps": 2})
+TASK = Task("demo", "scalediff", (96, 64), Preset(Settings(), "the test"), {"steps": 2})
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def changed(**parts: Any) -> Task:
         (changed(size=(64, 96)), PROMPTS, [0], "size"),
         (changed(given={"steps": 3}), PROMPTS, [0], "given"),
         (changed(method="demofusion"), PROMPTS, [0], "method"),
+        (changed(preset=Preset(Settings(size_conditioning="native"), "the test")), PROMPTS, [0], "preset"),
     ],
 )
 def test_another_run_in_the_folder_is_refused(
@@ -130,7 +131,7 @@ def _draw_until_killed(folder: Path) -> None:
 
 
 @pytest.mark.slow  # a process of its own
-def test_after_a_kill_only_what_is_missing_is_drawn(pipe: Any, drawn: list[tuple[str, int]], tmp_path: Path) -> None:
+def test_after_a_kill_only_what_is_missing_is_drawn(trained_demo: Any, drawn: list[tuple[str, int]], tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_draw_until_killed, args=(tmp_path,))
     process.start()
     process.join(120)
@@ -139,7 +140,7 @@ def test_after_a_kill_only_what_is_missing_is_drawn(pipe: Any, drawn: list[tuple
     assert list(tmp_path.glob(".*.part"))
     with pytest.raises(ValueError, match="must hold all 3 pictures of its run, got 2: repeat the same generate command"):
         open_folder(tmp_path)
-    draw_items(pipe, TASK, items_of(PROMPTS, [0]), tmp_path)
+    draw_items(trained_demo, TASK, items_of(PROMPTS, [0]), tmp_path)
     assert drawn == [(PROMPTS[2], 2)]
     assert len(open_folder(tmp_path)) == 3
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shlex
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_without_a_network_rows_and_page_are_written(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["score", *(str(folders / name) for name in ("sharp", "smooth")), "--reference", str(folders / "true"), "--bootstrap", "20"])
     rows = rows_of(folders / "scores.csv")
-    names = ["seconds", "hf_ratio", "discs", "seam", "seam_control", "spectrum", "swd", "swd_fine"]
-    assert set(rows) == {"(reference)/hf_ratio", *(f"{folder}/{name}" for folder in ("sharp", "smooth") for name in names)}
+    names = ["seconds", "hf_ratio", "sharpness", "discs", "seam", "seam_control", "spectrum", "swd", "swd_fine"]
+    of_reference = {"(reference)/hf_ratio", "(reference)/sharpness"}
+    assert set(rows) == of_reference | {*(f"{folder}/{name}" for folder in ("sharp", "smooth") for name in names)}
     assert float(rows["(reference)/hf_ratio"]["value"]) == pytest.approx(float(rows["sharp/hf_ratio"]["value"]), rel=0.2)
     assert rows["(reference)/hf_ratio"]["pictures"] == "8"
     row = rows["smooth/spectrum"]
@@ -59,6 +61,14 @@ def test_without_a_network_rows_and_page_are_written(folders: Path, capsys: pyte
     assert "6 pictures a folder, 8 reference pictures; spectra and SWD at 48 x 48." in page
     assert "Differences from sharp, paired by prompt and seed:" in page
     assert f"{float(row['value']):.3g}" in page
+
+
+def test_folders_of_one_name_are_rows_of_their_own(folders: Path) -> None:
+    generated_folder(folders / "flux" / "sharp", PROMPTS, blur=True)
+    main(["score", str(folders / "sharp"), str(folders / "flux" / "sharp"), "--bootstrap", "0"])
+    rows = rows_of(folders / "scores.csv")
+    assert {row["folder"]: row["baseline"] for row in rows.values()} == {f"{folders.name}/sharp": "", "flux/sharp": f"{folders.name}/sharp"}
+    assert float(rows["flux/sharp/hf_ratio"]["difference"]) < 0
 
 
 def test_a_protocol_with_its_networks(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +110,7 @@ def test_what_is_wrong_is_one_sentence(folders: Path, capsys: pytest.CaptureFixt
         "argument --statistics: must be of fid, .*clip, got lpips": ("score", sharp, "--statistics", "fid,lpips"),
         "number and size of this protocol's crops are not established": ("score", sharp, "--reference", true, "--protocol", "hiflow"),
         "pictures must be in an existing folder, got .*none": ("score", folders / "none"),
-        "folders must have pictures of the same names, which pair them, got others in": ("score", sharp, true),
+        "folders must have as many pictures, which are paired, got 6 in .*sharp and 8 in .*true": ("score", sharp, true),
         "argument --methods: must be of scalediff, .*, got magic": (*drawing, "--size", 128, "--methods", "magic"),
         "argument --shard: must be i/n .*, got 2/2": (*drawing, "--size", 128, "--shard", "2/2"),
         "argument --size: a size must be N or HxW in pixels, got '12x'": (*drawing, "--size", "12x"),
@@ -123,50 +133,26 @@ def test_a_model_that_is_not_on_this_machine_without_internet(
     assert not (folders / "out").exists()
 
 
-def test_the_upsampler_reaches_the_methods_that_have_one(
-    demo: Any, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "load_model", lambda name, **_: demo)
-    (folders / "prompts.txt").write_text("a moon\n")
-    (folders / "network.txt").write_text("none")
-    drawing = (
-        "generate",
-        "--prompts",
-        folders / "prompts.txt",
-        "--size",
-        128,
-        "--out",
-        folders / "out",
-        "--upsampler",
-        folders / "network.txt",
-    )
-    assert "network.txt" in refused(capsys, *drawing, "--methods", "super-resolution")
-
-
-def test_a_seed_that_is_named_twice_is_drawn_once(demo: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[int] = []
-
-    def draw(pipe: Any, task: Any, items: Any, folder: Path, *, shard: tuple[int, int]) -> int:
-        drawn.extend(item.seed for item in items)
-        return len(items)
-
-    monkeypatch.setattr(command, "load_model", lambda name, **_: demo)
-    monkeypatch.setattr(command, "draw_items", draw)
-    (folders / "prompts.txt").write_text("a moon\n")
-    main(["generate", "--prompts", str(folders / "prompts.txt"), "--size", "128", "--out", str(folders / "out"), "--seeds", "3,0-3"])
-    assert drawn == [3_000_000, 0, 1_000_000, 2_000_000]
-
-
 def test_the_protocols_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["protocols"])
     printed = capsys.readouterr().out
     assert all(f"Protocol `{name}`: " in printed for name in PROTOCOLS)
 
 
+def test_an_output_that_nobody_reads_ends_the_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit, match="141"):
+            main(["protocols"])
+    assert capfd.readouterr().err == ""
+
+
 def test_the_commands_of_the_guide_are_valid() -> None:
-    page = (ROOT / "docs" / "guide" / "evaluate.md").read_text().replace("\\\n", " ")
-    typed = re.findall(r"^ *(?:python|torchrun --nproc-per-node \d+) -m bench\.evaluate (.*)$", page, flags=re.MULTILINE)
-    assert len(typed) >= 7
+    pages = "".join((ROOT / "docs" / "guide" / name).read_text() for name in ("evaluate.md", "method.md")).replace("\\\n", " ")
+    typed = re.findall(r"^ *(?:python|torchrun --nproc-per-node \d+) -m bench\.evaluate (.*)$", pages, flags=re.MULTILINE)
+    assert len(typed) >= 11
     for arguments in typed:
         _parser().parse_args(shlex.split(arguments))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.evaluate.folders import common_size, open_folder, read_picture, size_of
+from bench.evaluate.folders import common_size, open_folder, open_folders, read_picture, size_of
 from tests.bench.evaluate.pictures import generated_folder, picture, plain_folder
 
 PROMPTS = ["a fox", "an owl"]
@@ -85,14 +85,29 @@ def test_a_picture_of_another_size_in_a_folder(tmp_path: Path) -> None:
 def test_folders_that_do_not_match(tmp_path: Path) -> None:
     first = generated_folder(tmp_path / "first", PROMPTS)
     others = {
-        "of the same names, which pair them, got others in .*first and .*more": generated_folder(tmp_path / "more", [*PROMPTS, "a cat"]),
+        "as many pictures, which are paired, got 2 in .*first and 3 in .*more": generated_folder(tmp_path / "more", [*PROMPTS, "a cat"]),
         "of the same names, which pair them, got others in .*seeds": generated_folder(tmp_path / "seeds", PROMPTS, seed=9),
         "of the same names, which pair them, got others in .*plain": plain_folder(tmp_path / "plain", [0, 1]),
         "the same prompts, or all .*, got others in .*first and .*prompts": generated_folder(tmp_path / "prompts", ["a fox", "a cat"]),
         "of one size, got 48 x 48 in .* and 64 x 48 in": generated_folder(tmp_path / "size", PROMPTS, (64, 48)),
-        "different names, which are their rows, got first, first": generated_folder(tmp_path / "other" / "first", PROMPTS),
     }
     assert common_size([open_folder(first), open_folder(generated_folder(tmp_path / "same", PROMPTS))]) == (48, 48)
     for message, other in others.items():
         with pytest.raises(ValueError, match=message):
             common_size([open_folder(first), open_folder(other)])
+
+
+def test_folders_of_one_name_are_named_by_their_parents_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [generated_folder(tmp_path / name, PROMPTS) for name in ("sdxl/scalediff", "sdxl/direct", "flux/scalediff", "a/sdxl/scalediff")]
+    monkeypatch.chdir(paths[0])
+    named = {
+        2: ["scalediff", "direct"],
+        3: ["sdxl/scalediff", "sdxl/direct", "flux/scalediff"],
+        4: [f"{tmp_path.name}/sdxl/scalediff", f"{tmp_path.name}/sdxl/direct", f"{tmp_path.name}/flux/scalediff", "a/sdxl/scalediff"],
+    }
+    for count, names in named.items():
+        folders = open_folders([Path("."), *paths[1:count]])
+        assert [folder.name for folder in folders] == names
+        assert common_size(folders) == (48, 48)
+    with pytest.raises(ValueError, match=r"folders must be different, each is a row, got \., .*sdxl.direct, .*sdxl.scalediff"):
+        open_folders([Path("."), paths[1], paths[0]])

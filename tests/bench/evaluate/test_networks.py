@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,9 @@ def test_a_missing_clip_names_its_address_and_the_places(tmp_path: Path, monkeyp
             ValueError, match=f"fetch https://huggingface.co/openai/.* pass --clip FOLDER.*in the cache /.*no model at '{shown}'"
         ):
             load_clip(given, CPU)
+
+
+def test_clip_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r'the CLIP score needs transformers: pip install "scalediff\[diffusers\]"'):
+        load_clip(None, torch.device("cpu"))

@@ -15,8 +15,9 @@ from torch import Tensor
 from bench.evaluate.folders import comparison_size, open_folder, read_picture
 from bench.evaluate.networks import Inception
 from bench.evaluate.protocols import PROTOCOLS, described
-from bench.evaluate.scoring import BICUBIC, NETWORK_STATISTICS, Options, Score, random_crops, score
-from bench.quality.metrics import high_frequency_ratio, radial_power, seam_score, sliced_distances, spectrum_distance
+from bench.evaluate.repetition import repetition
+from bench.evaluate.scoring import BICUBIC, NETWORK_STATISTICS, REFERENCE, Options, Score, random_crops, score
+from bench.quality.metrics import high_frequency_ratio, radial_power, seam_score, sharpness, sliced_distances, spectrum_distance
 from bench.quality.pictures import batch_of
 from tests.bench.evaluate.pictures import RedMeansRed, generated_folder, picture, plain_folder, small_inception
 from tests.bench.evaluate.test_distances import fid_by_numpy, kid_by_numpy
@@ -75,6 +76,7 @@ def test_without_a_network_the_statistics_are_those_of_bench_quality(folders: Pa
     for name in ("sharp", "smooth"):
         images, found = images_of(folders / name), scores[name]
         assert found["hf_ratio"].value.value == pytest.approx(high_frequency_ratio(images), rel=1e-5)
+        assert found["sharpness"].value.value == pytest.approx(sharpness(images), rel=1e-5)
         assert found["spectrum"].value.value == pytest.approx(spectrum(images, true), rel=1e-5)
         seam, *controls = seam_score(images, period=16).values()
         assert found["seam"].value.value == pytest.approx(float(seam), rel=1e-4)
@@ -89,6 +91,24 @@ def test_the_reference_is_nearer_to_the_sharp_pictures(scores: dict[str, dict[st
         difference = scores["smooth"][name].difference
         assert difference is not None
         assert 0 < difference.low < difference.value < difference.high
+
+
+def test_the_reference_shows_its_own_numbers(folders: Path, scores: dict[str, dict[str, Score]]) -> None:
+    true, found = images_of(folders / "true"), scores[REFERENCE]
+    assert found["hf_ratio"].value.value == pytest.approx(high_frequency_ratio(true), rel=1e-5)
+    assert found["sharpness"].value.value == pytest.approx(sharpness(true), rel=1e-5)
+    assert scores["smooth"]["sharpness"].value.value < 0.1 * scores["sharp"]["sharpness"].value.value
+
+
+@pytest.mark.parametrize("side", [128, 160])
+def test_repetition_is_that_of_any_pictures_and_of_the_reference_at_any_size(tmp_path: Path, side: int) -> None:
+    plain_folder(tmp_path / "ours", range(2), (160, 160), blur=True)
+    plain_folder(tmp_path / "true", range(5, 7), (side, side), blur=True)
+    scores = score([open_folder(tmp_path / "ours")], open_folder(tmp_path / "true"), Options(draws=0))
+    for name, folder in (("ours", "ours"), (REFERENCE, "true")):
+        expected = float(repetition(images_of(tmp_path / folder)).mean())
+        assert scores[name]["repetition"].value.value == pytest.approx(expected, rel=1e-9)
+    assert ("sharpness" in scores[REFERENCE]) == ("hf_ratio" in scores[REFERENCE]) == (side == 160)
 
 
 def test_differences_are_of_pairs(scores: dict[str, dict[str, Score]]) -> None:
@@ -129,7 +149,7 @@ def test_a_reference_that_is_cropped_too(folders: Path) -> None:
 
 def test_without_a_reference_only_what_needs_none(folders: Path) -> None:
     found = score([open_folder(folders / "sharp")], None, Options(("is",), None, small_inception(), draws=3, splits=2))
-    assert set(found["sharp"]) == {"seconds", "hf_ratio", "discs", "seam", "seam_control", "is"}
+    assert set(found["sharp"]) == {"seconds", "hf_ratio", "sharpness", "discs", "seam", "seam_control", "is"}
     with pytest.raises(ValueError, match="fid, kid need a reference: pass --reference FOLDER, got none"):
         score([open_folder(folders / "sharp")], None, Options(("fid", "kid")))
 
@@ -139,7 +159,9 @@ def test_smaller_and_oblong_references_are_compared_at_their_size(tmp_path: Path
     plain_folder(tmp_path / "true", range(2), (40, 36))
     ours, true = open_folder(tmp_path / "ours"), open_folder(tmp_path / "true")
     assert comparison_size((64, 48), true) == (40, 30)
-    found = score([ours], true, Options(draws=0))["ours"]
+    scores = score([ours], true, Options(draws=0))
+    assert REFERENCE not in scores  # its numbers are of another size
+    found = scores["ours"]
     fitted = ([ImageOps.fit(one, (30, 40), BICUBIC) for one in pictures_of(folder.path)] for folder in (ours, true))
     assert found["spectrum"].value.value == pytest.approx(spectrum(*(batch_of(*images).float() / 255 for images in fitted)), rel=1e-5)
 
@@ -201,7 +223,7 @@ def test_scores_that_lack_something(folders: Path) -> None:
 
 def test_pictures_smaller_than_two_query_patches_and_a_half_have_no_seam_score(tmp_path: Path) -> None:
     folder = open_folder(generated_folder(tmp_path / "small", PROMPTS[:2], (32, 48)))
-    assert set(score([folder], None, Options(draws=0))["small"]) == {"seconds", "hf_ratio", "discs"}
+    assert set(score([folder], None, Options(draws=0))["small"]) == {"seconds", "hf_ratio", "sharpness", "discs"}
 
 
 def test_pictures_too_small_to_compare(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from bench.quality.metrics import (
     power_above,
     radial_power,
     seam_score,
+    sharpness,
     sky_colors,
     sliced_distances,
     spectrum_distance,
@@ -164,6 +165,16 @@ def test_high_frequency_ratio_of_white_noise_and_of_blur(large: Tensor) -> None:
     rings = (0.5**2 - 0.25**2) / (0.5**2 - 0.02**2)  # white noise has the power of a ring's area
     assert high_frequency_ratio(noise) == pytest.approx(rings, abs=0.01)
     assert high_frequency_ratio(blurred(large)) < 0.5 * high_frequency_ratio(large)
+
+
+def test_sharpness_is_the_variance_of_the_laplacian(large: Tensor) -> None:
+    grey = torch.rand(2, 1, 40, 50, generator=rng()).expand(2, 3, 40, 50)
+    assert sharpness(grey) == pytest.approx(20 / 12, rel=0.1)  # white noise: (4 + 4^2) times its variance
+    x = torch.linspace(0, 1, 40).expand(1, 3, 30, 40)
+    assert sharpness(x) == pytest.approx(0, abs=1e-12)
+    wave = torch.sin(torch.arange(42) * torch.pi / 2)[None] * torch.ones(41, 1)  # period 4, amplitude 1: its Laplacian is -2 times it
+    assert sharpness(wave.expand(1, 3, 41, 42)) == pytest.approx(4 * 0.5, rel=1e-5)
+    assert sharpness(blurred(large)) < 0.5 * sharpness(large)
 
 
 def test_swd_is_that_of_sorted_projections_and_a_draw_is_that_set(small: Tensor) -> None:

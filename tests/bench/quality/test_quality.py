@@ -219,8 +219,8 @@ def test_rows_are_written_without_pandas(
 
 
 @pytest.mark.slow
-def test_words_are_counted(demo: Any) -> None:
-    (row,) = measuring.word_rows(demo, n=1).values()
+def test_words_are_counted(trained_demo: Any) -> None:
+    (row,) = measuring.word_rows(trained_demo, n=1).values()
     assert row["n"] == 12
     assert row["hour"] >= 11 / 12
     assert 0 <= row["place"] <= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from scalediff.cascade.metadata import read_metadata
 from scalediff.command import comparing, loading
 from scalediff.command.cli import main
+from scalediff.command.method_options import method_objects
 from scalediff.command.pictures import side_by_side
 from scalediff.command.runs import SHARED
 from scalediff.methods import DiffuseHigh, Direct, MultiDiffusion
@@ -68,6 +68,10 @@ def test_a_panel_that_does_not_wrap_says_so(tmp_path: Path) -> None:
             ["--methods", "direct,diffusehigh", "--restart", "0.5", "--tile", "x"],
             "--restart, --tile must be with scalediff or full-attention in --methods, got direct,diffusehigh",
         ),
+        (
+            ["--methods", "direct,demofusion", "--upsampler", "demo"],
+            "--upsampler must be with a method that enlarges pictures in --methods, got direct,demofusion",
+        ),
         (["--methods", "hiflow"], "HiFlow needs a flow model with FlowMatchEulerDiscreteScheduler, got DDIMScheduler"),
     ],
 )
@@ -79,7 +83,7 @@ def test_what_it_does_not_take(arguments: list[str], message: str, capsys: pytes
 
 def test_every_method_has_its_own_options() -> None:
     pairs = ["multidiffusion.stride=8", "diffusehigh.guided=0", "multidiffusion.view-batch=2"]
-    found = comparing._methods(Namespace(methods=["direct", "scalediff", "multidiffusion", "diffusehigh"], option=pairs))
+    found = method_objects(["direct", "scalediff", "multidiffusion", "diffusehigh"], pairs)
     expected = {"direct": Direct(), "scalediff": None, "multidiffusion": MultiDiffusion(stride=8, view_batch=2)}
     assert found == {**expected, "diffusehigh": DiffuseHigh(guided=0)}
 

@@ -37,11 +37,11 @@ def counted(pipe: Any, size: int, prompt: str | None = None, **more: Any) -> tup
 
 
 @pytest.mark.parametrize(("method", "batch"), [("direct", 2), pytest.param("diffusehigh", 1, marks=pytest.mark.slow)])
-def test_u_nets(demo: Any, method: str, batch: int) -> None:
+def test_u_nets(trained_demo: Any, method: str, batch: int) -> None:
     """All that the record lacks is DiffuseHigh's wavelet transform."""
     text = torch.randn(batch, 24, 64, generator=seeded())
     call = {"prompt_embeds": text, "negative_prompt_embeds": torch.zeros_like(text)}
-    recorded, computed = counted(demo, 72, method=method, guidance_scale=2.0, call=call)
+    recorded, computed = counted(trained_demo, 72, method=method, guidance_scale=2.0, call=call)
     assert recorded == pytest.approx(computed, rel=1e-6 if method == "direct" else 1e-4)
 
 

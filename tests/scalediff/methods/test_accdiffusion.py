@@ -201,6 +201,7 @@ def test_the_embedded_model_is_the_published_loop(demo: Any, options: AccDiffusi
 
 
 def test_the_second_version_gives_the_views_edges(demo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr("scalediff.methods.edges._opencv", lambda: None)
     monkeypatch.setattr("scalediff.methods.edges.find_edges", striped_edges)
     controlnet = control_of(demo)
     options = AccDiffusion(threshold=0.5, local_guidance_scale=5.0, controlnet=controlnet, controlnet_scale=0.8)
@@ -219,15 +220,11 @@ def test_the_second_version_gives_the_views_edges(demo: Any, monkeypatch: pytest
     assert all(torch.equal(loaded[name], own[name]) for name in own)
 
 
-def test_edges_have_thresholds_about_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edges_have_thresholds_about_the_median() -> None:
     """A step of 60, with a Sobel gradient of 240 and a median of 130: above 1.3 x 130, below the cut threshold of 255 at 2 x 130."""
+    pytest.importorskip("cv2")
     picture = np.full((32, 32, 3), 100, np.uint8)
     picture[:, 16:] = 160
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "cv2", None)
-        with pytest.raises(ImportError, match=r'the edges for a ControlNet need OpenCV: pip install "scalediff\[controlnet\]"'):
-            find_edges(picture, 0.3)
-    pytest.importorskip("cv2")
     edges = find_edges(picture, 0.3)
     assert edges.dtype == np.uint8
     assert set(edges.nonzero()[1].tolist()) <= {15, 16}
@@ -235,12 +232,21 @@ def test_edges_have_thresholds_about_the_median(monkeypatch: pytest.MonkeyPatch)
     assert not find_edges(picture, 1.0).any()
 
 
-def test_a_controlnet_for_another_model_is_refused(demo: Any) -> None:
+def test_without_opencv_nothing_is_computed(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setattr(demo.unet, "forward", lambda *_, **__: pytest.fail("the first phase was drawn"))
+    with pytest.raises(ImportError, match=r'the edges for a ControlNet need OpenCV: pip install "scalediff\[controlnet\]"'):
+        run(demo, (96, 96), {"prompt": PROMPT}, AccDiffusion(controlnet=control_of(demo)))
+
+
+def test_a_controlnet_for_another_model_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     from diffusers import ControlNetModel
 
+    monkeypatch.setattr("scalediff.methods.edges._opencv", lambda: None)
     for controlnet, error, message in (
-        ("nofolder", ValueError, "controlnet must be the folder of a ControlNetModel, got 'nofolder': nofolder does not"),
-        (nn.Linear(1, 1), TypeError, "controlnet must be a ControlNetModel of diffusers or the folder of one, got Linear"),
+        ("none", ValueError, "controlnet must be the folder of a ControlNetModel .* model, or the id of one .* fetched, got 'none'$"),
+        (tmp_path, ValueError, "controlnet must be the folder of a ControlNetModel .* got '.*': Error no file named config.json"),
+        (nn.Linear(1, 1), TypeError, "controlnet must be a ControlNetModel of diffusers, or the folder or id of one, got Linear"),
         (
             ControlNetModel.from_unet(demo.unet),
             ValueError,
@@ -317,7 +323,7 @@ def test_at_native_size_it_is_the_pipelines_own_picture(demo: Any) -> None:
     assert torch.equal(stage.latents, own)
 
 
-def test_what_it_cannot_run_is_refused(demo: Any) -> None:
+def test_what_it_cannot_run_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, arguments = built("SD3")
     with scalediff.patch_model(pipe, window=WINDOW), pytest.raises(NotImplementedError, match="AccDiffusion needs a U-Net, got SD3Tr"):
         run(pipe, (32, 32), arguments)
@@ -326,14 +332,10 @@ def test_what_it_cannot_run_is_refused(demo: Any) -> None:
         ({"prompt": ["a", "b"]}, AccDiffusion(), NotImplementedError, "AccDiffusion draws one picture at a time, from a prompt as text"),
         ({"prompt_embeds": text}, AccDiffusion(), NotImplementedError, "AccDiffusion draws one picture at a time, from a prompt as text"),
         ({"prompt": "a", "prompt_2": "b"}, AccDiffusion(), NotImplementedError, "AccDiffusion has the same prompt for all text encoders"),
-        (
-            {"prompt": "a", "guidance_scale": 1.0},
-            AccDiffusion(),
-            NotImplementedError,
-            "needs classifier-free guidance, got guidance",
-        ),
+        ({"prompt": "a", "guidance_scale": 1.0}, AccDiffusion(), NotImplementedError, "needs classifier-free guidance, got guidance"),
         ({"prompt": PROMPT}, AccDiffusion(stride=7), ValueError, "stride must be a multiple of 2 latents, one token of the coarsest level"),
     ]
+    monkeypatch.setattr(demo.unet, "forward", lambda *_, **__: pytest.fail("the first phase was drawn"))
     for arguments, options, error, message in refused:
         with pytest.raises(error, match=message):
             run(demo, (128, 128), arguments, options)

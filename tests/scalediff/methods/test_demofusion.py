@@ -271,6 +271,9 @@ def test_what_it_cannot_run_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatc
         DemoFusion(blur_std=0)
     with pytest.raises(ValueError, match=r"stride must be at least 1 latent, got stride=0"):
         DemoFusion(stride=0)
+    monkeypatch.setattr(demo.unet, "forward", lambda *_, **__: pytest.fail("the first phase was drawn"))
+    with pytest.raises(ValueError, match="stride must be at most the window's 16 latents"):
+        run(demo, (128, 128), {"prompt": PROMPT}, DemoFusion(stride=17))
     with pytest.raises(ValueError, match=r"phases set their own schedule, got timesteps=\[1\]"):
         run(demo, (128, 128), {"prompt": PROMPT, "timesteps": [1]})
     pipe, arguments = built("SD3")
