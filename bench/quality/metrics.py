@@ -217,11 +217,14 @@ def _components(mask: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, taps: tuple[float, ...]) -> Tensor:
-    """Separable filter of every channel, mirrored at the borders."""
-    channels, reach = images.shape[1], len(taps) // 2
-    kernel = images.new_tensor(taps).expand(channels, 1, -1)
-    padded = F.pad(images, (reach,) * 4, mode="reflect")
-    return F.conv2d(F.conv2d(padded, kernel[:, :, None], groups=channels), kernel[:, :, :, None], groups=channels)
+    """Separable filter of every channel, mirrored at the borders. Sums of shifted pictures: on a CPU faster than convolutions by far."""
+    blurred = F.pad(images, (len(taps) // 2,) * 4, mode="reflect")
+    for dim in (2, 3):
+        first, *others = (blurred.narrow(dim, i, images.shape[dim]) for i in range(len(taps)))
+        blurred = taps[0] * first
+        for tap, shifted in zip(taps[1:], others, strict=True):
+            blurred.add_(shifted, alpha=tap)
+    return blurred
 
 
 def laplacian_pyramid(images: Tensor) -> list[Tensor]:

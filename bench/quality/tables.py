@@ -59,9 +59,12 @@ _SWITCHES = {  # each alone, beside the preset
     ),
     "upsampler": Drawing("trained upsampler", upsampler="demo"),
     "upsampler-sg-0.5": Drawing("trained upsampler, SG cutoff 0.5", {"sg_cutoff": 0.5}, upsampler="demo"),
-    "upsampler-two-thirds": Drawing("trained upsampler, guidance in the first two thirds", {"guidance_until": 2 / 3}, upsampler="demo"),
     "super-resolution-trained": Drawing("base picture, trained upsampler", method="super-resolution", upsampler="demo"),
 }
+_COMBINED = {
+    "upsampler-two-thirds": Drawing("trained upsampler, guidance in the first two thirds", {"guidance_until": 2 / 3}, upsampler="demo"),
+}
+_CONFIRMED = ("npa", "two-thirds", "upsampler", "upsampler-sg-0.5", *_COMBINED, "super-resolution-trained")  # those that seemed to help
 _SWEEP = {
     f"restart-{restart}-cutoff-{cutoff}": Drawing(
         f"restart {restart}, cutoffs {cutoff}", {"restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
@@ -79,14 +82,15 @@ _UNDRAWN = {
     "autoencoded": Drawing("true renders of other scenes, autoencoded", method=""),
     "true": Drawing("true renders of other scenes", method=""),
 }
-DRAWINGS = _PARTS | _PARTS_AT_07 | _SWITCHES | _SWEEP | _OTHERS | _BICUBIC | _FULL | _UNDRAWN
+DRAWINGS = _PARTS | _PARTS_AT_07 | _SWITCHES | _COMBINED | _SWEEP | _OTHERS | _BICUBIC | _FULL | _UNDRAWN
 
 TABLES = {
     "methods": Table("All methods", (*_OTHERS, *_FULL, "npa", *_UNDRAWN), 1000, 16, 256),
     "parts": Table("The parts of the method, restart 0.7", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256),
     "preset": Table("The parts of the method, restart of the preset", (*_BICUBIC, *_PARTS, *_UNDRAWN), 1000, 64, 256),
     "large": Table("The parts of the method, restart 0.7, at 8x", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 512),
-    "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 64, 256),
+    "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 16, 256),
+    "confirmed": Table("A better default, on other scenes", _CONFIRMED, 1016, 64, 256),
     "sweep": Table("Restart and cutoff", tuple(_SWEEP), 0, 8, 256),
 }
 BASELINE = ("npa", "npa-restart-0.7")
