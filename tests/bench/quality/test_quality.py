@@ -71,7 +71,7 @@ def places(folder: Path) -> list[str]:
 
 
 def test_every_method_of_the_library_is_a_row_but_that_for_flow_models() -> None:
-    assert set(TABLES["methods"].rows) == {*METHODS, "full", "full-alone", "npa", "true", "autoencoded"} - {"hiflow"}
+    assert set(TABLES["methods"].rows) == {*METHODS, "full", "npa", "true", "autoencoded"} - {"hiflow"}
     assert all(row in DRAWINGS for table in TABLES.values() for row in table.rows)
 
 
