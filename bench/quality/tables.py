@@ -87,7 +87,7 @@ TABLES = {
     "preset": Table("The parts of the method, restart of the preset", (*_BICUBIC, *_PARTS, *_UNDRAWN), 1000, 64, 256),
     "large": Table("The parts of the method, restart 0.7, at 8x", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 512),
     "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 16, 256),
-    "confirmed": Table("A better default, on other scenes", _CONFIRMED, 1016, 64, 256),
+    "confirmed": Table("A better default, on other scenes", _CONFIRMED, 1016, 48, 256),
     "sweep": Table("Restart and cutoff", tuple(_SWEEP), 0, 8, 256),
 }
 BASELINE = ("npa", "npa-restart-0.7")
