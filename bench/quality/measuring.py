@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.quality import metrics
 from bench.quality.metrics import Statistic, mean_of
 from bench.quality.pictures import OTHER_SCENES, Pictures, border, native_pictures
-from bench.quality.tables import PAIRED
+from bench.quality.tables import LEVELS, PAIRED
 from scalediff.cascade.pipeline import native_size
 from scalediff.demo.scenes import HELD_OUT_SEED, PHRASES, PLACES, TIMES, caption, describe, render
 
@@ -37,7 +37,7 @@ def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> M
     found = _statistics(pipe, pictures, truth, first_scene)
     n, draws = len(truth), metrics.resamples(len(truth), DRAWS)
     columns: Columns = {"n": n, "size": truth.shape[-1], **{name: statistic(torch.arange(n)) for name, statistic in found.items()}}
-    replicates = {name: metrics.replicated(statistic, draws) for name, statistic in found.items() if not name.startswith("swd_")}
+    replicates = {name: metrics.replicated(statistic, draws) for name, statistic in found.items()}
     columns |= {f"{name}_se": float(values.std()) for name, values in replicates.items()}
     if pictures.seconds:
         columns["seconds"] = statistics.median(pictures.seconds)
@@ -48,7 +48,7 @@ def measure(pipe: Any, pictures: Pictures, truth: Tensor, first_scene: int) -> M
 
 def differences(row: Measured, baseline: Measured) -> Columns:
     """The differences of a row's statistics from those of the baseline, with the standard errors of paired pictures."""
-    both = [name for name in PAIRED if name in row.columns and name in baseline.columns]
+    both = [name for name in (*PAIRED, *LEVELS) if name in row.columns and name in baseline.columns]
     gaps = {f"{name}_gap": row.columns[name] - baseline.columns[name] for name in both}
     return gaps | {f"{name}_gap_se": float((row.replicates[name] - baseline.replicates[name]).std()) for name in both}
 

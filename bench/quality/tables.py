@@ -61,6 +61,10 @@ _SWITCHES = {  # each alone, beside the preset
     "upsampler-sg-0.5": Drawing("trained upsampler, SG cutoff 0.5", {"sg_cutoff": 0.5}, upsampler="demo"),
     "super-resolution-trained": Drawing("base picture, trained upsampler", method="super-resolution", upsampler="demo"),
 }
+_COMBINED = {
+    "upsampler-two-thirds": Drawing("trained upsampler, guidance in the first two thirds", {"guidance_until": 2 / 3}, upsampler="demo"),
+}
+_CONFIRMED = ("npa", "two-thirds", "upsampler", "upsampler-sg-0.5", *_COMBINED, "super-resolution-trained")  # those that seemed to help
 _SWEEP = {
     f"restart-{restart}-cutoff-{cutoff}": Drawing(
         f"restart {restart}, cutoffs {cutoff}", {"restart": restart, "lfm_cutoff": cutoff, "sg_cutoff": cutoff}
@@ -75,14 +79,15 @@ _UNDRAWN = {
     "autoencoded": Drawing("true renders of other scenes, autoencoded", method=""),
     "true": Drawing("true renders of other scenes", method=""),
 }
-DRAWINGS = _PARTS | _PARTS_AT_07 | _SWITCHES | _SWEEP | _OTHERS | _BICUBIC | _FULL | _UNDRAWN
+DRAWINGS = _PARTS | _PARTS_AT_07 | _SWITCHES | _COMBINED | _SWEEP | _OTHERS | _BICUBIC | _FULL | _UNDRAWN
 
 TABLES = {
     "methods": Table("All methods", (*_OTHERS, "full", "npa", *_UNDRAWN), 1000, 16, 256),
     "parts": Table("The parts of the method, restart 0.7", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256),
     "preset": Table("The parts of the method, restart of the preset", (*_BICUBIC, *_PARTS, *_UNDRAWN), 1000, 64, 256),
-    "large": Table("The parts of the method, restart 0.7, at 8x", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 8, 512),
-    "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 64, 256),
+    "large": Table("The parts of the method, restart 0.7, at 8x", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 512),
+    "switches": Table("A better default", ("npa", *_SWITCHES), 1000, 16, 256),
+    "confirmed": Table("A better default, on other scenes", _CONFIRMED, 1016, 48, 256),
     "sweep": Table("Restart and cutoff", tuple(_SWEEP), 0, 8, 256),
 }
 BASELINE = ("npa", "npa-restart-0.7")
@@ -105,13 +110,13 @@ STATISTICS = {  # heading and format
     "seam": ("seam z", "{:+.2f}"),
     "seam_control": ("control z", "{:+.2f}"),
 }
-PAIRED = ("discs", "faint", "to_base", "swd", "above", "spectrum")  # those with a difference from the baseline
 LEVELS = {f"swd_{side}": side for side in (512, 256, 128, 64, 32, 16)}
+PAIRED = ("discs", "faint", "to_base", "swd", "above", "spectrum")  # those with a difference from the baseline, beside the levels of SWD
 WORK = {"seconds": ("CPU s", "{:.1f}"), "gflops": ("attention GFLOPs", "{:.1f}"), "all_gflops": ("all GFLOPs", "{:.0f}")}
 FACTS = ("command", "model", *facts.FACTS)
 FIELDS = (
-    "row", "n", "size", *(f"{name}{suffix}" for name in STATISTICS for suffix in ("", "_se")), *LEVELS,
-    *(f"{name}_gap{suffix}" for name in PAIRED for suffix in ("", "_se")), *WORK, *FACTS,
+    "row", "n", "size", *(f"{name}{suffix}" for name in (*STATISTICS, *LEVELS) for suffix in ("", "_se")),
+    *(f"{name}_gap{suffix}" for name in (*PAIRED, *LEVELS) for suffix in ("", "_se")), *WORK, *FACTS,
 )  # fmt: skip
 
 Rows = Mapping[str, Mapping[str, str]]
@@ -150,14 +155,14 @@ def _values(rows: Sequence[Row], *, names: Sequence[str] = (*STATISTICS, *WORK))
         if any(row.get(name) for row in rows):
             cells[heading] = _column(rows, name, form, errors=name in ("one_disc", *PAIRED))
         if name == "swd" and "spectrum" in names:  # in the table of all columns
-            cells |= _levels(rows)
+            cells |= _levels(rows, "{}", "{:.0f}")
     return table(DataFrame(cells), text=["row"])
 
 
-def _levels(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """A column of SWD on the levels that were measured, if any was."""
-    sides = {level: str(side) for level, side in LEVELS.items() if any(row.get(level) for row in rows)}
-    by_level = zip(*(_column(rows, level, "{:.0f}", errors=False) for level in sides), strict=True)
+def _levels(rows: Sequence[Row], name: str, form: str, *, errors: bool = False) -> dict[str, list[str]]:
+    """A column of SWD, or its differences, on the levels that were measured, if any was; `name` makes a column of the CSV of a level."""
+    sides = {name.format(level): str(side) for level, side in LEVELS.items() if any(row.get(name.format(level)) for row in rows)}
+    by_level = zip(*(_column(rows, level, form, errors=errors) for level in sides), strict=True)
     return {f"SWD at {', '.join(sides.values())} px": [", ".join(values) for values in by_level]} if sides else {}
 
 
@@ -172,6 +177,8 @@ def _gaps(rows: Sequence[Row]) -> list[str]:
     cells = {"row": [label_of(row["row"]) for row in others]}
     for heading, form, name in ((*STATISTICS[name], name) for name in PAIRED):
         cells[heading] = _column(others, f"{name}_gap", form.replace("{:+", "{:").replace("{:", "{:+"))
+        if name == "swd":
+            cells |= _levels(others, "{}_gap", "{:+.0f}", errors=True)
     return [f"Differences from {label_of(baseline['row'])}, picture by picture:", "", *table(DataFrame(cells), text=["row"]), ""]
 
 

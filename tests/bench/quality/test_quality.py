@@ -179,8 +179,14 @@ def test_what_is_said_of_pictures_is_relative_to_their_true_renders(demo: Any) -
 
 def test_differences_are_of_the_same_pictures() -> None:
     draws = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    a, b = Measured({"swd": 5.0, "n": 2}, {"swd": draws}), Measured({"swd": 3.0, "faint": 1.0}, {"swd": draws + 2, "faint": draws})
-    assert differences(a, b) == {"swd_gap": 2.0, "swd_gap_se": pytest.approx(0, abs=1e-12)}
+    a = Measured({"swd": 5.0, "swd_16": 1.0, "n": 2}, {"swd": draws, "swd_16": draws})
+    b = Measured({"swd": 3.0, "swd_16": 2.5, "faint": 1.0}, {"swd": draws + 2, "swd_16": 3 * draws, "faint": draws})
+    found = differences(a, b)
+    of_level = {"swd_16_gap": -1.5, "swd_16_gap_se": pytest.approx(float(2 * draws.std()))}
+    assert found == {"swd_gap": 2.0, "swd_gap_se": pytest.approx(0, abs=1e-12), **of_level}
+    rows = {f"parts/{name}": {"row": f"parts/{name}", "n": "2", **dict.fromkeys(FACTS, "x")} for name in ("npa", "no-lfm")}
+    rows["parts/no-lfm"] |= {name: str(value) for name, value in (found | {"swd_16_gap_se": 0.26}).items()}
+    assert "| NPA without LFM | - | - | - | +2.0 ± 0.0 | -2 ± 0 | - | - |" in sections(rows)
 
 
 def test_rows_of_an_earlier_run_stay(tmp_path: Path, noise: Noise) -> None:
