@@ -129,13 +129,17 @@ def _autoencoders_are_counted_once() -> Iterator[None]:
 
 
 def _loaded(**networks: Any) -> Any:
+    """The embedded pipeline, in which the named networks are made again with other configurations and random weights.
+
+    Their weights have values of bfloat16 and of fp16, so that tests may convert a network and back.
+    """
     pytest.importorskip("diffusers", reason="the picture-making path needs diffusers")
     pipe = scalediff.load_demo()
     pipe.set_progress_bar_config(disable=True)
     for name, channels in networks.items():
         network = getattr(pipe, name)
         torch.manual_seed(0)
-        setattr(pipe, name, type(network).from_config({**network.config, **channels}).eval())
+        setattr(pipe, name, type(network).from_config({**network.config, **channels}).eval().bfloat16().half().float())
     pipe("", num_inference_steps=1, output_type="latent", generator=seeded())  # the first call adds attributes to the pipeline
     return pipe
 
@@ -148,7 +152,7 @@ def _demo() -> Any:
 
 @pytest.fixture
 def demo(_demo: Any) -> Iterator[Any]:
-    """The embedded pipeline with a quarter of the channels and random weights, which take less time; unpatched again after the test."""
+    """The embedded model's architecture with a quarter of the channels and random weights: less time. Unpatched again after the test."""
     yield _demo
     scalediff.unpatch_model(_demo)
 

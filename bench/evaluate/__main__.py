@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Draw the items of this process, method by method, into OUT/METHOD. Every method and folder is checked before."""
+    """Draw the items of this process, method by method, into OUT/METHOD. Every method and folder is checked before the first picture."""
     i, n = options.shard or place()[:2]
     items = items_of(read_prompts(options.prompts, column=options.column), options.seeds)
     methods = method_objects(options.methods, options.option)
@@ -80,7 +80,7 @@ def _tasks(
     for name, method in methods.items():
         if method is None:
             changed = replace(preset, settings=replace(preset.settings, **changes))
-            yield Task(options.model, name, options.size, changed, given | ({"upsampler": upsampler} if upsampler else {}))
+            yield Task(options.model, name, options.size, changed, given | ({"upsampler": upsampler} if upsampler is not None else {}))
         else:
             with_upsampler = resolve_method(method, upsampler if hasattr(method, "upsampler") else None)
             yield Task(options.model, name, options.size, preset, given, with_upsampler)

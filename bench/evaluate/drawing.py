@@ -95,7 +95,7 @@ class _FirstPassError(Exception):
 
 
 def prepared(pipe: Any, task: Task, item: Item) -> Task:
-    """The task with its ControlNet loaded, after a run without it was begun, and stopped at the denoiser's first pass.
+    """Check a task by a run up to the denoiser's first pass, without its ControlNet; returns it with its ControlNet loaded and checked.
 
     Raises:
         ValueError, TypeError, NotImplementedError, ImportError: As `scalediff.generate`, before anything is drawn.

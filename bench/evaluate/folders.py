@@ -48,10 +48,10 @@ def open_folder(path: Path) -> Folder:
 
 
 def open_folders(paths: Sequence[Path]) -> list[Folder]:
-    """Folders to compare, named by the last parts of their paths, as many as tell them apart; ValueError where one is named twice."""
+    """Folders to compare, named by the last parts of their paths, as many as tell them apart; ValueError if one is given twice."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"folders must be different, each is a row, got {', '.join(map(str, paths))}")
-    folders, parts = [open_folder(path) for path in paths], [Path(os.path.abspath(path)).parts for path in paths]
+    folders, parts = [open_folder(path) for path in paths], [Path(os.path.abspath(path)).parts[1:] for path in paths]
     count = next(n for n in range(1, max(map(len, parts)) + 1) if len({part[-n:] for part in parts}) == len(parts))
     return [replace(folder, name="/".join(part[-count:])) for folder, part in zip(folders, parts, strict=True)]
 

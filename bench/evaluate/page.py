@@ -22,7 +22,7 @@ STATISTICS = {
     "is_patch": ("IS of crops", "higher"), "clip": ("CLIP", "higher"),
     "swd": ("SWD", "lower"), "swd_fine": ("SWD, finest level", "lower"), "spectrum": ("spectrum", "lower"),
     "hf_ratio": ("HF ratio", "that of true pictures"), "sharpness": ("sharpness", "that of true pictures"),
-    "repetition": ("repetition", "lower"), "seam": ("seam", "as its control"), "seam_control": ("seam control", ""),
+    "repetition": ("repetition", "that of true pictures"), "seam": ("seam", "as its control"), "seam_control": ("seam control", ""),
     "discs": ("discs", "1 in a true picture"), "seconds": ("s per picture", "lower"),
 }  # fmt: skip
 Scores = Mapping[str, Mapping[str, Score]]

@@ -31,7 +31,8 @@ def repetition(images: Tensor) -> Tensor:
     own place is its own maximum. A picture with no such patch has 0. k equal subjects on a plain background give k - 1.
 
     It sees copies of about the same size, orientation and contrast, and not those that are mirrored, turned, scaled or drawn anew with
-    other outlines. Subjects that repeat rightly (windows, bricks, stars) count too, so compare with the same prompts at the native size.
+    other outlines. Subjects that repeat rightly (windows, bricks, stars) count too, hundreds in a regular texture, so compare with
+    the same prompts at the native size.
     ValueError where a side is below 128.
     """
     if min(images.shape[2:]) < WORKING:

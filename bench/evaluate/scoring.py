@@ -147,7 +147,7 @@ def _sliced(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[st
 
 
 def measure(folder: Folder, compared: tuple[int, int] | None, options: Options, *, reference: bool = False) -> dict[str, Tensor]:
-    """Measure generated pictures, or those of the reference, of any sizes; of these `_alone` as they are compared.
+    """Measure generated pictures, or those of the reference, of any sizes; of these also what `_alone` finds, at the compared size.
 
     By name `[N]` fp64 of each statistic that is a mean over pictures, and what the others are made of: `controls`, `[N, 6]` seam scores at
     the control periods; `features` `[N, C, D]` and `logits` `[N, C, K]` of whole pictures, where C is 1, and with the suffix `_patch` of

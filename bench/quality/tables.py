@@ -26,7 +26,7 @@ class Table(NamedTuple):
 
     title: str  # on the page
     rows: tuple[str, ...]  # names of drawings; `BASELINE` is what the others are compared with, if it is among them
-    first: int  # scene, counted from `HELD_OUT_SEED`; those from 1000 on were used for no choice
+    first: int  # scene, counted from `HELD_OUT_SEED`; those from 1000 on were used for no choice of the preset
     n: int  # pictures a row
     size: int  # pixels per side
 

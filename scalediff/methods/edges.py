@@ -68,7 +68,7 @@ def resolve_controlnet(pipe: Any, controlnet: Any) -> Any:
         try:
             loaded = ControlNetModel.from_pretrained(controlnet, torch_dtype=unet.dtype, local_files_only=True)
         except (OSError, ValueError) as error:
-            why = f": {str(error).splitlines()[0]}" if Path(controlnet).is_dir() else ""
+            why = f": {(str(error) or type(error).__name__).splitlines()[0]}" if Path(controlnet).is_dir() else ""
             raise ValueError(
                 "controlnet must be the folder of a ControlNetModel of diffusers for this model, or the id of one that `hf download` has "
                 f"fetched, got {str(controlnet)!r}{why}"

@@ -57,7 +57,7 @@ def test_an_fp16_autoencoder_that_would_overflow_runs_in_fp32(demo: Any) -> None
     assert demo.vae.config.force_upcast
     demo.vae.half()
     try:
-        torch.testing.assert_close(decode(demo, latents), expected, rtol=1e-2, atol=1e-2)  # the weights were fp16 before
+        torch.testing.assert_close(decode(demo, latents), expected, rtol=1e-2, atol=1e-2)  # the weights have values of fp16
         assert demo.vae.dtype == torch.float16
     finally:
         demo.vae.float()
