@@ -170,4 +170,5 @@ def test_the_embedded_model_drawn_in_two_shards_and_scored(tmp_path: Path, capsy
     assert float(rows["scalediff/discs"]["value"]) >= 0
     assert "seam" in rows["multidiffusion/seam"]["statistic"]
     assert float(rows["multidiffusion/hf_ratio"]["difference"]) != 0
+    assert [float(rows[f"multidiffusion/{name}"]["value"]) >= 0 for name in ("repetition", "sharpness")] == [True, True]
     assert "belongs to another run (given: " in refused(capsys, *drawing, "--steps", 3)
