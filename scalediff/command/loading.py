@@ -48,8 +48,8 @@ def load_model(
         low_memory: On a GPU, keep each component on the device only while it is in use.
 
     Raises:
-        UsageError: diffusers is missing, the model or device does not exist, the scheduler is for flow models and the model is none, or it
-            has no `timestep_spacing`.
+        UsageError: diffusers is missing, the model or device does not exist, the scheduler is for flow models and the model is none, or a
+            spacing is given and the scheduler has none.
         torch.OutOfMemoryError: The weights do not fit on the device.
     """
     try:
