@@ -42,7 +42,7 @@ def test_drawn_problems_keep_the_error_budget(seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", range(10))
 def test_many_drawn_problems_keep_the_error_budget(block: int) -> None:
-    for seed in range(1000 + 15 * block, 1015 + 15 * block):
+    for seed in range(1000 + 25 * block, 1025 + 25 * block):
         assert_right(draw(seed), programs=1 + seed % 4, seed=seed)
 
 
