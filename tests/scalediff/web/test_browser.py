@@ -16,6 +16,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="the page in a br
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PATIENCE = 300_000  # milliseconds; two cores may be busy with other work
+LONG: dict[str, Any] = {"size": (512, 512), "steps": 900}  # a run that is not over before the browser has seen and cancelled it
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_compare_moves_a_divider_between_two_of_three_pictures(page: Any) -> Non
 
 
 def test_cancel_and_draw_again(page: Any) -> None:
-    set_up(page, steps=900)
+    set_up(page, **LONG)
     page.click("#sd-draw")
     status(page, "step")
     page.click("#sd-cancel")
@@ -133,7 +134,7 @@ def test_cancel_and_draw_again(page: Any) -> None:
 def test_two_users_wait_for_each_other_and_see_their_own(page: Any, browser: Any, served: tuple[str, Gallery]) -> None:
     users = opened(browser, served[0])
     second = next(users)
-    set_up(page, steps=900, prompt="the sun")
+    set_up(page, **LONG, prompt="the sun")
     page.click("#sd-draw")
     status(page, "step")
     set_up(second, prompt="a moon")
@@ -157,7 +158,7 @@ def test_two_users_wait_for_each_other_and_see_their_own(page: Any, browser: Any
 def test_closing_the_page_ends_its_run(browser: Any, served: tuple[str, Gallery]) -> None:
     users = [opened(browser, served[0]) for _ in range(2)]
     first, second = map(next, users)
-    set_up(first, steps=900)
+    set_up(first, **LONG)
     first.click("#sd-draw")
     status(first, "step")
     next(users[0], None)
