@@ -224,7 +224,8 @@ def _on_run(
         yield from page.draw(page.job(values[:-2], *values[-2:], compare=compare), str(request.session_hash))
 
     begun = button.click(begin, inputs, [status, *buttons], **_AT_ONCE)
-    drawn = begun.success(run, inputs, outputs, **_IN_TURN)
+    # Gradio's default, "once", would drop a run whose user has cancelled one and draws again before Gradio has ended the first.
+    drawn = begun.success(run, inputs, outputs, trigger_mode="multiple", **_IN_TURN)
     drawn.then(_ready, uploads[0], buttons, **_AT_ONCE).then(_report, outputs[-1], None, **_AT_ONCE)
     return drawn
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from scalediff.web.gallery import Gallery
+from scalediff.web.runs import Run
 
 Image = pytest.importorskip("PIL.Image")
 playwright = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright")
@@ -119,10 +121,15 @@ def test_compare_moves_a_divider_between_two_of_three_pictures(page: Any) -> Non
     assert page.locator("scalediff-viewer").screenshot() != before, "the left part shows another picture"
 
 
-def test_cancel_and_draw_again(page: Any) -> None:
+@pytest.mark.parametrize("late", [0, 2])
+def test_cancel_and_draw_again(page: Any, monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+    """Also where Gradio ends the cancelled run seconds later than the run itself has ended."""
     set_up(page, **LONG)
     page.click("#sd-draw")
     status(page, "step")
+    newest = Run._newest
+    monkeypatch.setattr(Run, "_newest", lambda run: time.sleep(late) or newest(run))
+    page.wait_for_timeout(500)
     page.click("#sd-cancel")
     status(page, "Cancelled")
     page.wait_for_selector("#sd-draw:enabled")
