@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from scalediff.command.loading import UsageError
 from scalediff.command.pictures import check_writable
 from scalediff.command.reporting import Job, print_status
 
+_SLUG = 48  # characters
 _SLUG_BYTES = 144  # file systems allow 255 in a name, which also has the seed, the stage and an ending
 
 
@@ -47,7 +49,14 @@ def plan_jobs(options: Namespace, prompts: Sequence[str], name: str = "") -> lis
 
 
 def _slug(prompt: str) -> str:
-    """The start of a prompt as a file name: letters of any script, their marks and digits, and a hyphen for everything between them."""
+    """The prompt as a file name: letters of any script, their marks and digits, and a hyphen for everything between them.
+
+    Of a long prompt it is the start, with a hash of the whole: many long prompts begin alike, and none may overwrite another's picture.
+    """
     text = unicodedata.normalize("NFC", prompt.lower())
-    words = "".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in text).split()
-    return "-".join(words)[:48].encode()[:_SLUG_BYTES].decode(errors="ignore") or "picture"
+    words = "-".join("".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in text).split())
+    if len(words) <= _SLUG and len(words.encode()) <= _SLUG_BYTES:
+        return words or "picture"
+    ending = f"-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    start = words[: _SLUG - len(ending)].encode()[: _SLUG_BYTES - len(ending)].decode(errors="ignore")
+    return start.rstrip("-") + ending
