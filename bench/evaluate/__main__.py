@@ -6,17 +6,17 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.evaluate.drawing import Task, draw_items, fingerprint, items_of, prepared, read_prompts
 from bench.evaluate.folders import comparison_size, open_folder, open_folders, size_of
-from bench.evaluate.networks import CLIP_MODEL, load_clip, load_inception
+from bench.evaluate.networks import CLIP_MODEL, Inception, load_clip, load_inception
 from bench.evaluate.page import FIELDS, page, records
 from bench.evaluate.protocols import PROTOCOLS, described
-from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Options, score
+from bench.evaluate.scoring import INCEPTION_STATISTICS, NETWORK_STATISTICS, Options, check_wanted, score
 from bench.harness.command import keep_freed_memory, names_of, positive, shard
 from bench.harness.facts import facts
 from bench.harness.pages import require_pandas
@@ -26,7 +26,7 @@ from scalediff.cascade.upsampling import Upsampler, resolve_upsampler
 from scalediff.cascade.workdir import Workdir
 from scalediff.command import values
 from scalediff.command.cli import parse_seeds, parse_size
-from scalediff.command.loading import UsageError, load_model, one_line, parse_device
+from scalediff.command.loading import SCHEDULERS, UsageError, load_model, one_line, parse_device
 from scalediff.command.method_options import check_upsampler_effect, method_objects
 from scalediff.command.ranks import device_name, place
 from scalediff.methods import MethodOptions, method_names, resolve_method
@@ -53,14 +53,19 @@ def generate(options: argparse.Namespace) -> None:
     i, n = options.shard or place()[:2]
     items = items_of(read_prompts(options.prompts, column=options.column), options.seeds)
     methods = method_objects(options.methods, options.option)
-    check_upsampler_effect(methods, options.upsampler)
+    scales = by_method("--guidance-scale", options.guidance_scale, methods)
+    files = by_method("--upsampler", options.upsampler, methods)
+    for name, file in options.upsampler:
+        check_upsampler_effect({name: methods[name]} if name else methods, file)
     if options.size_conditioning is not None and "scalediff" not in methods:
         raise UsageError(f"--size-conditioning must be with scalediff in --methods, got {','.join(methods)}")
     keep_freed_memory()
-    upsampler = resolve_upsampler(options.upsampler)
-    pipe = load_model(options.model, device=device_name(options), dtype=options.dtype, low_memory=options.low_memory)
+    resolved = {file: resolve_upsampler(file) for file in dict.fromkeys(files.values())}
+    upsamplers = {name: resolved[file] for name, file in files.items()}
+    how = {"dtype": options.dtype, "scheduler": options.scheduler, "low_memory": options.low_memory}
+    pipe = load_model(options.model, device=device_name(options), **how)
     pipe.set_progress_bar_config(disable=True)
-    tasks = [prepared(pipe, task, items[0]) for task in _tasks(pipe, options, methods, upsampler)]
+    tasks = [prepared(pipe, task, items[0]) for task in _tasks(pipe, options, methods, scales, upsamplers)]
     folders = {options.out / task.method: task for task in tasks}
     for folder in sorted(folders, key=lambda folder: not folder.exists()):  # new folders last: one of another run ends the command
         Workdir(folder, fingerprint(pipe, folders[folder], items))
@@ -69,15 +74,36 @@ def generate(options: argparse.Namespace) -> None:
         print(f"{task.method}: {drawn} pictures drawn, {len(items[i::n]) - drawn} were there", flush=True)
 
 
+def by_method(option: str, given: Sequence[tuple[str, Any]], methods: Iterable[str]) -> dict[str, Any]:
+    """The value of an option for every method: its own, or that of all, or None. `given` are pairs of a method, or "" for all, and a value.
+
+    Raises:
+        UsageError: A method is not one of `methods`, or has two values.
+    """
+    values: dict[str, Any] = {}
+    for name, value in given:
+        if name and name not in methods:
+            raise UsageError(f"{option} is for methods of --methods, got {name}={value}")
+        if name in values:
+            raise UsageError(f"{option} of {name or 'all methods'} must be given once, got {value} as well")
+        values[name] = value
+    return {name: values.get(name, values.get("")) for name in methods}
+
+
 def _tasks(
-    pipe: Any, options: argparse.Namespace, methods: Mapping[str, MethodOptions | None], upsampler: Upsampler | None
+    pipe: Any,
+    options: argparse.Namespace,
+    methods: Mapping[str, MethodOptions | None],
+    scales: Mapping[str, float | None],
+    upsamplers: Mapping[str, Upsampler | None],
 ) -> Iterator[Task]:
     """A task for every method. As in `scalediff compare`, a method leaves out what it does not have."""
     preset = named_preset(pipe, options.preset)
     changes = {} if options.size_conditioning is None else {"size_conditioning": options.size_conditioning}
-    named = {name: getattr(options, name) for name in ("steps", "guidance_scale", "negative_prompt")}
-    given = {name: value for name, value in named.items() if value is not None}
     for name, method in methods.items():
+        named = {"steps": options.steps, "guidance_scale": scales[name], "negative_prompt": options.negative_prompt}
+        given = {name: value for name, value in named.items() if value is not None}
+        upsampler = upsamplers[name]
         if method is None:
             changed = replace(preset, settings=replace(preset.settings, **changes))
             yield Task(options.model, name, options.size, changed, given | ({"upsampler": upsampler} if upsampler is not None else {}))
@@ -95,14 +121,13 @@ def score_folders(options: argparse.Namespace) -> None:
     if protocol is None and (options.crops is not None or options.crop_size is not None):
         raise ValueError("--crops and --crop-size change a protocol: pass --protocol, got none")
     wanted = options.statistics if options.statistics is not None else NETWORK_STATISTICS if protocol else ()
-    if protocol is not None and any(name.endswith("_patch") for name in wanted):
-        protocol.crops_of(len(folders[0]))  # its error comes before networks are loaded
+    how = {"draws": options.bootstrap, "splits": options.splits, "force": options.force}
+    check_wanted(folders[0], reference, Options(wanted, protocol, **how), features=Inception.features)  # before networks are loaded
     device = parse_device(options.device)
     inception = load_inception(options.inception, device) if set(INCEPTION_STATISTICS) & set(wanted) else None
     clip = load_clip(options.clip, device) if "clip" in wanted else None
     csv = options.csv or folders[0].path.parent / "scores.csv"
     file = RowFile(csv, FIELDS, facts())
-    how = {"draws": options.bootstrap, "splits": options.splits, "force": options.force}
     scores = score(folders, reference, Options(wanted, protocol, inception, clip, **how, device=device))
     counts = {"pictures": len(folders[0]), "references": len(reference) if reference else 0}
     for record in records(scores, protocol=options.protocol or "", command=options.typed, **counts):
@@ -120,6 +145,20 @@ def score_folders(options: argparse.Namespace) -> None:
     text = page(scores, compared=compared, notes=notes, **counts)
     write_text(csv.with_suffix(".md"), text)
     print(text)
+
+
+def _of_method(parse: Callable[[str], Any], what: str) -> Callable[[str], tuple[str, Any]]:
+    """A parser of `METHOD=VALUE`, or of `VALUE` for all methods, which gives the method as ""."""
+
+    def parsed(text: str) -> tuple[str, Any]:
+        name, _, rest = text.partition("=")
+        name, rest = (name, rest) if name in method_names() else ("", text)
+        try:
+            return name, parse(rest)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {what}, alone or after METHOD=, got {text!r}") from error
+
+    return parsed
 
 
 def _draws(text: str) -> int:
@@ -141,12 +180,15 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--model", default="demo", help="demo, a pipeline folder, or a Hugging Face id (default: %(default)s)")
     drawing.add_argument("--preset", default="default", help="a preset of the model (default: %(default)s)")
     drawing.add_argument("--steps", type=positive(int), help="denoising steps instead of the preset's")
-    drawing.add_argument("--guidance-scale", type=float, help="guidance scale instead of the preset's")
+    drawing.add_argument(
+        "--guidance-scale", type=_of_method(float, "a number"), action="append", default=[], metavar="[METHOD=]SCALE",
+        help="guidance scale instead of the preset's, of all methods or of one; may be repeated",
+    )  # fmt: skip
     drawing.add_argument("--negative-prompt", help="negative prompt instead of the preset's")
     drawing.add_argument(
-        "--upsampler", type=values.upsampler,
-        help="super-resolution network (.safetensors, .pth, or demo) in place of bicubic, for those of --methods that enlarge pictures; "
-        "refused if none does",
+        "--upsampler", type=_of_method(values.upsampler, "a file"), action="append", default=[], metavar="[METHOD=]FILE",
+        help="super-resolution network (.safetensors, .pth, or demo) in place of bicubic, for those of --methods that enlarge pictures, "
+        "or for one; may be repeated",
     )  # fmt: skip
     drawing.add_argument("--size-conditioning", choices=["target", "native"], help="what scalediff tells SDXL as the picture's size")
     drawing.add_argument(
@@ -156,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--shard", type=shard, help="i/n: the part of this process (default: RANK and WORLD_SIZE)")
     drawing.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one, under torchrun its own)")
     drawing.add_argument("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
+    drawing.add_argument("--scheduler", choices=SCHEDULERS, help="scheduler instead of the model's own")
     drawing.add_argument("--low-memory", action="store_true", help="keep a component on the GPU only while it is in use")
 
     scoring = commands.add_parser("score", help="score folders; the first is the baseline of the paired differences")

@@ -74,7 +74,7 @@ def score(folders: Sequence[Folder], reference: Folder | None, options: Options)
     compared = None if reference is None else comparison_size(size, reference)
     if compared is not None and min(compared) < SMALLEST:
         raise ValueError(f"pictures and reference must have sides of at least {SMALLEST}, got {compared[0]} x {compared[1]} in common")
-    _check_wanted(folders[0], reference, options)
+    check_wanted(folders[0], reference, options, features=options.inception.features if options.inception else 0)
     of_reference = None if reference is None else measure(reference, compared, options, reference=True)
     every, draws = torch.arange(len(folders[0])), metrics.resamples(len(folders[0]), options.draws)
     found: dict[str, dict[str, Score]] = {}
@@ -94,8 +94,8 @@ def score(folders: Sequence[Folder], reference: Folder | None, options: Options)
     return found
 
 
-def _check_wanted(folder: Folder, reference: Folder | None, options: Options) -> None:
-    """Find what is missing before networks see the first picture."""
+def check_wanted(folder: Folder, reference: Folder | None, options: Options, *, features: int) -> None:
+    """Find what is missing before networks see the first picture; `features` is the number of them that FID has. ValueError as `score`."""
     wanted, n, m = options.wanted, len(folder), 0 if reference is None else len(reference)
     if options.protocol is None and (cropped := [name for name in wanted if name.endswith("_patch")]):
         raise ValueError(f"{', '.join(cropped)} need a protocol, which says the crops: pass --protocol, got none")
@@ -109,9 +109,9 @@ def _check_wanted(folder: Folder, reference: Folder | None, options: Options) ->
     for suffix, (what, ours, theirs) in rows.items():
         if f"is{suffix}" in wanted and ours < options.splits:
             raise ValueError(f"IS needs at least one picture or crop for each of {options.splits} splits, got {ours}: pass --splits")
-        if f"fid{suffix}" in wanted and options.inception and min(ours, theirs) < options.inception.features and not options.force:
+        if f"fid{suffix}" in wanted and min(ours, theirs) < features and not options.force:
             raise ValueError(
-                f"FID of {options.inception.features} features needs as many {what} on each side, got {ours} and {theirs}: its covariance "
+                f"FID of {features} features needs as many {what} on each side, got {ours} and {theirs}: its covariance "
                 f"would be singular and FID too large, by more the fewer there are. Leave fid{suffix} out of --statistics, or compute it "
                 "all the same with --force"
             )

@@ -198,7 +198,9 @@ def _read_weights(file: Path) -> Mapping[str, Any]:
             return load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many kinds for files that are not theirs
-        why = "it holds more than weights" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        why = _first_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # the first line is advice to load the file without a check
+            why = "it holds more than weights" if "GLOBAL" in str(error) else "it holds no weights"
         raise ValueError(f"upsampler must be a readable file of weights, got {file}: {why}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"upsampler must be a file of weights by name, got {file} with a {type(found).__name__}")

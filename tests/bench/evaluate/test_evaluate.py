@@ -76,7 +76,7 @@ def test_a_protocol_with_its_networks(folders: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(command, "load_clip", lambda name, device: RedMeansRed())
     main([
         "score", str(folders / "sharp"), "--reference", str(folders / "true"), "--protocol", "scalediff", "--crops", "2",
-        "--crop-size", "32", "--splits", "2", "--bootstrap", "0", "--csv", str(folders / "runs" / "table.csv"),
+        "--crop-size", "32", "--splits", "2", "--bootstrap", "0", "--force", "--csv", str(folders / "runs" / "table.csv"),
     ])  # fmt: skip
     rows = rows_of(folders / "runs" / "table.csv")
     for name in ("fid", "kid", "is", "fid_patch", "kid_patch", "is_patch", "clip"):
@@ -94,7 +94,9 @@ def test_a_protocol_without_weights_says_what_to_fetch(
     folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folders / "hub"))
-    arguments = ("score", folders / "sharp", "--reference", folders / "true", "--protocol", "scalediff")
+    few = ("score", folders / "sharp", "--reference", folders / "true", "--protocol", "scalediff", "--splits", 2)
+    assert "FID of 2048 features needs as many whole pictures" in refused(capsys, *few), "before anything is to be fetched"
+    arguments = (*few, "--force")
     assert "fetch https://github.com/toshas/torch-fidelity/" in refused(capsys, *arguments)
     assert "fetch https://huggingface.co/openai/" in refused(capsys, *arguments, "--statistics", "clip", "--clip", folders / "none")
     assert not (folders / "scores.csv").exists()

@@ -76,6 +76,27 @@ def test_an_upsampler_is_read_once_and_known_by_its_weights(
     )
 
 
+def test_guidance_and_upsampler_of_one_method(generate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method's own value goes before that of all, wherever it stands; one command draws methods with different settings."""
+    monkeypatch.setattr(command, "resolve_upsampler", lambda path: path and NetworkUpsampler(torch.nn.Upsample(scale_factor=2), 2))
+    scales = ["--guidance-scale", "direct=3", "--guidance-scale", "2"]
+    main(generate("--methods", "scalediff,super-resolution,direct", *scales, "--upsampler", "super-resolution=demo"))
+    records = {name: read_metadata(tmp_path / "out" / name / "000001-1.png") for name in ("scalediff", "super-resolution", "direct")}
+    assert {name: record["given"]["guidance_scale"] for name, record in records.items()} == {
+        "scalediff": 2, "super-resolution": 2, "direct": 3,
+    }  # fmt: skip
+    assert "upsampler" not in records["scalediff"]["given"]
+    assert records["super-resolution"]["options"]["upsampler"] is not None
+
+
+def test_the_model_is_loaded_with_the_scheduler(generate: Command, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def load(name: str, **how: Any) -> Any:
+        raise ValueError(f"{name} with {how['scheduler']} in {how['dtype']}")
+
+    monkeypatch.setattr(command, "load_model", load)
+    assert refused(capsys, *generate("--scheduler", "euler", "--dtype", "fp16")) == "demo with euler in fp16"
+
+
 def test_a_controlnet_is_loaded_before_the_pictures(
     generate: Command, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +132,13 @@ def test_a_controlnet_is_loaded_before_the_pictures(
             ["--methods", "direct", "--upsampler", "demo"],
             "--upsampler must be with a method that enlarges pictures in --methods, got direct",
         ),
+        (
+            ["--methods", "direct,diffusehigh", "--upsampler", "direct=demo"],
+            "must be with a method that enlarges pictures in --methods, got direct",
+        ),
+        (["--methods", "direct", "--guidance-scale", "diffusehigh=5"], "--guidance-scale is for methods of --methods, got diffusehigh=5.0"),
+        (["--guidance-scale", "1", "--guidance-scale", "2"], "--guidance-scale of all methods must be given once, got 2.0 as well"),
+        (["--guidance-scale", "direct=much"], "argument --guidance-scale: must be a number, alone or after METHOD=, got 'direct=much'"),
         (["--methods", "direct", "--size-conditioning", "native"], "--size-conditioning must be with scalediff in --methods, got direct"),
         (["--size-conditioning", "native"], "size_conditioning needs a pipeline with the arguments original_size and target_size"),
         (["--preset", "turbo"], "preset must be one of default, paper for this UNet2DConditionModel, got 'turbo'"),
