@@ -71,7 +71,7 @@ def load_model(
         if os.environ.get("SCALEDIFF_DEBUG"):
             raise
         raise UsageError(
-            f"--model must be demo, a pipeline folder or the id of an accessible model, got {name!r}: {one_line(error)}"
+            f"--model must be demo, a pipeline folder or the id of an accessible model, got {name!r}: {_why_not_loaded(name, error)}"
         ) from error
     if scheduler is not None or spacing is not None:
         prediction_type = pipe.scheduler.config.get("prediction_type", "flow_prediction")
@@ -94,6 +94,17 @@ def load_model(
     pipe.to(dtype=_DTYPES[dtype])
     pipe.enable_model_cpu_offload(device=torch_device)
     return pipe
+
+
+def _why_not_loaded(name: str, error: BaseException) -> str:
+    """One line: the cause that diffusers' error names, instead of its advice for callers from Python and for readers of a traceback."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(error, OSError) and cause is not error and not os.path.exists(name):
+        fetch = f"`hf download {name}` puts it there where the hub can be reached"
+        return f"it is not in the Hugging Face cache, and fetching it failed with: {one_line(cause).rstrip('.')}; {fetch}"
+    return one_line(cause)
 
 
 def parse_device(name: str) -> torch.device:

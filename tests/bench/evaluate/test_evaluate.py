@@ -131,7 +131,8 @@ def test_a_model_that_is_not_on_this_machine_without_internet(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (folders / "prompts.txt").write_text("an owl\n")
     arguments = ("generate", "--prompts", folders / "prompts.txt", "--size", 128, "--out", folders / "out", "--model", "nobody/nothing")
-    assert "must be demo, a pipeline folder or the id of an accessible model, got 'nobody/nothing'" in refused(capsys, *arguments)
+    message = r"--model must be demo, .*, got 'nobody/nothing': it is not in the Hugging Face cache, and fetching it failed with: "
+    assert re.match(message + r"Cannot reach .*; `hf download nobody/nothing` puts it there", refused(capsys, *arguments))
     assert not (folders / "out").exists()
 
 

@@ -170,6 +170,17 @@ def test_a_pipeline_that_changes_pictures_is_offloaded_as_the_one_it_is_made_fro
     assert seen == [torch.device("cuda:3")]
 
 
+def test_a_model_that_cannot_be_imported_says_the_cause(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import diffusers
+
+    def load(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to import (look up to see its traceback)") from ImportError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
+    assert main(["generate", "a moon", "--size", "128", "--model", "some/model"]) == 2
+    assert capsys.readouterr().err.endswith("got 'some/model': operator torchvision::nms does not exist\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
