@@ -115,6 +115,7 @@ def _tasks(
 def score_folders(options: argparse.Namespace) -> None:
     """Score folders, print the page, and write it beside the CSV."""
     require_pandas()
+    keep_freed_memory()
     folders = open_folders(options.folders)
     reference = None if options.reference is None else open_folder(options.reference)
     protocol = PROTOCOLS[options.protocol].with_crops(options.crops, options.crop_size) if options.protocol else None

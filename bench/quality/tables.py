@@ -111,6 +111,7 @@ STATISTICS = {  # heading and format
     "seam_control": ("control z", "{:+.2f}"),
 }
 LEVELS = {f"swd_{side}": side for side in (512, 256, 128, 64, 32, 16)}
+_FINER = {"to_base": "{:.2f}", "above": "{:.2f}"}  # of differences, whose errors are a tenth of those of the numbers
 PAIRED = ("discs", "faint", "to_base", "swd", "above", "spectrum")  # those with a difference from the baseline, beside the levels of SWD
 WORK = {"seconds": ("CPU s", "{:.1f}"), "gflops": ("attention GFLOPs", "{:.1f}"), "all_gflops": ("all GFLOPs", "{:.0f}")}
 FACTS = ("command", "model", *facts.FACTS)
@@ -176,7 +177,8 @@ def _gaps(rows: Sequence[Row]) -> list[str]:
         return []
     cells = {"row": [label_of(row["row"]) for row in others]}
     for heading, form, name in ((*STATISTICS[name], name) for name in PAIRED):
-        cells[heading] = _column(others, f"{name}_gap", form.replace("{:+", "{:").replace("{:", "{:+"))
+        form = _FINER.get(name, form).replace("{:+", "{:").replace("{:", "{:+")
+        cells[heading] = _column(others, f"{name}_gap", form)
         if name == "swd":
             cells |= _levels(others, "{}_gap", "{:+.0f}", errors=True)
     return [f"Differences from {label_of(baseline['row'])}, picture by picture:", "", *table(DataFrame(cells), text=["row"]), ""]
