@@ -151,7 +151,7 @@ def _measured(panel: Panel) -> dict[str, Any]:
 
 
 def _title(name: str) -> str:
-    return (FULL if name == FULL else method_title(name)).replace("-", " ")
+    return "full attention" if name == FULL else method_title(name)
 
 
 def _scalediff_title(settings: Settings) -> str:

@@ -36,13 +36,13 @@ def test_pictures_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr()
     told = json.loads(said.out)
     sheet = read_metadata(tmp_path / "x.png")
-    assert [panel["title"] for panel in sheet["panels"]] == ["super resolution", "full attention", "ScaleDiff without SG"]
+    assert [panel["title"] for panel in sheet["panels"]] == ["super-resolution", "full attention", "ScaleDiff without SG"]
     assert [panel["method"] for panel in sheet["panels"]] == methods.split(",") == [panel["method"] for panel in told["panels"]]
     assert sheet["panels"][0]["options"] == {"upsampler": None} == read_metadata(tmp_path / "x.super-resolution.png")["options"]
     tflops = [panel["tflops"] for panel in sheet["panels"]]
     assert 0 < tflops[0] < tflops[2] < tflops[1], "enlarging is cheapest, windows cost less than full attention"
     assert tflops == [panel["tflops"] for panel in told["panels"]]
-    assert f"{tmp_path / 'x.png'}: super resolution " in said.err
+    assert f"{tmp_path / 'x.png'}: super-resolution " in said.err
     assert " TFLOPs | full attention " in said.err
     with Image.open(tmp_path / "x.png") as image:
         assert image.width == 3 * 72 + 2 * 4
