@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,8 +56,24 @@ def fatal(candidate: Candidate) -> dict[str, str]:
     return numbered(candidate) if candidate.config.num_stages != 4 else os._exit(6)
 
 
+FORK = multiprocessing.get_context("fork")  # does not import torch again
+HANGS = FORK.Event()
+
+
 def hanging(candidate: Candidate) -> dict[str, str]:
-    return numbered(candidate) if candidate.config.num_stages != 4 else time.sleep(60)  # type: ignore[return-value]
+    if candidate.config.num_stages == 4:
+        HANGS.set()
+        time.sleep(60)
+    return numbered(candidate)
+
+
+class UntilItHangs(FORK.Process):  # type: ignore[name-defined, misc]
+    """A process that has started when it hangs: on a busy machine it may take longer to come to that than the limit of the test."""
+
+    def start(self) -> None:
+        HANGS.clear()
+        super().start()
+        assert HANGS.wait(60)
 
 
 SKIPPED = {"status": "skipped", "note": "one before it ended the process"}
@@ -72,7 +89,8 @@ SKIPPED = {"status": "skipped", "note": "one before it ended the process"}
     ],
 )
 def test_what_a_process_found(measure: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "PROCESSES", multiprocessing.get_context("fork"))  # does not import torch again
+    process = UntilItHangs if measure is hanging else FORK.Process
+    monkeypatch.setattr(tune, "PROCESSES", SimpleNamespace(Pipe=FORK.Pipe, Process=process))
     config = tune.candidates("flux-4096")[0].config
     ones = [Candidate("flux-4096", config._replace(num_stages=stages)) for stages in (2, 4, 3)]
     assert tune.in_a_process(measure, ones, limit=1 if measure is hanging else 60) == expected
