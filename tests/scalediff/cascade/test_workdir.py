@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -174,17 +173,30 @@ def test_a_digest_tells_tensors_apart() -> None:
     assert len({digest(v) for v in (x, x.view(2, 3), x.double(), -x, [x], None, "x", 1, 1.0)}) == 9
 
 
+# The command, killed in the first pass after a stage is saved.
+KILLED = """
+import os, pathlib, signal, sys
+from scalediff.command import cli, loading
+
+load, saved = loading.load_demo, pathlib.Path(sys.argv.pop(1))
+
+def watched():
+    pipe = load()
+    pipe.unet.mid_block.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if saved.exists() else None)
+    return pipe
+
+loading.load_demo = watched
+sys.exit(cli.main())
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     """kill -9 in the middle of the last stage; the same command again gives the file of an uninterrupted one."""
     drawn = ["generate", "a moon", "--size", "256", "--steps", "12", "--quiet"]
     resumed = [*drawn, "--out", str(tmp_path / "again.png"), "--workdir", str(tmp_path / "run")]
-    running = subprocess.Popen([sys.executable, "-m", "scalediff.command.cli", *resumed], cwd=ROOT)
-    while not (tmp_path / "run" / "stage2.pt").exists():
-        assert running.poll() is None
-        time.sleep(0.05)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run" / "stage2.pt"), *resumed], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "again.png").exists()
     assert "stage3.pt" not in files(tmp_path / "run")
     assert main(resumed) == 0
