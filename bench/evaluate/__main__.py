@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evaluate.drawing import Task, draw_items, fingerprint, items_of, prepared, read_prompts
-from bench.evaluate.folders import comparison_size, open_folder, open_folders, size_of
+from bench.evaluate.folders import common_size, comparison_size, open_folder, open_folders, size_of
 from bench.evaluate.networks import CLIP_MODEL, Inception, load_clip, load_inception
 from bench.evaluate.page import FIELDS, page, records
 from bench.evaluate.protocols import PROTOCOLS, described
@@ -56,7 +56,8 @@ def generate(options: argparse.Namespace) -> None:
     scales = by_method("--guidance-scale", options.guidance_scale, methods)
     files = by_method("--upsampler", options.upsampler, methods)
     for name, file in options.upsampler:
-        check_upsampler_effect({name: methods[name]} if name else methods, file)
+        own = {name} if name else methods.keys() - {other for other, _ in options.upsampler}
+        check_upsampler_effect({one: method for one, method in methods.items() if one in own}, file)
     if options.size_conditioning is not None and "scalediff" not in methods:
         raise UsageError(f"--size-conditioning must be with scalediff in --methods, got {','.join(methods)}")
     keep_freed_memory()
@@ -78,16 +79,18 @@ def by_method(option: str, given: Sequence[tuple[str, Any]], methods: Iterable[s
     """The value of an option for every method: its own, or that of all, or None. `given` are pairs of a method, or "" for all, and a value.
 
     Raises:
-        UsageError: A method is not one of `methods`, or has two values.
+        UsageError: A method is not one of `methods`, or has two values; or the value of all is that of none.
     """
-    values: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in given:
         if name and name not in methods:
             raise UsageError(f"{option} is for methods of --methods, got {name}={value}")
-        if name in values:
+        if name in found:
             raise UsageError(f"{option} of {name or 'all methods'} must be given once, got {value} as well")
-        values[name] = value
-    return {name: values.get(name, values.get("")) for name in methods}
+        found[name] = value
+    if "" in found and found.keys() >= set(methods):
+        raise UsageError(f"{option} {found['']} has no effect: every method of --methods has its own")
+    return {name: found.get(name, found.get("")) for name in methods}
 
 
 def _tasks(
@@ -122,8 +125,9 @@ def score_folders(options: argparse.Namespace) -> None:
     if protocol is None and (options.crops is not None or options.crop_size is not None):
         raise ValueError("--crops and --crop-size change a protocol: pass --protocol, got none")
     wanted = options.statistics if options.statistics is not None else NETWORK_STATISTICS if protocol else ()
+    common_size(folders)  # its errors, and those of the next, come before networks are loaded
     how = {"draws": options.bootstrap, "splits": options.splits, "force": options.force}
-    check_wanted(folders[0], reference, Options(wanted, protocol, **how), features=Inception.features)  # before networks are loaded
+    check_wanted(folders[0], reference, Options(wanted, protocol, **how), features=Inception.features)
     device = parse_device(options.device)
     inception = load_inception(options.inception, device) if set(INCEPTION_STATISTICS) & set(wanted) else None
     clip = load_clip(options.clip, device) if "clip" in wanted else None

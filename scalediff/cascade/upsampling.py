@@ -200,7 +200,8 @@ def _read_weights(file: Path) -> Mapping[str, Any]:
     except Exception as error:  # both libraries raise many kinds for files that are not theirs
         why = _first_line(error)
         if isinstance(error, pickle.UnpicklingError):  # the first line is advice to load the file without a check
-            why = "it holds more than weights" if "GLOBAL" in str(error) else "it holds no weights"
+            code = any(phrase in str(error) for phrase in ("was not an allowed global", "is blocked"))
+            why = "it holds more than weights" if code else "torch cannot read weights from it"
         raise ValueError(f"upsampler must be a readable file of weights, got {file}: {why}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"upsampler must be a file of weights by name, got {file} with a {type(found).__name__}")

@@ -57,6 +57,7 @@ def _slug(prompt: str) -> str:
     words = "-".join("".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in text).split())
     if len(words) <= _SLUG and len(words.encode()) <= _SLUG_BYTES:
         return words or "picture"
-    ending = f"-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    whole = unicodedata.normalize("NFC", prompt).encode(errors="surrogatepass")
+    ending = f"-{hashlib.sha256(whole).hexdigest()[:8]}"
     start = words[: _SLUG - len(ending)].encode()[: _SLUG_BYTES - len(ending)].decode(errors="ignore")
     return start.rstrip("-") + ending

@@ -98,9 +98,13 @@ def load_model(
 
 def _why_not_loaded(name: str, error: BaseException) -> str:
     """One line: the cause that diffusers' error names, instead of its advice for callers from Python and for readers of a traceback."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     cause = error
-    while cause.__cause__ is not None:
+    while cause.__cause__ is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__
+    if isinstance(cause, HfHubHTTPError):  # its first paragraph is the HTTP status
+        return f"the hub does not give it: {' '.join(str(cause).partition(chr(10) * 2)[2].split()) or one_line(cause)}"
     if isinstance(error, OSError) and cause is not error and not os.path.exists(name):
         fetch = f"`hf download {name}` puts it there where the hub can be reached"
         return f"it is not in the Hugging Face cache, and fetching it failed with: {one_line(cause).rstrip('.')}; {fetch}"

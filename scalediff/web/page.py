@@ -78,6 +78,7 @@ class Page:
             progress.close()
             if self.runs.get(session) is run:
                 del self.runs[session]
+            run.closed.set()
 
     def cancel(self, session: str) -> None:
         """Cancel the run of a session, if there is one."""
@@ -224,7 +225,7 @@ def _on_run(
         yield from page.draw(page.job(values[:-2], *values[-2:], compare=compare), str(request.session_hash))
 
     begun = button.click(begin, inputs, [status, *buttons], **_AT_ONCE)
-    # Gradio's default, "once", would drop a run whose user has cancelled one and draws again before Gradio has ended the first.
+    # Gradio's default, "once", would drop a run that is begun before Gradio has done with the one that its user has just cancelled.
     drawn = begun.success(run, inputs, outputs, trigger_mode="multiple", **_IN_TURN)
     drawn.then(_ready, uploads[0], buttons, **_AT_ONCE).then(_report, outputs[-1], None, **_AT_ONCE)
     return drawn
@@ -249,7 +250,7 @@ def _on_cancel(page: Page, button: Any, status: Any, buttons: list[Any], picture
         if run is not None:
             run.cancel()
             yield status_html("Cancelling"), *(gr.update(interactive=False) for _ in buttons)
-            run.ended.wait()
+            run.closed.wait()  # later than the run itself has ended: Gradio would take the end of this one for that of the next
         yield status_html("Cancelled"), *_ready(picture)
 
     button.click(stop, picture, [status, *buttons], cancels=runs, **_AT_ONCE)

@@ -72,6 +72,7 @@ class Run:
 
     Attributes:
         ended: Set when the run has ended, and the pipeline is free.
+        closed: For whoever reads `progress`, to set when it reads no more.
     """
 
     pipe: Any
@@ -79,6 +80,7 @@ class Run:
     gallery: Gallery
     model: str
     ended: threading.Event = field(default_factory=threading.Event, init=False)
+    closed: threading.Event = field(default_factory=threading.Event, init=False)
     _events: queue.SimpleQueue[Progress | BaseException | None] = field(default_factory=queue.SimpleQueue, init=False)
     _cancel: threading.Event = field(default_factory=threading.Event, init=False)
     _pace: _Pace = field(default_factory=_Pace, init=False)

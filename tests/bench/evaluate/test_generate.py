@@ -138,6 +138,14 @@ def test_a_controlnet_is_loaded_before_the_pictures(
         ),
         (["--methods", "direct", "--guidance-scale", "diffusehigh=5"], "--guidance-scale is for methods of --methods, got diffusehigh=5.0"),
         (["--guidance-scale", "1", "--guidance-scale", "2"], "--guidance-scale of all methods must be given once, got 2.0 as well"),
+        (
+            ["--methods", "direct", "--guidance-scale", "1", "--guidance-scale", "direct=2"],
+            "--guidance-scale 1.0 has no effect: every method of --methods has its own",
+        ),
+        (
+            ["--methods", "direct,super-resolution", "--upsampler", "demo", "--upsampler", "super-resolution=demo"],
+            "--upsampler must be with a method that enlarges pictures in --methods, got direct",
+        ),
         (["--guidance-scale", "direct=much"], "argument --guidance-scale: must be a number, alone or after METHOD=, got 'direct=much'"),
         (["--methods", "direct", "--size-conditioning", "native"], "--size-conditioning must be with scalediff in --methods, got direct"),
         (["--size-conditioning", "native"], "size_conditioning needs a pipeline with the arguments original_size and target_size"),

@@ -27,6 +27,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             since = time.monotonic()
             while self.poll() is None and not (tmp_path / f"begun {self.pid}").exists():
                 time.sleep(0.01)
+                assert time.monotonic() < since + 60
             starting += time.monotonic() - since
             return super().wait(timeout)
 

@@ -131,7 +131,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"upsampler must be an existing file, got .*x\.pth"):
         load_upsampler(tmp_path / "x.pth")
     page = b"<!DOCTYPE html><html></html>"  # what a failed download may leave
-    for name, content, why in [("a.pth", page, "it holds no weights"), ("b.safetensors", page, ""), ("c.pth", b"", "")]:
+    for name, content, why in [("a.pth", page, "torch cannot read weights from it"), ("b.safetensors", page, ""), ("c.pth", b"", "")]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"upsampler must be a readable file of weights, got .*{name}: {why}"):
             load_upsampler(tmp_path / name)

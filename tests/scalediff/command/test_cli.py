@@ -170,6 +170,24 @@ def test_a_pipeline_that_changes_pictures_is_offloaded_as_the_one_it_is_made_fro
     assert seen == [torch.device("cuda:3")]
 
 
+def test_a_model_that_the_hub_refuses_says_what_the_hub_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import diffusers
+    import httpx
+    from huggingface_hub.errors import GatedRepoError
+
+    text = "403 Client Error. (Request ID: 1)\n\nCannot access gated repo for url x.\nAccess to model some/model is restricted."
+    refusal = GatedRepoError(text, response=httpx.Response(403, request=httpx.Request("GET", "https://x")))
+    refusal.__cause__ = RuntimeError("Client error '403 Forbidden'")
+
+    def load(*_: Any, **__: Any) -> None:
+        raise OSError("Cannot load model: look at the stacktrace above") from refusal
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
+    assert main(["generate", "a moon", "--size", "128", "--model", "some/model"]) == 2
+    said = "the hub does not give it: Cannot access gated repo for url x. Access to model some/model is restricted.\n"
+    assert capsys.readouterr().err.endswith(f"got 'some/model': {said}")
+
+
 def test_a_model_that_cannot_be_imported_says_the_cause(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import diffusers
 

@@ -38,5 +38,6 @@ def test_long_prompts_that_begin_alike_have_different_names(tmp_path: Path) -> N
     """Drawn one after the other, neither overwrites the other's picture, and `--skip-existing` skips neither for the other."""
     start = "masterpiece, best quality, highly detailed, sharp focus, "
     first, second = (plan_jobs(Namespace(out=tmp_path, seed=[0]), [start + what])[0].out for what in ("a moon", "the sun"))
-    assert first != second
+    (third,) = plan_jobs(Namespace(out=tmp_path, seed=[0]), [start + "a [moon]"])
+    assert len({first, second, third.out}) == 3
     assert all(file.name.startswith("masterpiece-best-quality-highly-detaile") for file in (first, second))

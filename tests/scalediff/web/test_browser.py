@@ -123,13 +123,22 @@ def test_compare_moves_a_divider_between_two_of_three_pictures(page: Any) -> Non
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_cancel_and_draw_again(page: Any, monkeypatch: pytest.MonkeyPatch, late: int) -> None:
-    """Also where Gradio ends the cancelled run seconds later than the run itself has ended."""
+    """Also where Gradio ends the cancelled run seconds later than the run itself has ended; the next can be cancelled too."""
     set_up(page, **LONG)
     page.click("#sd-draw")
     status(page, "step")
     newest = Run._newest
     monkeypatch.setattr(Run, "_newest", lambda run: time.sleep(late) or newest(run))
     page.wait_for_timeout(500)
+    for _ in range(2):
+        page.click("#sd-cancel")
+        status(page, "Cancelled")
+        page.wait_for_selector("#sd-draw:enabled")
+        page.click("#sd-draw")
+        status(page, "step")
+        page.wait_for_timeout(1000 * late)  # until the first run has ended for Gradio as well
+        page.wait_for_selector("#sd-cancel:enabled")
+        assert page.is_disabled("#sd-draw")
     page.click("#sd-cancel")
     status(page, "Cancelled")
     page.wait_for_selector("#sd-draw:enabled")
