@@ -74,7 +74,10 @@ _SWEEP = {
 }
 _OTHERS = {name: Drawing(method_title(name), method=name) for name in METHODS if name != "hiflow"}  # which needs a flow model
 _BICUBIC = {"super-resolution": Drawing("base picture, bicubic", method="super-resolution")}
-_FULL = {"full": Drawing("full attention + LFM + SG", {"attention": "full"})}
+_FULL = {
+    "sdedit": Drawing("full attention alone", {"attention": "full", "lfm": False, "sg": False}),
+    "full": Drawing("full attention + LFM + SG", {"attention": "full"}),
+}
 _UNDRAWN = {
     "autoencoded": Drawing("true renders of other scenes, autoencoded", method=""),
     "true": Drawing("true renders of other scenes", method=""),
@@ -82,7 +85,7 @@ _UNDRAWN = {
 DRAWINGS = _PARTS | _PARTS_AT_07 | _SWITCHES | _COMBINED | _SWEEP | _OTHERS | _BICUBIC | _FULL | _UNDRAWN
 
 TABLES = {
-    "methods": Table("All methods", (*_OTHERS, "full", "npa", *_UNDRAWN), 1000, 16, 256),
+    "methods": Table("All methods", (*_OTHERS, "super-resolution-trained", *_FULL, "npa", *_UNDRAWN), 1000, 16, 256),
     "parts": Table("The parts of the method, restart 0.7", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 256),
     "preset": Table("The parts of the method, restart of the preset", (*_BICUBIC, *_PARTS, *_UNDRAWN), 1000, 64, 256),
     "large": Table("The parts of the method, restart 0.7, at 8x", (*_BICUBIC, *_PARTS_AT_07, *_UNDRAWN), 1000, 64, 512),

@@ -71,7 +71,8 @@ def places(folder: Path) -> list[str]:
 
 
 def test_every_method_of_the_library_is_a_row_but_that_for_flow_models() -> None:
-    assert set(TABLES["methods"].rows) == {*METHODS, "full", "npa", "true", "autoencoded"} - {"hiflow"}
+    more = "super-resolution-trained", "sdedit", "full", "npa", "true", "autoencoded"
+    assert set(TABLES["methods"].rows) == {*METHODS, *more} - {"hiflow"}
     assert all(row in DRAWINGS for table in TABLES.values() for row in table.rows)
 
 
