@@ -53,8 +53,8 @@ def generate(options: argparse.Namespace) -> None:
     i, n = options.shard or place()[:2]
     items = items_of(read_prompts(options.prompts, column=options.column), options.seeds)
     methods = method_objects(options.methods, options.option)
-    scales = by_method("--guidance-scale", options.guidance_scale, methods)
-    files = by_method("--upsampler", options.upsampler, methods)
+    scales = _by_method("--guidance-scale", options.guidance_scale, methods)
+    files = _by_method("--upsampler", options.upsampler, methods)
     for name, file in options.upsampler:
         own = {name} if name else methods.keys() - {other for other, _ in options.upsampler}
         check_upsampler_effect({one: method for one, method in methods.items() if one in own}, file)
@@ -75,7 +75,7 @@ def generate(options: argparse.Namespace) -> None:
         print(f"{task.method}: {drawn} pictures drawn, {len(items[i::n]) - drawn} were there", flush=True)
 
 
-def by_method(option: str, given: Sequence[tuple[str, Any]], methods: Iterable[str]) -> dict[str, Any]:
+def _by_method(option: str, given: Sequence[tuple[str, Any]], methods: Iterable[str]) -> dict[str, Any]:
     """The value of an option for every method: its own, or that of all, or None. `given` are pairs of a method, or "" for all, and a value.
 
     Raises:

@@ -12,7 +12,7 @@ from scalediff.command.loading import UsageError
 from scalediff.command.pictures import check_writable
 from scalediff.command.reporting import Job, print_status
 
-_SLUG = 48  # characters
+_SLUG_LENGTH = 48  # characters
 _SLUG_BYTES = 144  # file systems allow 255 in a name, which also has the seed, the stage and an ending
 
 
@@ -55,9 +55,9 @@ def _slug(prompt: str) -> str:
     """
     text = unicodedata.normalize("NFC", prompt.lower())
     words = "-".join("".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in text).split())
-    if len(words) <= _SLUG and len(words.encode()) <= _SLUG_BYTES:
+    if len(words) <= _SLUG_LENGTH and len(words.encode()) <= _SLUG_BYTES:
         return words or "picture"
     whole = unicodedata.normalize("NFC", prompt).encode(errors="surrogatepass")
     ending = f"-{hashlib.sha256(whole).hexdigest()[:8]}"
-    start = words[: _SLUG - len(ending)].encode()[: _SLUG_BYTES - len(ending)].decode(errors="ignore")
+    start = words[: _SLUG_LENGTH - len(ending)].encode()[: _SLUG_BYTES - len(ending)].decode(errors="ignore")
     return start.rstrip("-") + ending

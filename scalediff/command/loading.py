@@ -104,7 +104,8 @@ def _why_not_loaded(name: str, error: BaseException) -> str:
     while cause.__cause__ is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__
     if isinstance(cause, HfHubHTTPError):  # its first paragraph is the HTTP status
-        return f"the hub does not give it: {' '.join(str(cause).partition(chr(10) * 2)[2].split()) or one_line(cause)}"
+        sentences = str(cause).partition("\n\n")[2].split()
+        return f"the hub does not give it: {' '.join(sentences) or one_line(cause)}"
     if isinstance(error, OSError) and cause is not error and not os.path.exists(name):
         fetch = f"`hf download {name}` puts it there where the hub can be reached"
         return f"it is not in the Hugging Face cache, and fetching it failed with: {one_line(cause).rstrip('.')}; {fetch}"
